@@ -1,0 +1,42 @@
+# Few targets; `make` alone lists them. Everything runs in .venv, made from the lock with pip.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+.PHONY: help serve test test-fast test-system check lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+$(VENV)/.run: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run requirements-test.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.lock
+	@touch $@
+
+serve: $(VENV)/.run ## install from the lock and start the service on 127.0.0.1:8000
+	@$(BIN)/klein serve
+
+test-fast: $(VENV)/.test ## tests without torch, card or network
+	$(BIN)/pytest -m "not torch and not gpu and not slow and not system and not full"
+
+test: $(VENV)/.test ## those and the end-to-end tests against a real server
+	$(BIN)/pytest -m "not gpu and not system and not full"
+
+check: $(VENV)/.test ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock: ## make both lock files anew from pyproject.toml and tests/requirements.in
+	$(PYTHON) tools/lock.py
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

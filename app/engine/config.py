@@ -1,0 +1,25 @@
+"""What the engine is told: plain data that crosses into the worker process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything that the engine may know of the settings."""
+
+    model: str
+    """A key of `app.engine.catalog`; it decides names, defaults and limits."""
+    path: str | None
+    """A local folder or file given by the operator, or None for the catalogue's own files."""
+    cache_dir: str
+    """Where downloads and converted weights lie."""
+    device: int | None
+    """Index of the CUDA card, or None for the CPU."""
+    precision: str = "auto"
+    """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
+    offload: str = "auto"
+    """`auto`, `none`, `model` or `disk`."""
+    max_pixels: int = 4_194_304
+    """The operator's limit of one output, in pixels; the memory plan may set a lower one."""

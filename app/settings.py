@@ -1,0 +1,121 @@
+"""The one reader of the environment.
+
+Every setting is read from `KLEIN_<NAME>` and checked before anything heavy is imported. The docstring under a
+field is its reference text. Only the composition root, the app factory and the command line see this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from app.errors import StartupError
+
+PREFIX = "KLEIN_"
+_LISTS = frozenset({"api_keys", "allowed_hosts"})
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Settings(BaseModel):
+    """All settings, resolved once and frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on. A public one needs `KLEIN_API_KEYS` or `KLEIN_TRUST_NETWORK=true`."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """Port to listen on; 0 takes a free one."""
+    model: str = Field(default="auto", min_length=1)
+    """A catalogue key, a local folder or file, or `auto`: klein where a card can hold it, else `shapes`."""
+    variant: str = "flux.2-klein-4b"
+    """For a local path: the catalogue key whose names, defaults and limits it is served under."""
+    device: int | Literal["cpu"] = 0
+    """Index of the CUDA card, or `cpu`."""
+    precision: Literal["auto", "fp8", "int8", "bf16", "fp32"] = "auto"
+    """Arithmetic of the transformer; `auto` chooses by the card and a probe, and says why."""
+    offload: Literal["auto", "none", "model", "disk"] = "auto"
+    """Where weights wait that do not fit on the card (bf16 only): in host memory or on disk."""
+    cache_dir: Path = Path("~/.cache/klein")
+    """Where models are downloaded to and converted weights are kept."""
+    queue_images: int = Field(default=32, ge=1, le=10_000)
+    """How many images may wait; a request for n images takes n places."""
+    deadline_s: Seconds = 120.0
+    """Seconds until a request is given up, besides four times its predicted time."""
+    load_limit_s: Seconds = 1800.0
+    """Seconds that loading, compiling and warming up may take together."""
+    max_pixels: int = Field(default=4_194_304, ge=1_835_008, le=16_777_216)
+    """Largest output in pixels."""
+    max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
+    """Largest request body in bytes."""
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    """Bearer keys, separated by commas. Without any, everyone who reaches the port may ask."""
+    metrics_key: Literal["open", "required"] = "open"
+    """Whether `/metrics` needs a key where keys are set."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which the service may be addressed, besides the loopback ones; `*` admits all."""
+    trust_network: bool = False
+    """Listen on a public address without keys: everyone who reaches the port may ask."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """What happens to a field of a request that no route knows."""
+    model_aliases: bool = True
+    """Accept `gpt-image-*`, `dall-e-*` and `chatgpt-image-*` as names of the served model."""
+    list_aliases: bool = False
+    """List those aliases in `/v1/models` too."""
+    png_metadata: bool = True
+    """Write prompt, seed, steps, guidance, size, model and precision into the picture's metadata."""
+    docs: bool = True
+    """Serve `/docs` and `/openapi.json`."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines for people or one JSON object each."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe lines that are logged."""
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @field_validator("api_keys")
+    @classmethod
+    def _refuse_weak_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(len(key) < 8 for key in value):
+            raise ValueError("a key has fewer than 8 characters")
+        return value
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str], **overrides: object) -> Settings:
+        """Build the settings from *environ*; *overrides* (the command line's) win where not None.
+
+        Raises:
+            StartupError: a value does not fit, or a variable with our prefix is none of ours.
+        """
+        values: dict[str, object] = {}
+        for name, text in environ.items():
+            if not name.startswith(PREFIX) or text == "":
+                continue
+            key = name[len(PREFIX) :].lower()
+            if key not in cls.model_fields:
+                raise StartupError(
+                    f"{name} is not a setting of this service; remove it or see docs/settings.md."
+                )
+            values[key] = _split(text) if key in _LISTS else text
+        values.update({key: value for key, value in overrides.items() if value is not None})
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise StartupError(_say(error)) from None
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _say(error: ValidationError) -> str:
+    """Name the first setting that does not fit, without repeating a value that may be secret."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    return f"{PREFIX}{name.upper()} has a value that does not fit: {first['msg']}. Correct it and start again."
