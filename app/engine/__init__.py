@@ -1,4 +1,5 @@
-"""Everything that knows torch. This package's head does not: the HTTP process may import it for its names.
+"""Everything that knows torch. This package's head does not: the HTTP process may import it for its
+names.
 
 `create_engine` is what the worker process calls; only then is torch imported.
 """
