@@ -1,7 +1,7 @@
 """The words every room shares: what is asked for, what comes back, who can do it.
 
-Frozen dataclasses and two protocols, nothing of ours imported and no behaviour beyond derived values.
-They cross the pipe between the HTTP process and the worker, so every field is plain data.
+Frozen dataclasses and two protocols, nothing of ours imported and no behaviour beyond derived
+values. They cross the pipe between the HTTP process and the worker, so every field is plain data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """Uncompressed pixels: *pixels* holds height x width x 3 bytes, RGB, 8 bits, rows from the top."""
+    """Uncompressed pixels: *pixels* holds height x width x 3 bytes, RGB, 8 bits, rows from the
+    top."""
 
     width: int
     height: int
@@ -110,7 +111,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """A sign of life while a model is on its way: *fraction* in 0..1, or None where it is unknown."""
+    """A sign of life while a model is on its way: *fraction* in 0..1, or None where it is
+    unknown."""
 
     stage: str
     fraction: float | None = None
@@ -144,7 +146,8 @@ class ModelCard:
 
     @property
     def is_distilled(self) -> bool:
-        """Whether guidance is baked in, so that a guidance scale other than the default is refused."""
+        """Whether guidance is baked in, so that a guidance scale other than the default is
+        refused."""
         return self.max_guidance == self.default_guidance
 
 
@@ -161,20 +164,23 @@ class ModelInfo:
     plan: str
     plan_reasons: tuple[str, ...]
     max_pixels: tuple[int, ...]
-    """Largest output, in pixels, that fits: entry i is the limit with i reference images; 0 is none."""
+    """Largest output, in pixels, that fits: entry i is the limit with i reference images; 0 is
+    none."""
     torch: str
     cuda: str | None
     features: tuple[str, ...] = ()
     """What is switched on besides, for /health: `compiled blocks`, `prompt cache`, ..."""
     weights_bytes: int = 0
     warm_up_s: float = 0.0
-    """Seconds in the worker of the warm-up image at the default size, the first estimate of speed."""
+    """Seconds in the worker of the warm-up image at the default size, the first estimate of
+    speed."""
     load_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One reading of the card: bytes, ratio in 0..1, watts, degrees Celsius; None where NVML says nothing."""
+    """One reading of the card: bytes, ratio in 0..1, watts, degrees Celsius; None where NVML says
+    nothing."""
 
     name: str
     uuid: str
@@ -186,7 +192,8 @@ class GpuSnapshot:
 
 
 class Engine(Protocol):
-    """What the worker process drives. One thread calls it; every error it raises is one of `app.errors`."""
+    """What the worker process drives. One thread calls it; every error it raises is one of
+    `app.errors`."""
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
         """Read the weights, make one real picture, and say what came of it."""
@@ -198,7 +205,8 @@ class Engine(Protocol):
         on_progress: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> Generated:
-        """Make one picture; *should_stop* is asked between steps and ends the job with `Cancelled`."""
+        """Make one picture; *should_stop* is asked between steps and ends the job with
+        `Cancelled`."""
         ...
 
     def close(self) -> None:
@@ -213,4 +221,8 @@ class Backend(Protocol):
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     ) -> Generated:
         """Make one picture. Cancelling the call stops the job and returns when the card is free."""
+        ...
+
+    async def wait_until_ready(self) -> None:
+        """Return once a job could start."""
         ...

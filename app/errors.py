@@ -10,8 +10,8 @@
     ├── WorkerLost             the worker died or its card is unusable; the job is not run again
     └── StartupError           the service cannot start: one sentence and what to do
 
-`Kind` is what crosses the pipe and what `app.api.errors` maps to a status. A message is for the caller: one
-plain sentence with the fix, never a traceback, path or address.
+`Kind` is what crosses the pipe and what `app.api.errors` maps to a status. A message is for the
+caller: one plain sentence with the fix, never a traceback, path or address.
 """
 
 from __future__ import annotations
@@ -66,11 +66,14 @@ class KleinError(Exception):
 
 
 class InvalidRequest(KleinError):
-    """The request cannot be honoured as it stands; *param* names the field, *code* is OpenAI's word."""
+    """The request cannot be honoured as it stands; *param* names the field, *code* is OpenAI's
+    word."""
 
     kind = Kind.INVALID
 
-    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str = "invalid_value"
+    ) -> None:
         super().__init__(message, param=param, code=code)
 
 
@@ -109,7 +112,8 @@ class OutOfMemory(GenerationFailed):
 
 
 class WorkerLost(KleinError):
-    """The worker died, hung or lost its card while the job ran. The job is failed, never run again."""
+    """The worker died, hung or lost its card while the job ran. The job is failed, never run
+    again."""
 
     kind = Kind.FATAL
 

@@ -1,7 +1,8 @@
 """The one reader of the environment.
 
-Every setting is read from `KLEIN_<NAME>` and checked before anything heavy is imported. The docstring under a
-field is its reference text. Only the composition root, the app factory and the command line see this module.
+Every setting is read from `KLEIN_<NAME>` and checked before anything heavy is imported. The
+docstring under a field is its reference text. Only the composition root, the app factory and the
+command line see this module.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Settings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65_535)
     """Port to listen on; 0 takes a free one."""
     model: str = Field(default="auto", min_length=1)
-    """A catalogue key, a local folder or file, or `auto`: klein where a card can hold it, else `shapes`."""
+    """A catalogue key, a local folder or file, or `auto`: klein where a card holds it, else
+    `shapes`."""
     variant: str = "flux.2-klein-4b"
     """For a local path: the catalogue key whose names, defaults and limits it is served under."""
     device: int | Literal["cpu"] = 0
@@ -66,7 +68,7 @@ class Settings(BaseModel):
     list_aliases: bool = False
     """List those aliases in `/v1/models` too."""
     png_metadata: bool = True
-    """Write prompt, seed, steps, guidance, size, model and precision into the picture's metadata."""
+    """Write prompt, seed, steps, guidance, size, model and precision into the picture."""
     docs: bool = True
     """Serve `/docs` and `/openapi.json`."""
     log_format: Literal["text", "json"] = "text"
@@ -118,4 +120,7 @@ def _say(error: ValidationError) -> str:
     """Name the first setting that does not fit, without repeating a value that may be secret."""
     first = error.errors(include_input=False, include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
-    return f"{PREFIX}{name.upper()} has a value that does not fit: {first['msg']}. Correct it and start again."
+    return (
+        f"{PREFIX}{name.upper()} has a value that does not fit: {first['msg']}. "
+        "Correct it and start again."
+    )

@@ -2,9 +2,10 @@
 
     python tools/lock.py
 
-Each list is what pip installs for pyproject.toml, and for that and tests/requirements.in, into an empty
-environment. No hashes, because the CPU and the CUDA build of torch carry the same version and differ in bytes;
-no `+cpu` in torch's version, so that the same line takes the CUDA build where one is offered.
+Each list is what pip installs for pyproject.toml, and for that and tests/requirements.in, into an
+empty environment. No hashes, because the CPU and the CUDA build of torch carry the same version and
+differ in bytes; no `+cpu` in torch's version, so that the same line takes the CUDA build where one
+is offered.
 """
 
 import subprocess
@@ -22,7 +23,7 @@ def freeze(requirements: list[str], constraint: Path | None) -> list[str]:
         subprocess.run(["python3", "-m", "venv", folder], check=True)
         pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
         extra = ["-c", str(constraint)] if constraint else []
-        # torch first and alone: its exact pin decides the build before anything asks for a looser one.
+        # torch first and alone: its exact pin decides the build before a looser one is asked for.
         torch = [r for r in requirements if r.startswith("torch==")]
         subprocess.run([*pip, "install", "--quiet", *torch], check=True)
         subprocess.run([*pip, "install", "--quiet", *extra, *requirements], check=True)

@@ -1,0 +1,84 @@
+"""Takes a job, gives it to the backend, settles it: one on the card at a time.
+
+The next job is taken as soon as the card is free, while the finished picture is still on its way
+here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from app.domain import Backend, Generated, Progress, Stage
+from app.errors import Cancelled, GenerationFailed, KleinError
+from app.jobs.estimate import Estimator
+from app.jobs.job import Job, JobState
+from app.jobs.queue import JobQueue
+
+_log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Drives one backend from one queue; `run` is its life, ended by cancelling it."""
+
+    def __init__(self, queue: JobQueue, backend: Backend, estimator: Estimator) -> None:
+        self._queue = queue
+        self._backend = backend
+        self._estimator = estimator
+        self._tasks: set[asyncio.Task[Generated]] = set()
+
+    async def run(self) -> None:
+        """Serve jobs until cancelled; what runs then is asked to stop and waited for."""
+        try:
+            while True:
+                await self._backend.wait_until_ready()
+                await self._start(await self._queue.take()).wait()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, job: Job) -> asyncio.Event:
+        """Put *job* on the card; the event says when the card could take the next."""
+        free = asyncio.Event()
+
+        def on_progress(progress: Progress) -> None:
+            if progress.stage is Stage.CARD_FREE:
+                free.set()
+            if not job.future.done():
+                job.on_progress(progress)
+
+        task = asyncio.create_task(
+            self._backend.run(job.id, job.spec, on_progress), name=f"job {job.id}"
+        )
+        job.stop = task.cancel
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._finish, job, free))
+        if job.future.done():
+            # The caller left between the taking and here, when there was nothing to stop yet.
+            task.cancel()
+        return free
+
+    def _finish(self, job: Job, free: asyncio.Event, task: asyncio.Task[Generated]) -> None:
+        """Settle *job* with what came of *task*, exactly once."""
+        self._tasks.discard(task)
+        job.stop = None
+        if task.cancelled():
+            job.fail(Cancelled())
+        elif error := task.exception():
+            job.fail(self._translate(job, error))
+        else:
+            result = task.result()
+            self._estimator.learn(job.spec, result.timings.total)
+            job.succeed(result)
+        assert job.state is JobState.RUNNING
+        self._queue.finish(job)
+        free.set()
+
+    @staticmethod
+    def _translate(job: Job, error: BaseException) -> KleinError:
+        if isinstance(error, KleinError):
+            return error
+        _log.error("A job failed inside the service, job=%s.", job.id, exc_info=error)
+        return GenerationFailed("The picture could not be made; the service's log says why.")
