@@ -70,7 +70,7 @@ class StageTimings:
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """The most that torch held on the card during one job, in bytes."""
+    """What torch holds on the card, or the most that it held during one job, in bytes."""
 
     allocated: int
     reserved: int
@@ -87,6 +87,8 @@ class Generated:
     is_prompt_cut: bool
     is_prompt_cached: bool | None = None
     """Whether the prompt's embeddings came from the cache; None where no cache is in use."""
+    held: PeakMemory | None = None
+    """What torch holds on the card once the job is over; None without a card."""
 
 
 class Stage(Enum):

@@ -49,6 +49,9 @@ class Settings(BaseModel):
     """Seconds until a request is given up, besides four times its predicted time."""
     load_limit_s: Seconds = 1800.0
     """Seconds that loading, compiling and warming up may take together."""
+    watchdog_s: Seconds = 60.0
+    """Seconds that a running job may be silent (or 20 predicted steps, if longer) until the worker
+    counts as hung and is replaced."""
     max_pixels: int = Field(default=4_194_304, ge=1_835_008, le=16_777_216)
     """Largest output in pixels."""
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)

@@ -42,3 +42,7 @@ class Estimator:
     def predict(self, spec: ImageSpec) -> float:
         """Seconds that *spec* will take on the card."""
         return self._seconds_per_work * work(spec)
+
+    def predict_step(self, spec: ImageSpec) -> float:
+        """Seconds that one denoising step of *spec* will take."""
+        return self.predict(spec) / spec.num_inference_steps

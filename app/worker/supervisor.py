@@ -118,6 +118,16 @@ class Supervisor:
         return self._is_ready.is_set()
 
     @property
+    def load_progress(self) -> float | None:
+        """How far the model has come, 0..1, where that is known."""
+        return self.progress.fraction
+
+    @property
+    def reason(self) -> str:
+        """Why no job could start now, in words; empty where one could."""
+        return "" if self.is_ready else self.progress.detail or f"The worker is {self.stage}."
+
+    @property
     def pid(self) -> int | None:
         """The worker's process id, None while there is none."""
         return self._handle.pid if self._handle else None

@@ -1,0 +1,193 @@
+"""`klein serve`: bind the port, run the service, end it as it deserves.
+
+Uvicorn closes its socket at the first SIGTERM; a load balancer would then see refused connections
+while jobs are still running. So the signals are ours: the first makes /health/ready say 503 while
+the port still listens and everything accepted is finished; the second ends at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import uvicorn
+
+from app import logs
+from app.api.app import create_app
+from app.domain import ModelInfo
+from app.engine import create_engine
+from app.errors import StartupError
+from app.runtime import Runtime, build_runtime
+from app.settings import Settings
+from app.worker.child import EngineFactory
+
+_log = logging.getLogger("app.serve")
+
+EXIT_SECOND_SIGNAL = 143
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's own options."""
+    parser = commands.add_parser("serve", help="start the service")
+    parser.add_argument("--host", help="address to listen on (KLEIN_HOST)")
+    parser.add_argument("--port", type=int, help="port to listen on (KLEIN_PORT)")
+    parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
+    parser.set_defaults(
+        run=run, settings=lambda given: {name: getattr(given, name) for name in _OPTIONS}
+    )
+
+
+_OPTIONS = ("host", "port", "model")
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Serve until told to stop; return the exit code."""
+    return serve(settings)
+
+
+def serve(settings: Settings, *, make_engine: EngineFactory = create_engine) -> int:
+    """Serve with *settings*; *make_engine* goes to the composition root (a test's own engine)."""
+    logs.set_up(style=settings.log_format, level=settings.log_level)
+    _check_exposure(settings)
+    with contextlib.closing(_bind(settings)) as listener:
+        return asyncio.run(_Service(settings, listener, make_engine).run())
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Service:
+    """The life of one service process: start, serve, drain, end."""
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket, make_engine: EngineFactory
+    ) -> None:
+        self._listener = listener
+        self._make_engine = make_engine
+        self._runtime: Runtime | None = None
+        self._exit_code = 0
+        self._draining: asyncio.Task[None] | None = None
+        app = create_app(settings, self._build)
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=30,
+            )
+        )
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        await self._server.serve(sockets=[self._listener])
+        if not self._server.started:
+            return 1
+        return self._exit_code
+
+    def _build(self, settings: Settings) -> Runtime:
+        self._runtime = runtime = build_runtime(settings, make_engine=self._make_engine)
+        runtime.on_ready.append(partial(_say_ready, address(self._listener), runtime.model.note))
+        runtime.ended.add_done_callback(lambda ended: self._on_ended())
+        return runtime
+
+    def _on_signal(self) -> None:
+        if self._runtime is None or self._draining is not None:
+            self._server.should_exit = True
+            self._server.force_exit = True
+            self._exit_code = EXIT_SECOND_SIGNAL
+            return
+        _log.info("Told to stop: taking nothing new, finishing what was accepted.")
+        self._draining = asyncio.get_running_loop().create_task(self._drain(self._runtime))
+
+    async def _drain(self, runtime: Runtime) -> None:
+        await runtime.wait_until_drained(runtime.drain())
+        self._server.should_exit = True
+
+    def _on_ended(self) -> None:
+        assert self._runtime is not None
+        ended = self._runtime.ended.result()
+        print(f"klein: {ended.message}", file=sys.stderr, flush=True)
+        self._exit_code = ended.exit_code
+        self._server.should_exit = True
+
+
+def address(listener: socket.socket) -> str:
+    """The URL under which *listener* can be reached from this machine."""
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _say_ready(url: str, note: str, info: ModelInfo) -> None:
+    """One line each: model, precision, plan, address, first request."""
+    _log.info(
+        "Model %s on %s, loaded in %.1f s.%s",
+        info.model,
+        info.device,
+        info.load_s,
+        f" {note}" if note else "",
+    )
+    _log.info("Precision %s: %s.", info.precision, info.precision_reason)
+    _log.info("Memory plan %s: %s.", info.plan, "; ".join(info.plan_reasons))
+    _log.info("Ready at %s (pages: /docs, /metrics, /health).", url)
+    _log.info(
+        "First request: curl -X POST %s/generate -H 'content-type: application/json' "
+        '-d \'{"prompt":"a red circle"}\' -o a.png',
+        url,
+    )
+
+
+def _check_exposure(settings: Settings) -> None:
+    """Refuse to serve everyone by accident."""
+    if settings.api_keys or settings.trust_network or _is_loopback(settings.host):
+        return
+    raise StartupError(
+        f"{settings.host} can be reached from other machines and no key is set; "
+        "set KLEIN_API_KEYS, or listen on 127.0.0.1, or set KLEIN_TRUST_NETWORK=true."
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Take the port before anything heavy is started."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(2048)
+    except OSError as error:
+        raise StartupError(
+            f"Port {settings.port} of {settings.host} cannot be taken ({error.strerror}); "
+            "stop what uses it or choose another with --port."
+        ) from None
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,495 @@
+"""The one door: check a spec against the limits, let it wait, encode what comes back, count it.
+
+It knows no HTTP and no torch. A request becomes a `Ticket` of one job per image; a ticket is
+accepted whole or not at all, and ends once: with every picture, or with the first error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from app import images
+from app.domain import (
+    Generated,
+    ImageSpec,
+    ModelCard,
+    ModelInfo,
+    PeakMemory,
+    Progress,
+    RawImage,
+    Stage,
+)
+from app.errors import Cancelled, InvalidRequest, Kind, OutOfMemory, Unavailable
+from app.images import OutputFormat
+from app.jobs.estimate import Estimator
+from app.jobs.job import Job
+from app.jobs.queue import JobQueue
+from app.telemetry.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+MAX_SEED = 2**53 - 1
+"""The largest seed: JavaScript's numbers must carry it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """What the service is told: limits and manners, in seconds and pixels."""
+
+    deadline_s: float
+    max_pixels: int
+    has_metadata: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One finished picture, encoded. *seconds* has the stage words of the metrics."""
+
+    data: bytes = field(repr=False)
+    format: str
+    media_type: str
+    width: int
+    height: int
+    seed: int
+    seconds: Mapping[str, float]
+    peak: PeakMemory | None
+    prompt_tokens: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the service stands, for /health and for people."""
+
+    stage: str
+    is_ready: bool
+    progress: float | None
+    reason: str
+    info: ModelInfo | None
+    queue_size: int
+    queue_capacity: int
+    running: int
+    estimated_wait_s: float
+    worker_restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """*position* jobs start before this one."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """*step* of *steps* are done; *stage* is one of the stage words."""
+
+    stage: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A picture of the running latents, perhaps smaller than the final one."""
+
+    index: int
+    picture: bytes = field(repr=False)
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The picture."""
+
+    picture: Picture
+
+
+TicketEvent = Queued | Stepped | Preview | Finished
+
+
+class WorkerState(Protocol):
+    """What the service wants to know of the worker's side."""
+
+    stage: str
+    info: ModelInfo | None
+    restart_count: int
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a job could start."""
+
+    @property
+    def load_progress(self) -> float | None:
+        """How far the model has come, 0..1, where that is known."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, in words."""
+
+
+def warm_up_spec(card: ModelCard) -> ImageSpec:
+    """The picture that a worker makes before it is ready: the model's defaults, always the same."""
+    return ImageSpec(
+        prompt="a red circle on a blue background",
+        width=card.default_width,
+        height=card.default_height,
+        num_inference_steps=card.default_steps,
+        guidance_scale=card.default_guidance,
+        seed=0,
+    )
+
+
+class ImageService:
+    """Used from the event loop's thread only. `drain` closes the door; what is inside is
+    finished."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        config: ServiceConfig,
+        queue: JobQueue,
+        estimator: Estimator,
+        worker: WorkerState,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.card = card
+        self._config = config
+        self._queue = queue
+        self._estimator = estimator
+        self._worker = worker
+        self._metrics = metrics
+        self._clock = clock
+        self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
+        self._is_draining = False
+        self.held_memory: PeakMemory | None = None
+        """What torch held on the card after the last picture."""
+        self._longest_deadline = 0.0
+
+    def status(self) -> Status:
+        """Where the service stands now."""
+        worker = self._worker
+        stage = "draining" if self._is_draining else worker.stage
+        return Status(
+            stage=stage,
+            is_ready=worker.is_ready and not self._is_draining,
+            progress=worker.load_progress,
+            reason="The service is shutting down." if self._is_draining else worker.reason,
+            info=worker.info,
+            queue_size=self._queue.size,
+            queue_capacity=self._queue.capacity,
+            running=self._queue.running,
+            estimated_wait_s=self._queue.expected_wait_s(),
+            worker_restarts=worker.restart_count,
+        )
+
+    def check_open(self, images: int = 1) -> None:
+        """Refuse *images* more before anything is read or decoded, if they cannot be taken.
+
+        Raises:
+            InvalidRequest: they would not fit into the empty queue either.
+            Unavailable: they cannot be taken now.
+        """
+        if images > self._queue.capacity:
+            raise InvalidRequest(
+                f"n is {images}, but at most {self._queue.capacity} images may wait here; "
+                "ask for fewer at a time.",
+                param="n",
+            )
+        retry_s = self._retry_after_s()
+        if self._is_draining:
+            raise self._unavailable(Kind.DRAINING, "The service is shutting down", retry_s)
+        if self._worker.info is None:
+            raise self._unavailable(Kind.LOADING, "The model is still being loaded", retry_s)
+        if not self._queue.has_room(images):
+            raise self._unavailable(Kind.QUEUE_FULL, "The queue is full", retry_s)
+        if not self._worker.is_ready:
+            raise self._unavailable(Kind.WORKER_DOWN, "The worker is being restarted", retry_s)
+
+    def check(self, spec: ImageSpec) -> None:
+        """Refuse what the model or the memory plan cannot do, naming what it can.
+
+        Raises:
+            InvalidRequest: with the field's name.
+        """
+        card = self.card
+        if not 1 <= spec.num_inference_steps <= card.max_steps:
+            raise InvalidRequest(
+                f"num_inference_steps must be between 1 and {card.max_steps}.",
+                param="num_inference_steps",
+            )
+        if card.is_distilled and spec.guidance_scale != card.default_guidance:
+            raise InvalidRequest(
+                f"{card.id} is distilled: guidance_scale must be {card.default_guidance}.",
+                param="guidance_scale",
+                code="unsupported_value",
+            )
+        sides = (spec.width, spec.height)
+        if any(side % 16 or not card.min_side <= side <= card.max_side for side in sides):
+            raise InvalidRequest(
+                f"Width and height must be multiples of 16 between {card.min_side} "
+                f"and {card.max_side}.",
+                param="size",
+            )
+        self._check_memory(spec)
+
+    def _check_memory(self, spec: ImageSpec) -> None:
+        count = len(spec.references)
+        if count > self.card.max_references:
+            raise InvalidRequest(
+                f"{count} reference images were sent, but {self.card.id} takes at most "
+                f"{self.card.max_references}.",
+                param="image",
+                code="array_above_max_length",
+            )
+        limit = self.max_pixels(count)
+        if spec.pixels > limit:
+            side = math.isqrt(limit) // 16 * 16
+            beside = f" with {count} reference images" if count else ""
+            raise InvalidRequest(
+                f"{spec.width}x{spec.height} is more than this service can make{beside}; "
+                f"the most is {limit} pixels, for example {side}x{side}.",
+                param="size",
+            )
+
+    def max_pixels(self, references: int) -> int:
+        """The largest output, in pixels, beside so many reference images; 0 where none fits."""
+        limit = min(self.card.max_pixels, self._config.max_pixels)
+        info = self._worker.info
+        if info is None or not info.max_pixels:
+            return limit
+        return min(limit, info.max_pixels[min(references, len(info.max_pixels) - 1)])
+
+    def predict_s(self, specs: Sequence[ImageSpec]) -> float:
+        """Seconds that *specs* will take on the card, one after the other."""
+        return sum(self._estimator.predict(spec) for spec in specs)
+
+    def random_seed(self) -> int:
+        """A seed nobody chose."""
+        return secrets.randbelow(MAX_SEED + 1)
+
+    def submit(
+        self,
+        specs: Sequence[ImageSpec],
+        *,
+        client: str,
+        output: OutputFormat,
+        deadline_s: float | None = None,
+    ) -> Ticket:
+        """Let all of *specs* wait for the card, or none; *deadline_s* may only shorten the
+        deadline.
+
+        Raises:
+            InvalidRequest: a spec is beyond the limits.
+            Unavailable: there is no room, or the deadline would pass before the last is done.
+        """
+        for spec in specs:
+            self.check(spec)
+        self.check_open(len(specs))
+        predicted_s = self.predict_s(specs)
+        allowed_s = self._config.deadline_s + 4 * predicted_s
+        if deadline_s is not None:
+            allowed_s = min(allowed_s, deadline_s)
+        if self._queue.expected_wait_s() + predicted_s > allowed_s:
+            raise self._unavailable(
+                Kind.QUEUE_FULL,
+                "The queue is so long that the picture would miss its deadline",
+                self._retry_after_s(),
+            )
+        now = self._clock()
+        self._longest_deadline = max(self._longest_deadline, now + allowed_s)
+        loop = asyncio.get_running_loop()
+        jobs = [
+            Job(
+                id=secrets.token_hex(8),
+                spec=spec,
+                client=client,
+                deadline=now + allowed_s,
+                future=loop.create_future(),
+                predicted_s=self._estimator.predict(spec),
+            )
+            for spec in specs
+        ]
+        ticket = Ticket(self, jobs, output)
+        self._queue.submit(jobs, retry_after_s=self._retry_after_s())
+        return ticket
+
+    def drain(self) -> float:
+        """Take nothing new; return the seconds until the last accepted job's deadline."""
+        self._is_draining = True
+        return max(0.0, self._longest_deadline - self._clock())
+
+    async def wait_until_idle(self) -> None:
+        """Return once everything accepted has ended."""
+        await self._queue.wait_until_empty()
+
+    def close(self) -> None:
+        """Let go of the encoding threads."""
+        self._encoders.shutdown(wait=True, cancel_futures=True)
+
+    # For Ticket.
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for *jobs* any more."""
+        for job in jobs:
+            self._queue.cancel(job)
+
+    def position(self, job: Job) -> int:
+        """How many jobs start before *job*."""
+        return self._queue.position(job)
+
+    async def encode(self, image: RawImage, output: OutputFormat, note: dict[str, str]) -> bytes:
+        """Encode in a thread, while the card and the event loop go on."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._encoders,
+            images.encode,
+            image,
+            output,
+            note if self._config.has_metadata else None,
+        )
+
+    async def finish(self, job: Job, output: OutputFormat) -> Picture:
+        """Wait for *job*, encode what it made, and count it."""
+        try:
+            # Shielded: cancelling this wait must leave the job to the queue, which alone ends it.
+            generated = await asyncio.shield(job.future)
+        except OutOfMemory:
+            self._metrics.image_out_of_memory()
+            raise
+        self.held_memory = generated.held
+        started = self._clock()
+        data = await self.encode(generated.image, output, self._note(job.spec))
+        now = self._clock()
+        seconds = {
+            "queue": job.queued_s or 0.0,
+            "text": generated.timings.text,
+            "reference": generated.timings.reference,
+            "denoise": generated.timings.denoise,
+            "decode": generated.timings.decode,
+            "encode": now - started,
+            "total": now - job.submitted_at,
+        }
+        self._metrics.image_finished(
+            generated, seconds, "edit" if job.spec.references else "generate"
+        )
+        return Picture(
+            data=data,
+            format=output.format,
+            media_type=output.media_type,
+            width=generated.image.width,
+            height=generated.image.height,
+            seed=job.spec.seed,
+            seconds=seconds,
+            peak=generated.peak,
+            prompt_tokens=generated.prompt_tokens,
+            warnings=self._warnings(generated),
+        )
+
+    def _warnings(self, generated: Generated) -> tuple[str, ...]:
+        if generated.is_prompt_cut:
+            return (f"prompt cut to {self.card.max_sequence_length} tokens",)
+        return ()
+
+    def _note(self, spec: ImageSpec) -> dict[str, str]:
+        """What is written into the picture; references and masks are not."""
+        info = self._worker.info
+        return {
+            "prompt": spec.prompt,
+            "seed": str(spec.seed),
+            "steps": str(spec.num_inference_steps),
+            "guidance": str(spec.guidance_scale),
+            "size": f"{spec.width}x{spec.height}",
+            "model": self.card.id,
+            "precision": info.precision if info else "",
+        }
+
+    def _unavailable(self, kind: Kind, what: str, retry_s: int) -> Unavailable:
+        return Unavailable(f"{what}; try again in {retry_s} s.", kind=kind, retry_after_s=retry_s)
+
+    def _retry_after_s(self) -> int:
+        """When to come again: the wait that is expected now, with jitter, within 1..60."""
+        wait_s = math.ceil(self._queue.expected_wait_s())
+        if not self._worker.is_ready:
+            wait_s = max(wait_s, 5)
+        jitter_s = random.randint(0, 1 + wait_s // 4)
+        return max(1, min(60, wait_s + jitter_s))
+
+
+class Ticket:
+    """One accepted request of n images. Await `pictures`, or read `events` where n is 1."""
+
+    def __init__(self, service: ImageService, jobs: Sequence[Job], output: OutputFormat) -> None:
+        self._service = service
+        self._jobs = jobs
+        self._output = output
+
+    def cancel(self) -> None:
+        """The caller has gone: what waits never runs, what runs stops at its next step."""
+        self._service.cancel(self._jobs)
+
+    async def pictures(self) -> list[Picture]:
+        """Wait for all, in the order of the specs.
+
+        Cancelling the call cancels the jobs.
+
+        Raises:
+            KleinError: the first error; the other jobs are cancelled.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._service.finish(job, self._output)) for job in self._jobs
+                ]
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        finally:
+            self.cancel()
+        return [task.result() for task in tasks]
+
+    async def events(self) -> AsyncIterator[TicketEvent]:
+        """Yield what happens to the only job, `Finished` last; closing the iterator cancels it.
+
+        Raises:
+            KleinError: where there is no picture.
+        """
+        (job,) = self._jobs
+        moved: asyncio.Queue[Progress | None] = asyncio.Queue()
+        job.on_progress = moved.put_nowait
+        finishing = asyncio.ensure_future(self._service.finish(job, self._output))
+        finishing.add_done_callback(lambda task: moved.put_nowait(None))
+        previews = 0
+        try:
+            yield Queued(self._service.position(job))
+            while (progress := await moved.get()) is not None:
+                if progress.preview is not None:
+                    yield await self._preview(progress.preview, previews)
+                    previews += 1
+                elif progress.stage is not Stage.CARD_FREE:
+                    yield Stepped(progress.stage.value, progress.step, progress.steps)
+            yield Finished(await finishing)
+        finally:
+            self.cancel()
+            finishing.cancel()
+            await asyncio.wait([finishing])
+
+    async def _preview(self, image: RawImage, index: int) -> Preview:
+        data = await self._service.encode(image, self._output, {})
+        return Preview(index, data, self._output.media_type)
+
+
+def _first(errors: BaseExceptionGroup) -> BaseException:
+    """The error that ended the group; those that followed from it are `Cancelled`."""
+    own = [error for error in errors.exceptions if not isinstance(error, Cancelled)]
+    return (own or list(errors.exceptions))[0]

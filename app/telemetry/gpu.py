@@ -1,0 +1,107 @@
+"""What NVML says of the card: one reading at a time, never more often than once a second.
+
+No torch here. Without a card, a driver or NVML the answer is None, and the metrics are absent
+rather than zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from app.domain import GpuSnapshot
+
+_log = logging.getLogger(__name__)
+
+CACHE_S = 1.0
+
+
+def _load_nvml() -> Any:
+    import pynvml
+
+    return pynvml
+
+
+class Card:
+    """One card by index. `read` may be called from any thread.
+
+    *load_nvml* gives the `pynvml` module or, in tests, something with the same functions.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        load_nvml: Callable[[], Any] = _load_nvml,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._index = index
+        self._load_nvml = load_nvml
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._nvml: Any = None
+        self._is_absent = False
+        self._last: GpuSnapshot | None = None
+        self._read_at = float("-inf")
+
+    def read(self) -> GpuSnapshot | None:
+        """Read the card, or give the last reading where that is younger than a second."""
+        with self._lock:
+            if self._is_absent:
+                return None
+            if self._clock() - self._read_at >= CACHE_S:
+                self._last = self._read()
+                self._read_at = self._clock()
+            return self._last
+
+    def driver_version(self) -> str | None:
+        """The driver's version, or None where there is none."""
+        if self.read() is None:
+            return None
+        return _text(self._nvml.nvmlSystemGetDriverVersion())
+
+    def _read(self) -> GpuSnapshot | None:
+        try:
+            if self._nvml is None:
+                nvml = self._load_nvml()
+                nvml.nvmlInit()
+                self._nvml = nvml
+            return self._snapshot()
+        except Exception as error:
+            if self._nvml is None:
+                self._is_absent = True
+            _log.debug("NVML gave no reading: %s.", type(error).__name__)
+            return None
+
+    def _snapshot(self) -> GpuSnapshot:
+        nvml = self._nvml
+        card = nvml.nvmlDeviceGetHandleByIndex(self._index)
+        memory = nvml.nvmlDeviceGetMemoryInfo(card)
+        utilization = self._optional(lambda: nvml.nvmlDeviceGetUtilizationRates(card).gpu / 100)
+        power = self._optional(lambda: nvml.nvmlDeviceGetPowerUsage(card) / 1000)
+        temperature = self._optional(
+            lambda: float(nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU))
+        )
+        return GpuSnapshot(
+            name=_text(nvml.nvmlDeviceGetName(card)),
+            uuid=_text(nvml.nvmlDeviceGetUUID(card)),
+            used_bytes=int(memory.used),
+            total_bytes=int(memory.total),
+            utilization_ratio=utilization,
+            power_watts=power,
+            temperature_celsius=temperature,
+        )
+
+    def _optional(self, read: Callable[[], float]) -> float | None:
+        """Some cards answer NOT_SUPPORTED to some questions: no reading, not an error."""
+        try:
+            return float(read())
+        except self._nvml.NVMLError:
+            return None
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

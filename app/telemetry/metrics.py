@@ -1,0 +1,302 @@
+"""Every metric of the service: its name, labels and buckets are here and nowhere else.
+
+All in one process, so no multiprocess directory; the worker sends numbers over its pipe. Labels
+take values from fixed sets only: never a prompt, an id or anything a caller writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from app.domain import Generated, GpuSnapshot, ModelInfo, PeakMemory
+
+STAGES = ("queue", "text", "reference", "denoise", "decode", "encode", "total")
+OUTCOMES = (
+    "ok", "invalid", "unauthorized", "rejected", "cancelled", "deadline", "oom", "error",
+)  # fmt: skip
+REJECTIONS = ("queue_full", "loading", "draining", "worker_down", "rate_limit")
+RESTARTS = ("fatal_cuda", "killed", "hang", "startup")
+
+IMAGE_BUCKETS = (
+    .005, .01, .02, .05, .1, .2, .35, .5, .75, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 30, 60, 120, 300,
+)  # fmt: skip
+STEP_BUCKETS = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5)  # fmt: skip
+VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
+
+
+class Gauges(Protocol):
+    """What the gauges read at the moment of a scrape."""
+
+    @property
+    def queue_size(self) -> int: ...
+    @property
+    def queue_capacity(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def is_worker_up(self) -> bool: ...
+    @property
+    def estimated_wait_s(self) -> float: ...
+    @property
+    def loop_lag_s(self) -> float: ...
+
+
+class Metrics:
+    """The service's own registry. Touched from the event loop's thread; scraped from anywhere."""
+
+    def __init__(self, *, version: str) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self._version = version
+        self._gpu = "cpu"
+        self._make_histograms(registry)
+        self._make_counters(registry)
+        self._make_gauges(registry)
+
+    def _make_histograms(self, registry: CollectorRegistry) -> None:
+        self._image_duration = Histogram(
+            "klein_image_duration_seconds",
+            "Seconds per image by stage, on this card.",
+            ["gpu", "stage"],
+            buckets=IMAGE_BUCKETS,
+            registry=registry,
+        )
+        self._image_peak = Histogram(
+            "klein_image_peak_vram_bytes",
+            "The most memory that torch held on the card during one image.",
+            ["gpu", "kind"],
+            buckets=VRAM_BUCKETS,
+            registry=registry,
+        )
+        self._request_duration = Histogram(
+            "klein_request_duration_seconds",
+            "Seconds from a request's first byte to its answer's last.",
+            ["route", "outcome"],
+            buckets=IMAGE_BUCKETS,
+            registry=registry,
+        )
+        self._queue_wait = Histogram(
+            "klein_queue_wait_seconds",
+            "Seconds that an image waited for the card.",
+            buckets=IMAGE_BUCKETS,
+            registry=registry,
+        )
+        self._step_duration = Histogram(
+            "klein_step_duration_seconds",
+            "Seconds per denoising step.",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+
+    def _make_counters(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "klein_requests",
+            "Requests by route and outcome.",
+            ["route", "outcome"],
+            registry=registry,
+        )
+        self._rejected = Counter(
+            "klein_requests_rejected",
+            "Requests that could not be taken, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self._images = Counter(
+            "klein_images", "Finished images by mode.", ["mode"], registry=registry
+        )
+        self._pixels = Counter(
+            "klein_image_pixels", "Pixels of finished images.", registry=registry
+        )
+        self._oom = Counter(
+            "klein_oom", "Images that failed for want of card memory.", registry=registry
+        )
+        self._restarts = Counter(
+            "klein_worker_restarts", "Workers lost, by reason.", ["reason"], registry=registry
+        )
+        self._busy = Counter(
+            "klein_gpu_busy_seconds", "Seconds that the card worked on images.", registry=registry
+        )
+        self._cache = Counter(
+            "klein_prompt_cache_requests",
+            "Prompts looked up in the embedding cache, by result.",
+            ["result"],
+            registry=registry,
+        )
+        for reason in REJECTIONS:
+            self._rejected.labels(reason)
+        for reason in RESTARTS:
+            self._restarts.labels(reason)
+        for mode in ("generate", "edit"):
+            self._images.labels(mode)
+        for result in ("hit", "miss"):
+            self._cache.labels(result)
+
+    def _make_gauges(self, registry: CollectorRegistry) -> None:
+        self._last_peak = Gauge(
+            "klein_last_image_peak_vram_bytes",
+            "The most memory that torch held on the card during the last image.",
+            ["gpu", "kind"],
+            registry=registry,
+        )
+        self._queue_size = Gauge("klein_queue_size", "Images that wait.", registry=registry)
+        self._queue_capacity = Gauge(
+            "klein_queue_capacity", "Images that may wait.", registry=registry
+        )
+        self._running = Gauge(
+            "klein_requests_running",
+            "Images on the card or on their way from it.",
+            registry=registry,
+        )
+        self._ready = Gauge("klein_ready", "1 where a request would be taken.", registry=registry)
+        self._worker_up = Gauge(
+            "klein_worker_up", "1 where a worker process is there.", registry=registry
+        )
+        self._load_duration = Gauge(
+            "klein_model_load_duration_seconds",
+            "Seconds from the last worker's start to its first picture.",
+            registry=registry,
+        )
+        self._loop_lag = Gauge(
+            "klein_event_loop_lag_seconds",
+            "How late the event loop woke, the most since the last scrape.",
+            registry=registry,
+        )
+        self._estimated_wait = Gauge(
+            "klein_estimated_wait_seconds", "How long a new image would wait.", registry=registry
+        )
+        self._build_info = Gauge(
+            "klein_build_info", "Versions.", ["version", "torch", "cuda"], registry=registry
+        )
+        self._model_info = Gauge(
+            "klein_model_info",
+            "What is served and how.",
+            ["model", "revision", "precision", "plan"],
+            registry=registry,
+        )
+
+    def watch(self, gauges: Gauges) -> None:
+        """Read *gauges* at every scrape."""
+        self._loop_lag.set_function(lambda: gauges.loop_lag_s)
+        self._queue_size.set_function(lambda: gauges.queue_size)
+        self._queue_capacity.set_function(lambda: gauges.queue_capacity)
+        self._running.set_function(lambda: gauges.running)
+        self._ready.set_function(lambda: float(gauges.is_ready))
+        self._worker_up.set_function(lambda: float(gauges.is_worker_up))
+        self._estimated_wait.set_function(lambda: gauges.estimated_wait_s)
+
+    def watch_card(
+        self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
+    ) -> None:
+        """Read the card, and what torch holds of it, at every scrape."""
+        self.registry.register(_CardCollector(read, torch_memory))
+
+    def model_ready(self, info: ModelInfo, load_s: float) -> None:
+        """A worker answers; *load_s* seconds after its start."""
+        self._gpu = info.device
+        self._load_duration.set(load_s)
+        self._build_info.clear()
+        self._build_info.labels(self._version, info.torch, info.cuda or "none").set(1)
+        self._model_info.clear()
+        self._model_info.labels(info.model, info.revision, info.precision, info.plan).set(1)
+
+    def image_finished(self, generated: Generated, seconds: dict[str, float], mode: str) -> None:
+        """An image is ready; *seconds* by stage word, *mode* `generate` or `edit`."""
+        for stage, value in seconds.items():
+            self._image_duration.labels(self._gpu, stage).observe(value)
+        self._queue_wait.observe(seconds["queue"])
+        for step in generated.timings.steps:
+            self._step_duration.observe(step)
+        if peak := generated.peak:
+            for kind, size in (("allocated", peak.allocated), ("reserved", peak.reserved)):
+                self._image_peak.labels(self._gpu, kind).observe(size)
+                self._last_peak.labels(self._gpu, kind).set(size)
+        if generated.is_prompt_cached is not None:
+            self._cache.labels("hit" if generated.is_prompt_cached else "miss").inc()
+        self._images.labels(mode).inc()
+        self._pixels.inc(generated.image.width * generated.image.height)
+        self._busy.inc(generated.timings.total)
+
+    def image_out_of_memory(self) -> None:
+        """An image failed for want of card memory."""
+        self._oom.inc()
+
+    def worker_lost(self, reason: str) -> None:
+        """The worker has gone, for one of `RESTARTS`."""
+        self._restarts.labels(reason).inc()
+
+    def request_finished(self, route: str, outcome: str, seconds: float) -> None:
+        """A request on *route* (a template, never a caller's path) ended with one of `OUTCOMES`."""
+        self._requests.labels(route, outcome).inc()
+        self._request_duration.labels(route, outcome).observe(seconds)
+
+    def request_rejected(self, reason: str) -> None:
+        """A request could not be taken, for one of `REJECTIONS`."""
+        self._rejected.labels(reason).inc()
+
+    def exposition(self) -> tuple[bytes, str]:
+        """The scrape: body and content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+
+class _CardCollector(Collector):
+    """Reads the card when scraped; without one it says nothing."""
+
+    def __init__(
+        self,
+        read: Callable[[], GpuSnapshot | None],
+        torch_memory: Callable[[], PeakMemory | None],
+    ) -> None:
+        self._read = read
+        self._torch_memory = torch_memory
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Yield one family per reading that the card gives."""
+        snapshot = self._read()
+        if snapshot is None:
+            return
+        torch_memory = self._torch_memory()
+        readings = (
+            ("memory_used_bytes", "Used memory of the card.", snapshot.used_bytes),
+            ("memory_total_bytes", "Memory of the card.", snapshot.total_bytes),
+            (
+                "utilization_ratio",
+                "Share of time that the card was busy.",
+                snapshot.utilization_ratio,
+            ),
+            ("power_watts", "Power that the card draws.", snapshot.power_watts),
+            ("temperature_celsius", "Temperature of the card.", snapshot.temperature_celsius),
+            (
+                "torch_allocated_bytes",
+                "Memory of the card that torch's tensors hold between images.",
+                torch_memory.allocated if torch_memory else None,
+            ),
+            (
+                "torch_reserved_bytes",
+                "Memory of the card that torch keeps reserved between images.",
+                torch_memory.reserved if torch_memory else None,
+            ),
+        )
+        for name, text, value in readings:
+            if value is not None:
+                family = GaugeMetricFamily(f"klein_gpu_{name}", text, labels=["gpu", "uuid"])
+                family.add_metric([snapshot.name, snapshot.uuid], value)
+                yield family
