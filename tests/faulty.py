@@ -1,0 +1,182 @@
+"""An engine with scripted faults, and an entry point that gives it to the composition root.
+
+    python -m tests.faulty slow=0.2 oom@3 exit@5
+
+`fault@n` strikes at the n-th picture of a worker process, `slow=s` makes every picture take *s*
+seconds (split over its steps). Faults: `oom`, `sticky` (the card is lost), `hang` (a step never
+returns), `exit` (the process dies), `fail`. `load=s` makes loading take *s* seconds, `startfail`
+makes it fail, `once=PATH` lets faults strike only while PATH does not exist and creates it. No
+setting of the service selects this engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from app.domain import (
+    Generated,
+    ImageSpec,
+    LoadProgress,
+    ModelInfo,
+    PeakMemory,
+    Progress,
+    RawImage,
+    Stage,
+    StageTimings,
+)
+from app.engine.config import EngineConfig
+from app.errors import Cancelled, GenerationFailed, OutOfMemory, StartupError, WorkerLost
+
+
+@dataclass(frozen=True)
+class Script:
+    """What goes wrong, and when."""
+
+    faults: dict[int, str] = field(default_factory=dict)
+    slow_s: float = 0.0
+    load_s: float = 0.0
+    start_fails: bool = False
+    once: str | None = None
+    trace: str | None = None
+
+    @classmethod
+    def parse(cls, words: list[str]) -> Script:
+        """Read the command line's words."""
+        script = cls()
+        for word in words:
+            if "@" in word:
+                fault, _, count = word.partition("@")
+                script = replace(script, faults={**script.faults, int(count): fault})
+            elif word == "startfail":
+                script = replace(script, start_fails=True)
+            else:
+                key, _, value = word.partition("=")
+                name = {"slow": "slow_s", "load": "load_s"}.get(key, key)
+                script = replace(
+                    script, **{name: value if key in {"once", "trace"} else float(value)}
+                )
+        return script
+
+
+class FaultyEngine:
+    """Makes pictures whose pixels depend on the spec alone, and fails as told."""
+
+    def __init__(self, config: EngineConfig, script: Script) -> None:
+        self._config = config
+        self._script = script
+        self._count = 0
+
+    def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
+        """Take the scripted time, then be ready."""
+        if self._script.start_fails:
+            raise StartupError("The scripted engine does not start; this is what was asked for.")
+        on_progress(LoadProgress("loading", 0.5, "Reading the weights."))
+        time.sleep(self._script.load_s)
+        return ModelInfo(
+            model=self._config.model,
+            revision="scripted",
+            device="cpu",
+            precision="fp32",
+            precision_reason="scripted",
+            plan="resident",
+            plan_reasons=("scripted",),
+            max_pixels=(),
+            torch="none",
+            cuda=None,
+            warm_up_s=max(self._script.slow_s, 0.001),
+        )
+
+    def generate(
+        self,
+        spec: ImageSpec,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> Generated:
+        """Step through the spec; strike where the script says so."""
+        self._count += 1
+        fault = self._script.faults.get(self._count)
+        if fault and self._script.once:
+            if Path(self._script.once).exists():
+                fault = None
+            else:
+                Path(self._script.once).touch()
+        started = time.monotonic()
+        steps = []
+        for step in range(spec.num_inference_steps):
+            if should_stop():
+                self._trace(f"stopped {step}")
+                raise Cancelled
+            if step == spec.num_inference_steps // 2 and fault:
+                _strike(fault)
+            begun = time.monotonic()
+            time.sleep(self._script.slow_s / spec.num_inference_steps)
+            steps.append(time.monotonic() - begun)
+            on_progress(Progress(Stage.DENOISE, step + 1, spec.num_inference_steps))
+        self._trace("finished")
+        return Generated(
+            image=draw(spec),
+            timings=StageTimings(0.0, 0.0, time.monotonic() - started, 0.0, tuple(steps)),
+            peak=PeakMemory(1, 2),
+            prompt_tokens=512,
+            is_prompt_cut=False,
+            is_prompt_cached=False,
+        )
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _trace(self, line: str) -> None:
+        if self._script.trace:
+            with Path(self._script.trace).open("a") as file:
+                file.write(line + "\n")
+
+
+def draw(spec: ImageSpec) -> RawImage:
+    """One colour, decided by prompt and seed."""
+    colour = hashlib.sha256(f"{spec.prompt}|{spec.seed}".encode()).digest()[:3]
+    return RawImage(spec.width, spec.height, colour * (spec.width * spec.height))
+
+
+def _strike(fault: str) -> None:
+    if fault == "oom":
+        raise OutOfMemory("The card has no room for this picture; ask for a smaller one.")
+    if fault == "sticky":
+        raise WorkerLost("The card reported an error that only a new worker process can mend.")
+    if fault == "fail":
+        raise GenerationFailed("The picture could not be made.")
+    if fault == "exit":
+        os._exit(3)
+    if fault == "hang":
+        time.sleep(3600)
+    raise AssertionError(fault)
+
+
+class MakeFaulty:
+    """Builds the engine inside the worker process; it pickles with its script."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    def __call__(self, config: EngineConfig) -> FaultyEngine:
+        """Build it."""
+        return FaultyEngine(config, self.script)
+
+
+if __name__ == "__main__":
+    from app.cli.serve import serve
+    from app.errors import KleinError
+    from app.settings import Settings
+    from tests import faulty
+
+    # Through the module's own name, so that the worker process finds the class under it.
+    make_engine = faulty.MakeFaulty(faulty.Script.parse(sys.argv[1:]))
+    try:
+        sys.exit(serve(Settings.read(os.environ), make_engine=make_engine))
+    except KleinError as error:
+        sys.exit(f"klein: {error.message}")
