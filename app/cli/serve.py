@@ -102,6 +102,7 @@ class _Service:
         return self._exit_code
 
     def _build(self, settings: Settings) -> Runtime:
+        _log.info("Listening at %s while the model is loaded.", address(self._listener))
         self._runtime = runtime = build_runtime(settings, make_engine=self._make_engine)
         runtime.on_ready.append(partial(_say_ready, address(self._listener), runtime.model.note))
         runtime.ended.add_done_callback(lambda ended: self._on_ended())

@@ -1,0 +1,64 @@
+"""What the card says through NVML, and silence without one."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from app.telemetry.gpu import Card
+from tests.fake_nvml import FakeNvml
+
+
+def test_a_card_is_read_in_base_units() -> None:
+    """Bytes, a ratio, watts and degrees, under NVML's product name."""
+    snapshot = Card(0, load_nvml=FakeNvml).read()
+
+    assert snapshot is not None
+    assert snapshot.name == "NVIDIA GeForce RTX 3060"
+    assert snapshot.total_bytes == 12_884_901_888
+    assert snapshot.used_bytes == 9_000_000_000
+    assert snapshot.utilization_ratio == pytest.approx(0.87)
+    assert snapshot.power_watts == pytest.approx(151.5)
+    assert snapshot.temperature_celsius == 66.0
+
+
+def test_it_is_read_at_most_once_a_second() -> None:
+    """A storm of scrapes does not become a storm of NVML calls."""
+    nvml, now = FakeNvml(), SimpleNamespace(s=10.0)
+    card = Card(0, load_nvml=lambda: nvml, clock=lambda: now.s)
+    card.read()
+    card.read()
+    assert nvml.reads == 1
+
+    now.s += 1.0
+    card.read()
+    assert nvml.reads == 2
+
+
+def test_without_nvml_there_is_no_reading() -> None:
+    """Absent, not zero; and it is not asked again."""
+    calls = []
+
+    def load():
+        calls.append(1)
+        raise OSError("libnvidia-ml.so.1")
+
+    card = Card(0, load_nvml=load)
+
+    assert card.read() is None
+    assert card.read() is None
+    assert card.driver_version() is None
+    assert calls == [1]
+
+
+def test_a_question_that_the_card_does_not_answer_is_left_out() -> None:
+    """Some cards report no power: the other readings stand."""
+    snapshot = Card(0, load_nvml=lambda: FakeNvml(has_power=False)).read()
+
+    assert snapshot is not None
+    assert snapshot.power_watts is None
+    assert snapshot.temperature_celsius == 66.0
+
+
+def test_the_driver_is_named() -> None:
+    """For doctor and the start-up error."""
+    assert Card(0, load_nvml=FakeNvml).driver_version() == "580.65.06"

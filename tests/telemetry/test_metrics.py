@@ -1,0 +1,127 @@
+"""What a scrape says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from app.domain import Generated, ModelInfo, PeakMemory, RawImage, StageTimings
+from app.telemetry.gpu import Card
+from app.telemetry.metrics import OUTCOMES, Metrics
+from tests.fake_nvml import FakeNvml
+
+INFO = ModelInfo(
+    model="flux.2-klein-4b",
+    revision="e7b7dc2",
+    device="NVIDIA GeForce RTX 3060",
+    precision="fp8",
+    precision_reason="",
+    plan="resident/tiled",
+    plan_reasons=(),
+    max_pixels=(),
+    torch="2.13.0",
+    cuda="13.0",
+)
+PEAK = PeakMemory(7_370_000_000, 7_830_000_000)
+SECONDS = {"queue": 0.5, "text": 0.02, "reference": 0.0, "denoise": 2.4, "decode": 0.3}
+SECONDS |= {"encode": 0.01, "total": 3.3}
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics(version="1.2.3")
+    metrics.watch(
+        SimpleNamespace(
+            queue_size=3, queue_capacity=32, running=1, is_ready=True, is_worker_up=True,
+            estimated_wait_s=4.5, loop_lag_s=0.002,
+        )
+    )  # fmt: skip
+    metrics.watch_card(Card(0, load_nvml=FakeNvml).read, lambda: PEAK)
+    metrics.model_ready(INFO, 21.0)
+    metrics.image_finished(
+        Generated(
+            RawImage(1024, 1024, b""),
+            StageTimings(0.02, 0.0, 2.4, 0.3, (0.6,) * 4),
+            PEAK,
+            512,
+            False,
+            True,
+        ),
+        SECONDS,
+        "generate",
+    )
+    return metrics
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
+    """One sample, or None where the scrape has none."""
+    return metrics.registry.get_sample_value(name, labels)
+
+
+def test_the_owner_of_a_card_sees_what_it_does(metrics) -> None:
+    """Seconds by stage and the peak memory of each image, under the card's own name."""
+    gpu = "NVIDIA GeForce RTX 3060"
+
+    assert sample(metrics, "klein_image_duration_seconds_sum", gpu=gpu, stage="denoise") == 2.4
+    assert sample(metrics, "klein_image_duration_seconds_sum", gpu=gpu, stage="total") == 3.3
+    assert (
+        sample(metrics, "klein_last_image_peak_vram_bytes", gpu=gpu, kind="reserved")
+        == 7_830_000_000
+    )
+    assert (
+        sample(
+            metrics, "klein_image_peak_vram_bytes_bucket", gpu=gpu, kind="allocated", le="7.5e+09"
+        )
+        == 1
+    )
+    assert sample(metrics, "klein_step_duration_seconds_count") == 4
+
+
+def test_gauges_are_read_at_the_scrape(metrics) -> None:
+    """Queue, readiness and waiting time are those of the moment."""
+    assert sample(metrics, "klein_queue_size") == 3
+    assert sample(metrics, "klein_ready") == 1
+    assert sample(metrics, "klein_estimated_wait_seconds") == 4.5
+    assert sample(metrics, "klein_event_loop_lag_seconds") == 0.002
+
+
+def test_the_card_is_scraped(metrics) -> None:
+    """NVML's readings carry the card's name and uuid."""
+    labels = {
+        "gpu": "NVIDIA GeForce RTX 3060",
+        "uuid": "GPU-00000000-1111-2222-3333-444444444444",
+    }
+    assert sample(metrics, "klein_gpu_memory_used_bytes", **labels) == 9_000_000_000
+    assert sample(metrics, "klein_gpu_power_watts", **labels) == 151.5
+    assert sample(metrics, "klein_gpu_torch_reserved_bytes", **labels) == 7_830_000_000
+
+
+def test_without_a_card_its_metrics_are_absent() -> None:
+    """Absent, not zero."""
+    metrics = Metrics(version="1")
+    metrics.watch_card(lambda: None, lambda: None)
+
+    assert b"klein_gpu_memory" not in metrics.exposition()[0]
+
+
+def test_outcomes_are_counted_by_route(metrics) -> None:
+    """One counter and one histogram per route and outcome."""
+    for outcome in OUTCOMES:
+        metrics.request_finished("/generate", outcome, 0.1)
+
+    assert all(
+        sample(metrics, "klein_requests_total", route="/generate", outcome=outcome) == 1
+        for outcome in OUTCOMES
+    )
+
+
+def test_a_new_worker_replaces_what_is_said_of_the_model(metrics) -> None:
+    """One model_info at a time, also after a restart with another plan."""
+    import dataclasses
+
+    metrics.model_ready(dataclasses.replace(INFO, plan="streamed/tiled"), 5.0)
+    text = metrics.exposition()[0].decode()
+
+    assert text.count("klein_model_info{") == 1
+    assert 'plan="streamed/tiled"' in text
