@@ -1,0 +1,85 @@
+"""Pixels to bytes and bytes to pixels: the only room that knows image files. No HTTP, no torch.
+
+`encode` makes the answer's file; `decode_upload` and `decode_mask` judge and read what a client
+sends.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import ExifTags, Image
+
+from app.domain import RawImage
+from app.images.png import encode_png
+from app.images.uploads import decode_mask, decode_upload, prepare_reference, resize, to_pillow
+
+__all__ = [
+    "OutputFormat",
+    "decode_mask",
+    "decode_upload",
+    "encode",
+    "prepare_reference",
+    "resize",
+]
+
+_MAX_THREADS = 8
+_MAX_EXIF_TEXT_BYTES = 60_000
+"""JPEG gives the whole of EXIF 64 kB."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """What a picture is encoded as; *compression* is the quality of JPEG and WebP, 0 to 100."""
+
+    format: Literal["png", "jpeg", "webp"]
+    compression: int = 100
+
+    @property
+    def media_type(self) -> str:
+        """The value of `Content-Type`."""
+        return f"image/{self.format}"
+
+
+def encode(
+    image: RawImage, output: OutputFormat, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Turn pixels into a file, with *metadata* where common viewers look for it.
+
+    PNG gets one text chunk for each entry. JPEG and WebP get all entries as one JSON object in
+    EXIF's user comment; there, texts that are too long for EXIF are cut and end in three dots.
+    """
+    if output.format == "png":
+        return encode_png(image, metadata or {}, min(_MAX_THREADS, os.cpu_count() or 1))
+    buffer = io.BytesIO()
+    picture = to_pillow(image)
+    exif = _encode_exif(metadata) if metadata else b""
+    if output.format == "webp":
+        picture.save(buffer, "WEBP", quality=output.compression, exif=exif)
+    else:
+        # Pillow takes a quality of 0 for "the default one".
+        quality = max(1, output.compression)
+        subsampling = "4:4:4" if quality >= 90 else "4:2:0"
+        picture.save(buffer, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
+    return buffer.getvalue()
+
+
+def _encode_exif(metadata: Mapping[str, str]) -> bytes:
+    text = json.dumps(dict(metadata))
+    limit = _MAX_EXIF_TEXT_BYTES
+    while len(text) > _MAX_EXIF_TEXT_BYTES:
+        limit //= 2
+        text = json.dumps({key: _cut(value, limit) for key, value in metadata.items()})
+    exif = Image.Exif()
+    # JSON escapes what is not ASCII, so one character code does for every prompt.
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + text.encode()
+    return exif.tobytes()
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,140 @@
+"""A PNG encoder for pictures that a model has made. It knows pixels and texts, no file, no HTTP.
+
+A picture of 1024x1024 that took a quarter of a second to make should not wait as long again for its
+file, which is what Pillow asks for. The time is gained three times over:
+
+- one filter, Average, in a few numpy operations on bytes. On photograph-like pictures it leaves
+  less than Sub, Up and Paeth do, so searching for the best filter of each row buys nothing;
+- no search for repetitions. What the filter leaves is noise around zero, in which deflate's matcher
+  spends nearly all of the time and finds nearly nothing: Huffman codes alone give smaller files
+  than Pillow's default. Strips that are flat for the most part are coded with run lengths too;
+- strips of rows on threads. numpy and zlib let go of the interpreter lock, and a raw deflate stream
+  that ends in a sync flush may be followed by another, so strips are joined by laying them end to
+  end.
+
+Left out: palettes, grey, interlacing, and the search that would make drawings with large flat areas
+as small as they could be. `benchmarks/png.py` measures time and size beside Pillow.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.domain import RawImage
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_ZLIB_HEADER = b"\x78\x01"
+_AVERAGE = 3
+_RGB = 2
+_STRIP_BYTES = 192 * 1024
+"""Small enough for a core's cache, large enough for a Huffman table to pay."""
+_FLAT_RATIO = 0.75
+"""Share of zeros after filtering from which run lengths make a strip smaller, found by trial."""
+_ADLER_MODULUS = 65_521
+
+Rows = NDArray[np.uint8]
+
+
+def encode_png(image: RawImage, metadata: Mapping[str, str], threads: int) -> bytes:
+    """Turn pixels into a PNG file with one text chunk for each entry of *metadata*."""
+    rows = np.frombuffer(image.pixels, np.uint8).reshape(image.height, 3 * image.width)
+    strips = _deflate(rows, threads)
+    adler = 1
+    for strip in strips:
+        adler = _join_adler(adler, strip.adler, strip.size_bytes)
+    header = struct.pack(">IIBBBBB", image.width, image.height, 8, _RGB, 0, 0, 0)
+    return b"".join(
+        (
+            _SIGNATURE,
+            _chunk(b"IHDR", header),
+            *(_text_chunk(key, text) for key, text in metadata.items()),
+            _chunk(b"IDAT", _ZLIB_HEADER),
+            *(strip.chunk for strip in strips),
+            _chunk(b"IDAT", adler.to_bytes(4, "big")),
+            _chunk(b"IEND", b""),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Strip:
+    """Some rows as a chunk of the file; *adler* and *size_bytes* are those of the filtered rows."""
+
+    chunk: bytes
+    adler: int
+    size_bytes: int
+
+
+def _deflate(rows: Rows, threads: int) -> list[_Strip]:
+    height, row_bytes = rows.shape
+    step = max(1, _STRIP_BYTES // row_bytes)
+    tops = range(0, height, step)
+
+    def deflate_from(top: int) -> _Strip:
+        return _deflate_strip(rows, top, min(top + step, height))
+
+    if threads == 1 or len(tops) == 1:
+        return [deflate_from(top) for top in tops]
+    # Threads of its own cost half a millisecond and leave nothing to be closed.
+    with ThreadPoolExecutor(min(threads, len(tops)), thread_name_prefix="png") as pool:
+        return list(pool.map(deflate_from, tops))
+
+
+def _deflate_strip(rows: Rows, top: int, bottom: int) -> _Strip:
+    filtered = _filter(rows, top, bottom)
+    zeros_ratio = 1 - np.count_nonzero(filtered) / filtered.size
+    strategy = zlib.Z_RLE if zeros_ratio > _FLAT_RATIO else zlib.Z_HUFFMAN_ONLY
+    stream = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+    body = stream.compress(filtered.data)
+    body += stream.flush(zlib.Z_FINISH if bottom == len(rows) else zlib.Z_SYNC_FLUSH)
+    return _Strip(_chunk(b"IDAT", body), zlib.adler32(filtered.data), filtered.size)
+
+
+def _filter(rows: Rows, top: int, bottom: int) -> Rows:
+    """Predict each byte by the mean, rounded down, of the pixel to its left and the one above."""
+    current = rows[top:bottom]
+    if top:
+        above = rows[top - 1 : bottom - 1]
+    else:
+        above = np.zeros_like(current)
+        above[1:] = current[:-1]
+    left, up = current[:, :-3], above[:, 3:]
+    # (left + up) >> 1 without ever leaving 8 bits.
+    mean = left ^ up
+    mean >>= 1
+    mean += left & up
+    filtered = np.empty((bottom - top, 1 + current.shape[1]), np.uint8)
+    filtered[:, 0] = _AVERAGE
+    np.subtract(current[:, :3], above[:, :3] >> 1, out=filtered[:, 1:4])
+    np.subtract(current[:, 3:], mean, out=filtered[:, 4:])
+    return filtered
+
+
+def _join_adler(first: int, second: int, second_bytes: int) -> int:
+    """Compute the Adler-32 of two byte strings laid end to end from that of each."""
+    low = (first & 0xFFFF) + (second & 0xFFFF) - 1
+    high = (first >> 16) + (second >> 16) + second_bytes * ((first & 0xFFFF) - 1)
+    return (high % _ADLER_MODULUS) << 16 | low % _ADLER_MODULUS
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    checksum = zlib.crc32(body, zlib.crc32(kind))
+    return b"".join((len(body).to_bytes(4, "big"), kind, body, checksum.to_bytes(4, "big")))
+
+
+def _text_chunk(key: str, text: str) -> bytes:
+    """Write ASCII as tEXt and all else as iTXt; NUL, which neither can hold, becomes U+FFFD."""
+    text = text.replace("\0", "\ufffd")
+    if text.isascii():
+        return _chunk(b"tEXt", key.encode("latin-1") + b"\0" + text.encode("ascii"))
+    # JSON may bring half a surrogate pair, which UTF-8 cannot hold: the replacement is "?".
+    body = text.encode("utf-8", "replace")
+    # Key, not compressed, by no method, in no language, no translated key.
+    return _chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + body)

@@ -1,0 +1,151 @@
+"""What clients send: judged by its first bytes, then by its header, and only then decoded.
+
+A file of half a megabyte can hold 169 million pixels, so the size is checked before any is made.
+What is wrong is said in words of our own: those of a decoder may hold addresses and paths.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from app.domain import Mask, RawImage
+from app.errors import InvalidRequest
+
+MAX_PIXELS = 25_000_000
+MIN_SIDE = 64
+MAX_RATIO = 8
+REFERENCE_PIXELS = 1024 * 1024
+
+
+def decode_upload(
+    data: bytes, *, what: str, index: int = 0, max_pixels: int = MAX_PIXELS
+) -> RawImage:
+    """Read a reference image: PNG, JPEG or still WebP; upright, 8 bits, transparency on white.
+
+    Raises:
+        InvalidRequest: it cannot be used; `param` is *what*, and the message names *index*.
+    """
+    refuse = _Refusal(f"The image at index {index}", param=what, code="invalid_image")
+    picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse, max_pixels)
+    width, height = picture.size
+    if min(width, height) < MIN_SIDE:
+        raise refuse(f"is {width}x{height}; both sides need at least {MIN_SIDE} pixels")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise refuse(f"is {width}x{height}; its ratio may be {MAX_RATIO}:1 at most")
+    try:
+        return _from_pillow(_flatten(ImageOps.exif_transpose(picture)))
+    except Exception:
+        raise refuse.as_damaged() from None
+
+
+def decode_mask(data: bytes, width: int, height: int) -> Mask:
+    """Read the mask for a first image of *width* x *height*: what is transparent is repainted.
+
+    Raises:
+        InvalidRequest: it cannot be used; `param` is `mask`.
+    """
+    refuse = _Refusal("The mask", param="mask", code="invalid_mask")
+    picture = _open(data, ("PNG", "WEBP"), refuse, MAX_PIXELS)
+    if not picture.has_transparency_data:
+        raise refuse("has no alpha channel; make what is to be repainted transparent")
+    try:
+        alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+    except Exception:
+        raise refuse.as_damaged() from None
+    if alpha.size != (width, height):
+        found = f"{alpha.width}x{alpha.height}"
+        raise refuse(f"is {found} and the first image {width}x{height}; make both the same size")
+    if alpha.getextrema()[0] != 0:
+        raise refuse("has no transparent pixel; make what is to be repainted transparent")
+    return Mask(width, height, ImageOps.invert(alpha).tobytes())
+
+
+def prepare_reference(image: RawImage) -> RawImage:
+    """Bring a reference to the size at which klein reads it, pixel for pixel as diffusers does.
+
+    Above one megapixel it is scaled down to that; then its middle is cut to multiples of 16.
+    """
+    picture = to_pillow(image)
+    pixels = image.width * image.height
+    if pixels > REFERENCE_PIXELS:
+        scale = math.sqrt(REFERENCE_PIXELS / pixels)
+        size = int(image.width * scale), int(image.height * scale)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    width, height = picture.width // 16 * 16, picture.height // 16 * 16
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return _from_pillow(picture.crop((left, top, left + width, top + height)))
+
+
+def resize(image: RawImage, width: int, height: int) -> RawImage:
+    """Scale *image* to *width* x *height*, whatever its own ratio."""
+    return _from_pillow(to_pillow(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def to_pillow(image: RawImage) -> Image.Image:
+    """Wrap pixels for Pillow."""
+    return Image.frombytes("RGB", (image.width, image.height), image.pixels)
+
+
+def _from_pillow(picture: Image.Image) -> RawImage:
+    return RawImage(picture.width, picture.height, picture.tobytes())
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Makes the errors about one upload, each a fixed text."""
+
+    subject: str
+    param: str
+    code: str
+
+    def __call__(self, reason: str) -> InvalidRequest:
+        return InvalidRequest(f"{self.subject} {reason}.", param=self.param, code=self.code)
+
+    def as_damaged(self) -> InvalidRequest:
+        return self("is damaged or cut short; save it anew and send it again")
+
+
+def _open(data: bytes, formats: tuple[str, ...], refuse: _Refusal, max_pixels: int) -> Image.Image:
+    """Read the header, and refuse what must not be decoded."""
+    kind = _kind(data)
+    if kind not in formats:
+        raise refuse(f"is none of {', '.join(formats)}; save it as one of these")
+    # Pillow's own limit lies far above ours and, up to twice its value, only warns.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        picture = Image.open(io.BytesIO(data), formats=(kind,))
+    except Exception:
+        # Hostile bytes make decoders raise anything; none of it may reach the caller.
+        raise refuse.as_damaged() from None
+    # The further frames of an MPO file are views from other lenses, not an animation.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise refuse("is animated; send a still picture")
+    if picture.width * picture.height > max_pixels:
+        raise refuse(f"has more than {max_pixels / 1e6:g} million pixels; scale it down")
+    return picture
+
+
+def _kind(data: bytes) -> str | None:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def _flatten(picture: Image.Image) -> Image.Image:
+    """Bring any mode to RGB of 8 bits; what is transparent becomes white."""
+    if picture.mode.startswith("I"):
+        # Grey of 16 bits, which `convert` would clip to white.
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    white = Image.new("RGB", layer.size, "white")
+    white.paste(layer, mask=layer.getchannel("A"))
+    return white

@@ -1,0 +1,106 @@
+"""Masks mean one thing only, and references reach the model as diffusers would hand them over."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.errors import InvalidRequest
+from app.images import decode_mask, prepare_reference, resize
+from tests.images import ORIENTATION, noise, picture, raw, saved
+
+
+class TestMask:
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+    def test_transparent_is_repainted(self, kind):
+        """Transparent weighs 255, opaque 0, and what lies between its share."""
+        alpha = Image.new("L", (64, 64), 255)
+        alpha.paste(0, (0, 0, 32, 64))
+        alpha.putpixel((63, 63), 55)
+        image = Image.new("RGB", (64, 64), "green")
+        image.putalpha(alpha)
+
+        mask = decode_mask(saved(image, kind, lossless=True), 64, 64)
+
+        assert (mask.width, mask.height) == (64, 64)
+        assert bytes([255] * 32 + [0] * 32) == mask.weights[:64]
+        assert mask.weights[-1] == 200
+
+    def test_wholly_transparent(self):
+        """A mask that is transparent everywhere repaints everything."""
+        mask = decode_mask(saved(Image.new("RGBA", (64, 64)), "PNG"), 64, 64)
+
+        assert {255} == set(mask.weights)
+
+    def test_transparent_palette_entry(self):
+        """A palette with a transparent colour has alpha as well."""
+        image = Image.new("P", (64, 64))
+        image.putpalette([255, 255, 255, 0, 0, 0])
+        image.paste(1, (0, 0, 64, 32))
+
+        weights = decode_mask(saved(image, "PNG", transparency=1), 64, 64).weights
+
+        assert (weights[0], weights[-1]) == (255, 0)
+
+    def test_orientation(self):
+        """A mask that was turned together with its photograph is turned back."""
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6
+        data = saved(Image.new("RGBA", (128, 64)), "PNG", exif=exif)
+
+        assert decode_mask(data, 64, 128).width == 64
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (saved(Image.new("RGB", (64, 64)), "PNG"), "no alpha channel"),
+            (saved(Image.new("L", (64, 64)), "PNG"), "no alpha channel"),
+            (saved(Image.new("RGB", (64, 64)), "JPEG"), "none of PNG, WEBP"),
+            (saved(Image.new("RGBA", (64, 64), "black"), "PNG"), "no transparent pixel"),
+            (saved(Image.new("RGBA", (64, 65)), "PNG"), "is 64x65 and the first image 64x64"),
+            (saved(Image.new("RGBA", (64, 64)), "PNG")[:-30], "damaged"),
+            (b"", "none of PNG, WEBP"),
+        ],
+    )
+    def test_refused(self, data, reason):
+        """A mask that could mean two things, or nothing, is refused with the way out."""
+        with pytest.raises(InvalidRequest, match=reason) as caught:
+            decode_mask(data, 64, 64)
+
+        assert (caught.value.param, caught.value.code) == ("mask", "invalid_mask")
+
+
+class TestReference:
+    def test_small_is_only_cut(self):
+        """Up to one megapixel nothing is scaled: the middle is cut to multiples of 16."""
+        image = picture("smooth").resize((100, 70))
+
+        assert raw(image.crop((2, 3, 98, 67))) == prepare_reference(raw(image))
+
+    @pytest.mark.torch
+    @pytest.mark.parametrize(
+        "size", [(1024, 1024), (1025, 1024), (1920, 1080), (777, 2111), (64, 100), (2048, 256)]
+    )
+    def test_equals_diffusers(self, size):
+        """What the model reads is, to the pixel, what diffusers' own pipeline would give it."""
+        from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+        image = picture("grainy").resize(size)
+        processor = Flux2ImageProcessor(vae_scale_factor=16)
+        processor.check_image_input(image)
+        expected = processor._resize_if_exceeds_area(image, 1024 * 1024)
+        width, height = expected.width // 16 * 16, expected.height // 16 * 16
+        tensor = processor.preprocess(expected, height=height, width=width, resize_mode="crop")
+
+        prepared = prepare_reference(raw(image))
+
+        pixels = ((tensor[0].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+        assert (width, height) == (prepared.width, prepared.height)
+        assert pixels.tobytes() == prepared.pixels
+
+    def test_resize(self):
+        """A picture takes the size that it is given."""
+        scaled = resize(noise(64, 64), 32, 48)
+
+        assert (scaled.width, scaled.height, len(scaled.pixels)) == (32, 48, 32 * 48 * 3)
