@@ -51,7 +51,12 @@ class Server:
         self._reader.start()
 
     def __enter__(self) -> Server:
-        self.wait_until_ready()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.process.kill()
+            self.wait()
+            raise
         return self
 
     def __exit__(
