@@ -1,0 +1,103 @@
+"""The app factory: order of middleware and routers, and the life of what they use. Nothing else."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from app import __version__
+from app.api import errors, openapi
+from app.api.auth import KeyGate, KeyRing
+from app.api.config import ApiConfig
+from app.api.middleware import BodyLimit, Edge, HostGate
+from app.api.routes import docs, generate, health, metrics, models, openai_images
+from app.runtime import Runtime, build_runtime
+from app.settings import Settings
+
+HEARTBEAT_S = 15.0
+
+
+def create_app(
+    settings: Settings,
+    build: Callable[[Settings], Runtime] = build_runtime,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+) -> FastAPI:
+    """Make the app; *build* makes what it serves when it starts, the other parameters are for
+    tests.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        runtime = build(settings)
+        await runtime.start()
+        app.state.runtime = runtime
+        try:
+            yield
+        finally:
+            await runtime.close()
+
+    config = _config(settings, heartbeat_s=heartbeat_s)
+    app = FastAPI(
+        title="klein-server",
+        version=__version__,
+        lifespan=lifespan,
+        middleware=_middleware(settings),
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    errors.install(app)
+    for router in (
+        generate.build_router(config),
+        openai_images.build_router(config),
+        models.build_router(config),
+        health.router,
+        metrics.router,
+    ):
+        app.include_router(router)
+    if settings.docs:
+        app.include_router(docs.build_router(lambda card: openapi.describe(app, card, config)))
+    return app
+
+
+def _middleware(settings: Settings) -> list[Middleware]:
+    """Outermost first. The key is looked at before the host, since it makes any host good."""
+    return [
+        Middleware(Edge),
+        Middleware(
+            KeyGate,
+            keys=KeyRing(settings.api_keys),
+            is_metrics_open=settings.metrics_key == "open",
+        ),
+        Middleware(HostGate, names=_hosts(settings)),
+        Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+    ]
+
+
+def _hosts(settings: Settings) -> tuple[str, ...]:
+    """The operator's names, and the address that he bound the service to."""
+    try:
+        is_anywhere = ipaddress.ip_address(settings.host).is_unspecified
+    except ValueError:
+        is_anywhere = False
+    return settings.allowed_hosts if is_anywhere else (*settings.allowed_hosts, settings.host)
+
+
+def _config(settings: Settings, **parameters: Any) -> ApiConfig:
+    return ApiConfig(
+        max_pixels=settings.max_pixels,
+        max_references=4,
+        is_strict=settings.unknown_fields == "refuse",
+        has_aliases=settings.model_aliases,
+        lists_aliases=settings.list_aliases,
+        has_links=False,
+        public_url=None,
+        **parameters,
+    )

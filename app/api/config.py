@@ -1,0 +1,24 @@
+"""What the routes are told of the settings: small frozen values, made once by the app factory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ApiConfig:
+    """Limits and habits of the HTTP room."""
+
+    max_pixels: int
+    max_references: int
+    is_strict: bool
+    """Whether a field that no route knows is refused."""
+    has_aliases: bool
+    """Whether OpenAI's model names stand for the served model."""
+    lists_aliases: bool
+    has_links: bool
+    """Whether `response_format=url` is possible."""
+    public_url: str | None
+    """What a link starts with; None takes the request's own scheme and host."""
+    heartbeat_s: float
+    """Seconds of silence after which a stream sends a comment."""

@@ -1,0 +1,76 @@
+"""How a route finds its objects. The only reader of `app.state.runtime`.
+
+What a lifespan yields never reaches `request.state` under `httpx.ASGITransport`, what it puts on
+`app.state` does; hence that one attribute.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.types import Scope
+
+from app.api.exchange import exchange_of
+from app.errors import InvalidRequest
+from app.runtime import Runtime
+from app.service import ImageService
+from app.telemetry.metrics import Metrics
+
+_DEADLINE = "X-Klein-Deadline-S"
+
+
+def runtime_of(scope: Scope) -> Runtime | None:
+    """Find what the lifespan built, or None before it has and after it has gone."""
+    runtime: Runtime | None = getattr(scope["app"].state, "runtime", None)
+    return runtime
+
+
+def metrics_of(scope: Scope) -> Metrics | None:
+    """Find the metrics, for the middleware that counts every request."""
+    runtime = runtime_of(scope)
+    return None if runtime is None else runtime.metrics
+
+
+async def _service(request: Request) -> ImageService:
+    return _runtime(request).service
+
+
+async def _metrics(request: Request) -> Metrics:
+    return _runtime(request).metrics
+
+
+async def _client(request: Request) -> str:
+    return exchange_of(request.scope).client
+
+
+async def _deadline_s(request: Request) -> float | None:
+    """Read how long the client is willing to wait; the service only ever shortens its own limit by
+    it.
+    """
+    text = request.headers.get(_DEADLINE)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(
+            f"{_DEADLINE} must be a number of seconds above 0, such as 30.", param=_DEADLINE
+        )
+    return seconds
+
+
+def _runtime(request: Request) -> Runtime:
+    runtime = runtime_of(request.scope)
+    if runtime is None:
+        raise RuntimeError("A request came outside of the lifespan.")
+    return runtime
+
+
+Service = Annotated[ImageService, Depends(_service)]
+Telemetry = Annotated[Metrics, Depends(_metrics)]
+Client = Annotated[str, Depends(_client)]
+DeadlineS = Annotated[float | None, Depends(_deadline_s)]

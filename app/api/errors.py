@@ -1,0 +1,147 @@
+"""From what went wrong to what the caller reads: one table, one envelope, on every route.
+
+Nothing below this room knows a status. A message is passed on as it is, because `app.errors`
+promises that it is written for the caller; anything else that is raised is logged and answered with
+a fixed sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from app.api.exchange import exchange_of
+from app.errors import Cancelled, InvalidRequest, Kind, KleinError
+
+_INVALID = "invalid_request_error"
+_UNAVAILABLE = "service_unavailable_error"
+_SERVER = "server_error"
+
+DEFAULT_RETRY_AFTER_S = 5
+MAX_RETRY_AFTER_S = 60  # openai-python gives up on more than 120 s, the AI SDK on 60 s or more
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """How one kind of error is answered, and the words under which it is counted."""
+
+    status: int
+    type: str
+    code: str
+    outcome: str
+    reason: str | None = None
+    """For what the service will not take now: the label of `klein_requests_rejected_total`."""
+
+
+REPLIES: Mapping[Kind, Reply] = MappingProxyType(
+    {
+        Kind.INVALID: Reply(400, _INVALID, "invalid_value", "invalid"),
+        Kind.UNAUTHORIZED: Reply(401, _INVALID, "invalid_api_key", "unauthorized"),
+        Kind.NOT_FOUND: Reply(404, _INVALID, "unknown_url", "invalid"),
+        Kind.METHOD_NOT_ALLOWED: Reply(405, _INVALID, "method_not_allowed", "invalid"),
+        Kind.TOO_LARGE: Reply(413, _INVALID, "request_too_large", "invalid"),
+        Kind.UNSUPPORTED_MEDIA: Reply(415, _INVALID, "unsupported_media_type", "invalid"),
+        Kind.RATE_LIMITED: Reply(
+            429, "rate_limit_error", "rate_limit_exceeded", "rejected", "rate_limit"
+        ),
+        Kind.QUEUE_FULL: Reply(503, _UNAVAILABLE, "server_is_overloaded", "rejected", "queue_full"),
+        Kind.LOADING: Reply(503, _UNAVAILABLE, "model_loading", "rejected", "loading"),
+        Kind.DRAINING: Reply(503, _UNAVAILABLE, "shutting_down", "rejected", "draining"),
+        Kind.WORKER_DOWN: Reply(503, _UNAVAILABLE, "model_loading", "rejected", "worker_down"),
+        Kind.CANCELLED: Reply(499, _INVALID, "client_closed_request", "cancelled"),
+        Kind.DEADLINE: Reply(504, _SERVER, "deadline_exceeded", "deadline"),
+        Kind.OUT_OF_MEMORY: Reply(500, _SERVER, "out_of_memory", "oom"),
+        Kind.FAILED: Reply(500, _SERVER, "generation_failed", "error"),
+        Kind.FATAL: Reply(500, _SERVER, "generation_failed", "error"),
+        Kind.INTERNAL: Reply(500, _SERVER, "internal_error", "error"),
+        Kind.STARTUP: Reply(500, _SERVER, "internal_error", "error"),
+    }
+)
+
+
+def envelope(error: KleinError) -> dict[str, dict[str, str | None]]:
+    """Write *error* as OpenAI's error object, always with its four keys."""
+    reply = REPLIES[error.kind]
+    body = {
+        "message": error.message,
+        "type": reply.type,
+        "param": error.param,
+        "code": error.code or reply.code,
+    }
+    return {"error": body}
+
+
+def error_response(error: KleinError, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with *error*; the headers say whether, and when, trying again makes sense."""
+    return JSONResponse(
+        envelope(error),
+        status_code=REPLIES[error.kind].status,
+        headers={**(headers or {}), **_advice(error)},
+    )
+
+
+def retry_after(seconds: int | None) -> str:
+    """Put a wait into the range that every client we know honours."""
+    wanted = DEFAULT_RETRY_AFTER_S if seconds is None else seconds
+    return str(max(1, min(MAX_RETRY_AFTER_S, wanted)))
+
+
+def internal_error() -> KleinError:
+    """Stand in for an exception that is none of ours: nothing of it reaches the caller."""
+    return KleinError("The service failed to answer; tell its operator the request id.")
+
+
+def install(app: FastAPI) -> None:
+    """Give every error that a route or the router raises this room's form."""
+    app.add_exception_handler(KleinError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_error)
+    app.add_exception_handler(ClientDisconnect, _on_error)
+
+
+async def _on_error(request: Request, raised: Exception) -> Response:
+    error = _as_ours(request, raised)
+    exchange_of(request.scope).error = error
+    headers = getattr(raised, "headers", None) or {}
+    if error.kind is Kind.METHOD_NOT_ALLOWED:
+        headers = {"Allow": headers.get("Allow", "GET")}
+    return error_response(error, headers)
+
+
+def _as_ours(request: Request, raised: Exception) -> KleinError:
+    if isinstance(raised, KleinError):
+        return raised
+    if isinstance(raised, ClientDisconnect):
+        return Cancelled()
+    if isinstance(raised, RequestValidationError):
+        return InvalidRequest("The request does not fit; see /docs for what it may hold.")
+    status = raised.status_code if isinstance(raised, HTTPException) else 500
+    if status == 404:
+        return KleinError(
+            "There is no such address here; see /docs for those that exist.", kind=Kind.NOT_FOUND
+        )
+    if status == 405:
+        return KleinError(
+            f"{request.method} is not possible here; the Allow header names what is.",
+            kind=Kind.METHOD_NOT_ALLOWED,
+        )
+    if status < 500:
+        return InvalidRequest("The request does not fit; see /docs for what it may hold.")
+    return internal_error()
+
+
+def _advice(error: KleinError) -> dict[str, str]:
+    status = REPLIES[error.kind].status
+    if status in {429, 503}:
+        return {"Retry-After": retry_after(error.retry_after_s)}
+    if status in {500, 504}:
+        # openai-python would silently run the job twice more.
+        return {"x-should-retry": "false"}
+    return {"WWW-Authenticate": "Bearer"} if status == 401 else {}

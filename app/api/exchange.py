@@ -1,0 +1,41 @@
+"""What is known of one request while it is answered, for the room's own parts to share.
+
+The edge middleware makes it, whatever answers adds to it, the edge reads it once at the end. One
+task at a time touches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.errors import KleinError
+
+_KEY = "klein.exchange"
+
+Scope = MutableMapping[str, Any]
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what became of it; *client* is whom the queue is fair to."""
+
+    id: str
+    client: str = ""
+    has_key: bool = False
+    """Whether the request carried one of the configured keys."""
+    error: KleinError | None = None
+    outcome: str | None = None
+    """Set where the status does not tell it, as with a health answer."""
+
+
+def open_exchange(scope: Scope, exchange: Exchange) -> None:
+    """Attach *exchange* to the request."""
+    scope[_KEY] = exchange
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    """Read the exchange of the request."""
+    exchange: Exchange = scope[_KEY]
+    return exchange

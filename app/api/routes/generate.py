@@ -1,0 +1,42 @@
+"""`POST /generate`: one picture, its bytes as the answer, everything else in headers."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api.config import ApiConfig
+from app.api.deps import Client, DeadlineS, Service
+from app.api.disconnect import unless_gone
+from app.api.exchange import exchange_of
+from app.api.schemas import native
+from app.api.schemas.body import read_json, require_json
+from app.errors import InvalidRequest
+
+
+def build_router(config: ApiConfig) -> APIRouter:
+    """Make the route with its limits."""
+    router = APIRouter(tags=["native"])
+
+    @router.post("/generate", summary="Make one picture, answered as its bytes")
+    async def generate(
+        request: Request, service: Service, client: Client, deadline_s: DeadlineS
+    ) -> Response:
+        require_json(request)
+        service.check_open()
+        fields = native.table(service.card, config)
+        wish = native.read(fields.read(await read_json(request)), service.card, config)
+        try:
+            ticket = service.submit(
+                [wish.spec(service.random_seed)],
+                client=client,
+                output=wish.output,
+                deadline_s=deadline_s,
+            )
+        except InvalidRequest as error:
+            raise native.name_sides(error) from None
+        (picture,) = await unless_gone(request.receive, ticket.pictures())
+        headers = native.headers(picture, exchange_of(request.scope).id)
+        return Response(picture.data, media_type=picture.media_type, headers=headers)
+
+    return router

@@ -1,0 +1,17 @@
+"""`GET /metrics`: Prometheus' exposition; what is in it only `app.telemetry.metrics` knows."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from app.api.deps import Telemetry
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(telemetry: Telemetry) -> Response:
+    """Answer a scrape."""
+    body, content_type = telemetry.exposition()
+    return Response(body, headers={"content-type": content_type})

@@ -1,0 +1,73 @@
+"""An app on fakes, and clients that speak to it without a socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.api.app import create_app
+from app.settings import Settings
+from tests.fakes import FakeRuntime, FakeService
+
+BASE_URL = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def runtime():
+    """What the app serves; tests script it."""
+    return FakeRuntime()
+
+
+@pytest.fixture
+def service(runtime: FakeRuntime) -> FakeService:
+    """The service of that runtime."""
+    return runtime.service
+
+
+@pytest.fixture
+async def serve(runtime: FakeRuntime):
+    """Start an app with settings of the test's own; returns a client to it."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**settings) -> httpx.AsyncClient:
+            parameters = {
+                name: settings.pop(name)
+                for name in ("heartbeat_s", "link_lifetime_s", "clock")
+                if name in settings
+            }
+            app = create_app(Settings.read({}, **settings), lambda _: runtime, **parameters)
+            return await stack.enter_async_context(client_of(app))
+
+        yield start
+
+
+@pytest.fixture
+async def client(serve) -> httpx.AsyncClient:
+    """A client to an app with default settings."""
+    return await serve()
+
+
+@asynccontextmanager
+async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Run the lifespan around a client that calls the app directly."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url=BASE_URL) as client,
+    ):
+        yield client
+
+
+def error_of(response: httpx.Response) -> dict[str, object]:
+    """Read the error object, which has exactly four keys."""
+    error = response.json()["error"]
+
+    assert {"message", "type", "param", "code"} == set(error)
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+
+    return error

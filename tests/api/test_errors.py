@@ -1,0 +1,202 @@
+"""What goes wrong is told the same way on every route."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from app.api.errors import REPLIES
+from app.errors import Kind, KleinError
+from tests.api.conftest import error_of
+
+EXPECTED = {
+    Kind.INVALID: (400, "invalid_request_error", "invalid_value", "invalid"),
+    Kind.UNAUTHORIZED: (401, "invalid_request_error", "invalid_api_key", "unauthorized"),
+    Kind.NOT_FOUND: (404, "invalid_request_error", "unknown_url", "invalid"),
+    Kind.METHOD_NOT_ALLOWED: (405, "invalid_request_error", "method_not_allowed", "invalid"),
+    Kind.TOO_LARGE: (413, "invalid_request_error", "request_too_large", "invalid"),
+    Kind.UNSUPPORTED_MEDIA: (415, "invalid_request_error", "unsupported_media_type", "invalid"),
+    Kind.RATE_LIMITED: (429, "rate_limit_error", "rate_limit_exceeded", "rejected"),
+    Kind.QUEUE_FULL: (503, "service_unavailable_error", "server_is_overloaded", "rejected"),
+    Kind.LOADING: (503, "service_unavailable_error", "model_loading", "rejected"),
+    Kind.DRAINING: (503, "service_unavailable_error", "shutting_down", "rejected"),
+    Kind.WORKER_DOWN: (503, "service_unavailable_error", "model_loading", "rejected"),
+    Kind.CANCELLED: (499, "invalid_request_error", "client_closed_request", "cancelled"),
+    Kind.DEADLINE: (504, "server_error", "deadline_exceeded", "deadline"),
+    Kind.OUT_OF_MEMORY: (500, "server_error", "out_of_memory", "oom"),
+    Kind.FAILED: (500, "server_error", "generation_failed", "error"),
+    Kind.FATAL: (500, "server_error", "generation_failed", "error"),
+    Kind.INTERNAL: (500, "server_error", "internal_error", "error"),
+    Kind.STARTUP: (500, "server_error", "internal_error", "error"),
+}
+ROUTES = ("/generate", "/v1/images/generations", "/v1/images")
+
+
+@pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
+@pytest.mark.parametrize("route", ROUTES)
+async def test_every_kind_has_its_answer(client, service, runtime, kind, route):
+    """Status, type, code and the word it is counted under come from one table, on every route."""
+    service.script.error = KleinError("One plain sentence.", kind=kind, param="prompt")
+    response = await client.post(route, json={"prompt": "a"})
+    status, type_, code, outcome = EXPECTED[kind]
+
+    assert status == response.status_code
+    assert error_of(response) == {
+        "message": "One plain sentence.",
+        "type": type_,
+        "param": "prompt",
+        "code": code,
+    }
+    assert runtime.metrics.finished == [(route, outcome)]
+
+
+def test_no_kind_is_forgotten():
+    """A new kind without an answer would be a crash in front of a client."""
+    assert set(Kind) == set(REPLIES)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if EXPECTED[kind][0] == 503])
+@pytest.mark.parametrize(("asked_s", "expected"), [(None, "5"), (0, "1"), (7, "7"), (900, "60")])
+async def test_what_cannot_be_taken_now_says_when_to_come_again(
+    client, service, kind, asked_s, expected
+):
+    """`Retry-After` is a whole number from 1 to 60, which all clients honour."""
+    service.script.error = KleinError("Not now.", kind=kind, retry_after_s=asked_s)
+    response = await client.post("/generate", json={"prompt": "a"})
+
+    assert expected == response.headers["retry-after"]
+    assert "x-should-retry" not in response.headers
+
+
+@pytest.mark.parametrize("kind", [Kind.DEADLINE, Kind.OUT_OF_MEMORY, Kind.FAILED, Kind.INTERNAL])
+async def test_a_failed_picture_is_not_to_be_tried_again(client, service, kind):
+    """The SDK would run the job twice more without being told."""
+    service.script.error = KleinError("It failed.", kind=kind)
+    response = await client.post("/generate", json={"prompt": "a"})
+
+    assert response.headers["x-should-retry"] == "false"
+    assert "retry-after" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Kind.QUEUE_FULL, "queue_full"),
+        (Kind.LOADING, "loading"),
+        (Kind.DRAINING, "draining"),
+        (Kind.WORKER_DOWN, "worker_down"),
+    ],
+)
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_closed_service_refuses_before_it_reads(
+    client, service, runtime, kind, reason, route
+):
+    """The body is not even looked at, and the refusal is counted under its reason."""
+    service.closed_by = kind
+    response = await client.post(
+        route, content=b"{ this is no JSON", headers={"content-type": "application/json"}
+    )
+
+    assert response.status_code == 503
+    assert error_of(response)["code"] == EXPECTED[kind][2]
+    assert runtime.metrics.rejected == [reason]
+
+
+async def test_an_unexpected_exception_is_answered_without_a_trace(
+    client, service, runtime, monkeypatch, caplog
+):
+    """The caller gets a fixed sentence, the log the traceback."""
+
+    def explode(*arguments, **named):
+        raise RuntimeError("secret at 0x7f3a and /home/x")
+
+    monkeypatch.setattr(service, "submit", explode)
+    response = await client.post("/generate", json={"prompt": "a"})
+
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert response.headers["x-should-retry"] == "false"
+    assert runtime.metrics.finished == [("/generate", "error")]
+    assert any(record.exc_info for record in caplog.records if record.levelno == logging.ERROR)
+
+
+async def test_an_unknown_address_is_an_error_object(client):
+    """404 looks like every other error."""
+    response = await client.get("/v1/images/variations")
+
+    assert response.status_code == 404
+    assert error_of(response)["code"] == "unknown_url"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/generate", "POST"),
+        ("DELETE", "/v1/models", "GET"),
+        ("PUT", "/v1/images/generations", "POST"),
+        ("POST", "/health", "GET"),
+    ],
+)
+async def test_a_wrong_method_names_the_right_one(client, method, path, allowed):
+    """405 comes with `Allow`."""
+    response = await client.request(method, path)
+
+    assert response.status_code == 405
+    assert error_of(response)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == allowed
+
+
+async def test_a_trailing_slash_is_another_address(client):
+    """No redirect, whose target would be made of the Host header."""
+    response = await client.post("/generate/", json={"prompt": "a"})
+
+    assert response.status_code == 404
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"data": {"prompt": "a"}},
+        {"content": b'{"prompt": "a"}'},
+        {"content": b'{"prompt": "a"}', "headers": {"content-type": "text/plain"}},
+        {"files": {"prompt": (None, "a")}},
+    ],
+    ids=["form", "none", "text", "multipart"],
+)
+async def test_only_json_is_taken(client, service, route, sent):
+    """A web page cannot send JSON to another origin unasked, a form or a text it can."""
+    response = await client.post(route, **sent)
+
+    assert response.status_code == 415
+    assert "content-type: application/json" in str(error_of(response)["message"])
+    assert not service.tickets
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"a"',
+        b"null",
+        b'{"prompt": NaN}',
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"prompt": "\xff"}',
+        "{}".encode("utf-16"),
+    ],
+    ids=["empty", "cut", "list", "text", "null", "nan", "digits", "deep", "bytes", "utf-16"],
+)
+@pytest.mark.parametrize("route", ROUTES)
+async def test_broken_json_is_said_to_be_broken(client, service, route, body):
+    """Whatever is wrong with it, it is the caller's mistake and never a crash."""
+    response = await client.post(route, content=body, headers={"content-type": "application/json"})
+
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "invalid_json"
+    assert error_of(response)["param"] is None
+    assert not service.tickets

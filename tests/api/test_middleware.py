@@ -1,0 +1,200 @@
+"""What happens to every request: id, headers, host, body limit, the line in the log."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from app.errors import Kind, KleinError
+from tests.api.conftest import error_of
+
+KEY = "first-key-1234"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/nope", "/health/live", "/metrics", "/docs"])
+async def test_every_answer_has_an_id_of_its_own(client, path):
+    """The SDK shows it as `_request_id`, and the log has it."""
+    first, second = [(await client.get(path)).headers["x-request-id"] for _ in range(2)]
+
+    assert first != second
+
+
+@pytest.mark.parametrize("asked", ["a", "trace_1.2-3", "x" * 128])
+async def test_a_callers_id_is_adopted(client, asked):
+    """So that a chain of services has one id."""
+    response = await client.get("/v1/models", headers={"x-request-id": asked})
+
+    assert asked == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("asked", ["", "x" * 129, "a b", "a\tb", "ü", "a;b"])
+async def test_an_odd_id_is_replaced(client, asked):
+    """It would travel into log lines."""
+    headers = [(b"x-request-id", asked.encode("latin-1"))]
+    response = await client.get("/v1/models", headers=headers)
+
+    assert asked != response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/nope"])
+async def test_every_answer_tells_its_time_and_guards_browsers(client, path):
+    """Also the errors."""
+    headers = (await client.get(path)).headers
+
+    assert int(headers["openai-processing-ms"]) >= 0
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:1",
+        "127.0.0.1:65000",
+        "127.8.8.8",
+        "[::1]:8000",
+        "ui.localhost:80",
+        "localhost.",
+    ],
+)
+async def test_loopback_names_are_always_known(client, host):
+    """With any port."""
+    assert (await client.get("/health/live", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "10.0.0.5:8000",
+        "",
+        "a b",
+        "[::1",
+        "localhost:port",
+        "127.0.0.1/x",
+        "localhost@evil.example",
+    ],
+)
+async def test_an_unknown_host_is_refused(client, service, host):
+    """A page that rebinds its name to 127.0.0.1 still says its own name."""
+    response = await client.post("/generate", headers={"host": host}, json={"prompt": "a"})
+
+    assert response.status_code == 400
+    assert "KLEIN_ALLOWED_HOSTS" in str(error_of(response)["message"])
+    assert not service.tickets
+
+
+async def test_the_operators_names_are_known(serve):
+    """Those of `KLEIN_ALLOWED_HOSTS`, in any case, with any port."""
+    client = await serve(allowed_hosts=("klein", "Pictures.Example"))
+    for host in ("klein:8000", "KLEIN", "pictures.example"):
+        assert (await client.get("/v1/models", headers={"host": host})).status_code == 200
+    assert (await client.get("/v1/models", headers={"host": "other"})).status_code == 400
+
+
+async def test_the_address_that_was_bound_is_known(serve):
+    """Whoever sets KLEIN_HOST to one address means to be called by it; 0.0.0.0 is no name."""
+    client = await serve(host="192.168.1.5", trust_network=True)
+    other = await serve(host="0.0.0.0", trust_network=True)
+
+    assert (await client.get("/v1/models", headers={"host": "192.168.1.5:8000"})).status_code == 200
+    assert (await other.get("/v1/models", headers={"host": "0.0.0.0"})).status_code == 400
+
+
+async def test_a_key_makes_any_host_good(serve):
+    """A page that rebinds its name does not have it; without configured keys nothing counts."""
+    headers = {"host": "gpu.example", "api-key": KEY}
+    with_keys = await serve(api_keys=(KEY,))
+    without = await serve()
+
+    assert (await with_keys.get("/v1/models", headers=headers)).status_code == 200
+    assert (await without.get("/v1/models", headers=headers)).status_code == 400
+
+
+async def test_a_body_that_says_it_is_too_large_is_not_read(serve):
+    """413 by Content-Length, before a byte has come."""
+    client = await serve(max_body_bytes=2000)
+    pulled = []
+
+    async def body():
+        pulled.append(1)
+        yield b"x" * 3000
+
+    headers = {"content-length": "3000", "content-type": "application/json"}
+    response = await client.post("/generate", content=body(), headers=headers)
+
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "request_too_large"
+    assert not pulled
+
+
+async def test_a_chunked_body_is_counted(serve):
+    """413 before its end, which might never come."""
+    client = await serve(max_body_bytes=2000)
+    pulled = []
+
+    async def endless():
+        while True:
+            pulled.append(1)
+            yield b"x" * 500
+
+    response = await client.post(
+        "/generate", content=endless(), headers={"content-type": "application/json"}
+    )
+
+    assert response.status_code == 413
+    assert len(pulled) == 5
+
+
+async def test_a_full_queue_comes_before_a_large_body(serve, service):
+    """Whoever cannot be served now need not send it first."""
+    client = await serve(max_body_bytes=2000)
+    service.closed_by = Kind.DRAINING
+    headers = {"content-type": "application/json"}
+    response = await client.post("/generate", content=b"x" * 5000, headers=headers)
+
+    assert response.status_code == 503
+
+
+async def test_the_log_has_one_line_and_no_secrets(serve, service, caplog):
+    """Route, status, outcome and time; never prompt, key or user."""
+    caplog.set_level(logging.INFO, logger="app.api.access")
+    client = await serve(api_keys=(KEY,))
+    service.script.error = KleinError("It failed.", kind=Kind.OUT_OF_MEMORY)
+    for body in (
+        {"prompt": "canary", "user": "canary", "safety_identifier": "canary"},
+        {"prompt": "canary", "n": 0, "model": "canary"},
+        {"prompt": 7, "negative_prompt": "canary"},
+    ):
+        headers = {"api-key": KEY, "x-stainless-retry-count": "2"}
+        await client.post("/v1/images/generations", json=body, headers=headers)
+    records = [record for record in caplog.records if record.name == "app.api.access"]
+
+    assert [(record.status, record.outcome, record.retry) for record in records] == [
+        (500, "oom", 2),
+        (400, "invalid", 2),
+        (400, "invalid", 2),
+    ]
+    for record in records:
+        assert "canary" not in str(vars(record))
+        assert KEY not in str(vars(record))
+
+
+async def test_unknown_addresses_are_counted_under_one_name(client, runtime):
+    """A label never holds what a caller made up."""
+    for path in ("/a", "/b?x=1", "/v1/images/variations"):
+        await client.get(path)
+
+    assert {("unmatched", "invalid")} == set(runtime.metrics.finished)
+
+
+async def test_the_lifespan_starts_and_closes_what_it_built(serve, runtime):
+    """In this order, once each."""
+    await serve()
+
+    assert runtime.calls == ["start"]

@@ -1,0 +1,40 @@
+"""The rule about sizes, as a pure function."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.api.schemas.sizes import SizeRule
+
+KLEIN = SizeRule(min_side=64, max_side=4096, max_pixels=4_194_304)
+SHAPES = SizeRule(min_side=128, max_side=512, max_pixels=262_144)
+SIDES = st.integers(min_value=0, max_value=200_000)
+
+
+@given(SIDES, SIDES)
+def test_the_nearest_size_is_always_valid(width, height):
+    """Whatever was asked for, the hint can be pasted."""
+    for rule in (KLEIN, SHAPES):
+        rule.check(*rule.nearest(width, height))
+
+
+@given(st.integers(4, 128), st.integers(4, 128))
+def test_a_valid_size_is_its_own_nearest(columns, rows):
+    """Nothing is moved without need."""
+    width, height = 16 * columns, 16 * rows
+    try:
+        KLEIN.check(width, height)
+    except Exception:
+        return
+
+    assert (width, height) == KLEIN.nearest(width, height)
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"), [((1920, 1080), (1920, 1088)), ((5000, 5000), (2048, 2048))]
+)
+def test_the_ratio_is_kept(asked, nearest):
+    """As far as multiples of 16 allow."""
+    assert nearest == KLEIN.nearest(*asked)

@@ -1,0 +1,271 @@
+"""Stand-ins for what lies below a room: scripted, and tested themselves in
+`tests/api/test_fakes.py`.
+
+`FakeService` has the face of `app.service.ImageService` and behaves like it towards the HTTP room,
+without a worker: pictures are flat colours made of the seed, every ending can be scripted, and what
+became of each ticket can be asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from app.domain import ImageSpec, ModelCard, ModelInfo, PeakMemory
+from app.engine.catalog import card
+from app.errors import InvalidRequest, Kind, KleinError, Unavailable
+from app.images import OutputFormat
+from app.service import Finished, Picture, Preview, Queued, Status, Stepped, TicketEvent
+
+SECONDS: Mapping[str, float] = {
+    "queue": 0.001,
+    "text": 0.02,
+    "reference": 0.0,
+    "denoise": 0.4,
+    "decode": 0.1,
+    "encode": 0.01,
+    "total": 0.531,
+}
+PEAK = PeakMemory(allocated=7_000_000_000, reserved=8_000_000_000)
+INFO = ModelInfo(
+    model="flux.2-klein-4b",
+    revision="e7b7dc27",
+    device="NVIDIA GeForce RTX 3060",
+    precision="int8",
+    precision_reason="the card has int8 cores",
+    plan="resident",
+    plan_reasons=("everything fits",),
+    max_pixels=(4_194_304, 4_194_304, 3_000_000, 2_500_000, 2_000_000),
+    torch="2.13.0",
+    cuda="12.9",
+)
+
+
+@dataclass
+class Script:
+    """What the fake does with the next tickets."""
+
+    error: KleinError | None = None
+    """Raised instead of a picture."""
+    previews_before_error: int = 0
+    release: asyncio.Event | None = None
+    """Where set, a ticket waits for it before it ends."""
+    warnings: tuple[str, ...] = ()
+    peak: PeakMemory | None = PEAK
+
+
+@dataclass
+class FakeService:
+    """Takes what the real service takes; *tickets* are all that it ever accepted."""
+
+    card: ModelCard = field(default_factory=lambda: card("flux.2-klein-4b"))
+    capacity: int = 32
+    script: Script = field(default_factory=Script)
+    plan_pixels: tuple[int, ...] = INFO.max_pixels
+    """What the memory plan can hold beside 0, 1, ... references."""
+    closed_by: Kind | None = None
+    """Where set, nothing is taken, for this reason."""
+    tickets: list[FakeTicket] = field(default_factory=list)
+    deadlines: list[float | None] = field(default_factory=list)
+    clients: list[str] = field(default_factory=list)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a ticket has been accepted."""
+    _seeds: int = 1000
+
+    @property
+    def waiting(self) -> int:
+        """How many images have been accepted and have not ended."""
+        return sum(len(ticket.specs) for ticket in self.tickets if not ticket.has_ended)
+
+    @property
+    def specs(self) -> list[ImageSpec]:
+        """Everything that was ever accepted."""
+        return [spec for ticket in self.tickets for spec in ticket.specs]
+
+    def status(self) -> Status:
+        """Say what the script wants said."""
+        stages = {
+            Kind.LOADING: "loading",
+            Kind.DRAINING: "draining",
+            Kind.WORKER_DOWN: "restarting",
+        }
+        is_ready = self.closed_by in {None, Kind.QUEUE_FULL}
+        return Status(
+            stage="ready" if is_ready else stages[self.closed_by or Kind.LOADING],
+            is_ready=is_ready,
+            progress=0.5 if self.closed_by is Kind.LOADING else None,
+            reason="" if is_ready else "The script says so.",
+            info=None if self.closed_by is Kind.LOADING else INFO,
+            queue_size=self.waiting,
+            queue_capacity=self.capacity,
+            running=0,
+            estimated_wait_s=2.4,
+            worker_restarts=0,
+        )
+
+    def check_open(self, images: int = 1) -> None:
+        """Refuse as the real one does."""
+        if images > self.capacity:
+            raise InvalidRequest(f"n is {images}, but {self.capacity} may wait.", param="n")
+        full = self.waiting + images > self.capacity
+        kind = Kind.QUEUE_FULL if full else self.closed_by
+        if kind is not None:
+            raise Unavailable("It cannot be taken now.", kind=kind, retry_after_s=7)
+
+    def check(self, spec: ImageSpec) -> None:
+        """Refuse what the plan cannot hold."""
+        limit = self.plan_pixels[len(spec.references)]
+        if spec.pixels > limit:
+            raise InvalidRequest(f"The most is {limit} pixels.", param="size")
+
+    def submit(
+        self,
+        specs: Sequence[ImageSpec],
+        *,
+        client: str,
+        output: OutputFormat,
+        deadline_s: float | None = None,
+    ) -> FakeTicket:
+        """Accept all or none."""
+        for spec in specs:
+            self.check(spec)
+        self.check_open(len(specs))
+        ticket = FakeTicket(list(specs), output, self.script)
+        self.tickets.append(ticket)
+        self.deadlines.append(deadline_s)
+        self.clients.append(client)
+        self.asked.set()
+        return ticket
+
+    def random_seed(self) -> int:
+        """Count, so that no two are equal."""
+        self._seeds += 100
+        return self._seeds
+
+
+@dataclass(eq=False)
+class FakeTicket:
+    """One accepted request; `has_ended` and `was_cancelled` say what became of it."""
+
+    specs: list[ImageSpec]
+    output: OutputFormat
+    script: Script
+    has_ended: bool = False
+    was_cancelled: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def cancel(self) -> None:
+        """Note that nobody waits; a ticket that has ended stays as it is."""
+        if not self.has_ended:
+            self.was_cancelled = True
+        self._end()
+
+    async def pictures(self) -> list[Picture]:
+        """Make all, or raise what the script says; cancelling the call cancels the ticket."""
+        try:
+            await self._wait()
+            if self.script.error is not None:
+                self._end()
+                raise self.script.error
+            pictures = [self._picture(spec) for spec in self.specs]
+            self._end()
+            return pictures
+        finally:
+            self.cancel()
+
+    async def events(self) -> AsyncIterator[TicketEvent]:
+        """Tell the life of the only image; closing the iterator cancels it."""
+        (spec,) = self.specs
+        try:
+            yield Queued(0)
+            await self._wait()
+            steps = spec.num_inference_steps
+            for step in range(1, steps + 1):
+                yield Stepped("denoise", step, steps)
+                if self.script.error is not None and step > self.script.previews_before_error:
+                    self._end()
+                    raise self.script.error
+                if step <= spec.previews:
+                    yield Preview(step - 1, paint(spec, self.output), self.output.media_type)
+            self._end()
+            yield Finished(self._picture(spec))
+        finally:
+            self.cancel()
+
+    async def _wait(self) -> None:
+        if self.script.release is not None:
+            await self.script.release.wait()
+
+    def _end(self) -> None:
+        self.has_ended = True
+        self.ended.set()
+
+    def _picture(self, spec: ImageSpec) -> Picture:
+        return Picture(
+            data=paint(spec, self.output),
+            format=self.output.format,
+            media_type=self.output.media_type,
+            width=spec.width,
+            height=spec.height,
+            seed=spec.seed,
+            seconds=SECONDS,
+            peak=self.script.peak,
+            prompt_tokens=12,
+            warnings=self.script.warnings,
+        )
+
+
+@dataclass
+class FakeMetrics:
+    """Keeps what it was told."""
+
+    finished: list[tuple[str, str]] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+
+    def request_finished(self, route: str, outcome: str, seconds: float) -> None:
+        """Note route and outcome."""
+        assert seconds >= 0
+        self.finished.append((route, outcome))
+
+    def request_rejected(self, reason: str) -> None:
+        """Note the reason."""
+        self.rejected.append(reason)
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Write one line."""
+        return b"klein_fake 1\n", "text/plain; version=1.0.0; charset=utf-8"
+
+
+@dataclass
+class FakeRuntime:
+    """What the app's lifespan needs of a runtime."""
+
+    service: FakeService = field(default_factory=FakeService)
+    metrics: FakeMetrics = field(default_factory=FakeMetrics)
+    calls: list[str] = field(default_factory=list)
+    on_start: Callable[[], None] = lambda: None
+
+    async def start(self) -> None:
+        """Note it."""
+        self.calls.append("start")
+        self.on_start()
+
+    async def close(self) -> None:
+        """Note it."""
+        self.calls.append("close")
+
+
+def paint(spec: ImageSpec, output: OutputFormat) -> bytes:
+    """Make a picture whose colours tell seed and mask, with enough detail for JPEG to differ."""
+    base = (spec.seed * 37 + len(spec.references) * 11) % 251
+    tile = Image.new("RGB", (16, 16))
+    tile.putdata([((base + 5 * i) % 256, (base * 3 + i) % 256, (i * 7) % 256) for i in range(256)])
+    picture = tile.resize((spec.width, spec.height), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    options = {"compress_level": 1} if output.format == "png" else {"quality": output.compression}
+    picture.save(buffer, output.format, **options)
+    return buffer.getvalue()
