@@ -1,0 +1,170 @@
+"""What lies on disk, brought to one face: parts with a config and weights under diffusers' names.
+
+A part lists its tensors before any is read, so a file with missing, extra or wrongly shaped tensors
+is refused by name and nothing is ever dropped silently. Configs are read as data; one that asks for
+code of its own is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.engine.tensorfile import Tensor, TensorFile
+from app.errors import StartupError
+
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal")
+_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One weight under diffusers' name: its shape, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network on disk: *label* names its file or folder in messages."""
+
+    label: str
+    config: Mapping[str, Any]
+    slots: Mapping[str, Slot]
+
+    def check(self, expected: Mapping[str, torch.Size], optional: Iterable[str] = ()) -> None:
+        """Refuse the part unless it has exactly the *expected* tensors in their shapes."""
+        missing = sorted(set(expected) - set(self.slots))
+        if missing:
+            raise _refuse(self.label, "lacks tensors that are needed", missing)
+        extra = sorted(set(self.slots) - set(expected) - set(optional))
+        if extra:
+            raise _refuse(self.label, "has tensors that the model does not know", extra)
+        wrong = [
+            f"{name} {list(self.slots[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if self.slots[name].shape != tuple(shape)
+        ]
+        if wrong:
+            raise _refuse(self.label, "has tensors of the wrong shape", wrong)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """All parts of one model; closing it closes the files. *layout* says how it lay on disk."""
+
+    layout: str
+    transformer: Part
+    encoder: Part
+    vae: Part
+    scheduler: Mapping[str, Any]
+    tokenizer: Path
+    is_distilled: bool | None
+    _files: ExitStack = field(repr=False)
+
+    def close(self) -> None:
+        """Close every file."""
+        self._files.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Recognise what lies at *path* by its content and open it.
+
+    Raises:
+        StartupError: it is no layout that is known, or a file of it is damaged or unsupported.
+    """
+    if not path.exists():
+        raise StartupError(f"There is no model at {path}; correct the path and start again.")
+    if path.is_dir() and (path / "model_index.json").is_file():
+        return _open_diffusers(path)
+    raise StartupError(
+        f"{path.name} is no model that is known; give a folder in diffusers layout, "
+        "with a model_index.json."
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON config as data; refuse one that brings code or names an implementation."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StartupError(
+            f"{path.parent.name}/{path.name} is missing; download the model again."
+        ) from None
+    except (ValueError, UnicodeDecodeError):
+        raise StartupError(
+            f"{path.parent.name}/{path.name} is not valid JSON; download the model again."
+        ) from None
+    for key in _CODE_KEYS:
+        if key in json.dumps(config):
+            raise StartupError(
+                f"{path.parent.name}/{path.name} has the entry {key}, which would run code of the "
+                "checkpoint's own; remove it if you trust the rest of the file."
+            )
+    if not isinstance(config, dict):
+        raise StartupError(f"{path.parent.name}/{path.name} is no table of settings.")
+    return config
+
+
+def _open_diffusers(path: Path) -> Checkpoint:
+    index = read_config(path / "model_index.json")
+    with ExitStack() as files:
+        parts = {
+            name: Part(
+                label=name,
+                config=read_config(path / name / "config.json"),
+                slots=_slots(_open_folder(path / name, files)),
+            )
+            for name in ("transformer", "text_encoder", "vae")
+        }
+        return Checkpoint(
+            layout="diffusers folder",
+            transformer=parts["transformer"],
+            encoder=parts["text_encoder"],
+            vae=parts["vae"],
+            scheduler=read_config(path / "scheduler" / "scheduler_config.json"),
+            tokenizer=path / "tokenizer",
+            is_distilled=index.get("is_distilled"),
+            _files=files.pop_all(),
+        )
+
+
+def _open_folder(folder: Path, files: ExitStack) -> dict[str, Tensor]:
+    """Open the safetensors files of *folder*: those its index names, else the only one there."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        paths = [folder / Path(name).name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths or not all(each.is_file() for each in paths):
+        found = sorted(each.name for each in folder.glob("*.bin")) if folder.is_dir() else []
+        raise StartupError(
+            f"{folder.name} holds no whole set of safetensors files"
+            f"{' but ' + found[0] if found else ''}; only safetensors are read, "
+            "since other formats can run code."
+        )
+    tensors: dict[str, Tensor] = {}
+    for each in paths:
+        tensors |= files.enter_context(TensorFile(each)).tensors
+    return tensors
+
+
+def _slots(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
+    return {name: Slot(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
+
+
+def _refuse(label: str, what: str, names: list[str]) -> StartupError:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return StartupError(
+        f"The file of {label} {what}: {', '.join(names[:_NAMED])}{more}; "
+        "it belongs to another model or is damaged."
+    )

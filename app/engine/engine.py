@@ -1,0 +1,233 @@
+"""The engine: owns the card and the loaded model, makes one picture at a time.
+
+It knows specs and pixels, no queue, no process, no HTTP. One thread calls it. A picture depends on
+its spec alone: noise, scheduler and every buffer are made anew, and nothing is kept but what is a
+pure function of the spec.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from app.domain import (
+    Generated,
+    ImageSpec,
+    LoadProgress,
+    ModelInfo,
+    PeakMemory,
+    Progress,
+    Stage,
+    StageTimings,
+)
+from app.engine import catalog, faults, pictures, stages
+from app.engine.config import EngineConfig
+from app.engine.parts import Parts
+from app.engine.previews import preview, preview_steps
+from app.engine.start import Started, start
+from app.errors import KleinError, OutOfMemory, StartupError
+
+_log = logging.getLogger(__name__)
+
+
+class KleinEngine:
+    """Implements `app.domain.Engine` for every variant of the catalogue."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._card = catalog.card(config.model)
+        self._scratch = tempfile.TemporaryDirectory(prefix="klein-")
+        self._started: Started | None = None
+
+    def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
+        """Read the weights, make one real picture, and say what came of it."""
+        begun = time.perf_counter()
+        try:
+            started = start(self._config, self._card, Path(self._scratch.name), on_progress)
+            self._started = started
+            on_progress(LoadProgress("warm-up"))
+            warm_up_s = self._warm_up(started.parts)
+        except KleinError:
+            raise
+        except Exception as error:
+            _log.exception("The model could not be loaded.")
+            faults.release(error)
+            raise StartupError(_load_failure(error)) from None
+        return started.info(self._config, warm_up_s, time.perf_counter() - begun)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        spec: ImageSpec,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> Generated:
+        """Make one picture.
+
+        Raises:
+            Cancelled, OutOfMemory, GenerationFailed, WorkerLost
+        """
+        if self._started is None:
+            raise StartupError("The model is not loaded; load it first.")
+        try:
+            return _Job(self._started.parts, spec, on_progress, should_stop).run()
+        except Exception as error:
+            fault = faults.translate(error)
+        raise fault
+
+    def close(self) -> None:
+        """Let go of the card and of scratch files."""
+        self._started = None
+        faults.give_back()
+        self._scratch.cleanup()
+
+    def _warm_up(self, parts: Parts) -> float:
+        """Make a picture, smaller where memory does not suffice; return seconds at the default
+        size.
+
+        A processor without a card may need minutes for the default size, which proves no more than
+        a small one does: there it is a quarter of the side and one step, and the seconds are
+        scaled.
+        """
+        card = self._card
+        steps = card.default_steps
+        scales: tuple[int, ...] = (1, 2, 4)
+        if parts.device.type == "cpu":
+            steps, scales = 1, (4,)
+        for scale in scales:
+            spec = ImageSpec(
+                prompt="a warm-up picture",
+                width=max(64, card.default_width // scale // 64 * 64),
+                height=max(64, card.default_height // scale // 64 * 64),
+                num_inference_steps=steps,
+                guidance_scale=card.default_guidance,
+                seed=0,
+            )
+            begun = time.perf_counter()
+            try:
+                self.generate(spec, lambda _: None, lambda: False)
+            except OutOfMemory:
+                _log.warning("The warm-up picture of %sx%s found no room.", spec.width, spec.height)
+                continue
+            share = spec.pixels * steps / (card.default_width * card.default_height)
+            return (time.perf_counter() - begun) * card.default_steps / share
+        raise StartupError(
+            "The card has no room even for a small picture; "
+            "free its memory or set KLEIN_DEVICE=cpu."
+        )
+
+
+@dataclass(slots=True)
+class _Job:
+    """One picture being made."""
+
+    parts: Parts
+    spec: ImageSpec
+    on_progress: Callable[[Progress], None]
+    should_stop: Callable[[], bool]
+
+    def run(self) -> Generated:
+        """Go through the stages and measure each."""
+        parts, spec = self.parts, self.spec
+        clock = _Clock(parts.device)
+        self._tell(Stage.TEXT, 0)
+        text = stages.encode_text(parts, spec)
+        noise = stages.draw_noise(parts, spec)
+        text_s = clock.lap()
+        references_s = 0.0
+        references = stages.References()
+        if spec.references:
+            self._tell(Stage.REFERENCE, 0)
+            references = stages.encode_references(parts, spec)
+            references_s = clock.lap()
+        latents, steps_s = self._denoise(text, references, noise, clock)
+        self._tell(Stage.DECODE, spec.num_inference_steps)
+        pixels = self._decode(latents, references.source)
+        timings = StageTimings(text_s, references_s, sum(steps_s), clock.lap(), steps_s)
+        return Generated(
+            image=pictures.to_raw(pixels),
+            timings=timings,
+            peak=clock.peak(),
+            prompt_tokens=text.token_count,
+            is_prompt_cut=text.is_cut,
+        )
+
+    def _denoise(
+        self,
+        text: stages.Text,
+        references: stages.References,
+        noise: torch.Tensor,
+        clock: _Clock,
+    ) -> tuple[torch.Tensor, tuple[float, ...]]:
+        shown = preview_steps(self.spec.previews, self.spec.num_inference_steps)
+        shape = stages.grid(self.spec)
+        steps_s: list[float] = []
+
+        def on_step(number: int, estimate: Callable[[], torch.Tensor]) -> None:
+            picture = preview(self.parts, estimate, shape) if number in shown else None
+            steps_s.append(clock.lap())
+            progress = Progress(Stage.DENOISE, number, self.spec.num_inference_steps, picture)
+            self.on_progress(progress)
+
+        latents = stages.denoise(
+            self.parts,
+            self.spec,
+            text,
+            references,
+            noise,
+            on_step=on_step,
+            should_stop=self.should_stop,
+        )
+        return latents, tuple(steps_s)
+
+    def _decode(self, latents: torch.Tensor, source: stages.Source | None) -> torch.Tensor:
+        made = stages.decode(self.parts, latents, stages.grid(self.spec))
+        pixels = pictures.to_bytes(made).cpu()
+        if source is not None:
+            pixels = pictures.paste(pixels, source.pixels, source.mask)
+        return pixels
+
+    def _tell(self, stage: Stage, step: int) -> None:
+        self.on_progress(Progress(stage, step, self.spec.num_inference_steps))
+
+
+class _Clock:
+    """Seconds between laps, with the card's work done, and the card's peak since the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Wait for the card and return the seconds since the last lap."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        return passed
+
+    def peak(self) -> PeakMemory | None:
+        """Return the most that torch held, or None without a card."""
+        if self._device.type != "cuda":
+            return None
+        return PeakMemory(
+            allocated=torch.cuda.max_memory_allocated(self._device),
+            reserved=torch.cuda.max_memory_reserved(self._device),
+        )
+
+
+def _load_failure(error: Exception) -> str:
+    if faults.is_out_of_memory(error):
+        return (
+            "The card has too little free memory for this model; close what else uses it, "
+            "or choose KLEIN_PRECISION=fp8."
+        )
+    return "The model could not be loaded; the log above says why."

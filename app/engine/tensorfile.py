@@ -1,0 +1,133 @@
+"""Reading safetensors files: what is in them first, the bytes of one tensor when they are wanted.
+
+Only this format is read, since it holds no code. The file is read with plain reads instead of a
+memory map: a map's pages count as this process's memory, and the first load must stay small on a
+machine with 16 GB. This module knows bytes and names, no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from app.errors import StartupError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies: *file* and the byte range in it."""
+
+    file: TensorFile
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+    def read(self) -> torch.Tensor:
+        """Read the tensor into host memory of its own."""
+        return self.file.read(self)
+
+
+class TensorFile:
+    """One open safetensors file. A context manager; reads from one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise StartupError(
+                    f"{path.name} is a GGUF file, which is not supported; "
+                    "use the fp8 or bf16 safetensors file."
+                )
+        self._file: FileIO = path.open("rb", buffering=0)
+        try:
+            self.tensors, self.metadata = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def read(self, tensor: Tensor) -> torch.Tensor:
+        """Read the bytes of *tensor*."""
+        buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+        self._file.seek(tensor.start)
+        done = 0
+        while done < tensor.size_bytes:
+            count = self._file.readinto(view[done : done + (1 << 28)])
+            if not count:
+                raise _damaged(self.path, "it ends before its last tensor")
+            done += count
+        return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+    def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        total = self.path.stat().st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if length > min(_HEADER_LIMIT, total - 8):
+            raise _damaged(self.path, "its header is longer than the file")
+        try:
+            header = json.loads(self._file.read(length))
+            metadata = header.pop("__metadata__", {})
+            tensors = {name: self._locate(name, header[name], 8 + length) for name in header}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _damaged(self.path, "its header cannot be read") from None
+        if any(tensor.start + tensor.size_bytes > total for tensor in tensors.values()):
+            raise _damaged(self.path, "it ends before its last tensor")
+        return tensors, metadata
+
+    def _locate(self, name: str, entry: dict[str, Any], base: int) -> Tensor:
+        if entry["dtype"] not in _DTYPES:
+            raise StartupError(
+                f"{self.path.name} holds tensors of the type {entry['dtype']}, which is not "
+                "supported; use the fp8 or bf16 safetensors file."
+            )
+        dtype = _DTYPES[entry["dtype"]]
+        shape = tuple(int(side) for side in entry["shape"])
+        start, end = entry["data_offsets"]
+        if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(name)
+        return Tensor(self, name, dtype, shape, base + start, end - start)
+
+
+def _damaged(path: Path, what: str) -> StartupError:
+    return StartupError(f"{path.name} is not a whole safetensors file: {what}; download it again.")

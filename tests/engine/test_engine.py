@@ -1,0 +1,146 @@
+"""The engine's contract: progress, cancellation, errors, and what it says of itself."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from app import errors
+from app.domain import ImageSpec, Stage
+from app.engine import faults, start
+from app.engine.config import EngineConfig
+from app.engine.engine import KleinEngine
+from app.engine.loaders import shapes
+from tests.checkpoints import write_tiny_klein
+
+pytestmark = pytest.mark.torch
+
+SPEC = ImageSpec("a red circle", 64, 64, 3, 1.0, 7)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = write_tiny_klein(tmp_path_factory.mktemp("tiny"))
+    engine = KleinEngine(EngineConfig("flux.2-klein-4b", str(folder), str(folder), None))
+    engine.info = engine.load(lambda _: None)
+    yield engine
+    engine.close()
+
+
+def test_it_says_what_it_loaded(engine):
+    """On the processor: the model's name, precision with its reason, and no card."""
+    info = engine.info
+
+    assert (info.model, info.device, info.precision) == ("flux.2-klein-4b", "cpu", "fp32")
+    assert info.precision_reason
+    assert info.plan_reasons
+    assert info.warm_up_s > 0
+    assert info.weights_bytes > 100_000
+
+
+def test_it_reports_stages_and_steps(engine):
+    """One sign of life per stage, one per step, and timings for each."""
+    seen = []
+    made = engine.generate(SPEC, seen.append, lambda: False)
+
+    assert [(each.stage, each.step) for each in seen] == [
+        (Stage.TEXT, 0),
+        (Stage.DENOISE, 1),
+        (Stage.DENOISE, 2),
+        (Stage.DENOISE, 3),
+        (Stage.DECODE, 3),
+    ]
+    assert len(made.timings.steps) == 3
+    assert made.timings.text > 0
+    assert made.timings.decode > 0
+    assert made.peak is None
+    assert not made.is_prompt_cut
+
+
+def test_it_stops_between_two_steps(engine):
+    """A job that nobody waits for ends before the next step."""
+    seen = []
+    with pytest.raises(errors.Cancelled):
+        engine.generate(SPEC, seen.append, lambda: len(seen) > 1)
+
+    assert [each.step for each in seen] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), errors.OutOfMemory),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), errors.OutOfMemory),
+        (MemoryError(), errors.OutOfMemory),
+        (RuntimeError("secret /path of mine"), errors.GenerationFailed),
+    ],
+)
+def test_failures_become_the_errors_callers_know(engine, monkeypatch, raised, expected):
+    """What happened goes to the log; the caller gets a fixed text, and the next job succeeds."""
+
+    def fail(*_args, **_more):
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr("app.engine.stages.decode", fail)
+        with pytest.raises(expected) as caught:
+            engine.generate(SPEC, lambda _: None, lambda: False)
+
+    assert type(caught.value) is expected
+    assert "secret" not in caught.value.message
+    assert engine.generate(SPEC, lambda _: None, lambda: False).image.width == 64
+
+
+def test_an_accelerator_error_is_fatal_unless_it_is_memory(monkeypatch):
+    """CUDA's code 2 is memory; any other leaves a context that cannot be trusted."""
+
+    class AcceleratorError(RuntimeError):
+        error_code = 2
+
+    monkeypatch.setattr(torch, "AcceleratorError", AcceleratorError)
+    memory, assertion = AcceleratorError("device"), AcceleratorError("device")
+    assertion.error_code = 710
+
+    assert type(faults.translate(memory)) is errors.OutOfMemory
+    assert type(faults.translate(assertion)) is errors.WorkerLost
+
+
+def test_a_failed_job_frees_its_tensors(engine, monkeypatch):
+    """The frames of the traceback are dropped, so nothing of the failed job stays in memory."""
+    held = []
+
+    def fail(_parts, latents, _shape):
+        tensor = torch.zeros(1234, 77)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError(str(latents.shape))
+
+    monkeypatch.setattr("app.engine.stages.decode", fail)
+    with pytest.raises(errors.GenerationFailed):
+        engine.generate(SPEC, lambda _: None, lambda: False)
+
+    assert held[0]() is None
+
+
+def test_the_demo_is_served_even_without_its_weights(tmp_path, monkeypatch):
+    """Where the trained weights are missing, random ones take their place and say so."""
+    monkeypatch.setattr(shapes, "FOLDER", tmp_path / "nothing")
+    engine = KleinEngine(EngineConfig("shapes", None, str(tmp_path), None))
+    try:
+        info = engine.load(lambda _: None)
+        made = engine.generate(ImageSpec("a", 128, 128, 2, 1.0, 0), lambda _: None, lambda: False)
+    finally:
+        engine.close()
+
+    assert info.revision == "random"
+    assert len(set(made.image.pixels)) > 10
+
+
+def test_a_card_that_is_not_there_is_told_in_a_sentence(tmp_path):
+    """No traceback where there is no card, but what to do."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    config = EngineConfig("flux.2-klein-4b", str(tmp_path), str(tmp_path), 0)
+    with pytest.raises(errors.StartupError, match="KLEIN_DEVICE=cpu"):
+        start.find_device(config)
