@@ -21,6 +21,7 @@ from app.errors import DeadlineExceeded, StartupError
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
+from app.jobs.rates import RateLimit
 from app.service import ImageService, ServiceConfig, warm_up_spec
 from app.settings import Settings
 from app.telemetry.gpu import Card
@@ -110,6 +111,7 @@ class Runtime:
             self._estimator,
             self._worker,
             self.metrics,
+            RateLimit(settings.rate_limit_per_minute),
         )
         self.metrics.watch(self)
         self.metrics.watch_card(gpu.read, lambda: self.service.held_memory)

@@ -28,11 +28,12 @@ from app.domain import (
     RawImage,
     Stage,
 )
-from app.errors import Cancelled, InvalidRequest, Kind, OutOfMemory, Unavailable
+from app.errors import Cancelled, InvalidRequest, Kind, KleinError, OutOfMemory, Unavailable
 from app.images import OutputFormat
 from app.jobs.estimate import Estimator
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue
+from app.jobs.rates import RateLimit
 from app.telemetry.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ class ImageService:
         estimator: Estimator,
         worker: WorkerState,
         metrics: Metrics,
+        rates: RateLimit,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -170,6 +172,7 @@ class ImageService:
         self._estimator = estimator
         self._worker = worker
         self._metrics = metrics
+        self._rates = rates
         self._clock = clock
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._is_draining = False
@@ -194,13 +197,16 @@ class ImageService:
             worker_restarts=worker.restart_count,
         )
 
-    def check_open(self, images: int = 1) -> None:
+    def check_open(self, images: int = 1, *, client: str | None = None) -> None:
         """Refuse *images* more before anything is read or decoded, if they cannot be taken.
 
         Raises:
             InvalidRequest: they would not fit into the empty queue either.
             Unavailable: they cannot be taken now.
+            KleinError: *client* has asked for too many of late.
         """
+        if client is not None:
+            self._check_rate(client, images)
         if images > self._queue.capacity:
             raise InvalidRequest(
                 f"n is {images}, but at most {self._queue.capacity} images may wait here; "
@@ -216,6 +222,22 @@ class ImageService:
             raise self._unavailable(Kind.QUEUE_FULL, "The queue is full", retry_s)
         if not self._worker.is_ready:
             raise self._unavailable(Kind.WORKER_DOWN, "The worker is being restarted", retry_s)
+
+    def _check_rate(self, client: str, images: int) -> None:
+        limit = self._rates.per_minute
+        if limit and images > limit:
+            raise InvalidRequest(
+                f"n is {images}, but at most {limit} images in a minute may be asked for here; "
+                "ask for fewer at a time.",
+                param="n",
+            )
+        if wait_s := self._rates.wait_s(client, images):
+            raise KleinError(
+                f"At most {limit} images in a minute may be asked for here; "
+                f"try again in {wait_s} s.",
+                kind=Kind.RATE_LIMITED,
+                retry_after_s=wait_s,
+            )
 
     def check(self, spec: ImageSpec) -> None:
         """Refuse what the model or the memory plan cannot do, naming what it can.
@@ -293,10 +315,11 @@ class ImageService:
         Raises:
             InvalidRequest: a spec is beyond the limits.
             Unavailable: there is no room, or the deadline would pass before the last is done.
+            KleinError: *client* has asked for too many of late.
         """
         for spec in specs:
             self.check(spec)
-        self.check_open(len(specs))
+        self.check_open(len(specs), client=client)
         predicted_s = self.predict_s(specs)
         allowed_s = self._config.deadline_s + 4 * predicted_s
         if deadline_s is not None:
@@ -323,6 +346,7 @@ class ImageService:
         ]
         ticket = Ticket(self, jobs, output)
         self._queue.submit(jobs, retry_after_s=self._retry_after_s())
+        self._rates.take(client, len(jobs))
         return ticket
 
     def drain(self) -> float:

@@ -18,6 +18,8 @@ from app.errors import StartupError
 PREFIX = "KLEIN_"
 _LISTS = frozenset({"api_keys", "allowed_hosts"})
 
+MIN_KEY_LENGTH = 8
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -56,8 +58,16 @@ class Settings(BaseModel):
     """Largest output in pixels."""
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest request body in bytes."""
+    body_limit_s: Seconds = 120.0
+    """Seconds that a request's body may take to arrive."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Bearer keys, separated by commas. Without any, everyone who reaches the port may ask."""
+    api_keys_file: Path | None = None
+    """A file with more keys, one on each line; empty lines and those that begin with `#` do not
+    count."""
+    rate_limit_per_minute: int = Field(default=0, ge=0, le=100_000)
+    """Images that one key, or one address where there is none, may ask for in a minute; 0 sets no
+    limit."""
     metrics_key: Literal["open", "required"] = "open"
     """Whether `/metrics` needs a key where keys are set."""
     allowed_hosts: tuple[str, ...] = ()
@@ -87,8 +97,8 @@ class Settings(BaseModel):
     @field_validator("api_keys")
     @classmethod
     def _refuse_weak_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any(len(key) < 8 for key in value):
-            raise ValueError("a key has fewer than 8 characters")
+        if any(len(key) < MIN_KEY_LENGTH for key in value):
+            raise ValueError(f"a key has fewer than {MIN_KEY_LENGTH} characters")
         return value
 
     @classmethod
@@ -110,13 +120,34 @@ class Settings(BaseModel):
             values[key] = _split(text) if key in _LISTS else text
         values.update({key: value for key, value in overrides.items() if value is not None})
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             raise StartupError(_say(error)) from None
+        if settings.api_keys_file is None:
+            return settings
+        keys = settings.api_keys + _read_keys(settings.api_keys_file)
+        return settings.model_copy(update={"api_keys": keys})
 
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _read_keys(path: Path) -> tuple[str, ...]:
+    """Read a file of keys. One that gives none ends the start: it would leave the service open."""
+    try:
+        lines = [line.strip() for line in path.expanduser().read_text().splitlines()]
+    except (OSError, UnicodeDecodeError):
+        raise StartupError(
+            "KLEIN_API_KEYS_FILE names a file that cannot be read; correct it and start again."
+        ) from None
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys or any(len(key) < MIN_KEY_LENGTH for key in keys):
+        raise StartupError(
+            "The file of KLEIN_API_KEYS_FILE must hold one key on each line, each of at least "
+            f"{MIN_KEY_LENGTH} characters; correct it and start again."
+        )
+    return keys
 
 
 def _say(error: ValidationError) -> str:

@@ -67,7 +67,7 @@ def _values(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_values(part) for part in inner)
+        return " or ".join(_values(part) for part in inner if part is not types.NoneType)
     if origin is tuple:
         return "list, separated by commas"
     return _KINDS[annotation]
@@ -81,7 +81,7 @@ def _limits(metadata: list[Any]) -> typing.Iterator[str]:
 
 
 def _default(value: object) -> str:
-    if value == ():
+    if value in ((), None):
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
