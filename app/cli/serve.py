@@ -27,6 +27,7 @@ from app.engine import create_engine
 from app.errors import StartupError
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
+from app.telemetry.gpu import Card
 from app.worker.child import EngineFactory
 
 _log = logging.getLogger("app.serve")
@@ -53,12 +54,14 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     return serve(settings)
 
 
-def serve(settings: Settings, *, make_engine: EngineFactory = create_engine) -> int:
-    """Serve with *settings*; *make_engine* goes to the composition root (a test's own engine)."""
+def serve(
+    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Card | None = None
+) -> int:
+    """Serve with *settings*; *make_engine* and *gpu*, a test's own, go to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
     _check_exposure(settings)
     with contextlib.closing(_bind(settings)) as listener:
-        return asyncio.run(_Service(settings, listener, make_engine).run())
+        return asyncio.run(_Service(settings, listener, make_engine, gpu).run())
 
 
 class _Server(uvicorn.Server):
@@ -73,10 +76,15 @@ class _Service:
     """The life of one service process: start, serve, drain, end."""
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, make_engine: EngineFactory
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        make_engine: EngineFactory,
+        gpu: Card | None,
     ) -> None:
         self._listener = listener
         self._make_engine = make_engine
+        self._gpu = gpu
         self._runtime: Runtime | None = None
         self._exit_code = 0
         self._draining: asyncio.Task[None] | None = None
@@ -103,7 +111,9 @@ class _Service:
 
     def _build(self, settings: Settings) -> Runtime:
         _log.info("Listening at %s while the model is loaded.", address(self._listener))
-        self._runtime = runtime = build_runtime(settings, make_engine=self._make_engine)
+        self._runtime = runtime = build_runtime(
+            settings, make_engine=self._make_engine, gpu=self._gpu
+        )
         runtime.on_ready.append(partial(_say_ready, address(self._listener), runtime.model.note))
         runtime.ended.add_done_callback(lambda ended: self._on_ended())
         return runtime

@@ -1,0 +1,82 @@
+"""The service on a card that is not there: NVML's answers are a 3060's, pictures are scripted.
+
+    python -m tests.monitoring.carded
+
+What happens to a picture stands in its prompt: `oom`, `fail` and `hang` are faults, `slow` takes
+two seconds, everything else a few hundredths. No setting of the service selects this engine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, PeakMemory, Progress, Stage
+from app.engine.config import EngineConfig
+from app.errors import Cancelled, GenerationFailed, OutOfMemory
+from tests.faulty import FaultyEngine, Script
+
+GPU = "NVIDIA GeForce RTX 3060"
+PEAK = PeakMemory(allocated=7_370_000_000, reserved=7_830_000_000)
+HELD = PeakMemory(allocated=6_800_000_000, reserved=7_000_000_000)
+
+
+class CardedEngine(FaultyEngine):
+    """Makes one colour per prompt in no time, as if on a card; fails as its prompt says."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, Script())
+        self._seen: set[str] = set()
+
+    def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
+        """Say what a real engine would say of its card."""
+        info = super().load(on_progress)
+        return replace(info, device=GPU, precision="int8", plan="resident/tiled", cuda="13.0")
+
+    def generate(
+        self,
+        spec: ImageSpec,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> Generated:
+        """Do what the prompt says."""
+        if spec.prompt == "oom":
+            raise OutOfMemory("The card has no room for this picture; ask for a smaller one.")
+        if spec.prompt == "fail":
+            raise GenerationFailed("The picture could not be made.")
+        if spec.prompt == "hang":
+            time.sleep(3600)
+        if spec.prompt == "slow":
+            self._linger(spec, on_progress, should_stop)
+        made = super().generate(spec, on_progress, should_stop)
+        is_cached = spec.prompt in self._seen
+        self._seen.add(spec.prompt)
+        timings = replace(made.timings, text=0.02, decode=0.03)
+        return replace(made, timings=timings, peak=PEAK, held=HELD, is_prompt_cached=is_cached)
+
+    def _linger(
+        self,
+        spec: ImageSpec,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        for _ in range(20):
+            if should_stop():
+                raise Cancelled
+            time.sleep(0.1)
+            on_progress(Progress(Stage.DENOISE, 0, spec.num_inference_steps))
+
+
+if __name__ == "__main__":
+    from app.cli.serve import serve
+    from app.settings import Settings
+    from app.telemetry.gpu import Card
+    from tests.fake_nvml import FakeNvml
+    from tests.monitoring import carded
+
+    # Through the module's own name, so that the worker process finds the class under it.
+    card = Card(0, load_nvml=FakeNvml)
+    sys.exit(serve(Settings.read(os.environ), make_engine=carded.CardedEngine, gpu=card))
