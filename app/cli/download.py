@@ -1,0 +1,111 @@
+"""`klein download`: bring a model into the cache ahead of time, or check what lies there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from app.domain import LoadProgress
+from app.engine import catalog
+from app.engine.catalog import Entry
+from app.engine.download import ensure, missing_bytes, verify
+from app.engine.fetch import Hub
+from app.settings import Settings
+
+_PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's own options."""
+    parser = commands.add_parser("download", help="fetch a model's files, or check those in place")
+    parser.add_argument("--model", help="catalogue key (KLEIN_MODEL)")
+    parser.add_argument("--precision", choices=_PRECISIONS, help="decides which transformer")
+    parser.add_argument("--verify", action="store_true", help="only hash again what lies there")
+    parser.set_defaults(
+        run=run, settings=lambda given: {"model": given.model, "precision": given.precision}
+    )
+
+
+def run(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    *,
+    find: Callable[[str], Entry] = catalog.entry,
+    hub: Hub | None = None,
+) -> int:
+    """Download or check; return 0, or 1 where a check found something wrong or missing."""
+    is_auto = settings.model == "auto"
+    variant = find(next(iter(catalog.CATALOG)) if is_auto else settings.model)
+    if variant.is_embedded:
+        print(f"{variant.card.title}: it comes with the package, there is nothing to download.")
+        return 0
+    precision: str = settings.precision
+    if precision == "auto":
+        precision = _precision_of_this_machine()
+    if arguments.verify:
+        return _verify(variant, settings.cache_dir, precision)
+    return _download(variant, settings.cache_dir, precision, hub)
+
+
+def _download(variant: Entry, cache_dir: Path, precision: str, hub: Hub | None) -> int:
+    files = catalog.files_for(variant, precision)
+    total = sum(file.size_bytes for file in files)
+    missing = missing_bytes(variant, cache_dir, precision)
+    print(
+        f"{variant.card.title} at {precision}: {len(files)} files, {total / 1e9:.2f} GB, of which "
+        f"{missing / 1e9:.2f} GB are to be downloaded\n"
+        f"  licence  {variant.card.licence}\n"
+        f"  from     {', '.join(dict.fromkeys(file.repository for file in files))}\n"
+        f"  to       {cache_dir}",
+        flush=True,
+    )
+    with _Bar() as bar:
+        folder = ensure(variant, cache_dir, precision, bar.show, hub=hub)
+    print(f"ready in {folder}")
+    return 0
+
+
+def _verify(variant: Entry, cache_dir: Path, precision: str) -> int:
+    with _Bar() as bar:
+        found = verify(variant, cache_dir, precision, bar.show)
+    words = {True: "right", False: "DAMAGED, deleted", None: "missing"}
+    for file, state in found.items():
+        print(f"{words[state]:17} {file.path}")
+    right = sum(state is True for state in found.values())
+    print(f"{right} of {len(found)} files are right.")
+    return 0 if right == len(found) else 1
+
+
+def _precision_of_this_machine() -> str:
+    """Ask what the service would choose here."""
+    import torch
+
+    from app.engine.precision import choose_precision
+
+    return choose_precision("auto", has_card=torch.cuda.is_available(), is_small=False).name
+
+
+class _Bar:
+    """One line on standard error that is written over; on a terminal only."""
+
+    def __init__(self) -> None:
+        self._is_shown = sys.stderr.isatty()
+        self._width = 0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._width:
+            print(file=sys.stderr)
+
+    def show(self, progress: LoadProgress) -> None:
+        """Show *progress*."""
+        if not self._is_shown:
+            return
+        share = "" if progress.fraction is None else f"{progress.fraction:4.0%} "
+        line = f"{progress.stage} {share}{progress.detail}"
+        print(f"\r{line:{self._width}}", end="", file=sys.stderr, flush=True)
+        self._width = len(line)

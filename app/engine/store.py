@@ -1,0 +1,112 @@
+"""The cache on disk: each published file once, and one folder of links for each way to load them.
+
+    <cache>/hub/<owner>--<name>/<revision>/<path>
+    <cache>/models/<key>/<precision>/<path>
+
+Variants share files, so the first tree holds them by where they were published and the second says
+which belong together. A file reaches its place only after its size and SHA-256 were found right; a
+record beside it then states its size and its time of change. While both hold, a start trusts the
+file without reading its gigabytes; when they do not, it is hashed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from app.engine.catalog import RemoteFile
+from app.engine.fetch import hash_file, partial_path
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The tree of published files. Any process may read it; who adds to it holds its lock."""
+
+    cache_dir: Path
+
+    def path(self, file: RemoteFile) -> Path:
+        """Return the place of *file*."""
+        owner = file.repository.replace("/", "--")
+        return self.cache_dir / "hub" / owner / file.revision / file.path
+
+    def is_present(self, file: RemoteFile) -> bool:
+        """Whether *file* is there; what is there has been checked once."""
+        return self.path(file).is_file()
+
+    def missing_bytes(self, file: RemoteFile) -> int:
+        """Count what is still to be fetched of *file*."""
+        if self.is_present(file):
+            return 0
+        part = partial_path(self.path(file))
+        return max(0, file.size_bytes - (part.stat().st_size if part.is_file() else 0))
+
+    def is_vouched(self, file: RemoteFile) -> bool:
+        """Whether *file* is as it was when its hash was found right."""
+        try:
+            return self._record(file).read_text() == self._stamp(file)
+        except FileNotFoundError:
+            return False
+
+    def vouch(self, file: RemoteFile) -> None:
+        """Record that the hash of *file* was found right."""
+        self._record(file).write_text(self._stamp(file))
+
+    def check(self, file: RemoteFile, on_bytes: Callable[[int], None]) -> bool:
+        """Hash *file*; record it when it is right, delete it when it is not."""
+        path = self.path(file)
+        right = path.stat().st_size == file.size_bytes
+        right = right and hash_file(path, on_bytes) == file.sha256
+        if right:
+            # A cache that is mounted read-only is hashed at every start.
+            with contextlib.suppress(OSError):
+                self.vouch(file)
+        else:
+            path.unlink()
+        return right
+
+    @contextmanager
+    def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keep other processes from adding files; call *on_wait* until they let us."""
+        folder = self.cache_dir / "hub"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            while not _is_taken(lock):
+                on_wait()
+                time.sleep(0.2)
+            yield
+
+    def link(self, name: str, files: Iterable[RemoteFile]) -> Path:
+        """Lay out the *files* of one load as links; links of an earlier catalogue go."""
+        folder = self.cache_dir / "models" / name
+        wanted = {folder / file.path: self.path(file) for file in files}
+        for link in [path for path in folder.rglob("*") if path.is_symlink()]:
+            if link not in wanted or link.resolve() != wanted[link].resolve():
+                link.unlink()
+        for link, target in wanted.items():
+            if not link.is_symlink():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(os.path.relpath(target, link.parent))
+        return folder
+
+    def _record(self, file: RemoteFile) -> Path:
+        path = self.path(file)
+        return path.with_name(path.name + ".verified")
+
+    def _stamp(self, file: RemoteFile) -> str:
+        stat = self.path(file).stat()
+        return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns}\n"
+
+
+def _is_taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

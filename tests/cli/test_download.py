@@ -1,0 +1,113 @@
+"""`klein download` says what it will do before it does it, and its exit code can be relied on."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+
+import pytest
+
+from app.cli import download
+from app.engine.fetch import Hub as Source
+from app.errors import StartupError
+from app.settings import Settings
+from tests.engine.download import COMMIT, ENCODER, SINGLE, VARIANT, content
+from tests.hub import Hub
+
+KEY = VARIANT.card.id
+
+
+@pytest.fixture
+def hub():
+    files = {(file.repository, COMMIT, file.path): content(file.path) for file in VARIANT.files}
+    with Hub(files) as running:
+        yield running
+
+
+@pytest.fixture
+def klein(hub, tmp_path):
+    """Run the command with the small variant in the catalogue's place."""
+
+    def run(*words: str) -> int:
+        parser = argparse.ArgumentParser()
+        download.add_parser(parser.add_subparsers())
+        given = parser.parse_args(["download", *words])
+        environ = {"KLEIN_CACHE_DIR": str(tmp_path / "cache")}
+        settings = Settings.read(environ, **given.settings(given))
+        source = Source(endpoint=hub.endpoint, wait=lambda seconds: None)
+        assert given.run is download.run
+        return download.run(given, settings, find=lambda key: VARIANT, hub=source)
+
+    return run
+
+
+def test_says_what_and_where_before_it_starts(klein, hub, tmp_path, capsys):
+    """Files, bytes, licence, origin and place are printed before the first request."""
+    hub.spoil("model_index.json", 401)
+
+    with pytest.raises(StartupError):
+        klein("--precision", "fp8")
+
+    printed = capsys.readouterr().out
+    assert "3 files, 0.00 GB, of which 0.00 GB are to be downloaded" in printed
+    assert "Apache-2.0" in printed
+    assert "black-forest-labs/FLUX.2-klein-4B, black-forest-labs/FLUX.2-klein-4b-fp8" in printed
+    assert str(tmp_path / "cache") in printed
+
+
+def test_downloads(klein, hub, tmp_path, capsys):
+    """Exit code 0 means that everything is in place; the folder is printed last."""
+    assert klein("--model", KEY, "--precision", "fp8") == 0
+
+    folder = tmp_path / "cache" / "models" / KEY / "fp8"
+    assert (folder / SINGLE).read_bytes() == content(SINGLE)
+    assert capsys.readouterr().out.endswith(f"ready in {folder}\n")
+
+
+def test_verify(klein, tmp_path, capsys):
+    """`--verify` names each file with its state; anything but right makes the exit code 1."""
+    assert klein("--precision", "fp8", "--verify") == 1
+    assert "0 of 3 files are right." in capsys.readouterr().out
+
+    klein("--precision", "fp8")
+    assert klein("--precision", "fp8", "--verify") == 0
+
+    path = (tmp_path / "cache" / "models" / KEY / "fp8" / ENCODER).resolve()
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert klein("--precision", "fp8", "--verify") == 1
+    printed = capsys.readouterr().out
+    assert f"DAMAGED, deleted  {ENCODER}" in printed
+    assert "2 of 3 files are right." in printed
+
+
+def test_embedded(tmp_path, capsys):
+    """For the demo model there is nothing to do."""
+    settings = Settings.read({}, model="shapes")
+
+    assert download.run(argparse.Namespace(verify=False), settings) == 0
+    assert "nothing to download" in capsys.readouterr().out
+
+
+@pytest.mark.torch
+def test_precision_of_this_machine(klein, capsys):
+    """Without a precision, the one that the service would choose here is fetched."""
+    assert klein() == 0
+    assert re.search(r" at (fp8|int8|bf16): 3 files", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "flux.2-klein-9b", "../../etc"])
+def test_other_names(name):
+    """A name that is not in the catalogue ends with exit code 1 and one sentence."""
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "download", "--model", name, "--precision", "fp8"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "flux.2-klein-4b" in done.stderr

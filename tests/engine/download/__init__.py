@@ -1,0 +1,66 @@
+"""A small variant, published on our own hub, and what the tests do with it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from app.domain import LoadProgress
+from app.engine.catalog import CATALOG, Entry, RemoteFile
+from app.engine.download import ensure
+from app.engine.fetch import Hub as Source
+from app.errors import StartupError
+from tests.hub import Hub, digest
+
+KLEIN = CATALOG["flux.2-klein-4b"]
+OWN, FP8 = KLEIN.repositories
+CONFIG, ENCODER = "model_index.json", "text_encoder/model.safetensors"
+SINGLE, BF16 = "flux-2-klein-4b-fp8.safetensors", "transformer/model.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def content(path: str) -> bytes:
+    sizes = {CONFIG: 446, ENCODER: 3_000_000, SINGLE: 400_000, BF16: 700_000}
+    return random.Random(path).randbytes(sizes[path])
+
+
+def published(repository: str, path: str) -> RemoteFile:
+    return RemoteFile(repository, COMMIT, path, len(content(path)), digest(content(path)))
+
+
+VARIANT = Entry(
+    card=KLEIN.card,
+    shared=(published(OWN, CONFIG), published(OWN, ENCODER)),
+    transformers={
+        "fp8": published(FP8, SINGLE),
+        "int8": published(OWN, BF16),
+        "bf16": published(OWN, BF16),
+    },
+)
+FP8_BYTES = 446 + 3_000_000 + 400_000
+
+
+class Downloads:
+    """Calls `ensure` with the hub of the test, and keeps what was reported."""
+
+    def __init__(self, hub: Hub, cache: Path) -> None:
+        self.hub, self.cache = hub, cache
+        self.progress: list[LoadProgress] = []
+        self.waits: list[float] = []
+        self.endpoint = hub.endpoint
+
+    def run(self, precision: str = "fp8", *, variant: Entry = VARIANT, token=None, **options):
+        source = Source(endpoint=self.endpoint, token=token, wait=self.waits.append)
+        return ensure(variant, self.cache, precision, self.progress.append, hub=source, **options)
+
+    def fails(self, reason: str, **options) -> str:
+        with pytest.raises(StartupError, match=reason) as caught:
+            self.run(**options)
+        assert "\n" not in caught.value.message
+        assert caught.value.message.endswith(".")
+        return caught.value.message
+
+    def ranges(self, path: str) -> list[str | None]:
+        return [seen.range for seen in self.hub.seen if seen.path.endswith(path)]
