@@ -7,6 +7,7 @@ command line see this module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -80,6 +81,12 @@ class Settings(BaseModel):
     """Accept `gpt-image-*`, `dall-e-*` and `chatgpt-image-*` as names of the served model."""
     list_aliases: bool = False
     """List those aliases in `/v1/models` too."""
+    image_urls: bool = True
+    """Give links for `response_format=url`; the pictures are kept in memory for an hour."""
+    public_url: str | None = None
+    """What links start with, such as `https://pictures.example`; else the request's own address."""
+    max_references: int = Field(default=4, ge=1, le=4)
+    """How many pictures an edit may bring."""
     png_metadata: bool = True
     """Write prompt, seed, steps, guidance, size, model and precision into the picture."""
     docs: bool = True
@@ -100,6 +107,13 @@ class Settings(BaseModel):
         if any(len(key) < MIN_KEY_LENGTH for key in value):
             raise ValueError(f"a key has fewer than {MIN_KEY_LENGTH} characters")
         return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", value):
+            raise ValueError("it is no address that starts with http:// or https://")
+        return value and value.rstrip("/")
 
     @classmethod
     def read(cls, environ: Mapping[str, str], **overrides: object) -> Settings:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -107,7 +107,7 @@ class FakeService:
             worker_restarts=0,
         )
 
-    def check_open(self, images: int = 1) -> None:
+    def check_open(self, images: int = 1, *, client: str | None = None) -> None:
         """Refuse as the real one does."""
         if images > self.capacity:
             raise InvalidRequest(f"n is {images}, but {self.capacity} may wait.", param="n")
@@ -177,7 +177,7 @@ class FakeTicket:
         finally:
             self.cancel()
 
-    async def events(self) -> AsyncIterator[TicketEvent]:
+    async def events(self) -> AsyncGenerator[TicketEvent, None]:
         """Tell the life of the only image; closing the iterator cancels it."""
         (spec,) = self.specs
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -14,12 +15,16 @@ from app import __version__
 from app.api import errors, openapi
 from app.api.auth import KeyGate, KeyRing
 from app.api.config import ApiConfig
+from app.api.links import LinkStore
 from app.api.middleware import BodyLimit, Edge, HostGate
-from app.api.routes import docs, generate, health, metrics, models, openai_images
+from app.api.routes import docs, files, generate, health, metrics, models, openai_images
+from app.api.schemas.uploads import Decoder
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
 HEARTBEAT_S = 15.0
+LINK_LIFETIME_S = 3600.0
+_ANYWHERE = frozenset({"0.0.0.0", "::", ""})
 
 
 def create_app(
@@ -27,6 +32,8 @@ def create_app(
     build: Callable[[Settings], Runtime] = build_runtime,
     *,
     heartbeat_s: float = HEARTBEAT_S,
+    link_lifetime_s: float = LINK_LIFETIME_S,
+    clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """Make the app; *build* makes what it serves when it starts, the other parameters are for
     tests.
@@ -43,6 +50,8 @@ def create_app(
             await runtime.close()
 
     config = _config(settings, heartbeat_s=heartbeat_s)
+    decoder = Decoder()
+    links = LinkStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
         version=__version__,
@@ -55,8 +64,9 @@ def create_app(
     )
     errors.install(app)
     for router in (
-        generate.build_router(config),
-        openai_images.build_router(config),
+        generate.build_router(config, decoder),
+        openai_images.build_router(config, links, decoder),
+        files.build_router(links),
         models.build_router(config),
         health.router,
         metrics.router,
@@ -82,22 +92,23 @@ def _middleware(settings: Settings) -> list[Middleware]:
 
 
 def _hosts(settings: Settings) -> tuple[str, ...]:
-    """The operator's names, and the address that he bound the service to."""
-    try:
-        is_anywhere = ipaddress.ip_address(settings.host).is_unspecified
-    except ValueError:
-        is_anywhere = False
-    return settings.allowed_hosts if is_anywhere else (*settings.allowed_hosts, settings.host)
+    """The operator's names: those listed, and those in the addresses that he gave besides."""
+    names = list(settings.allowed_hosts)
+    if settings.public_url is not None:
+        names.append(urlsplit(settings.public_url).hostname or "")
+    if settings.host not in _ANYWHERE:
+        names.append(settings.host)
+    return tuple(names)
 
 
 def _config(settings: Settings, **parameters: Any) -> ApiConfig:
     return ApiConfig(
         max_pixels=settings.max_pixels,
-        max_references=4,
+        max_references=settings.max_references,
         is_strict=settings.unknown_fields == "refuse",
         has_aliases=settings.model_aliases,
         lists_aliases=settings.list_aliases,
-        has_links=False,
-        public_url=None,
+        has_links=settings.image_urls,
+        public_url=settings.public_url,
         **parameters,
     )

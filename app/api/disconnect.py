@@ -14,6 +14,7 @@ from typing import TypeVar
 from starlette.types import Receive
 
 from app.errors import Cancelled
+from app.service import Picture, Ticket
 
 T = TypeVar("T")
 
@@ -22,6 +23,14 @@ async def until_gone(receive: Receive) -> None:
     """Return when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def pictures_of(ticket: Ticket, receive: Receive) -> list[Picture]:
+    """Wait for the pictures of *ticket*; however the wait ends, nothing of it runs on."""
+    try:
+        return await unless_gone(receive, ticket.pictures())
+    finally:
+        ticket.cancel()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[None, None, T]) -> T:

@@ -17,6 +17,14 @@ from app.api.schemas import native, openai_fields
 from app.domain import ModelCard
 
 _PICTURES = ("image/png", "image/jpeg", "image/webp")
+_EVENTS = "text/event-stream"
+_FORM = "multipart/form-data"
+_SMALL_PICTURE = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAABlBMVEX/////AADrWueTAAAAcklEQVR42s3QsQ3C"
+    "MBSE4c/PSKRkBDYhbO4RGCEjuIwQiilMCgsKyvzV6e6e9HQcj3P9iNuGjCWlIkjMvdJaJZiYiP00uHAiuBJjNJNG"
+    "p5MpSOU7+kdkzNx/dwptdBY2gsprjFZWgicPgtZ/29cY9jkAb7FqFwcNkzldAAAAAElFTkSuQmCC"
+)
 _GENERATES = (400, 401, 413, 415, 500, 503, 504)
 _ABOUT = (
     "One warm FLUX.2 klein pipeline behind HTTP: `POST /generate` answers with a picture's bytes, "
@@ -43,7 +51,13 @@ def describe(app: FastAPI, card: ModelCard, config: ApiConfig) -> dict[str, Any]
     _fill_generate(paths["/generate"]["post"], card, config)
     for path in ("/v1/images", "/v1/images/generations"):
         _fill_generations(paths[path]["post"], card, config)
-    paths["/v1/models/{id}"]["get"]["responses"].update(_errors((404,)))
+    _fill_edits(paths["/v1/images/edits"]["post"], card, config)
+    picture = paths["/v1/images/files/{name}"]["get"]
+    picture["responses"] = {"200": _reply("The picture.", _PICTURES, _BYTES), **_errors((404, 500))}
+    picture["security"] = [{}]
+    model = paths["/v1/models/{id}"]["get"]
+    model["responses"].update(_errors((404,)))
+    model["parameters"][0]["example"] = card.id
     for path in ("/health", "/health/ready"):
         paths[path]["get"]["responses"].update(_errors((503,)))
     paths["/metrics"]["get"]["responses"]["200"] = _reply("The exposition.", ["text/plain"], _BYTES)
@@ -69,10 +83,38 @@ def _fill_generations(operation: dict[str, Any], card: ModelCard, config: ApiCon
     example = {"prompt": "a red fox in the snow", "n": 2, "seed": 7}
     operation["requestBody"] = _body({"application/json": (schema, example)})
     operation["parameters"] = [_deadline()]
-    operation["responses"] = {
-        "200": _reply("The pictures.", ["application/json"], _images_schema()),
-        **_errors(_GENERATES),
+    operation["responses"] = _images_replies()
+
+
+def _fill_edits(operation: dict[str, Any], card: ModelCard, config: ApiConfig) -> None:
+    table = openai_fields.table(card, config, is_edit=True)
+    form = table.describe(required=["prompt", "image"], is_form=True)
+    file = {"type": "string", "format": "binary"}
+    form["properties"]["image"] = {
+        "description": "PNG, JPEG or WebP; repeated, or as image[], for more than one.",
+        "anyOf": [file, {"type": "array", "items": file, "maxItems": config.max_references}],
     }
+    form["properties"]["mask"] = {
+        "description": "PNG or WebP of the first picture's size; transparent is repainted.",
+        **file,
+    }
+    operation["requestBody"] = _body(
+        {
+            _FORM: (form, {"prompt": "make it winter", "image": "@picture.png"}),
+            "application/json": (
+                table.describe(required=["prompt", "images"]),
+                {"prompt": "make it winter", "images": [{"image_url": _SMALL_PICTURE}]},
+            ),
+        }
+    )
+    operation["parameters"] = [_deadline()]
+    operation["responses"] = _images_replies()
+
+
+def _images_replies() -> dict[str, Any]:
+    reply = _reply("The pictures.", ["application/json"], _images_schema())
+    reply["content"][_EVENTS] = {"schema": {"type": "string"}}
+    return {"200": reply, **_errors(_GENERATES)}
 
 
 def _body(contents: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:

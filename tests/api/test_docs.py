@@ -19,6 +19,8 @@ async def test_every_route_is_described(client):
         "/generate",
         "/v1/images",
         "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/images/files/{name}",
         "/v1/models",
         "/v1/models/{id}",
         "/health",
@@ -35,20 +37,34 @@ async def test_every_example_works_when_pasted(client, service):
         shlex.split(html.unescape(each))
         for each in re.findall(r"<pre>(curl .*?)</pre>", page, re.S)
     ]
-    posts = [words for words in commands if "-d" in words]
+    picture = (await client.post("/generate", json={"prompt": "a"})).content
 
-    assert len(commands) >= 9
-    assert posts
+    assert len(commands) == 11
     for words in commands:
-        url = words[1].replace("{id}", "flux.2-klein-4b")
-        if "-d" in words:
-            name, _, value = words[words.index("-H") + 1].partition(": ")
-            body = words[words.index("-d") + 1]
-            response = await client.post(url, content=body, headers={name: value})
-        else:
-            response = await client.get(url)
+        response = await run(client, words, picture)
 
         assert response.status_code == 200, words
+
+
+async def run(client, words, picture):
+    """Send what curl would send; the picture is the one that an earlier example has written."""
+    url, *options = words[1:]
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    form = [
+        each.partition("=")
+        for flag, each in zip(options[::2], options[1::2], strict=True)
+        if flag == "-F"
+    ]
+    if form:
+        files = [
+            (name, (None, text) if not text.startswith("@") else (text[1:], picture))
+            for name, _, text in form
+        ]
+        return await client.post(url, files=files)
+    if "-d" in values:
+        name, _, value = values["-H"].partition(": ")
+        return await client.post(url, content=values["-d"], headers={name: value})
+    return await client.get(url)
 
 
 async def test_the_page_needs_no_third_party(client):

@@ -75,8 +75,8 @@ def _operation(base: str, path: str, method: str, operation: dict[str, Any]) -> 
     for media_type, content in contents.items():
         command = _command(base + path, media_type, content["example"])
         parts.append(f"<pre>{escape(command)}</pre>{_fields(content['schema'])}")
-    if not contents:
-        parts.append(f"<pre>{escape(_fetch(base + path))}</pre>")
+    if not contents and (address := _address(path, operation)) is not None:
+        parts.append(f"<pre>{escape(f'curl {shlex.quote(base + address)}')}</pre>")
     statuses = ", ".join(
         f"{status} {escape(reply['description'])}"
         for status, reply in operation["responses"].items()
@@ -93,8 +93,14 @@ def _command(url: str, media_type: str, example: dict[str, Any]) -> str:
     return f"curl {shlex.quote(url)} -H 'content-type: {media_type}' -d {body}{output}"
 
 
-def _fetch(url: str) -> str:
-    return f"curl {shlex.quote(url)}"
+def _address(path: str, operation: dict[str, Any]) -> str | None:
+    """Fill the path's parameters with their examples; None where one has no example."""
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path":
+            if "example" not in parameter:
+                return None
+            path = path.replace(f"{{{parameter['name']}}}", str(parameter["example"]))
+    return path
 
 
 def _fields(schema: dict[str, Any]) -> str:

@@ -7,14 +7,16 @@ from starlette.responses import Response
 
 from app.api.config import ApiConfig
 from app.api.deps import Client, DeadlineS, Service
-from app.api.disconnect import unless_gone
+from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
 from app.api.schemas import native
 from app.api.schemas.body import read_json, require_json
+from app.api.schemas.sizes import SizeRule
+from app.api.schemas.uploads import Decoder
 from app.errors import InvalidRequest
 
 
-def build_router(config: ApiConfig) -> APIRouter:
+def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
     """Make the route with its limits."""
     router = APIRouter(tags=["native"])
 
@@ -23,19 +25,24 @@ def build_router(config: ApiConfig) -> APIRouter:
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
         require_json(request)
-        service.check_open()
+        service.check_open(client=client)
         fields = native.table(service.card, config)
         wish = native.read(fields.read(await read_json(request)), service.card, config)
+        edit = None
         try:
+            if wish.images:
+                rule = SizeRule.of(service.card, config.max_pixels)
+                work = decoder.prepare(wish.images, wish.mask, wish.size, rule)
+                edit = await unless_gone(request.receive, work)
             ticket = service.submit(
-                [wish.spec(service.random_seed)],
+                [wish.spec(service.card, service.random_seed, edit)],
                 client=client,
                 output=wish.output,
                 deadline_s=deadline_s,
             )
         except InvalidRequest as error:
             raise native.name_sides(error) from None
-        (picture,) = await unless_gone(request.receive, ticket.pictures())
+        (picture,) = await pictures_of(ticket, request.receive)
         headers = native.headers(picture, exchange_of(request.scope).id)
         return Response(picture.data, media_type=picture.media_type, headers=headers)
 

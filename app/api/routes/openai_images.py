@@ -1,23 +1,37 @@
-"""OpenAI's images API: `/v1/images/generations` and, the same, `/v1/images`."""
+"""OpenAI's images API: `/v1/images/generations` and, the same, `/v1/images`; `/v1/images/edits`."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
 from app.api.deps import Client, DeadlineS, Service
-from app.api.disconnect import unless_gone
-from app.api.schemas import native, openai, openai_fields, openai_out
-from app.api.schemas.body import read_json, require_json
-from app.service import Picture
+from app.api.disconnect import pictures_of, unless_gone
+from app.api.exchange import exchange_of
+from app.api.links import LinkStore
+from app.api.routes import files
+from app.api.schemas import edits, native, openai, openai_fields, openai_out
+from app.api.schemas.body import content_type, read_json, require_json, unsupported_media
+from app.api.schemas.edits import EditBody
+from app.api.schemas.openai import ImagesRequest
+from app.api.schemas.openai_events import EventWriter
+from app.api.schemas.sizes import SizeRule
+from app.api.schemas.uploads import Decoder
+from app.api.stream import EventStream
+from app.domain import ImageSpec, ModelCard, RawImage
+from app.service import ImageService, Picture, Ticket
+
+_FORM, _JSON = "multipart/form-data", "application/json"
 
 
-def build_router(config: ApiConfig) -> APIRouter:
-    """Make the routes with their limits and habits."""
+def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRouter:
+    """Make the routes with their limits and habits; pictures behind links go to *links*."""
     router = APIRouter(tags=["openai"])
 
     @router.post("/v1/images", summary="The same as /v1/images/generations")
@@ -26,30 +40,100 @@ def build_router(config: ApiConfig) -> APIRouter:
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
         require_json(request)
-        service.check_open()
-        fields = openai_fields.table(service.card, config, is_edit=False)
-        wish = openai.read(fields.read(await read_json(request)), service.card, config)
-        size = wish.size or (service.card.default_width, service.card.default_height)
-        ticket = service.submit(
-            wish.specs(size, wish.draw_seed(service.random_seed)),
-            client=client,
-            output=wish.output,
-            deadline_s=deadline_s,
+        service.check_open(client=client)
+        card = service.card
+        fields = openai_fields.table(card, config, is_edit=False)
+        asked = openai.read(fields.read(await read_json(request)), card, config)
+        size = asked.size or (card.default_width, card.default_height)
+        specs = asked.specs(size, asked.draw_seed(service.random_seed))
+        ticket = service.submit(specs, client=client, output=asked.output, deadline_s=deadline_s)
+        return await _Answer(request, card, config, links, asked, specs).make(ticket)
+
+    @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
+    async def change(
+        request: Request, service: Service, client: Client, deadline_s: DeadlineS
+    ) -> Response:
+        body = await _read_edit(request, service, client, config)
+        card = service.card
+        asked = openai.read(body.values, card, config)
+        service.check_open(asked.n, client=client)
+        rule = SizeRule.of(card, config.max_pixels)
+        edit = await unless_gone(
+            request.receive, decoder.prepare(body.images, body.mask, asked.size, rule)
         )
-        pictures = await unless_gone(request.receive, ticket.pictures())
-        body = await asyncio.to_thread(
-            openai_out.answer,
-            pictures,
-            asked=wish,
-            model=service.card.id,
-            created=int(time.time()),
+        specs = asked.specs(
+            edit.size,
+            asked.draw_seed(service.random_seed),
+            references=edit.references,
+            mask=edit.mask,
         )
-        return Response(body, media_type="application/json", headers=_headers(pictures))
+        ticket = service.submit(specs, client=client, output=asked.output, deadline_s=deadline_s)
+        return await _Answer(request, card, config, links, asked, specs).make(ticket)
 
     return router
 
 
-def _headers(pictures: list[Picture]) -> dict[str, str]:
+async def _read_edit(
+    request: Request, service: ImageService, client: str, config: ApiConfig
+) -> EditBody:
+    media_type = content_type(request)
+    if media_type not in {_FORM, _JSON}:
+        raise unsupported_media(_FORM, _JSON)
+    service.check_open(client=client)
+    fields = openai_fields.table(service.card, config, is_edit=True)
+    most = min(config.max_references, service.card.max_references)
+    read = edits.read_form if media_type == _FORM else edits.read_object
+    return await read(request, fields, most)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """How one accepted request is answered: as JSON when all is done, or as events meanwhile."""
+
+    request: Request
+    card: ModelCard
+    config: ApiConfig
+    links: LinkStore
+    asked: ImagesRequest
+    specs: Sequence[ImageSpec]
+
+    async def make(self, ticket: Ticket) -> Response:
+        """Wait for the pictures, or start the stream that will."""
+        if self.asked.wants_stream:
+            return self._stream(ticket)
+        pictures = await pictures_of(ticket, self.request.receive)
+        body = await asyncio.to_thread(
+            openai_out.answer,
+            pictures,
+            asked=self.asked,
+            model=self.card.id,
+            created=int(time.time()),
+            references=self._references,
+            links=self._keep(pictures) if self.asked.wants_links else None,
+        )
+        return Response(body, media_type=_JSON, headers=_headers(pictures))
+
+    def _stream(self, ticket: Ticket) -> Response:
+        (spec,) = self.specs
+        verb = "image_edit" if spec.references else "image_generation"
+        writer = EventWriter(verb, self.asked, (spec.width, spec.height), spec.references)
+        messages = writer.messages(ticket, exchange_of(self.request.scope))
+        return EventStream(messages, heartbeat_s=self.config.heartbeat_s, on_close=ticket.cancel)
+
+    def _keep(self, pictures: Sequence[Picture]) -> list[str]:
+        base = self.config.public_url or str(self.request.base_url).rstrip("/")
+        names = [
+            self.links.put(picture.data, format=picture.format, media_type=picture.media_type)
+            for picture in pictures
+        ]
+        return [f"{base}{files.PATH}{name}" for name in names]
+
+    @property
+    def _references(self) -> tuple[RawImage, ...]:
+        return self.specs[0].references
+
+
+def _headers(pictures: Sequence[Picture]) -> dict[str, str]:
     headers = {}
     if len(pictures) == 1:
         headers["Server-Timing"] = native.server_timing(pictures[0])

@@ -12,6 +12,7 @@ from app.api.schemas.fields import Field, FieldTable, Type
 from app.api.schemas.openai import read_output, read_prompt
 from app.api.schemas.openai_fields import MAX_PROMPT, PROMPT_SCHEMA, sampling_fields
 from app.api.schemas.sizes import SizeRule
+from app.api.schemas.uploads import Edit, Upload, base64_or_data_url
 from app.domain import ImageSpec, ModelCard
 from app.errors import InvalidRequest
 from app.images import OutputFormat
@@ -23,21 +24,31 @@ class GenerateRequest:
     """What a valid request asks for."""
 
     prompt: str
-    size: tuple[int, int]
+    size: tuple[int, int] | None
+    """None where it follows from the model or from the first picture."""
     steps: int
     guidance_scale: float
     seed: int | None
     output: OutputFormat
+    images: tuple[Upload, ...] = ()
+    mask: Upload | None = None
 
-    def spec(self, random_seed: Callable[[], int]) -> ImageSpec:
+    def spec(
+        self, card: ModelCard, random_seed: Callable[[], int], edit: Edit | None = None
+    ) -> ImageSpec:
         """Write the spec of the one picture."""
+        width, height = self.size or (card.default_width, card.default_height)
+        if edit is not None:
+            width, height = edit.size
         return ImageSpec(
             prompt=self.prompt,
-            width=self.size[0],
-            height=self.size[1],
+            width=width,
+            height=height,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale,
             seed=random_seed() if self.seed is None else self.seed,
+            references=() if edit is None else edit.references,
+            mask=None if edit is None else edit.mask,
         )
 
 
@@ -63,6 +74,21 @@ def table(card: ModelCard, config: ApiConfig) -> FieldTable:
                 choices=("png", "jpeg", "webp"),
                 default="png",
             ),
+            Field(
+                "images",
+                Type.LIST,
+                "Pictures to edit, as base64 or data URLs; the size then follows the first one.",
+                schema={
+                    "type": ["array", "null"],
+                    "maxItems": config.max_references,
+                    "items": {"type": "string"},
+                },
+            ),
+            Field(
+                "mask",
+                Type.TEXT,
+                "PNG or WebP of the first picture's size; what is transparent is repainted.",
+            ),
         ),
         is_strict=config.is_strict,
     )
@@ -70,17 +96,60 @@ def table(card: ModelCard, config: ApiConfig) -> FieldTable:
 
 def read(values: Mapping[str, Any], card: ModelCard, config: ApiConfig) -> GenerateRequest:
     """Apply the rules that a table cannot state to its typed *values*; raises `InvalidRequest`."""
-    size = (values.get("width", card.default_width), values.get("height", card.default_height))
-    SizeRule.of(card, config.max_pixels).check(*size)
+    images = _read_images(values, min(config.max_references, card.max_references))
+    mask = values.get("mask")
+    if mask is not None and not images:
+        raise InvalidRequest(
+            "mask says where to repaint a picture; send it in images.",
+            param="images",
+            code="missing_required_parameter",
+        )
     seed = values.get("seed")
     return GenerateRequest(
         prompt=read_prompt(values),
-        size=size,
+        size=_read_size(values, card, config, is_edit=bool(images)),
         steps=values.get("num_inference_steps", card.default_steps),
         guidance_scale=values.get("guidance_scale", card.default_guidance),
         seed=None if seed == -1 else seed,
         output=read_output(values),
+        images=images,
+        mask=None if mask is None else base64_or_data_url(mask, "mask"),
     )
+
+
+def _read_images(values: Mapping[str, Any], most: int) -> tuple[Upload, ...]:
+    sent = values.get("images", [])
+    if len(sent) > most:
+        raise InvalidRequest(
+            f"images holds {len(sent)} pictures; the most is {most}.",
+            param="images",
+            code="array_above_max_length",
+        )
+    for index, text in enumerate(sent):
+        if not isinstance(text, str):
+            raise InvalidRequest(
+                f"images[{index}] must be a string of base64.",
+                param=f"images[{index}]",
+                code="invalid_type",
+            )
+    return tuple(base64_or_data_url(text, f"images[{i}]") for i, text in enumerate(sent))
+
+
+def _read_size(
+    values: Mapping[str, Any], card: ModelCard, config: ApiConfig, *, is_edit: bool
+) -> tuple[int, int] | None:
+    if "width" not in values and "height" not in values:
+        return None
+    for name, other in (("width", "height"), ("height", "width")):
+        if is_edit and name not in values:
+            raise InvalidRequest(
+                f"{name} is missing beside {other}; send both, or neither.",
+                param=name,
+                code="missing_required_parameter",
+            )
+    size = (values.get("width", card.default_width), values.get("height", card.default_height))
+    SizeRule.of(card, config.max_pixels).check(*size)
+    return size
 
 
 def headers(picture: Picture, request_id: str) -> dict[str, str]:

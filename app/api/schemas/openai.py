@@ -164,12 +164,6 @@ def _wants_links(values: Mapping[str, Any], config: ApiConfig, *, stream: bool) 
 
 
 def _check_stream(values: Mapping[str, Any], n: int, *, stream: bool, partials: int) -> None:
-    if stream:
-        raise InvalidRequest(
-            "Streaming is not possible here; leave stream out.",
-            param="stream",
-            code="unsupported_value",
-        )
     if stream and n > 1:
         raise InvalidRequest("Streaming is only supported with n=1.", param="n")
     if stream and values.get("response_format") == "url":

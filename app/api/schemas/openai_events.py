@@ -1,0 +1,91 @@
+"""OpenAI's images API, out, as a stream: previews, the picture, or one error; nothing else.
+
+Two kinds of request differ in the word that starts each type. An error comes as the one form that
+the SDK raises: an object under `error`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from app.api.errors import envelope, internal_error
+from app.api.exchange import Exchange
+from app.api.schemas.openai import ImagesRequest
+from app.api.schemas.openai_out import usage
+from app.domain import RawImage
+from app.errors import KleinError
+from app.service import Finished, Picture, Preview, Ticket
+
+_log = logging.getLogger(__name__)
+
+
+class EventWriter:
+    """Writes the events of one request; *verb* is `image_generation` or `image_edit`."""
+
+    def __init__(
+        self,
+        verb: str,
+        asked: ImagesRequest,
+        size: tuple[int, int],
+        references: Sequence[RawImage] = (),
+    ) -> None:
+        self._verb = verb
+        self._references = references
+        self._common = {
+            "size": f"{size[0]}x{size[1]}",
+            "quality": asked.streamed_quality,
+            "background": "opaque",
+            "output_format": asked.output.format,
+        }
+
+    async def messages(self, ticket: Ticket, exchange: Exchange) -> AsyncGenerator[bytes, None]:
+        """Follow *ticket* to its end; an error is told to the client and noted in *exchange*."""
+        try:
+            async with aclosing(ticket.events()) as events:
+                async for event in events:
+                    if isinstance(event, Preview):
+                        yield await asyncio.to_thread(self._partial, event)
+                    elif isinstance(event, Finished):
+                        yield await asyncio.to_thread(self._completed, event.picture)
+        except KleinError as error:
+            exchange.error = error
+            yield _error(error)
+        except Exception:
+            _log.exception("A stream failed in a way that nothing expected.")
+            exchange.error = internal_error()
+            yield _error(exchange.error)
+
+    def _partial(self, preview: Preview) -> bytes:
+        return self._write("partial_image", preview.picture, {"partial_image_index": preview.index})
+
+    def _completed(self, picture: Picture) -> bytes:
+        rest: dict[str, Any] = {
+            "seed": picture.seed,
+            "usage": usage([picture], self._references),
+        }
+        if picture.warnings:
+            rest["warnings"] = list(picture.warnings)
+        return self._write("completed", picture.data, rest)
+
+    def _write(self, what: str, data: bytes, rest: dict[str, Any]) -> bytes:
+        name = f"{self._verb}.{what}"
+        fields = {"created_at": int(time.time()), **self._common, **rest}
+        # As in the plain answer, base64 is joined on, since it needs no JSON encoder.
+        head = f'event: {name}\ndata: {{"type": "{name}", "b64_json": "'.encode()
+        tail = json.dumps(fields).encode()[1:]
+        return head + base64.b64encode(data) + b'", ' + tail + b"\n\n"
+
+
+def _error(error: KleinError) -> bytes:
+    return (
+        b"event: error\ndata: "
+        + json.dumps({"type": "error", **envelope(error)}).encode()
+        + b"\n\n"
+    )
