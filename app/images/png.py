@@ -33,7 +33,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ZLIB_HEADER = b"\x78\x01"
 _AVERAGE = 3
 _RGB = 2
-_STRIP_BYTES = 192 * 1024
+_STRIP_BYTES = 64 * 1024
 """Small enough for a core's cache, large enough for a Huffman table to pay."""
 _FLAT_RATIO = 0.75
 """Share of zeros after filtering from which run lengths make a strip smaller, found by trial."""
