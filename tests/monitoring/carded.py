@@ -34,7 +34,14 @@ class CardedEngine(FaultyEngine):
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
         """Say what a real engine would say of its card."""
         info = super().load(on_progress)
-        return replace(info, device=GPU, precision="int8", plan="resident/tiled", cuda="13.0")
+        return replace(
+            info,
+            device=GPU,
+            precision="int8",
+            plan="resident/tiled",
+            cuda="13.0",
+            weights_bytes=6_900_000_000,
+        )
 
     def generate(
         self,
