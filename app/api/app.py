@@ -17,7 +17,16 @@ from app.api.auth import KeyGate, KeyRing
 from app.api.config import ApiConfig
 from app.api.links import LinkStore
 from app.api.middleware import BodyLimit, Edge, HostGate
-from app.api.routes import docs, files, generate, health, metrics, models, openai_images
+from app.api.routes import (
+    docs,
+    files,
+    generate,
+    health,
+    metrics,
+    models,
+    openai_images,
+    playground,
+)
 from app.api.schemas.uploads import Decoder
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
@@ -70,6 +79,7 @@ def create_app(
         models.build_router(config),
         health.router,
         metrics.router,
+        playground.build_router(config),
     ):
         app.include_router(router)
     if settings.docs:
@@ -87,7 +97,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
             is_metrics_open=settings.metrics_key == "open",
         ),
         Middleware(HostGate, names=_hosts(settings)),
-        Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+        Middleware(BodyLimit, max_bytes=settings.max_body_bytes, limit_s=settings.body_limit_s),
     ]
 
 

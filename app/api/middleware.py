@@ -7,6 +7,7 @@ No `BaseHTTPMiddleware`: behind one, a route no longer learns that its client ha
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import re
@@ -119,14 +120,17 @@ class HostGate:
 
 
 class BodyLimit:
-    """ASGI: ends the reading of a body that is too large, by what it says or by what has come.
+    """ASGI: ends the reading of a body that is too large, by what it says or by what has come, and
+    of one that takes too long.
 
-    Only a reader meets the limit: a route that refuses for another reason never waits for the body.
+    Only a reader meets the limits: a route that refuses for another reason never waits for the
+    body.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a body that cannot exceed the limit."""
@@ -135,11 +139,21 @@ class BodyLimit:
             return
         expected = _content_length(scope)
         received = 0
+        late_at: float | None = asyncio.get_running_loop().time() + self._limit_s
 
         async def receive_some() -> Message:
-            nonlocal received
+            nonlocal received, late_at
             self._check(expected)
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(late_at):
+                    message = await receive()
+            except TimeoutError:
+                raise InvalidRequest(
+                    f"The body took longer than {self._limit_s:g} s to arrive; send it faster, "
+                    "or send less."
+                ) from None
+            if not message.get("more_body", False):
+                late_at = None  # from here on it is the client's going that is waited for
             received += len(message.get("body", b""))
             self._check(received)
             return message

@@ -114,6 +114,34 @@ async def test_a_refused_body_leaves_the_connection_usable(port, service):
     assert not service.tickets
 
 
+async def test_a_body_that_dawdles_is_given_up(runtime, service):
+    """400 when its time is over, though the client still holds the line."""
+    app = create_app(Settings.read({}, body_limit_s=0.1), lambda _: runtime)
+    async with listening(app) as port:
+        reader, writer = await send(port, "/generate", b'{"prompt"', length=1000)
+        async with asyncio.timeout(LIMIT_S):
+            line = await reader.readline()
+        await drop(writer)
+
+    assert line == b"HTTP/1.1 400 Bad Request\r\n"
+    assert not service.tickets
+
+
+async def test_a_picture_may_take_longer_than_a_body(runtime, service):
+    """The limit ends with the body's last byte."""
+    service.script.release = asyncio.Event()
+    app = create_app(Settings.read({}, body_limit_s=0.05), lambda _: runtime)
+    async with listening(app) as port:
+        reader, writer = await send(port, "/generate", PROMPT)
+        await asyncio.sleep(0.15)
+        service.script.release.set()
+        async with asyncio.timeout(LIMIT_S):
+            line = await reader.readline()
+        await drop(writer)
+
+    assert line == b"HTTP/1.1 200 OK\r\n"
+
+
 async def chunks(count: int, chunk: bytes):
     """A body without a length."""
     for _ in range(count):
