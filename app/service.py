@@ -12,7 +12,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -482,7 +482,7 @@ class Ticket:
             self.cancel()
         return [task.result() for task in tasks]
 
-    async def events(self) -> AsyncIterator[TicketEvent]:
+    async def events(self) -> AsyncGenerator[TicketEvent, None]:
         """Yield what happens to the only job, `Finished` last; closing the iterator cancels it.
 
         Raises:
@@ -497,11 +497,11 @@ class Ticket:
         try:
             yield Queued(self._service.position(job))
             while (progress := await moved.get()) is not None:
+                if progress.stage is not Stage.CARD_FREE:
+                    yield Stepped(progress.stage.value, progress.step, progress.steps)
                 if progress.preview is not None:
                     yield await self._preview(progress.preview, previews)
                     previews += 1
-                elif progress.stage is not Stage.CARD_FREE:
-                    yield Stepped(progress.stage.value, progress.step, progress.steps)
             yield Finished(await finishing)
         finally:
             self.cancel()

@@ -30,7 +30,7 @@ def parse(text: str) -> list[tuple[str, dict]]:
     assert text.endswith("\n\n")
     events = []
     for block in text[:-2].split("\n\n"):
-        if block == ": keep-alive":
+        if all(line.startswith(": ") for line in block.split("\n")):
             continue
         name, data = block.split("\n")
 
@@ -74,6 +74,19 @@ async def test_previews_come_before_the_picture(client):
     }
 
 
+async def test_comments_tell_what_openai_has_no_event_for(client):
+    """Place in the queue, steps, and seconds by stage just before the picture; SDKs skip them."""
+    body = {"prompt": "a", "stream": True, "partial_images": 1, "num_inference_steps": 2}
+    text = (await client.post(ROUTE, json=body)).text
+    comments = [line[2:] for line in text.splitlines() if line.startswith(": ")]
+    words = [comment.partition(" ")[0] for comment in comments]
+
+    assert comments[:3] == ["queued 0", "denoise 1/2", "denoise 2/2"]
+    assert words[3:] in (["timing"], ["timing", "peak"])
+    assert ", total;dur=" in comments[3]
+    assert text.index(": timing") > text.index("event: image_generation.partial_image")
+
+
 @pytest.mark.parametrize("partials", [None, 0])
 async def test_without_previews_only_the_picture_comes(client, partials):
     """Exactly one event."""
@@ -110,7 +123,7 @@ async def test_nothing_is_put_on_the_wire_that_breaks_a_parser(client):
     response = await client.post(ROUTE, json={"prompt": "a", "stream": True, "partial_images": 1})
     starts = {line.partition(":")[0] for line in response.text.splitlines() if line}
 
-    assert starts == {"event", "data"}
+    assert starts == {"event", "data", ""}  # a comment starts with the colon
     assert "[DONE]" not in response.text
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["cache-control"] == "no-cache"
