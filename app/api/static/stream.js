@@ -1,0 +1,116 @@
+// Talks to the service: JSON, uploads, and pictures as a stream of server-sent events.
+// Knows nothing of the page.
+
+/** What the service said instead of a picture; the message is written for people. */
+export class Refusal extends Error {
+  constructor(message, { status = 0, code = null, param = null } = {}) {
+    super(message);
+    this.name = "Refusal";
+    Object.assign(this, { status, code, param });
+  }
+}
+
+/** GET `path`; a refusal carries the body too, since /health tells its state either way. */
+export async function ask(path, { key = "", signal } = {}) {
+  const response = await reach(path, { headers: authorization(key), signal, cache: "no-store" });
+  const body = await response.json().catch(() => null);
+  return { status: response.status, body };
+}
+
+/**
+ * POST `body` (an object, or a FormData with pictures) and yield what happens to it:
+ * {kind: "comment", text}, {kind: "preview", blob, index}, then one {kind: "done", blob, event}.
+ */
+export async function* draw(path, body, { key = "", signal } = {}) {
+  const isForm = body instanceof FormData;
+  const response = await reach(path, {
+    method: "POST",
+    headers: { ...authorization(key), ...(isForm ? {} : { "content-type": "application/json" }) },
+    body: isForm ? body : JSON.stringify(body),
+    signal,
+  });
+  if (!response.ok) throw await refusal(response);
+  for await (const item of events(response.body)) {
+    if (item.comment !== undefined) {
+      yield { kind: "comment", text: item.comment };
+      continue;
+    }
+    const event = JSON.parse(item.data);
+    if (event.error) throw new Refusal(event.error.message, event.error);
+    const blob = decode(event.b64_json, event.output_format);
+    if (event.type.endsWith(".completed")) {
+      yield { kind: "done", blob, event };
+      return;
+    }
+    yield { kind: "preview", blob, index: event.partial_image_index };
+  }
+  throw new Refusal("The connection ended before the picture was done. Try again.");
+}
+
+/** Split a stream of bytes into comments and events; an event ends with its blank line. */
+export async function* events(stream) {
+  let data = [];
+  for await (const line of lines(stream)) {
+    if (line === "") {
+      if (data.length) yield { data: data.join("\n") };
+      data = [];
+    } else if (line.startsWith(":")) {
+      yield { comment: line.slice(1).trim() };
+    } else if (line.startsWith("data:")) {
+      data.push(line.slice(line[5] === " " ? 6 : 5));
+    }
+  }
+}
+
+async function* lines(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  // A picture is one line of megabytes: its pieces are joined once, when its end has come.
+  let pieces = [];
+  try {
+    for (;;) {
+      const { done, value } = await reader.read().catch(explain);
+      if (done) return;
+      const parts = value.split("\n");
+      for (const part of parts.slice(0, -1)) {
+        pieces.push(part);
+        yield pieces.join("").replace(/\r$/, "");
+        pieces = [];
+      }
+      pieces.push(parts.at(-1));
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+async function reach(path, options) {
+  try {
+    return await fetch(path, { ...options, credentials: "same-origin", redirect: "error" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refusal("The service cannot be reached. Is it still running?");
+  }
+}
+
+function explain(error) {
+  if (error.name === "AbortError") throw error;
+  throw new Refusal("The connection was cut before the picture was done. Try again.");
+}
+
+async function refusal(response) {
+  const body = await response.json().catch(() => null);
+  const error = body?.error ?? {};
+  const message = error.message ?? `The service answered ${response.status} without a reason.`;
+  return new Refusal(message, { status: response.status, code: error.code, param: error.param });
+}
+
+function authorization(key) {
+  return key ? { authorization: `Bearer ${key}` } : {};
+}
+
+function decode(base64, format) {
+  const binary = atob(base64);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i += 1) bytes[i] = binary.charCodeAt(i);
+  return new Blob([bytes], { type: `image/${format}` });
+}
