@@ -47,7 +47,7 @@ def test_the_pixels_are_those_of_the_pipeline(klein, tiny_klein) -> None:
     import torch
     from diffusers import Flux2KleinPipeline
 
-    pipeline = Flux2KleinPipeline.from_pretrained(tiny_klein, torch_dtype=torch.float32)
+    pipeline = Flux2KleinPipeline.from_pretrained(tiny_klein, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     direct = pipeline(
         "a red circle",
@@ -99,7 +99,7 @@ def test_a_long_prompt_is_cut_and_said_so(klein) -> None:
 
 
 def test_fifty_clients_at_once_fit_or_are_told_when_to_come_again(scripted) -> None:
-    """Queue of four, one on the card: five pictures, forty-five 503 at once, gauges back at zero."""
+    """Queue of four, one on the card: five pictures, forty-five 503, gauges back at zero."""
     server = scripted("slow=1", queue_images=4, deadline_s=60)
     server.wait_until_ready()
     url = server.url
