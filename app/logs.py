@@ -10,11 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that is being answered, for every line logged on its way."""
+
+hidden: ContextVar[tuple[str, ...]] = ContextVar("hidden", default=())
+"""Texts of a caller's that no line may hold, should a library put one into an error's message."""
+
+_SHORTEST_HIDDEN = 4
 
 _FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id"}
 
@@ -37,8 +43,9 @@ class _TextFormatter(logging.Formatter):
         line = f"{when}Z {record.levelname.lower():7} {record.getMessage()}"
         line = _one_line(f"{line} {extra}".rstrip())
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+            # Indented, so that no line of an error's message can pass for one of ours.
+            line += "\n" + textwrap.indent(self.formatException(record.exc_info), "  ", _always)
+        return _hide(line)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -47,11 +54,11 @@ class _JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _hide(record.getMessage()),
             **_extras(record),
         }
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+            entry["exception"] = _hide(self.formatException(record.exc_info))
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
@@ -61,6 +68,18 @@ def _extras(record: logging.LogRecord) -> dict[str, object]:
     if current := request_id.get():
         extras.setdefault("request_id", current)
     return extras
+
+
+def _hide(text: str) -> str:
+    """Take out what is hidden, as it is and as Python would write it."""
+    for secret in hidden.get():
+        if len(secret) >= _SHORTEST_HIDDEN:
+            text = text.replace(secret, "[hidden]").replace(repr(secret)[1:-1], "[hidden]")
+    return text
+
+
+def _always(line: str) -> bool:
+    return True
 
 
 def _one_line(text: str) -> str:

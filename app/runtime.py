@@ -17,7 +17,7 @@ from app.domain import GpuSnapshot, ModelInfo
 from app.engine import create_engine
 from app.engine.catalog import CATALOG, card
 from app.engine.config import EngineConfig
-from app.errors import DeadlineExceeded, StartupError
+from app.errors import DeadlineExceeded, Kind, StartupError, Unavailable
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
@@ -152,6 +152,10 @@ class Runtime:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.service.close()
 
+    def kill(self) -> None:
+        """End the worker now, with what runs in it; `close` is still wanted."""
+        self._worker.kill()
+
     # What the supervisor tells.
 
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
@@ -166,7 +170,15 @@ class Runtime:
         self.metrics.worker_lost(reason)
 
     def on_fatal(self, exit_code: int, message: str) -> None:
-        """Let whoever runs the service end it."""
+        """Answer who waits, and let whoever runs the service end it."""
+        self.service.drain()
+        self._queue.fail_waiting(
+            Unavailable(
+                "The service is ending before the job could run; try again in a while.",
+                kind=Kind.WORKER_DOWN,
+                retry_after_s=30,
+            )
+        )
         if not self.ended.done():
             self.ended.set_result(Ended(exit_code, message))
 

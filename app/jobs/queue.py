@@ -118,6 +118,7 @@ class JobQueue:
             job.state = JobState.WAITING
             job.started_at = None
             self._waiting.insert(0, job)
+        self._settle()
 
     def finish(self, job: Job) -> None:
         """The card is done with *job*, whatever came of it."""

@@ -13,6 +13,7 @@ import os
 import queue
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -40,6 +41,9 @@ EXIT_FATAL = 13
 """The worker's own word for: the card is unusable in this process, start another."""
 
 EXIT_START_FAILED = 14
+
+_REMEMBERED = 64
+"""Jobs that are known to have ended, so that a late cancellation of one is dropped."""
 
 EngineFactory = Callable[[Any], Engine]
 
@@ -110,6 +114,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
     def on_card_free() -> None:
         outbox.put(Stepped(job_id, Progress(Stage.CARD_FREE, steps, steps)))
 
+    hiding = logs.hidden.set((message.spec.prompt,))
     try:
         generated = engine.generate(message.spec, on_progress, lambda: inbox.is_cancelled(job_id))
     except KleinError as error:
@@ -121,6 +126,8 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
         text = "The picture could not be made; the service's log says why."
         outbox.put(Failed(job_id, Kind.FAILED, text))
         return Kind.FAILED
+    finally:
+        logs.hidden.reset(hiding)
     on_card_free()
     outbox.put(Done(job_id, generated))
     return None
@@ -133,7 +140,9 @@ class _Inbox:
         self._connection = connection
         self._on_orphaned = on_orphaned
         self._jobs: queue.SimpleQueue[Generate | Stop] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._cancelled: set[str] = set()
+        self._ended: deque[str] = deque(maxlen=_REMEMBERED)
         self._is_orphaned = False
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
 
@@ -141,7 +150,9 @@ class _Inbox:
         """Yield the jobs as they come, until told to stop."""
         while isinstance(message := self._jobs.get(), Generate):
             yield message
-            self._cancelled.discard(message.job_id)
+            with self._lock:
+                self._cancelled.discard(message.job_id)
+                self._ended.append(message.job_id)
 
     def is_cancelled(self, job_id: str) -> bool:
         """Whether nobody waits for *job_id* any more."""
@@ -157,6 +168,12 @@ class _Inbox:
                 self._on_orphaned()
                 return
             if isinstance(message, Cancel):
-                self._cancelled.add(message.job_id)
+                self._cancel(message.job_id)
             else:
                 self._jobs.put(message)
+
+    def _cancel(self, job_id: str) -> None:
+        """Note it, unless the job has just ended: nobody would ever forget it again."""
+        with self._lock:
+            if job_id not in self._ended:
+                self._cancelled.add(job_id)

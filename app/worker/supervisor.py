@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress
-from app.errors import WorkerLost, from_kind
+from app.errors import Kind, Unavailable, WorkerLost, from_kind
 from app.worker import child, restarts
 from app.worker.handle import WorkerHandle
 from app.worker.messages import (
@@ -33,6 +33,9 @@ from app.worker.messages import (
 )
 
 _log = logging.getLogger(__name__)
+
+_OVER = "The service is ending because its worker cannot be kept alive; try again in a while."
+_OVER_RETRY_S = 30
 
 EXIT_START_FAILED = 1
 EXIT_CRASH_LOOP = 70
@@ -138,7 +141,8 @@ class Supervisor:
 
     async def wait_until_ready(self) -> None:
         """Return once a job could start."""
-        await self._is_ready.wait()
+        while not self.is_ready:
+            await self._is_ready.wait()
 
     async def run(
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
@@ -150,7 +154,11 @@ class Supervisor:
         Raises:
             KleinError: as the worker reported it, or WorkerLost where it died.
         """
-        await self._is_ready.wait()
+        # Again and again: a worker may have gone between its being ready and our being woken.
+        while not self.is_ready:
+            if self.stage == "failed":
+                raise Unavailable(_OVER, kind=Kind.WORKER_DOWN, retry_after_s=_OVER_RETRY_S)
+            await self._is_ready.wait()
         handle = self._handle
         assert handle is not None
         now = self._clock()
@@ -193,6 +201,12 @@ class Supervisor:
         except TimeoutError:
             handle.kill()
             await handle.wait()
+
+    def kill(self) -> None:
+        """End the worker's process now, and start no other."""
+        self._is_closing = True
+        if self._handle:
+            self._handle.kill()
 
     def on_message(self, handle: WorkerHandle, message: FromWorker) -> None:
         """Take what the worker says; anything about a job that has ended is dropped."""
@@ -287,6 +301,9 @@ class Supervisor:
         self.stage = "failed"
         self.progress = LoadProgress("failed", None, message)
         self._events.on_fatal(exit_code, message)
+        # Wake those who wait for a worker: none will come.
+        self._is_ready.set()
+        self._is_ready.clear()
 
     def _fail_running(self) -> None:
         for running in tuple(self._running.values()):
