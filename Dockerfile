@@ -1,0 +1,56 @@
+# The image: the service and what torch.compile needs at run time. No weights, no token.
+#
+# BASE is any Debian with Python 3.11 or newer, its venv module and its headers. The CUDA libraries come with
+# torch's wheels and the driver from the host, so a CUDA base would only bring them a second time.
+ARG BASE=python:3.12-slim-bookworm
+
+FROM ${BASE} AS builder
+# Another index for the wheels, such as PyTorch's own of CPU builds, which are a tenth of the size.
+ARG PIP_EXTRA_INDEX_URL=""
+WORKDIR /src
+RUN python3 -m venv /opt/klein
+ENV PATH=/opt/klein/bin:${PATH}
+COPY requirements.lock ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --disable-pip-version-check --requirement requirements.lock
+COPY pyproject.toml README.md ./
+COPY app ./app
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --disable-pip-version-check --constraint requirements.lock ".[int8]"
+
+FROM ${BASE} AS runtime
+# torch.compile writes C++ and Triton writes C when the service starts: both need a compiler, libc's headers and
+# Python's here, not only in the builder. Debian's own point releases may move, the release may not.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+    && groupadd --gid 10001 klein \
+    && useradd --uid 10001 --gid 10001 --home-dir /models --no-create-home --shell /usr/sbin/nologin klein \
+    && install --directory --owner=10001 --group=10001 --mode=0750 /models
+COPY --from=builder /opt/klein /opt/klein
+COPY docker/healthcheck.py /opt/klein/healthcheck.py
+
+# Everything that is written lies in the one volume, so the root can be read-only and a second start is warm.
+ENV PATH=/opt/klein/bin:${PATH} \
+    LANG=C.UTF-8 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/models \
+    HF_HOME=/models/huggingface \
+    KLEIN_CACHE_DIR=/models/klein \
+    TORCHINDUCTOR_CACHE_DIR=/models/compiled/inductor \
+    TRITON_CACHE_DIR=/models/compiled/triton \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+VOLUME ["/models"]
+WORKDIR /models
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# A first start downloads and compiles: the start period, not the timeout, is what gives it time.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30m --retries=3 \
+    CMD ["python3", "-IS", "/opt/klein/healthcheck.py"]
+ENTRYPOINT ["klein"]
+CMD ["serve"]

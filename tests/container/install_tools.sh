@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Install what the system tests call and this machine lacks: Debian packages, without a question.
+set -euo pipefail
+export DEBIAN_FRONTEND=noninteractive PATH="$PATH:/usr/sbin:/sbin"
+
+declare -A package_of=([buildah]=buildah [debootstrap]=debootstrap [promtool]=prometheus)
+missing=()
+for command in "${!package_of[@]}"; do
+    command -v "$command" >/dev/null || missing+=("${package_of[$command]}")
+done
+if [ ${#missing[@]} -eq 0 ]; then
+    exit 0
+fi
+
+refuse() {
+    echo "make test-system: $1 (missing: ${missing[*]})." >&2
+    exit 1
+}
+command -v apt-get >/dev/null ||
+    refuse "there is no apt-get here; install what is missing by your system's own means"
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+    sudo -n true 2>/dev/null || refuse "installing needs root; run it as root"
+    as_root=(sudo -n --preserve-env=DEBIAN_FRONTEND)
+fi
+
+# The tests want promtool, not a Prometheus that runs from now on: packages start nothing while
+# this file says so.
+policy=/usr/sbin/policy-rc.d
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$log"; "${as_root[@]}" rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+    "${as_root[@]}" chmod +x "$policy"
+fi
+echo "Installing ${missing[*]}."
+apt=("${as_root[@]}" apt-get --quiet --option DPkg::Lock::Timeout=300)
+if ! { "${apt[@]}" update &&
+    "${apt[@]}" install --yes --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null; then
+    tail -n 20 "$log" >&2
+    refuse "apt-get could not install; what it said last stands above"
+fi

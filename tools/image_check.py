@@ -1,0 +1,202 @@
+"""Build the image and run the service in it, on a machine without a container engine.
+
+    python tools/image_check.py [--fresh]
+
+debootstrap makes a Debian base, buildah builds the Dockerfile on it in chroot isolation, and the
+service runs in the result as compose.yaml would run it: as the image's own user and as PID 1, on a
+read-only root with a /tmp and one volume, without capabilities, in a network of its own, so that it
+takes no port of this machine and can download nothing. Needs root on Debian and a way to packages.
+
+The base and pip's cache are kept under /var/tmp (IMAGE_CHECK_DIR says where else), so that a second
+run takes a fraction of the first; `--fresh` makes them anew. All else is removed, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import image_check_compose as compose
+from image_check_build import CheckFailed, Workshop, wait_until
+from image_check_sandbox import Place, Running
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = Path(os.environ.get("IMAGE_CHECK_DIR") or "/var/tmp/klein-image-check")
+
+READY_LIMIT_S = 240
+DRAIN_LIMIT_S = 60
+COMPILE_LIMIT_S = 180
+
+# A bare Linear would compile without a compiler and prove nothing.
+COMPILE = """
+import pathlib, sys, torch
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU())
+expected = model(x := torch.randn(8, 64))
+torch.testing.assert_close(torch.compile(model)(x), expected, rtol=1e-4, atol=1e-4)
+print(sum(1 for _ in pathlib.Path(sys.argv[1]).rglob("*.so")))
+"""
+
+WRITE_ELSEWHERE = """
+for folder in / /etc /opt/klein /root /var/tmp; do
+    if touch "$folder/x" 2>/dev/null; then echo "$folder"; fi
+done
+"""
+
+WRITE_AND_REPORT = """
+touch /tmp/x /models/x && rm /models/x && id -u && id -un &&
+sed -nE 's/^(CapPrm|CapEff|CapBnd|NoNewPrivs):\\s*(.*)/\\1=\\2/p' /proc/self/status
+"""
+
+
+def main() -> int:
+    """Run every step, one line each, and say how long it took."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--fresh", action="store_true", help="make the base and the caches anew")
+    parser.add_argument("--context", type=Path, default=ROOT, help="the checkout to build")
+    options = parser.parse_args()
+    # So that the clean-up runs when somebody else ends us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began = time.monotonic()
+    try:
+        check(options.context.resolve(), fresh=options.fresh)
+    except CheckFailed as failure:
+        print(f"FAILED: {failure}", flush=True)
+        return 1
+    print(f"The image holds ({time.monotonic() - began:.0f} s).")
+    return 0
+
+
+def check(context: Path, *, fresh: bool) -> None:
+    """Build the image of *context* and hold it against every promise."""
+    if os.geteuid() != 0:
+        raise CheckFailed("a build in chroot isolation needs root; run it as root.")
+    missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+    if missing:
+        raise CheckFailed(f"{' and '.join(missing)} not found; `make test-system` installs them.")
+    scratch = tempfile.TemporaryDirectory(prefix="klein-image-")
+    with scratch as folder, Workshop(KEPT, Path(folder), fresh=fresh) as workshop:
+        with step("a Debian base with Python"):
+            workshop.make_base()
+        with step("the image, built from the Dockerfile"):
+            workshop.build(context)
+        with step("user, health check, entry point, stop signal; no token"):
+            facts = workshop.inspect()
+            check_facts(facts)
+        with workshop.mounted() as rootfs:
+            service = compose.load([context / "compose.yaml"], {})["services"]["klein"]
+            place = Place(rootfs, facts["config"], compose.environment(service, {}), Path(folder))
+            with step("the int8 extra, no weights"):
+                check_files(rootfs)
+            with step("a read-only root, a user without capabilities"):
+                check_confinement(place)
+            with step("torch.compile works here, and owes it to the compiler"):
+                check_compiler(place)
+            with step("the service: ready, a picture, its end on SIGTERM"):
+                check_service(place)
+
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Print the step's seconds and name when it is done."""
+    began = time.monotonic()
+    yield
+    print(f"ok {time.monotonic() - began:6.1f} s  {name}", flush=True)
+
+
+def expect(holds: object, message: str) -> None:
+    """Fail with *message* unless *holds*."""
+    if not holds:
+        raise CheckFailed(message)
+
+
+def check_facts(facts: dict[str, Any]) -> None:
+    """Hold what the image says about itself, as an engine reads it."""
+    config = facts["config"]
+    environ = dict(entry.split("=", 1) for entry in config["Env"])
+    user = config.get("User", "")
+    expect(re.fullmatch(r"[1-9]\d*:[1-9]\d*", user), f"User is {user!r}, not two numbers above 0.")
+    probe = config.get("Healthcheck") or {}
+    expect(probe.get("Test", ["NONE"])[0] == "CMD", f"no exec-form health check: {probe}.")
+    expect(probe.get("StartPeriod") == 30 * 60 * 10**9, f"start period not 30 minutes: {probe}.")
+    entry_point = [config.get("Entrypoint"), config.get("Cmd")]
+    expect(entry_point == [["klein"], ["serve"]], f"it starts with {entry_point}.")
+    expect(config.get("StopSignal") == "SIGTERM", f"stop signal {config.get('StopSignal')!r}.")
+    expect(environ.get("PYTHONUNBUFFERED") == "1", "PYTHONUNBUFFERED is not 1.")
+    volumes = list(config.get("Volumes") or ())
+    expect(volumes == ["/models"], f"volumes {volumes}.")
+    caches = ("HF_HOME", "KLEIN_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    for name in ("HOME", *caches):
+        value = environ.get(name, "")
+        expect(f"{value}/".startswith("/models/"), f"{name}={value} lies outside the volume.")
+    expect("HF_TOKEN" not in json.dumps(facts), "HF_TOKEN stands in the image or its history.")
+
+
+def check_files(rootfs: Path) -> None:
+    """Hold the image's files: the int8 kernels are there, no weights but the demo's, no model."""
+    packages = list((rootfs / "opt/klein/lib").glob("python3*/site-packages"))
+    expect(len(packages) == 1, f"not one environment: {packages}.")
+    expect((packages[0] / "comfy_kitchen").is_dir(), "the int8 extra is not installed.")
+    found = (path for path in (rootfs / "opt/klein").rglob("*.safetensors"))
+    weights = [path for path in found if packages[0] / "app" not in path.parents]
+    expect(not weights, f"weights in the image: {weights[:3]}.")
+    expect(not any((rootfs / "models").iterdir()), "the volume's place is not empty.")
+
+
+def check_confinement(place: Place) -> None:
+    """Hold that volume and /tmp can be written and nothing else, and that no capability is left."""
+    with Running(place, ["sh", "-c", WRITE_ELSEWHERE]) as shell:
+        code = shell.wait(30)
+        expect((code, shell.output()) == (0, ""), f"can be written: {shell.output()}")
+    with Running(place, ["sh", "-c", WRITE_AND_REPORT]) as shell:
+        code, words = shell.wait(30), shell.output().split()
+    caps = [f"{name}={0:016x}" for name in ("CapPrm", "CapEff", "CapBnd")]
+    expect((code, words) == (0, ["10001", "klein", *caps, "NoNewPrivs=1"]), f"{code}: {words}")
+
+
+def check_compiler(place: Place) -> None:
+    """Hold that an empty cache gets a compiled .so, and that an empty PATH prevents it."""
+    command = ["/opt/klein/bin/python", "-c", COMPILE, cache := "/models/compiled-here"]
+    changed = {"TORCHINDUCTOR_CACHE_DIR": cache}
+    with Running(place, command, changed) as program:
+        code, said = program.wait(COMPILE_LIMIT_S), program.output()
+    libraries = int(said.split()[-1]) if code == 0 else 0
+    expect(libraries > 0, f"torch.compile left {libraries} libraries, {code}:\n{said[-3000:]}")
+    with Running(place, command, changed | {"PATH": ""}) as program:
+        code, said = program.wait(COMPILE_LIMIT_S), program.output()
+    expect(code != 0, "torch.compile needs no compiler here, so its success proves nothing.")
+    expect("compiler" in said.lower(), f"it failed for another reason:\n{said[-3000:]}")
+
+
+def check_service(place: Place) -> None:
+    """Start the image's own command, wait for ready, fetch a picture, end it by its stop signal."""
+    command = [*place.config["Entrypoint"], *place.config["Cmd"]]
+    with Running(place, command, {"KLEIN_MODEL": "shapes", "KLEIN_DEVICE": "cpu"}) as service:
+        wait_until(service.is_ready, limit_s=READY_LIMIT_S, what="/health/ready")
+        probe = service.execute(place.config["Healthcheck"]["Test"][1:])
+        expect(probe.returncode == 0, f"the health check fails on a ready service: {probe.stderr}")
+        answer = service.request("POST", "/generate", body={"prompt": "a red circle"})
+        expect(answer.status == 200, f"/generate says {answer.status}: {answer.body[:500]!r}")
+        is_png = answer.body.startswith(b"\x89PNG\r\n\x1a\n")
+        expect(is_png and answer.type == "image/png", f"no PNG: {answer.type} {answer.body[:40]!r}")
+        for host, status in (("klein:8000", 200), ("elsewhere.example", 400)):
+            seen = service.request("GET", "/health/live", host=host).status
+            expect(seen == status, f"Host {host} gets {seen}, not {status}.")
+        service.signal(signal.Signals[place.config["StopSignal"]])
+        code, said = service.wait(DRAIN_LIMIT_S), service.output()
+        expect(code == 0, f"exit code {code} after the stop signal:\n{said[-3000:]}")
+        expect("Traceback" not in said, f"a traceback:\n{said[-3000:]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

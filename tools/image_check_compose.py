@@ -1,0 +1,97 @@
+"""Read compose files as `docker compose config` does, as far as ours go, where no engine is.
+
+Variables are replaced after the file is read, so a `$` in a comment is never looked at; files are
+merged key by key, later ones win, lists grow, and `!reset` takes a key away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+VARIABLE = re.compile(
+    r"\$(?:(?P<escaped>\$)|\{(?P<braced>[^}]*)\}|(?P<bare>[A-Za-z_]\w*)|(?P<broken>))"
+)
+INSIDE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:(?P<operator>:?[-?+])(?P<word>.*))?", re.DOTALL)
+RESET = object()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that knows the one tag our files use."""
+
+
+_Loader.add_constructor("!reset", lambda _loader, _node: RESET)
+
+
+def load(paths: list[Path], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Merge the compose files at *paths*, with the variables of *environ* filled in."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        document = yaml.load(path.read_text(), Loader=_Loader)
+        merged = _merge(merged, _fill_in(document, environ))
+    return merged
+
+
+def environment(service: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what *service*'s container gets; a name alone is passed on where *environ* has it."""
+    declared: dict[str, Any] = service.get("environment", {})
+    given = {
+        name: environ.get(name) if value is None else value for name, value in declared.items()
+    }
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def interpolate(text: str, environ: Mapping[str, str]) -> str:
+    """Replace `$NAME`, `${NAME}`, `${NAME:-word}` (and -, :+, +, :?, ?) as Compose does.
+
+    Raises:
+        ValueError: a `$` begins nothing that Compose knows, or a variable that must be set is not.
+    """
+    return VARIABLE.sub(lambda match: _value_of(match, environ), text)
+
+
+def _value_of(match: re.Match[str], environ: Mapping[str, str]) -> str:
+    if match["escaped"]:
+        return "$"
+    inside = INSIDE.fullmatch(match["braced"] or match["bare"] or "")
+    if inside is None:
+        raise ValueError(f"a $ that begins no variable: {match.string!r}")
+    name, operator, word = inside["name"], inside["operator"] or "", inside["word"] or ""
+    value = environ.get(name)
+    is_set = value is not None and (value != "" or not operator.startswith(":"))
+    match operator[-1:]:
+        case "-":
+            return (value or "") if is_set else word
+        case "+":
+            return word if is_set else ""
+        case "?" if not is_set:
+            raise ValueError(f"{name} must be set: {word}")
+        case _:
+            return value or ""
+
+
+def _fill_in(node: Any, environ: Mapping[str, str]) -> Any:
+    if isinstance(node, str):
+        return interpolate(node, environ)
+    if isinstance(node, list):
+        return [_fill_in(item, environ) for item in node]
+    if isinstance(node, dict):
+        return {key: _fill_in(value, environ) for key, value in node.items()}
+    return node
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        keys = [*below, *(key for key in above if key not in below)]
+        return {
+            key: _merge(below.get(key), above[key]) if key in above else below[key]
+            for key in keys
+            if above.get(key) is not RESET
+        }
+    if isinstance(below, list) and isinstance(above, list):
+        return below + above
+    return below if above is None and below is not None else above
