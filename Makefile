@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: help serve test test-fast test-system check lock clean
+.PHONY: help serve test test-fast test-system image-check check lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -28,6 +28,14 @@ test-fast: $(VENV)/.test ## tests without torch, card or network
 
 test: $(VENV)/.test ## those and the end-to-end tests against a real server
 	$(BIN)/pytest -m "not gpu and not system and not full"
+
+test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs what they call
+	@tests/container/install_tools.sh
+	$(BIN)/pytest -m "(system or full) and not gpu"
+
+image-check: $(VENV)/.test ## build the image and run the service in it, without an engine
+	@tests/container/install_tools.sh
+	$(RUN) tools/image_check.py
 
 check: $(VENV)/.test ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
