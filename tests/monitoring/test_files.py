@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 import yaml
 
@@ -77,3 +78,37 @@ def test_every_alert_says_what_to_do() -> None:
     for rule in sources.alerts():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "remedy"}
+
+
+def test_compose_brings_both_only_when_asked() -> None:
+    """In a profile of their own, at pinned versions, and reached from this machine alone."""
+    for name in ("prometheus", "grafana"):
+        service = _service(name)
+        assert service["profiles"] == ["monitoring"]
+        assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", service["image"])
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+
+
+def test_compose_mounts_the_files_where_they_are_looked_for() -> None:
+    """Each mounted folder exists; alerts lie beside the configuration, as it says."""
+    mounts = {
+        target: source
+        for name in ("prometheus", "grafana")
+        for source, target, *_ in (volume.split(":") for volume in _service(name)["volumes"])
+        if source.startswith("./")
+    }
+
+    assert all((sources.ROOT / source).is_dir() for source in mounts.values())
+    assert mounts["/etc/alerts"] == "./docker/alerts"
+    assert mounts["/etc/prometheus"] == "./docker/prometheus"
+    assert mounts["/etc/grafana/provisioning"] == "./docker/grafana/provisioning"
+    home = _service("grafana")["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"/etc/grafana/dashboards/{sources.DASHBOARD.name}"
+    assert mounts["/etc/grafana/dashboards"] == "./docker/grafana/dashboards"
+
+
+def _service(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((sources.ROOT / "compose.yaml").read_text())
+    return document["services"][name]
