@@ -36,6 +36,9 @@ def run(
     hub: Hub | None = None,
 ) -> int:
     """Download or check; return 0, or 1 where a check found something wrong or missing."""
+    if settings.model not in catalog.CATALOG and Path(settings.model).exists():
+        print("KLEIN_MODEL is a local folder or file, there is nothing to download.")
+        return 0
     is_auto = settings.model == "auto"
     variant = find(next(iter(catalog.CATALOG)) if is_auto else settings.model)
     if variant.is_embedded:

@@ -91,6 +91,12 @@ def test_embedded(tmp_path, capsys):
     assert "nothing to download" in capsys.readouterr().out
 
 
+def test_local_model(klein, tmp_path, capsys):
+    """Nor is there anything to do for a model that is the operator's own."""
+    assert klein("--model", str(tmp_path)) == 0
+    assert "nothing to download" in capsys.readouterr().out
+
+
 @pytest.mark.torch
 def test_precision_of_this_machine(klein, capsys):
     """Without a precision, the one that the service would choose here is fetched."""
