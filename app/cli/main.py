@@ -14,14 +14,14 @@ from app.settings import Settings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    from app.cli import bench, download, generate, serve
+    from app.cli import bench, compare, download, generate, serve
 
     parser = argparse.ArgumentParser(
         prog="klein", description="Serve one warm FLUX.2 klein pipeline over HTTP."
     )
     parser.add_argument("--version", action="version", version=f"klein {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (serve, generate, download, bench):
+    for module in (serve, generate, download, bench, compare):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -1,0 +1,198 @@
+"""`klein compare`: what 8 bit costs, answered with the user's own weights and prompt.
+
+Each precision gets a worker of its own, one after the other, and makes the same picture from the
+same seed. It writes a contact sheet - the pictures, and below them their differences from the
+reference, made eight times stronger - and prints a table; its last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from app import images, logs
+from app.cli.session import (
+    draft,
+    make_picture,
+    new_prompts,
+    parse_precisions,
+    parse_size,
+    warm_runtime,
+)
+from app.cli.sheet import DIFFERENCE_GAIN, Entry, contact_sheet, psnr
+from app.domain import ImageSpec, ModelCard, ModelInfo, PeakMemory, RawImage
+from app.engine import create_engine
+from app.errors import InvalidRequest, StartupError
+from app.images import OutputFormat
+from app.settings import Settings
+from app.telemetry.gpu import Card
+from app.worker.child import EngineFactory
+
+_BEST_FIRST = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One precision's picture; *psnr_db* against the reference, None for itself."""
+
+    precision: str
+    plan: str
+    image: RawImage
+    seconds: float
+    peak: PeakMemory | None
+    psnr_db: float | None = None
+
+    @property
+    def likeness(self) -> str:
+        """The PSNR in words."""
+        if self.psnr_db is None:
+            return "ref"
+        return "equal" if math.isinf(self.psnr_db) else f"{self.psnr_db:.1f} dB"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; JSON knows no infinity, so equal pictures have no number."""
+        is_number = self.psnr_db is not None and math.isfinite(self.psnr_db)
+        return {
+            "precision": self.precision,
+            "plan": self.plan,
+            "psnr_db": round(self.psnr_db, 2) if self.psnr_db and is_number else None,
+            "is_equal": self.psnr_db == math.inf,
+            "is_reference": self.psnr_db is None,
+            "seconds": round(self.seconds, 6),
+            "peak_allocated_bytes": self.peak.allocated if self.peak else None,
+            "peak_reserved_bytes": self.peak.reserved if self.peak else None,
+        }
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's own options."""
+    parser = commands.add_parser("compare", help="make one picture at several precisions")
+    parser.add_argument("prompt")
+    parser.add_argument(
+        "--precision", default="fp8,int8,bf16", help="separated by commas (fp8,int8,bf16)"
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
+    parser.add_argument("--size", help="WIDTHxHEIGHT; the model's own size where left out")
+    parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
+    parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
+
+
+def run(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    *,
+    make_engine: EngineFactory = create_engine,
+    gpu: Card | None = None,
+) -> int:
+    """Compare; return 0 where all precisions gave a picture, else 1."""
+    if arguments.output.suffix.lower() != ".png":
+        raise InvalidRequest("The sheet's name must end in .png.")
+    size = parse_size(arguments.size) if arguments.size else None
+    precisions = parse_precisions(arguments.precision)
+    logs.set_up(style=settings.log_format, level="warning")
+    found, notes = asyncio.run(
+        _make_all(arguments, settings, precisions, size, make_engine=make_engine, gpu=gpu)
+    )
+    if not found:
+        raise StartupError("No precision gave a picture, so there is nothing to compare.")
+    found = against_reference(found)
+    arguments.output.write_bytes(_draw(found, settings, arguments.prompt))
+    print(render(found, notes))
+    print(f"written: {arguments.output} (below: differences, {DIFFERENCE_GAIN} times as strong)")
+    rows = [one.as_json() for one in found]
+    print(json.dumps({"name": "klein.compare", "rows": rows, "notes": notes}))
+    return 1 if notes else 0
+
+
+def against_reference(found: Sequence[Compared]) -> list[Compared]:
+    """Compare each with the most exact one that there is: fp32, else bf16, else the last."""
+    order = {name: place for place, name in enumerate(_BEST_FIRST)}
+    best = min(reversed(found), key=lambda one: order.get(one.precision, len(order)))
+    return [
+        one if one is best else replace(one, psnr_db=psnr(one.image, best.image)) for one in found
+    ]
+
+
+def render(found: Sequence[Compared], notes: Sequence[str]) -> str:
+    """The table for people."""
+    heads = ("precision", "plan", "PSNR", "seconds", "allocated GB", "reserved GB")
+    table = [heads, *(_cells(one) for one in found)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
+    return "\n".join([*lines, *(f"not compared: {note}" for note in notes)])
+
+
+async def _make_all(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    precisions: tuple[str, ...],
+    size: tuple[int, int] | None,
+    *,
+    make_engine: EngineFactory,
+    gpu: Card | None,
+) -> tuple[list[Compared], list[str]]:
+    found: list[Compared] = []
+    notes: list[str] = []
+    for precision in precisions:
+        print(f"klein: {precision}: starting the worker", file=sys.stderr, flush=True)
+        chosen = settings.model_copy(update={"precision": precision})
+        try:
+            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu) as (runtime, info):
+                spec = _spec(arguments, runtime.model, size)
+                await make_picture(runtime, replace(spec, prompt=next(new_prompts())))
+                picture = await make_picture(runtime, spec)
+        except StartupError as error:
+            notes.append(f"{precision}: {error.message}")
+            continue
+        found.append(_compared(info, picture.data, picture.seconds["total"], picture.peak))
+    return found, notes
+
+
+def _spec(
+    arguments: argparse.Namespace, card: ModelCard, size: tuple[int, int] | None
+) -> ImageSpec:
+    width, height = size or (card.default_width, card.default_height)
+    spec = draft(card, arguments.prompt, width, height, arguments.steps)
+    return replace(spec, seed=arguments.seed)
+
+
+def _compared(info: ModelInfo, data: bytes, seconds: float, peak: PeakMemory | None) -> Compared:
+    image = images.decode_upload(data, what="picture")
+    return Compared(info.precision, info.plan, image, seconds, peak)
+
+
+def _draw(found: Sequence[Compared], settings: Settings, prompt: str) -> bytes:
+    reference = next(one.image for one in found if one.psnr_db is None)
+    entries = [Entry(one.image, _words(one)) for one in found]
+    sheet = contact_sheet(entries, reference if len(found) > 1 else None)
+    note = {"prompt": prompt, "compared": ", ".join(one.precision for one in found)}
+    return images.encode(sheet, OutputFormat("png"), note if settings.png_metadata else None)
+
+
+def _words(one: Compared) -> str:
+    peak = f" {one.peak.reserved / 1e9:.1f} GB" if one.peak else ""
+    return f"{one.precision} {one.likeness} {one.seconds:.2f} s{peak}"
+
+
+def _cells(one: Compared) -> tuple[str, ...]:
+    peak = one.peak
+    return (
+        one.precision,
+        one.plan,
+        one.likeness,
+        f"{one.seconds:.3f}",
+        f"{peak.allocated / 1e9:.2f}" if peak else "-",
+        f"{peak.reserved / 1e9:.2f}" if peak else "-",
+    )

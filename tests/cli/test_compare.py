@@ -1,0 +1,159 @@
+"""`klein compare`: the same picture at several precisions, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.cli import compare
+from app.cli.sheet import lettered, psnr
+from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress, RawImage
+from app.engine.config import EngineConfig
+from app.errors import InvalidRequest, StartupError
+from app.settings import Settings
+from app.telemetry.gpu import Card
+from tests.fake_nvml import FakeNvml
+from tests.monitoring.carded import CardedEngine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class RoundingEngine(CardedEngine):
+    """Says which precision it was told, knows no int8, and errs by two steps of 255 at fp8."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self._precision = config.precision
+
+    def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
+        if self._precision == "int8":
+            raise StartupError("The precision int8 is not available here.")
+        return replace(super().load(on_progress), precision=self._precision)
+
+    def generate(
+        self,
+        spec: ImageSpec,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> Generated:
+        made = super().generate(spec, on_progress, should_stop)
+        error = 2 if self._precision == "fp8" else 0
+        pixels = np.frombuffer(made.image.pixels, np.uint8) // 2 + error
+        return replace(made, image=replace(made.image, pixels=pixels.tobytes()))
+
+
+def run(tmp_path: Path, *words: str) -> int:
+    """Run the command on the scripted engine; the sheet goes to sheet.png."""
+    parser = argparse.ArgumentParser()
+    compare.add_parser(parser.add_subparsers())
+    return compare.run(
+        parser.parse_args(["compare", "a cat", "-o", str(tmp_path / "sheet.png"), *words]),
+        Settings(model="flux.2-klein-4b"),
+        make_engine=RoundingEngine,
+        gpu=Card(0, load_nvml=FakeNvml),
+    )
+
+
+def test_each_precision_is_compared_with_the_most_exact(tmp_path, capsys) -> None:
+    """An error of two steps of 255 is 42.1 dB; the table and the last line say so."""
+    assert run(tmp_path, "--precision", "fp8,bf16", "--size", "128x64") == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads(lines[-1])
+    rounded, exact = document["rows"]
+    assert rounded["precision"] == "fp8"
+    assert rounded["psnr_db"] == pytest.approx(42.11, abs=0.01)
+    assert exact["is_reference"] is True
+    assert rounded["peak_reserved_bytes"] == 7_830_000_000
+    assert lines[0].split()[:4] == ["precision", "plan", "PSNR", "seconds"]
+    assert "42.1 dB" in lines[1]
+
+
+def test_the_sheet_shows_pictures_and_differences(tmp_path) -> None:
+    """Side by side in the order asked for; the difference below is eight times as strong."""
+    run(tmp_path, "--precision", "fp8,bf16", "--size", "128x64")
+
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet).astype(int)
+        assert sheet.text["compared"] == "fp8, bf16"
+    first, second = pixels[:64, :128], pixels[:64, 136:264]
+    assert np.all(first - second == 2)
+    assert np.all(pixels[72:136, :128] == 16)
+    assert np.all(pixels[72:136, 136:264] == 0)
+
+
+def test_a_precision_that_does_not_start_leaves_the_others(tmp_path, capsys) -> None:
+    """It is named with its reason, and the exit code says that something is missing."""
+    assert run(tmp_path, "--precision", "int8,bf16,fp32", "--size", "64x64") == 1
+
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["notes"] == ["int8: The precision int8 is not available here."]
+    assert [row["precision"] for row in document["rows"]] == ["bf16", "fp32"]
+    assert document["rows"][0]["is_equal"] is True
+    assert document["rows"][0]["psnr_db"] is None
+
+
+def test_nothing_to_compare_is_an_error(tmp_path) -> None:
+    """No sheet is written where not one precision gave a picture."""
+    with pytest.raises(StartupError, match="nothing to compare"):
+        run(tmp_path, "--precision", "int8")
+
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_wrong_name_is_told_before_anything_starts(tmp_path) -> None:
+    """fp4 is no precision of this service."""
+    with pytest.raises(InvalidRequest, match="no precision"):
+        run(tmp_path, "--precision", "fp4")
+
+
+def test_likeness_is_measured_in_decibels() -> None:
+    """Equal pictures are infinitely alike; black and white are not alike at all."""
+    black, white = (RawImage(2, 2, bytes([level]) * 12) for level in (0, 255))
+
+    assert psnr(black, black) == math.inf
+    assert psnr(black, white) == 0.0
+
+
+def test_every_line_under_a_picture_can_be_lettered() -> None:
+    """Each letter has its dots, and a line that is too long is cut at the picture's edge."""
+    for words in ("fp8 31.2 dB 0.24 s 8.9 GB", "bf16 ref 0.5 s", "int8 equal 12.00 s"):
+        assert (lettered(words, 1024) != lettered("-" * len(words), 1024)).any()
+    assert lettered("fp8 31.2 dB 0.24 s 8.9 GB", 64).shape[1] == 64
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_it_works_without_a_card(tmp_path) -> None:
+    """The demo model in fp32 and bf16: two workers, one after the other, one sheet."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("KLEIN_")}
+    sheet = tmp_path / "sheet.png"
+    command = ["compare", "a red circle", "--precision", "fp32,bf16", "--model", "shapes"]
+    done = subprocess.run(
+        [sys.executable, "-m", "app", *command, "--size", "128x128", "-o", str(sheet)],
+        cwd=ROOT,
+        env=environ | {"KLEIN_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    exact, rounded = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert exact["is_reference"] is True
+    assert rounded["psnr_db"] > 10
+    with Image.open(io.BytesIO(sheet.read_bytes())) as picture:
+        assert picture.width == 2 * 128 + 8
