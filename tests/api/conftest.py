@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from app.api.app import create_app
 from app.settings import Settings
 from tests.fakes import FakeRuntime, FakeService
+from tests.server import Server
 
 BASE_URL = "http://127.0.0.1:8000"
 
@@ -71,3 +72,14 @@ def error_of(response: httpx.Response) -> dict[str, object]:
     assert response.headers["x-request-id"]
 
     return error
+
+
+@pytest.fixture(scope="session")
+def live_klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A live service with a tiny random klein checkpoint; links live for two seconds."""
+    from tests.checkpoints import write_tiny_klein
+
+    folder = write_tiny_klein(tmp_path_factory.mktemp("klein"))
+    settings = {"model": folder, "device": "cpu", "max_body_bytes": 4 * 1024 * 1024}
+    with Server("lifetime=2", module="tests.api.live", **settings) as server:
+        yield server
