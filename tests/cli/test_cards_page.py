@@ -1,0 +1,51 @@
+"""The page of cards: computed floors are those of the program, and nothing measured is invented."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from app.engine.floors import CARDS, CardSpec, floor
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "cards.md").read_text()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if re.match(r"\| (RTX|H200)", line)
+]
+
+
+def seconds(card: CardSpec, precision: str) -> str:
+    """The floor as the page writes it."""
+    if precision == "fp8" and card.fp8 is None:
+        return "-"
+    found = floor(card, precision, 1024, 1024, 4)
+    assert found is not None
+    return f"{found.total_s:.2f}"
+
+
+def test_every_card_has_its_row() -> None:
+    """In the order of the table that `klein doctor --card` knows."""
+    names = [card.name.removeprefix("NVIDIA ").removeprefix("GeForce ") for card in CARDS]
+
+    assert [row[0] for row in ROWS] == names
+
+
+@pytest.mark.parametrize(("card", "row"), list(zip(CARDS, ROWS, strict=True)))
+def test_the_floors_are_those_that_the_program_computes(card, row) -> None:
+    """Seconds for 1024x1024 in four steps at int8, fp8 and bf16."""
+    assert row[3:6] == [seconds(card, precision) for precision in ("int8", "fp8", "bf16")]
+    assert row[2] == ".".join(str(part) for part in card.capability)
+
+
+def test_a_measured_number_comes_with_its_report() -> None:
+    """What nobody has measured is called so; a number links to a report that is there."""
+    for row in ROWS:
+        if row[6] == "not yet measured":
+            continue
+        link = re.fullmatch(r"\[\d+\.\d+\]\((.+)\)", row[6])
+        assert link, row
+        assert (ROOT / "docs" / link[1]).resolve().is_file()
