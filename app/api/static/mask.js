@@ -206,12 +206,17 @@ export class Painter {
       context.fillRect(0, 0, this.#layer.width, this.#layer.height);
       return;
     }
+    context.beginPath();
+    if (points.length === 1) {
+      // A line of no length is not drawn, round ends or not.
+      context.arc(...points[0], radius, 0, 2 * Math.PI);
+      context.fill();
+      return;
+    }
     context.lineCap = context.lineJoin = "round";
     context.lineWidth = radius * 2;
-    context.beginPath();
     context.moveTo(...points[0]);
-    // A line of no length has round ends too: a dot.
-    for (const point of points) context.lineTo(...point);
+    for (const point of points.slice(1)) context.lineTo(...point);
     context.stroke();
   }
 

@@ -358,7 +358,6 @@ async function makeOne(wish, index, count) {
   const made = { wish, warnings: [], timing: null, peak: null };
   page.clock = clock;
   prepareFrame(wish);
-  poll();
   try {
     const [path, body] = request(wish);
     for await (const event of draw(path, body, { key: page.key, signal: page.running.signal })) {
@@ -374,7 +373,7 @@ async function makeOne(wish, index, count) {
       }
     }
     made.seconds = clock.seconds;
-    cost.learn(wish, onCard(made.timing) ?? made.seconds);
+    cost.learn(wish, made.timing ?? { denoise: made.seconds });
     keep(made);
   } finally {
     clock.stop();
@@ -398,6 +397,7 @@ class Clock {
   #started = performance.now();
   #text = "Asking for it";
   #before = null; // pictures that start before this one; null once it runs
+  #queuedAt = 0;
   #timer = setInterval(() => this.#show(), 100);
 
   constructor(wish, prefix) {
@@ -414,8 +414,11 @@ class Clock {
   read(comment, made) {
     const [word, rest = ""] = comment.split(/ (.*)/s);
     const [step, steps] = rest.split("/").map(Number);
-    if (word === "queued") this.#queued(Number(rest));
-    else if (word === "timing") made.timing = timings(rest);
+    if (word === "queued") {
+      this.#queuedAt = performance.now();
+      this.#queued(Number(rest));
+      poll();
+    } else if (word === "timing") made.timing = timings(rest);
     else if (word === "peak") made.peak = Number(rest);
     else if (word in STAGES && steps > 0) this.#stepped(word, step, steps);
   }
@@ -429,9 +432,10 @@ class Clock {
     clearInterval(this.#timer);
   }
 
-  /** A queue of `size` that this picture waits in has at most so many before it. */
-  waitingOf(size) {
-    if (this.#before !== null && size > 0 && size - 1 < this.#before) this.#queued(size - 1);
+  /** A queue of `size`, asked for at `askedAt`, has at most so many before this picture. */
+  onQueue(size, askedAt) {
+    if (this.#before === null || askedAt < this.#queuedAt) return;
+    if (size > 0 && size - 1 < this.#before) this.#queued(size - 1);
   }
 
   #queued(before) {
@@ -462,11 +466,6 @@ class Clock {
 function timings(text) {
   const found = [...text.matchAll(/([a-z]+);dur=([\d.]+)/g)];
   return Object.fromEntries(found.map(([, stage, ms]) => [stage, Number(ms) / 1000]));
-}
-
-function onCard(timing) {
-  if (!timing) return undefined;
-  return ["text", "reference", "denoise", "decode"].reduce((sum, stage) => sum + (timing[stage] ?? 0), 0);
 }
 
 function measured(size) {
@@ -643,9 +642,11 @@ async function poll() {
   clearTimeout(polling);
   let wait_s = 3;
   if (!document.hidden) {
+    const askedAt = performance.now();
     try {
       const { status, body } = await ask("health", { key: page.key });
       wait_s = onHealth(status, body);
+      if (body?.queue) page.clock?.onQueue(body.queue.size, askedAt);
     } catch (error) {
       setStatus("gone", error.message);
     }
@@ -671,7 +672,6 @@ function onHealth(status, body) {
     setStatus("waiting", `${body?.reason || "Not ready yet"}${share}`);
     return 1.5;
   }
-  page.clock?.waitingOf(body.queue.size);
   const waiting = body.queue.size ? `, ${body.queue.size} waiting` : "";
   setStatus("ready", `Ready on ${body.worker?.device === "cpu" ? "the CPU" : body.worker?.device}${waiting}`);
   return page.running ? 1 : 6;

@@ -42,8 +42,9 @@ export function isAlike(one, other) {
   return Math.abs(ratio - 1) <= 0.02;
 }
 
-/** Learns seconds per unit of work, as the service does, and predicts with it. */
+/** Learns what a picture costs: seconds for the prompt, and seconds per unit of work. */
 export class Cost {
+  #prompt = 0;
   #perWork = 0;
   #isGuess = true;
 
@@ -52,17 +53,20 @@ export class Cost {
     if (this.#isGuess && seconds > 0) this.#perWork = seconds / work(wish);
   }
 
-  /** Take the seconds that a picture took; the first one counts whole. */
-  learn(wish, seconds) {
-    if (!(seconds > 0)) return;
-    const seen = seconds / work(wish);
-    this.#perWork = this.#isGuess ? seen : this.#perWork + 0.3 * (seen - this.#perWork);
+  /** Take the seconds by stage that a picture took; the first one counts whole. */
+  learn(wish, { text = 0, reference = 0, denoise = 0, decode = 0 }) {
+    const seen = (reference + denoise + decode) / work(wish);
+    if (!(seen > 0)) return;
+    const weight = this.#isGuess ? 1 : 0.3;
+    // A prompt that the service remembers costs nothing; that is no reason to hope for the next.
+    this.#prompt = Math.max(text, this.#prompt + weight * (text - this.#prompt));
+    this.#perWork += weight * (seen - this.#perWork);
     this.#isGuess = false;
   }
 
   /** Seconds on the card, 0 while nothing is known. */
   predict(wish) {
-    return this.#perWork * work(wish);
+    return this.#perWork ? this.#prompt + this.#perWork * work(wish) : 0;
   }
 }
 

@@ -1,0 +1,175 @@
+"""A real Chromium, headless, and visits to live services that must stay clean."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import klein, scripted, tiny_klein
+from tests.server import Server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
+
+__all__ = ["klein", "scripted", "tiny_klein"]
+
+_MISSING = "is missing; run `make test-system`, which installs it"
+
+
+class Visit:
+    """One tab on the playground of *server*; `check` finds what must never happen in it."""
+
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page = page
+        self.server = server
+        self.expected: list[str] = []
+        """Beginnings of console lines that the test provokes."""
+        self._complaints: list[str] = []
+        self._foreign: list[str] = []
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self._complaints.append(str(error)))
+        page.on("request", self._on_request)
+        page.goto(server.url)
+
+    def wait_until_ready(self) -> Visit:
+        """Wait until the page knows that the service is ready."""
+        self.page.wait_for_selector('.status[data-state="ready"]', timeout=20_000)
+        return self
+
+    def choose(
+        self, *, side: int | None = None, seed: int | None = None, **fields: object
+    ) -> Visit:
+        """Set the square size, the seed, and fields by their ids."""
+        if side is not None:
+            self.page.locator("#size-custom").check()
+            self.page.fill("#width", str(side))
+            self.page.fill("#height", str(side))
+        if seed is not None:
+            self.page.locator("#seed-fixed").check()
+            self.page.fill("#seed", str(seed))
+        for name, value in fields.items():
+            self.page.fill(f"#{name}", str(value))
+        return self
+
+    def make(self, prompt: str) -> bytes:
+        """Ask for a picture, wait for it, and return its file."""
+        self.page.fill("#prompt", prompt)
+        self.page.click("#make")
+        return self.wait_for_picture()
+
+    def wait_for_picture(self) -> bytes:
+        """Wait until no picture is on its way and return the one on show."""
+        self.page.wait_for_selector('#stage[aria-busy="false"]', state="attached", timeout=60_000)
+        error = self.page.locator("#error")
+
+        assert not error.is_visible(), error.inner_text()
+
+        return self.download()
+
+    def download(self) -> bytes:
+        """Save the picture on show as a person would."""
+        with self.page.expect_download() as saving:
+            self.page.click("#download")
+        return saving.value.path().read_bytes()
+
+    def upload(self, *pictures: Image.Image, name: str = "reference.png") -> Visit:
+        """Pick pictures to work from."""
+        before = self.page.locator("#references li").count()
+        self.page.set_input_files(
+            "#files",
+            [{"name": name, "mimeType": "image/png", "buffer": png(one)} for one in pictures],
+        )
+        self.page.wait_for_selector(f"#references li:nth-child({before + len(pictures)})")
+        return self
+
+    def check(self) -> None:
+        """Nothing was complained of in the console, nothing was asked of another origin."""
+        assert self._foreign == []
+        assert self._complaints == []
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        is_complaint = message.type in {"error", "warning", "assert"}
+        if is_complaint and not any(message.text.startswith(text) for text in self.expected):
+            self._complaints.append(message.text)
+
+    def _on_request(self, request: Request) -> None:
+        own = (self.server.url + "/", "blob:" + self.server.url, "data:")
+        if not request.url.startswith(own):
+            self._foreign.append(request.url)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """One browser for all tests."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail(f"playwright {_MISSING}")
+    with sync_playwright() as playwright:
+        # The sandbox wants a kernel that containers seldom offer; the pages are our own.
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Iterator[Server]:
+    """A service with the demo model, as everyone has it who has no card."""
+    with Server(model="shapes", device="cpu") as server:
+        yield server
+
+
+@pytest.fixture
+def visit(chromium: Browser, scripted: object) -> Iterator[Callable[..., Visit]]:
+    """Visits: `visit(server, width=360)`; each is checked when the test is over.
+
+    *scripted* is named so that visits end before the scripted servers do.
+    """
+    visits: list[Visit] = []
+
+    def start(server: Server, *, width: int = 1280, height: int = 900, **options: Any) -> Visit:
+        size = {"width": width, "height": height}
+        context = chromium.new_context(viewport=size, locale="en-GB", **options)
+        context.set_default_timeout(15_000)
+        visits.append(Visit(context.new_page(), server))
+        return visits[-1]
+
+    yield start
+    for one in visits:
+        one.page.context.close()
+    for one in visits:
+        one.check()
+
+
+def find_chromium() -> str:
+    """The system's Chromium; the tests download no browser."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.fail(f"chromium {_MISSING}")
+    return path
+
+
+def png(image: Image.Image) -> bytes:
+    """Encode a picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(data: bytes) -> Image.Image:
+    """Decode a picture."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def checkerboard(side: int) -> Image.Image:
+    """A picture with something to keep in every corner."""
+    image = Image.new("RGB", (side, side), "#204060")
+    for x in range(0, side, 8):
+        for y in range(x // 8 % 2 * 8, side, 16):
+            image.paste((x * 2 % 256, y * 2 % 256, 90), (x, y, x + 8, y + 8))
+    return image

@@ -1,0 +1,37 @@
+"""Takes the picture of the playground that the README shows.
+
+python -m tests.browser.screenshot docs/playground.png
+"""
+
+from __future__ import annotations
+
+import sys
+
+from playwright.sync_api import sync_playwright
+
+from tests.browser.conftest import Visit, find_chromium
+from tests.server import Server
+
+PROMPTS = (
+    "a green heart on a white background",
+    "a yellow star on a black background",
+    "a red circle on a blue background",
+)
+
+
+def take(path: str) -> None:
+    """Let the demo model draw three shapes, and save what the page shows then."""
+    with Server(model="shapes", device="cpu") as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        here = Visit(page, server).wait_until_ready().choose(seed=7)
+        for prompt in PROMPTS:
+            here.make(prompt)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(800)
+        page.screenshot(path=path)
+        browser.close()
+
+
+if __name__ == "__main__":
+    take(sys.argv[1])

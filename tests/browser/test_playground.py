@@ -1,0 +1,460 @@
+"""The playground in a real browser: what a person does with it, and what must not happen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.browser.conftest import checkerboard, picture
+
+pytestmark = pytest.mark.system
+
+SMALL = {"side": 64}
+WIDTHS = (360, 768, 1280)
+
+
+def test_typing_a_prompt_gives_a_picture(visit, klein) -> None:
+    """Blurred previews come first, then the picture, with its size, seed and seconds by stage."""
+    here = visit(klein).wait_until_ready().choose(**SMALL, seed=7)
+    here.page.evaluate(
+        """() => {
+            window.seen = [];
+            const image = document.getElementById("picture");
+            new MutationObserver(() => window.seen.push(image.alt))
+                .observe(image, {attributes: true, attributeFilter: ["src", "alt"]});
+        }"""
+    )
+    data = here.make("a fox in the snow")
+    facts = here.page.inner_text("#caption-facts")
+
+    assert picture(data).size == (64, 64)
+    assert "A preview of the picture on its way" in here.page.evaluate("window.seen")
+    assert here.page.get_attribute("#picture", "alt") == "a fox in the snow"
+    assert "64 × 64" in facts
+    assert "seed 7" in facts
+    assert "Denoising" in here.page.inner_text("#stage-list")
+    assert (
+        data
+        == klein.post(
+            "/generate", {"prompt": "a fox in the snow", "width": 64, "height": 64, "seed": 7}
+        )[2]
+    )
+
+
+def test_the_picture_has_the_colour_that_was_asked_for(visit, shapes) -> None:
+    """The demo model draws what is typed: red in the middle, blue around it."""
+    image = picture(visit(shapes).wait_until_ready().make("a red circle on a blue background"))
+    red, green, blue = image.getpixel((image.width // 2, image.height // 2))
+
+    assert red > 2 * max(green, blue), "the middle is not red"
+
+    red, green, blue = image.getpixel((4, 4))
+
+    assert blue > 1.5 * max(red, green), "the corner is not blue"
+
+
+def test_cancelling_frees_the_card(visit, scripted) -> None:
+    """The page says so, the worker stops at its next step, and the next picture can be made."""
+    server = scripted("slow=20")
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready().choose(steps=40)
+    here.page.fill("#prompt", "a picture that nobody waits for")
+    here.page.click("#make")
+    here.page.wait_for_selector("#progress-text:text-matches('^Step [1-9]')")
+
+    assert here.page.get_attribute("#make", "aria-disabled") == "true"
+
+    here.page.click("#cancel")
+    here.page.wait_for_selector("#announcer:text('Cancelled.')", state="attached")
+    wait_until(lambda: server.metric("klein_requests_running") == 0, timeout_s=2.0)
+
+    assert here.page.get_attribute("#make", "aria-disabled") == "false"
+    assert not here.page.is_visible("#error")
+
+
+def test_who_waits_is_told_how_many_come_first(visit, scripted) -> None:
+    """The place in the queue as it moves, then the steps."""
+    server = scripted("slow=3")
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready()
+    here.page.fill("#prompt", "the last one")
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(server.post, "/generate", {"prompt": "one of the first"})
+        wait_until(lambda: server.metric("klein_queue_size") == 2)
+        here.page.click("#make")
+        for text in ("2 pictures before", "One picture before", "Next in line", "Step "):
+            here.page.wait_for_selector(f"#progress-text:text('{text}')")
+        here.wait_for_picture()
+
+
+def test_a_mask_painted_on_the_picture_keeps_the_rest(visit, klein) -> None:
+    """What is painted changes; where nothing was painted every pixel is the upload's own."""
+    source = checkerboard(128)
+    here = visit(klein).wait_until_ready().choose(seed=3).upload(source)
+    here.page.click("text=Paint a mask")
+
+    assert here.page.get_attribute("#mask-done", "aria-disabled") == "true"
+
+    here.page.fill("#brush", "40")
+    box = here.page.locator("#mask-canvas").bounding_box()
+    x, y, width, height = (box[name] for name in ("x", "y", "width", "height"))
+    here.page.mouse.move(x + width * 0.1, y + height * 0.05)
+    here.page.mouse.down()
+    here.page.mouse.move(x + width * 0.1, y + height * 0.95, steps=5)
+    here.page.mouse.up()
+    here.page.click("#mask-done")
+    made = picture(here.make("a field of grain"))
+    right = (64, 0, 128, 128)
+    left = (0, 32, 32, 96)
+
+    assert made.size == (128, 128)
+    assert made.crop(right).tobytes() == source.crop(right).tobytes()
+    assert made.crop(left).tobytes() != source.crop(left).tobytes()
+
+
+def test_everything_can_be_done_with_the_keyboard(visit, klein) -> None:
+    """Prompt, picture, mask and edit without a pointer; the focus is always seen and never lost."""
+    here = visit(klein).wait_until_ready().choose(**SMALL)
+    keys = here.page.keyboard
+    here.page.evaluate("document.activeElement.blur()")
+    tab_to(here, "prompt")
+    keys.type("a lamp")
+    tab_to(here, "make")
+    keys.press("Enter")
+    here.wait_for_picture()
+    here.page.focus("#make")
+    tab_to(here, "reuse")
+    keys.press("Enter")
+    here.page.wait_for_selector("#references button.mask")
+
+    assert here.page.evaluate("document.activeElement.id") == "prompt"
+
+    tab_to(here, "mask", by="className")
+    keys.press("Enter")
+    here.page.wait_for_selector("#mask-dialog[open]")
+
+    assert here.page.evaluate("document.activeElement.id") == "mask-canvas"
+
+    keys.down(" ")
+    for _ in range(6):
+        keys.press("ArrowRight")
+    keys.up(" ")
+
+    assert "may change" in here.page.inner_text("#coverage")
+
+    tab_to(here, "mask-done")
+    keys.press("Enter")
+    here.page.wait_for_selector("#references button.unmask")
+
+    assert here.page.evaluate("document.activeElement.className") == "mask"
+
+    here.page.focus("#prompt")
+    keys.press("Control+Enter")
+    here.page.wait_for_selector('#stage[aria-busy="true"]', state="attached")
+    here.wait_for_picture()
+
+    assert here.page.locator("#gallery li").count() == 2
+
+
+def test_a_prompt_full_of_markup_stays_text(visit, klein) -> None:
+    """Neither the prompt nor the name of an upload can become a part of the page."""
+    evil = '<img src=x onerror="window.broken=1"><b>bold</b><script>window.broken=1</script>'
+    here = visit(klein).wait_until_ready().choose(**SMALL)
+    here.upload(checkerboard(64), name='<img src=x onerror="window.broken=1">.png')
+    here.make(evil)
+    here.page.wait_for_timeout(200)
+
+    assert here.page.inner_text("#caption-prompt") == evil
+    assert here.page.evaluate("window.broken") is None
+    assert here.page.locator("main b, main script, img[src='x']").count() == 0
+
+
+def test_the_page_may_not_run_what_is_not_ours(visit, klein) -> None:
+    """The security policy stops inline scripts, foreign hosts and markup made of texts."""
+    here = visit(klein).wait_until_ready()
+    here.expected = [
+        "Fetch API",
+        "Refused to",
+        "Connecting to",
+        "Executing inline",
+        "This document",
+    ]
+    tried = here.page.evaluate(
+        """async () => {
+            const inline = document.createElement("script");
+            try { inline.text = "window.broken = 1"; document.body.append(inline); } catch {}
+            let markup = "refused";
+            try {
+                document.body.insertAdjacentHTML("beforeend", "<i id=made></i>");
+                markup = "made";
+            } catch {}
+            const foreign = await fetch("https://example.invalid/").catch(() => "refused");
+            return [window.broken ?? "refused", markup, foreign];
+        }"""
+    )
+
+    assert tried == ["refused", "refused", "refused"]
+
+
+def test_n_pictures_take_seeds_in_a_row(visit, klein) -> None:
+    """Two pictures, seed and seed+1, both in the gallery; the first can be had again."""
+    here = visit(klein).wait_until_ready().choose(**SMALL, seed=40, count=2)
+    second = here.make("a stone")
+    here.page.click("#gallery li:nth-child(2) button")
+    first = here.download()
+
+    assert "seed 40" in here.page.inner_text("#caption-facts")
+    assert first != second
+
+    here.page.click("#restore")
+
+    assert here.page.input_value("#seed") == "40"
+    assert here.make("a stone") == first
+    assert here.page.locator("#gallery li").count() == 3
+
+
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_a_picture_can_be_pasted_or_dropped(visit, klein, way) -> None:
+    """Anywhere on the page; it becomes a picture to work from, and the size follows it."""
+    here = visit(klein).wait_until_ready()
+    here.page.evaluate(
+        """async (way) => {
+            const canvas = Object.assign(document.createElement("canvas"), {width: 96, height: 64});
+            canvas.getContext("2d").fillRect(0, 0, 96, 64);
+            const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+            const data = new DataTransfer();
+            data.items.add(new File([blob], "found.png", {type: "image/png"}));
+            const options = {bubbles: true, cancelable: true};
+            document.body.dispatchEvent(way === "paste"
+                ? new ClipboardEvent("paste", {...options, clipboardData: data})
+                : new DragEvent("drop", {...options, dataTransfer: data}));
+        }""",
+        way,
+    )
+    here.page.wait_for_selector("#references li")
+
+    assert picture(here.make("the same in winter")).size == (96, 64)
+
+
+def test_recipes_make_the_same_picture(visit, klein, tmp_path) -> None:
+    """What is copied as curl and as Python runs as it is and gives the same bytes."""
+    here = visit(klein, permissions=["clipboard-read", "clipboard-write"]).wait_until_ready()
+    data = here.choose(**SMALL, seed=11).make("""it's a "sign", 50 % off\n$HOME \\ `id`""")
+
+    assert run_recipes(here, tmp_path) == [data, data]
+
+
+def test_recipes_of_an_edit_make_the_same_picture(visit, klein, tmp_path) -> None:
+    """With the pictures beside them: an upload whose name needs quoting, and the saved mask."""
+    here = visit(klein, permissions=["clipboard-read", "clipboard-write"]).wait_until_ready()
+    name = """bob's "best" day.png"""
+    here.choose(seed=5).upload(checkerboard(64), name=name)
+    here.page.click("text=Paint a mask")
+    here.page.click("#mask-canvas")
+    with here.page.expect_download() as saving:
+        here.page.click("#mask-save")
+    saving.value.save_as(tmp_path / "mask.png")
+    here.page.click("#mask-done")
+    checkerboard(64).save(tmp_path / name)
+    data = here.make("@a day, <b>bold</b>; type=text")
+
+    assert run_recipes(here, tmp_path) == [data, data]
+
+
+def test_errors_are_said_in_words(visit, klein) -> None:
+    """The service's own sentence, beside the field that it is about, and gone when mended."""
+    here = visit(klein).wait_until_ready()
+    here.expected = ["Failed to load resource: the server responded with a status of 400"]
+    here.page.click("#make")
+
+    assert "prompt is empty" in here.page.inner_text("#error")
+    assert here.page.evaluate("document.activeElement.id") == "prompt"
+
+    here.choose(side=1000)
+    here.page.fill("#prompt", "a cat")
+    here.page.click("#make")
+    here.page.wait_for_selector("#error:text('nearest valid size')")
+    here.choose(**SMALL).make("a cat")
+
+    assert not here.page.is_visible("#error")
+
+
+def test_a_failure_in_the_middle_is_said_in_words(visit, scripted) -> None:
+    """Out of memory after the stream has begun: the reason, and the form as it was."""
+    server = scripted("oom@1")
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready()
+    here.page.fill("#prompt", "too much")
+    here.page.click("#make")
+    here.page.wait_for_selector("#error:text('The card has no room for this picture')")
+
+    assert here.page.input_value("#prompt") == "too much"
+    here.make("less")
+
+
+def test_a_server_that_went_away_is_said_in_words(visit, scripted) -> None:
+    """No picture and no riddle."""
+    server = scripted()
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready()
+    here.expected = ["Failed to load resource: net::ERR_"]
+    server.stop()
+    here.page.fill("#prompt", "a cat")
+    here.page.click("#make")
+    here.page.wait_for_selector("#error:text('The service cannot be reached')")
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit, scripted) -> None:
+    """A field appears where one is wanted; a wrong key is refused; the right one ends with the
+    tab."""
+    key = "a-key-for-the-test"
+    server = scripted(api_keys=key)
+    server.wait_until_ready()
+    here = visit(server, permissions=["clipboard-read", "clipboard-write"])
+    here.expected = ["Failed to load resource: the server responded with a status of 401"]
+    here.page.fill("#key", "a-wrong-key")
+    here.page.press("#key", "Enter")
+    here.page.wait_for_selector("#status:text('The key was refused')")
+    here.page.fill("#key", key)
+    here.page.press("#key", "Enter")
+    here.wait_until_ready().make("a cat")
+    here.page.click("#copy-curl")
+
+    assert here.page.evaluate("Object.values(sessionStorage)") == [key]
+    assert here.page.evaluate("[localStorage.length, document.cookie, location.search]") == [
+        0,
+        "",
+        "",
+    ]
+    assert "$KLEIN_API_KEY" in here.page.evaluate("navigator.clipboard.readText()")
+    assert key not in here.page.content()
+
+    here.page.click("#key-forget")
+    here.page.wait_for_selector("#status:text('A key is needed')")
+
+    assert here.page.evaluate("sessionStorage.length") == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_fits_and_can_be_read(visit, klein, tmp_path, width, scheme) -> None:
+    """At a phone's, a tablet's and a desk's width nothing sticks out and no text is too faint."""
+    here = visit(klein, width=width, color_scheme=scheme).wait_until_ready()
+    here.page.evaluate("document.getElementById('settings').open = true")
+    here.upload(checkerboard(64)).make("a boat")
+    here.page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
+    found = here.page.evaluate(_JUDGE)
+
+    assert found == {"overflow": [], "faint": [], "nameless": [], "small": []}
+
+
+def test_nothing_moves_for_those_who_want_it_still(visit, scripted) -> None:
+    """`prefers-reduced-motion` ends the sweep over the picture that is on its way."""
+    server = scripted("slow=3")
+    server.wait_until_ready()
+    here = visit(server, reduced_motion="reduce").wait_until_ready()
+    here.page.fill("#prompt", "a cat")
+    here.page.click("#make")
+    here.page.wait_for_selector('#frame[data-state="working"]')
+
+    assert here.page.evaluate("document.getAnimations().length") == 0
+
+
+def tab_to(here, wanted: str, *, by: str = "id") -> None:
+    """Press Tab until the focus is there; every stop on the way must show it."""
+    for _ in range(60):
+        here.page.keyboard.press("Tab")
+        now = here.page.evaluate(
+            """() => {
+                const it = document.activeElement;
+                const drawn = it.type === "radio" ? it.nextElementSibling : it;
+                const {outlineWidth, outlineStyle} = getComputedStyle(drawn);
+                const isSeen = parseFloat(outlineWidth) >= 2 && outlineStyle !== "none";
+                return {id: it.id, className: it.className, isBody: it === document.body, isSeen};
+            }"""
+        )
+
+        assert now["isSeen"] or now["isBody"], f"the focus is not seen on {now}"
+
+        if now[by] == wanted:
+            return
+    raise AssertionError(f"the keyboard does not reach {wanted}")
+
+
+def run_recipes(here, folder) -> list[bytes]:
+    """Copy and run both recipes in *folder*; return the pictures that they saved."""
+    name = here.page.get_attribute("#download", "download")
+    found = []
+    for which, command in (("curl", ["bash", "-euc"]), ("python", [sys.executable, "-c"])):
+        here.page.click(f"#copy-{which}")
+        here.page.wait_for_selector(f"#copy-{which}:text('Copied')")
+        text = here.page.evaluate("navigator.clipboard.readText()")
+        (folder / name).unlink(missing_ok=True)
+        ran = subprocess.run(
+            [*command, text], cwd=folder, capture_output=True, text=True, env=dict(os.environ)
+        )
+
+        assert ran.returncode == 0, ran.stderr
+
+        found.append((folder / name).read_bytes())
+    return found
+
+
+def wait_until(is_true, *, timeout_s: float = 10.0) -> None:
+    """Ask again and again until it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+# What sticks out of the window, text under 4.5:1 on its background, controls without a name, and
+# targets under 24 pixels.
+_JUDGE = """() => {
+    const all = [...document.querySelectorAll("body *")].filter((it) => it.checkVisibility());
+    const say = (it) => `${it.tagName}#${it.id}.${it.className} ${it.textContent.slice(0, 30)}`;
+    const isHidden = (it) => it.closest(".visually-hidden, .skip, svg, option, select") !== null;
+    const shown = all.filter((it) => !isHidden(it));
+    const overflow = shown.filter((it) => it.getBoundingClientRect().right > innerWidth + 1);
+    const rgb = (text) => {
+        const canvas = document.createElement("canvas").getContext("2d");
+        canvas.fillStyle = text;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const light = (colour) => {
+        const [r, g, b] = colour.slice(0, 3).map((v) => v / 255)
+            .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = (it) => {
+        for (let at = it; at; at = at.parentElement) {
+            const colour = rgb(getComputedStyle(at).backgroundColor);
+            if (colour[3] === 255) return colour;
+        }
+        return [255, 255, 255, 255];
+    };
+    const hasText = (it) =>
+        [...it.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    const faint = shown.filter((it) => {
+        if (!hasText(it) || it.closest("label")?.querySelector(":disabled")) return false;
+        const [one, other] = [light(rgb(getComputedStyle(it).color)), light(behind(it))];
+        return (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05) < 4.5;
+    });
+    const kinds = "button, a[href], input, select, textarea, summary, canvas";
+    const controls = all.filter((it) => it.matches(kinds) && !it.matches(".skip"));
+    const nameless = controls.filter((it) =>
+        !(it.textContent.trim() || it.getAttribute("aria-label") || it.labels?.length));
+    const small = controls.filter((it) => {
+        const box = it.getBoundingClientRect();
+        return box.height < 24 || box.width < 24;
+    });
+    return Object.fromEntries(Object.entries({overflow, faint, nameless, small})
+        .map(([name, found]) => [name, found.map(say)]));
+}"""
