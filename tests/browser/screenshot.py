@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from tests.browser.conftest import Visit, find_chromium
+from tests.browser.conftest import Visit, find_chromium, picture
 from tests.server import Server
 
 PROMPTS = (
@@ -23,14 +24,17 @@ def take(path: str) -> None:
     """Let the demo model draw three shapes, and save what the page shows then."""
     with Server(model="shapes", device="cpu") as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 1040})
         here = Visit(page, server).wait_until_ready().choose(seed=7)
         for prompt in PROMPTS:
             here.make(prompt)
         page.mouse.move(0, 0)
+        page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(800)
-        page.screenshot(path=path)
+        shot = page.screenshot()
         browser.close()
+    # So many colours are enough for a README, at a third of the bytes.
+    picture(shot).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
