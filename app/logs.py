@@ -17,6 +17,9 @@ from datetime import UTC, datetime
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that is being answered, for every line logged on its way."""
 
+request_notes: ContextVar[dict[str, float] | None] = ContextVar("request_notes", default=None)
+"""What is added to the one line of the request that is being answered: numbers, no words."""
+
 hidden: ContextVar[tuple[str, ...]] = ContextVar("hidden", default=())
 """Texts of a caller's that no line may hold, should a library put one into an error's message."""
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from app import images
+from app import images, logs
 from app.domain import (
     Generated,
     ImageSpec,
@@ -37,6 +37,8 @@ from app.jobs.rates import RateLimit
 from app.telemetry.metrics import Metrics
 
 _log = logging.getLogger(__name__)
+
+_WAITS = frozenset({"queue", "total"})
 
 MAX_SEED = 2**53 - 1
 """The largest seed: JavaScript's numbers must carry it."""
@@ -405,6 +407,7 @@ class ImageService:
             "encode": now - started,
             "total": now - job.submitted_at,
         }
+        _note(seconds)
         self._metrics.image_finished(
             generated, seconds, "edit" if job.spec.references else "generate"
         )
@@ -511,6 +514,19 @@ class Ticket:
     async def _preview(self, image: RawImage, index: int) -> Preview:
         data = await self._service.encode(image, self._output, {})
         return Preview(index, data, self._output.media_type)
+
+
+def _note(seconds: Mapping[str, float]) -> None:
+    """Add an image's stage times to its request's line: of several, the sum on the card and the
+    longest wait."""
+    notes = logs.request_notes.get()
+    if notes is None:
+        return
+    notes["images"] = notes.get("images", 0) + 1
+    for stage, value in seconds.items():
+        before = notes.get(f"{stage}_s", 0.0)
+        together = max(before, value) if stage in _WAITS else before + value
+        notes[f"{stage}_s"] = round(together, 4)
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

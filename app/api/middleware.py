@@ -21,14 +21,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.deps import metrics_of
 from app.api.errors import REPLIES, error_response, internal_error
 from app.api.exchange import Exchange, exchange_of, open_exchange
-from app.errors import Cancelled, InvalidRequest, Kind, KleinError
-from app.logs import request_id
+from app.errors import Cancelled, InvalidRequest, Kind, KleinError, Unavailable
+from app.logs import request_id, request_notes
 
 _access = logging.getLogger("app.api.access")
 _log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::\d{1,5})?")
+
+_BODIES_AT_ONCE = 8
+"""How many of the largest bodies may be held at a time, whatever their number."""
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -56,6 +59,7 @@ class Edge:
         exchange = Exchange(_adopt(Headers(scope=scope).get("x-request-id")))
         open_exchange(scope, exchange)
         request_id.set(exchange.id)
+        request_notes.set({})
         started = time.perf_counter()
         status = 0
 
@@ -124,11 +128,12 @@ class BodyLimit:
     of one that takes too long.
 
     Only a reader meets the limits: a route that refuses for another reason never waits for the
-    body.
+    body. All bodies together are limited too, or a few dozen callers could fill the memory.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
         self._app = app
+        self._held_bytes = 0
         self._max_bytes = max_bytes
         self._limit_s = limit_s
 
@@ -155,16 +160,29 @@ class BodyLimit:
             if not message.get("more_body", False):
                 late_at = None  # from here on it is the client's going that is waited for
             received += len(message.get("body", b""))
+            self._held_bytes += len(message.get("body", b""))
             self._check(received)
+            self._check_together()
             return message
 
-        await self._app(scope, receive_some, send)
+        try:
+            await self._app(scope, receive_some, send)
+        finally:
+            self._held_bytes -= received
 
     def _check(self, size_bytes: int) -> None:
         if size_bytes > self._max_bytes:
             raise KleinError(
                 f"The body is larger than {self._max_bytes:,} bytes; send less or smaller images.",
                 kind=Kind.TOO_LARGE,
+            )
+
+    def _check_together(self) -> None:
+        if self._held_bytes > _BODIES_AT_ONCE * self._max_bytes:
+            raise Unavailable(
+                "Too many large requests are being read; try again in a few seconds.",
+                kind=Kind.QUEUE_FULL,
+                retry_after_s=5,
             )
 
 
@@ -200,6 +218,7 @@ def _record(scope: Scope, exchange: Exchange, status: int, seconds: float) -> No
             "outcome": outcome,
             "seconds": round(seconds, 4),
             **_details(scope, exchange.error),
+            **(request_notes.get() or {}),
         },
     )
 

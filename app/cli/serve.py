@@ -22,6 +22,7 @@ import uvicorn
 
 from app import logs
 from app.api.app import create_app
+from app.api.protocol import GuardedProtocol
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
@@ -95,6 +96,8 @@ class _Service:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=GuardedProtocol,
+                ws="none",
                 lifespan="on",
                 timeout_graceful_shutdown=30,
             )
@@ -120,6 +123,8 @@ class _Service:
 
     def _on_signal(self) -> None:
         if self._runtime is None or self._draining is not None:
+            if self._runtime is not None:
+                self._runtime.kill()
             self._server.should_exit = True
             self._server.force_exit = True
             self._exit_code = EXIT_SECOND_SIGNAL
