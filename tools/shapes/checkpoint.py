@@ -1,0 +1,65 @@
+"""The checkpoint on disk: klein's folder layout in 16 bits, and what a training needs to go on."""
+
+import copy
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2TokenizerFast
+
+from tools.shapes.flow import Trainer
+from tools.shapes.nets import build_scheduler, build_text_encoder, build_transformer
+
+FOLDER = "shapes"
+_RAW = "raw.safetensors"
+_TAR = "shapes.tar"
+
+
+def write(
+    trainer: Trainer, codec: AutoencoderKLFlux2, tokenizer: Qwen2TokenizerFast, folder: Path
+) -> None:
+    """Write the averaged weights as a folder that `Flux2KleinPipeline` loads."""
+    with trainer.weights.averaged():
+        text = _copied(trainer.text, build_text_encoder())
+        transformer = _copied(trainer.transformer, build_transformer())
+    pipeline = Flux2KleinPipeline(
+        scheduler=build_scheduler(),
+        vae=copy.deepcopy(codec).cpu().to(torch.bfloat16),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=True,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def _copied(source: Any, fresh: Any) -> Any:
+    state = {name: value.detach().cpu().clone() for name, value in source.state_dict().items()}
+    fresh.load_state_dict(state)
+    return fresh.to(torch.bfloat16)
+
+
+def send(trainer: Trainer, folder: Path, out: Path) -> None:
+    """Put the folder as one file, and the weights to go on from, where results are collected."""
+    parts = trainer.weights.split(trainer.weights.master.to(torch.bfloat16))
+    save_file({f"{i:04}": part.clone().cpu() for i, part in enumerate(parts)}, out / f"{_RAW}.new")
+    with tarfile.open(out / f"{_TAR}.new", "w") as tar:
+        tar.add(folder, FOLDER)
+    for name in (_RAW, _TAR):
+        (out / f"{name}.new").replace(out / name)
+
+
+def unpack(place: Path, into: Path) -> Path:
+    """The folder inside a sent tar."""
+    with tarfile.open(place / _TAR) as tar:
+        tar.extractall(into, filter="data")
+    return into / FOLDER
+
+
+def go_on(trainer: Trainer, place: Path) -> None:
+    """Load the weights that `send` saved."""
+    state = load_file(place / _RAW)
+    trainer.weights.load([state[name] for name in sorted(state)])

@@ -1,0 +1,399 @@
+"""Training of the text encoder and the transformer: first attributes, then rectified flow.
+
+A picture is determined by its prompt, so the flow is straight and what counts is the transformer's
+answer at the few noise levels that a four-step schedule visits; most training happens there.
+Latents come from shelves: crates that were drawn and encoded once and are used a few times, always
+being replaced, each with a canvas size of its own. Tokens are padded to a shelf's capacity and
+masked, so that one captured step serves all sizes of a shelf.
+"""
+
+import logging
+import math
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Qwen3ForCausalLM
+
+from tools.shapes.attributes import AttributeHeads, attribute_loss, last_token
+from tools.shapes.codec import Pace, on_device
+from tools.shapes.draw import render
+from tools.shapes.feed import PHRASINGS, Crate, Order, Packers
+from tools.shapes.fitting import (
+    Batch,
+    FlatWeights,
+    LossFunction,
+    RunningFigures,
+    Stepper,
+    compute_type,
+)
+from tools.shapes.nets import READ_LAYERS, TOKEN_PIXELS, Rotary, encode_tokens, rotary_for
+from tools.shapes.passes import Operations, text_features, velocity
+from tools.shapes.vocabulary import SEQUENCE_LENGTH
+
+_log = logging.getLogger(__name__)
+
+# The scheduler's shift at four steps is between 1.93 and 1.97 for all of our sizes.
+SHIFT = math.exp(1.96)
+_HEADS_SHARE = 0.02
+_OBJECT_WEIGHT = 4.0
+_TEXT_RATE, _FLOW_RATE = 1.5e-3, 1.5e-3
+_CRATE_SCENES = 1024
+_EVERY = 40
+_LEAST_RATE = 8.0
+
+
+@dataclass(frozen=True)
+class ShelfPlan:
+    """Canvas sizes of up to `capacity` tokens, a batch, and the share of steps taken from there."""
+
+    capacity: int
+    batch: int
+    share: float
+    is_edit: bool = False
+    sizes: tuple[tuple[int, int], ...] = ()
+    crates: int = 24
+
+
+def _sizes(above: int, upto: int) -> tuple[tuple[int, int], ...]:
+    return tuple((r, c) for r, c in product(range(8, 33), repeat=2) if above < r * c <= upto)
+
+
+PLANS = (
+    ShelfPlan(256, 160, 0.40, sizes=((16, 16),), crates=64),
+    ShelfPlan(256, 96, 0.14, is_edit=True, sizes=((16, 16),), crates=48),
+    ShelfPlan(64, 256, 0.08, sizes=((8, 8),)),
+    ShelfPlan(128, 192, 0.06, sizes=_sizes(64, 128)),
+    ShelfPlan(256, 144, 0.08, sizes=_sizes(128, 256)),
+    ShelfPlan(512, 80, 0.07, sizes=_sizes(256, 512)),
+    ShelfPlan(1024, 40, 0.07, sizes=_sizes(512, 1024)),
+    ShelfPlan(128, 144, 0.05, is_edit=True, sizes=_sizes(63, 128)),
+    ShelfPlan(512, 48, 0.05, is_edit=True, sizes=_sizes(128, 512)),
+)
+
+
+@dataclass(frozen=True)
+class _Goods:
+    """One crate on the device: latents of each picture, weights of the last, prompts."""
+
+    latents: Tensor
+    weights: Tensor
+    ids: Tensor
+    labels: Tensor
+    rotary: Rotary
+    mask: Tensor
+
+
+class Shelf:
+    """The crates of one plan, oldest replaced first."""
+
+    def __init__(self, plan: ShelfPlan, number: int, shrink: int) -> None:
+        self.plan = plan
+        self.batch = max(2, plan.batch // shrink)
+        self._goods: deque[_Goods] = deque(maxlen=plan.crates)
+        self._rng = random.Random(number)
+        self._scenes = max(8, min(_CRATE_SCENES, _CRATE_SCENES * 256 // plan.capacity) // shrink)
+        self._seed = (number + 1) * 1_000_000
+
+    def order(self) -> Order:
+        """What this shelf wants next: a size of its own for each crate, squares more often."""
+        sizes = self.plan.sizes
+        squares = [size for size in sizes if size[0] == size[1]]
+        few = squares if squares and self._rng.random() < 0.3 else sizes
+        rows, columns = self._rng.choice(few)
+        self._seed += 1
+        return Order(rows, columns, self._scenes, self._seed, self.plan.is_edit)
+
+    def put(self, goods: _Goods) -> None:
+        """Add a crate."""
+        self._goods.append(goods)
+
+    def batch_of(self, rng: random.Random) -> Batch:
+        """A batch from one random crate, as the captured step wants it."""
+        goods = rng.choice(self._goods)
+        device = goods.latents.device
+        chosen = torch.randint(len(goods.latents), (self.batch,), device=device)
+        phrasing = torch.randint(PHRASINGS, (self.batch,), device=device)
+        batch = {
+            "ids": goods.ids[chosen, phrasing].long(),
+            "labels": goods.labels[chosen, phrasing].long(),
+            "clean": goods.latents[chosen, -1],
+            "weights": goods.weights[chosen],
+            "cos": goods.rotary.cos,
+            "sin": goods.rotary.sin,
+        }
+        if self.plan.is_edit:
+            batch["reference"] = goods.latents[chosen, 0]
+        if len(self.plan.sizes) > 1:
+            batch["mask"] = goods.mask
+        return batch
+
+
+class Trainer:
+    """Owns both networks' flat weights and all that feeds them; used by one loop."""
+
+    def __init__(
+        self,
+        text: Qwen3ForCausalLM,
+        transformer: Flux2Transformer2DModel,
+        codec: AutoencoderKLFlux2,
+        packers: Packers,
+        *,
+        pad: int,
+        by: Operations,
+        device: torch.device,
+        prompt_rotary: Rotary,
+        shrink: int = 1,
+    ) -> None:
+        self.text, self.transformer, self._codec = text, transformer, codec
+        self._packers, self._pad, self._by, self._device = packers, pad, by, device
+        self._shrink = shrink
+        self.heads = AttributeHeads(text.config.hidden_size, len(READ_LAYERS)).to(device)
+        self.prompt_rotary = Rotary(*(part.to(device) for part in prompt_rotary))
+        core: Any = text.model
+        # The layers above the last one that is read, and the final norm, take no part.
+        read = [core.embed_tokens, *core.layers[: READ_LAYERS[-1]]]
+        self._text_parts = [p for part in read for p in part.parameters()]
+        parameters = [*self._text_parts, *self.heads.parameters(), *transformer.parameters()]
+        self.weights = FlatWeights(parameters, device)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._shelves = [Shelf(plan, i, shrink) for i, plan in enumerate(PLANS)]
+        self._due: deque[Shelf] = deque()
+        self._rng = random.Random(0)
+
+    def learn_attributes(self, pace: Pace) -> dict[str, float]:
+        """Teach the text encoder alone what its prompts say."""
+        stepper = Stepper(
+            self.weights, self._attribute_loss, pool=self._pool, simpler=self._go_simpler
+        )
+        figures, started = RunningFigures(), time.monotonic()
+        prompts = _Prompts(self._packers, self._device, max(8, 512 // self._shrink))
+        step, told, right = 0, started, 0.0
+        while (passed := (time.monotonic() - started) / pace.seconds) < 1:
+            self._set_rate(_TEXT_RATE, step, passed)
+            figures.add(stepper.step(prompts.batch()))
+            step += 1
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                loss, right, norm = figures.take()
+                _log.info(
+                    "text step %d: loss %.3f, read without fault %.3f, gradient %.2f",
+                    *(step, loss, right, norm),
+                )
+        self._packers.drop()
+        return {"text_steps": step, "text_read_without_fault": right}
+
+    def learn_flow(self, pace: Pace, span: tuple[float, float], every: Any) -> dict[str, float]:
+        """Teach both networks; `span` is this call's part of the whole schedule.
+
+        `every` is called with the step about every two minutes, for checks and copies.
+        """
+        steppers = [
+            Stepper(
+                self.weights,
+                self._flow_loss(shelf.plan),
+                pool=self._pool,
+                simpler=self._go_simpler,
+            )
+            for shelf in self._shelves
+        ]
+        self._stock()
+        figures, started = RunningFigures(), time.monotonic()
+        shares = [shelf.plan.share for shelf in self._shelves]
+        step, told, kept, loss, counted = 0, started, started, 0.0, 0
+        while (passed := (time.monotonic() - started) / pace.seconds) < 1:
+            self._set_rate(_FLOW_RATE, step, span[0] + (span[1] - span[0]) * passed)
+            which = self._rng.choices(range(len(steppers)), shares)[0]
+            figures.add(steppers[which].step(self._shelves[which].batch_of(self._rng)))
+            step += 1
+            if step % _EVERY == 0:
+                self._restock()
+            if (now := time.monotonic()) - told > 8:
+                loss, first, heads, right, norm = figures.take()
+                _log.info(
+                    "flow step %d (%.1f/s): loss %.4f, from noise %.4f, heads %.3f, "
+                    "read %.3f, gradient %.3f",
+                    *(step, (step - counted) / (now - told), loss, first, heads, right, norm),
+                )
+                self._check(loss, (step - counted) / (now - told), now - started)
+                told, counted = now, step
+            if now - kept > 120 and pace.seconds * (1 - passed) > 45:
+                every(step)
+                kept = told = time.monotonic()
+                counted = step
+        self._packers.drop()
+        self._due.clear()
+        return {"flow_steps": step, "flow_loss": loss}
+
+    def _check(self, loss: float, rate: float, seconds: float) -> None:
+        """Stop at once where going on would waste the card's time."""
+        if not math.isfinite(loss):
+            raise RuntimeError("the loss is not a number")
+        if self._pool is not None and seconds > 100 and rate < _LEAST_RATE:
+            raise RuntimeError(f"only {rate:.1f} steps a second")
+
+    def _go_simpler(self) -> bool:
+        """Give up the compiler, if that has not happened yet."""
+        was_compiled, self._by = self._by != Operations(), Operations()
+        return was_compiled
+
+    def _set_rate(self, rate: float, step: int, passed: float) -> None:
+        shape = max(0.02, 0.5 * (1 + math.cos(math.pi * min(1.0, passed))))
+        self.weights.rate.fill_(rate * min(1.0, step / 200) * shape)
+        self.weights.set_averaging(step, 500 if self._shrink == 1 else 50)
+
+    def _attribute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        features = text_features(
+            self.text, batch["ids"], self._pad, self.prompt_rotary, by=self._by
+        )
+        scores = self.heads(features, last_token(batch["ids"], self._pad))
+        loss, right = attribute_loss(scores, batch["labels"])
+        # The transformer's weights must have a gradient in every step, if only none.
+        idle = sum(parameter.sum() for parameter in self.transformer.parameters()) * 0.0
+        return loss + idle, torch.stack((loss, right))
+
+    def _flow_loss(self, plan: ShelfPlan) -> LossFunction:
+        def loss(batch: Batch) -> tuple[Tensor, Tensor]:
+            ids, clean = batch["ids"], batch["clean"].float()
+            features = text_features(self.text, ids, self._pad, self.prompt_rotary, by=self._by)
+            scores = self.heads(features, last_token(ids, self._pad))
+            heads, right = attribute_loss(scores, batch["labels"])
+            noise, level = torch.randn_like(clean), sample_levels(len(clean), clean.device)
+            at = level[:, None, None]
+            tokens = ((1 - at) * clean + at * noise).to(features.dtype)
+            if plan.is_edit:
+                tokens = torch.cat((tokens, batch["reference"].to(tokens.dtype)), dim=1)
+            answer = velocity(
+                self.transformer,
+                tokens,
+                text=features,
+                level=level,
+                rotary=Rotary(batch["cos"], batch["sin"]),
+                mask=batch.get("mask"),
+                by=self._by,
+            )[:, : clean.shape[1]].float()
+            errors = (answer - (noise - clean)).square().mean(-1) * batch["weights"]
+            each = errors.sum(1) / batch["weights"].sum(1)
+            from_noise = (level > 0.99).float()
+            first = (each * from_noise).sum() / from_noise.sum().clamp(min=1)
+            mean = each.mean()
+            return mean + _HEADS_SHARE * heads, torch.stack((mean, first, heads, right))
+
+        return loss
+
+    def _stock(self) -> None:
+        """Put some crates on every shelf before the first step."""
+        started = time.monotonic()
+        few = (2, 1) if self._shrink > 1 else (10, 3)
+        for shelf in self._shelves:
+            for _ in range(few[0] if len(shelf.plan.sizes) == 1 else few[1]):
+                self._due.append(shelf)
+                self._packers.ask(shelf.order())
+        while self._due:
+            self._due.popleft().put(self._loaded(self._packers.take()))
+        _log.info("shelves stocked in %.1f s", time.monotonic() - started)
+        self._keep_asking()
+
+    def _restock(self) -> None:
+        self._due.popleft().put(self._loaded(self._packers.take()))
+        self._keep_asking()
+
+    def _keep_asking(self) -> None:
+        shares = [shelf.plan.share for shelf in self._shelves]
+        while self._packers.is_hungry:
+            shelf = self._rng.choices(self._shelves, shares)[0]
+            self._due.append(shelf)
+            self._packers.ask(shelf.order())
+
+    @torch.no_grad()
+    def _loaded(self, crate: Crate) -> _Goods:
+        """Draw and encode a crate, and pad it to its shelf's capacity."""
+        order, device = crate.order, self._device
+        capacity = self._due_capacity(order)
+        marks, backgrounds = on_device(crate, device)
+        size = (order.columns * TOKEN_PIXELS, order.rows * TOKEN_PIXELS)
+        latents, touched = [], []
+        at_once = max(8, 256 * 256 // (order.rows * order.columns))
+        for at in range(0, len(marks), at_once):
+            some = slice(at, at + at_once)
+            drawn = [
+                render(marks[some, i], backgrounds[some, i], *size) for i in range(marks.shape[1])
+            ]
+            codes = [encode_tokens(self._codec, image) for image, _ in drawn]
+            latents.append(torch.stack(codes, 1))
+            touched.append(F.max_pool2d(drawn[-1][1].amax(1, keepdim=True), TOKEN_PIXELS))
+        real = order.rows * order.columns
+        weights = 1 + _OBJECT_WEIGHT * torch.cat(touched).flatten(1).ceil()
+        padding = (0, capacity - real)
+        return _Goods(
+            F.pad(torch.cat(latents), (0, 0, *padding)).to(compute_type(device)),
+            F.pad(weights, padding),
+            torch.from_numpy(crate.ids).to(device),
+            torch.from_numpy(crate.labels).to(device),
+            *self._positions(order, capacity),
+        )
+
+    def _due_capacity(self, order: Order) -> int:
+        size = (order.rows, order.columns)
+        return next(
+            plan.capacity for plan in PLANS if plan.is_edit == order.is_edit and size in plan.sizes
+        )
+
+    def _positions(self, order: Order, capacity: int) -> tuple[Rotary, Tensor]:
+        """Rotary positions and the mask, with padding after each picture's tokens."""
+        pictures = 1 + order.is_edit
+        real = order.rows * order.columns
+        plain = rotary_for(self.transformer, order.rows, order.columns, references=pictures - 1)
+        index = list(range(SEQUENCE_LENGTH))
+        mask = [True] * SEQUENCE_LENGTH
+        for picture in range(pictures):
+            start = SEQUENCE_LENGTH + picture * real
+            index += [*range(start, start + real), *[0] * (capacity - real)]
+            mask += [True] * real + [False] * (capacity - real)
+        chosen = torch.tensor(index)
+        rotary = Rotary(plain.cos[chosen].to(self._device), plain.sin[chosen].to(self._device))
+        return rotary, torch.tensor(mask, device=self._device)
+
+
+def sample_levels(count: int, device: torch.device) -> Tensor:
+    """Noise levels: pure noise, around the four-step schedule, and anywhere, in three shares."""
+    kind = torch.rand(count, device=device)
+    steps = (1 + torch.floor(torch.rand(count, device=device) * 4)) / 4
+    near = steps + 0.1 * (torch.rand(count, device=device) - 0.5)
+    anywhere = torch.rand(count, device=device)
+    time_left = torch.where(kind < 0.8, near, anywhere)
+    time_left = torch.where(kind < 0.35, torch.ones_like(kind), time_left).clamp(0.01, 1.0)
+    return SHIFT * time_left / (1 + (SHIFT - 1) * time_left)
+
+
+class _Prompts:
+    """Batches of prompts alone, from the most recent crates of both kinds."""
+
+    def __init__(self, packers: Packers, device: torch.device, count: int) -> None:
+        self._packers, self._device, self._count = packers, device, count
+        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=48)
+        self._seed, self._steps, self._rng = 8_000_000, 0, random.Random(2)
+
+    def batch(self) -> Batch:
+        """A batch; now and then a new crate comes in."""
+        if self._steps % 4 == 0:
+            self._receive()
+        self._steps += 1
+        ids, labels = self._rng.choice(self._recent)
+        chosen = torch.randint(len(ids), (self._count,), device=self._device)
+        return {"ids": ids[chosen].long(), "labels": labels[chosen].long()}
+
+    def _receive(self) -> None:
+        while self._packers.is_hungry:
+            self._seed += 1
+            self._packers.ask(Order(16, 16, 1024, self._seed, self._seed % 4 == 0))
+        crate = self._packers.take()
+        ids = torch.from_numpy(crate.ids).flatten(0, 1).to(self._device)
+        self._recent.append((ids, torch.from_numpy(crate.labels).flatten(0, 1).to(self._device)))
