@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from app.engine.tensorfile import Tensor, TensorFile
+from app.engine.tensorfile import Tensor
 from app.errors import StartupError
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -39,6 +39,10 @@ class Part:
     label: str
     config: Mapping[str, Any]
     slots: Mapping[str, Slot]
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """The file's own name of each module, where it differs from diffusers'."""
+    quantised: Mapping[str, Any] = field(default_factory=dict)
+    """Layers that lie in fp8, by the file's own name: `app.engine.single_file.Quantised`."""
 
     def check(self, expected: Mapping[str, torch.Size], optional: Iterable[str] = ()) -> None:
         """Refuse the part unless it has exactly the *expected* tensors in their shapes."""
@@ -68,27 +72,11 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     tokenizer: Path
     is_distilled: bool | None
-    _files: ExitStack = field(repr=False)
+    files: ExitStack = field(repr=False)
 
     def close(self) -> None:
         """Close every file."""
-        self._files.close()
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Recognise what lies at *path* by its content and open it.
-
-    Raises:
-        StartupError: it is no layout that is known, or a file of it is damaged or unsupported.
-    """
-    if not path.exists():
-        raise StartupError(f"There is no model at {path}; correct the path and start again.")
-    if path.is_dir() and (path / "model_index.json").is_file():
-        return _open_diffusers(path)
-    raise StartupError(
-        f"{path.name} is no model that is known; give a folder in diffusers layout, "
-        "with a model_index.json."
-    )
+        self.files.close()
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -114,51 +102,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _open_diffusers(path: Path) -> Checkpoint:
-    index = read_config(path / "model_index.json")
-    with ExitStack() as files:
-        parts = {
-            name: Part(
-                label=name,
-                config=read_config(path / name / "config.json"),
-                slots=_slots(_open_folder(path / name, files)),
-            )
-            for name in ("transformer", "text_encoder", "vae")
-        }
-        return Checkpoint(
-            layout="diffusers folder",
-            transformer=parts["transformer"],
-            encoder=parts["text_encoder"],
-            vae=parts["vae"],
-            scheduler=read_config(path / "scheduler" / "scheduler_config.json"),
-            tokenizer=path / "tokenizer",
-            is_distilled=index.get("is_distilled"),
-            _files=files.pop_all(),
-        )
-
-
-def _open_folder(folder: Path, files: ExitStack) -> dict[str, Tensor]:
-    """Open the safetensors files of *folder*: those its index names, else the only one there."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        paths = [folder / Path(name).name for name in names]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths or not all(each.is_file() for each in paths):
-        found = sorted(each.name for each in folder.glob("*.bin")) if folder.is_dir() else []
-        raise StartupError(
-            f"{folder.name} holds no whole set of safetensors files"
-            f"{' but ' + found[0] if found else ''}; only safetensors are read, "
-            "since other formats can run code."
-        )
-    tensors: dict[str, Tensor] = {}
-    for each in paths:
-        tensors |= files.enter_context(TensorFile(each)).tensors
-    return tensors
-
-
-def _slots(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
+def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
+    """Describe tensors that bear diffusers' names already."""
     return {name: Slot(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
 
 

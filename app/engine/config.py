@@ -21,5 +21,11 @@ class EngineConfig:
     """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
     offload: str = "auto"
     """`auto`, `none`, `model` or `disk`."""
+    plan: str = "auto"
+    """`auto`, or a name of `app.engine.memory.PLANS`."""
+    memory_bytes: int | None = None
+    """The most that this process may take of the card, or None for what is free."""
+    prompt_cache: int = 32
+    """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
     max_pixels: int = 4_194_304
     """The operator's limit of one output, in pixels; the memory plan may set a lower one."""

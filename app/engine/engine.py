@@ -26,12 +26,13 @@ from app.domain import (
     Stage,
     StageTimings,
 )
-from app.engine import catalog, faults, pictures, stages
+from app.engine import catalog, compiling, faults, pictures, stages
 from app.engine.config import EngineConfig
 from app.engine.parts import Parts
 from app.engine.previews import preview, preview_steps
 from app.engine.start import Started, start
-from app.errors import KleinError, OutOfMemory, StartupError
+from app.engine.warming import warm_up
+from app.errors import KleinError, StartupError
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ class KleinEngine:
         try:
             started = start(self._config, self._card, Path(self._scratch.name), on_progress)
             self._started = started
-            on_progress(LoadProgress("warm-up"))
-            warm_up_s = self._warm_up(started.parts)
+            warm_up_s = warm_up(started, self._card, self._make, on_progress)
         except KleinError:
             raise
         except Exception as error:
@@ -61,7 +61,7 @@ class KleinEngine:
             raise StartupError(_load_failure(error)) from None
         return started.info(self._config, warm_up_s, time.perf_counter() - begun)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         spec: ImageSpec,
@@ -81,46 +81,15 @@ class KleinEngine:
             fault = faults.translate(error)
         raise fault
 
+    def _make(self, spec: ImageSpec) -> Generated:
+        return self.generate(spec, lambda _: None, lambda: False)
+
     def close(self) -> None:
         """Let go of the card and of scratch files."""
         self._started = None
+        compiling.thaw()
         faults.give_back()
         self._scratch.cleanup()
-
-    def _warm_up(self, parts: Parts) -> float:
-        """Make a picture, smaller where memory does not suffice; return seconds at the default
-        size.
-
-        A processor without a card may need minutes for the default size, which proves no more than
-        a small one does: there it is a quarter of the side and one step, and the seconds are
-        scaled.
-        """
-        card = self._card
-        steps = card.default_steps
-        scales: tuple[int, ...] = (1, 2, 4)
-        if parts.device.type == "cpu":
-            steps, scales = 1, (4,)
-        for scale in scales:
-            spec = ImageSpec(
-                prompt="a warm-up picture",
-                width=max(64, card.default_width // scale // 64 * 64),
-                height=max(64, card.default_height // scale // 64 * 64),
-                num_inference_steps=steps,
-                guidance_scale=card.default_guidance,
-                seed=0,
-            )
-            begun = time.perf_counter()
-            try:
-                self.generate(spec, lambda _: None, lambda: False)
-            except OutOfMemory:
-                _log.warning("The warm-up picture of %sx%s found no room.", spec.width, spec.height)
-                continue
-            share = spec.pixels * steps / (card.default_width * card.default_height)
-            return (time.perf_counter() - begun) * card.default_steps / share
-        raise StartupError(
-            "The card has no room even for a small picture; "
-            "free its memory or set KLEIN_DEVICE=cpu."
-        )
 
 
 @dataclass(slots=True)
@@ -156,6 +125,7 @@ class _Job:
             peak=clock.peak(),
             prompt_tokens=text.token_count,
             is_prompt_cut=text.is_cut,
+            is_prompt_cached=text.is_cached,
         )
 
     def _denoise(

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from app.engine.network import RopeTable
+from app.engine.network import Rope, RopeTable
+from app.engine.prompt_cache import PromptCache
 from app.engine.residency import Residency
-from app.engine.text_encoder import TextEncoder, Tokenizer
+from app.engine.text_encoder import Tokenizer, Tokens
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rope], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -18,15 +21,22 @@ class Parts:
     """Everything a picture is made with. The engine's thread owns it; nobody else touches it."""
 
     tokenizer: Tokenizer
-    encoder: TextEncoder
+    encoder: Callable[[Tokens, torch.device], torch.Tensor]
+    cache: PromptCache
     transformer: Any
+    """diffusers' model, whole or as the shell of our blocks."""
+    predict: Predict
     vae: Any
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    """The VAE's decoder, compiled or not: [1, c, h, w] -> [1, 3, 8 h, 8 w]."""
     make_scheduler: Callable[[], Any]
     """A fresh scheduler for each picture, so that no picture leaves anything for the next."""
     device: torch.device
     dtype: torch.dtype
     is_distilled: bool
+    is_tiled: bool
     residency: Residency
     rope: RopeTable
     layout: str
     weights_bytes: int
+    features: tuple[str, ...] = ()

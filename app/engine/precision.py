@@ -1,4 +1,6 @@
-"""Which arithmetic, and why: a pure choice over what is known of the card."""
+"""Which arithmetic, and why: a pure choice over what is known of the card and what its probes
+said.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +8,86 @@ from dataclasses import dataclass
 
 import torch
 
-from app.errors import StartupError
-
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A choice with its reason; *dtype* is that of everything that is not quantised."""
+    """A choice with its reason.
+
+    *dtype* is that of everything that is not quantised, *linears* and *encoder_linears* are kinds
+    of `app.engine.eight_bit.LinearMaker`, or `exact` for the libraries' own modules.
+    """
 
     name: str
     dtype: torch.dtype
     reason: str
+    linears: str = "exact"
+    encoder_linears: str = "exact"
 
 
-def choose_precision(asked: str, *, has_card: bool, is_small: bool) -> Precision:
-    """Choose for a model on a card or on the processor; *is_small* below a gigabyte of weights.
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What the choice depends on: *capability* as (major, minor), and what really ran on the
+    card.
+    """
+
+    capability: tuple[int, int]
+    has_fp8: bool
+    has_int8: bool
+
+
+def choose_precision(asked: str, facts: CardFacts | None, *, is_small: bool) -> Precision:
+    """Choose for a model on a card, or on the processor where *facts* is None.
+
+    *is_small*: below a gigabyte of weights, as the demo and the tests' models are.
 
     Raises:
-        StartupError: what was asked for needs a card.
+        StartupError: the card cannot do what was asked for.
     """
     if asked in ("bf16", "fp32"):
         return Precision(asked, _DTYPES[asked], "as asked for")
-    if has_card:
-        if asked != "auto":
-            raise StartupError(f"The precision {asked} is not available; take bf16.")
-        return Precision("bf16", torch.bfloat16, "the card's native arithmetic")
-    if asked != "auto":
-        raise StartupError(
-            f"The precision {asked} needs a CUDA card; set KLEIN_PRECISION=bf16 or auto."
+    if facts is None:
+        return _on_processor(asked, is_small=is_small)
+    if asked == "int8":
+        return _int8("as asked for")
+    if asked == "fp8":
+        return _fp8(facts, "as asked for")
+    if is_small:
+        return Precision("bf16", torch.bfloat16, "a small model, which 8 bit would not help")
+    if facts.has_fp8:
+        major, minor = facts.capability
+        return _fp8(facts, f"sm_{major}{minor} multiplies in fp8, and the probe agreed with bf16")
+    if facts.has_int8:
+        return _int8("the card multiplies in int8 faster than in bf16; fp8 it does not know")
+    return _fp8(facts, "for the memory")
+
+
+def _on_processor(asked: str, *, is_small: bool) -> Precision:
+    if asked == "fp8":
+        return Precision(
+            "fp8", _emulated(is_small), "emulated on the processor, to compare", "fp8", "int8w"
+        )
+    if asked == "int8":
+        return Precision(
+            "int8", _emulated(is_small), "emulated on the processor, to compare", "int8", "int8w"
         )
     if is_small:
         return Precision("fp32", torch.float32, "a small model, at its fastest on the processor")
     return Precision("bf16", torch.bfloat16, "on the processor, to halve the memory")
+
+
+def _fp8(facts: CardFacts, reason: str) -> Precision:
+    if facts.has_fp8:
+        return Precision("fp8", torch.bfloat16, reason, "fp8", "int8w")
+    reason = f"{reason}; fp8 weights multiplied in bf16: this saves memory, not time"
+    return Precision("fp8", torch.bfloat16, reason, "fp8w", "int8w")
+
+
+def _int8(reason: str) -> Precision:
+    return Precision("int8", torch.bfloat16, reason, "int8", "int8w")
+
+
+def _emulated(is_small: bool) -> torch.dtype:
+    return torch.float32 if is_small else torch.bfloat16
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

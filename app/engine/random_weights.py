@@ -77,9 +77,10 @@ TINY = Architecture(
         "num_key_value_heads": 1,
         "head_dim": 16,
         "max_position_embeddings": 1024,
+        "rope_theta": 1_000_000.0,
         "tie_word_embeddings": True,
     },
-    vae={"block_out_channels": (8, 8, 16, 16), "latent_channels": 8, "norm_num_groups": 4},
+    vae={"block_out_channels": (8, 8, 16, 16), "latent_channels": 8, "norm_num_groups": 8},
 )
 
 FULL = Architecture(

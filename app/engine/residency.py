@@ -1,4 +1,4 @@
-"""Which network is on the card now, where they do not all fit at once.
+"""Which network is on the card now, where they do not all stay.
 
 Weights wait in host memory and are copied in before their stage; leaving costs nothing, since the
 copy on the host was never given up. That is what `enable_model_cpu_offload` does, without the way
@@ -15,30 +15,31 @@ from torch import nn
 
 
 class Residency:
-    """Moves whole networks in and out; with *is_resident* it does nothing, for all are on the card.
+    """Puts networks on the card, to stay or for a stage. The engine's thread alone uses it.
 
-    The engine's thread alone uses it.
+    With *pin* waiting weights are kept in pinned memory: copies are three times as fast, but the
+    memory cannot be swapped out, nor be a file's.
     """
 
-    def __init__(self, device: torch.device, *, is_resident: bool) -> None:
+    def __init__(self, device: torch.device, *, pin: bool) -> None:
         self._device = device
-        self._is_resident = is_resident
+        self._pin = pin and device.type == "cuda"
         self._waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def admit(self, network: nn.Module, *, pin: bool = False) -> None:
-        """Take *network*, whose weights are on the host, under control; *pin* makes copies fast."""
-        if self._is_resident:
+    def admit(self, network: nn.Module, *, stays: bool) -> None:
+        """Take *network*, whose weights are on the host, under control."""
+        if stays:
             network.to(self._device)
             return
         pairs = []
         for tensor in [*network.parameters(), *network.buffers()]:
-            host = tensor.data.pin_memory() if pin else tensor.data
+            host = tensor.data.pin_memory() if self._pin else tensor.data
             tensor.data = host
             pairs.append((tensor, host))
         self._waiting[id(network)] = pairs
 
     @contextmanager
-    def on_card(self, network: nn.Module) -> Iterator[None]:
+    def on_card(self, network: object) -> Iterator[None]:
         """Have *network* on the card within the block."""
         pairs = self._waiting.get(id(network), ())
         for tensor, host in pairs:

@@ -7,6 +7,7 @@ pixels are the pipeline's own for the same noise. Between steps they ask whether
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +19,15 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from app.domain import ImageSpec
-from app.engine import pictures
-from app.engine.network import Grid, predict
+from app.engine import faults, pictures
+from app.engine.memory import EXACT_PIXELS
+from app.engine.network import Grid
 from app.engine.parts import Parts
+from app.engine.text_encoder import Tokens
+from app.engine.tiles import decode_tiled
 from app.errors import Cancelled
+
+_log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, Callable[[], torch.Tensor]], None]
 """Called after each step with its number and a way to the present estimate of the clean latents."""
@@ -35,6 +41,7 @@ class Text:
     negative: torch.Tensor | None
     token_count: int
     is_cut: bool
+    is_cached: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +73,9 @@ def draw_noise(parts: Parts, spec: ImageSpec) -> torch.Tensor:
 
 def encode_text(parts: Parts, spec: ImageSpec) -> Text:
     """Encode the prompt, and the empty one where guidance is real."""
-    with parts.residency.on_card(parts.encoder):
-        tokens = parts.tokenizer(spec.prompt)
-        embeddings = parts.encoder(tokens, parts.device)
-        negative = None
-        if is_guided(parts, spec):
-            negative = parts.encoder(parts.tokenizer(""), parts.device)
-    return Text(embeddings, negative, tokens.count, tokens.is_cut)
+    tokens, embeddings, is_cached = _embed(parts, spec.prompt)
+    negative = _embed(parts, "")[1] if is_guided(parts, spec) else None
+    return Text(embeddings, negative, tokens.count, tokens.is_cut, is_cached)
 
 
 def encode_references(parts: Parts, spec: ImageSpec) -> References:
@@ -83,7 +86,7 @@ def encode_references(parts: Parts, spec: ImageSpec) -> References:
     images = list(spec.references)
     if spec.mask is not None:
         images[0] = pictures.fit_source(images[0], spec.width, spec.height)
-    with parts.residency.on_card(parts.vae):
+    with parts.residency.on_card(parts.vae.encoder):
         latents = [
             _encode_image(
                 parts,
@@ -141,14 +144,23 @@ def denoise(
 
 
 def decode(parts: Parts, latents: torch.Tensor, shape: Grid) -> torch.Tensor:
-    """Turn packed latents of *shape* into the VAE's pixels, [1, 3, h, w] in [-1, 1]."""
+    """Turn packed latents of *shape* into the VAE's pixels, [1, 3, h, w] in [-1, 1].
+
+    In tiles where the plan or the size asks for it, or, once, where the whole finds no room.
+    """
     vae = parts.vae
-    with parts.residency.on_card(vae):
+    with parts.residency.on_card(vae.decoder):
         packed = latents.permute(0, 2, 1).reshape(1, -1, *shape)
         mean, std = _statistics(vae, packed)
         clean = _unpatchify(packed * std + mean)
-        pixels: torch.Tensor = vae.decode(clean, return_dict=False)[0]
-        return pixels
+        if parts.is_tiled or _pixels(shape) > EXACT_PIXELS:
+            return decode_tiled(parts.decode, clean)
+        try:
+            return parts.decode(clean)
+        except torch.OutOfMemoryError as error:
+            faults.release(error)
+        _log.warning("The decode found no room and is done in tiles.")
+        return decode_tiled(parts.decode, clean)
 
 
 def grid(spec: ImageSpec) -> Grid:
@@ -156,9 +168,25 @@ def grid(spec: ImageSpec) -> Grid:
     return spec.height // pictures.MULTIPLE, spec.width // pictures.MULTIPLE
 
 
+def _pixels(shape: Grid) -> int:
+    return shape[0] * shape[1] * pictures.MULTIPLE**2
+
+
 def is_guided(parts: Parts, spec: ImageSpec) -> bool:
     """Whether both branches run: only a model that is not distilled knows guidance."""
     return spec.guidance_scale > 1 and not parts.is_distilled
+
+
+def _embed(parts: Parts, prompt: str) -> tuple[Tokens, torch.Tensor, bool]:
+    """Encode *prompt* or take it from the cache; say which."""
+    found = parts.cache.get(prompt)
+    if found is not None:
+        return *found, True
+    tokens = parts.tokenizer(prompt)
+    with parts.residency.on_card(parts.encoder):
+        embeddings = parts.encoder(tokens, parts.device)
+    parts.cache.put(prompt, tokens, embeddings)
+    return tokens, embeddings, False
 
 
 def _velocity(
@@ -177,7 +205,7 @@ def _velocity(
         if references.latents is not None:
             tokens = torch.cat([latents, references.latents.to(latents.dtype)], dim=1)
         branches: Sequence[torch.Tensor] = [
-            predict(transformer, tokens, timestep, context, rope)[:, : latents.shape[1]]
+            parts.predict(tokens, timestep, context, rope)[:, : latents.shape[1]]
             for context in contexts
         ]
         if len(branches) == 1:

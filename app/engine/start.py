@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,16 @@ import torch
 
 from app.domain import LoadProgress, ModelCard, ModelInfo
 from app.engine import catalog
-from app.engine.checkpoint import Checkpoint, open_checkpoint
+from app.engine.compiling import NO_COMPILER, choose_compiler
 from app.engine.config import EngineConfig
 from app.engine.fit import check_fit
+from app.engine.layouts import open_checkpoint
 from app.engine.loaders import klein, shapes
+from app.engine.memory import MemoryPlan
 from app.engine.parts import Parts
+from app.engine.planning import OFFLOAD, choose_plan
 from app.engine.precision import Precision, choose_precision
-from app.engine.residency import Residency
+from app.engine.probe import choose_attention, probe_card
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +29,6 @@ _log = logging.getLogger(__name__)
 OnProgress = Callable[[LoadProgress], None]
 
 _SMALL_BYTES = 1_000_000_000
-_WORKING_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,9 @@ class Started:
     parts: Parts
     files: Files
     precision: Precision
-    plan: str
-    plan_reasons: tuple[str, ...]
+    plan: MemoryPlan
+    features: tuple[str, ...]
+    is_compiled: bool
 
     def info(self, config: EngineConfig, warm_up_s: float, load_s: float) -> ModelInfo:
         """Say what was loaded and how."""
@@ -57,11 +60,12 @@ class Started:
             device=torch.cuda.get_device_name(self.parts.device) if is_card else "cpu",
             precision=self.precision.name,
             precision_reason=self.precision.reason,
-            plan=self.plan,
-            plan_reasons=self.plan_reasons,
-            max_pixels=(config.max_pixels,) * 5,
+            plan=self.plan.name,
+            plan_reasons=self.plan.reasons,
+            max_pixels=self.plan.max_pixels,
             torch=torch.__version__,
             cuda=torch.version.cuda if is_card else None,
+            features=self.features,
             weights_bytes=self.parts.weights_bytes,
             warm_up_s=warm_up_s,
             load_s=load_s,
@@ -75,26 +79,39 @@ def start(config: EngineConfig, card: ModelCard, scratch: Path, on_progress: OnP
         StartupError: files, parts or card do not do; one sentence says which and what to do.
     """
     device = find_device(config)
-    precision = choose_precision(
-        config.precision, has_card=device.type == "cuda", is_small=_is_small(config)
-    )
+    _limit_memory(config, device)
+    precision = choose_precision(config.precision, probe_card(device), is_small=_is_small(config))
     files = _find(config, precision, scratch, on_progress)
-    checkpoint = open_checkpoint(files.path)
-    try:
+    with closing(open_checkpoint(files.path, elsewhere=_downloaded(config))) as checkpoint:
         check_fit(checkpoint, is_klein=files.is_ours and card.hub_id is not None)
-        is_resident, plan, reasons = _plan(config, checkpoint, device, precision)
-        parts = klein.build(
-            checkpoint,
+        is_exact = precision.linears == "exact"
+        compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
+        plan = choose_plan(config, card, checkpoint, device, precision, compiler)
+        attention, kernel = choose_attention(device)
+        wanted = klein.Wanted(
             device=device,
             dtype=precision.dtype,
-            residency=Residency(device, is_resident=is_resident),
+            linears=precision.linears,
+            encoder_linears=precision.encoder_linears,
+            attention=attention,
+            compiler=compiler,
+            is_offloaded=plan.name == OFFLOAD,
+            is_pinned=config.offload != "disk",
+            is_streamed=plan.is_streamed,
+            is_tiled=plan.is_tiled,
+            prompt_cache=config.prompt_cache,
             max_sequence_length=card.max_sequence_length,
             is_distilled=_is_distilled(checkpoint.is_distilled, card),
-            on_progress=on_progress,
         )
-    finally:
-        checkpoint.close()
-    return Started(parts, files, precision, plan, reasons)
+        parts = klein.build(checkpoint, wanted, on_progress)
+    features = (
+        f"compiled: {compiler.reason}" if compiler.is_on else f"not compiled: {compiler.reason}",
+        *(("CUDA graphs",) if compiler.has_graphs else ()),
+        *((kernel,) if not is_exact else ()),
+        *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
+        checkpoint.layout,
+    )
+    return Started(parts, files, precision, plan, features, compiler.is_on)
 
 
 def _find(
@@ -138,22 +155,25 @@ def _is_small(config: EngineConfig) -> bool:
     return sum(file.stat().st_size for file in files if file.is_file()) < _SMALL_BYTES
 
 
-def _plan(
-    config: EngineConfig, checkpoint: Checkpoint, device: torch.device, precision: Precision
-) -> tuple[bool, str, tuple[str, ...]]:
-    """Decide whether all networks stay on the card; return that, the plan and its reasons."""
+def _downloaded(config: EngineConfig) -> Path | None:
+    """A folder of an earlier download, which has the parts that other layouts lack."""
+    if config.path is None or not catalog.entry(config.model).files:
+        return None
+    found = sorted(Path(config.cache_dir).rglob("model_index.json"))
+    return found[0].parent if found else None
+
+
+def _limit_memory(config: EngineConfig, device: torch.device) -> None:
+    """Hold torch to what this process may take, so that a wrong plan fails here and not
+    elsewhere.
+    """
     if device.type == "cpu":
-        return True, "host", ("the model runs on the processor",)
-    parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
-    counts = (math.prod(slot.shape) for part in parts for slot in part.slots.values())
-    needed = sum(counts) * precision.dtype.itemsize + _WORKING_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    numbers = f"needed {needed / 1e9:.1f} GB, free {free / 1e9:.1f} GB"
-    if config.offload in ("model", "disk"):
-        return False, "offload", ("as asked for", numbers)
-    if config.offload == "none" or needed <= free:
-        return True, "resident", (numbers,)
-    return False, "offload", (f"the networks do not fit together: {numbers}",)
+        return
+    # Pieces of all sizes share memory, which a picture of another size would else fragment.
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if config.memory_bytes is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_bytes / total), device)
 
 
 def _is_distilled(found: bool | None, card: ModelCard) -> bool:

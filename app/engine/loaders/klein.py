@@ -7,6 +7,8 @@ no weight is ever held twice and a missing one cannot pass for a random one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,15 @@ from transformers import Qwen2Tokenizer, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from app.domain import LoadProgress
+from app.engine import network
+from app.engine.blocks import Attention, WideHeadProcessor
 from app.engine.checkpoint import Checkpoint, Part, read_config
+from app.engine.compiling import Compiler
+from app.engine.eight_bit import LinearMaker, encoder_layer, replace_blocks
+from app.engine.fast import FastEncoder, FastTransformer
 from app.engine.fit import TEXT_LAYERS
-from app.engine.network import RopeTable
-from app.engine.parts import Parts
+from app.engine.parts import Parts, Predict
+from app.engine.prompt_cache import PromptCache
 from app.engine.residency import Residency
 from app.engine.text_encoder import TextEncoder, Tokenizer
 from app.errors import StartupError
@@ -28,45 +35,69 @@ from app.errors import StartupError
 OnProgress = Callable[[LoadProgress], None]
 
 
-def build(
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    residency: Residency,
-    max_sequence_length: int,
-    is_distilled: bool,
-    on_progress: OnProgress,
-) -> Parts:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How the networks are to be built."""
+
+    device: torch.device
+    dtype: torch.dtype
+    linears: str
+    """`exact` for the libraries' own modules, else a kind of `eight_bit.LinearMaker`."""
+    encoder_linears: str
+    attention: Attention
+    compiler: Compiler
+    is_offloaded: bool
+    is_pinned: bool
+    is_streamed: bool
+    is_tiled: bool
+    prompt_cache: int
+    max_sequence_length: int
+    is_distilled: bool
+
+
+def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Parts:
     """Read every weight and put the networks together."""
-    fill = _Filler(checkpoint, dtype, on_progress)
-    encoder = _build_encoder(checkpoint.encoder, fill)
-    transformer = _build_transformer(checkpoint.transformer, fill)
+    fill = _Filler(checkpoint, wanted, on_progress)
+    residency = Residency(wanted.device, pin=wanted.is_pinned)
     vae = _build_vae(checkpoint.vae, fill)
-    for network in (encoder, transformer, vae):
-        network.eval().requires_grad_(False)
-        residency.admit(network, pin=device.type == "cuda")
+    _admit_vae(vae, residency, wanted)
+    encoder: TextEncoder | FastEncoder
+    if wanted.linears == "exact":
+        encoder = _build_encoder(checkpoint.encoder, fill)
+        transformer = _build_transformer(checkpoint.transformer, fill)
+        residency.admit(encoder, stays=not wanted.is_offloaded)
+        residency.admit(transformer, stays=not wanted.is_offloaded)
+        predict: Predict = partial(network.predict, transformer)
+    else:
+        encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted)
+        transformer = _build_shell(checkpoint.transformer, fill, wanted)
+        predict = FastTransformer(transformer, wanted.compiler).predict
+    transformer.eval()
     return Parts(
-        tokenizer=_read_tokenizer(checkpoint.tokenizer, max_sequence_length),
+        tokenizer=_read_tokenizer(checkpoint.tokenizer, wanted.max_sequence_length),
         encoder=encoder,
+        cache=PromptCache(wanted.prompt_cache, wanted.device),
         transformer=transformer,
+        predict=predict,
         vae=vae,
+        decode=_decoder(vae, wanted),
         make_scheduler=lambda: FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler),
-        device=device,
-        dtype=dtype,
-        is_distilled=is_distilled,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        is_distilled=wanted.is_distilled,
+        is_tiled=wanted.is_tiled,
         residency=residency,
-        rope=RopeTable(transformer.pos_embed, device),
+        rope=network.RopeTable(transformer.pos_embed, wanted.device),
         layout=checkpoint.layout,
         weights_bytes=fill.done_bytes,
     )
 
 
 class _Filler:
-    """Fills networks from parts and counts the bytes for the progress."""
+    """Reads weights at the arithmetic's precision and counts the bytes for the progress."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, on_progress: OnProgress) -> None:
-        self._dtype = dtype
+    def __init__(self, checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> None:
+        self._wanted = wanted
         self._on_progress = on_progress
         parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
         self._total = sum(len(part.slots) for part in parts)
@@ -74,21 +105,36 @@ class _Filler:
         self.done_bytes = 0
 
     def read(self, part: Part, name: str) -> torch.Tensor:
-        """Read one weight of *part* at the arithmetic's precision."""
+        """Read one weight of *part*."""
         value = part.slots[name].read()
         if value.is_floating_point():
-            value = value.to(self._dtype)
-        self._count += 1
-        self.done_bytes += value.nbytes
-        if self._count % 16 == 0:
-            fraction = min(self._count / self._total, 1.0)
-            self._on_progress(LoadProgress("weights", fraction, part.label))
+            value = value.to(self._wanted.dtype)
+        self.count(part.label, 1, value.nbytes)
         return value
+
+    def norm(self, part: Part) -> Callable[[str], nn.Parameter]:
+        """Return what reads a small weight of *part* onto the card."""
+
+        def read(name: str) -> nn.Parameter:
+            value = self.read(part, name).to(self._wanted.device)
+            return nn.Parameter(value, requires_grad=False)
+
+        return read
 
     def fill(self, network: nn.Module, part: Part, names: Mapping[str, str]) -> None:
         """Give *network* its weights; *names* maps its own names to those of *part*."""
         state = {own: self.read(part, name) for own, name in names.items()}
         network.load_state_dict(state, strict=True, assign=True)
+        network.eval().requires_grad_(False)
+
+    def count(self, label: str, tensors: int, size_bytes: int) -> None:
+        """Count what was read."""
+        before = self._count
+        self._count += tensors
+        self.done_bytes += size_bytes
+        if self._count // 16 != before // 16:
+            fraction = min(self._count / self._total, 1.0)
+            self._on_progress(LoadProgress("weights", fraction, label))
 
 
 def _build_transformer(part: Part, fill: _Filler) -> Any:
@@ -110,10 +156,53 @@ def _build_vae(part: Part, fill: _Filler) -> Any:
 
 
 def _build_encoder(part: Part, fill: _Filler) -> TextEncoder:
-    """Build the layers that are read; the file may hold more, which is checked to be the known
-    rest.
-    """
+    """Build the layers that are read; the file may hold more, which is checked to be the rest."""
     config = _encoder_config(part)
+    layers = _check_encoder(part, config)
+    kept = layers[: TEXT_LAYERS[-1]]
+    fill.fill(kept, part, {name: f"model.layers.{name}" for name in _shapes(kept)})
+    table = fill.read(part, "model.embed_tokens.weight")
+    return TextEncoder(kept, Qwen3RotaryEmbedding(config), table)
+
+
+def _build_fast_encoder(part: Part, fill: _Filler, wanted: Wanted) -> FastEncoder:
+    config = _encoder_config(part)
+    _check_encoder(part, config)
+    make = LinearMaker(
+        part,
+        wanted.encoder_linears,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        on_read=fill.count,
+    )
+    layers = nn.ModuleList(
+        encoder_layer(number, make, fill.norm(part), eps=config.rms_norm_eps)
+        for number in range(TEXT_LAYERS[-1])
+    )
+    rotary = Qwen3RotaryEmbedding(config).to(wanted.device)
+    table = fill.read(part, "model.embed_tokens.weight")
+    return FastEncoder(
+        layers, rotary, table, wanted.compiler, wanted.device if wanted.is_streamed else None
+    )
+
+
+def _build_shell(part: Part, fill: _Filler, wanted: Wanted) -> Any:
+    """Build the transformer with our blocks; everything outside the blocks stays as it is."""
+    with torch.device("meta"):
+        shell = _from_config(Flux2Transformer2DModel, part)
+    part.check(_shapes(shell))
+    make = LinearMaker(
+        part, wanted.linears, device=wanted.device, dtype=wanted.dtype, on_read=fill.count
+    )
+    replace_blocks(shell, make, fill.norm(part), wanted.attention)
+    for name, parameter in list(shell.named_parameters()):
+        if parameter.is_meta:
+            owner = shell.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], fill.norm(part)(name))
+    return shell
+
+
+def _check_encoder(part: Part, config: Any) -> nn.ModuleList:
     with torch.device("meta"):
         layers = nn.ModuleList(
             [Qwen3DecoderLayer(config, number) for number in range(config.num_hidden_layers)]
@@ -122,10 +211,33 @@ def _build_encoder(part: Part, fill: _Filler) -> TextEncoder:
     expected["model.embed_tokens.weight"] = torch.Size([config.vocab_size, config.hidden_size])
     expected["model.norm.weight"] = torch.Size([config.hidden_size])
     part.check(expected, optional=["lm_head.weight"])
-    kept = layers[: TEXT_LAYERS[-1]]
-    fill.fill(kept, part, {name: f"model.layers.{name}" for name in _shapes(kept)})
-    table = fill.read(part, "model.embed_tokens.weight")
-    return TextEncoder(kept, Qwen3RotaryEmbedding(config), table)
+    return layers
+
+
+def _admit_vae(vae: Any, residency: Residency, wanted: Wanted) -> None:
+    """The way in waits on the host unless all is exact and resident: only edits need it."""
+    is_exact = wanted.linears == "exact"
+    residency.admit(vae.encoder, stays=is_exact and not wanted.is_offloaded)
+    residency.admit(vae.decoder, stays=not wanted.is_offloaded)
+    for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
+        if small is not None:
+            residency.admit(small, stays=True)
+
+
+def _decoder(vae: Any, wanted: Wanted) -> Callable[[torch.Tensor], torch.Tensor]:
+    if wanted.linears == "exact":
+        return partial(_decode, vae)
+    for attention in vae.decoder.mid_block.attentions:
+        attention.set_processor(WideHeadProcessor())
+    return partial(wanted.compiler.compile(_decode, whole=False), vae)
+
+
+def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """`AutoencoderKLFlux2._decode` without its tiling."""
+    if vae.post_quant_conv is not None:
+        latents = vae.post_quant_conv(latents)
+    pixels: torch.Tensor = vae.decoder(latents)
+    return pixels
 
 
 def _encoder_config(part: Part) -> Any:

@@ -1,0 +1,180 @@
+"""Which layout is this folder or file? Told by content, opened part by part.
+
+Known are diffusers' folder, the same with the transformer as one file at its top (as the
+catalogue's download puts it), ComfyUI's models folder as it stands, and one file beside any of
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from app.engine import encoder_file, vae_file
+from app.engine.checkpoint import Checkpoint, Part, read_config, slots_of
+from app.engine.random_weights import SCHEDULER
+from app.engine.single_file import is_bfl, read_transformer
+from app.engine.tensorfile import Tensor, TensorFile
+from app.errors import StartupError
+
+_COMFY_TRANSFORMERS = ("diffusion_models", "unet")
+_COMFY_ENCODERS = ("text_encoders", "clip")
+
+
+def open_checkpoint(path: Path, *, elsewhere: Path | None = None) -> Checkpoint:
+    """Recognise what lies at *path* by its content and open it.
+
+    Parts that *path* lacks (a tokenizer, or all but the transformer) are looked for in *elsewhere*,
+    a folder in diffusers' layout.
+
+    Raises:
+        StartupError: it is no layout that is known, or a file of it is damaged or unsupported.
+    """
+    if not path.exists():
+        raise StartupError(f"There is no model at {path}; correct the path and start again.")
+    with ExitStack() as files:
+        if path.is_file():
+            checkpoint = _open_file(path, elsewhere, files)
+        elif (path / "model_index.json").is_file():
+            checkpoint = _open_diffusers(path, files)
+        elif any((path / name).is_dir() for name in _COMFY_TRANSFORMERS):
+            checkpoint = _open_comfy(path, None, elsewhere, files)
+        else:
+            raise StartupError(
+                f"{path.name} is no model that is known; give a folder with a model_index.json, "
+                "ComfyUI's models folder, or a transformer in one safetensors file."
+            )
+        checkpoint.files = files.pop_all()
+        return checkpoint
+
+
+def _open_diffusers(
+    path: Path, files: ExitStack, transformer_file: Path | None = None
+) -> Checkpoint:
+    index = read_config(path / "model_index.json")
+    config = read_config(path / "transformer" / "config.json")
+    own = sorted(path.glob("*.safetensors"))
+    is_folder = any((path / "transformer").glob("*.safetensors"))
+    layout = "diffusers folder"
+    if transformer_file is not None or (not is_folder and len(own) == 1):
+        chosen = transformer_file or own[0]
+        transformer = _read_single(files.enter_context(TensorFile(chosen)), config)
+        layout = f"diffusers folder with {chosen.name}"
+    else:
+        slots = slots_of(_open_folder(path / "transformer", files))
+        transformer = Part("transformer", config, slots)
+    encoder, vae = (
+        Part(
+            name,
+            read_config(path / name / "config.json"),
+            slots_of(_open_folder(path / name, files)),
+        )
+        for name in ("text_encoder", "vae")
+    )
+    return Checkpoint(
+        layout=layout,
+        transformer=transformer,
+        encoder=encoder,
+        vae=vae,
+        scheduler=read_config(path / "scheduler" / "scheduler_config.json"),
+        tokenizer=path / "tokenizer",
+        is_distilled=index.get("is_distilled"),
+        files=files,
+    )
+
+
+def _open_file(path: Path, elsewhere: Path | None, files: ExitStack) -> Checkpoint:
+    """One file holds the transformer; the other parts are those of the folder it stands in."""
+    if path.parent.name in _COMFY_TRANSFORMERS:
+        return _open_comfy(path.parent.parent, path, elsewhere, files)
+    for folder in (path.parent, elsewhere):
+        if folder is not None and (folder / "model_index.json").is_file():
+            return _open_diffusers(folder, files, path)
+    raise StartupError(
+        f"{path.name} holds the transformer only; put it beside a diffusers folder's "
+        "model_index.json or into ComfyUI's models/diffusion_models, or download the model once."
+    )
+
+
+def _open_comfy(
+    path: Path, transformer_file: Path | None, elsewhere: Path | None, files: ExitStack
+) -> Checkpoint:
+    transformer = transformer_file or _only(path, _COMFY_TRANSFORMERS, "klein")
+    tokenizer = next(
+        (
+            folder / "tokenizer"
+            for folder in (path, elsewhere)
+            if folder is not None and (folder / "tokenizer" / "tokenizer_config.json").is_file()
+        ),
+        None,
+    )
+    if tokenizer is None:
+        raise StartupError(
+            "ComfyUI's models folder holds no tokenizer; copy the folder tokenizer of "
+            "FLUX.2-klein-4B into it."
+        )
+    encoder = files.enter_context(TensorFile(_only(path, _COMFY_ENCODERS, "qwen_3_4b")))
+    vae = files.enter_context(TensorFile(_only(path, ("vae",), "flux2")))
+    return Checkpoint(
+        layout="ComfyUI models folder",
+        transformer=_read_single(files.enter_context(TensorFile(transformer)), None),
+        encoder=encoder_file.read_encoder(encoder),
+        vae=vae_file.read_vae(vae),
+        scheduler=SCHEDULER,
+        tokenizer=tokenizer,
+        is_distilled=None,
+        files=files,
+    )
+
+
+def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:
+    """Find the one file of a kind: the only one there, else the only one with *word* in its
+    name.
+    """
+    found = sorted(
+        file
+        for name in folders
+        for pattern in ("*.safetensors", "*.gguf")
+        for file in (path / name).glob(pattern)
+    )
+    named = [file for file in found if word in file.name.lower()] if len(found) > 1 else found
+    if len(named) == 1:
+        return named[0]
+    raise StartupError(
+        f"ComfyUI's folder {folders[0]} holds {len(named)} files that could be meant"
+        f" ({', '.join(file.name for file in named[:3])}); "
+        "give the path of the transformer's file, and leave one encoder and one VAE for it."
+    )
+
+
+def _read_single(file: TensorFile, config: Mapping[str, Any] | None) -> Part:
+    if is_bfl(file.tensors):
+        return read_transformer(file, config)
+    raise StartupError(
+        f"{file.path.name} holds no FLUX.2 transformer in Black Forest Labs' names; "
+        "give the published fp8 or bf16 file."
+    )
+
+
+def _open_folder(folder: Path, files: ExitStack) -> dict[str, Tensor]:
+    """Open the safetensors files of *folder*: those its index names, else the only ones there."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        paths = [folder / Path(name).name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths or not all(each.is_file() for each in paths):
+        found = sorted(each.name for each in folder.glob("*.bin")) if folder.is_dir() else []
+        raise StartupError(
+            f"{folder.name} holds no whole set of safetensors files"
+            f"{' but ' + found[0] if found else ''}; only safetensors are read, "
+            "since other formats can run code."
+        )
+    tensors: dict[str, Tensor] = {}
+    for each in paths:
+        tensors |= files.enter_context(TensorFile(each)).tensors
+    return tensors

@@ -1,0 +1,154 @@
+"""What stays on the card, and the largest picture it then admits: pure arithmetic with reasons.
+
+Four plans, fastest first; the first whose default picture fits is taken.
+
+    resident         all networks on the card, the picture decoded whole
+    resident tiled   the same, decoded in overlapping tiles
+    streamed         the encoder's layers pass through one after the other, the rest stays
+    streamed tiled   both
+
+The rates below were measured on an H200 at 1024x1024 with random weights (memory does not depend on
+their values) and hold for every card; what a card itself takes outside torch is its context's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 1_000_000_000
+
+PLANS = ("resident", "resident tiled", "streamed", "streamed tiled")
+
+EXACT_PIXELS = 1_310_720
+"""Larger pictures are always decoded in tiles: attention over the whole grows with its square."""
+
+_TOKEN_PIXELS = 256
+_TEXT_TOKENS = 512
+_REFERENCE_TOKENS = 4096
+_BASE_PIXELS = 1024 * 1024
+_MULTIPLE = 64 * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of the networks as they will lie on the card."""
+
+    transformer: int
+    encoder: int
+    decoder: int
+    image_encoder: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes of working memory."""
+
+    token: int
+    """Per token of the transformer's sequence."""
+    pixel: int
+    """Per pixel of a whole decode."""
+    encoded_pixel: int
+    """Per pixel of a reference that is encoded."""
+    tiles: int
+    """Of a tiled decode, whatever the size, besides the picture itself."""
+    text: int
+    """Of the text encoder, its layers' staging included where they are streamed."""
+    margin: int
+    """What the allocator loses between differently sized pieces, and recorded graphs keep."""
+
+
+COMPILED = Rates(
+    token=83_000,
+    pixel=1_280,
+    encoded_pixel=1_500,
+    tiles=440_000_000,
+    text=300_000_000,
+    margin=250_000_000,
+)
+EAGER = Rates(
+    token=133_000,
+    pixel=2_450,
+    encoded_pixel=2_000,
+    tiles=850_000_000,
+    text=300_000_000,
+    margin=300_000_000,
+)
+CONTEXT_BYTES = 600_000_000
+"""What CUDA itself takes on the card, outside torch's count."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """A choice with its reasons; *max_pixels* by the number of references, 0 where none fits."""
+
+    name: str
+    reasons: tuple[str, ...]
+    peak_bytes: int
+    max_pixels: tuple[int, ...]
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the encoder's layers wait in host memory."""
+        return self.name.startswith("streamed")
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether every picture is decoded in tiles."""
+        return self.name.endswith("tiled")
+
+
+def peak_bytes(plan: str, weights: Weights, rates: Rates, pixels: int, references: int = 0) -> int:
+    """Estimate the most that a picture of *pixels* holds on the card."""
+    streamed, tiled = plan.startswith("streamed"), plan.endswith("tiled")
+    resident = weights.transformer + weights.decoder + (0 if streamed else weights.encoder)
+    tokens = pixels // _TOKEN_PIXELS + _TEXT_TOKENS + references * _REFERENCE_TOKENS
+    picture = 12 * pixels
+    decode = picture + (rates.tiles if tiled or pixels > EXACT_PIXELS else rates.pixel * pixels)
+    text = rates.text + (2 * weights.encoder // 27 if streamed else 0)
+    stages = [text, rates.token * tokens, decode]
+    if references:
+        stages.append(weights.image_encoder + rates.encoded_pixel * _BASE_PIXELS)
+    return resident + max(stages) + rates.margin
+
+
+def plan_memory(
+    free_bytes: int,
+    weights: Weights,
+    rates: Rates,
+    *,
+    default_pixels: int,
+    limit_pixels: int,
+    max_references: int = 4,
+    asked: str = "auto",
+) -> MemoryPlan | None:
+    """Choose the first plan whose default picture fits; None where not even the smallest does."""
+    budget = free_bytes - CONTEXT_BYTES
+    reasons = [f"{budget / GB:.1f} GB may be used ({free_bytes / GB:.1f} GB free)"]
+    for name in PLANS if asked == "auto" else (asked,):
+        peak = peak_bytes(name, weights, rates, default_pixels)
+        if peak > budget and asked == "auto":
+            reasons.append(f"{name} would need {peak / GB:.1f} GB")
+            continue
+        reasons.append(
+            f"{name} needs {peak / GB:.1f} GB" + ("" if asked == "auto" else ", as asked for")
+        )
+        sizes = tuple(
+            _largest(budget, name, weights, rates, limit_pixels, references)
+            for references in range(max_references + 1)
+        )
+        return MemoryPlan(name, tuple(reasons), peak, sizes)
+    return None
+
+
+def _largest(
+    budget: int, plan: str, weights: Weights, rates: Rates, limit: int, references: int
+) -> int:
+    """Find the most pixels, in whole squares of 64x64, that fit the budget; 0 if none do."""
+    low, high = 0, limit // _MULTIPLE
+    while low < high:
+        middle = (low + high + 1) // 2
+        if peak_bytes(plan, weights, rates, middle * _MULTIPLE, references) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low * _MULTIPLE

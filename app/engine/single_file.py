@@ -1,0 +1,205 @@
+"""A transformer in one file with BFL's names: bf16, or fp8 with its scales in any of their
+spellings.
+
+Spellings of a layer's scales: `.weight_scale` and `.input_scale`, or ComfyUI's older
+`.scale_weight` and `.scale_input` with a marker `scaled_fp8`; and of its notes: the header's
+`_quantization_metadata`, or a `.comfy_quant` tensor of JSON, maybe padded with NULs. Every name in
+the file is accounted for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from app.engine.bfl import Rule, rules
+from app.engine.checkpoint import Part, Slot
+from app.engine.tensorfile import Tensor, TensorFile
+from app.errors import StartupError
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_SCALES = {
+    "weight_scale": "weight",
+    "scale_weight": "weight",
+    "input_scale": "input",
+    "scale_input": "input",
+}
+_FP8 = (torch.float8_e4m3fn,)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """One layer in fp8 as it lies in the file."""
+
+    weight: Callable[[], torch.Tensor]
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    is_full_precision: bool
+    """Whether the file asks for this layer's product in full precision."""
+
+    def restored(self) -> torch.Tensor:
+        """The weight with its scale multiplied in, float32."""
+        scale = self.weight_scale.float()
+        if scale.numel() > 1:
+            scale = scale.reshape(-1, 1)
+        return self.weight().float() * scale
+
+
+def is_bfl(names: Mapping[str, Any]) -> bool:
+    """Whether these are a FLUX.2 transformer's tensors in BFL's names."""
+    return any(name.endswith("double_blocks.0.img_attn.qkv.weight") for name in names)
+
+
+def read_transformer(file: TensorFile, config: Mapping[str, Any] | None) -> Part:
+    """Describe the transformer in *file*; without *config* it is told from the tensors' shapes."""
+    tensors = _without_prefix(file)
+    layers, plain = sort_tensors(file, tensors)
+    if config is None:
+        config = _config_of(file, plain)
+    slots, origin = {}, {}
+    known = set()
+    for rule in rules(int(config["num_layers"]), int(config["num_single_layers"])):
+        tensor = plain.get(rule.their_name)
+        known.add(rule.their_name)
+        if tensor is None:
+            continue
+        origin[rule.ours] = rule.theirs
+        read = partial(_read, rule, tensor, layers.get(rule.theirs))
+        slots[rule.our_name] = Slot(rule.shape(tensor.shape), tensor.dtype, read)
+    for name in sorted(set(plain) - known):
+        slots[name] = Slot(plain[name].shape, plain[name].dtype, plain[name].read)
+    return Part(file.path.name, config, slots, origin=origin, quantised=layers)
+
+
+def _read(rule: Rule, tensor: Tensor, layer: Quantised | None) -> torch.Tensor:
+    return rule.take(tensor.read() if layer is None else layer.restored())
+
+
+def _without_prefix(file: TensorFile) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if any(name.startswith(prefix) for name in file.tensors):
+            return {name.removeprefix(prefix): each for name, each in file.tensors.items()}
+    return dict(file.tensors)
+
+
+def sort_tensors(
+    file: TensorFile, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Quantised], dict[str, Tensor]]:
+    """Separate scales and notes from weights; return the fp8 layers and all weights."""
+    scales: dict[tuple[str, str], torch.Tensor] = {}
+    notes = _header_notes(file)
+    plain = {}
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last in _SCALES:
+            scales[module, _SCALES[last]] = tensor.read()
+        elif last == "comfy_quant":
+            notes[module] = notes.get(module, {}) | _note(tensor.read())
+        elif name != "scaled_fp8":
+            plain[name] = tensor
+    layers = {}
+    for name, tensor in plain.items():
+        module = name.removesuffix(".weight")
+        if tensor.dtype in _FP8:
+            layers[module] = _layer(file, tensor, module, scales, notes)
+        elif (module, "weight") in scales:
+            raise _odd(file, f"{module} has a scale but is not fp8")
+    left = sorted({module for module, _ in scales} - set(layers))
+    if left:
+        raise _odd(file, f"there is a scale for {left[0]} but no such layer")
+    return layers, plain
+
+
+def _layer(
+    file: TensorFile,
+    tensor: Tensor,
+    module: str,
+    scales: Mapping[tuple[str, str], torch.Tensor],
+    notes: Mapping[str, Mapping[str, Any]],
+) -> Quantised:
+    scale = scales.get((module, "weight"))
+    if scale is None or scale.numel() not in (1, tensor.shape[0]):
+        # Unscaled fp8 exists, but this model's layers without their scale are silently wrong.
+        raise _odd(file, f"{module} is fp8 but its weight_scale is missing or of another shape")
+    note = notes.get(module, {})
+    kind = note.get("format", "float8_e4m3fn")
+    if kind != "float8_e4m3fn":
+        raise StartupError(
+            f"{file.path.name} is quantised as {kind}, which is not supported; "
+            "use the fp8 or bf16 safetensors file."
+        )
+    return Quantised(
+        weight=tensor.read,
+        weight_scale=scale.float(),
+        input_scale=_calibrated(scales.get((module, "input"))),
+        is_full_precision=bool(note.get("full_precision_matrix_mult", False)),
+    )
+
+
+def _calibrated(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the input's scale where it is one: 1.0 is a placeholder, as nonsense values are."""
+    if scale is None or scale.numel() != 1:
+        return None
+    value = float(scale.float())
+    return scale.float() if math.isfinite(value) and value > 0 and value != 1.0 else None
+
+
+def _header_notes(file: TensorFile) -> dict[str, dict[str, Any]]:
+    text = file.metadata.get("_quantization_metadata")
+    if not text:
+        return {}
+    try:
+        layers: dict[str, dict[str, Any]] = dict(json.loads(text)["layers"])
+    except (ValueError, KeyError, TypeError):
+        raise _odd(file, "its _quantization_metadata cannot be read") from None
+    for prefix in _PREFIXES:
+        layers = {name.removeprefix(prefix): note for name, note in layers.items()}
+    return layers
+
+
+def _note(raw: torch.Tensor) -> dict[str, Any]:
+    text = bytes(raw.reshape(-1).tolist()).strip(b"\0 ")
+    return dict(json.loads(text)) if text else {}
+
+
+def _config_of(file: TensorFile, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tell the architecture from the shapes of the weights."""
+    try:
+        width, channels = tensors["img_in.weight"].shape
+        size = tensors["single_blocks.0.norm.query_norm.scale"].shape[0]
+        joined = tensors["single_blocks.0.linear1.weight"].shape[0]
+        config = {
+            "in_channels": channels,
+            "num_layers": _count(tensors, "double_blocks"),
+            "num_single_layers": _count(tensors, "single_blocks"),
+            "attention_head_dim": size,
+            "num_attention_heads": width // size,
+            "joint_attention_dim": tensors["txt_in.weight"].shape[1],
+            "timestep_guidance_channels": tensors["time_in.in_layer.weight"].shape[1],
+            "mlp_ratio": (joined - 3 * width) / (2 * width),
+            "axes_dims_rope": [size // 4] * 4,
+            "guidance_embeds": False,
+        }
+    except KeyError as missing:
+        raise _odd(file, f"it lacks {missing}") from None
+    if any(name.startswith("guidance_in") for name in tensors):
+        raise StartupError(
+            f"{file.path.name} is FLUX.2 [dev], which is another model; give FLUX.2 klein 4B."
+        )
+    return config
+
+
+def _count(tensors: Mapping[str, Tensor], group: str) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
+
+
+def _odd(file: TensorFile, what: str) -> StartupError:
+    return StartupError(
+        f"{file.path.name} cannot be used: {what}; it belongs to another model or is damaged."
+    )

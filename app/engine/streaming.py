@@ -1,0 +1,92 @@
+"""The text encoder's layers passing through the card: the next is copied while the present
+computes.
+
+Each layer lies in host memory as one run of pinned bytes, and two places on the card take turns.
+Events keep the copy from overwriting a layer that still computes, and the layer from starting half
+copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+_ALIGNMENT = 256
+
+
+class StreamedLayers:
+    """Iterating yields each layer, ready on the card. All layers have the same shapes.
+
+    The engine's thread alone uses it, one pass at a time.
+    """
+
+    def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
+        self._device = device
+        self._host = [_flatten(layer) for layer in layers]
+        self._stream: torch.cuda.Stream = _stream(device)
+        self._places = [
+            torch.empty(len(self._host[0]), dtype=torch.uint8, device=device) for _ in range(2)
+        ]
+        self._modules = [layers[0], layers[1]]
+        for module, place in zip(self._modules, self._places, strict=True):
+            _lay_out(module, place)
+        self._copied = [_event(), _event()]
+        self._used = [_event(), _event()]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that wait in pinned host memory."""
+        return sum(len(each) for each in self._host)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for event in self._used:
+            event.record()
+        self._copy(0)
+        for number in range(len(self._host)):
+            if number + 1 < len(self._host):
+                self._copy(number + 1)
+            turn = number % 2
+            torch.cuda.current_stream().wait_event(self._copied[turn])
+            yield self._modules[turn]
+            self._used[turn].record()
+
+    def _copy(self, number: int) -> None:
+        turn = number % 2
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._used[turn])
+            self._places[turn].copy_(self._host[number], non_blocking=True)
+            self._copied[turn].record(self._stream)
+
+
+def _flatten(layer: nn.Module) -> torch.Tensor:
+    """Copy all of a layer's weights into one run of pinned bytes."""
+    total = sum(_padded(weight) for weight in layer.parameters())
+    flat = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+    start = 0
+    for weight in layer.parameters():
+        flat[start : start + weight.nbytes].copy_(weight.data.reshape(-1).view(torch.uint8))
+        start += _padded(weight)
+    return flat
+
+
+def _lay_out(layer: nn.Module, place: torch.Tensor) -> None:
+    """Make a layer's weights views of *place*."""
+    start = 0
+    for weight in layer.parameters():
+        piece = place[start : start + weight.nbytes]
+        weight.data = piece.view(weight.dtype).view(weight.shape)
+        start += _padded(weight)
+
+
+def _padded(weight: torch.Tensor) -> int:
+    return -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no type there
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no type there

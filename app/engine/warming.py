@@ -1,0 +1,109 @@
+"""The pictures made before the service is ready: the proof that the model works, and the compiler's
+time.
+
+Where things are compiled, a picture at the default size compiles for that size, one at another size
+for all others, and one more of the default size measures. After that nothing is compiled any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from app.domain import Generated, ImageSpec, LoadProgress, ModelCard, RawImage
+from app.engine import compiling
+from app.engine.start import Started
+from app.errors import OutOfMemory, StartupError
+
+_log = logging.getLogger(__name__)
+
+Make = Callable[[ImageSpec], Generated]
+
+
+def warm_up(
+    started: Started,
+    card: ModelCard,
+    make: Make,
+    on_progress: Callable[[LoadProgress], None],
+) -> float:
+    """Make pictures until all is warm; return the seconds of one at the default size.
+
+    Raises:
+        StartupError: the card has no room even for a small picture.
+    """
+    if started.parts.device.type == "cpu":
+        return _warm_processor(card, make, on_progress)
+    on_progress(LoadProgress("warm-up", 0.0, "the default size"))
+    size = _make_first(card, make)
+    if started.is_compiled:
+        on_progress(LoadProgress("warm-up", 0.5, "all other sizes"))
+        _make_others(card, size, make)
+        compiling.freeze()
+    on_progress(LoadProgress("warm-up", 0.9, "measuring"))
+    begun = time.perf_counter()
+    spec = _spec(card, size, "a second warm-up picture")
+    make(spec)
+    share = spec.pixels / (card.default_width * card.default_height)
+    return (time.perf_counter() - begun) / share
+
+
+def _warm_processor(
+    card: ModelCard, make: Make, on_progress: Callable[[LoadProgress], None]
+) -> float:
+    """One step at a quarter of the side: a processor may need minutes for a whole picture."""
+    on_progress(LoadProgress("warm-up", 0.0, "one small step"))
+    size = (_side(card.default_width // 4), _side(card.default_height // 4))
+    spec = _spec(card, size, "a warm-up picture", steps=1)
+    begun = time.perf_counter()
+    make(spec)
+    share = spec.pixels / (card.default_width * card.default_height)
+    return (time.perf_counter() - begun) * card.default_steps / share
+
+
+def _make_first(card: ModelCard, make: Make) -> tuple[int, int]:
+    """Make the default picture, or the largest of two smaller ones that finds room."""
+    for scale in (1, 2, 4):
+        size = (_side(card.default_width // scale), _side(card.default_height // scale))
+        try:
+            make(_spec(card, size, "a warm-up picture"))
+        except OutOfMemory:
+            _log.warning("A warm-up picture of %sx%s found no room.", *size)
+            continue
+        return size
+    raise StartupError(
+        "The card has no room even for a small picture; free its memory or set KLEIN_DEVICE=cpu."
+    )
+
+
+def _make_others(card: ModelCard, size: tuple[int, int], make: Make) -> None:
+    """Another shape both ways makes the compiled code general; an edit warms the way in."""
+    # Both sides differ from the default's and from one another: the compiler takes equal numbers
+    # for the same unknown.
+    other = (_side(size[0] * 3 // 4), _side(size[1] // 2))
+    make(_spec(card, other, "another shape", steps=2))
+    reference = RawImage(128, 192, bytes(128 * 192 * 3))
+    make(_spec(card, other, "an edit", steps=1, references=(reference,)))
+
+
+def _spec(
+    card: ModelCard,
+    size: tuple[int, int],
+    prompt: str,
+    *,
+    steps: int | None = None,
+    references: tuple[RawImage, ...] = (),
+) -> ImageSpec:
+    return ImageSpec(
+        prompt=prompt,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps or card.default_steps,
+        guidance_scale=card.default_guidance,
+        seed=0,
+        references=references,
+    )
+
+
+def _side(pixels: int) -> int:
+    return max(64, pixels // 64 * 64)

@@ -1,0 +1,212 @@
+"""The engine called directly, without a queue, a pipe or HTTP."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.domain import Generated, ImageSpec, ModelInfo, RawImage
+from app.engine.config import EngineConfig
+from app.engine.engine import KleinEngine
+from benchmarks.rows import Bench, sha256, used_bytes
+
+_ROOT = Path(__file__).resolve().parent.parent
+BARS = {
+    "resident": 8_900_000_000,
+    "resident tiled": 7_900_000_000,
+    "streamed": 6_000_000_000,
+    "streamed tiled": 5_000_000_000,
+}
+"""Peak reserved of each plan at 1024x1024."""
+
+
+def make_checkpoint(bench: Bench) -> None:
+    """Write the random checkpoint, unless it is there."""
+    if (bench.folder / "model_index.json").is_file():
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = [sys.executable, str(_ROOT / "tools" / "make_checkpoint.py"), str(bench.folder)]
+    command += ["--fp8", "--device", device, *(["--tiny"] if bench.is_tiny else [])]
+    subprocess.run(command, check=True)
+
+
+def load(bench: Bench, **changes: Any) -> tuple[KleinEngine, ModelInfo]:
+    """Load an engine and say what came of it."""
+    config = EngineConfig(
+        model="flux.2-klein-4b",
+        path=str(bench.folder),
+        cache_dir=str(bench.cache),
+        device=bench.device,
+        **({"precision": "fp8"} | changes),
+    )
+    engine = KleinEngine(config)
+    seen: set[str] = set()
+
+    def on_progress(progress: Any) -> None:
+        word = f"{progress.stage} {progress.detail}"
+        if word not in seen:
+            seen.add(word)
+            print(f"  {time.perf_counter() - begun:6.1f} s {word}", flush=True)
+
+    begun = time.perf_counter()
+    info = engine.load(on_progress)
+    print(f"  loaded in {info.load_s:.1f} s, warm-up {info.warm_up_s:.3f} s", flush=True)
+    print(f"  {info.precision}: {info.precision_reason}; {info.plan}: {info.plan_reasons}")
+    print(f"  {info.features} {info.max_pixels}", flush=True)
+    return engine, info
+
+
+def make(engine: KleinEngine, side: int, prompt: str, **changes: Any) -> Generated:
+    """Make one picture."""
+    values = {"width": side, "height": side, "num_inference_steps": 4, "guidance_scale": 1.0}
+    spec = ImageSpec(prompt=prompt, **(values | {"seed": 1} | changes))
+    return engine.generate(spec, lambda _: None, lambda: False)
+
+
+def measure(bench: Bench) -> None:
+    """Sizes, stages, cache hits, references, and the first picture of a new size."""
+    before = used_bytes()
+    engine, info = load(bench)
+    side = bench.side
+    try:
+        series(bench, engine, info, side, "klein.engine", note="a new prompt each", before=before)
+        series(bench, engine, info, side, "klein.engine", prompt="the same", note="cache hit")
+        _guarded(lambda: series(bench, engine, info, side // 2, "klein.engine", note="half"))
+        _guarded(lambda: _first_of_sizes(bench, engine))
+        large = {"note": "double", "repeats": 5}
+        _guarded(lambda: series(bench, engine, info, side * 2, "klein.engine", **large))
+        reference = RawImage(side, side, bytes(range(256)) * (side * side * 3 // 256))
+        edit = {"note": "one reference", "repeats": 5, "references": (reference,)}
+        _guarded(lambda: series(bench, engine, info, side, "klein.engine", **edit))
+        shown = {"note": "three previews", "repeats": 5, "previews": 3}
+        _guarded(lambda: series(bench, engine, info, side, "klein.engine", **shown))
+    finally:
+        engine.close()
+
+
+def series(
+    bench: Bench,
+    engine: KleinEngine,
+    info: ModelInfo,
+    side: int,
+    name: str,
+    *,
+    note: str,
+    prompt: str | None = None,
+    repeats: int | None = None,
+    before: int | None = None,
+    **changes: Any,
+) -> None:
+    """Make pictures one after the other and write a row."""
+    for number in range(3):
+        make(engine, side, prompt or f"warm {number} {note}", **changes)
+    seconds, made = [], []
+    for number in range(repeats or bench.repeats):
+        begun = time.perf_counter()
+        made.append(make(engine, side, prompt or f"picture {number} {note}", **changes))
+        seconds.append(time.perf_counter() - begun)
+    stages = {
+        stage: round(statistics.median(getattr(each.timings, stage) for each in made), 5)
+        for stage in ("text", "reference", "denoise", "decode")
+    }
+    outside = statistics.median(
+        total - each.timings.total for total, each in zip(seconds, made, strict=True)
+    )
+    peak = made[-1].peak
+    bench.write(
+        name,
+        seconds,
+        width=side,
+        height=side,
+        precision=info.precision,
+        plan=info.plan,
+        note=note,
+        stages=stages,
+        outside_stages=round(outside, 5),
+        peak_allocated_bytes=peak.allocated if peak else None,
+        peak_reserved_bytes=peak.reserved if peak else None,
+        nvml_bytes=used_bytes(),
+        nvml_bytes_before=before,
+        seed=1,
+        sha256=sha256(made[-1].image.pixels),
+        distinct_bytes=len(set(made[-1].image.pixels)),
+    )
+
+
+def _first_of_sizes(bench: Bench, engine: KleinEngine) -> None:
+    """The first picture of sizes never seen, against the same size warm."""
+    unit = bench.side // 16
+    for wide, high in ((12, 12), (20, 12), (9, 16), (5, 7), (24, 12), (15, 15)):
+        size = {"width": wide * unit, "height": high * unit}
+        seconds = []
+        for number in range(4):
+            begun = time.perf_counter()
+            make(engine, bench.side, f"size {number}", **size)
+            seconds.append(time.perf_counter() - begun)
+        text = " ".join(f"{each:.3f}" for each in seconds)
+        print(f"  first and warm {size['width']}x{size['height']}: {text}", flush=True)
+
+
+def profile(bench: Bench) -> None:
+    """Show where one picture's time goes on the card."""
+    engine, _ = load(bench)
+    try:
+        for number in range(2):
+            make(engine, bench.side, f"warm {number}")
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as found:
+            make(engine, bench.side, "the profiled one")
+        for event in sorted(
+            found.key_averages(), key=lambda each: -getattr(each, f"self_{_way()}_time_total")
+        )[:40]:
+            total = getattr(event, f"self_{_way()}_time_total") / 1000
+            print(f"  {total:9.3f} ms {event.count:6d} x {event.key[:110]}", flush=True)
+    finally:
+        engine.close()
+
+
+def _way() -> str:
+    return "device" if torch.cuda.is_available() else "cpu"
+
+
+def measure_plans(bench: Bench) -> None:
+    """Each plan in a process of its own, capped a little above its bar."""
+    if len(bench.plans) == 1:
+        _measure_plan(bench, bench.plans[0])
+        return
+    for plan in BARS:
+        script = str(_ROOT / "benchmarks" / "bench_gpu.py")
+        options = ["--folder", str(bench.folder), "--cache", str(bench.cache)]
+        options += ["--out", str(bench.out), "--plan", plan, "--here"]
+        tiny = ["--tiny"] if bench.is_tiny else []
+        command = [sys.executable, "-u", script, "plans", *options, *tiny]
+        subprocess.run(command, check=False)
+
+
+def _measure_plan(bench: Bench, plan: str) -> None:
+    print(f"--- {plan}", flush=True)
+    cap = int(BARS[plan] * 1.02)
+    before = used_bytes()
+    engine, info = load(bench, plan=plan, memory_bytes=None if bench.is_tiny else cap)
+    try:
+        note = f"capped at {cap / 1e9:.2f} GB"
+        series(bench, engine, info, bench.side, "klein.engine", note=note, repeats=8, before=before)
+    finally:
+        engine.close()
+
+
+def _guarded(run: Any) -> None:
+    try:
+        run()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()

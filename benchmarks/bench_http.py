@@ -1,0 +1,143 @@
+"""The service as its users meet it: a subprocess, one client, one request in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.rows import Bench, sha256, used_bytes
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PORT = 18_431
+
+
+def measure(bench: Bench) -> None:
+    """Start, wait until ready, warm up, and take the median of new prompts."""
+    before = used_bytes()
+    with _service(bench) as ready_s:
+        print(f"  ready after {ready_s:.1f} s", flush=True)
+        for side, note in ((bench.side, "a new prompt each"), (bench.side // 2, "half")):
+            _series(bench, side, note, before, ready_s)
+        _series(bench, bench.side, "cache hit", before, ready_s, prompt="the same")
+        _queue(bench)
+
+
+def _series(
+    bench: Bench,
+    side: int,
+    note: str,
+    before: int | None,
+    ready_s: float,
+    prompt: str | None = None,
+) -> None:
+    for number in range(3):
+        _post(side, prompt or f"warm {number} {note}")
+    seconds, timings, headers, body = [], [], {}, b""
+    for number in range(bench.repeats):
+        taken, headers, body = _post(side, prompt or f"picture {number} {note}")
+        seconds.append(taken)
+        timings.append(_timings(headers.get("server-timing", "")))
+    stages = {
+        stage: round(statistics.median(each.get(stage, 0.0) for each in timings) / 1000, 5)
+        for stage in sorted({stage for each in timings for stage in each})
+    }
+    bench.write(
+        "klein.http",
+        seconds,
+        width=side,
+        height=side,
+        precision=_health().get("precision"),
+        plan=_health().get("plan"),
+        note=note,
+        stages=stages,
+        ready_s=round(ready_s, 1),
+        peak_reserved_bytes=int(headers.get("x-klein-peak-vram-bytes") or 0) or None,
+        nvml_bytes=used_bytes(),
+        nvml_bytes_before=before,
+        seed=1,
+        sha256=sha256(body),
+        body_bytes=len(body),
+    )
+
+
+def _queue(bench: Bench) -> None:
+    """Twenty jobs at once: seconds per picture when the next one always waits."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    count = 4 if bench.is_tiny else 20
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda number: _post(bench.side, f"queued {number}"), range(count)))
+    each = (time.perf_counter() - begun) / count
+    bench.write("klein.http", [each], width=bench.side, height=bench.side, note=f"{count} waiting")
+
+
+def _post(side: int, prompt: str) -> tuple[float, dict[str, str], bytes]:
+    """Return seconds from the first byte sent to the last byte read, headers and body."""
+    asked = {"prompt": prompt, "width": side, "height": side, "num_inference_steps": 4, "seed": 1}
+    connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=300)
+    connection.connect()
+    begun = time.perf_counter()
+    connection.request("POST", "/generate", json.dumps(asked), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    body = answer.read()
+    taken = time.perf_counter() - begun
+    connection.close()
+    if answer.status != 200:
+        raise RuntimeError(f"{answer.status}: {body[:300]!r}")
+    return taken, {key.lower(): value for key, value in answer.getheaders()}, body
+
+
+def _timings(header: str) -> dict[str, float]:
+    """Read Server-Timing: milliseconds by stage."""
+    return {name: float(value) for name, value in re.findall(r"([\w-]+);dur=([\d.]+)", header)}
+
+
+def _health() -> dict[str, object]:
+    connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=10)
+    connection.request("GET", "/health")
+    found: dict[str, object] = json.loads(connection.getresponse().read())
+    connection.close()
+    inner = found.get("worker") or found.get("model_info") or {}
+    return found | inner if isinstance(inner, dict) else found
+
+
+@contextlib.contextmanager
+def _service(bench: Bench) -> Iterator[float]:
+    environment = {
+        **os.environ,
+        "KLEIN_MODEL": str(bench.folder),
+        "KLEIN_CACHE_DIR": str(bench.cache),
+        "KLEIN_PORT": str(_PORT),
+        "KLEIN_PRECISION": "fp8",
+        "KLEIN_DEVICE": "cpu" if bench.device is None else "0",
+    }
+    begun = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "app", "serve"], cwd=_ROOT, env=environment)
+    try:
+        while not _is_ready():
+            if process.poll() is not None or time.perf_counter() - begun > 420:
+                raise RuntimeError(f"the service did not start, exit code {process.poll()}")
+            time.sleep(0.2)
+        yield time.perf_counter() - begun
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _is_ready() -> bool:
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=5)
+        connection.request("GET", "/health/ready")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False

@@ -1,0 +1,79 @@
+"""Write a random model of klein's shape, full-size by default: to measure without the weights.
+
+    python tools/make_checkpoint.py FOLDER [--tiny] [--fp8] [--device cuda] [--seed 0]
+
+With --fp8 the transformer lies at the folder's top as one file, as the published fp8 file does,
+with weight_scale and input_scale. The input scales are one number for all layers: the weights are
+drawn so that activations stay near unit size everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from app.engine import random_weights
+from app.engine.bfl import Piece, rules
+from app.engine.linear import quantise_fp8
+from app.engine.tensorfile import TensorFile
+
+_INPUT_SCALE = 12.0 / 448.0
+"""Activations are near unit size, and a few reach a dozen."""
+
+
+def main() -> None:
+    """Write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="a model of a few megabytes")
+    parser.add_argument("--fp8", action="store_true", help="the transformer as one fp8 file")
+    parser.add_argument("--device", default="cpu", help="where the numbers are drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    begun = time.perf_counter()
+    architecture = random_weights.TINY if asked.tiny else random_weights.FULL
+    random_weights.write_random(
+        asked.folder, architecture, seed=asked.seed, dtype=torch.bfloat16, device=asked.device
+    )
+    if asked.fp8:
+        bf16 = asked.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        write_fp8(bf16, asked.folder / "flux-2-klein-4b-fp8.safetensors", asked.device)
+        bf16.unlink()
+    print(f"wrote {asked.folder} in {time.perf_counter() - begun:.1f} s", flush=True)
+
+
+def write_fp8(source: Path, target: Path, device: str) -> None:
+    """Turn diffusers' bf16 transformer into one fp8 file with BFL's names."""
+    config = json.loads((source.parent / "config.json").read_text())
+    pieces: dict[str, list[torch.Tensor]] = {}
+    with TensorFile(source) as file:
+        for rule in rules(config["num_layers"], config["num_single_layers"]):
+            value = file.tensors[rule.our_name].read()
+            if rule.piece is Piece.SWAPPED:
+                value = torch.cat(value.chunk(2)[::-1])
+            pieces.setdefault(rule.their_name, []).append(value)
+    tensors, layers = {}, {}
+    for name in list(pieces):
+        value = torch.cat(pieces.pop(name))
+        if "_blocks." not in name or value.ndim != 2:
+            tensors[name] = value
+            continue
+        module = name.removesuffix(".weight")
+        weight, scale = quantise_fp8(value.to(device))
+        tensors[name], tensors[f"{module}.weight_scale"] = weight.cpu(), scale.cpu()
+        tensors[f"{module}.input_scale"] = torch.tensor(_INPUT_SCALE)
+        layers[module] = {"format": "float8_e4m3fn"}
+    notes = json.dumps({"format_version": "1.0", "layers": layers})
+    save_file(tensors, target, metadata={"_quantization_metadata": notes})
+
+
+if __name__ == "__main__":
+    main()
