@@ -46,7 +46,7 @@ def run(
         return 0
     precision: str = settings.precision
     if precision == "auto":
-        precision = _precision_of_this_machine()
+        precision = _precision_of_this_machine(settings.device)
     if arguments.verify:
         return _verify(variant, settings.cache_dir, precision)
     return _download(variant, settings.cache_dir, precision, hub)
@@ -81,13 +81,16 @@ def _verify(variant: Entry, cache_dir: Path, precision: str) -> int:
     return 0 if right == len(found) else 1
 
 
-def _precision_of_this_machine() -> str:
-    """Ask what the service would choose here."""
+def _precision_of_this_machine(index: int | str) -> str:
+    """Ask what the service would choose here, as it would: by trying the card."""
     import torch
 
     from app.engine.precision import choose_precision
+    from app.engine.probe import probe_card
 
-    return choose_precision("auto", has_card=torch.cuda.is_available(), is_small=False).name
+    has_card = isinstance(index, int) and index < torch.cuda.device_count()
+    device = torch.device("cuda", int(index)) if has_card else torch.device("cpu")
+    return choose_precision("auto", probe_card(device), is_small=False).name
 
 
 class _Bar:
