@@ -119,6 +119,7 @@ def _service(bench: Bench) -> Iterator[float]:
         "KLEIN_CACHE_DIR": str(bench.cache),
         "KLEIN_PORT": str(_PORT),
         "KLEIN_PRECISION": "fp8",
+        "KLEIN_LOG_LEVEL": "warning",
         "KLEIN_DEVICE": "cpu" if bench.device is None else "0",
     }
     begun = time.perf_counter()
