@@ -27,6 +27,7 @@ from app.settings import Settings
 from app.telemetry.gpu import Card
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
+from app.telemetry.preflight import check_card, torch_cuda
 from app.worker.child import EngineFactory
 from app.worker.supervisor import Limits, Supervisor
 
@@ -82,11 +83,29 @@ def choose_model(settings: Settings, card_now: GpuSnapshot | None) -> Choice:
     return Choice(card(name).id, None, "KLEIN_MODEL names it")
 
 
+def choose_device(settings: Settings, choice: Choice, gpu: Card) -> int | None:
+    """Decide which card is used, None for the processor.
+
+    The demo model runs without a card too, unless one was asked for by number.
+
+    Raises:
+        StartupError: the card cannot be used.
+    """
+    if settings.device == "cpu":
+        return None
+    if choice.key == DEMO and choice.path is None:
+        is_asked_for = "device" in settings.model_fields_set
+        return settings.device if is_asked_for or gpu.read() is not None else None
+    check_card(gpu, settings.device, torch_cuda())
+    return settings.device
+
+
 class Runtime:
     """One service from start to close. `ended` is set when it cannot go on."""
 
     def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Card) -> None:
         self.choice = choose_model(settings, gpu.read() if settings.device != "cpu" else None)
+        device = choose_device(settings, self.choice, gpu)
         self.model = card(self.choice.key)
         self.metrics = Metrics(version=__version__)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -97,7 +116,7 @@ class Runtime:
         self._queue = JobQueue(settings.queue_images)
         self._worker = Supervisor(
             make_engine,
-            _engine_config(settings, self.choice),
+            _engine_config(settings, self.choice, device),
             self,
             predict_step_s=self._estimator.predict_step,
             limits=Limits(load_s=settings.load_limit_s, silence_s=settings.watchdog_s),
@@ -220,6 +239,17 @@ class Runtime:
         return self._lag.read()
 
 
+def check_start(settings: Settings, gpu: Card | None = None) -> None:
+    """Refuse now what `build_runtime` would refuse inside the server, where errors grow long.
+
+    Raises:
+        StartupError: one sentence and what to do.
+    """
+    card_now = gpu or Card(settings.device if isinstance(settings.device, int) else 0)
+    found = card_now.read() if settings.device != "cpu" else None
+    choose_device(settings, choose_model(settings, found), card_now)
+
+
 def build_runtime(
     settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Card | None = None
 ) -> Runtime:
@@ -228,12 +258,12 @@ def build_runtime(
     return Runtime(settings, make_engine, gpu or Card(index))
 
 
-def _engine_config(settings: Settings, choice: Choice) -> EngineConfig:
+def _engine_config(settings: Settings, choice: Choice, device: int | None) -> EngineConfig:
     return EngineConfig(
         model=choice.key,
         path=choice.path,
         cache_dir=str(settings.cache_dir),
-        device=settings.device if isinstance(settings.device, int) else None,
+        device=device,
         precision=settings.precision,
         offload=settings.offload,
         max_pixels=settings.max_pixels,

@@ -14,6 +14,19 @@ from app.settings import Settings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    try:
+        return _run(argv)
+    except KleinError as error:
+        print(f"klein: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    if "serve" in (sys.argv if argv is None else argv):
+        # A bad setting is told before anything that takes long to import.
+        Settings.read(os.environ)
     from app.cli import bench, compare, download, generate, serve
 
     parser = argparse.ArgumentParser(
@@ -24,11 +37,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in (serve, generate, download, bench, compare):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
-    try:
-        settings = Settings.read(os.environ, **arguments.settings(arguments))
-        return int(arguments.run(arguments, settings))
-    except KleinError as error:
-        print(f"klein: {error.message}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    settings = Settings.read(os.environ, **arguments.settings(arguments))
+    return int(arguments.run(arguments, settings))

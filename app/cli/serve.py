@@ -26,7 +26,7 @@ from app.api.protocol import GuardedProtocol
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
-from app.runtime import Runtime, build_runtime
+from app.runtime import Runtime, build_runtime, check_start
 from app.settings import Settings
 from app.telemetry.gpu import Card
 from app.worker.child import EngineFactory
@@ -62,6 +62,7 @@ def serve(
     logs.set_up(style=settings.log_format, level=settings.log_level)
     _check_exposure(settings)
     with contextlib.closing(_bind(settings)) as listener:
+        check_start(settings, gpu)
         return asyncio.run(_Service(settings, listener, make_engine, gpu).run())
 
 

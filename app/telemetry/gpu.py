@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from app.domain import GpuSnapshot
@@ -63,6 +64,40 @@ class Card:
             return None
         return _text(self._nvml.nvmlSystemGetDriverVersion())
 
+    def count(self) -> int:
+        """How many cards there are; 0 without a driver."""
+        try:
+            if self._nvml is None:
+                nvml = self._load_nvml()
+                nvml.nvmlInit()
+                self._nvml = nvml
+            return int(self._nvml.nvmlDeviceGetCount())
+        except Exception as error:
+            _log.debug("NVML gave no count: %s.", type(error).__name__)
+            return 0
+
+    def cuda_version(self) -> tuple[int, int] | None:
+        """The latest CUDA that the driver knows, as major and minor; None where it is not told."""
+        if self._nvml is None:
+            return None
+        number = self._optional(lambda: self._nvml.nvmlSystemGetCudaDriverVersion())
+        return None if number is None else (int(number) // 1000, int(number) % 1000 // 10)
+
+    def holders(self) -> list[tuple[int, str, int]]:
+        """Who is on the card: process id, program and bytes, the largest first."""
+        nvml = self._nvml
+        if nvml is None:
+            return []
+        try:
+            card = nvml.nvmlDeviceGetHandleByIndex(self._index)
+            found = [
+                (int(process.pid), _program(process.pid), int(process.usedGpuMemory or 0))
+                for process in nvml.nvmlDeviceGetComputeRunningProcesses(card)
+            ]
+        except nvml.NVMLError:
+            return []
+        return sorted(found, key=lambda holder: holder[2], reverse=True)
+
     def _read(self) -> GpuSnapshot | None:
         try:
             if self._nvml is None:
@@ -101,6 +136,14 @@ class Card:
             return float(read())
         except self._nvml.NVMLError:
             return None
+
+
+def _program(pid: int) -> str:
+    """The program's name alone: a command line may hold what is nobody's business."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "a program outside this container"
 
 
 def _text(value: str | bytes) -> str:

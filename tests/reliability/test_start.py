@@ -1,0 +1,246 @@
+"""operations.md section 7, row 11: a service that cannot start says why in one sentence, says what
+to do, and leaves; configuration errors at once, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from app.errors import StartupError
+from app.telemetry.gpu import Card
+from app.telemetry.preflight import check_card
+from tests.fake_nvml import FakeNvml
+from tests.server import ROOT
+
+BUSY = 5
+"""How many times as long a start may take by the clock as it computes, on a machine that others
+use too. It waits for nothing, so what it computes is what it takes on an idle one."""
+
+
+def start(*arguments: str, limit_s: float, offline: bool = False, **settings: object) -> str:
+    """Run `klein serve`, which must end within *limit_s* with one sentence; return it."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("KLEIN_", "HF_"))}
+    environ |= {f"KLEIN_{key.upper()}": str(value) for key, value in settings.items()}
+    environ |= {"PYTHONPROFILEIMPORTTIME": "1"} if limit_s <= 2 else {}
+    environ |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    computed_before_s = computed_s()
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "serve", "--port", "0", *arguments],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=BUSY * limit_s,
+    )
+
+    assert min(computed_s() - computed_before_s, time.monotonic() - started) < limit_s
+    assert done.returncode not in {0, 130}
+    assert "Traceback" not in done.stdout + done.stderr
+    if limit_s <= 2:
+        assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("klein: ")]
+    return sentence
+
+
+def computed_s() -> float:
+    """Seconds that the ended children of this process have computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.slow
+def test_row_11_a_bad_setting_is_named() -> None:
+    """Case 1: which one, and what is wrong with it."""
+    sentence = start(limit_s=2, queue_images="many")
+
+    assert "KLEIN_QUEUE_IMAGES" in sentence
+    assert "many" not in sentence
+
+
+@pytest.mark.slow
+def test_row_11_a_misspelt_setting_is_named() -> None:
+    """Case 1 too: it would be ignored silently otherwise."""
+    assert "KLEIN_QUEUE_IMAGE " in start(limit_s=2, queue_image=4)
+
+
+@pytest.mark.slow
+def test_row_11_a_taken_port_is_found_first() -> None:
+    """Case 2: before the model, which may take minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        sentence = start("--port", str(port), limit_s=2, device="cpu", model="shapes")
+
+    assert str(port) in sentence
+    assert "--port" in sentence
+
+
+@pytest.mark.slow
+def test_section_3_row_3_a_public_address_needs_a_key() -> None:
+    """Section 3, row 3: three ways out are named."""
+    sentence = start(limit_s=2, host="0.0.0.0")
+
+    for way_out in ("KLEIN_API_KEYS", "127.0.0.1", "KLEIN_TRUST_NETWORK"):
+        assert way_out in sentence
+
+
+@pytest.mark.slow
+def test_row_11_a_model_that_is_not_there() -> None:
+    """Case 3: the setting that names it is named."""
+    assert "KLEIN_MODEL" in start(limit_s=2, model="/nowhere/at/all", device="cpu")
+
+
+class OldDriver(FakeNvml):
+    """A driver of 2022, that knows CUDA 11.8; one card, with two others on it."""
+
+    cuda = 11080
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 1
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        return self.cuda
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card: int) -> list[object]:
+        from types import SimpleNamespace
+
+        return [
+            SimpleNamespace(pid=os.getpid(), usedGpuMemory=8_500_000_000),
+            SimpleNamespace(pid=2**22 + 1, usedGpuMemory=500_000_000),
+        ]
+
+
+class FullCard(OldDriver):
+    """A driver of today."""
+
+    cuda = 13000
+
+
+def test_row_11_no_driver() -> None:
+    """Case 4: what to install, and how to do without."""
+
+    def load() -> None:
+        raise OSError("libnvidia-ml.so.1")
+
+    with pytest.raises(StartupError, match="No NVIDIA driver") as refused:
+        check_card(Card(0, load_nvml=load), 0, "13.0")
+    assert "KLEIN_DEVICE=cpu" in refused.value.message
+
+
+@pytest.mark.slow
+def test_row_11_no_card_ends_the_start_at_once() -> None:
+    """Case 4, as it is met: klein was asked for, and this machine cannot."""
+    assert "KLEIN_DEVICE=cpu" in start(limit_s=2, model="flux.2-klein-4b")
+
+
+def test_row_11_a_driver_too_old() -> None:
+    """Case 5: found and needed are both named."""
+    with pytest.raises(StartupError, match=r"580\.65\.06 is too old") as refused:
+        check_card(Card(0, load_nvml=OldDriver), 0, "13.0")
+    assert "11.8" in refused.value.message
+    assert "13.0" in refused.value.message
+
+
+def test_row_11_a_driver_of_the_same_major_version_will_do() -> None:
+    """CUDA's minor versions fit together; a card with room is not refused."""
+
+    def load() -> FullCard:
+        return FullCard(used_bytes=1_000_000_000)
+
+    check_card(Card(0, load_nvml=load), 0, "13.2")
+
+
+def test_row_11_too_little_free_memory() -> None:
+    """Case 6: how much is free and needed, and who holds it, the largest first."""
+    with pytest.raises(StartupError, match=r"3\.9 GB free of 12\.9 GB") as refused:
+        check_card(Card(0, load_nvml=FullCard), 0, "13.0")
+    message = refused.value.message
+
+    assert "4.5 GB are needed" in message
+    assert f"(process {os.getpid()}, 8.5 GB), a program outside this container" in message
+
+
+def test_row_11_a_card_that_is_not_there() -> None:
+    """The number is named, and how many there are."""
+    with pytest.raises(StartupError, match="no card 3"):
+        check_card(Card(3, load_nvml=FullCard), 3, "13.0")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny checkpoint, for the tests to damage copies of."""
+    from tests.checkpoints import write_tiny_klein
+
+    return write_tiny_klein(tmp_path_factory.mktemp("whole"))
+
+
+def remove_file(folder: Path) -> str:
+    """Case 7a: missing."""
+    next((folder / "vae").glob("*.safetensors")).unlink()
+    return "vae"
+
+
+def cut_file(folder: Path) -> str:
+    """Case 7b: truncated."""
+    file = next((folder / "transformer").glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 1000)
+    return file.name
+
+
+def swap_file(folder: Path) -> str:
+    """Case 7c: another model's."""
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "t5"}))
+    return "text_encoder"
+
+
+@pytest.mark.full
+@pytest.mark.torch
+@pytest.mark.parametrize("damage", [remove_file, cut_file, swap_file])
+def test_row_11_missing_truncated_and_wrong_files(checkpoint, tmp_path, damage) -> None:
+    """Case 7: within ten seconds, and the file or the part is named."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    name = damage(folder)
+
+    assert name in start(limit_s=10, model=str(folder), device="cpu")
+
+
+@pytest.mark.full
+@pytest.mark.torch
+def test_row_11_no_network_and_no_cache(tmp_path) -> None:
+    """Case 8: which file, and what to do."""
+    sentence = start(
+        limit_s=10, offline=True, model="flux.2-klein-4b", device="cpu", cache_dir=tmp_path
+    )
+
+    assert "not in the cache" in sentence
+    assert "start again" in sentence
+
+
+@pytest.mark.full
+@pytest.mark.torch
+def test_row_11_a_full_disk(tmp_path) -> None:
+    """Case 9: how much is needed and free, and which setting names another disk."""
+    from app.engine.catalog import CATALOG
+    from app.engine.download import ensure
+
+    with pytest.raises(StartupError, match="KLEIN_CACHE_DIR is too small") as refused:
+        ensure(
+            CATALOG["flux.2-klein-4b"],
+            tmp_path,
+            "fp8",
+            lambda progress: None,
+            free_bytes=lambda folder: 1_000_000_000,
+        )
+    assert "1.0 GB are free" in refused.value.message
