@@ -27,14 +27,14 @@ def _run(argv: Sequence[str] | None) -> int:
     if "serve" in (sys.argv if argv is None else argv):
         # A bad setting is told before anything that takes long to import.
         Settings.read(os.environ)
-    from app.cli import bench, compare, download, generate, serve
+    from app.cli import bench, compare, doctor, download, generate, serve
 
     parser = argparse.ArgumentParser(
         prog="klein", description="Serve one warm FLUX.2 klein pipeline over HTTP."
     )
     parser.add_argument("--version", action="version", version=f"klein {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (serve, generate, download, bench, compare):
+    for module in (serve, generate, download, doctor, bench, compare):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
     settings = Settings.read(os.environ, **arguments.settings(arguments))

@@ -1,0 +1,245 @@
+"""From facts to a diagnosis: pure, so that every machine can be judged on any other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from app.cli.checkup import CacheFound, CardFound, CompilerFound, Holder, HostFound, TorchFound
+from app.cli.diagnosis import Diagnosis, gigabytes
+from app.cli.forecast import Forecast
+from app.cli.surroundings import judge_cache, judge_compiler, judge_host
+from app.domain import ModelCard
+from app.engine.floors import find_card
+from app.runtime import Choice
+from app.settings import Settings
+
+PINNED_CUDA = "13.0"
+"""What the pinned torch is built for, besides its build for processors."""
+MINIMUM_DRIVERS = {"11": 450, "12": 525, "13": 580}
+"""The oldest driver for CUDA's major version, by NVIDIA's compatibility table."""
+
+_OLDEST_CAPABILITY = (7, 5)
+_NATIVE_BF16 = (8, 0)
+_SEVERAL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that was found out; a text says why something is not there. *card* is None where
+    the settings want none, *model* where none could be chosen."""
+
+    card: CardFound | str | None
+    torch: TorchFound
+    compiler: CompilerFound
+    host: HostFound
+    choice: Choice | str
+    model: ModelCard | None
+    forecast: Forecast | str | None
+    cache: CacheFound | None
+
+    @property
+    def is_klein(self) -> bool:
+        """Whether it is about more than the demo model."""
+        return self.model is not None and self.model.hub_id is not None
+
+
+def diagnose(facts: Facts, settings: Settings) -> Diagnosis:
+    """Tell what was found, and what is amiss with its remedy."""
+    found = Diagnosis(data=_data(facts))
+    _judge_card(found, facts, settings)
+    _judge_torch(found, facts)
+    _judge_model(found, facts, settings)
+    if isinstance(facts.forecast, Forecast) and facts.model is not None:
+        tell_forecast(found, facts.forecast, facts.model)
+        _judge_plan(found, facts, facts.forecast)
+    judge_compiler(found, facts.compiler, has_card=isinstance(facts.card, CardFound))
+    if facts.cache is not None:
+        precision = facts.forecast.precision if isinstance(facts.forecast, Forecast) else "bf16"
+        judge_cache(found, facts.cache, precision)
+    judge_host(found, facts.host, is_klein=facts.is_klein)
+    return found
+
+
+def minimum_driver(cuda: str | None) -> int:
+    """The oldest driver for a torch built for *cuda*; the pinned one's where torch has none."""
+    return MINIMUM_DRIVERS.get((cuda or PINNED_CUDA).partition(".")[0], MINIMUM_DRIVERS["13"])
+
+
+def tell_forecast(
+    found: Diagnosis, ahead: Forecast, model: ModelCard, *, is_computed: bool = False
+) -> None:
+    """Say what will be chosen and why; where *is_computed*, in words that claim no probe."""
+    reason = ahead.precision_reason
+    if is_computed:
+        reason = f"expected, where the start finds that {reason}"
+    found.tell("precision", f"{ahead.precision}: {reason}")
+    size = f"{model.default_width}x{model.default_height}"
+    if ahead.plan is not None:
+        found.tell("plan", f"{ahead.plan.name}: {'; '.join(ahead.plan.reasons)}")
+        found.tell(
+            "peak", f"{gigabytes(ahead.plan.peak_bytes)} expected at {size}, {_sizes(ahead)}"
+        )
+    if ahead.floor_s is not None:
+        found.tell(
+            "floor",
+            f"{ahead.floor_s:.2f} s for {size} in {model.default_steps} steps, computed from the "
+            "datasheet; real cards reach about half of it",
+        )
+
+
+def _sizes(ahead: Forecast) -> str:
+    assert ahead.plan is not None
+    alone, *beside = ahead.plan.max_pixels
+    text = f"largest picture {alone / 1e6:.1f} megapixels"
+    if not beside:
+        return text
+    if beside[0] == 0:
+        return f"{text}, no room for a reference image"
+    return f"{text}, beside a reference image {beside[0] / 1e6:.1f}"
+
+
+def _judge_card(found: Diagnosis, facts: Facts, settings: Settings) -> None:
+    needed = minimum_driver(facts.torch.cuda)
+    if facts.card is None:
+        found.tell("card", "none wanted: KLEIN_DEVICE is cpu")
+        return
+    if isinstance(facts.card, str):
+        found.tell("card", f"none: {facts.card}")
+        _judge_absence(found, facts, facts.card, settings)
+        return
+    card = facts.card
+    major, minor = card.capability
+    found.tell("card", f"{card.name}, compute capability {major}.{minor}")
+    found.tell("driver", f"{card.driver}, needed is {needed} or newer")
+    used = f"{gigabytes(card.total_bytes)}, of which {gigabytes(card.free_bytes)} are free"
+    found.tell("memory", f"{used}; {_holders(card)}")
+    if _driver_major(card.driver) < needed:
+        found.complain(
+            f"The driver {card.driver} is too old for torch {facts.torch.version}, which is built "
+            f"for CUDA {facts.torch.cuda or PINNED_CUDA}.",
+            f"Install NVIDIA's driver {needed} or newer and start the machine again.",
+            is_fatal=True,
+        )
+    if card.capability < _OLDEST_CAPABILITY:
+        found.complain(
+            f"{card.name} is older than what CUDA 13 runs on.",
+            "Take a card of the RTX series, or set KLEIN_DEVICE=cpu.",
+            is_fatal=True,
+        )
+    elif card.capability < _NATIVE_BF16:
+        found.complain(
+            f"{card.name} does not calculate in bf16 itself, so pictures take several times as "
+            "long as on newer cards.",
+            "Nothing can be set against that; RTX 3000 and newer do.",
+            is_fatal=False,
+        )
+
+
+def _judge_absence(found: Diagnosis, facts: Facts, reason: str, settings: Settings) -> None:
+    """Without a card the demo runs on the processor, unless a card was asked for by number."""
+    is_demo = facts.model is not None and not facts.is_klein
+    is_fatal = not is_demo or "device" in settings.model_fields_set
+    served = "" if is_fatal else " The demo model is served by the processor."
+    found.complain(
+        f"NVML finds no card that can be used: {reason}.{served}",
+        f"For klein, install NVIDIA's driver {minimum_driver(facts.torch.cuda)} or newer; in a "
+        "container, start it with the card (docker run --gpus all, or compose.yaml as it stands) "
+        "and see that nvidia-smi answers there. Without a card, set KLEIN_DEVICE=cpu.",
+        is_fatal=is_fatal,
+    )
+
+
+def _judge_torch(found: Diagnosis, facts: Facts) -> None:
+    torch = facts.torch
+    built = f"built for CUDA {torch.cuda}" if torch.cuda else "built for processors only"
+    found.tell("torch", f"{torch.version}, {built}")
+    if not isinstance(facts.card, CardFound) or torch.sees_card:
+        return
+    if torch.cuda is None:
+        found.complain(
+            "torch is built for processors only and cannot use the card.",
+            f"Install torch's build for CUDA {PINNED_CUDA}: pip install --force-reinstall "
+            "-r requirements.lock without an index of processor wheels.",
+            is_fatal=True,
+        )
+    elif _driver_major(facts.card.driver) >= minimum_driver(torch.cuda):
+        found.complain(
+            "NVML sees the card, but torch does not.",
+            "See what CUDA_VISIBLE_DEVICES says, and in a container whether the driver's compute "
+            "libraries are passed in (NVIDIA_DRIVER_CAPABILITIES=compute,utility).",
+            is_fatal=True,
+        )
+
+
+def _judge_model(found: Diagnosis, facts: Facts, settings: Settings) -> None:
+    if isinstance(facts.choice, str):
+        found.complain(facts.choice, "Set KLEIN_MODEL or --model anew.", is_fatal=True)
+        return
+    found.tell("model", f"{facts.choice.key}: {facts.choice.reason}")
+    if facts.choice.path:
+        found.tell("files", facts.choice.path)
+    if isinstance(facts.forecast, str):
+        found.complain(
+            facts.forecast, "Set KLEIN_PRECISION=auto to let the card decide.", is_fatal=True
+        )
+    if settings.device == "cpu" and facts.is_klein:
+        found.complain(
+            "klein on a processor takes minutes for a picture.",
+            "Take a card, or the demo: KLEIN_MODEL=shapes.",
+            is_fatal=False,
+        )
+
+
+def _judge_plan(found: Diagnosis, facts: Facts, ahead: Forecast) -> None:
+    assert isinstance(facts.card, CardFound)
+    if ahead.plan is None:
+        remedy = "Close what else uses the card."
+        if facts.card.holders:
+            remedy = (
+                f"Close what holds it: {_names(facts.card)}. If that is klein, it serves already."
+            )
+        found.complain(
+            f"{gigabytes(facts.card.free_bytes)} of the card are free, which is too little even "
+            "with the text encoder in host memory.",
+            remedy,
+            is_fatal=True,
+        )
+    elif ahead.plan.name != "resident" and facts.card.holders:
+        found.complain(
+            f"What else is on the card makes the plan {ahead.plan.name} necessary, which is "
+            "slower than resident.",
+            f"Close what can be spared: {_names(facts.card)}.",
+            is_fatal=False,
+        )
+
+
+def _holders(card: CardFound) -> str:
+    if not card.holders:
+        return "the driver names nobody who holds the rest"
+    return f"held by {_names(card)}"
+
+
+def _names(card: CardFound) -> str:
+    names = [_name(holder) for holder in card.holders[:_SEVERAL]]
+    more = len(card.holders) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def _name(holder: Holder) -> str:
+    """Program, process id, and bytes where the driver tells them."""
+    size = f", {gigabytes(holder.used_bytes)}" if holder.used_bytes else ""
+    return f"{holder.name} ({holder.pid}{size})"
+
+
+def _driver_major(version: str) -> int:
+    major = version.partition(".")[0]
+    return int(major) if major.isdigit() else 0
+
+
+def _data(facts: Facts) -> dict[str, object]:
+    """The facts for scripts."""
+    data = asdict(facts)
+    if isinstance(facts.card, CardFound):
+        known = find_card(facts.card.name)
+        data["card"]["key"] = known.key if known else None
+    return data

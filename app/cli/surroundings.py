@@ -1,0 +1,73 @@
+"""The surroundings of the card, judged: compiler, cache and disk, the host's memory. Pure."""
+
+from __future__ import annotations
+
+from app.cli.checkup import CacheFound, CompilerFound, HostFound
+from app.cli.diagnosis import Diagnosis, gigabytes
+
+_FIRST_LOAD_BYTES = 10_000_000_000
+_CONVERTED_BYTES = {"fp8": 2_800_000_000, "int8": 6_900_000_000}
+"""Written to the cache at the first load, besides the download: weights brought to 8 bit."""
+
+
+def judge_compiler(found: Diagnosis, compiler: CompilerFound, *, has_card: bool) -> None:
+    """Say whether the networks can be compiled; only on a card does it matter."""
+    missing = compiler.missing
+    if not missing:
+        found.tell("compiling", f"works: {compiler.c_compiler}, Triton")
+        return
+    found.tell("compiling", f"does not work: {', '.join(missing)} missing")
+    if has_card:
+        found.complain(
+            f"Nothing can be compiled ({', '.join(missing)} missing), so pictures take about "
+            "twice as long.",
+            "Install gcc and Python's headers (Debian: gcc libc6-dev python3-dev); Triton comes "
+            "with torch's build for CUDA.",
+            is_fatal=False,
+        )
+
+
+def judge_cache(found: Diagnosis, cache: CacheFound, precision: str) -> None:
+    """Say what is there and what is missing, and whether the disk has room for it."""
+    there = cache.total_bytes - cache.missing_bytes
+    found.tell(
+        "cache",
+        f"{cache.folder}: {gigabytes(there)} of {gigabytes(cache.total_bytes)} there, "
+        f"{gigabytes(cache.missing_bytes)} missing",
+    )
+    found.tell("disk", f"{gigabytes(cache.disk_free_bytes)} free")
+    if not cache.is_writable:
+        found.complain(
+            f"{cache.folder} may not be written to by this user.",
+            "Make it writable, or set KLEIN_CACHE_DIR to another folder.",
+            is_fatal=cache.missing_bytes > 0,
+        )
+    needed = cache.missing_bytes + _CONVERTED_BYTES.get(precision, 0)
+    if cache.missing_bytes and needed > cache.disk_free_bytes:
+        found.complain(
+            f"The disk has {gigabytes(cache.disk_free_bytes)} free, needed are "
+            f"{gigabytes(needed)}: the download, and what is converted once.",
+            "Make room, or set KLEIN_CACHE_DIR to a folder on another disk.",
+            is_fatal=True,
+        )
+    elif cache.missing_bytes:
+        found.complain(
+            f"{gigabytes(cache.missing_bytes)} are still to be downloaded.",
+            "klein download fetches them ahead of time; else the first start does.",
+            is_fatal=False,
+        )
+
+
+def judge_host(found: Diagnosis, host: HostFound, *, is_klein: bool) -> None:
+    """Say what the host has; klein's first load is the most that it must carry."""
+    found.tell(
+        "host",
+        f"{gigabytes(host.total_bytes)}, of which {gigabytes(host.available_bytes)} available",
+    )
+    if is_klein and 0 < host.available_bytes < _FIRST_LOAD_BYTES:
+        found.complain(
+            f"{gigabytes(host.available_bytes)} of host memory are available; the first load takes "
+            f"up to {gigabytes(_FIRST_LOAD_BYTES)}.",
+            "Close other programs for the first start, or add swap space.",
+            is_fatal=False,
+        )
