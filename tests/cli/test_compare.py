@@ -60,7 +60,7 @@ def run(tmp_path: Path, *words: str) -> int:
     compare.add_parser(parser.add_subparsers())
     return compare.run(
         parser.parse_args(["compare", "a cat", "-o", str(tmp_path / "sheet.png"), *words]),
-        Settings(model="flux.2-klein-4b"),
+        Settings(model="shapes"),
         make_engine=RoundingEngine,
         gpu=Card(0, load_nvml=FakeNvml),
     )
@@ -68,7 +68,7 @@ def run(tmp_path: Path, *words: str) -> int:
 
 def test_each_precision_is_compared_with_the_most_exact(tmp_path, capsys) -> None:
     """An error of two steps of 255 is 42.1 dB; the table and the last line say so."""
-    assert run(tmp_path, "--precision", "fp8,bf16", "--size", "128x64") == 0
+    assert run(tmp_path, "--precision", "fp8,bf16", "--size", "256x128") == 0
 
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
@@ -83,20 +83,20 @@ def test_each_precision_is_compared_with_the_most_exact(tmp_path, capsys) -> Non
 
 def test_the_sheet_shows_pictures_and_differences(tmp_path) -> None:
     """Side by side in the order asked for; the difference below is eight times as strong."""
-    run(tmp_path, "--precision", "fp8,bf16", "--size", "128x64")
+    run(tmp_path, "--precision", "fp8,bf16", "--size", "256x128")
 
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet).astype(int)
         assert sheet.text["compared"] == "fp8, bf16"
-    first, second = pixels[:64, :128], pixels[:64, 136:264]
+    first, second = pixels[:128, :256], pixels[:128, 264:520]
     assert np.all(first - second == 2)
-    assert np.all(pixels[72:136, :128] == 16)
-    assert np.all(pixels[72:136, 136:264] == 0)
+    assert np.all(pixels[136:264, :256] == 16)
+    assert np.all(pixels[136:264, 264:520] == 0)
 
 
 def test_a_precision_that_does_not_start_leaves_the_others(tmp_path, capsys) -> None:
     """It is named with its reason, and the exit code says that something is missing."""
-    assert run(tmp_path, "--precision", "int8,bf16,fp32", "--size", "64x64") == 1
+    assert run(tmp_path, "--precision", "int8,bf16,fp32", "--size", "128x128") == 1
 
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["notes"] == ["int8: The precision int8 is not available here."]

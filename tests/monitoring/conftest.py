@@ -22,19 +22,23 @@ class Watched(Server):
 
     def __init__(self) -> None:
         super().__init__(
-            module="tests.monitoring.carded", api_keys=KEY, queue_images=1, watchdog_s=2
+            module="tests.monitoring.carded",
+            model="shapes",
+            api_keys=KEY,
+            queue_images=1,
+            watchdog_s=2,
         )
 
     def ask(self, prompt: str, **headers: str) -> int:
         """Ask for a small picture; return the status."""
-        body = {"prompt": prompt, "width": 64, "height": 64, "num_inference_steps": 2}
+        body = {"prompt": prompt, "width": 128, "height": 128, "num_inference_steps": 2}
         return self.post("/generate", body, authorization=f"Bearer {KEY}", **headers)[0]
 
     def leave(self) -> None:
         """Ask for a slow picture and go away before it is there."""
         where = urlsplit(self.url)
         connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=10)
-        body = json.dumps({"prompt": "slow", "width": 64, "height": 64})
+        body = json.dumps({"prompt": "slow", "width": 128, "height": 128})
         connection.request("POST", "/generate", body, _HEADERS)
         time.sleep(0.5)
         connection.close()
