@@ -54,8 +54,7 @@ def diagnose(facts: Facts, settings: Settings) -> Diagnosis:
         _judge_plan(found, facts, facts.forecast)
     judge_compiler(found, facts.compiler, has_card=isinstance(facts.card, CardFound))
     if facts.cache is not None:
-        precision = facts.forecast.precision if isinstance(facts.forecast, Forecast) else "bf16"
-        judge_cache(found, facts.cache, precision)
+        judge_cache(found, facts.cache)
     judge_host(found, facts.host, is_klein=facts.is_klein)
     return found
 

@@ -6,8 +6,6 @@ from app.cli.checkup import CacheFound, CompilerFound, HostFound
 from app.cli.diagnosis import Diagnosis, gigabytes
 
 _FIRST_LOAD_BYTES = 10_000_000_000
-_CONVERTED_BYTES = {"fp8": 2_800_000_000, "int8": 6_900_000_000}
-"""Written to the cache at the first load, besides the download: weights brought to 8 bit."""
 
 
 def judge_compiler(found: Diagnosis, compiler: CompilerFound, *, has_card: bool) -> None:
@@ -27,7 +25,7 @@ def judge_compiler(found: Diagnosis, compiler: CompilerFound, *, has_card: bool)
         )
 
 
-def judge_cache(found: Diagnosis, cache: CacheFound, precision: str) -> None:
+def judge_cache(found: Diagnosis, cache: CacheFound) -> None:
     """Say what is there and what is missing, and whether the disk has room for it."""
     there = cache.total_bytes - cache.missing_bytes
     found.tell(
@@ -42,11 +40,10 @@ def judge_cache(found: Diagnosis, cache: CacheFound, precision: str) -> None:
             "Make it writable, or set KLEIN_CACHE_DIR to another folder.",
             is_fatal=cache.missing_bytes > 0,
         )
-    needed = cache.missing_bytes + _CONVERTED_BYTES.get(precision, 0)
-    if cache.missing_bytes and needed > cache.disk_free_bytes:
+    if cache.missing_bytes > cache.disk_free_bytes:
         found.complain(
             f"The disk has {gigabytes(cache.disk_free_bytes)} free, needed are "
-            f"{gigabytes(needed)}: the download, and what is converted once.",
+            f"{gigabytes(cache.missing_bytes)} for the download.",
             "Make room, or set KLEIN_CACHE_DIR to a folder on another disk.",
             is_fatal=True,
         )
