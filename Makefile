@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: help serve test test-fast test-system image-check check lock clean
+.PHONY: soak help serve test test-fast test-system image-check check lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -48,3 +48,6 @@ lock: ## make both lock files anew from pyproject.toml and tests/requirements.in
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+soak: $(VENV)/.test ## MINUTES=10 at twice the capacity with faults, kills and drains; one table, one JSON line
+	$(RUN) benchmarks/soak.py --minutes $(or $(MINUTES),10)

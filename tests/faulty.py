@@ -2,11 +2,13 @@
 
     python -m tests.faulty slow=0.2 oom@3 exit@5
 
-`fault@n` strikes at the n-th picture of a worker process, `slow=s` makes every picture take *s*
-seconds (split over its steps). Faults: `oom`, `sticky` (the card is lost), `hang` (a step never
-returns), `exit` (the process dies), `fail`. `load=s` makes loading take *s* seconds, `startfail`
-makes it fail, `once=PATH` lets faults strike only while PATH does not exist and creates it. No
-setting of the service selects this engine.
+`fault@n` strikes at the n-th picture of a worker process, `fault%n` at every n-th, `slow=s` makes
+every picture take *s* seconds (split over its steps). Faults: `oom`, `sticky` (the card is lost),
+`hang` (a step never returns), `exit` (the process dies), `fail`, `leak` (an error of no kind of
+ours, with the prompt in its message). `load=s` makes loading take *s* seconds, `startfail` makes it
+fail, `once=PATH` lets faults strike only while PATH does not exist and creates it. `gate=PATH`
+holds every picture between its steps until PATH exists. `trace=PATH` gets a line for each end of a
+picture. No setting of the service selects this engine.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class Script:
     start_fails: bool = False
     once: str | None = None
     trace: str | None = None
+    gate: str | None = None
+    recurring: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, words: list[str]) -> Script:
@@ -53,13 +57,17 @@ class Script:
             if "@" in word:
                 fault, _, count = word.partition("@")
                 script = replace(script, faults={**script.faults, int(count): fault})
+            elif "%" in word:
+                fault, _, count = word.partition("%")
+                recurring = {**script.recurring, int(count): fault}
+                script = replace(script, recurring=recurring)
             elif word == "startfail":
                 script = replace(script, start_fails=True)
             else:
                 key, _, value = word.partition("=")
                 name = {"slow": "slow_s", "load": "load_s"}.get(key, key)
                 script = replace(
-                    script, **{name: value if key in {"once", "trace"} else float(value)}
+                    script, **{name: value if key in {"once", "trace", "gate"} else float(value)}
                 )
         return script
 
@@ -100,7 +108,7 @@ class FaultyEngine:
     ) -> Generated:
         """Step through the spec; strike where the script says so."""
         self._count += 1
-        fault = self._script.faults.get(self._count)
+        fault = self._fault()
         if fault and self._script.once:
             if Path(self._script.once).exists():
                 fault = None
@@ -113,7 +121,9 @@ class FaultyEngine:
                 self._trace(f"stopped {step}")
                 raise Cancelled
             if step == spec.num_inference_steps // 2 and fault:
-                _strike(fault)
+                self._trace(f"struck {fault}")
+                _strike(fault, spec)
+            self._wait_at_gate(should_stop)
             begun = time.monotonic()
             time.sleep(self._script.slow_s / spec.num_inference_steps)
             steps.append(time.monotonic() - begun)
@@ -131,6 +141,16 @@ class FaultyEngine:
     def close(self) -> None:
         """Nothing to let go of."""
 
+    def _fault(self) -> str | None:
+        for every, fault in self._script.recurring.items():
+            if self._count % every == 0:
+                return fault
+        return self._script.faults.get(self._count)
+
+    def _wait_at_gate(self, should_stop: Callable[[], bool]) -> None:
+        while self._script.gate and not Path(self._script.gate).exists() and not should_stop():
+            time.sleep(0.005)
+
     def _trace(self, line: str) -> None:
         if self._script.trace:
             with Path(self._script.trace).open("a") as file:
@@ -143,13 +163,15 @@ def draw(spec: ImageSpec) -> RawImage:
     return RawImage(spec.width, spec.height, colour * (spec.width * spec.height))
 
 
-def _strike(fault: str) -> None:
+def _strike(fault: str, spec: ImageSpec) -> None:
     if fault == "oom":
         raise OutOfMemory("The card has no room for this picture; ask for a smaller one.")
     if fault == "sticky":
         raise WorkerLost("The card reported an error that only a new worker process can mend.")
     if fault == "fail":
         raise GenerationFailed("The picture could not be made.")
+    if fault == "leak":
+        raise RuntimeError(f"a library could not make sense of {spec.prompt!r}: {spec.prompt}")
     if fault == "exit":
         os._exit(3)
     if fault == "hang":
