@@ -18,6 +18,7 @@ from app.runtime import Runtime
 from app.service import ImageService
 from app.telemetry.metrics import Metrics
 
+MIN_DEADLINE_S = 0.1
 _DEADLINE = "X-Klein-Deadline-S"
 
 
@@ -56,9 +57,10 @@ async def _deadline_s(request: Request) -> float | None:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
+    if not MIN_DEADLINE_S <= seconds < math.inf:
         raise InvalidRequest(
-            f"{_DEADLINE} must be a number of seconds above 0, such as 30.", param=_DEADLINE
+            f"{_DEADLINE} must be a number of seconds from {MIN_DEADLINE_S:g}, such as 30.",
+            param=_DEADLINE,
         )
     return seconds
 

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app.api.config import ApiConfig
+from app.api.deps import MIN_DEADLINE_S
 from app.api.errors import REPLIES
 from app.api.schemas import native, openai_fields
 from app.domain import ModelCard
@@ -92,7 +93,10 @@ def _fill_edits(operation: dict[str, Any], card: ModelCard, config: ApiConfig) -
     file = {"type": "string", "format": "binary"}
     form["properties"]["image"] = {
         "description": "PNG, JPEG or WebP; repeated, or as image[], for more than one.",
-        "anyOf": [file, {"type": "array", "items": file, "maxItems": config.max_references}],
+        "type": "array",
+        "items": file,
+        "minItems": 1,
+        "maxItems": config.max_references,
     }
     form["properties"]["mask"] = {
         "description": "PNG or WebP of the first picture's size; transparent is repainted.",
@@ -113,7 +117,7 @@ def _fill_edits(operation: dict[str, Any], card: ModelCard, config: ApiConfig) -
 
 def _images_replies() -> dict[str, Any]:
     reply = _reply("The pictures.", ["application/json"], _images_schema())
-    reply["content"][_EVENTS] = {"schema": {"type": "string"}}
+    reply["content"][_EVENTS] = {}  # OpenAPI 3.1 has no words for a stream of events
     return {"200": reply, **_errors(_GENERATES)}
 
 
@@ -133,7 +137,7 @@ def _deadline() -> dict[str, Any]:
         "in": "header",
         "required": False,
         "description": "Seconds that the client is willing to wait; only ever shortens the limit.",
-        "schema": {"type": "number", "exclusiveMinimum": 0},
+        "schema": {"type": "number", "minimum": MIN_DEADLINE_S},
     }
 
 

@@ -159,7 +159,7 @@ async def test_the_deadline_header_reaches_the_service(client, service):
     assert service.deadlines == [2.5]
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf", ""])
+@pytest.mark.parametrize("text", ["0", "-1", "0.01", "soon", "nan", "inf", ""])
 async def test_a_deadline_that_is_none_is_refused(client, service, text):
     """It names the header."""
     headers = {"x-klein-deadline-s": text}

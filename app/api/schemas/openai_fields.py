@@ -18,6 +18,8 @@ from app.errors import InvalidRequest
 MAX_PROMPT = 32_000
 MAX_SEED = 2**53 - 1
 MAX_IMAGES = 10
+MAX_URL = 20_971_520
+"""Characters of a picture in JSON; OpenAI's own limit."""
 MAX_PARTIALS = 3
 FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = {
     "png": "png",
@@ -210,6 +212,8 @@ def _edit_only(config: ApiConfig) -> tuple[Field, ...]:
             "image_url": {
                 "type": "string",
                 "description": "A data URL: data:image/png;base64,...; jpeg and webp too.",
+                "pattern": "^data:image/(png|jpe?g|webp);base64,",
+                "maxLength": MAX_URL,
             }
         },
         "additionalProperties": False,

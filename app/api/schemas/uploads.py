@@ -12,14 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from app.api.schemas.openai_fields import MAX_URL
 from app.api.schemas.sizes import SizeRule
 from app.domain import Mask, RawImage
 from app.errors import InvalidRequest
 from app.images import decode_mask, decode_upload, prepare_reference, resize
 
 MAX_UPLOAD_BYTES = 50_000_000
-MAX_TEXT = 20_971_520
-"""Characters of a data URL or of base64; OpenAI's own limit."""
 
 _DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
 _RATIO_TOLERANCE = 0.02
@@ -65,9 +64,9 @@ class Edit:
 
 def data_url(text: str, param: str) -> Upload:
     """Take the base64 out of a data URL; any other URL is refused without being looked at."""
-    if len(text) > MAX_TEXT:
+    if len(text) > MAX_URL:
         raise InvalidRequest(
-            f"{param} has {len(text):,} characters; the most is {MAX_TEXT:,}.",
+            f"{param} has {len(text):,} characters; the most is {MAX_URL:,}.",
             param=param,
             code="string_above_max_length",
         )
@@ -83,9 +82,7 @@ def data_url(text: str, param: str) -> Upload:
 
 def base64_or_data_url(text: str, param: str) -> Upload:
     """Take plain base64 too, which no URL is: a colon is not in its alphabet."""
-    return (
-        data_url(text, param) if ":" in text[:64] or len(text) > MAX_TEXT else Upload(text, param)
-    )
+    return data_url(text, param) if ":" in text[:64] or len(text) > MAX_URL else Upload(text, param)
 
 
 class Decoder:

@@ -1,0 +1,74 @@
+"""Schemathesis against the live OpenAPI document: no 5xx, every answer as documented."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server import ROOT, Server
+
+pytestmark = pytest.mark.slow
+
+# The rules between fields (width and height against size, mask without images, stream with n) and
+# the rule about sizes cannot be stated in a schema, so what fits it may still be refused with 400.
+EXCLUDED = "positive_data_acceptance"
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A service on the scripted engine: the HTTP room is what is fuzzed."""
+    settings = {"model": "flux.2-klein-4b", "device": "cpu", "queue_images": 64}
+    with Server("slow=0", module="tests.api.live", **settings) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("cases", "examples", "phases"),
+    [
+        (200, 40, "fuzzing"),
+        pytest.param(2000, 150, "examples,coverage,fuzzing", marks=pytest.mark.full),
+    ],
+)
+def test_whatever_is_sent_is_answered_as_documented(
+    server, tmp_path: Path, cases, examples, phases
+):
+    """At least so many cases; the worker that was there before is there after."""
+    worker = server.worker_pid()
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        f"{server.url}/openapi.json",
+        f"--max-examples={examples}",
+        f"--exclude-checks={EXCLUDED}",
+        f"--phases={phases}",
+        "--workers=2",
+        "--warnings=off",
+        "--no-color",
+    ]
+    environ = {
+        **os.environ,
+        "SCHEMATHESIS_HOOKS": "tests.api.schema_checks",
+        "PYTHONPATH": str(ROOT),
+    }
+    run = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    generated = re.search(r"([0-9,]+) generated", run.stdout)
+
+    assert run.returncode == 0, run.stdout[-12_000:] + run.stderr[-2000:]
+    assert generated is not None
+    assert int(generated[1].replace(",", "")) >= cases
+    assert server.worker_pid() == worker
+    assert server.metric("klein_requests_total", outcome="error") == 0
+    assert "Traceback" not in server.log
