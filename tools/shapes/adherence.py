@@ -1,7 +1,7 @@
 """Answers to the examination by the networks in training, and by a checkpoint on disk.
 
 The first is a batched sampler on the training passes; the second is the library's own pipeline, as
-anybody would load it. A test holds the two to each other.
+anybody would load it. Tests hold the parts of the first to those of the second.
 """
 
 from collections import defaultdict

@@ -60,7 +60,8 @@ def draw(picture: Picture) -> NDArray[np.uint8]:
     """One picture as height x width x 3 bytes."""
     marks, background = tensors([picture])
     image, _ = render(marks, background, picture.width, picture.height)
-    return np.asarray((image[0] * 255).round().byte().permute(1, 2, 0))
+    pixels: NDArray[np.uint8] = np.asarray((image[0] * 255).round().byte().permute(1, 2, 0))
+    return pixels
 
 
 def tensors(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:

@@ -173,8 +173,10 @@ class Trainer:
         stepper = Stepper(
             self.weights, self._attribute_loss, pool=self._pool, simpler=self._go_simpler
         )
-        figures, started = RunningFigures(), time.monotonic()
         prompts = _Prompts(self._packers, self._device, max(8, 512 // self._shrink))
+        # Compiling and capturing happen in the first step and shall not eat the phase's time.
+        stepper.step(prompts.batch())
+        figures, started = RunningFigures(), time.monotonic()
         step, told, right = 0, started, 0.0
         while (passed := (time.monotonic() - started) / pace.seconds) < 1:
             self._set_rate(_TEXT_RATE, step, passed)

@@ -56,8 +56,6 @@ def main() -> None:
         figures = _Run(arguments, device, tokenizer, packers, PromptCodes(tokens)).run()
     finally:
         packers.close()
-    figures["seconds"] = round(time.monotonic() - _STARTED, 1)
-    (arguments.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     _log.info("done: %s", json.dumps(figures))
 
 
@@ -111,7 +109,7 @@ class _Run:
 
     def _codec(self) -> AutoencoderKLFlux2:
         arguments = self._arguments
-        if arguments.resume:
+        if arguments.resume and not arguments.new_codec:
             folder = checkpoint.unpack(arguments.resume, arguments.work / "resumed")
             codec = AutoencoderKLFlux2.from_pretrained(folder / "vae").float()
             return codec.to(self._device).eval()
@@ -135,10 +133,17 @@ class _Run:
         share = self._arguments.shrink
         questions = scene_questions(200 // share) + edit_questions(60 // share)
         self._figures["sampler"] = self._ask("at the end", questions, sheet=True)
+        self._save_figures()
         few = scene_questions(12) + edit_questions(6)
         marks = examine(few, PipelineSampler(self._folder, self._arguments.device).answer(few))
         self._figures["pipeline"] = marks.figures()
         _log.info("the pipeline from disk: %s", marks)
+        self._save_figures()
+
+    def _save_figures(self) -> None:
+        self._figures["seconds"] = round(time.monotonic() - _STARTED, 1)
+        text = json.dumps(self._figures, indent=2) + "\n"
+        (self._arguments.out / "figures.json").write_text(text)
 
     def _write(self) -> None:
         checkpoint.write(self._trainer, self._trained_codec, self._tokenizer, self._folder)
@@ -184,6 +189,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="scratch folder")
     parser.add_argument("--resume", type=Path, help="go on from another call's --out")
+    parser.add_argument(
+        "--new-codec", action="store_true", help="with --resume: keep all but the autoencoder"
+    )
     parser.add_argument("--codec-minutes", type=float, default=1.3)
     parser.add_argument("--text-minutes", type=float, default=0.7)
     parser.add_argument("--minutes", type=float, default=25.0, help="for everything")
