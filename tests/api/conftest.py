@@ -11,10 +11,9 @@ from fastapi import FastAPI
 
 from app.api.app import create_app
 from app.settings import Settings
+from tests.api.targets import BASE_URL, LIFETIME_S, MAX_BODY
 from tests.fakes import FakeRuntime, FakeService
 from tests.server import Server
-
-BASE_URL = "http://127.0.0.1:8000"
 
 
 @pytest.fixture
@@ -80,6 +79,14 @@ def live_klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from tests.checkpoints import write_tiny_klein
 
     folder = write_tiny_klein(tmp_path_factory.mktemp("klein"))
-    settings = {"model": folder, "device": "cpu", "max_body_bytes": 4 * 1024 * 1024}
-    with Server("lifetime=2", module="tests.api.live", **settings) as server:
+    settings = {"model": folder, "device": "cpu", "max_body_bytes": MAX_BODY}
+    with Server(f"lifetime={LIFETIME_S}", module="tests.api.live", **settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def live_scripted() -> Iterator[Server]:
+    """A live service with klein's ids and limits, whose scripted engine takes no time."""
+    settings = {"model": "flux.2-klein-4b", "device": "cpu"}
+    with Server("slow=0", module="tests.api.live", **settings) as server:
         yield server

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,15 @@ import httpx
 from openai import AsyncOpenAI
 from PIL import Image
 
+from app.api.app import create_app
+from app.settings import Settings
+from tests.fakes import FakeRuntime
+from tests.server import Server
+
+BASE_URL = "http://127.0.0.1:8000"
 KEY = "acceptance-key-1234"
+LIFETIME_S = 2.0
+MAX_BODY = 4 * 1024 * 1024
 
 
 @dataclass
@@ -46,6 +55,31 @@ class Target:
     def extra(self, **fields: Any) -> dict[str, Any]:
         """Make an `extra_body`."""
         return {**self.quick, **fields}
+
+
+@asynccontextmanager
+async def on_fakes() -> AsyncIterator[Target]:
+    """Run an app on fakes in this process."""
+    runtime = FakeRuntime()
+    settings = Settings.read({}, max_body_bytes=MAX_BODY)
+    app = create_app(settings, lambda _: runtime, link_lifetime_s=LIFETIME_S)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as http:
+        yield Target(BASE_URL, http, lambda: len(runtime.service.specs), is_live=False)
+
+
+@asynccontextmanager
+async def on_server(
+    server: Server, *, quick: dict[str, Any] | None = None
+) -> AsyncIterator[Target]:
+    """Speak to a live service over its socket."""
+
+    def count() -> int:
+        modes = ("generate", "edit")
+        return int(sum(server.metric("klein_images_total", mode=mode) for mode in modes))
+
+    async with httpx.AsyncClient(timeout=120) as http:
+        yield Target(server.url, http, count, is_live=True, quick=quick or {})
 
 
 def picture(item: Any) -> Image.Image:

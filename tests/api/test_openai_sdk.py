@@ -17,39 +17,22 @@ from openai import BadRequestError, NotFoundError
 from openai.types import ImagesResponse
 from PIL import Image
 
-from app.api.app import create_app
-from app.settings import Settings
-from tests.api.conftest import BASE_URL
 from tests.api.pictures import data_url, encode, mask, photo, rotated_photo
-from tests.api.targets import Target, picture
-from tests.fakes import FakeRuntime
+from tests.api.targets import LIFETIME_S, MAX_BODY, Target, on_fakes, on_server, picture
 
 LIVE = pytest.param("live", marks=[pytest.mark.slow, pytest.mark.torch])
-LIFETIME_S = 2.0
-MAX_BODY = 4 * 1024 * 1024
 SMALL = "64x64"
 
 
 @pytest.fixture(params=["fakes", LIVE])
 async def target(request):
     """One service after the other."""
-    if request.param == "live":
-        server = request.getfixturevalue("live_klein")
-
-        def count() -> int:
-            return int(
-                sum(server.metric("klein_images_total", mode=m) for m in ("generate", "edit"))
-            )
-
-        async with httpx.AsyncClient(timeout=120) as http:
-            yield Target(server.url, http, count, is_live=True, quick={"steps": 2})
-        return
-    runtime = FakeRuntime()
-    settings = Settings.read({}, max_body_bytes=MAX_BODY)
-    app = create_app(settings, lambda _: runtime, link_lifetime_s=LIFETIME_S)
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as http:
-        yield Target(BASE_URL, http, lambda: len(runtime.service.specs), is_live=False)
+    if request.param == "fakes":
+        running = on_fakes()
+    else:
+        running = on_server(request.getfixturevalue("live_klein"), quick={"steps": 2})
+    async with running as target:
+        yield target
 
 
 async def make(target: Target, **fields) -> ImagesResponse:

@@ -10,21 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import ROOT, Server
+from tests.server import ROOT
 
 pytestmark = pytest.mark.slow
 
 # The rules between fields (width and height against size, mask without images, stream with n) and
 # the rule about sizes cannot be stated in a schema, so what fits it may still be refused with 400.
 EXCLUDED = "positive_data_acceptance"
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A service on the scripted engine: the HTTP room is what is fuzzed."""
-    settings = {"model": "flux.2-klein-4b", "device": "cpu", "queue_images": 64}
-    with Server("slow=0", module="tests.api.live", **settings) as server:
-        yield server
 
 
 @pytest.mark.parametrize(
@@ -35,9 +27,10 @@ def server():
     ],
 )
 def test_whatever_is_sent_is_answered_as_documented(
-    server, tmp_path: Path, cases, examples, phases
+    live_scripted, tmp_path: Path, cases, examples, phases
 ):
     """At least so many cases; the worker that was there before is there after."""
+    server = live_scripted
     worker = server.worker_pid()
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
