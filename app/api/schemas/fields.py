@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -107,7 +108,7 @@ class Field:
     def _from_json(self, value: object) -> object:
         matches = {
             Type.TEXT: isinstance(value, str),
-            Type.WHOLE: _is_number(value) and float(value).is_integer(),  # type: ignore[arg-type]
+            Type.WHOLE: _is_whole(value),
             Type.NUMBER: _is_number(value),
             Type.FLAG: isinstance(value, bool),
             Type.LIST: isinstance(value, list),
@@ -147,7 +148,8 @@ class Field:
     def _check_range(self, number: Any) -> None:
         low = -math.inf if self.minimum is None else self.minimum
         high = math.inf if self.maximum is None else self.maximum
-        if not low <= number <= high or not math.isfinite(number):
+        # Compared, not converted: a whole number may be larger than any float.
+        if not low <= number <= high or not -_LARGEST <= number <= _LARGEST:
             raise InvalidRequest(
                 f"{self.name} must lie between {low:g} and {_plain(high)}.", param=self.name
             )
@@ -214,6 +216,14 @@ def shorten(name: str) -> str:
     """Make a name that the caller chose fit for a message: short, printable, whole characters."""
     clean = "".join(character if character.isprintable() else "?" for character in name)
     return clean if len(clean) <= _MAX_NAME else clean[:_MAX_NAME] + "..."
+
+
+_LARGEST = sys.float_info.max
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a whole number; one of a thousand digits is, though no float can hold it."""
+    return value.is_integer() if isinstance(value, float) else _is_number(value)
 
 
 def _is_number(value: object) -> bool:
