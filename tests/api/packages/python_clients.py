@@ -1,0 +1,39 @@
+"""Run by `test_packages.py` in an environment of its own: LiteLLM and LangChain against a service.
+
+    python python_clients.py http://127.0.0.1:8000/v1 picture.png mask.png
+
+Writes one JSON object: what each client got.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import litellm
+from langchain_community.utilities.dalle_image_generator import DallEAPIWrapper
+
+litellm.suppress_debug_info = True
+
+
+def run(base_url: str, picture: Path, mask: Path) -> dict[str, object]:
+    """Ask for pictures in every way that the two have."""
+    service = {"model": "openai/flux.2-klein-4b", "api_base": base_url, "api_key": "none-at-all"}
+    made = litellm.image_generation(prompt="a", n=2, size="256x256", seed=5, **service)
+    with picture.open("rb") as image, mask.open("rb") as layer:
+        edited = litellm.image_edit(image=[image], mask=layer, prompt="a", **service)
+    try:
+        litellm.image_generation(prompt="a", size="1000x1000", max_retries=0, **service)
+        refused = ""
+    except litellm.BadRequestError as error:
+        refused = str(error)
+    wrapper = DallEAPIWrapper(base_url=base_url, api_key="none-at-all", n=2, size="256x256")
+    return {
+        "litellm_made": [item.b64_json for item in made.data],
+        "litellm_edited": [item.b64_json for item in edited.data],
+        "litellm_refused": refused,
+        "langchain_links": wrapper.run("a").split("\n"),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))
