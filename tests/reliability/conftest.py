@@ -1,0 +1,3 @@
+"""Services with scripted faults, each in a process of its own."""
+
+from tests.e2e.conftest import scripted as scripted

@@ -1,0 +1,186 @@
+"""The queue against a model: whatever is submitted, cancelled, late, taken, finished or given back,
+in any order, each accepted image ends exactly once and no place is ever lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+)
+
+from app.errors import Cancelled, DeadlineExceeded, GenerationFailed, Kind, Unavailable
+from app.jobs.job import Job, JobState
+from app.jobs.queue import JobQueue
+from tests.jobs.conftest import SPEC, generated
+
+CAPACITY = 4
+DEADLINE_S = 60.0
+
+
+class QueueModel(RuleBasedStateMachine):
+    """Drives one queue in an event loop of its own, with a clock that stands."""
+
+    accepted = Bundle("accepted")
+    taken = Bundle("taken")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.queue = JobQueue(CAPACITY, clock=lambda: 0.0)
+        self.jobs: list[Job] = []
+        self.ended: Counter[str] = Counter()
+        self.taking: asyncio.Task[Job] | None = None
+        self.is_draining = False
+        self.count = 0
+
+    def settle(self) -> None:
+        """Let everything that is due happen."""
+        for _ in range(3):
+            self.loop.run_until_complete(asyncio.sleep(0))
+
+    @rule(target=accepted, images=st.integers(1, 6), client=st.sampled_from("ab"))
+    def submit(self, images: int, client: str) -> object:
+        """All images get a place, or none does."""
+        new = []
+        for _ in range(images):
+            self.count += 1
+            new.append(
+                Job(f"{client}{self.count}", SPEC, client, DEADLINE_S, self.loop.create_future())
+            )
+            new[-1].future.add_done_callback(lambda _, name=new[-1].id: self.ended.update([name]))
+        if self.is_draining:
+            return multiple()
+        had_room = self.queue.has_room(images)
+        size = self.queue.size
+
+        async def enter() -> None:
+            self.queue.submit(new, retry_after_s=1)
+
+        if not had_room:
+            with pytest.raises(Unavailable) as refused:
+                self.loop.run_until_complete(enter())
+            assert refused.value.kind is Kind.QUEUE_FULL
+            assert self.queue.size == size
+            return multiple()
+        self.loop.run_until_complete(enter())
+        self.jobs += new
+        return multiple(*new)
+
+    @rule()
+    def begin_to_take(self) -> None:
+        """The card is idle and asks for the next job."""
+        if self.taking is None:
+            self.taking = self.loop.create_task(self.queue.take())
+            self.settle()
+
+    @rule(target=taken)
+    def take(self) -> object:
+        """The card gets a job, if there is one."""
+        if self.taking is None or not self.taking.done():
+            return multiple()
+        job = self.taking.result()
+        self.taking = None
+        assert job.state in {JobState.RUNNING, JobState.ENDED}
+        return job
+
+    @rule()
+    def give_up_taking(self) -> None:
+        """The card's side is cancelled; what it was about to get is not lost."""
+        if self.taking is not None and not self.taking.done():
+            self.taking.cancel()
+            self.settle()
+            self.taking = None
+
+    @rule(job=accepted)
+    def cancel(self, job: Job) -> None:
+        """The caller goes away, once or twice, before, while or after it runs."""
+        self.queue.cancel(job)
+        self.settle()
+        assert job.future.done()
+
+    @rule(job=accepted)
+    def pass_deadline(self, job: Job) -> None:
+        """Its time is over."""
+        self.queue._expire(job)
+        self.settle()
+        assert job.future.done()
+
+    @rule(job=consumes(taken), is_good=st.booleans())
+    def finish(self, job: Job, is_good: bool) -> None:
+        """The card is done with it, one way or the other."""
+        if is_good:
+            job.succeed(generated(SPEC))
+        else:
+            job.fail(GenerationFailed("scripted"))
+        self.queue.finish(job)
+        self.settle()
+
+    @rule()
+    def drain(self) -> None:
+        """Nothing new is taken from here on."""
+        self.is_draining = True
+
+    @rule()
+    def fail_waiting(self) -> None:
+        """The service ends: whoever waits is told."""
+        self.queue.fail_waiting(Cancelled())
+        self.settle()
+        assert self.queue.size == 0
+
+    @invariant()
+    def no_place_is_lost(self) -> None:
+        """The sizes are what the jobs say, never negative, never above the bound."""
+        waiting = [job for job in self.jobs if job.state is JobState.WAITING]
+        running = [job for job in self.jobs if job.state is JobState.RUNNING]
+        assert self.queue.size == len(waiting) <= CAPACITY
+        assert self.queue.running == len(running)
+
+    @invariant()
+    def each_ends_at_most_once(self) -> None:
+        """And whoever has no answer yet still waits or runs."""
+        self.settle()
+        assert all(times == 1 for times in self.ended.values())
+        for job in self.jobs:
+            assert job.future.done() or job.state is not JobState.ENDED
+
+    def teardown(self) -> None:
+        """In the end everything is drained: each accepted image has ended, exactly once."""
+        self.queue.fail_waiting(DeadlineExceeded("the end"))
+        for job in self.jobs:
+            if job.state is JobState.RUNNING:
+                job.succeed(generated(SPEC))
+                self.queue.finish(job)
+        if self.taking is not None:
+            self.taking.cancel()
+        self.settle()
+        assert self.ended == Counter(job.id for job in self.jobs)
+        assert (self.queue.size, self.queue.running) == (0, 0)
+        self.loop.run_until_complete(asyncio.wait_for(self.queue.wait_until_empty(), 1))
+        self.loop.close()
+
+
+QueueModel.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class TestQueueModel(QueueModel.TestCase):
+    """Sixty lives of thirty steps each; `full` makes it a thousand."""
+
+
+@pytest.mark.full
+def test_a_thousand_lives_of_the_queue() -> None:
+    """The long form of the model."""
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        QueueModel, settings=settings(max_examples=1000, stateful_step_count=40, deadline=None)
+    )
