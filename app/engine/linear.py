@@ -97,8 +97,13 @@ class WeightOnlyLinear(nn.Module):
         self.scale = _parameter(scale.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by the bare weights and scale the product."""
-        return functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        """Multiply by the bare weights and scale the product.
+
+        Scaled in float32: inductor takes a product scaled in the weights' own precision for its
+        processor kernel `_weight_int8pack_mm`, whose lowering fails on a card.
+        """
+        product = functional.linear(x, self.weight.to(x.dtype))
+        return (product.float() * self.scale).to(x.dtype)
 
 
 class Int8Linear(nn.Module):

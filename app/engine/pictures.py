@@ -79,7 +79,8 @@ def mask_tokens(weights: torch.Tensor) -> torch.Tensor:
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
     """Turn the decoder's [1, 3, h, w] in [-1, 1] into [h, w, 3] bytes, as diffusers does."""
     unit = (pixels[0] * 0.5 + 0.5).clamp(0, 1)
-    return (unit.permute(1, 2, 0).float() * 255).round().to(torch.uint8)
+    # Reordered where the pixels are: on a card that is nothing, on the host it takes 9 ms.
+    return (unit.permute(1, 2, 0).float() * 255).round().to(torch.uint8).contiguous()
 
 
 def paste(made: torch.Tensor, source: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
