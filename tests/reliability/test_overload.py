@@ -148,6 +148,31 @@ def test_row_3_a_queued_job_whose_caller_left_never_runs(scripted, tmp_path, rou
 
 
 @pytest.mark.slow
+def test_row_3_a_running_job_whose_caller_left_stops_within_a_step(scripted, tmp_path) -> None:
+    """Row 3: with steps of 100 ms the card is free 350 ms later at most, and the picture is never
+    finished."""
+    trace = tmp_path / "trace"
+    server = scripted("slow=4", f"trace={trace}")
+    server.wait_until_ready()
+    data = request_bytes("/generate", SMALL | {"num_inference_steps": 40})
+
+    async def leave() -> float:
+        _, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(data)
+        await writer.drain()
+        await asyncio.to_thread(wait_until, lambda: server.metric("klein_requests_running") == 1)
+        writer.transport.abort()
+        started = time.monotonic()
+        await asyncio.to_thread(wait_until, lambda: server.metric("klein_requests_running") == 0)
+        return time.monotonic() - started
+
+    left_s = min(asyncio.run(leave()) for _ in range(ROUNDS))
+
+    assert left_s < 0.1 + 0.25
+    assert "finished" not in trace.read_text()
+
+
+@pytest.mark.slow
 def test_row_4_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path) -> None:
     """Row 4: 504 within half a second of `X-Klein-Deadline-S`, not to be repeated, its place free
     again; a longer wish than the service's own changes nothing."""
