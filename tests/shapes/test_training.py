@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tools.shapes.fitting import FlatWeights, Stepper  # noqa: E402
 from tools.shapes.flow import SHIFT, sample_levels  # noqa: E402
 from tools.shapes.passes import text_features, velocity  # noqa: E402
 from tools.shapes.scenes import Scene, Thing  # noqa: E402
+from tools.shapes.shelves import PLANS, Shelves  # noqa: E402
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, PromptCodes, build_tokenizer  # noqa: E402
 
 PROMPTS = ["a red circle", "a blue square left of a pink star on a green background"]
@@ -203,6 +205,31 @@ def test_crates(codes):
     assert first.marks.shape == (6, 2, 2, 7)
     assert first.ids.shape == (6, 2, SEQUENCE_LENGTH)
     assert first.labels.shape == (6, 2, len(attributes.CLASSES))
+
+
+@pytest.mark.parametrize("number", range(len(PLANS)))
+def test_shelf(number, codes, transformer):
+    """Every size of a shelf gives batches of one shape, padded and masked to its capacity."""
+    plan = PLANS[number]
+    packers = Packers(codes.source, workers=0)
+    shelves = Shelves(packers, nets.build_codec().eval(), transformer, torch.device("cpu"), 512)
+    shelf = shelves.each[number]
+    pictures = 1 + plan.is_edit
+    sizes = {min(plan.sizes), max(plan.sizes, key=lambda size: size[0] * size[1])}
+    for rows, columns in sizes | ({(16, 16)} & set(plan.sizes)):
+        packers.ask(Order(rows, columns, 2, seed=1, is_edit=plan.is_edit))
+        shelf.put(shelves._loaded(packers.take(), plan.capacity))
+        batch = shelf.batch_of(random.Random(0))
+
+        assert batch["clean"].shape == (2, plan.capacity, 64)
+        assert batch["weights"].shape == (2, plan.capacity)
+        assert batch["cos"].shape == (SEQUENCE_LENGTH + pictures * plan.capacity, 32)
+        assert ("reference" in batch) == plan.is_edit
+        if "mask" in batch:
+            assert batch["mask"].sum() == SEQUENCE_LENGTH + pictures * rows * columns
+        else:
+            assert rows * columns == plan.capacity
+        shelf._goods.clear()
 
 
 def test_attributes_of_a_scene():

@@ -4,6 +4,7 @@ A distance below zero is inside. Fields are computed in units of the shape's rad
 pixels, so that the soft edge is one pixel wide at every size. Knows no words but the shapes' names.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -91,7 +92,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _diamond(x: Tensor, y: Tensor) -> Tensor:
-    return (x.abs() / 0.7 + y.abs() - 1.0) * 0.7 / (0.7**2 + 1.0) ** 0.5
+    return (x.abs() / 0.7 + y.abs() - 1.0) * 0.7 / math.sqrt(0.7**2 + 1.0)
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:

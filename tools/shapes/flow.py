@@ -2,9 +2,7 @@
 
 A picture is determined by its prompt, so the flow is straight and what counts is the transformer's
 answer at the few noise levels that a four-step schedule visits; most training happens there.
-Latents come from shelves: crates that were drawn and encoded once and are used a few times, always
-being replaced, each with a canvas size of its own. Tokens are padded to a shelf's capacity and
-masked, so that one captured step serves all sizes of a shelf.
+Knows nothing of drawing: batches come from shelves.
 """
 
 import logging
@@ -12,128 +10,29 @@ import math
 import random
 import time
 from collections import deque
-from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import Qwen3ForCausalLM
 
 from tools.shapes.attributes import AttributeHeads, attribute_loss, last_token
-from tools.shapes.codec import Pace, on_device
-from tools.shapes.draw import render
-from tools.shapes.feed import PHRASINGS, Crate, Order, Packers
-from tools.shapes.fitting import (
-    Batch,
-    FlatWeights,
-    LossFunction,
-    RunningFigures,
-    Stepper,
-    compute_type,
-)
-from tools.shapes.nets import READ_LAYERS, TOKEN_PIXELS, Rotary, encode_tokens, rotary_for
+from tools.shapes.codec import Pace
+from tools.shapes.feed import Order, Packers
+from tools.shapes.fitting import Batch, FlatWeights, LossFunction, RunningFigures, Stepper
+from tools.shapes.nets import READ_LAYERS, Rotary
 from tools.shapes.passes import Operations, text_features, velocity
-from tools.shapes.vocabulary import SEQUENCE_LENGTH
+from tools.shapes.shelves import ShelfPlan, Shelves
 
 _log = logging.getLogger(__name__)
 
 # The scheduler's shift at four steps is between 1.93 and 1.97 for all of our sizes.
 SHIFT = math.exp(1.96)
 _HEADS_SHARE = 0.02
-_OBJECT_WEIGHT = 4.0
 _TEXT_RATE, _FLOW_RATE = 1.5e-3, 1.5e-3
-_CRATE_SCENES = 1024
 _EVERY = 40
 _LEAST_RATE = 8.0
-
-
-@dataclass(frozen=True)
-class ShelfPlan:
-    """Canvas sizes of up to `capacity` tokens, a batch, and the share of steps taken from there."""
-
-    capacity: int
-    batch: int
-    share: float
-    is_edit: bool = False
-    sizes: tuple[tuple[int, int], ...] = ()
-    crates: int = 24
-
-
-def _sizes(above: int, upto: int) -> tuple[tuple[int, int], ...]:
-    return tuple((r, c) for r, c in product(range(8, 33), repeat=2) if above < r * c <= upto)
-
-
-PLANS = (
-    ShelfPlan(256, 160, 0.40, sizes=((16, 16),), crates=64),
-    ShelfPlan(256, 96, 0.14, is_edit=True, sizes=((16, 16),), crates=48),
-    ShelfPlan(64, 256, 0.08, sizes=((8, 8),)),
-    ShelfPlan(128, 192, 0.06, sizes=_sizes(64, 128)),
-    ShelfPlan(256, 144, 0.08, sizes=_sizes(128, 256)),
-    ShelfPlan(512, 80, 0.07, sizes=_sizes(256, 512)),
-    ShelfPlan(1024, 40, 0.07, sizes=_sizes(512, 1024)),
-    ShelfPlan(128, 144, 0.05, is_edit=True, sizes=_sizes(63, 128)),
-    ShelfPlan(512, 48, 0.05, is_edit=True, sizes=_sizes(128, 512)),
-)
-
-
-@dataclass(frozen=True)
-class _Goods:
-    """One crate on the device: latents of each picture, weights of the last, prompts."""
-
-    latents: Tensor
-    weights: Tensor
-    ids: Tensor
-    labels: Tensor
-    rotary: Rotary
-    mask: Tensor
-
-
-class Shelf:
-    """The crates of one plan, oldest replaced first."""
-
-    def __init__(self, plan: ShelfPlan, number: int, shrink: int) -> None:
-        self.plan = plan
-        self.batch = max(2, plan.batch // shrink)
-        self._goods: deque[_Goods] = deque(maxlen=plan.crates)
-        self._rng = random.Random(number)
-        self._scenes = max(8, min(_CRATE_SCENES, _CRATE_SCENES * 256 // plan.capacity) // shrink)
-        self._seed = (number + 1) * 1_000_000
-
-    def order(self) -> Order:
-        """What this shelf wants next: a size of its own for each crate, squares more often."""
-        sizes = self.plan.sizes
-        squares = [size for size in sizes if size[0] == size[1]]
-        few = squares if squares and self._rng.random() < 0.3 else sizes
-        rows, columns = self._rng.choice(few)
-        self._seed += 1
-        return Order(rows, columns, self._scenes, self._seed, self.plan.is_edit)
-
-    def put(self, goods: _Goods) -> None:
-        """Add a crate."""
-        self._goods.append(goods)
-
-    def batch_of(self, rng: random.Random) -> Batch:
-        """A batch from one random crate, as the captured step wants it."""
-        goods = rng.choice(self._goods)
-        device = goods.latents.device
-        chosen = torch.randint(len(goods.latents), (self.batch,), device=device)
-        phrasing = torch.randint(PHRASINGS, (self.batch,), device=device)
-        batch = {
-            "ids": goods.ids[chosen, phrasing].long(),
-            "labels": goods.labels[chosen, phrasing].long(),
-            "clean": goods.latents[chosen, -1],
-            "weights": goods.weights[chosen],
-            "cos": goods.rotary.cos,
-            "sin": goods.rotary.sin,
-        }
-        if self.plan.is_edit:
-            batch["reference"] = goods.latents[chosen, 0]
-        if len(self.plan.sizes) > 1:
-            batch["mask"] = goods.mask
-        return batch
 
 
 class Trainer:
@@ -152,7 +51,7 @@ class Trainer:
         prompt_rotary: Rotary,
         shrink: int = 1,
     ) -> None:
-        self.text, self.transformer, self._codec = text, transformer, codec
+        self.text, self.transformer = text, transformer
         self._packers, self._pad, self._by, self._device = packers, pad, by, device
         self._shrink = shrink
         self.heads = AttributeHeads(text.config.hidden_size, len(READ_LAYERS)).to(device)
@@ -164,9 +63,7 @@ class Trainer:
         parameters = [*self._text_parts, *self.heads.parameters(), *transformer.parameters()]
         self.weights = FlatWeights(parameters, device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._shelves = [Shelf(plan, i, shrink) for i, plan in enumerate(PLANS)]
-        self._due: deque[Shelf] = deque()
-        self._rng = random.Random(0)
+        self._shelves = Shelves(packers, codec, transformer, device, shrink)
 
     def learn_attributes(self, pace: Pace) -> dict[str, float]:
         """Teach the text encoder alone what its prompts say."""
@@ -204,19 +101,18 @@ class Trainer:
                 pool=self._pool,
                 simpler=self._go_simpler,
             )
-            for shelf in self._shelves
+            for shelf in self._shelves.each
         ]
-        self._stock()
+        self._shelves.stock()
         figures, started = RunningFigures(), time.monotonic()
-        shares = [shelf.plan.share for shelf in self._shelves]
         step, told, kept, loss, counted = 0, started, started, 0.0, 0
         while (passed := (time.monotonic() - started) / pace.seconds) < 1:
             self._set_rate(_FLOW_RATE, step, span[0] + (span[1] - span[0]) * passed)
-            which = self._rng.choices(range(len(steppers)), shares)[0]
-            figures.add(steppers[which].step(self._shelves[which].batch_of(self._rng)))
+            number, batch = self._shelves.pick()
+            figures.add(steppers[number].step(batch))
             step += 1
             if step % _EVERY == 0:
-                self._restock()
+                self._shelves.restock()
             if (now := time.monotonic()) - told > 8:
                 loss, first, heads, right, norm = figures.take()
                 _log.info(
@@ -230,8 +126,7 @@ class Trainer:
                 every(step)
                 kept = told = time.monotonic()
                 counted = step
-        self._packers.drop()
-        self._due.clear()
+        self._shelves.close()
         return {"flow_steps": step, "flow_loss": loss}
 
     def _check(self, loss: float, rate: float, seconds: float) -> None:
@@ -289,79 +184,6 @@ class Trainer:
             return mean + _HEADS_SHARE * heads, torch.stack((mean, first, heads, right))
 
         return loss
-
-    def _stock(self) -> None:
-        """Put some crates on every shelf before the first step."""
-        started = time.monotonic()
-        few = (2, 1) if self._shrink > 1 else (10, 3)
-        for shelf in self._shelves:
-            for _ in range(few[0] if len(shelf.plan.sizes) == 1 else few[1]):
-                self._due.append(shelf)
-                self._packers.ask(shelf.order())
-        while self._due:
-            self._due.popleft().put(self._loaded(self._packers.take()))
-        _log.info("shelves stocked in %.1f s", time.monotonic() - started)
-        self._keep_asking()
-
-    def _restock(self) -> None:
-        self._due.popleft().put(self._loaded(self._packers.take()))
-        self._keep_asking()
-
-    def _keep_asking(self) -> None:
-        shares = [shelf.plan.share for shelf in self._shelves]
-        while self._packers.is_hungry:
-            shelf = self._rng.choices(self._shelves, shares)[0]
-            self._due.append(shelf)
-            self._packers.ask(shelf.order())
-
-    @torch.no_grad()
-    def _loaded(self, crate: Crate) -> _Goods:
-        """Draw and encode a crate, and pad it to its shelf's capacity."""
-        order, device = crate.order, self._device
-        capacity = self._due_capacity(order)
-        marks, backgrounds = on_device(crate, device)
-        size = (order.columns * TOKEN_PIXELS, order.rows * TOKEN_PIXELS)
-        latents, touched = [], []
-        at_once = max(8, 256 * 256 // (order.rows * order.columns))
-        for at in range(0, len(marks), at_once):
-            some = slice(at, at + at_once)
-            drawn = [
-                render(marks[some, i], backgrounds[some, i], *size) for i in range(marks.shape[1])
-            ]
-            codes = [encode_tokens(self._codec, image) for image, _ in drawn]
-            latents.append(torch.stack(codes, 1))
-            touched.append(F.max_pool2d(drawn[-1][1].amax(1, keepdim=True), TOKEN_PIXELS))
-        real = order.rows * order.columns
-        weights = 1 + _OBJECT_WEIGHT * torch.cat(touched).flatten(1).ceil()
-        padding = (0, capacity - real)
-        return _Goods(
-            F.pad(torch.cat(latents), (0, 0, *padding)).to(compute_type(device)),
-            F.pad(weights, padding),
-            torch.from_numpy(crate.ids).to(device),
-            torch.from_numpy(crate.labels).to(device),
-            *self._positions(order, capacity),
-        )
-
-    def _due_capacity(self, order: Order) -> int:
-        size = (order.rows, order.columns)
-        return next(
-            plan.capacity for plan in PLANS if plan.is_edit == order.is_edit and size in plan.sizes
-        )
-
-    def _positions(self, order: Order, capacity: int) -> tuple[Rotary, Tensor]:
-        """Rotary positions and the mask, with padding after each picture's tokens."""
-        pictures = 1 + order.is_edit
-        real = order.rows * order.columns
-        plain = rotary_for(self.transformer, order.rows, order.columns, references=pictures - 1)
-        index = list(range(SEQUENCE_LENGTH))
-        mask = [True] * SEQUENCE_LENGTH
-        for picture in range(pictures):
-            start = SEQUENCE_LENGTH + picture * real
-            index += [*range(start, start + real), *[0] * (capacity - real)]
-            mask += [True] * real + [False] * (capacity - real)
-        chosen = torch.tensor(index)
-        rotary = Rotary(plain.cos[chosen].to(self._device), plain.sin[chosen].to(self._device))
-        return rotary, torch.tensor(mask, device=self._device)
 
 
 def sample_levels(count: int, device: torch.device) -> Tensor:

@@ -1,0 +1,215 @@
+"""Shelves of encoded scenes: what the flow learns from, always being replaced.
+
+A shelf holds crates that were drawn and encoded once and are used a few times, each with a canvas
+size of its own. Tokens are padded to the shelf's capacity and masked, so that one captured step
+serves all of its sizes. Knows the codec, not the networks that learn.
+"""
+
+import logging
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from tools.shapes.codec import on_device
+from tools.shapes.draw import render
+from tools.shapes.feed import PHRASINGS, Crate, Order, Packers
+from tools.shapes.fitting import Batch, compute_type
+from tools.shapes.nets import TOKEN_PIXELS, Rotary, encode_tokens, rotary_for
+from tools.shapes.vocabulary import SEQUENCE_LENGTH
+
+_log = logging.getLogger(__name__)
+
+_OBJECT_WEIGHT = 4.0
+_CRATE_SCENES = 1024
+
+
+@dataclass(frozen=True)
+class ShelfPlan:
+    """Canvas sizes of up to `capacity` tokens, a batch, and the share of steps taken from there."""
+
+    capacity: int
+    batch: int
+    share: float
+    is_edit: bool = False
+    sizes: tuple[tuple[int, int], ...] = ()
+    crates: int = 24
+
+
+def _sizes(above: int, upto: int) -> tuple[tuple[int, int], ...]:
+    return tuple((r, c) for r, c in product(range(8, 33), repeat=2) if above < r * c <= upto)
+
+
+PLANS = (
+    ShelfPlan(256, 160, 0.40, sizes=((16, 16),), crates=64),
+    ShelfPlan(256, 96, 0.14, is_edit=True, sizes=((16, 16),), crates=48),
+    ShelfPlan(64, 256, 0.08, sizes=((8, 8),)),
+    ShelfPlan(128, 192, 0.06, sizes=_sizes(64, 128)),
+    ShelfPlan(256, 144, 0.08, sizes=_sizes(128, 256)),
+    ShelfPlan(512, 80, 0.07, sizes=_sizes(256, 512)),
+    ShelfPlan(1024, 40, 0.07, sizes=_sizes(512, 1024)),
+    ShelfPlan(128, 144, 0.05, is_edit=True, sizes=_sizes(63, 128)),
+    ShelfPlan(512, 48, 0.05, is_edit=True, sizes=_sizes(128, 512)),
+)
+
+
+@dataclass(frozen=True)
+class _Goods:
+    """One crate on the device: latents of each picture, weights of the last, prompts."""
+
+    latents: Tensor
+    weights: Tensor
+    ids: Tensor
+    labels: Tensor
+    rotary: Rotary
+    mask: Tensor
+
+
+class Shelf:
+    """The crates of one plan, oldest replaced first."""
+
+    def __init__(self, plan: ShelfPlan, number: int, shrink: int) -> None:
+        self.plan = plan
+        self.batch = max(2, plan.batch // shrink)
+        self._goods: deque[_Goods] = deque(maxlen=plan.crates)
+        self._rng = random.Random(number)
+        self._scenes = max(8, min(_CRATE_SCENES, _CRATE_SCENES * 256 // plan.capacity) // shrink)
+        self._seed = (number + 1) * 1_000_000
+
+    def order(self) -> Order:
+        """What this shelf wants next: a size of its own for each crate, squares more often."""
+        sizes = self.plan.sizes
+        squares = [size for size in sizes if size[0] == size[1]]
+        few = squares if squares and self._rng.random() < 0.3 else sizes
+        rows, columns = self._rng.choice(few)
+        self._seed += 1
+        return Order(rows, columns, self._scenes, self._seed, self.plan.is_edit)
+
+    def put(self, goods: _Goods) -> None:
+        """Add a crate."""
+        self._goods.append(goods)
+
+    def batch_of(self, rng: random.Random) -> Batch:
+        """A batch from one random crate, as the captured step wants it."""
+        goods = rng.choice(self._goods)
+        device = goods.latents.device
+        chosen = torch.randint(len(goods.latents), (self.batch,), device=device)
+        phrasing = torch.randint(PHRASINGS, (self.batch,), device=device)
+        batch = {
+            "ids": goods.ids[chosen, phrasing].long(),
+            "labels": goods.labels[chosen, phrasing].long(),
+            "clean": goods.latents[chosen, -1],
+            "weights": goods.weights[chosen],
+            "cos": goods.rotary.cos,
+            "sin": goods.rotary.sin,
+        }
+        if self.plan.is_edit:
+            batch["reference"] = goods.latents[chosen, 0]
+        if len(self.plan.sizes) > 1:
+            batch["mask"] = goods.mask
+        return batch
+
+
+class Shelves:
+    """All shelves, and the making of their crates; used by one training loop."""
+
+    def __init__(
+        self,
+        packers: Packers,
+        codec: AutoencoderKLFlux2,
+        transformer: Flux2Transformer2DModel,
+        device: torch.device,
+        shrink: int,
+    ) -> None:
+        self._packers, self._codec, self._transformer = packers, codec, transformer
+        self._device, self._shrink = device, shrink
+        self.each = [Shelf(plan, number, shrink) for number, plan in enumerate(PLANS)]
+        self._shares = [shelf.plan.share for shelf in self.each]
+        self._due: deque[Shelf] = deque()
+        self._rng = random.Random(0)
+
+    def pick(self) -> tuple[int, Batch]:
+        """A shelf's number, by the shelves' shares, and a batch from it."""
+        number = self._rng.choices(range(len(self.each)), self._shares)[0]
+        return number, self.each[number].batch_of(self._rng)
+
+    def stock(self) -> None:
+        """Put some crates on every shelf before the first step."""
+        started = time.monotonic()
+        few = (2, 1) if self._shrink > 1 else (10, 3)
+        for shelf in self.each:
+            for _ in range(few[0] if len(shelf.plan.sizes) == 1 else few[1]):
+                self._due.append(shelf)
+                self._packers.ask(shelf.order())
+        while self._due:
+            self._receive()
+        _log.info("shelves stocked in %.1f s", time.monotonic() - started)
+        self._keep_asking()
+
+    def restock(self) -> None:
+        """Replace the oldest crate of the shelf whose turn it is."""
+        self._receive()
+        self._keep_asking()
+
+    def close(self) -> None:
+        """Forget what was ordered."""
+        self._packers.drop()
+        self._due.clear()
+
+    def _receive(self) -> None:
+        shelf = self._due.popleft()
+        shelf.put(self._loaded(self._packers.take(), shelf.plan.capacity))
+
+    def _keep_asking(self) -> None:
+        while self._packers.is_hungry:
+            shelf = self._rng.choices(self.each, self._shares)[0]
+            self._due.append(shelf)
+            self._packers.ask(shelf.order())
+
+    @torch.no_grad()
+    def _loaded(self, crate: Crate, capacity: int) -> _Goods:
+        """Draw and encode a crate, and pad it to its shelf's capacity."""
+        order, device = crate.order, self._device
+        marks, backgrounds = on_device(crate, device)
+        size = (order.columns * TOKEN_PIXELS, order.rows * TOKEN_PIXELS)
+        latents, touched = [], []
+        at_once = max(8, 256 * 256 // (order.rows * order.columns))
+        for at in range(0, len(marks), at_once):
+            some = slice(at, at + at_once)
+            drawn = [
+                render(marks[some, i], backgrounds[some, i], *size) for i in range(marks.shape[1])
+            ]
+            codes = [encode_tokens(self._codec, image) for image, _ in drawn]
+            latents.append(torch.stack(codes, 1))
+            touched.append(F.max_pool2d(drawn[-1][1].amax(1, keepdim=True), TOKEN_PIXELS))
+        real = order.rows * order.columns
+        weights = 1 + _OBJECT_WEIGHT * torch.cat(touched).flatten(1).ceil()
+        padding = (0, capacity - real)
+        return _Goods(
+            F.pad(torch.cat(latents), (0, 0, *padding)).to(compute_type(device)),
+            F.pad(weights, padding),
+            torch.from_numpy(crate.ids).to(device),
+            torch.from_numpy(crate.labels).to(device),
+            *self._positions(order, capacity),
+        )
+
+    def _positions(self, order: Order, capacity: int) -> tuple[Rotary, Tensor]:
+        """Rotary positions and the mask, with padding after each picture's tokens."""
+        pictures = 1 + order.is_edit
+        real = order.rows * order.columns
+        plain = rotary_for(self._transformer, order.rows, order.columns, references=pictures - 1)
+        index = list(range(SEQUENCE_LENGTH))
+        mask = [True] * SEQUENCE_LENGTH
+        for picture in range(pictures):
+            start = SEQUENCE_LENGTH + picture * real
+            index += [*range(start, start + real), *[0] * (capacity - real)]
+            mask += [True] * real + [False] * (capacity - real)
+        chosen = torch.tensor(index)
+        rotary = Rotary(plain.cos[chosen].to(self._device), plain.sin[chosen].to(self._device))
+        return rotary, torch.tensor(mask, device=self._device)
