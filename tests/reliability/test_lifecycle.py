@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -211,7 +212,7 @@ def test_row_5_a_gateway_learns_of_the_drain_within_100_ms(scripted, tmp_path: P
         server.wait_until_ready()
         with ThreadPoolExecutor(1) as pool:
             accepted = pool.submit(server.post, "/generate", SMALL)
-            wait_until(lambda: server.metric("klein_requests_running") == 1)
+            wait_until(partial(in_service, server))
             server.process.send_signal(signal.SIGTERM)
             started = time.monotonic()
             while server.get("/health/ready")[0] != 503:
