@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import tracemalloc
 
 import pytest
 
@@ -12,6 +14,7 @@ from app.engine.catalog import card
 from app.errors import Kind
 from tests.api.conftest import error_of
 from tests.api.pictures import data_url, mask, photo, rotated_photo
+from tests.api.sockets import until
 
 ROUTE = "/v1/images/edits"
 
@@ -470,6 +473,42 @@ async def test_a_closed_service_refuses_before_it_reads(client, service):
 
     assert response.status_code == 503
     assert not pulled
+
+
+@pytest.mark.parametrize("kind", ["form", "json"])
+async def test_uploads_are_let_go_of_before_the_picture_waits(client, service, kind):
+    """A queue full of edits holds what the model reads of them, not what was sent."""
+    service.script.release = asyncio.Event()
+    padding = b"A" * 65_536
+    if kind == "form":
+        content_type = "multipart/form-data; boundary=B"
+        head = b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
+        head += b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        parts = [head + photo(), *[padding] * 200, b"\r\n--B--\r\n"]
+    else:
+        content_type = "application/json"
+        url = data_url(photo() + b"\0" * (3 - len(photo()) % 3)).encode()
+        parts = [b'{"prompt": "a", "images": [{"image_url": "' + url, *[padding] * 200, b'"}]}']
+
+    async def body():
+        for part in parts:
+            yield part
+
+    tracemalloc.start()
+    try:
+        headers = {"content-type": content_type}
+        waiting = asyncio.create_task(client.post(ROUTE, content=body(), headers=headers))
+        async with asyncio.timeout(10):
+            await service.asked.wait()
+        # The decoding thread lets go a moment after it has told its result.
+        await until(lambda: tracemalloc.get_traced_memory()[0] < 3_000_000)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    service.script.release.set()
+
+    assert (await waiting).status_code == 200
+    assert most_bytes > 13_000_000
 
 
 async def test_n_is_counted_before_pictures_are_decoded(client, service):

@@ -13,7 +13,10 @@ from app.api.schemas import native
 from app.api.schemas.body import read_json, require_json
 from app.api.schemas.sizes import SizeRule
 from app.api.schemas.uploads import Decoder
+from app.domain import ImageSpec
 from app.errors import InvalidRequest
+from app.images import OutputFormat
+from app.service import ImageService
 
 
 def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
@@ -26,20 +29,9 @@ def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
     ) -> Response:
         require_json(request)
         service.check_open(client=client)
-        fields = native.table(service.card, config)
-        wish = native.read(fields.read(await read_json(request)), service.card, config)
-        edit = None
         try:
-            if wish.images:
-                rule = SizeRule.of(service.card, config.max_pixels)
-                work = decoder.prepare(wish.images, wish.mask, wish.size, rule)
-                edit = await unless_gone(request.receive, work)
-            ticket = service.submit(
-                [wish.spec(service.card, service.random_seed, edit)],
-                client=client,
-                output=wish.output,
-                deadline_s=deadline_s,
-            )
+            spec, output = await _read(request, service, config, decoder)
+            ticket = service.submit([spec], client=client, output=output, deadline_s=deadline_s)
         except InvalidRequest as error:
             raise native.name_sides(error) from None
         (picture,) = await pictures_of(ticket, request.receive)
@@ -47,3 +39,18 @@ def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
         return Response(picture.data, media_type=picture.media_type, headers=headers)
 
     return router
+
+
+async def _read(
+    request: Request, service: ImageService, config: ApiConfig, decoder: Decoder
+) -> tuple[ImageSpec, OutputFormat]:
+    """Read and decode; what was uploaded is let go of before the picture waits."""
+    card = service.card
+    fields = native.table(card, config)
+    wish = native.read(fields.read(await read_json(request)), card, config)
+    edit = None
+    if wish.images:
+        rule = SizeRule.of(card, config.max_pixels)
+        work = decoder.prepare(wish.images, wish.mask, wish.size, rule)
+        edit = await unless_gone(request.receive, work)
+    return wish.spec(card, service.random_seed, edit), wish.output

@@ -18,7 +18,6 @@ from app.api.links import LinkStore
 from app.api.routes import files
 from app.api.schemas import edits, native, openai, openai_fields, openai_out
 from app.api.schemas.body import content_type, read_json, require_json, unsupported_media
-from app.api.schemas.edits import EditBody
 from app.api.schemas.openai import ImagesRequest
 from app.api.schemas.openai_events import EventWriter
 from app.api.schemas.sizes import SizeRule
@@ -53,37 +52,32 @@ def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRo
     async def change(
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
-        body = await _read_edit(request, service, client, config)
-        card = service.card
-        asked = openai.read(body.values, card, config)
-        service.check_open(asked.n, client=client)
-        rule = SizeRule.of(card, config.max_pixels)
-        edit = await unless_gone(
-            request.receive, decoder.prepare(body.images, body.mask, asked.size, rule)
-        )
-        specs = asked.specs(
-            edit.size,
-            asked.draw_seed(service.random_seed),
-            references=edit.references,
-            mask=edit.mask,
-        )
+        asked, specs = await _read_edit(request, service, client, config, decoder)
         ticket = service.submit(specs, client=client, output=asked.output, deadline_s=deadline_s)
-        return await _Answer(request, card, config, links, asked, specs).make(ticket)
+        return await _Answer(request, service.card, config, links, asked, specs).make(ticket)
 
     return router
 
 
 async def _read_edit(
-    request: Request, service: ImageService, client: str, config: ApiConfig
-) -> EditBody:
+    request: Request, service: ImageService, client: str, config: ApiConfig, decoder: Decoder
+) -> tuple[ImagesRequest, list[ImageSpec]]:
+    """Read and decode; what was uploaded is let go of before the pictures wait."""
     media_type = content_type(request)
     if media_type not in {_FORM, _JSON}:
         raise unsupported_media(_FORM, _JSON)
     service.check_open(client=client)
-    fields = openai_fields.table(service.card, config, is_edit=True)
-    most = min(config.max_references, service.card.max_references)
+    card = service.card
+    fields = openai_fields.table(card, config, is_edit=True)
+    most = min(config.max_references, card.max_references)
     read = edits.read_form if media_type == _FORM else edits.read_object
-    return await read(request, fields, most)
+    body = await read(request, fields, most)
+    asked = openai.read(body.values, card, config)
+    service.check_open(asked.n, client=client)
+    work = decoder.prepare(body.images, body.mask, asked.size, SizeRule.of(card, config.max_pixels))
+    edit = await unless_gone(request.receive, work)
+    seed = asked.draw_seed(service.random_seed)
+    return asked, asked.specs(edit.size, seed, references=edit.references, mask=edit.mask)
 
 
 @dataclass(frozen=True, slots=True)

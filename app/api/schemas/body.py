@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 from fastapi import Request
@@ -35,7 +36,9 @@ def unsupported_media(*accepted: str) -> KleinError:
 
 async def read_json(request: Request) -> dict[str, Any]:
     """Read the body as one JSON object."""
-    body = await request.body()
+    # `request.body()` would keep the bytes for as long as the request waits for its pictures.
+    async with aclosing(request.stream()) as stream:
+        body = b"".join([chunk async for chunk in stream])
     value = await asyncio.to_thread(_parse, body) if len(body) > _LARGE_BYTES else _parse(body)
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be one JSON object.", code="invalid_json")

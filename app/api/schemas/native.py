@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
+from app.api.schemas.common_fields import PROMPT, sampling_fields
 from app.api.schemas.fields import Field, FieldTable, Type
 from app.api.schemas.openai import read_output, read_prompt
-from app.api.schemas.openai_fields import MAX_PROMPT, PROMPT_SCHEMA, sampling_fields
 from app.api.schemas.sizes import SizeRule
 from app.api.schemas.uploads import Edit, Upload, base64_or_data_url
 from app.domain import ImageSpec, ModelCard
@@ -57,13 +57,7 @@ def table(card: ModelCard, config: ApiConfig) -> FieldTable:
     rule = SizeRule.of(card, config.max_pixels)
     return FieldTable(
         (
-            Field(
-                "prompt",
-                Type.TEXT,
-                "What the picture should show.",
-                max_length=MAX_PROMPT,
-                schema=PROMPT_SCHEMA,
-            ),
+            PROMPT,
             _side("width", card.default_width, rule),
             _side("height", card.default_height, rule),
             *sampling_fields(card),

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
-from app.api.schemas.openai_fields import FORMATS, MAX_SEED
+from app.api.schemas.common_fields import MAX_SEED
+from app.api.schemas.openai_fields import ALIASES
 from app.api.schemas.sizes import SizeRule
+from app.api.schemas.vetoes import FORMATS
 from app.domain import ImageSpec, Mask, ModelCard, RawImage
 from app.errors import InvalidRequest
 from app.images import OutputFormat
-
-ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 
 _ECHOED = frozenset({"low", "medium", "high", "xhigh", "max"})
 _STREAM_ECHOED = _ECHOED | {"auto"}

@@ -1,0 +1,78 @@
+"""The fields that `/generate` and OpenAI's routes have in common, so that they cannot drift
+apart.
+"""
+
+from __future__ import annotations
+
+from app.api.schemas import vetoes
+from app.api.schemas.fields import Field, Type
+from app.domain import ModelCard
+
+MAX_PROMPT = 32_000
+MAX_SEED = 2**53 - 1
+"""The largest seed: JavaScript's numbers must carry it."""
+
+PROMPT = Field(
+    "prompt",
+    Type.TEXT,
+    "What the picture should show.",
+    max_length=MAX_PROMPT,
+    schema={
+        "type": "string",
+        "minLength": 1,
+        "maxLength": MAX_PROMPT,
+        "pattern": r"\S",
+        "examples": ["a red fox in the snow"],
+    },
+)
+
+
+def sampling_fields(card: ModelCard) -> tuple[Field, ...]:
+    """List the fields about sampling and encoding that all routes share."""
+    return (
+        Field(
+            "num_inference_steps",
+            Type.WHOLE,
+            "Denoising steps.",
+            minimum=1,
+            maximum=card.max_steps,
+            default=card.default_steps,
+        ),
+        _guidance(card),
+        Field(
+            "seed",
+            Type.WHOLE,
+            "The same seed gives the same pixels; -1 or nothing draws one. It comes back.",
+            minimum=-1,
+            maximum=MAX_SEED,
+            example=7,
+        ),
+        Field(
+            "output_compression",
+            Type.WHOLE,
+            "Quality of jpeg and webp; png takes only 100.",
+            minimum=0,
+            maximum=100,
+            default=100,
+        ),
+    )
+
+
+def _guidance(card: ModelCard) -> Field:
+    if card.is_distilled:
+        only = card.default_guidance
+        return Field(
+            "guidance_scale",
+            Type.NUMBER,
+            f"This model is distilled: only {only:g} is possible.",
+            veto=vetoes.other_guidance(only),
+            schema={"enum": [only, None], "default": only},
+        )
+    return Field(
+        "guidance_scale",
+        Type.NUMBER,
+        "How closely to follow the prompt; 1 switches guidance off.",
+        minimum=1,
+        maximum=card.max_guidance,
+        default=card.default_guidance,
+    )
