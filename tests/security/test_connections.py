@@ -17,7 +17,7 @@ from app.api.protocol import GuardedProtocol
 from app.settings import Settings
 from tests.api.sockets import listening
 from tests.fakes import FakeRuntime
-from tests.security.conftest import send_raw
+from tests.security.conftest import connect, send_raw
 from tests.server import Server
 
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -193,6 +193,30 @@ def test_row_14_ten_thousand_ranges_cost_little(scripted_service, path) -> None:
 
     assert status < 500
     assert cpu_s(scripted_service) - before < 1.0
+
+
+@pytest.mark.full
+def test_row_15_five_hundred_idle_sockets_slow_nobody_down(scripted_service) -> None:
+    """Row 15: with 500 sockets that say nothing and a body at one byte a second, p99 of
+    /health/live stays below 100 ms, in the best of three rounds; others may use the machine."""
+    rounds = []
+    with contextlib.ExitStack() as idle:
+        for _ in range(500):
+            idle.enter_context(connect(scripted_service))
+        slow = idle.enter_context(connect(scripted_service))
+        slow.sendall(POST + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        for _ in range(3):
+            slow.sendall(b" ")
+            took_s = []
+            for _ in range(100):
+                started = time.monotonic()
+                assert status_of(send_raw(scripted_service, HEAD + b"\r\n")) == 200
+                took_s.append(time.monotonic() - started)
+            rounds.append(sorted(took_s)[98])
+            if rounds[-1] < 0.1:
+                break
+
+    assert min(rounds) < 0.1
 
 
 class Hasty(GuardedProtocol):
