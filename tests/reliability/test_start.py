@@ -68,7 +68,7 @@ def test_row_11_a_bad_setting_is_named() -> None:
     assert "many" not in sentence
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_row_11_a_misspelt_setting_is_named() -> None:
     """Case 1 too: it would be ignored silently otherwise."""
     assert "KLEIN_QUEUE_IMAGE " in start(limit_s=2, queue_image=4)
@@ -85,7 +85,7 @@ def test_row_11_a_taken_port_is_found_first() -> None:
     assert "--port" in sentence
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_section_3_row_3_a_public_address_needs_a_key() -> None:
     """Section 3, row 3: three ways out are named."""
     sentence = start(limit_s=2, host="0.0.0.0")
@@ -94,7 +94,7 @@ def test_section_3_row_3_a_public_address_needs_a_key() -> None:
         assert way_out in sentence
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_row_11_a_model_that_is_not_there() -> None:
     """Case 3: the setting that names it is named."""
     assert "KLEIN_MODEL" in start(limit_s=2, model="/nowhere/at/all", device="cpu")
