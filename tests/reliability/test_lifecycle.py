@@ -144,14 +144,17 @@ def test_row_9_a_hung_worker_is_replaced(scripted, tmp_path: Path) -> None:
     assert server.metric("klein_worker_restarts_total", reason="hang") == 1
 
 
-def test_row_10_three_deaths_end_the_service(scripted) -> None:
+def test_row_10_three_deaths_end_the_service(scripted, tmp_path: Path) -> None:
     """Row 10: exit code 70 and one sentence; the back-off was 0 and 1 s; whoever waited was
     answered, and the end did not keep anyone."""
-    server = scripted("exit@1")
+    gate = tmp_path / "gate"
+    server = scripted("exit@1", f"gate={gate}")
     server.wait_until_ready()
-    started = time.monotonic()
     with ThreadPoolExecutor(6) as pool:
         jobs = [pool.submit(answer_of, server) for _ in range(6)]
+        wait_until(lambda: in_service(server) == 6)
+        gate.touch()
+        started = time.monotonic()
         statuses = sorted(job.result() for job in jobs)
     code = server.wait(timeout_s=20)
     (sentence,) = [line for line in server.lines if line.startswith("klein: ")]
