@@ -1,4 +1,11 @@
-"""Whether and how things are compiled, and that nothing is once the service is ready."""
+"""Whether and how things are compiled, and that nothing is once the service is ready.
+
+Each function is compiled twice: for the sizes of its first call, which are the default picture's,
+and for all others together. The two are kept apart. Left to itself the compiler tries its newest
+code first, so the default size too would run the general code from the warm-up on; and general code
+leaves convolutions in the layout that the card must turn around before each, which takes a sixth
+more time and 0.8 GB at 1024x1024.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +14,9 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,16 +33,54 @@ class Compiler:
     is_on: bool
     has_graphs: bool
     reason: str
+    backend: str | Callable[..., Any] = field(default="inductor", repr=False)
 
-    def compile(self, function: Callable[..., Any], *, whole: bool = True) -> Callable[..., Any]:
+    def compile(
+        self, function: Callable[..., Any], *, whole: bool = True, convolves: bool = False
+    ) -> Callable[..., Any]:
         """Compile *function* at its first call; a second size makes it ready for all others.
 
-        With *whole* it must compile in one piece; foreign code may be cut into several.
+        With *whole* it must compile in one piece; foreign code may be cut into several. With
+        *convolves* images keep their channels together, in general code too.
         """
         if not self.is_on:
             return function
-        compiled: Callable[..., Any] = torch.compile(function, fullgraph=whole)
-        return compiled
+        options: dict[str, Any] | None = None
+        if convolves:
+            options = {"force_layout_optimization": True}
+        first, general = (
+            torch.compile(each, fullgraph=whole, backend=self.backend, options=options)
+            for each in (function, _twin(function))
+        )
+        return _Compiled(first, general)
+
+
+class _Compiled:
+    """Calls *first* with the sizes that it was first called with, *general* with all others."""
+
+    def __init__(self, first: Callable[..., Any], general: Callable[..., Any]) -> None:
+        self._first = first
+        self._general = general
+        self._sizes: list[torch.Size] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        sizes = [each.shape for each in inputs if isinstance(each, torch.Tensor)]
+        if self._sizes is None:
+            self._sizes = sizes
+        return self._first(*inputs) if sizes == self._sizes else self._general(*inputs)
+
+
+def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy *function*, code included: compiled code is kept by the code object it came from.
+
+    Name and place remain, by which the compiler remembers the sizes it has seen; so the twin's
+    first code is general already.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace()
+    return FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 NO_COMPILER = Compiler(

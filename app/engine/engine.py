@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class KleinEngine:
         self._card = catalog.card(config.model)
         self._scratch = tempfile.TemporaryDirectory(prefix="klein-")
         self._started: Started | None = None
+        self._noise = ThreadPoolExecutor(1, "noise")
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
         """Read the weights, make one real picture, and say what came of it."""
@@ -76,7 +78,9 @@ class KleinEngine:
         if self._started is None:
             raise StartupError("The model is not loaded; load it first.")
         try:
-            return _Job(self._started.parts, spec, on_progress, should_stop).run()
+            # Drawn beside the text stage: on the host it takes as long as a whole encoder pass.
+            noise = self._noise.submit(stages.draw_noise, self._started.parts, spec)
+            return _Job(self._started.parts, spec, noise, on_progress, should_stop).run()
         except Exception as error:
             fault = faults.translate(error)
         raise fault
@@ -86,6 +90,7 @@ class KleinEngine:
 
     def close(self) -> None:
         """Let go of the card and of scratch files."""
+        self._noise.shutdown()
         self._started = None
         compiling.thaw()
         faults.give_back()
@@ -98,6 +103,7 @@ class _Job:
 
     parts: Parts
     spec: ImageSpec
+    noise: Future[torch.Tensor]
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
 
@@ -107,7 +113,6 @@ class _Job:
         clock = _Clock(parts.device)
         self._tell(Stage.TEXT, 0)
         text = stages.encode_text(parts, spec)
-        noise = stages.draw_noise(parts, spec)
         text_s = clock.lap()
         references_s = 0.0
         references = stages.References()
@@ -115,10 +120,11 @@ class _Job:
             self._tell(Stage.REFERENCE, 0)
             references = stages.encode_references(parts, spec)
             references_s = clock.lap()
-        latents, steps_s = self._denoise(text, references, noise, clock)
+        latents, steps_s = self._denoise(text, references, clock)
         self._tell(Stage.DECODE, spec.num_inference_steps)
         pixels = self._decode(latents, references.source)
         timings = StageTimings(text_s, references_s, sum(steps_s), clock.lap(), steps_s)
+        del latents, references
         return Generated(
             image=pictures.to_raw(pixels),
             timings=timings,
@@ -126,13 +132,13 @@ class _Job:
             prompt_tokens=text.token_count,
             is_prompt_cut=text.is_cut,
             is_prompt_cached=text.is_cached,
+            held=clock.held(),
         )
 
     def _denoise(
         self,
         text: stages.Text,
         references: stages.References,
-        noise: torch.Tensor,
         clock: _Clock,
     ) -> tuple[torch.Tensor, tuple[float, ...]]:
         shown = preview_steps(self.spec.previews, self.spec.num_inference_steps)
@@ -150,7 +156,7 @@ class _Job:
             self.spec,
             text,
             references,
-            noise,
+            self.noise.result(),
             on_step=on_step,
             should_stop=self.should_stop,
         )
@@ -158,7 +164,7 @@ class _Job:
 
     def _decode(self, latents: torch.Tensor, source: stages.Source | None) -> torch.Tensor:
         made = stages.decode(self.parts, latents, stages.grid(self.spec))
-        pixels = pictures.to_bytes(made).cpu()
+        pixels = pictures.to_host(pictures.to_bytes(made))
         if source is not None:
             pixels = pictures.paste(pixels, source.pixels, source.mask)
         return pixels
@@ -191,6 +197,15 @@ class _Clock:
         return PeakMemory(
             allocated=torch.cuda.max_memory_allocated(self._device),
             reserved=torch.cuda.max_memory_reserved(self._device),
+        )
+
+    def held(self) -> PeakMemory | None:
+        """Return what torch holds now, or None without a card."""
+        if self._device.type != "cuda":
+            return None
+        return PeakMemory(
+            allocated=torch.cuda.memory_allocated(self._device),
+            reserved=torch.cuda.memory_reserved(self._device),
         )
 
 

@@ -3,9 +3,9 @@ pays.
 
 A block is compiled once and serves all blocks of its kind, since weights are inputs of the compiled
 code. It is compiled twice, at the default size and for every other size; after the warm-up nothing
-is compiled any more (`compiling.freeze`). Small pictures and the text encoder do so little work per
-kernel that the card waits for the processor: there the whole pass is recorded once per shape and
-replayed.
+is compiled any more (`app.engine.compiling`). Small pictures and the text encoder do so little work
+per kernel that the card waits for the processor: there the whole pass is recorded once per shape
+and replayed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _KEPT_GRAPHS = 4
 class FastTransformer:
     """Predicts velocities. *shell* is diffusers' model with its blocks replaced by ours."""
 
-    def __init__(self, shell: Any, compiler: Compiler) -> None:
+    def __init__(self, shell: Any, compiler: Compiler, pool: GraphPool) -> None:
         self.shell = shell
         self._double = compiler.compile(_call)
         self._single = compiler.compile(_call_single)
-        self._graphs = Graphs(is_on=compiler.has_graphs)
+        self._graphs = Graphs(pool, is_on=compiler.has_graphs)
 
     def predict(
         self, tokens: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, rope: Rope
@@ -85,16 +85,17 @@ class FastEncoder(nn.Module):
         rotary: nn.Module,
         table: torch.Tensor,
         compiler: Compiler,
+        pool: GraphPool,
         streamed_to: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.layers: Iterable[nn.Module] = layers
-        if streamed_to is not None:
-            self.layers = StreamedLayers(layers, streamed_to)
+        self.layers: Iterable[nn.Module] = (
+            layers if streamed_to is None else StreamedLayers(layers, streamed_to)
+        )
         self.rotary = rotary
         self.table = table
         self._layer = compiler.compile(_call_layer)
-        self._graphs = Graphs(is_on=compiler.has_graphs and streamed_to is None)
+        self._graphs = Graphs(pool, is_on=compiler.has_graphs and streamed_to is None)
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
         """Return the embeddings, of shape [1, tokens, 3 x hidden]."""
@@ -112,19 +113,31 @@ class FastEncoder(nn.Module):
         return torch.cat(states, dim=-1)
 
 
+class GraphPool:
+    """The memory that all graphs of a model share, since no two of them ever run at once."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def handle(self) -> Any:
+        """Return torch's name for it, made at the first graph."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
 class Graphs:
     """CUDA graphs of one function by the shapes of its inputs, the last few kept.
 
     A shape is recorded at its second use: the first must not wait. Results are copies, for the next
-    replay overwrites the graph's own. All graphs share one pool of memory, since they never run at
-    once.
+    replay of any graph of *pool* overwrites the graph's own.
     """
 
-    def __init__(self, *, is_on: bool) -> None:
+    def __init__(self, pool: GraphPool, *, is_on: bool) -> None:
         self._is_on = is_on
+        self._pool = pool
         self._seen: set[tuple[torch.Size, ...]] = set()
         self._graphs: OrderedDict[tuple[torch.Size, ...], _Graph] = OrderedDict()
-        self._pool: Any = None
 
     def run(
         self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]
@@ -136,9 +149,7 @@ class Graphs:
             return function(*inputs)
         graph = self._graphs.pop(key, None)
         if graph is None:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = _Graph(function, inputs, self._pool)
+            graph = _Graph(function, inputs, self._pool.handle())
             while len(self._graphs) >= _KEPT_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs[key] = graph

@@ -127,7 +127,9 @@ def denoise(
     Raises:
         Cancelled: *should_stop* said so between two steps.
     """
-    latents = noise = _pack(noise.to(parts.device))
+    if parts.device.type == "cuda":
+        noise = noise.pin_memory()
+    latents = noise = _pack(noise.to(parts.device, non_blocking=True))
     sigmas, timesteps = _schedule(parts, spec, latents.shape[1])
     with parts.residency.on_card(parts.transformer):
         velocity_of = _velocity(parts, spec, text, references)

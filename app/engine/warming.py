@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from app.domain import Generated, ImageSpec, LoadProgress, ModelCard, RawImage
-from app.engine import compiling
+from app.engine import compiling, faults
 from app.engine.start import Started
 from app.errors import OutOfMemory, StartupError
 
@@ -40,6 +40,8 @@ def warm_up(
         on_progress(LoadProgress("warm-up", 0.5, "all other sizes"))
         _make_others(card, size, make)
         compiling.freeze()
+    # What compiling and the other sizes took and left behind in pieces.
+    faults.give_back()
     on_progress(LoadProgress("warm-up", 0.9, "measuring"))
     begun = time.perf_counter()
     spec = _spec(card, size, "a second warm-up picture")
@@ -83,7 +85,8 @@ def _make_others(card: ModelCard, size: tuple[int, int], make: Make) -> None:
     other = (_side(size[0] * 3 // 4), _side(size[1] // 2))
     make(_spec(card, other, "another shape", steps=2))
     reference = RawImage(128, 192, bytes(128 * 192 * 3))
-    make(_spec(card, other, "an edit", steps=1, references=(reference,)))
+    third = (_side(size[0] // 2), _side(size[1] * 5 // 8))
+    make(_spec(card, third, "an edit", steps=1, references=(reference,)))
 
 
 def _spec(

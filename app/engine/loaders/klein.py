@@ -24,7 +24,7 @@ from app.engine.blocks import Attention, WideHeadProcessor
 from app.engine.checkpoint import Checkpoint, Part, read_config
 from app.engine.compiling import Compiler
 from app.engine.eight_bit import LinearMaker, encoder_layer, replace_blocks
-from app.engine.fast import FastEncoder, FastTransformer
+from app.engine.fast import FastEncoder, FastTransformer, GraphPool
 from app.engine.fit import TEXT_LAYERS
 from app.engine.parts import Parts, Predict
 from app.engine.prompt_cache import PromptCache
@@ -69,9 +69,10 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
         residency.admit(transformer, stays=not wanted.is_offloaded)
         predict: Predict = partial(network.predict, transformer)
     else:
-        encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted)
+        pool = GraphPool()
+        encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted, pool)
         transformer = _build_shell(checkpoint.transformer, fill, wanted)
-        predict = FastTransformer(transformer, wanted.compiler).predict
+        predict = FastTransformer(transformer, wanted.compiler, pool).predict
     transformer.eval()
     return Parts(
         tokenizer=_read_tokenizer(checkpoint.tokenizer, wanted.max_sequence_length),
@@ -165,7 +166,7 @@ def _build_encoder(part: Part, fill: _Filler) -> TextEncoder:
     return TextEncoder(kept, Qwen3RotaryEmbedding(config), table)
 
 
-def _build_fast_encoder(part: Part, fill: _Filler, wanted: Wanted) -> FastEncoder:
+def _build_fast_encoder(part: Part, fill: _Filler, wanted: Wanted, pool: GraphPool) -> FastEncoder:
     config = _encoder_config(part)
     _check_encoder(part, config)
     make = LinearMaker(
@@ -182,7 +183,7 @@ def _build_fast_encoder(part: Part, fill: _Filler, wanted: Wanted) -> FastEncode
     rotary = Qwen3RotaryEmbedding(config).to(wanted.device)
     table = fill.read(part, "model.embed_tokens.weight")
     return FastEncoder(
-        layers, rotary, table, wanted.compiler, wanted.device if wanted.is_streamed else None
+        layers, rotary, table, wanted.compiler, pool, wanted.device if wanted.is_streamed else None
     )
 
 
@@ -229,7 +230,7 @@ def _decoder(vae: Any, wanted: Wanted) -> Callable[[torch.Tensor], torch.Tensor]
         return partial(_decode, vae)
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())
-    return partial(wanted.compiler.compile(_decode, whole=False), vae)
+    return partial(wanted.compiler.compile(_decode, whole=False, convolves=True), vae)
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
