@@ -50,8 +50,10 @@ class PromptCache:
         return entry.tokens, value.copy_(self._store[entry.place], non_blocking=True)
 
     def put(self, prompt: str, tokens: Tokens, embeddings: torch.Tensor) -> None:
-        """Keep the *embeddings* of *prompt*; the copy runs beside what comes next."""
-        if self._size == 0:
+        """Keep the *embeddings* of *prompt*, unless they are kept; the copy runs beside what comes
+        next.
+        """
+        if self._size == 0 or prompt in self._entries:
             return
         if self._store is None:
             self._store = torch.empty(

@@ -9,6 +9,7 @@ copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,21 +20,22 @@ _ALIGNMENT = 256
 class StreamedLayers:
     """Iterating yields each layer, ready on the card. All layers have the same shapes.
 
-    The engine's thread alone uses it, one pass at a time.
+    The engine's thread alone uses it, one pass at a time. On a processor the same copies are made,
+    one after the other.
     """
 
     def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
         self._device = device
-        self._host = [_flatten(layer) for layer in layers]
-        self._stream: torch.cuda.Stream = _stream(device)
+        self._lanes: Any = torch.cuda if device.type == "cuda" else torch.cpu
+        self._host = [_flatten(layer, pin=device.type == "cuda") for layer in layers]
+        self._stream = self._lanes.Stream(device) if device.type == "cuda" else torch.cpu.Stream()
         self._places = [
             torch.empty(len(self._host[0]), dtype=torch.uint8, device=device) for _ in range(2)
         ]
         self._modules = [layers[0], layers[1]]
         for module, place in zip(self._modules, self._places, strict=True):
             _lay_out(module, place)
-        self._copied = [_event(), _event()]
-        self._used = [_event(), _event()]
+        self._copied, self._used = ([self._lanes.Event() for _ in range(2)] for _ in range(2))
 
     @property
     def host_bytes(self) -> int:
@@ -48,22 +50,22 @@ class StreamedLayers:
             if number + 1 < len(self._host):
                 self._copy(number + 1)
             turn = number % 2
-            torch.cuda.current_stream().wait_event(self._copied[turn])
+            self._lanes.current_stream().wait_event(self._copied[turn])
             yield self._modules[turn]
             self._used[turn].record()
 
     def _copy(self, number: int) -> None:
         turn = number % 2
-        with torch.cuda.stream(self._stream):
+        with self._lanes.stream(self._stream):
             self._stream.wait_event(self._used[turn])
             self._places[turn].copy_(self._host[number], non_blocking=True)
             self._copied[turn].record(self._stream)
 
 
-def _flatten(layer: nn.Module) -> torch.Tensor:
-    """Copy all of a layer's weights into one run of pinned bytes."""
+def _flatten(layer: nn.Module, *, pin: bool) -> torch.Tensor:
+    """Copy all of a layer's weights into one run of bytes."""
     total = sum(_padded(weight) for weight in layer.parameters())
-    flat = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+    flat = torch.empty(total, dtype=torch.uint8, pin_memory=pin)
     start = 0
     for weight in layer.parameters():
         flat[start : start + weight.nbytes].copy_(weight.data.reshape(-1).view(torch.uint8))
@@ -82,11 +84,3 @@ def _lay_out(layer: nn.Module, place: torch.Tensor) -> None:
 
 def _padded(weight: torch.Tensor) -> int:
     return -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no type there
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no type there

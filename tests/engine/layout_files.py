@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -14,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from app.domain import ImageSpec
 from app.engine import catalog, stages
 from app.engine.bfl import rules
+from app.engine.blocks import plain_attention
+from app.engine.compiling import NO_COMPILER
 from app.engine.config import EngineConfig
+from app.engine.layouts import open_checkpoint
+from app.engine.loaders import klein
+from app.engine.parts import Parts
 from app.engine.start import Started, start
 from tests.single_files import WEIGHTS, is_block_linear, to_bfl
 
@@ -42,6 +48,27 @@ def latents(started: Started, spec: ImageSpec = SPEC) -> torch.Tensor:
         on_step=lambda *_: None,
         should_stop=lambda: False,
     ).float()
+
+
+def build(path: Path, **changes) -> Parts:
+    """Build the networks as *changes* of `klein.Wanted` say, without a config or a plan."""
+    values = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "linears": "fp8",
+        "encoder_linears": "int8w",
+        "attention": plain_attention,
+        "compiler": NO_COMPILER,
+        "is_offloaded": False,
+        "is_pinned": True,
+        "is_streamed": False,
+        "is_tiled": False,
+        "prompt_cache": 2,
+        "max_sequence_length": 512,
+        "is_distilled": True,
+    }
+    with closing(open_checkpoint(path)) as checkpoint:
+        return klein.build(checkpoint, klein.Wanted(**values | changes), lambda _: None)
 
 
 def fold_scales(folder: Path, target: Path) -> Path:
