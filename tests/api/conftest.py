@@ -87,6 +87,7 @@ def live_klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def live_scripted() -> Iterator[Server]:
     """A live service with klein's ids and limits, whose scripted engine takes no time."""
-    settings = {"model": "flux.2-klein-4b", "device": "cpu"}
-    with Server("slow=0", module="tests.api.live", **settings) as server:
+    settings = {"model": "flux.2-klein-4b", "device": "cpu", "max_body_bytes": MAX_BODY}
+    words = ("slow=0", f"lifetime={LIFETIME_S}")
+    with Server(*words, module="tests.api.live", **settings) as server:
         yield server

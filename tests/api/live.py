@@ -3,20 +3,22 @@
     python -m tests.api.live heartbeat=0.2 lifetime=2 [oom@1 slow=0.2 ...]
 
 It is `klein serve` but for the app's parameters, which no setting reaches. With a script of
-`tests.faulty` its engine is the scripted one, which shows previews here and counts as one more
-fault `late@n`: the job misses its deadline.
+`tests.faulty` its engine is the scripted one, which here shows previews, draws a texture (so that
+the quality of a JPEG can be seen in its size), and has one more fault, `late@n`: the job misses its
+deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import uvicorn
 
@@ -34,7 +36,7 @@ _log = logging.getLogger("app.live")
 
 
 class PreviewingEngine(faulty.FaultyEngine):
-    """Shows a preview after each step that wants one, before any fault strikes."""
+    """Shows all previews at the start, before any fault strikes."""
 
     def generate(
         self,
@@ -50,7 +52,11 @@ class PreviewingEngine(faulty.FaultyEngine):
         if self._script.faults.get(self._count + 1) == "late":
             self._count += 1
             raise DeadlineExceeded("The picture was not done when its time was over.")
-        return super().generate(spec, on_progress, should_stop)
+        made = super().generate(spec, on_progress, should_stop)
+        grain = hashlib.sha512(f"{spec.prompt}|{spec.seed}".encode()).digest()
+        size = 3 * spec.width * spec.height
+        pixels = (grain * (size // len(grain) + 1))[:size]
+        return replace(made, image=RawImage(spec.width, spec.height, pixels))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Target:
     url: str
     http: httpx.AsyncClient
     count_accepted: Callable[[], int]
-    is_live: bool
+    paints: bool
+    """Whether a model makes the pictures, so that a mask can be seen in them."""
     quick: dict[str, Any] = field(default_factory=dict)
 
     def client(self, **options: Any) -> AsyncOpenAI:
@@ -65,12 +66,12 @@ async def on_fakes() -> AsyncIterator[Target]:
     app = create_app(settings, lambda _: runtime, link_lifetime_s=LIFETIME_S)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as http:
-        yield Target(BASE_URL, http, lambda: len(runtime.service.specs), is_live=False)
+        yield Target(BASE_URL, http, lambda: len(runtime.service.specs), paints=False)
 
 
 @asynccontextmanager
 async def on_server(
-    server: Server, *, quick: dict[str, Any] | None = None
+    server: Server, *, paints: bool = False, quick: dict[str, Any] | None = None
 ) -> AsyncIterator[Target]:
     """Speak to a live service over its socket."""
 
@@ -79,7 +80,7 @@ async def on_server(
         return int(sum(server.metric("klein_images_total", mode=mode) for mode in modes))
 
     async with httpx.AsyncClient(timeout=120) as http:
-        yield Target(server.url, http, count, is_live=True, quick=quick or {})
+        yield Target(server.url, http, count, paints=paints, quick=quick or {})
 
 
 def picture(item: Any) -> Image.Image:

@@ -1,7 +1,8 @@
 """The contract's acceptance cases with the official `openai` SDK, in their order and numbering.
 
-Each runs on fakes in this process, and (marker slow) against a live service with a tiny random
-klein checkpoint: klein's ids and limits, two steps, four where it streams. Cases that need a script
+Each runs on fakes in this process, (marker slow) against a live service with the scripted engine,
+and (marker full) against one with a tiny random klein checkpoint: klein's ids and limits, two
+steps, four where it streams. Cases that need a script
 of faults, or a limit of their own, are in `test_openai_sdk_live.py`.
 """
 
@@ -20,17 +21,19 @@ from PIL import Image
 from tests.api.pictures import data_url, encode, mask, photo, rotated_photo
 from tests.api.targets import LIFETIME_S, MAX_BODY, Target, on_fakes, on_server, picture
 
-LIVE = pytest.param("live", marks=[pytest.mark.slow, pytest.mark.torch])
+SCRIPTED = pytest.param("scripted", marks=pytest.mark.slow)
+KLEIN = pytest.param("klein", marks=[pytest.mark.full, pytest.mark.torch])
 SMALL = "64x64"
 
 
-@pytest.fixture(params=["fakes", LIVE])
+@pytest.fixture(params=["fakes", SCRIPTED, KLEIN])
 async def target(request):
     """One service after the other."""
     if request.param == "fakes":
         running = on_fakes()
     else:
-        running = on_server(request.getfixturevalue("live_klein"), quick={"steps": 2})
+        server = request.getfixturevalue(f"live_{request.param}")
+        running = on_server(server, paints=request.param == "klein", quick={"steps": 2})
     async with running as target:
         yield target
 
@@ -99,17 +102,7 @@ async def test_case_4_a_seed_decides_the_bytes(target):
     assert len({result.data[0].seed for result in unseeded}) == 3
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        "256x256",
-        "512x512",
-        *(
-            pytest.param(size, marks=pytest.mark.full)
-            for size in ("1536x1024", "1024x1792", "768x1344")
-        ),
-    ],
-)
+@pytest.mark.parametrize("size", ["256x256", "512x512", "1536x1024", "1024x1792", "768x1344"])
 async def test_case_5_sizes_are_made_to_the_pixel(target, size):
     """As asked for, as answered, as decoded."""
     result = await make(target, size=size)
@@ -279,7 +272,7 @@ async def test_case_15_every_way_to_send_them_is_the_same(target):
 
 
 async def test_case_16_a_mask_keeps_what_it_covers(target):
-    """Only seen live: the right half is the source's, the left one is not."""
+    """Seen where a model paints: the right half is the source's, the left one is not."""
     source = photo(64, 64)
     other = Image.effect_noise((64, 64), 90).convert("RGB")
     result = await edit(target, [source, encode(other)], mask=mask(64, 64), extra_body={"seed": 1})
@@ -287,7 +280,7 @@ async def test_case_16_a_mask_keeps_what_it_covers(target):
     after = picture(result.data[0]).convert("RGB")
     left, right = (0, 0, 32, 64), (32, 0, 64, 64)
 
-    if target.is_live:
+    if target.paints:
         assert after.crop(right).tobytes() == before.crop(right).tobytes()
         assert after.crop(left).tobytes() != before.crop(left).tobytes()
     assert result.size == "64x64"

@@ -20,15 +20,25 @@ EXCLUDED = "positive_data_acceptance"
 
 
 @pytest.mark.parametrize(
-    ("cases", "examples", "phases"),
+    ("cases", "options"),
     [
-        (200, 40, "fuzzing"),
-        pytest.param(2000, 150, "examples,coverage,fuzzing", marks=pytest.mark.full),
+        (
+            200,
+            [
+                "--phases=coverage",
+                "--include-path=/generate",
+                "--include-path=/v1/images/generations",
+            ],
+        ),
+        pytest.param(
+            2000,
+            ["--phases=examples,coverage,fuzzing", "--max-examples=150", "--workers=2"],
+            marks=pytest.mark.full,
+        ),
     ],
+    ids=["200", "2000"],
 )
-def test_whatever_is_sent_is_answered_as_documented(
-    live_scripted, tmp_path: Path, cases, examples, phases
-):
+def test_whatever_is_sent_is_answered_as_documented(live_scripted, tmp_path: Path, cases, options):
     """At least so many cases; the worker that was there before is there after."""
     server = live_scripted
     worker = server.worker_pid()
@@ -36,10 +46,8 @@ def test_whatever_is_sent_is_answered_as_documented(
         str(Path(sys.executable).with_name("schemathesis")),
         "run",
         f"{server.url}/openapi.json",
-        f"--max-examples={examples}",
+        *options,
         f"--exclude-checks={EXCLUDED}",
-        f"--phases={phases}",
-        "--workers=2",
         "--warnings=off",
         "--no-color",
     ]
