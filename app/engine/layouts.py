@@ -23,6 +23,9 @@ from app.errors import StartupError
 _COMFY_TRANSFORMERS = ("diffusion_models", "unet")
 _COMFY_ENCODERS = ("text_encoders", "clip")
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+"""Formats that can run code: files so named are not even opened."""
+
 
 def open_checkpoint(path: Path, *, elsewhere: Path | None = None) -> Checkpoint:
     """Recognise what lies at *path* by its content and open it.
@@ -35,6 +38,8 @@ def open_checkpoint(path: Path, *, elsewhere: Path | None = None) -> Checkpoint:
     """
     if not path.exists():
         raise StartupError(f"There is no model at {path}; correct the path and start again.")
+    if path.is_file() and path.suffix.lower() in PICKLES:
+        raise _pickled(path)
     with ExitStack() as files:
         if path.is_file():
             checkpoint = _open_file(path, elsewhere, files)
@@ -140,6 +145,11 @@ def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:
         for pattern in ("*.safetensors", "*.gguf")
         for file in (path / name).glob(pattern)
     )
+    if not found:
+        for name in folders:
+            for file in sorted((path / name).glob("*")):
+                if file.suffix.lower() in PICKLES:
+                    raise _pickled(file)
     named = [file for file in found if word in file.name.lower()] if len(found) > 1 else found
     if len(named) == 1:
         return named[0]
@@ -147,6 +157,12 @@ def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:
         f"ComfyUI's folder {folders[0]} holds {len(named)} files that could be meant"
         f" ({', '.join(file.name for file in named[:3])}); "
         "give the path of the transformer's file, and leave one encoder and one VAE for it."
+    )
+
+
+def _pickled(path: Path) -> StartupError:
+    return StartupError(
+        f"{path.name} is not read, since its format can run code; give the safetensors file."
     )
 
 
@@ -168,7 +184,8 @@ def _open_folder(folder: Path, files: ExitStack) -> dict[str, Tensor]:
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths or not all(each.is_file() for each in paths):
-        found = sorted(each.name for each in folder.glob("*.bin")) if folder.is_dir() else []
+        others = sorted(folder.glob("*")) if folder.is_dir() else []
+        found = [each.name for each in others if each.suffix.lower() in PICKLES]
         raise StartupError(
             f"{folder.name} holds no whole set of safetensors files"
             f"{' but ' + found[0] if found else ''}; only safetensors are read, "

@@ -92,6 +92,7 @@ def sort_tensors(
     file: TensorFile, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Quantised], dict[str, Tensor]]:
     """Separate scales and notes from weights; return the fp8 layers and all weights."""
+    _refuse_packed(file, tensors)
     scales: dict[tuple[str, str], torch.Tensor] = {}
     notes = _header_notes(file)
     plain = {}
@@ -114,6 +115,17 @@ def sort_tensors(
     if left:
         raise _odd(file, f"there is a scale for {left[0]} but no such layer")
     return layers, plain
+
+
+def _refuse_packed(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse fp4 in one sentence: two weights in a byte, scales of scales."""
+    for name, tensor in tensors.items():
+        is_packed = name.endswith(".weight") and tensor.dtype is torch.uint8
+        if is_packed or name.endswith(".weight_scale_2"):
+            raise StartupError(
+                f"{file.path.name} holds fp4 weights, which are not supported; "
+                "use the fp8 or bf16 safetensors file."
+            )
 
 
 def _layer(
