@@ -12,6 +12,10 @@ from enum import Enum
 from typing import Protocol
 
 
+RANDOM_REVISION = "random"
+"""The revision of weights that nobody trained."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawImage:
     """Uncompressed pixels: *pixels* holds height x width x 3 bytes, RGB, 8 bits, rows from the
@@ -177,6 +181,11 @@ class ModelInfo:
     """Seconds in the worker of the warm-up image at the default size, the first estimate of
     speed."""
     load_s: float = 0.0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether nobody trained the weights, so that the pictures are noise."""
+        return self.revision == RANDOM_REVISION
 
 
 @dataclass(frozen=True, slots=True)

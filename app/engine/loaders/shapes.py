@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from app.domain import RANDOM_REVISION
 from app.engine import random_weights
 
 FOLDER = Path(__file__).resolve().parent.parent / "checkpoints" / "shapes"
 
 REVISION_TRAINED = "embedded"
-REVISION_RANDOM = "random"
 
 
 def locate(scratch: Path) -> tuple[Path, str]:
@@ -21,4 +21,4 @@ def locate(scratch: Path) -> tuple[Path, str]:
     if (FOLDER / "model_index.json").is_file():
         return FOLDER, REVISION_TRAINED
     folder = scratch / "shapes-random"
-    return random_weights.write_random(folder, random_weights.TINY), REVISION_RANDOM
+    return random_weights.write_random(folder, random_weights.TINY), RANDOM_REVISION
