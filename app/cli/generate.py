@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from pathlib import Path
+from typing import Literal
 
 from app import logs
 from app.domain import ImageSpec, ModelCard
@@ -13,7 +14,12 @@ from app.images import OutputFormat
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
-_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

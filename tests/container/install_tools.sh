@@ -3,11 +3,14 @@
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive PATH="$PATH:/usr/sbin:/sbin"
 
-declare -A package_of=([buildah]=buildah [debootstrap]=debootstrap [promtool]=prometheus)
+declare -A package_of=([buildah]=buildah [debootstrap]=debootstrap [promtool]=prometheus
+    [chromium]=chromium [node]=nodejs [npm]=npm)
 missing=()
 for command in "${!package_of[@]}"; do
     command -v "$command" >/dev/null || missing+=("${package_of[$command]}")
 done
+# The page's screenshots are compared by eye: with the same letters everywhere.
+[ -d /usr/share/fonts/opentype/inter ] || [ -d /usr/share/fonts/truetype/inter ] || missing+=(fonts-inter)
 if [ ${#missing[@]} -eq 0 ]; then
     exit 0
 fi
