@@ -266,5 +266,7 @@ def _engine_config(settings: Settings, choice: Choice, device: int | None) -> En
         device=device,
         precision=settings.precision,
         offload=settings.offload,
+        plan=settings.plan,
+        prompt_cache=settings.prompt_cache,
         max_pixels=settings.max_pixels,
     )

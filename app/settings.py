@@ -44,6 +44,12 @@ class Settings(BaseModel):
     """Arithmetic of the transformer; `auto` chooses by the card and a probe, and says why."""
     offload: Literal["auto", "none", "model", "disk"] = "auto"
     """Where weights wait that do not fit on the card (bf16 only): in host memory or on disk."""
+    plan: Literal["auto", "resident", "resident tiled", "streamed", "streamed tiled"] = "auto"
+    """What stays on the card at 8 bit: `auto` takes the fastest plan that fits, and says why.
+    `resident` keeps all networks there, `streamed` passes the text encoder through from host
+    memory, `tiled` decodes in tiles."""
+    prompt_cache: int = Field(default=32, ge=0, le=1024)
+    """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
     cache_dir: Path = Path("~/.cache/klein")
     """Where models are downloaded to and converted weights are kept."""
     queue_images: int = Field(default=32, ge=1, le=10_000)

@@ -46,7 +46,7 @@ class Compiler:
         if not self.is_on:
             return function
         options: dict[str, Any] | None = None
-        if convolves:
+        if convolves and self.backend == "inductor":
             options = {"force_layout_optimization": True}
         first, general = (
             torch.compile(each, fullgraph=whole, backend=self.backend, options=options)

@@ -131,7 +131,7 @@ class _Job:
             peak=clock.peak(),
             prompt_tokens=text.token_count,
             is_prompt_cut=text.is_cut,
-            is_prompt_cached=text.is_cached,
+            is_prompt_cached=text.is_cached if parts.cache.is_on else None,
             held=clock.held(),
         )
 

@@ -36,6 +36,11 @@ class PromptCache:
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._store: torch.Tensor | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it keeps anything."""
+        return self._size > 0
+
     def __len__(self) -> int:
         return len(self._entries)
 
