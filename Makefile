@@ -52,3 +52,7 @@ clean: ## remove the environment and caches
 
 soak: $(VENV)/.test ## MINUTES=10 at twice the capacity with faults, kills and drains; one table, one JSON line
 	$(RUN) benchmarks/soak.py --minutes $(or $(MINUTES),10)
+
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/.test ## measure the service on a card: one table, rows in benchmarks/results.jsonl
+	$(RUN) benchmarks/bench_gpu.py $(PHASES)
