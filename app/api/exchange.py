@@ -6,7 +6,7 @@ task at a time touches it.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from app.errors import KleinError
 _KEY = "klein.exchange"
 
 Scope = MutableMapping[str, Any]
+
+
+def _nothing() -> None:
+    """Nobody counts."""
 
 
 @dataclass(slots=True)
@@ -26,6 +30,8 @@ class Exchange:
     has_key: bool = False
     """Whether the request carried one of the configured keys."""
     error: KleinError | None = None
+    let_go: Callable[[], None] = _nothing
+    """Called by a route that has read the body and keeps nothing of it."""
     outcome: str | None = None
     """Set where the status does not tell it, as with a health answer."""
 

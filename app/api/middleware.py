@@ -143,11 +143,11 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         expected = _content_length(scope)
-        received = 0
+        received = held = 0
         late_at: float | None = asyncio.get_running_loop().time() + self._limit_s
 
         async def receive_some() -> Message:
-            nonlocal received, late_at
+            nonlocal received, held, late_at
             self._check(expected)
             try:
                 async with asyncio.timeout_at(late_at):
@@ -159,16 +159,24 @@ class BodyLimit:
                 ) from None
             if not message.get("more_body", False):
                 late_at = None  # from here on it is the client's going that is waited for
-            received += len(message.get("body", b""))
-            self._held_bytes += len(message.get("body", b""))
+            size_bytes = len(message.get("body", b""))
+            received += size_bytes
+            held += size_bytes
+            self._held_bytes += size_bytes
             self._check(received)
             self._check_together()
             return message
 
+        def let_go() -> None:
+            nonlocal held
+            self._held_bytes -= held
+            held = 0
+
+        exchange_of(scope).let_go = let_go
         try:
             await self._app(scope, receive_some, send)
         finally:
-            self._held_bytes -= received
+            let_go()
 
     def _check(self, size_bytes: int) -> None:
         if size_bytes > self._max_bytes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 
 import pytest
 
 from app.errors import Kind, KleinError
 from tests.api.conftest import error_of
+from tests.api.sockets import until
 
 KEY = "first-key-1234"
 
@@ -159,6 +162,37 @@ async def test_a_full_queue_comes_before_a_large_body(serve, service):
     response = await client.post("/generate", content=b"x" * 5000, headers=headers)
 
     assert response.status_code == 503
+
+
+async def test_bodies_are_limited_together_while_they_are_held(serve, service):
+    """Those being read count; one whose picture waits was let go of."""
+    client = await serve(max_body_bytes=2000)
+    service.script.release = asyncio.Event()
+    body = json.dumps({"prompt": "a" * 1800}).encode()
+    headers = {"content-type": "application/json"}
+    waiting = [
+        asyncio.create_task(client.post("/generate", content=body, headers=headers))
+        for _ in range(20)
+    ]
+    await until(lambda: len(service.tickets) == 20)
+    more = asyncio.Event()
+
+    async def half():
+        yield body[:1800]
+        await more.wait()
+        yield body[1800:]
+
+    reading = [
+        asyncio.create_task(client.post("/generate", content=half(), headers=headers))
+        for _ in range(9)
+    ]
+    refused, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+    more.set()
+    service.script.release.set()
+    statuses = [(await task).status_code for task in [*waiting, *reading]]
+
+    assert [(await task).status_code for task in refused] == [503]
+    assert statuses.count(200) == 28
 
 
 async def test_the_log_has_one_line_and_no_secrets(serve, service, caplog):

@@ -31,6 +31,7 @@ def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
         service.check_open(client=client)
         try:
             spec, output = await _read(request, service, config, decoder)
+            exchange_of(request.scope).let_go()
             ticket = service.submit([spec], client=client, output=output, deadline_s=deadline_s)
         except InvalidRequest as error:
             raise native.name_sides(error) from None

@@ -53,6 +53,7 @@ def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRo
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
         asked, specs = await _read_edit(request, service, client, config, decoder)
+        exchange_of(request.scope).let_go()
         ticket = service.submit(specs, client=client, output=asked.output, deadline_s=deadline_s)
         return await _Answer(request, service.card, config, links, asked, specs).make(ticket)
 
