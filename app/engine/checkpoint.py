@@ -43,6 +43,8 @@ class Part:
     """The file's own name of each module, where it differs from diffusers'."""
     quantised: Mapping[str, Any] = field(default_factory=dict)
     """Layers that lie in fp8, by the file's own name: `app.engine.single_file.Quantised`."""
+    sources: tuple[Path, ...] = ()
+    """The files that its weights lie in."""
 
     def check(self, expected: Mapping[str, torch.Size], optional: Iterable[str] = ()) -> None:
         """Refuse the part unless it has exactly the *expected* tensors in their shapes."""
@@ -105,6 +107,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
     """Describe tensors that bear diffusers' names already."""
     return {name: Slot(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
+
+
+def sources_of(tensors: Mapping[str, Tensor]) -> tuple[Path, ...]:
+    """Name the files that *tensors* lie in."""
+    return tuple(sorted({tensor.file.path for tensor in tensors.values()}))
 
 
 def _refuse(label: str, what: str, names: list[str]) -> StartupError:

@@ -15,12 +15,15 @@ from torch import nn
 
 from app.engine.blocks import Attention, DoubleBlock, EncoderLayer, SingleBlock
 from app.engine.checkpoint import Part
+from app.engine.converted import Converted, Layer
 from app.engine.linear import (
     Fp8Linear,
+    Int8Linear,
     WeightOnlyLinear,
     quantise_fp8,
     quantise_int8,
     rotated_int8,
+    rotation_group,
 )
 from app.engine.single_file import Quantised
 
@@ -32,7 +35,8 @@ class LinearMaker:
     """Reads linear layers of *part* and makes them of *kind*, on *device*.
 
     *kind*: `fp8`, `fp8w`, `int8`, `int8w` (see `app.engine.linear`), or `plain` for no rounding.
-    *on_read* is told the bytes that were taken from the file.
+    *on_read* is told the bytes that were taken from the file. Layers that *converted* holds are
+    taken from there.
     """
 
     def __init__(
@@ -43,21 +47,49 @@ class LinearMaker:
         device: torch.device,
         dtype: torch.dtype,
         on_read: Callable[[str, int, int], None],
+        converted: Converted | None = None,
     ) -> None:
         self._part = part
         self._kind = kind
         self._device = device
         self._dtype = dtype
         self._on_read = on_read
+        self._converted = converted
+        self._made: dict[str, nn.Module] = {}
 
     def __call__(self, *modules: str) -> nn.Module:
         """Make one layer of *modules*, joined in this order."""
         origins = {self._part.origin.get(module, module) for module in modules}
         layer = self._part.quantised.get(next(iter(origins))) if len(origins) == 1 else None
-        made = self._take(layer) if layer is not None else self._round(modules)
+        if layer is not None:
+            made = self._take(layer)
+        else:
+            name = "+".join(modules)
+            made = self._made[name] = self._recall(name) or self._round(modules)
         size = sum(each.nbytes for each in [*made.parameters(), *made.buffers()])
         self._on_read(self._part.label, len(modules), size)
         return made
+
+    def keep(self) -> None:
+        """Keep what was rounded for later starts, unless it came from there."""
+        if self._converted is None:
+            return
+        if not self._converted.is_there and self._kind != "plain" and self._made:
+            self._converted.write({name: _layer_of(made) for name, made in self._made.items()})
+        self._converted.close()
+        self._made.clear()
+
+    def _recall(self, name: str) -> nn.Module | None:
+        found = self._converted.read(name) if self._converted is not None else None
+        if found is None:
+            return None
+        weight, scale = (value.to(self._device) for value in found)
+        if self._kind == "fp8":
+            return Fp8Linear(weight, scale)
+        if self._kind == "int8":
+            group = rotation_group(weight.shape[1])
+            return Int8Linear(weight, scale, group).to(self._device)
+        return WeightOnlyLinear(weight, scale)
 
     def _take(self, layer: Quantised) -> nn.Module:
         """Use a layer as it lies in the file, where its scales allow it."""
@@ -80,13 +112,18 @@ class LinearMaker:
         if self._kind == "fp8w":
             return WeightOnlyLinear(*quantise_fp8(weight))
         if self._kind == "int8":
-            return rotated_int8(weight)
+            return rotated_int8(weight).to(self._device)
         if self._kind == "int8w":
             return WeightOnlyLinear(*quantise_int8(weight))
         rows, columns = weight.shape
         plain = nn.Linear(columns, rows, bias=False, device="meta")
         plain.weight = nn.Parameter(weight.to(self._dtype), requires_grad=False)
         return plain
+
+
+def _layer_of(made: Any) -> Layer:
+    scale = made.weight_scale if isinstance(made, Fp8Linear) else made.scale
+    return made.weight, scale
 
 
 def replace_blocks(

@@ -21,7 +21,7 @@ def read_encoder(file: TensorFile) -> Part:
         layer = layers.get(name.removesuffix(".weight"))
         read = tensor.read if layer is None else partial(_restored, layer)
         slots[name] = Slot(tensor.shape, tensor.dtype, read)
-    return Part(file.path.name, _config_of(file, plain), slots)
+    return Part(file.path.name, _config_of(file, plain), slots, sources=(file.path,))
 
 
 def _restored(layer: Quantised) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.engine import encoder_file, vae_file
-from app.engine.checkpoint import Checkpoint, Part, read_config, slots_of
+from app.engine.checkpoint import Checkpoint, Part, read_config, slots_of, sources_of
 from app.engine.random_weights import SCHEDULER
 from app.engine.single_file import is_bfl, read_transformer
 from app.engine.tensorfile import Tensor, TensorFile
@@ -69,14 +69,9 @@ def _open_diffusers(
         transformer = _read_single(files.enter_context(TensorFile(chosen)), config)
         layout = f"diffusers folder with {chosen.name}"
     else:
-        slots = slots_of(_open_folder(path / "transformer", files))
-        transformer = Part("transformer", config, slots)
+        transformer = _folder_part("transformer", config, path, files)
     encoder, vae = (
-        Part(
-            name,
-            read_config(path / name / "config.json"),
-            slots_of(_open_folder(path / name, files)),
-        )
+        _folder_part(name, read_config(path / name / "config.json"), path, files)
         for name in ("text_encoder", "vae")
     )
     return Checkpoint(
@@ -89,6 +84,11 @@ def _open_diffusers(
         is_distilled=index.get("is_distilled"),
         files=files,
     )
+
+
+def _folder_part(name: str, config: Mapping[str, Any], path: Path, files: ExitStack) -> Part:
+    tensors = _open_folder(path / name, files)
+    return Part(name, config, slots_of(tensors), sources=sources_of(tensors))
 
 
 def _open_file(path: Path, elsewhere: Path | None, files: ExitStack) -> Checkpoint:

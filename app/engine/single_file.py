@@ -74,7 +74,9 @@ def read_transformer(file: TensorFile, config: Mapping[str, Any] | None) -> Part
         slots[rule.our_name] = Slot(rule.shape(tensor.shape), tensor.dtype, read)
     for name in sorted(set(plain) - known):
         slots[name] = Slot(plain[name].shape, plain[name].dtype, plain[name].read)
-    return Part(file.path.name, config, slots, origin=origin, quantised=layers)
+    return Part(
+        file.path.name, config, slots, origin=origin, quantised=layers, sources=(file.path,)
+    )
 
 
 def _read(rule: Rule, tensor: Tensor, layer: Quantised | None) -> torch.Tensor:

@@ -100,6 +100,7 @@ def start(config: EngineConfig, card: ModelCard, scratch: Path, on_progress: OnP
             is_streamed=plan.is_streamed,
             is_tiled=plan.is_tiled,
             prompt_cache=config.prompt_cache,
+            converted=Path(config.cache_dir),
             max_sequence_length=card.max_sequence_length,
             is_distilled=_is_distilled(checkpoint.is_distilled, card),
         )

@@ -32,6 +32,9 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""The format's names of the types."""
+
 _HEADER_LIMIT = 100_000_000
 
 

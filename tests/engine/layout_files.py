@@ -64,6 +64,7 @@ def build(path: Path, **changes) -> Parts:
         "is_streamed": False,
         "is_tiled": False,
         "prompt_cache": 2,
+        "converted": None,
         "max_sequence_length": 512,
         "is_distilled": True,
     }

@@ -23,6 +23,7 @@ from app.engine import network
 from app.engine.blocks import Attention, WideHeadProcessor
 from app.engine.checkpoint import Checkpoint, Part, read_config
 from app.engine.compiling import Compiler
+from app.engine.converted import Converted
 from app.engine.eight_bit import LinearMaker, encoder_layer, replace_blocks
 from app.engine.fast import FastEncoder, FastTransformer, GraphPool
 from app.engine.fit import TEXT_LAYERS
@@ -51,6 +52,8 @@ class Wanted:
     is_streamed: bool
     is_tiled: bool
     prompt_cache: int
+    converted: Path | None
+    """Where rounded layers are kept, if anywhere."""
     max_sequence_length: int
     is_distilled: bool
 
@@ -175,11 +178,13 @@ def _build_fast_encoder(part: Part, fill: _Filler, wanted: Wanted, pool: GraphPo
         device=wanted.device,
         dtype=wanted.dtype,
         on_read=fill.count,
+        converted=_converted(part, wanted, wanted.encoder_linears, "encoder"),
     )
     layers = nn.ModuleList(
         encoder_layer(number, make, fill.norm(part), eps=config.rms_norm_eps)
         for number in range(TEXT_LAYERS[-1])
     )
+    make.keep()
     rotary = Qwen3RotaryEmbedding(config).to(wanted.device)
     table = fill.read(part, "model.embed_tokens.weight")
     return FastEncoder(
@@ -193,14 +198,24 @@ def _build_shell(part: Part, fill: _Filler, wanted: Wanted) -> Any:
         shell = _from_config(Flux2Transformer2DModel, part)
     part.check(_shapes(shell))
     make = LinearMaker(
-        part, wanted.linears, device=wanted.device, dtype=wanted.dtype, on_read=fill.count
+        part,
+        wanted.linears,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        on_read=fill.count,
+        converted=_converted(part, wanted, wanted.linears, "transformer"),
     )
     replace_blocks(shell, make, fill.norm(part), wanted.attention)
+    make.keep()
     for name, parameter in list(shell.named_parameters()):
         if parameter.is_meta:
             owner = shell.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], fill.norm(part)(name))
     return shell
+
+
+def _converted(part: Part, wanted: Wanted, kind: str, name: str) -> Converted | None:
+    return None if wanted.converted is None else Converted(wanted.converted, part, kind, name)
 
 
 def _check_encoder(part: Part, config: Any) -> nn.ModuleList:
