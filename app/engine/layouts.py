@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from app.engine import encoder_file, vae_file
 from app.engine.checkpoint import Checkpoint, Part, read_config, slots_of, sources_of
 from app.engine.random_weights import SCHEDULER
 from app.engine.single_file import is_bfl, read_transformer
-from app.engine.tensorfile import Tensor, TensorFile
+from app.engine.tensorfile import OpenFiles, Tensor, TensorFile
 from app.errors import StartupError
 
 _COMFY_TRANSFORMERS = ("diffusion_models", "unet")
@@ -27,11 +26,13 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Formats that can run code: files so named are not even opened."""
 
 
-def open_checkpoint(path: Path, *, elsewhere: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, elsewhere: Path | None = None, is_mapped: bool = False
+) -> Checkpoint:
     """Recognise what lies at *path* by its content and open it.
 
     Parts that *path* lacks (a tokenizer, or all but the transformer) are looked for in *elsewhere*,
-    a folder in diffusers' layout.
+    a folder in diffusers' layout. With *is_mapped* weights stay in the files (`TensorFile`).
 
     Raises:
         StartupError: it is no layout that is known, or a file of it is damaged or unsupported.
@@ -40,7 +41,7 @@ def open_checkpoint(path: Path, *, elsewhere: Path | None = None) -> Checkpoint:
         raise StartupError(f"There is no model at {path}; correct the path and start again.")
     if path.is_file() and path.suffix.lower() in PICKLES:
         raise _pickled(path)
-    with ExitStack() as files:
+    with OpenFiles(is_mapped=is_mapped) as files:
         if path.is_file():
             checkpoint = _open_file(path, elsewhere, files)
         elif (path / "model_index.json").is_file():
@@ -57,7 +58,7 @@ def open_checkpoint(path: Path, *, elsewhere: Path | None = None) -> Checkpoint:
 
 
 def _open_diffusers(
-    path: Path, files: ExitStack, transformer_file: Path | None = None
+    path: Path, files: OpenFiles, transformer_file: Path | None = None
 ) -> Checkpoint:
     index = read_config(path / "model_index.json")
     config = read_config(path / "transformer" / "config.json")
@@ -66,7 +67,7 @@ def _open_diffusers(
     layout = "diffusers folder"
     if transformer_file is not None or (not is_folder and len(own) == 1):
         chosen = transformer_file or own[0]
-        transformer = _read_single(files.enter_context(TensorFile(chosen)), config)
+        transformer = _read_single(files.open(chosen), config)
         layout = f"diffusers folder with {chosen.name}"
     else:
         transformer = _folder_part("transformer", config, path, files)
@@ -86,12 +87,12 @@ def _open_diffusers(
     )
 
 
-def _folder_part(name: str, config: Mapping[str, Any], path: Path, files: ExitStack) -> Part:
+def _folder_part(name: str, config: Mapping[str, Any], path: Path, files: OpenFiles) -> Part:
     tensors = _open_folder(path / name, files)
     return Part(name, config, slots_of(tensors), sources=sources_of(tensors))
 
 
-def _open_file(path: Path, elsewhere: Path | None, files: ExitStack) -> Checkpoint:
+def _open_file(path: Path, elsewhere: Path | None, files: OpenFiles) -> Checkpoint:
     """One file holds the transformer; the other parts are those of the folder it stands in."""
     if path.parent.name in _COMFY_TRANSFORMERS:
         return _open_comfy(path.parent.parent, path, elsewhere, files)
@@ -105,7 +106,7 @@ def _open_file(path: Path, elsewhere: Path | None, files: ExitStack) -> Checkpoi
 
 
 def _open_comfy(
-    path: Path, transformer_file: Path | None, elsewhere: Path | None, files: ExitStack
+    path: Path, transformer_file: Path | None, elsewhere: Path | None, files: OpenFiles
 ) -> Checkpoint:
     transformer = transformer_file or _only(path, _COMFY_TRANSFORMERS, "klein")
     tokenizer = next(
@@ -121,11 +122,11 @@ def _open_comfy(
             "ComfyUI's models folder holds no tokenizer; copy the folder tokenizer of "
             "FLUX.2-klein-4B into it."
         )
-    encoder = files.enter_context(TensorFile(_only(path, _COMFY_ENCODERS, "qwen_3_4b")))
-    vae = files.enter_context(TensorFile(_only(path, ("vae",), "flux2")))
+    encoder = files.open(_only(path, _COMFY_ENCODERS, "qwen_3_4b"))
+    vae = files.open(_only(path, ("vae",), "flux2"))
     return Checkpoint(
         layout="ComfyUI models folder",
-        transformer=_read_single(files.enter_context(TensorFile(transformer)), None),
+        transformer=_read_single(files.open(transformer), None),
         encoder=encoder_file.read_encoder(encoder),
         vae=vae_file.read_vae(vae),
         scheduler=SCHEDULER,
@@ -175,7 +176,7 @@ def _read_single(file: TensorFile, config: Mapping[str, Any] | None) -> Part:
     )
 
 
-def _open_folder(folder: Path, files: ExitStack) -> dict[str, Tensor]:
+def _open_folder(folder: Path, files: OpenFiles) -> dict[str, Tensor]:
     """Open the safetensors files of *folder*: those its index names, else the only ones there."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is not None:
@@ -193,5 +194,5 @@ def _open_folder(folder: Path, files: ExitStack) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for each in paths:
-        tensors |= files.enter_context(TensorFile(each)).tensors
+        tensors |= files.open(each).tensors
     return tensors

@@ -82,7 +82,12 @@ def start(config: EngineConfig, card: ModelCard, scratch: Path, on_progress: OnP
     _limit_memory(config, device)
     precision = choose_precision(config.precision, probe_card(device), is_small=_is_small(config))
     files = _find(config, precision, scratch, on_progress)
-    with closing(open_checkpoint(files.path, elsewhere=_downloaded(config))) as checkpoint:
+    opened = open_checkpoint(
+        files.path,
+        elsewhere=_downloaded(config),
+        is_mapped=config.offload == "disk" and precision.linears == "exact",
+    )
+    with closing(opened) as checkpoint:
         check_fit(checkpoint, is_klein=files.is_ours and card.hub_id is not None)
         is_exact = precision.linears == "exact"
         compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))

@@ -2,14 +2,18 @@
 
 Only this format is read, since it holds no code. The file is read with plain reads instead of a
 memory map: a map's pages count as this process's memory, and the first load must stay small on a
-machine with 16 GB. This module knows bytes and names, no model.
+machine with 16 GB. Where weights are to wait on the disk (KLEIN_OFFLOAD=disk) they are mapped after
+all: the system then drops and reads their pages as its memory allows. This module knows bytes and
+names, no model.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -55,10 +59,15 @@ class Tensor:
 
 
 class TensorFile:
-    """One open safetensors file. A context manager; reads from one thread at a time."""
+    """One open safetensors file. A context manager; reads from one thread at a time.
 
-    def __init__(self, path: Path) -> None:
+    With *is_mapped* tensors are views of the file, which live on when it is closed.
+    """
+
+    def __init__(self, path: Path, *, is_mapped: bool = False) -> None:
         self.path = path
+        self._is_mapped = is_mapped
+        self._map: mmap.mmap | None = None
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
                 raise StartupError(
@@ -84,14 +93,17 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; a map goes with the last tensor that lies in it."""
+        self._map = None
         self._file.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
     def read(self, tensor: Tensor) -> torch.Tensor:
-        """Read the bytes of *tensor*."""
+        """Read the bytes of *tensor*, or show where they lie."""
+        if self._is_mapped and tensor.size_bytes and tensor.start % tensor.dtype.itemsize == 0:
+            return self._view(tensor)
         buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
         self._file.seek(tensor.start)
@@ -102,6 +114,15 @@ class TensorFile:
                 raise _damaged(self.path, "it ends before its last tensor")
             done += count
         return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+    def _view(self, tensor: Tensor) -> torch.Tensor:
+        if self._map is None:
+            # Copy on write: nothing that is done to a weight can reach the file.
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(
+            self._map, dtype=torch.uint8, offset=tensor.start, count=tensor.size_bytes
+        )
+        return flat.view(tensor.dtype).reshape(tensor.shape)
 
     def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         total = self.path.stat().st_size
@@ -130,6 +151,18 @@ class TensorFile:
         if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(name)
         return Tensor(self, name, dtype, shape, base + start, end - start)
+
+
+class OpenFiles(ExitStack):
+    """All files of one checkpoint, closed together."""
+
+    def __init__(self, *, is_mapped: bool = False) -> None:
+        super().__init__()
+        self._is_mapped = is_mapped
+
+    def open(self, path: Path) -> TensorFile:
+        """Open *path* until all are closed."""
+        return self.enter_context(TensorFile(path, is_mapped=self._is_mapped))
 
 
 def _damaged(path: Path, what: str) -> StartupError:
