@@ -50,7 +50,7 @@ def test_the_pixels_are_those_of_the_pipeline(klein, tiny_klein) -> None:
     pipeline = Flux2KleinPipeline.from_pretrained(tiny_klein, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     direct = pipeline(
-        "a red circle",
+        prompt="a red circle",
         width=96,
         height=64,
         num_inference_steps=2,
