@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,10 +36,18 @@ def load(path: Path, precision: str = "fp32", cache: Path | None = None, **more)
     return start(config, catalog.card(config.model), path.parent, lambda _: None)
 
 
-@torch.no_grad()
-def latents(started: Started, spec: ImageSpec = SPEC) -> torch.Tensor:
+def latents(started: Started) -> torch.Tensor:
     """Go through text and denoising."""
-    parts = started.parts
+    return _latents(started.parts, SPEC).float()
+
+
+def latents_of(parts: Parts, side: int, prompt: str) -> torch.Tensor:
+    """The same for *parts* that were built without a config."""
+    return _latents(parts, replace(SPEC, width=side, height=side, prompt=prompt))
+
+
+@torch.no_grad()
+def _latents(parts: Parts, spec: ImageSpec) -> torch.Tensor:
     return stages.denoise(
         parts,
         spec,
@@ -47,7 +56,7 @@ def latents(started: Started, spec: ImageSpec = SPEC) -> torch.Tensor:
         stages.draw_noise(parts, spec),
         on_step=lambda *_: None,
         should_stop=lambda: False,
-    ).float()
+    )
 
 
 def build(path: Path, **changes) -> Parts:

@@ -1,0 +1,124 @@
+"""The card's kernels against the same arithmetic on the processor, and the probes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from app.engine import linear
+from app.engine.blocks import cudnn_attention, plain_attention
+from app.engine.compiling import choose_compiler, thaw
+from app.engine.linear import Fp8Linear, WeightOnlyLinear
+from app.engine.precision import choose_precision
+from app.engine.probe import choose_attention, probe_card
+from app.engine.stages import decode
+from app.engine.tiles import decode_tiled
+from tests.checkpoints import write_tiny_klein
+from tests.engine.layout_files import build, latents_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+TOLERANCE = 1e-2
+WIDTHS = (3072, 9216, 12288)
+
+
+def heavy(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    squares = sum(torch.randn(shape, generator=generator).square() for _ in range(5))
+    return torch.randn(shape, generator=generator) / (squares / 5).sqrt()
+
+
+def difference(made: torch.Tensor, right: torch.Tensor) -> float:
+    made, right = made.float().cpu(), right.float().cpu()
+    return float((made - right).norm() / right.norm())
+
+
+def make(kind: str, weight: torch.Tensor, x: torch.Tensor) -> torch.nn.Module:
+    if kind == "int8":
+        return linear.rotated_int8(weight)
+    if kind == "int8w":
+        return WeightOnlyLinear(*linear.quantise_int8(weight))
+    if kind == "fp8w":
+        return WeightOnlyLinear(*linear.quantise_fp8(weight))
+    scale = x.abs().amax().float() / 448 if kind == "fp8 static" else None
+    return Fp8Linear(*linear.quantise_fp8(weight), scale)
+
+
+@pytest.mark.parametrize("rows", [5, 512])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", ["fp8 static", "fp8 dynamic", "fp8w", "int8", "int8w"])
+def test_each_linear_is_its_emulation(card, kind, width, rows):
+    """At klein's widths, heavy-tailed, with few rows and many."""
+    if kind.startswith("fp8 ") and torch.cuda.get_device_capability(card) < (8, 9):
+        pytest.skip("this card knows no fp8")
+    weight, x = heavy(256, width, seed=0).bfloat16(), heavy(rows, width, seed=1).bfloat16()
+    layer = make(kind, weight, x)
+    right = layer(x)
+
+    assert difference(layer.to(card)(x.to(card)), right) < TOLERANCE
+
+
+def test_cudnns_attention_is_torchs(card):
+    """Where the probe takes it; at a megapixel's length and at an odd one."""
+    if choose_attention(card)[0] is not cudnn_attention:
+        pytest.skip("not taken on this card")
+    for length in (4608, 1111):
+        q, k, v = torch.randn(3, 1, 24, length, 128, device=card, dtype=torch.bfloat16)
+        assert difference(cudnn_attention(q, k, v), plain_attention(q, k, v)) < TOLERANCE
+
+
+def test_the_probe_agrees_with_the_capability(card):
+    """fp8 from sm_89 on, and the choice that follows, with a reason."""
+    facts = probe_card(card)
+    chosen = choose_precision("auto", facts, is_small=False)
+
+    assert facts.capability == torch.cuda.get_device_capability(card)
+    assert facts.has_fp8 == (facts.capability >= (8, 9))
+    assert chosen.linears == ("fp8" if facts.has_fp8 else chosen.linears)
+    assert chosen.reason
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_klein(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@torch.no_grad()
+def test_streamed_layers_give_what_resident_ones_do(card, folder):
+    """With real streams: the copies neither come late nor overwrite what still computes."""
+    wanted = {"device": card, "dtype": torch.bfloat16}
+    resident, streamed = build(folder, **wanted), build(folder, is_streamed=True, **wanted)
+    for prompt in ["a", "b", "long " * 200] * 10:
+        tokens = resident.tokenizer(prompt)
+        made = [parts.encoder(tokens, card).clone() for parts in (resident, streamed)]
+        assert torch.equal(*made)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linears", ["fp8", "int8"])
+def test_compiled_networks_with_graphs_give_what_plain_ones_do(card, folder, tmp_path, linears):
+    """Several sizes, each often enough to be recorded and replayed."""
+    compiler = choose_compiler(card, tmp_path)
+    if not compiler.is_on:
+        pytest.skip(compiler.reason)
+    wanted = {"device": card, "dtype": torch.bfloat16, "linears": linears}
+    plain, compiled = build(folder, **wanted), build(folder, compiler=compiler, **wanted)
+    try:
+        for side in (128, 192, 256, 128, 192, 256, 128):
+            made = [latents_of(parts, side, f"a {side}") for parts in (plain, compiled)]
+            assert difference(*reversed(made)) < 0.05
+            pixels = [decode(parts, made[0], (side // 16,) * 2) for parts in (plain, compiled)]
+            assert difference(*reversed(pixels)) < 0.05
+    finally:
+        thaw()
+
+
+@torch.no_grad()
+def test_tiles_on_the_card_are_tiles_on_the_host(card, folder):
+    """The same mixture of overlaps, whichever device adds it up."""
+    parts = build(folder, device=card)
+    host = build(folder)
+    plane = torch.randn(1, 8, 40, 96, generator=torch.Generator().manual_seed(0))
+
+    made = decode_tiled(parts.decode, plane.to(card))
+    assert difference(made, decode_tiled(host.decode, plane)) < TOLERANCE
