@@ -315,7 +315,7 @@ class ImageService:
         deadline.
 
         Raises:
-            InvalidRequest: a spec is beyond the limits.
+            InvalidRequest: a spec is beyond the limits, or *deadline_s* shorter than the work.
             Unavailable: there is no room, or the deadline would pass before the last is done.
             KleinError: *client* has asked for too many of late.
         """
@@ -325,6 +325,12 @@ class ImageService:
         predicted_s = self.predict_s(specs)
         allowed_s = self._config.deadline_s + 4 * predicted_s
         if deadline_s is not None:
+            if deadline_s < predicted_s:
+                raise InvalidRequest(
+                    f"The deadline of {deadline_s:g} s is shorter than the {predicted_s:.1f} s that "
+                    "this takes here; allow more, or ask for fewer steps or a smaller size.",
+                    param="X-Klein-Deadline-S",
+                )
             allowed_s = min(allowed_s, deadline_s)
         if self._queue.expected_wait_s() + predicted_s > allowed_s:
             raise self._unavailable(

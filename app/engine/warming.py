@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 Make = Callable[[ImageSpec], Generated]
 
+_SMALL_PIXELS = 256 * 256
+
 
 def warm_up(
     started: Started,
@@ -53,14 +55,19 @@ def warm_up(
 def _warm_processor(
     card: ModelCard, make: Make, on_progress: Callable[[LoadProgress], None]
 ) -> float:
-    """One step at a quarter of the side: a processor may need minutes for a whole picture."""
-    on_progress(LoadProgress("warm-up", 0.0, "one small step"))
-    size = (_side(card.default_width // 4), _side(card.default_height // 4))
-    spec = _spec(card, size, "a warm-up picture", steps=1)
+    """A whole picture where it is small; of a large one, for which a processor may need minutes,
+    one step at a quarter of the side.
+    """
+    pixels = card.default_width * card.default_height
+    scale, steps = (1, card.default_steps) if pixels <= _SMALL_PIXELS else (4, 1)
+    on_progress(LoadProgress("warm-up", 0.0, f"{steps} steps"))
+    size = (_side(card.default_width // scale), _side(card.default_height // scale))
+    spec = _spec(card, size, "a warm-up picture", steps=steps)
+    # The first picture pays for what is made once; the second says how fast this is.
+    make(spec)
     begun = time.perf_counter()
     make(spec)
-    share = spec.pixels / (card.default_width * card.default_height)
-    return (time.perf_counter() - begun) * card.default_steps / share
+    return (time.perf_counter() - begun) * card.default_steps / steps * pixels / spec.pixels
 
 
 def _make_first(card: ModelCard, make: Make) -> tuple[int, int]:

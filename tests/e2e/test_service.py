@@ -68,10 +68,10 @@ def test_the_same_seed_gives_the_same_bytes_whatever_ran_between(klein) -> None:
     _, _, first = klein.post("/generate", SMALL | {"seed": 11})
     klein.post("/generate", SMALL | {"prompt": "something else", "width": 128, "seed": 1})
     _, _, again = klein.post("/generate", SMALL | {"seed": 11})
-    client = OpenAI(base_url=klein.url + "/v1", api_key="none", max_retries=0)
-    both = client.images.generate(
-        prompt="a red circle", size="64x64", n=2, extra_body={"seed": 10, "steps": 2}
-    )
+    with OpenAI(base_url=klein.url + "/v1", api_key="none", max_retries=0) as client:
+        both = client.images.generate(
+            prompt="a red circle", size="64x64", n=2, extra_body={"seed": 10, "steps": 2}
+        )
 
     assert first == again
     assert [image.seed for image in both.data] == [10, 11]
@@ -80,10 +80,10 @@ def test_the_same_seed_gives_the_same_bytes_whatever_ran_between(klein) -> None:
 
 def test_the_openai_client_gets_three_images_of_the_size_asked_for(klein) -> None:
     """n=3 gives three different pictures."""
-    client = OpenAI(base_url=klein.url + "/v1", api_key="none", max_retries=0)
-    answer = client.images.generate(
-        model="flux.2-klein-4b", prompt="a cat", n=3, size="128x64", extra_body={"steps": 2}
-    )
+    with OpenAI(base_url=klein.url + "/v1", api_key="none", max_retries=0) as client:
+        answer = client.images.generate(
+            model="flux.2-klein-4b", prompt="a cat", n=3, size="128x64", extra_body={"steps": 2}
+        )
     shapes = [pixels(base64.b64decode(image.b64_json)).shape for image in answer.data]
     assert shapes == [(64, 128, 3)] * 3
     assert len({image.b64_json for image in answer.data}) == 3
