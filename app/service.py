@@ -327,8 +327,8 @@ class ImageService:
         if deadline_s is not None:
             if deadline_s < predicted_s:
                 raise InvalidRequest(
-                    f"The deadline of {deadline_s:g} s is shorter than the {predicted_s:.1f} s that "
-                    "this takes here; allow more, or ask for fewer steps or a smaller size.",
+                    f"The deadline of {deadline_s:g} s is shorter than the {predicted_s:.1f} s "
+                    "that this takes here; allow more, or ask for fewer steps or a smaller size.",
                     param="X-Klein-Deadline-S",
                 )
             allowed_s = min(allowed_s, deadline_s)
