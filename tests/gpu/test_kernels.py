@@ -16,7 +16,12 @@ from app.engine.tiles import decode_tiled
 from tests.checkpoints import write_tiny_klein
 from tests.engine.layout_files import build, latents_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.torch,
+    # The compiler tells of what it ignores in foreign code.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 TOLERANCE = 1e-2
 WIDTHS = (3072, 9216, 12288)
