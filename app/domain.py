@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-
 RANDOM_REVISION = "random"
 """The revision of weights that nobody trained."""
 
