@@ -31,6 +31,11 @@ _GRAPH_TOKENS = 2560
 
 _KEPT_GRAPHS = 4
 
+_COUNTED_SHAPES = 64
+
+_PICTURE_STEPS = 4
+"""A pass of the transformer is recorded in the second picture of its size."""
+
 
 class FastTransformer:
     """Predicts velocities. *shell* is diffusers' model with its blocks replaced by ours."""
@@ -39,7 +44,7 @@ class FastTransformer:
         self.shell = shell
         self._double = compiler.compile(_call)
         self._single = compiler.compile(_call_single)
-        self._graphs = Graphs(pool, is_on=compiler.has_graphs)
+        self._graphs = Graphs(pool, is_on=compiler.has_graphs, after=_PICTURE_STEPS)
 
     def predict(
         self, tokens: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, rope: Rope
@@ -95,7 +100,8 @@ class FastEncoder(nn.Module):
         self.rotary = rotary
         self.table = table
         self._layer = compiler.compile(_call_layer)
-        self._graphs = Graphs(pool, is_on=compiler.has_graphs and streamed_to is None)
+        has_graphs = compiler.has_graphs and streamed_to is None
+        self._graphs = Graphs(pool, is_on=has_graphs, after=1)
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
         """Return the embeddings, of shape [1, tokens, 3 x hidden]."""
@@ -129,14 +135,16 @@ class GraphPool:
 class Graphs:
     """CUDA graphs of one function by the shapes of its inputs, the last few kept.
 
-    A shape is recorded at its second use: the first must not wait. Results are copies, for the next
+    A shape is recorded once it was used *after* times: the first picture must not wait, and a shape
+    whose graph had to go does not push out another's at once. Results are copies, for the next
     replay of any graph of *pool* overwrites the graph's own.
     """
 
-    def __init__(self, pool: GraphPool, *, is_on: bool) -> None:
+    def __init__(self, pool: GraphPool, *, is_on: bool, after: int) -> None:
         self._is_on = is_on
         self._pool = pool
-        self._seen: set[tuple[torch.Size, ...]] = set()
+        self._after = after
+        self._uses: OrderedDict[tuple[torch.Size, ...], int] = OrderedDict()
         self._graphs: OrderedDict[tuple[torch.Size, ...], _Graph] = OrderedDict()
 
     def run(
@@ -144,16 +152,25 @@ class Graphs:
     ) -> torch.Tensor:
         """Call *function*, or replay what it did."""
         key = tuple(each.shape for each in inputs)
-        if not self._is_on or key not in self._seen:
-            self._seen.add(key)
-            return function(*inputs)
         graph = self._graphs.pop(key, None)
         if graph is None:
-            graph = _Graph(function, inputs, self._pool.handle())
+            if not self._is_on or not self._is_due(key):
+                return function(*inputs)
             while len(self._graphs) >= _KEPT_GRAPHS:
                 self._graphs.popitem(last=False)
+            graph = _Graph(function, inputs, self._pool.handle())
         self._graphs[key] = graph
         return graph.replay(inputs)
+
+    def _is_due(self, key: tuple[torch.Size, ...]) -> bool:
+        """Count a use of a shape without a graph."""
+        count = self._uses.pop(key, 0)
+        if count >= self._after:
+            return True
+        self._uses[key] = count + 1
+        while len(self._uses) > _COUNTED_SHAPES:
+            self._uses.popitem(last=False)
+        return False
 
     def clear(self) -> None:
         """Forget all graphs and give their memory back."""
