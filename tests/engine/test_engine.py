@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from app import errors
 from app.domain import ImageSpec, Stage
-from app.engine import faults, start
+from app.engine import faults, stages, start
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from app.engine.loaders import shapes
+from app.engine.prompt_cache import PromptCache
 from tests.checkpoints import write_tiny_klein
 
 pytestmark = pytest.mark.torch
@@ -55,8 +57,30 @@ def test_it_reports_stages_and_steps(engine):
     assert len(made.timings.steps) == 3
     assert made.timings.text > 0
     assert made.timings.decode > 0
-    assert made.peak is None
+    assert (made.peak, made.held) == (None, None)
     assert not made.is_prompt_cut
+
+
+def test_it_says_whether_the_prompt_was_kept(engine, monkeypatch):
+    """A miss, then a hit with the same pixels; nothing where no cache is in use."""
+    wanted = replace(SPEC, prompt="a prompt of its own")
+    first, again = (engine.generate(wanted, lambda _: None, lambda: False) for _ in range(2))
+    monkeypatch.setattr(engine._started.parts, "cache", PromptCache(0, torch.device("cpu")))
+    without = engine.generate(wanted, lambda _: None, lambda: False)
+
+    kept = [made.is_prompt_cached for made in (first, again, without)]
+    assert kept == [False, True, None]
+    assert first.image == again.image == without.image
+
+
+def test_noise_hangs_on_the_seed_alone(engine):
+    """It is drawn beside the text stage, and is the same as drawn here."""
+    parts = engine._started.parts
+    drawn = stages.draw_noise(parts, SPEC)
+    right = torch.randn(drawn.shape, generator=torch.Generator("cpu").manual_seed(SPEC.seed))
+
+    assert torch.equal(drawn, right)
+    assert not torch.equal(drawn, stages.draw_noise(parts, replace(SPEC, seed=8)))
 
 
 def test_it_stops_between_two_steps(engine):
