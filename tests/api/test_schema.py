@@ -22,13 +22,14 @@ EXCLUDED = "positive_data_acceptance"
 @pytest.mark.parametrize(
     ("cases", "options"),
     [
-        (
+        pytest.param(
             200,
             [
                 "--phases=coverage",
                 "--include-path=/generate",
                 "--include-path=/v1/images/generations",
             ],
+            marks=pytest.mark.full,
         ),
         pytest.param(
             2000,

@@ -135,7 +135,7 @@ def test_a_wrong_option_is_told_before_anything_starts(words, says) -> None:
         measure(*words)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.torch
 def test_it_works_without_a_card(tmp_path) -> None:
     """The demo model on the processor: no floor, no card memory, but seconds and host memory."""

@@ -134,7 +134,7 @@ def test_every_line_under_a_picture_can_be_lettered() -> None:
     assert lettered("fp8 31.2 dB 0.24 s 8.9 GB", 64).shape[1] == 64
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.torch
 def test_it_works_without_a_card(tmp_path) -> None:
     """The demo model in fp32 and bf16: two workers, one after the other, one sheet."""

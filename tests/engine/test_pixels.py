@@ -17,7 +17,8 @@ from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from tests.checkpoints import write_tiny_klein
 
-pytestmark = pytest.mark.torch
+# The server beside the pipeline (tests/e2e) is in every run; all of these are in .ci/run.
+pytestmark = [pytest.mark.torch, pytest.mark.full]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -31,6 +31,7 @@ def faults(asked, drawn):
     return " ".join(judge(asked, draw(drawn)).faults)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [(128, 128), (256, 256), (512, 128), (192, 320)])
 def test_truth_passes(size):
     """Every scene, drawn as it should be, passes at any size."""
