@@ -5,7 +5,7 @@
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS builder
-# Another index for the wheels, such as PyTorch's own of CPU builds, which are a tenth of the size.
+# One more index to find wheels in, such as PyTorch's own of CPU builds, which bring no CUDA libraries.
 ARG PIP_EXTRA_INDEX_URL=""
 WORKDIR /src
 RUN python3 -m venv /opt/klein
