@@ -202,7 +202,7 @@ async def test_case_12_models_have_several_names(target):
     for name in names:
         assert (await make(target, model=name)).model == "flux.2-klein-4b"
     seconds = []
-    for _ in range(5):
+    for _ in range(25):
         started = time.perf_counter()
         error = await refusal(make(target, model="invalid-model"))
         seconds.append(time.perf_counter() - started)
