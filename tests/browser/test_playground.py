@@ -86,6 +86,7 @@ def test_a_mask_painted_on_the_picture_keeps_the_rest(visit, klein) -> None:
     source = checkerboard(128)
     here = visit(klein).wait_until_ready().choose(seed=3).upload(source)
     here.page.click("text=Paint a mask")
+    here.page.wait_for_selector("#mask-dialog[open]")
 
     assert here.page.get_attribute("#mask-done", "aria-disabled") == "true"
 
@@ -104,6 +105,32 @@ def test_a_mask_painted_on_the_picture_keeps_the_rest(visit, klein) -> None:
     assert made.size == (128, 128)
     assert made.crop(right).tobytes() == source.crop(right).tobytes()
     assert made.crop(left).tobytes() != source.crop(left).tobytes()
+
+
+def test_a_mask_that_is_not_encoded_yet_is_waited_for(visit, klein) -> None:
+    """The page is free as soon as a mask is taken, and the edit that is asked for then has it."""
+    source = checkerboard(128)
+    here = visit(klein).wait_until_ready().choose(seed=3).upload(source)
+    here.page.click("text=Paint a mask")
+    here.page.click("#mask-canvas", position={"x": 10, "y": 10})
+    here.page.evaluate(
+        """() => {
+            const {toBlob} = HTMLCanvasElement.prototype;
+            HTMLCanvasElement.prototype.toBlob = function (done, ...how) {
+                toBlob.call(this, (blob) => setTimeout(done, 500, blob), ...how);
+            };
+        }"""
+    )
+    here.page.click("#mask-done")
+
+    assert not here.page.is_visible("#mask-dialog")
+    assert here.page.evaluate("document.activeElement.className") == "mask"
+
+    made = picture(here.make("a field of grain"))
+    corner, rest = (0, 0, 8, 8), (64, 64, 128, 128)
+
+    assert made.crop(rest).tobytes() == source.crop(rest).tobytes()
+    assert made.crop(corner).tobytes() != source.crop(corner).tobytes()
 
 
 def test_everything_can_be_done_with_the_keyboard(visit, klein) -> None:
@@ -343,15 +370,30 @@ def test_the_page_fits_and_can_be_read(visit, klein, tmp_path, width, scheme) ->
 
 
 def test_nothing_moves_for_those_who_want_it_still(visit, scripted) -> None:
-    """`prefers-reduced-motion` ends the sweep over the picture that is on its way."""
+    """`prefers-reduced-motion` ends the sweep over the picture that is on its way, and every
+    change of a colour, a place or a length is there at once."""
     server = scripted("slow=3")
     server.wait_until_ready()
     here = visit(server, reduced_motion="reduce").wait_until_ready()
+    here.page.evaluate(
+        """() => {
+            window.moved = [];
+            const note = ({target, propertyName, animationName}) => window.moved.push(
+                `${target.tagName}#${target.id} ${propertyName ?? animationName}`);
+            document.addEventListener("transitionrun", note);
+            document.addEventListener("animationstart", note);
+        }"""
+    )
     here.page.fill("#prompt", "a cat")
+    here.page.click("#settings summary")
     here.page.click("#make")
     here.page.wait_for_selector('#frame[data-state="working"]')
 
     assert here.page.evaluate("document.getAnimations().length") == 0
+
+    here.wait_for_picture()
+
+    assert here.page.evaluate("window.moved") == []
 
 
 def tab_to(here, wanted: str, *, by: str = "id") -> None:

@@ -53,7 +53,7 @@ const page = {
   key: remembered(),
   needsKey: false,
   references: [], // {name, blob, url, width, height}
-  mask: null, // {blob, strokes, overlay}: over the first reference
+  mask: null, // {strokes, and promises of blob and overlay's URL}: over the first reference
   gallery: [], // {wish, blob, url, seconds, timing, peak, warnings}
   shown: null,
   running: null, // an AbortController
@@ -262,7 +262,7 @@ function showReferences() {
     thumb.append(element("img", { src: reference.url, alt: `Picture ${index + 1}, ${reference.name}` }));
     const actions = element("div");
     if (index === 0) {
-      if (page.mask) thumb.append(element("img", { src: page.mask.overlay, alt: "", className: "over" }));
+      if (page.mask) thumb.append(overlaid(page.mask));
       actions.append(button(page.mask ? "Change mask" : "Paint a mask", "mask", openMask));
       if (page.mask) actions.append(button("Remove mask", "unmask", removeMask));
     }
@@ -274,6 +274,14 @@ function showReferences() {
   });
   $("references").replaceChildren(...items);
   refreshForm();
+}
+
+function overlaid(mask) {
+  const image = element("img", { alt: "", className: "over" });
+  mask.overlay.then((url) => {
+    image.src = url;
+  });
+  return image;
 }
 
 function removeMask() {
@@ -299,11 +307,12 @@ async function openMask() {
   $("mask-canvas").focus();
 }
 
-async function keepMask(event) {
+/** The page is free at once, and the focus moves but now: whoever asks for the edit waits for the PNG. */
+function keepMask(event) {
   event.preventDefault();
   if ($("mask-done").getAttribute("aria-disabled") === "true") return;
-  const [blob, overlay] = await Promise.all([painter.toBlob(), painter.toOverlay()]);
-  page.mask = { blob, strokes: painter.strokes, overlay: URL.createObjectURL(overlay) };
+  const overlay = painter.toOverlay().then((blob) => URL.createObjectURL(blob));
+  page.mask = { blob: painter.toBlob(), strokes: painter.strokes, overlay };
   $("mask-dialog").close();
   showReferences();
   $("references").querySelector("button.mask").focus();
@@ -359,7 +368,7 @@ async function makeOne(wish, index, count) {
   page.clock = clock;
   prepareFrame(wish);
   try {
-    const [path, body] = request(wish);
+    const [path, body] = await request(wish);
     for await (const event of draw(path, body, { key: page.key, signal: page.running.signal })) {
       if (event.kind === "comment") {
         clock.read(event.text, made);
@@ -381,13 +390,13 @@ async function makeOne(wish, index, count) {
   }
 }
 
-function request(wish) {
+async function request(wish) {
   const body = { prompt: wish.prompt, ...fields(wish), stream: true, partial_images: Math.min(PREVIEWS, wish.steps - 1) };
   if (!wish.references.length) return ["v1/images/generations", body];
   const form = new FormData();
   for (const [name, value] of Object.entries(body)) form.append(name, value);
   for (const { blob, name } of wish.references) form.append("image[]", blob, name);
-  if (wish.mask) form.append("mask", wish.mask.blob, "mask.png");
+  if (wish.mask) form.append("mask", await wish.mask.blob, "mask.png");
   return ["v1/images/edits", form];
 }
 
