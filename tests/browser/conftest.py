@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import shutil
 from collections.abc import Callable, Iterator
@@ -108,9 +109,13 @@ class Visit:
             self._foreign.append(request.url)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
-    """One browser for all tests."""
+    """One browser for all tests of this package.
+
+    Playwright keeps an event loop running in the main thread until it stops; before the tests of
+    other packages it must have, since those start loops of their own.
+    """
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -120,6 +125,8 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
         yield browser
         browser.close()
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        asyncio.get_running_loop()
 
 
 @pytest.fixture(scope="session")
