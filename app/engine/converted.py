@@ -25,7 +25,7 @@ from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
-_VERSION = "1"
+_VERSION = "2"
 """To be raised when the same sources are rounded in another way."""
 
 Layer = tuple[torch.Tensor, torch.Tensor]

@@ -18,12 +18,11 @@ from app.engine.checkpoint import Part
 from app.engine.converted import Converted, Layer
 from app.engine.linear import (
     Fp8Linear,
-    Int8Linear,
     WeightOnlyLinear,
+    int8_linear,
     quantise_fp8,
     quantise_int8,
     rotated_int8,
-    rotation_group,
 )
 from app.engine.single_file import Quantised
 
@@ -87,8 +86,7 @@ class LinearMaker:
         if self._kind == "fp8":
             return Fp8Linear(weight, scale)
         if self._kind == "int8":
-            group = rotation_group(weight.shape[1])
-            return Int8Linear(weight, scale, group).to(self._device)
+            return int8_linear(weight, scale).to(self._device)
         return WeightOnlyLinear(weight, scale)
 
     def _take(self, layer: Quantised) -> nn.Module:

@@ -12,7 +12,8 @@ rounded: 1 %. For the text encoder, which suffers from rounded activations (28 %
 against 8 %). int8     both sides int8: rows of w beforehand, rows of x as they come. Plain rounding
 by rows fails on the outliers of a transformer's activations, so both are first rotated by a
 Hadamard matrix in groups along K (ConvRot), which spreads an outlier over its group and cancels in
-the product. Error 1.3 %. The fast product on sm_80 to sm_86 is comfy-kitchen's.
+the product. Error 1.3 %. The fast product on sm_80 to sm_86 is comfy-kitchen's (fused_int8), and
+so the rotation is its too.
 
 The memory layout is that of `nn.Linear`, [out, in] row by row: its transpose is the column-major
 right side that `_scaled_mm` wants. There are no biases in any of the networks' large layers.
@@ -33,12 +34,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from app.engine.fused_int8 import Product, fused_product
+
 FP8_LIMIT = 448.0
 """The largest finite value of float8_e4m3fn."""
 
 _INT8_LIMIT = 127.0
+_LEAST_FUSED = 16
 _TINY = 1e-12
-_GROUPS = (256, 64, 16)
+# The rotation is a power of the matrix of four.
+_GROUPS = (256, 64, 16, 4)
 
 
 class Fp8Linear(nn.Module):
@@ -107,18 +112,32 @@ class WeightOnlyLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """int8 times int8 after a rotation of both sides in groups of *group* along K."""
+    """int8 times int8 after a rotation of both sides in groups of *group* along K.
+
+    On a card by *product*, where there is one.
+    """
 
     rotation: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, group: int) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        group: int,
+        product: Product | None = None,
+    ) -> None:
         super().__init__()
+        self._group = group
+        # Its kernels rotate no smaller groups than these; klein has 256 in every layer.
+        self._product = product if group >= _LEAST_FUSED else None
         self.weight = _parameter(weight)
         self.scale = _parameter(scale.float())
         self.register_buffer("rotation", hadamard(group), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate and round the rows of *x*, multiply in integers, scale."""
+        if self._product is not None and x.is_cuda:
+            return self._product(x, self.weight, self.scale, self._group)
         flat = rotate(x.reshape(-1, x.shape[-1]).float(), self.rotation)
         scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / _INT8_LIMIT
         rounded = (flat / scale).round().to(torch.int8)
@@ -144,21 +163,29 @@ def rotated_int8(weight: torch.Tensor) -> Int8Linear:
     """Build the int8 layer of a full-precision *weight*."""
     group = rotation_group(weight.shape[1])
     rotated = rotate(weight.float(), hadamard(group).to(weight.device))
-    return Int8Linear(*quantise_int8(rotated), group)
+    return int8_linear(*quantise_int8(rotated))
+
+
+def int8_linear(weight: torch.Tensor, scale: torch.Tensor) -> Int8Linear:
+    """Build the int8 layer of rows that were rotated and rounded, by the best product there is."""
+    product = fused_product() if torch.cuda.is_available() else None
+    return Int8Linear(weight, scale, rotation_group(weight.shape[1]), product)
 
 
 def rotation_group(width: int) -> int:
     """Choose the largest group that divides *width*."""
-    return next(group for group in (*_GROUPS, 4, 2, 1) if width % group == 0)
+    return next(group for group in (*_GROUPS, 1) if width % group == 0)
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """Build the orthonormal Hadamard matrix of a power of two; it is its own transpose."""
-    matrix = torch.ones(1, 1)
+    """Build the regular orthonormal Hadamard matrix of a power of four: its own transpose.
+
+    Regular: all rows have the same sum, so a constant added to a group does not gather in one place
+    (ConvRot, arXiv 2512.03673).
+    """
+    matrix, four = torch.ones(1, 1), 1 - 2 * torch.eye(4).flip(1)
     while len(matrix) < size:
-        matrix = torch.cat(
-            [torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)]
-        )
+        matrix = torch.kron(matrix, four)
     return matrix / math.sqrt(size)
 
 

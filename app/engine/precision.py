@@ -33,6 +33,8 @@ class CardFacts:
     capability: tuple[int, int]
     has_fp8: bool
     has_int8: bool
+    int8_note: str = ""
+    """Why *has_int8* is false, where that was looked into."""
 
 
 def choose_precision(asked: str, facts: CardFacts | None, *, is_small: bool) -> Precision:
@@ -58,7 +60,8 @@ def choose_precision(asked: str, facts: CardFacts | None, *, is_small: bool) -> 
         return _fp8(facts, f"sm_{major}{minor} multiplies in fp8, and the probe agreed with bf16")
     if facts.has_int8:
         return _int8("the card multiplies in int8 faster than in bf16; fp8 it does not know")
-    return _fp8(facts, "for the memory")
+    note = f" (int8: {facts.int8_note})" if facts.int8_note else ""
+    return _fp8(facts, f"for the memory{note}")
 
 
 def _on_processor(asked: str, *, is_small: bool) -> Precision:
