@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from app.engine.precision import CardFacts, choose_precision  # noqa: E402 - after the check
+from app.engine.precision import CardFacts, choose_precision
 
 pytestmark = pytest.mark.torch
 
