@@ -48,6 +48,8 @@ class ImageSpec:
     mask: Mask | None = None
     previews: int = 0
     """How many pictures of the running latents to send with the progress, spread over the steps."""
+    wants_latents: bool = False
+    """Whether the final latents come back with the picture; no client asks for them."""
 
     @property
     def pixels(self) -> int:
@@ -92,6 +94,8 @@ class Generated:
     """Whether the prompt's embeddings came from the cache; None where no cache is in use."""
     held: PeakMemory | None = None
     """What torch holds on the card once the job is over; None without a card."""
+    latents: bytes | None = field(default=None, repr=False)
+    """The final latents, tokens x channels in float32, row by row; None unless asked for."""
 
 
 class Stage(Enum):

@@ -67,6 +67,7 @@ class Picture:
     peak: PeakMemory | None
     prompt_tokens: int
     warnings: tuple[str, ...]
+    latents: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +429,7 @@ class ImageService:
             peak=generated.peak,
             prompt_tokens=generated.prompt_tokens,
             warnings=self._warnings(generated),
+            latents=generated.latents,
         )
 
     def _warnings(self, generated: Generated) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from app import images, logs
 from app.cli.session import (
@@ -31,6 +33,7 @@ from app.domain import ImageSpec, ModelCard, ModelInfo, PeakMemory, RawImage
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
+from app.service import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Card
 from app.worker.child import EngineFactory
@@ -40,14 +43,19 @@ _BEST_FIRST = ("fp32", "bf16")
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One precision's picture; *psnr_db* against the reference, None for itself."""
+    """One precision's picture; the last two against the reference, None for itself.
+
+    *latents* are float32. *latent_error* is the length of the difference by that of the reference.
+    """
 
     precision: str
     plan: str
     image: RawImage
+    latents: bytes = field(repr=False)
     seconds: float
     peak: PeakMemory | None
     psnr_db: float | None = None
+    latent_error: float | None = None
 
     @property
     def likeness(self) -> str:
@@ -65,6 +73,7 @@ class Compared:
             "psnr_db": round(self.psnr_db, 2) if self.psnr_db and is_number else None,
             "is_equal": self.psnr_db == math.inf,
             "is_reference": self.psnr_db is None,
+            "latent_error": None if self.latent_error is None else round(self.latent_error, 6),
             "seconds": round(self.seconds, 6),
             "peak_allocated_bytes": self.peak.allocated if self.peak else None,
             "peak_reserved_bytes": self.peak.reserved if self.peak else None,
@@ -117,14 +126,18 @@ def against_reference(found: Sequence[Compared]) -> list[Compared]:
     """Compare each with the most exact one that there is: fp32, else bf16, else the last."""
     order = {name: place for place, name in enumerate(_BEST_FIRST)}
     best = min(reversed(found), key=lambda one: order.get(one.precision, len(order)))
-    return [
-        one if one is best else replace(one, psnr_db=psnr(one.image, best.image)) for one in found
-    ]
+    return [one if one is best else _beside(one, best) for one in found]
+
+
+def _beside(one: Compared, best: Compared) -> Compared:
+    ours, right = (np.frombuffer(each.latents, np.float32) for each in (one, best))
+    error = float(np.linalg.norm(ours - right) / np.linalg.norm(right))
+    return replace(one, psnr_db=psnr(one.image, best.image), latent_error=error)
 
 
 def render(found: Sequence[Compared], notes: Sequence[str]) -> str:
     """The table for people."""
-    heads = ("precision", "plan", "PSNR", "seconds", "allocated GB", "reserved GB")
+    heads = ("precision", "plan", "PSNR", "latents", "seconds", "allocated GB", "reserved GB")
     table = [heads, *(_cells(one) for one in found)]
     widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
     lines = [
@@ -156,7 +169,7 @@ async def _make_all(
         except StartupError as error:
             notes.append(f"{precision}: {error.message}")
             continue
-        found.append(_compared(info, picture.data, picture.seconds["total"], picture.peak))
+        found.append(_compared(info, picture))
     return found, notes
 
 
@@ -165,12 +178,13 @@ def _spec(
 ) -> ImageSpec:
     width, height = size or (card.default_width, card.default_height)
     spec = draft(card, arguments.prompt, width, height, arguments.steps)
-    return replace(spec, seed=arguments.seed)
+    return replace(spec, seed=arguments.seed, wants_latents=True)
 
 
-def _compared(info: ModelInfo, data: bytes, seconds: float, peak: PeakMemory | None) -> Compared:
-    image = images.decode_upload(data, what="picture")
-    return Compared(info.precision, info.plan, image, seconds, peak)
+def _compared(info: ModelInfo, picture: Picture) -> Compared:
+    image = images.decode_upload(picture.data, what="picture")
+    seconds, latents = picture.seconds["total"], picture.latents or b""
+    return Compared(info.precision, info.plan, image, latents, seconds, picture.peak)
 
 
 def _draw(found: Sequence[Compared], settings: Settings, prompt: str) -> bytes:
@@ -192,6 +206,7 @@ def _cells(one: Compared) -> tuple[str, ...]:
         one.precision,
         one.plan,
         one.likeness,
+        "ref" if one.latent_error is None else f"{one.latent_error:.2%}",
         f"{one.seconds:.3f}",
         f"{peak.allocated / 1e9:.2f}" if peak else "-",
         f"{peak.reserved / 1e9:.2f}" if peak else "-",

@@ -124,6 +124,7 @@ class _Job:
         self._tell(Stage.DECODE, spec.num_inference_steps)
         pixels = self._decode(latents, references.source)
         timings = StageTimings(text_s, references_s, sum(steps_s), clock.lap(), steps_s)
+        kept = latents.float().cpu().numpy().tobytes() if spec.wants_latents else None
         del latents, references
         return Generated(
             image=pictures.to_raw(pixels),
@@ -133,6 +134,7 @@ class _Job:
             is_prompt_cut=text.is_cut,
             is_prompt_cached=text.is_cached if parts.cache.is_on else None,
             held=clock.held(),
+            latents=kept,
         )
 
     def _denoise(

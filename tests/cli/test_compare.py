@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class RoundingEngine(CardedEngine):
-    """Says which precision it was told, knows no int8, and errs by two steps of 255 at fp8."""
+    """Says which precision it was told, knows no int8, and errs at fp8.
+
+    By two steps of 255 in the pixels, and by one of the latents, which are 3 and 4.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
@@ -51,7 +54,12 @@ class RoundingEngine(CardedEngine):
         made = super().generate(spec, on_progress, should_stop)
         error = 2 if self._precision == "fp8" else 0
         pixels = np.frombuffer(made.image.pixels, np.uint8) // 2 + error
-        return replace(made, image=replace(made.image, pixels=pixels.tobytes()))
+        latents = np.array([3, 5 if error else 4], np.float32)
+        return replace(
+            made,
+            image=replace(made.image, pixels=pixels.tobytes()),
+            latents=latents.tobytes() if spec.wants_latents else None,
+        )
 
 
 def run(tmp_path: Path, *words: str) -> int:
@@ -77,8 +85,11 @@ def test_each_precision_is_compared_with_the_most_exact(tmp_path, capsys) -> Non
     assert rounded["psnr_db"] == pytest.approx(42.11, abs=0.01)
     assert exact["is_reference"] is True
     assert rounded["peak_reserved_bytes"] == 7_830_000_000
-    assert lines[0].split()[:4] == ["precision", "plan", "PSNR", "seconds"]
+    assert rounded["latent_error"] == pytest.approx(1 / 5)
+    assert exact["latent_error"] is None
+    assert lines[0].split()[:5] == ["precision", "plan", "PSNR", "latents", "seconds"]
     assert "42.1 dB" in lines[1]
+    assert "20.00%" in lines[1]
 
 
 def test_the_sheet_shows_pictures_and_differences(tmp_path) -> None:
@@ -155,5 +166,6 @@ def test_it_works_without_a_card(tmp_path) -> None:
     exact, rounded = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert exact["is_reference"] is True
     assert rounded["psnr_db"] > 10
+    assert 0 < rounded["latent_error"] < 1
     with Image.open(io.BytesIO(sheet.read_bytes())) as picture:
         assert picture.width == 2 * 128 + 8
