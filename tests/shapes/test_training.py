@@ -18,13 +18,14 @@ torch = pytest.importorskip("torch")
 
 from diffusers import Flux2KleinPipeline  # noqa: E402 - after the check for torch
 
-from tools.shapes import attributes, nets  # noqa: E402
+from tools.shapes import attributes, linear_start, nets  # noqa: E402
+from tools.shapes.codec import ordinary_images  # noqa: E402
 from tools.shapes.feed import Order, Packers, pack  # noqa: E402
 from tools.shapes.fitting import FlatWeights, Stepper  # noqa: E402
 from tools.shapes.flow import SHIFT, sample_levels  # noqa: E402
 from tools.shapes.passes import text_features, velocity  # noqa: E402
 from tools.shapes.scenes import Scene, Thing  # noqa: E402
-from tools.shapes.shelves import PLANS, Shelves  # noqa: E402
+from tools.shapes.shelves import PLANS, SMALL_PLANS, Shelves  # noqa: E402
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, PromptCodes, build_tokenizer  # noqa: E402
 
 PROMPTS = ["a red circle", "a blue square left of a pink star on a green background"]
@@ -145,7 +146,7 @@ def test_flat_adamw():
         {"params": [theirs.bias], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98), eps=1e-8)
-    flat = FlatWeights(ours.parameters(), torch.device("cpu"))
+    flat = FlatWeights(ours.parameters(), torch.device("cpu"), torch.float32)
     flat.rate.fill_(0.01)
     stepper = Stepper(flat, lambda batch: _loss(ours, batch))
 
@@ -169,7 +170,7 @@ def _loss(linear, batch):
 def test_average():
     """The average stands in for the weights for a while, and in the end for good."""
     linear = torch.nn.Linear(2, 2)
-    flat = FlatWeights(linear.parameters(), torch.device("cpu"))
+    flat = FlatWeights(linear.parameters(), torch.device("cpu"), torch.float32)
     flat.average.fill_(0.25)
     before = linear.weight.clone()
 
@@ -207,12 +208,13 @@ def test_crates(codes):
     assert first.labels.shape == (6, 2, len(attributes.CLASSES))
 
 
-@pytest.mark.parametrize("number", range(len(PLANS)))
+@pytest.mark.parametrize("number", range(len(PLANS + SMALL_PLANS)))
 def test_shelf(number, codes, transformer):
     """Every size of a shelf gives batches of one shape, padded and masked to its capacity."""
-    plan = PLANS[number]
-    packers = Packers(codes.source, workers=0)
-    shelves = Shelves(packers, nets.build_codec().eval(), transformer, torch.device("cpu"), 512)
+    plans = PLANS + SMALL_PLANS
+    plan = plans[number]
+    packers, device = Packers(codes.source, workers=0), torch.device("cpu")
+    shelves = Shelves(packers, nets.build_codec().eval(), transformer, device, 512, plans)
     shelf = shelves.each[number]
     pictures = 1 + plan.is_edit
     sizes = {min(plan.sizes), max(plan.sizes, key=lambda size: size[0] * size[1])}
@@ -230,6 +232,49 @@ def test_shelf(number, codes, transformer):
         else:
             assert rows * columns == plan.capacity
         shelf._goods.clear()
+
+
+def test_frozen_text(codes, text, transformer):
+    """A reader gives each crate its features once, and a batch brings them instead of tokens."""
+    packers, device = Packers(codes.source, workers=0), torch.device("cpu")
+    shelves = Shelves(packers, nets.build_codec().eval(), transformer, device, 512, SMALL_PLANS)
+    rotary = nets.text_rotary(text)
+    shelves.read = lambda ids: text_features(text, ids, codes.pad, rotary).detach()
+    packers.ask(Order(8, 8, 3, seed=1))
+    crate = pack(Order(8, 8, 3, seed=1), codes)
+    shelves.each[0].put(shelves._loaded(packers.take(), 64))
+    batch = shelves.each[0].batch_of(random.Random(0))
+    known = shelves.read(torch.from_numpy(crate.ids).flatten(0, 1).long())
+
+    assert "ids" not in batch
+    assert batch["features"].shape == (2, SEQUENCE_LENGTH, 192)
+    for features in batch["features"]:
+        assert any(torch.allclose(features, each, atol=1e-5) for each in known)
+
+
+def test_small_plans_are_a_whole():
+    """Shares of all steps, of scenes and of edits."""
+    for plans in (PLANS, SMALL_PLANS):
+        assert sum(plan.share for plan in plans) == pytest.approx(1)
+        assert 0.2 < sum(plan.share for plan in plans if plan.is_edit) < 0.3
+
+
+@torch.no_grad()
+def test_linear_start(codes):
+    """Before any training the autoencoder passes colours: its latents are the blocks' means."""
+    torch.manual_seed(0)
+    codec = nets.build_codec().eval()
+    packers = Packers(codes.source, workers=0)
+    packers.ask(Order(16, 16, 8, seed=5))
+    (images,) = ordinary_images(packers.take(), torch.device("cpu"))
+    latents = codec.encode(images * 2 - 1).latent_dist.mode()
+    wanted = linear_start.anchors(images * 2 - 1)
+    again = codec.decode(latents).sample / 2 + 0.5
+
+    assert (latents[:, :12] - wanted).square().mean() < 0.02 * wanted.square().mean()
+    assert -10 * (again - images).square().mean().log10() > 18
+    flat = codec.decode(codec.encode(torch.full((1, 3, 64, 64), 0.3)).latent_dist.mode()).sample
+    assert (flat[..., 16:48, 16:48] - 0.3).abs().max() < 0.15
 
 
 def test_attributes_of_a_scene():

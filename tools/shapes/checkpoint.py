@@ -44,8 +44,8 @@ def _copied(source: Any, fresh: Any) -> Any:
 
 def send(trainer: Trainer, folder: Path, out: Path) -> None:
     """Put the folder as one file, and the weights to go on from, where results are collected."""
-    parts = trainer.weights.split(trainer.weights.master.to(torch.bfloat16))
-    save_file({f"{i:04}": part.clone().cpu() for i, part in enumerate(parts)}, out / f"{_RAW}.new")
+    parts = [value.to(torch.bfloat16, copy=True).cpu() for value in trainer.values()]
+    save_file({f"{i:04}": part for i, part in enumerate(parts)}, out / f"{_RAW}.new")
     with tarfile.open(out / f"{_TAR}.new", "w") as tar:
         tar.add(folder, FOLDER)
     for name in (_RAW, _TAR):
@@ -62,4 +62,4 @@ def unpack(place: Path, into: Path) -> Path:
 def go_on(trainer: Trainer, place: Path) -> None:
     """Load the weights that `send` saved."""
     state = load_file(place / _RAW)
-    trainer.weights.load([state[name] for name in sorted(state)])
+    trainer.load([state[name] for name in sorted(state)])

@@ -33,10 +33,16 @@ class FlatWeights:
     Owned by one training loop. `rate` and `averaging` are set between steps.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        device: torch.device,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        """`compute` is the precision of the modules' copy; the device's own where left out."""
         self.parameters = list(parameters)
         offsets, size = _offsets(self.parameters)
-        compute = compute_type(device)
+        compute = compute or compute_type(device)
         self._places = list(zip(offsets, self.parameters, strict=True))
         self.master = torch.zeros(size, device=device)
         self._working = torch.zeros(size, device=device, dtype=compute)
@@ -107,8 +113,10 @@ class FlatWeights:
 
 
 def compute_type(device: torch.device) -> torch.dtype:
-    """The precision in which a device computes."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """The precision in which a device computes: bfloat16 where it has instructions for it."""
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
 
 
 def _offsets(parameters: list[nn.Parameter]) -> tuple[list[int], int]:

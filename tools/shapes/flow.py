@@ -10,11 +10,12 @@ import math
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from tools.shapes.attributes import AttributeHeads, attribute_loss, last_token
@@ -23,7 +24,7 @@ from tools.shapes.feed import Order, Packers
 from tools.shapes.fitting import Batch, FlatWeights, LossFunction, RunningFigures, Stepper
 from tools.shapes.nets import READ_LAYERS, Rotary
 from tools.shapes.passes import Operations, text_features, velocity
-from tools.shapes.shelves import ShelfPlan, Shelves
+from tools.shapes.shelves import PLANS, ShelfPlan, Shelves
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Trainer:
         device: torch.device,
         prompt_rotary: Rotary,
         shrink: int = 1,
+        plans: tuple[ShelfPlan, ...] = PLANS,
     ) -> None:
         self.text, self.transformer = text, transformer
         self._packers, self._pad, self._by, self._device = packers, pad, by, device
@@ -59,11 +61,30 @@ class Trainer:
         core: Any = text.model
         # The layers above the last one that is read, and the final norm, take no part.
         read = [core.embed_tokens, *core.layers[: READ_LAYERS[-1]]]
-        self._text_parts = [p for part in read for p in part.parameters()]
-        parameters = [*self._text_parts, *self.heads.parameters(), *transformer.parameters()]
-        self.weights = FlatWeights(parameters, device)
+        parts = [p for part in read for p in part.parameters()]
+        self._reading = [*parts, *self.heads.parameters()]
+        self._fixed: list[nn.Parameter] = []
+        self.weights = FlatWeights([*self._reading, *transformer.parameters()], device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._shelves = Shelves(packers, codec, transformer, device, shrink)
+        self._shelves = Shelves(packers, codec, transformer, device, shrink, plans)
+
+    def values(self) -> list[Tensor]:
+        """All weights in the order that `load` takes them."""
+        learned = self.weights.split(self.weights.master)
+        return [*(parameter.detach() for parameter in self._fixed), *learned]
+
+    def load(self, values: list[Tensor]) -> None:
+        """Go on from the weights that `values` gave, before anything was frozen."""
+        self.weights.load(values)
+
+    def freeze_text(self) -> None:
+        """Train the transformer alone from here on; each prompt is then read only once."""
+        self._fixed = self._reading
+        for parameter in self._fixed:
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(False)
+        self.weights = FlatWeights(self.transformer.parameters(), self._device)
+        self._shelves.read = self._read
 
     def learn_attributes(self, pace: Pace) -> dict[str, float]:
         """Teach the text encoder alone what its prompts say."""
@@ -89,10 +110,23 @@ class Trainer:
         self._packers.drop()
         return {"text_steps": step, "text_read_without_fault": right}
 
-    def learn_flow(self, pace: Pace, span: tuple[float, float], every: Any) -> dict[str, float]:
-        """Teach both networks; `span` is this call's part of the whole schedule.
+    @torch.no_grad()
+    def _read(self, ids: Tensor) -> Tensor:
+        """What klein reads of prompts [n, 64], many at a time: [n, 64, 192]."""
+        rotary = self.prompt_rotary
+        parts = [text_features(self.text, some, self._pad, rotary) for some in ids.split(256)]
+        return torch.cat(parts)
 
-        `every` is called with the step about every two minutes, for checks and copies.
+    def learn_flow(
+        self,
+        pace: Pace,
+        span: tuple[float, float],
+        every: Callable[[int], None],
+        every_s: float = 120.0,
+    ) -> dict[str, float]:
+        """Teach what is not frozen; `span` is this call's part of the whole schedule.
+
+        `every` is called with the step about every `every_s` seconds, for checks and copies.
         """
         steppers = [
             Stepper(
@@ -114,15 +148,15 @@ class Trainer:
             if step % _EVERY == 0:
                 self._shelves.restock()
             if (now := time.monotonic()) - told > 8:
-                loss, first, heads, right, norm = figures.take()
+                loss, first, *read, norm = figures.take()
                 _log.info(
-                    "flow step %d (%.1f/s): loss %.4f, from noise %.4f, heads %.3f, "
-                    "read %.3f, gradient %.3f",
-                    *(step, (step - counted) / (now - told), loss, first, heads, right, norm),
+                    "flow step %d (%.1f/s): loss %.4f, from noise %.4f, gradient %.3f%s",
+                    *(step, (step - counted) / (now - told), loss, first, norm),
+                    ", heads {:.3f}, read {:.3f}".format(*read) if read else "",
                 )
                 self._check(loss, (step - counted) / (now - told), now - started)
                 told, counted = now, step
-            if now - kept > 120 and pace.seconds * (1 - passed) > 45:
+            if now - kept > every_s and pace.seconds * (1 - passed) > 45:
                 every(step)
                 kept = told = time.monotonic()
                 counted = step
@@ -143,8 +177,10 @@ class Trainer:
 
     def _set_rate(self, rate: float, step: int, passed: float) -> None:
         shape = max(0.02, 0.5 * (1 + math.cos(math.pi * min(1.0, passed))))
-        self.weights.rate.fill_(rate * min(1.0, step / 200) * shape)
-        self.weights.set_averaging(step, 500 if self._shrink == 1 else 50)
+        # The gradient of a smaller batch is noisier; the average then looks back less far.
+        smaller = self._shrink**-0.5
+        self.weights.rate.fill_(rate * smaller * min(1.0, step / 200) * shape)
+        self.weights.set_averaging(step, 500 * smaller)
 
     def _attribute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         features = text_features(
@@ -158,10 +194,15 @@ class Trainer:
 
     def _flow_loss(self, plan: ShelfPlan) -> LossFunction:
         def loss(batch: Batch) -> tuple[Tensor, Tensor]:
-            ids, clean = batch["ids"], batch["clean"].float()
-            features = text_features(self.text, ids, self._pad, self.prompt_rotary, by=self._by)
-            scores = self.heads(features, last_token(ids, self._pad))
-            heads, right = attribute_loss(scores, batch["labels"])
+            clean = batch["clean"].float()
+            features = batch.get("features")
+            # How well the prompt was read: its loss, and the share read without fault.
+            reading: tuple[Tensor, ...] = ()
+            if features is None:
+                ids, by = batch["ids"], self._by
+                features = text_features(self.text, ids, self._pad, self.prompt_rotary, by=by)
+                scores = self.heads(features, last_token(ids, self._pad))
+                reading = attribute_loss(scores, batch["labels"])
             noise, level = torch.randn_like(clean), sample_levels(len(clean), clean.device)
             at = level[:, None, None]
             tokens = ((1 - at) * clean + at * noise).to(features.dtype)
@@ -181,7 +222,8 @@ class Trainer:
             from_noise = (level > 0.99).float()
             first = (each * from_noise).sum() / from_noise.sum().clamp(min=1)
             mean = each.mean()
-            return mean + _HEADS_SHARE * heads, torch.stack((mean, first, heads, right))
+            total = mean + _HEADS_SHARE * reading[0] if reading else mean
+            return total, torch.stack((mean, first, *reading))
 
         return loss
 

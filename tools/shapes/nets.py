@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tools.shapes.linear_start import start_linear
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, SPECIAL_TOKENS, VOCABULARY_SIZE
 
 # klein reads the hidden states after layers 9, 18 and 27; with a 28th layer above them the last of
@@ -31,16 +32,22 @@ class Rotary(NamedTuple):
 
 
 def build_codec() -> AutoencoderKLFlux2:
-    """The autoencoder: klein's layout with narrow blocks and half of its latent channels."""
-    return AutoencoderKLFlux2(
+    """The autoencoder: klein's layout with narrow blocks and half of its latent channels.
+
+    Its groups are wide: with two channels to a group, as eight groups would have in the last block,
+    normalisation takes away every flat colour.
+    """
+    codec = AutoencoderKLFlux2(
         block_out_channels=(16, 32, 48, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=2,
         sample_size=512,
     )
+    start_linear(codec)
+    return codec
 
 
 def build_text_encoder() -> Qwen3ForCausalLM:
@@ -145,7 +152,8 @@ def unpatchify(patches: Tensor) -> Tensor:
 
 def encode_tokens(codec: AutoencoderKLFlux2, images: Tensor) -> Tensor:
     """Images in 0..1 as normalised latent tokens [n, rows x columns, 64]."""
-    patches = patchify(codec.encode(images * 2 - 1).latent_dist.mode().float())
+    pictures = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+    patches = patchify(codec.encode(pictures).latent_dist.mode().float())
     mean, deviation = _statistics(codec)
     return ((patches - mean) / deviation).flatten(2).transpose(1, 2)
 

@@ -130,7 +130,13 @@ def compiled() -> Operations:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of any block."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # On a processor the fused kernel's backward pass takes longer than all the rest of a step.
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ v
 
 
 _PLAIN = Operations()

@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -59,14 +60,28 @@ PLANS = (
 )
 
 
+# For a processor, where 256x256 costs four times what 128x128 does: first small canvases.
+SMALL_PLANS = (
+    ShelfPlan(64, 256, 0.40, sizes=((8, 8),), crates=64),
+    ShelfPlan(128, 192, 0.26, sizes=_sizes(64, 128), crates=48),
+    ShelfPlan(256, 160, 0.10, sizes=((16, 16),)),
+    ShelfPlan(64, 160, 0.12, is_edit=True, sizes=((8, 8),), crates=48),
+    ShelfPlan(128, 144, 0.12, is_edit=True, sizes=_sizes(63, 128)),
+)
+
+
 @dataclass(frozen=True)
 class _Goods:
-    """One crate on the device: latents of each picture, weights of the last, prompts."""
+    """One crate on the device: latents of each picture, weights of the last, prompts.
+
+    `features` [n, phrasings, 64, 192] is there where the text encoder is frozen.
+    """
 
     latents: Tensor
     weights: Tensor
     ids: Tensor
     labels: Tensor
+    features: Tensor | None
     rotary: Rotary
     mask: Tensor
 
@@ -101,9 +116,14 @@ class Shelf:
         device = goods.latents.device
         chosen = torch.randint(len(goods.latents), (self.batch,), device=device)
         phrasing = torch.randint(PHRASINGS, (self.batch,), device=device)
-        batch = {
-            "ids": goods.ids[chosen, phrasing].long(),
-            "labels": goods.labels[chosen, phrasing].long(),
+        if goods.features is None:
+            prompts = {
+                "ids": goods.ids[chosen, phrasing].long(),
+                "labels": goods.labels[chosen, phrasing].long(),
+            }
+        else:
+            prompts = {"features": goods.features[chosen, phrasing]}
+        batch = prompts | {
             "clean": goods.latents[chosen, -1],
             "weights": goods.weights[chosen],
             "cos": goods.rotary.cos,
@@ -126,10 +146,12 @@ class Shelves:
         transformer: Flux2Transformer2DModel,
         device: torch.device,
         shrink: int,
+        plans: tuple[ShelfPlan, ...],
     ) -> None:
+        self.read: Callable[[Tensor], Tensor] | None = None
         self._packers, self._codec, self._transformer = packers, codec, transformer
         self._device, self._shrink = device, shrink
-        self.each = [Shelf(plan, number, shrink) for number, plan in enumerate(PLANS)]
+        self.each = [Shelf(plan, number, shrink) for number, plan in enumerate(plans)]
         self._shares = [shelf.plan.share for shelf in self.each]
         self._due: deque[Shelf] = deque()
         self._rng = random.Random(0)
@@ -142,7 +164,7 @@ class Shelves:
     def stock(self) -> None:
         """Put some crates on every shelf before the first step."""
         started = time.monotonic()
-        few = (2, 1) if self._shrink > 1 else (10, 3)
+        few = (4, 2) if self._shrink > 1 else (10, 3)
         for shelf in self.each:
             for _ in range(few[0] if len(shelf.plan.sizes) == 1 else few[1]):
                 self._due.append(shelf)
@@ -191,11 +213,16 @@ class Shelves:
         real = order.rows * order.columns
         weights = 1 + _OBJECT_WEIGHT * torch.cat(touched).flatten(1).ceil()
         padding = (0, capacity - real)
+        ids = torch.from_numpy(crate.ids).to(device)
+        features = None
+        if self.read is not None:
+            features = self.read(ids.flatten(0, 1).long()).unflatten(0, ids.shape[:2])
         return _Goods(
             F.pad(torch.cat(latents), (0, 0, *padding)).to(compute_type(device)),
             F.pad(weights, padding),
-            torch.from_numpy(crate.ids).to(device),
+            ids,
             torch.from_numpy(crate.labels).to(device),
+            features,
             *self._positions(order, capacity),
         )
 

@@ -27,6 +27,7 @@ from tools.shapes.feed import Packers
 from tools.shapes.flow import Trainer
 from tools.shapes.nets import build_codec, build_text_encoder, build_transformer, text_rotary
 from tools.shapes.passes import Operations, compiled
+from tools.shapes.shelves import PLANS, SMALL_PLANS
 from tools.shapes.vocabulary import PromptCodes, build_tokenizer
 
 _log = logging.getLogger("shapes")
@@ -92,18 +93,23 @@ class _Run:
             device=self._device,
             prompt_rotary=rotary,
             shrink=arguments.shrink,
+            plans=SMALL_PLANS if arguments.small else PLANS,
         )
         self._sampler = TrainedSampler(self._trainer, codec, self._codes)
         self._trained_codec = codec
         if arguments.resume:
             checkpoint.go_on(self._trainer, arguments.resume)
+            if arguments.freeze_text:
+                self._trainer.freeze_text()
         else:
             pace = Pace(arguments.text_minutes * 60, arguments.shrink)
             self._figures |= self._trainer.learn_attributes(pace)
         left = self._ends - time.monotonic() - _FINISH_S
         _log.info("%.0f s are left for the flow", left)
         pace = Pace(max(10.0, left), arguments.shrink)
-        self._figures |= self._trainer.learn_flow(pace, tuple(arguments.span), self._keep)
+        self._figures |= self._trainer.learn_flow(
+            pace, tuple(arguments.span), self._keep, arguments.check_minutes * 60
+        )
         self._finish()
         return self._figures
 
@@ -192,6 +198,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--new-codec", action="store_true", help="with --resume: keep all but the autoencoder"
     )
+    parser.add_argument(
+        "--freeze-text", action="store_true", help="with --resume: train the transformer alone"
+    )
+    parser.add_argument("--small", action="store_true", help="mostly canvases up to 128x256")
+    parser.add_argument("--check-minutes", type=float, default=2.0, help="between examinations")
     parser.add_argument("--codec-minutes", type=float, default=1.3)
     parser.add_argument("--text-minutes", type=float, default=0.7)
     parser.add_argument("--minutes", type=float, default=25.0, help="for everything")
