@@ -5,6 +5,8 @@ and for all others together. The two are kept apart. Left to itself the compiler
 code first, so the default size too would run the general code from the warm-up on; and general code
 leaves convolutions in the layout that the card must turn around before each, which takes a sixth
 more time and 0.8 GB at 1024x1024.
+
+Compilers fail, on a card or driver that nobody tried: then that function runs as it is written.
 """
 
 from __future__ import annotations
@@ -34,6 +36,17 @@ class Compiler:
     has_graphs: bool
     reason: str
     backend: str | Callable[..., Any] = field(default="inductor", repr=False)
+    failures: list[str] = field(default_factory=list, repr=False)
+    """What the compiler said of the functions that it could not compile."""
+
+    @property
+    def summary(self) -> str:
+        """Whether things are compiled, in words."""
+        if not self.is_on:
+            return f"not compiled: {self.reason}"
+        if self.failures:
+            return f"not all compiled: {self.failures[0]}"
+        return f"compiled: {self.reason}"
 
     def compile(
         self, function: Callable[..., Any], *, whole: bool = True, convolves: bool = False
@@ -52,22 +65,42 @@ class Compiler:
             torch.compile(each, fullgraph=whole, backend=self.backend, options=options)
             for each in (function, _twin(function))
         )
-        return _Compiled(first, general)
+        return _Compiled(function, first, general, self.failures)
 
 
 class _Compiled:
-    """Calls *first* with the sizes that it was first called with, *general* with all others."""
+    """Calls *first* with the sizes that it was first called with, *general* with all others.
 
-    def __init__(self, first: Callable[..., Any], general: Callable[..., Any]) -> None:
+    Once the compiler failed, *function* itself; what it said goes to *failures*.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        first: Callable[..., Any],
+        general: Callable[..., Any],
+        failures: list[str],
+    ) -> None:
+        self._function = function
         self._first = first
         self._general = general
+        self._failures = failures
+        self._has_failed = False
         self._sizes: list[torch.Size] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
+        if self._has_failed:
+            return self._function(*inputs)
         sizes = [each.shape for each in inputs if isinstance(each, torch.Tensor)]
         if self._sizes is None:
             self._sizes = sizes
-        return self._first(*inputs) if sizes == self._sizes else self._general(*inputs)
+        try:
+            return self._first(*inputs) if sizes == self._sizes else self._general(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self._has_failed = True
+            self._failures.append(type(error).__name__)
+            _log.warning("Pictures take longer: a function could not be compiled.", exc_info=True)
+        return self._function(*inputs)
 
 
 def _twin(function: Callable[..., Any]) -> Callable[..., Any]:

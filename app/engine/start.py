@@ -12,7 +12,7 @@ import torch
 
 from app.domain import LoadProgress, ModelCard, ModelInfo
 from app.engine import catalog
-from app.engine.compiling import NO_COMPILER, choose_compiler
+from app.engine.compiling import NO_COMPILER, Compiler, choose_compiler
 from app.engine.config import EngineConfig
 from app.engine.fit import check_fit
 from app.engine.layouts import open_checkpoint
@@ -49,7 +49,7 @@ class Started:
     precision: Precision
     plan: MemoryPlan
     features: tuple[str, ...]
-    is_compiled: bool
+    compiler: Compiler
 
     def info(self, config: EngineConfig, warm_up_s: float, load_s: float) -> ModelInfo:
         """Say what was loaded and how."""
@@ -65,7 +65,7 @@ class Started:
             max_pixels=self.plan.max_pixels,
             torch=torch.__version__,
             cuda=torch.version.cuda if is_card else None,
-            features=self.features,
+            features=(self.compiler.summary, *self.features),
             weights_bytes=self.parts.weights_bytes,
             warm_up_s=warm_up_s,
             load_s=load_s,
@@ -111,13 +111,12 @@ def start(config: EngineConfig, card: ModelCard, scratch: Path, on_progress: OnP
         )
         parts = klein.build(checkpoint, wanted, on_progress)
     features = (
-        f"compiled: {compiler.reason}" if compiler.is_on else f"not compiled: {compiler.reason}",
         *(("CUDA graphs",) if compiler.has_graphs else ()),
         *((kernel,) if not is_exact else ()),
         *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
         checkpoint.layout,
     )
-    return Started(parts, files, precision, plan, features, compiler.is_on)
+    return Started(parts, files, precision, plan, features, compiler)
 
 
 def _find(

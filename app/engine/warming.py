@@ -38,7 +38,7 @@ def warm_up(
         return _warm_processor(card, make, on_progress)
     on_progress(LoadProgress("warm-up", 0.0, "the default size"))
     size = _make_first(card, make)
-    if started.is_compiled:
+    if started.compiler.is_on:
         on_progress(LoadProgress("warm-up", 0.5, "all other sizes"))
         _make_others(card, size, make)
         compiling.freeze()

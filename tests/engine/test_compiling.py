@@ -59,6 +59,29 @@ def test_the_default_size_keeps_its_own_code(backend):
     assert backend.ran == [0, 1, 1, 0, 1, 1, 0]
 
 
+def test_a_failing_compiler_leaves_the_function_as_it_is(backend, caplog):
+    """One warning, the right answer, and no second try; what is on says that something is not."""
+
+    def fail(_graph, _inputs):
+        nonlocal tries
+        tries += 1
+        raise RuntimeError("no such instruction on this card")
+
+    tries = 0
+    compiler = Compiler(is_on=True, has_graphs=False, reason="a test", backend=fail)
+    function = compiler.compile(double)
+    weight, x = torch.randn(4, 4), torch.ones(3, 4)
+
+    assert compiler.summary == "compiled: a test"
+    for _ in range(3):
+        torch.testing.assert_close(function(weight, x), double(weight, x))
+    assert tries == 1
+    assert [each.name for each in caplog.records if each.levelname == "WARNING"] == [
+        "app.engine.compiling"
+    ]
+    assert compiler.summary == "not all compiled: BackendCompilerFailed"
+
+
 def test_nothing_is_compiled_once_frozen(backend):
     """A size that was not foreseen runs as it is written, and others run on compiled."""
     call = make(backend)
@@ -85,4 +108,6 @@ def test_a_missing_compiler_is_one_warning(tmp_path, monkeypatch, caplog):
     compiler = choose_compiler(torch.device("cuda"), tmp_path)
 
     assert (compiler.is_on, compiler.reason) == (False, "Triton and a C compiler missing")
-    assert len(caplog.records) == 1
+    assert [each.name for each in caplog.records if each.levelname == "WARNING"] == [
+        "app.engine.compiling"
+    ]
