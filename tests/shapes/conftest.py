@@ -1,13 +1,16 @@
-"""Who answers the examination: a checkpoint folder, through the library's own pipeline."""
+"""Who answers the examination: the service with its demo model, over HTTP."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
+import base64
+import io
+import json
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "app" / "engine" / "checkpoints" / "shapes"
+from tests.server import ROOT, Server
+
+FOLDER = ROOT / "app" / "engine" / "checkpoints" / "shapes"
 
 # The examination wants somebody to examine: it is collected once the trained weights lie there.
 collect_ignore = [] if FOLDER.is_dir() else ["test_adherence.py"]
@@ -17,19 +20,25 @@ collect_ignore = [] if FOLDER.is_dir() else ["test_adherence.py"]
 def render():
     """`render(prompt, width, height, references)` gives height x width x 3 bytes, in four steps.
 
-    `references` are pictures of the same form; at most one is given.
+    `references` are pictures of the same form.
     """
-    with warnings.catch_warnings():
-        # The libraries name their own outdated words while they load.
-        warnings.simplefilter("ignore")
-        from PIL import Image
+    import numpy as np
+    from PIL import Image
 
-        from tools.shapes.adherence import PipelineSampler
+    def encoded(pixels) -> str:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        return base64.b64encode(file.getvalue()).decode()
 
-        sampler = PipelineSampler(FOLDER)
+    with Server(model="shapes", device="cpu") as server:
 
-    def answer(prompt, width, height, references=()):
-        image = Image.fromarray(references[0]) if references else None
-        return sampler.render(prompt, width, height, image=image)
+        def answer(prompt, width, height, references=()):
+            body = {"prompt": prompt, "width": width, "height": height, "seed": 0}
+            body |= {"num_inference_steps": 4}
+            if references:
+                body["images"] = [encoded(reference) for reference in references]
+            status, _, picture = server.post("/generate", body)
+            assert status == 200, json.loads(picture)
+            return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
-    return answer
+        yield answer

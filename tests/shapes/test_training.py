@@ -25,7 +25,7 @@ from tools.shapes.fitting import FlatWeights, Stepper  # noqa: E402
 from tools.shapes.flow import SHIFT, sample_levels  # noqa: E402
 from tools.shapes.passes import text_features, velocity  # noqa: E402
 from tools.shapes.scenes import Scene, Thing  # noqa: E402
-from tools.shapes.shelves import PLANS, SMALL_PLANS, Shelves  # noqa: E402
+from tools.shapes.shelves import EDIT_PLANS, PLANS, SMALL_PLANS, Shelves  # noqa: E402
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, PromptCodes, build_tokenizer  # noqa: E402
 
 PROMPTS = ["a red circle", "a blue square left of a pink star on a green background"]
@@ -252,11 +252,13 @@ def test_frozen_text(codes, text, transformer):
         assert any(torch.allclose(features, each, atol=1e-5) for each in known)
 
 
-def test_small_plans_are_a_whole():
-    """Shares of all steps, of scenes and of edits."""
-    for plans in (PLANS, SMALL_PLANS):
-        assert sum(plan.share for plan in plans) == pytest.approx(1)
-        assert 0.2 < sum(plan.share for plan in plans if plan.is_edit) < 0.3
+@pytest.mark.parametrize(
+    ("plans", "edits"), [(PLANS, 0.24), (SMALL_PLANS, 0.24), (EDIT_PLANS, 0.5)]
+)
+def test_plans_are_a_whole(plans, edits):
+    """Shares of all steps, and the edits' part of them."""
+    assert sum(plan.share for plan in plans) == pytest.approx(1)
+    assert sum(plan.share for plan in plans if plan.is_edit) == pytest.approx(edits)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from tools.shapes.scenes import Picture, lay_out, sample_edit, sample_scene
 
 DEFAULT_SIZE = (256, 256)
 # Every fourth question asks for one of these, width x height.
-OTHER_SIZES = ((128, 128), (512, 512), (384, 256), (192, 320), (512, 128), (240, 464))
+OTHER_SIZES = ((128, 128), (512, 512), (384, 256), (192, 320), (384, 128), (240, 464))
 ONE, TWO, EDIT = "one object", "two objects", "edit"
 REQUIRED = {ONE: 0.95, TWO: 0.85, EDIT: 0.85}
 

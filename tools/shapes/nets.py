@@ -152,7 +152,8 @@ def unpatchify(patches: Tensor) -> Tensor:
 
 def encode_tokens(codec: AutoencoderKLFlux2, images: Tensor) -> Tensor:
     """Images in 0..1 as normalised latent tokens [n, rows x columns, 64]."""
-    pictures = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+    # On a processor convolutions run several times faster with channels last.
+    pictures = (images * 2 - 1).to(codec.dtype, memory_format=torch.channels_last)
     patches = patchify(codec.encode(pictures).latent_dist.mode().float())
     mean, deviation = _statistics(codec)
     return ((patches - mean) / deviation).flatten(2).transpose(1, 2)

@@ -27,7 +27,7 @@ from tools.shapes.feed import Packers
 from tools.shapes.flow import Trainer
 from tools.shapes.nets import build_codec, build_text_encoder, build_transformer, text_rotary
 from tools.shapes.passes import Operations, compiled
-from tools.shapes.shelves import PLANS, SMALL_PLANS
+from tools.shapes.shelves import EDIT_PLANS, PLANS, SMALL_PLANS
 from tools.shapes.vocabulary import PromptCodes, build_tokenizer
 
 _log = logging.getLogger("shapes")
@@ -35,6 +35,7 @@ _log = logging.getLogger("shapes")
 _STARTED = time.monotonic()
 # For writing the checkpoint, the examination and the pipeline from disk.
 _FINISH_S = 42
+_PLANS = {"all": PLANS, "small": SMALL_PLANS, "edits": EDIT_PLANS}
 
 
 def main() -> None:
@@ -93,7 +94,7 @@ class _Run:
             device=self._device,
             prompt_rotary=rotary,
             shrink=arguments.shrink,
-            plans=SMALL_PLANS if arguments.small else PLANS,
+            plans=_PLANS[arguments.plans],
         )
         self._sampler = TrainedSampler(self._trainer, codec, self._codes)
         self._trained_codec = codec
@@ -201,7 +202,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--freeze-text", action="store_true", help="with --resume: train the transformer alone"
     )
-    parser.add_argument("--small", action="store_true", help="mostly canvases up to 128x256")
+    parser.add_argument(
+        "--plans", choices=_PLANS, default="all", help="what most steps are taken from"
+    )
     parser.add_argument("--check-minutes", type=float, default=2.0, help="between examinations")
     parser.add_argument("--codec-minutes", type=float, default=1.3)
     parser.add_argument("--text-minutes", type=float, default=0.7)
