@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -74,12 +75,9 @@ def error_of(response: httpx.Response) -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def live_klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def live_klein(tiny_klein: Path) -> Iterator[Server]:
     """A live service with a tiny random klein checkpoint; links live for two seconds."""
-    from tests.checkpoints import write_tiny_klein
-
-    folder = write_tiny_klein(tmp_path_factory.mktemp("klein"))
-    settings = {"model": folder, "device": "cpu", "max_body_bytes": MAX_BODY}
+    settings = {"model": tiny_klein, "device": "cpu", "max_body_bytes": MAX_BODY}
     with Server(f"lifetime={LIFETIME_S}", module="tests.api.live", **settings) as server:
         yield server
 

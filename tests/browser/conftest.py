@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import klein, scripted, tiny_klein
 from tests.server import Server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Request
-
-__all__ = ["klein", "scripted", "tiny_klein"]
 
 # What the demo model draws is asked once its trained weights lie in the package.
 _DEMO = Path(__file__).parents[2] / "app" / "engine" / "checkpoints" / "shapes"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,8 +19,8 @@ pytestmark = pytest.mark.torch
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write_tiny_klein(tmp_path / "model")
+def folder(tiny_klein, tmp_path):
+    return Path(shutil.copytree(tiny_klein, tmp_path / "model"))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from app.engine.loaders import shapes
 from app.engine.prompt_cache import PromptCache
-from tests.checkpoints import write_tiny_klein
 
 pytestmark = pytest.mark.torch
 
@@ -23,9 +22,9 @@ SPEC = ImageSpec("a red circle", 64, 64, 3, 1.0, 7)
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    folder = write_tiny_klein(tmp_path_factory.mktemp("tiny"))
-    engine = KleinEngine(EngineConfig("flux.2-klein-4b", str(folder), str(folder), None))
+def engine(tiny_klein, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    engine = KleinEngine(EngineConfig("flux.2-klein-4b", str(tiny_klein), str(cache), None))
     engine.info = engine.load(lambda _: None)
     yield engine
     engine.close()

@@ -13,21 +13,15 @@ from safetensors.torch import load_file, save_file
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from app.errors import StartupError
-from tests.checkpoints import write_tiny_klein
 from tests.engine.layout_files import to_comfy
 from tests.single_files import write_bf16, write_fp8
 
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    return write_tiny_klein(tmp_path_factory.mktemp("tiny") / "model")
-
-
 @pytest.fixture
-def folder(written, tmp_path):
-    return Path(shutil.copytree(written, tmp_path / "model"))
+def folder(tiny_klein, tmp_path):
+    return Path(shutil.copytree(tiny_klein, tmp_path / "model"))
 
 
 def refusal(folder) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from app.engine.linear import Fp8Linear, WeightOnlyLinear
 from app.engine.random_weights import TINY, write_random
 from app.engine.single_file import read_transformer
 from app.engine.tensorfile import TensorFile
-from tests.checkpoints import write_tiny_klein
 from tests.engine.layout_files import (
     bfl_vae,
     fold_scales,
@@ -37,8 +38,8 @@ SPELLINGS = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_klein(tmp_path_factory.mktemp("tiny") / "model")
+def folder(tiny_klein, tmp_path_factory):
+    return Path(shutil.copytree(tiny_klein, tmp_path_factory.mktemp("tiny") / "model"))
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
-def engine_for():
+def engine_for(tmp_path_factory):
     """Load a folder once per precision and variant; close all at the end of the module."""
+    cache = tmp_path_factory.mktemp("cache")
     loaded: dict[tuple, KleinEngine] = {}
 
     def load(folder: Path, precision: str = "fp32", model: str = "flux.2-klein-4b") -> KleinEngine:
         key = (folder, precision, model)
         if key not in loaded:
-            config = EngineConfig(model, str(folder), str(folder), None, precision)
+            config = EngineConfig(model, str(folder), str(cache), None, precision)
             loaded[key] = KleinEngine(config)
             loaded[key].load(lambda _: None)
         return loaded[key]
@@ -95,30 +96,25 @@ def theirs(loaded, wanted: ImageSpec, **more) -> np.ndarray:
     return np.asarray(result.images[0])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_tiny_klein(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_picture_equals_the_pipelines(engine_for, folder, precision):
+def test_a_picture_equals_the_pipelines(engine_for, tiny_klein, precision):
     """Text to image at both precisions: every byte is the same."""
-    ours = array(make(engine_for(folder, precision), spec()).image)
+    ours = array(make(engine_for(tiny_klein, precision), spec()).image)
 
-    expected = theirs(pipeline(folder, precision), spec())
+    expected = theirs(pipeline(tiny_klein, precision), spec())
 
     assert expected.std() > 3
     assert np.array_equal(expected, ours)
 
 
-def test_a_full_prompt_equals_the_pipelines(engine_for, folder):
+def test_a_full_prompt_equals_the_pipelines(engine_for, tiny_klein):
     """A prompt of 512 tokens and more is cut as the pipeline cuts it, and without padding."""
     wanted = spec(prompt="long " * 200)
-    made = make(engine_for(folder), wanted)
+    made = make(engine_for(tiny_klein), wanted)
 
     assert made.is_prompt_cut
     assert made.prompt_tokens == 512
-    assert np.array_equal(theirs(pipeline(folder, "fp32"), wanted), array(made.image))
+    assert np.array_equal(theirs(pipeline(tiny_klein, "fp32"), wanted), array(made.image))
 
 
 def test_guidance_runs_both_branches_for_the_base_variant(engine_for, tmp_path):
@@ -132,27 +128,29 @@ def test_guidance_runs_both_branches_for_the_base_variant(engine_for, tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "second"), [("fp32", (1200, 1000)), ("bf16", (80, 210))])
-def test_an_edit_equals_the_pipelines(engine_for, folder, precision, second):
+def test_an_edit_equals_the_pipelines(engine_for, tiny_klein, precision, second):
     """Two references of odd sizes, one over a megapixel, are seen as the pipeline sees them."""
     references = (picture(130, 100), picture(*second, seed=1))
     wanted = spec(references=references)
-    ours = array(make(engine_for(folder, precision), wanted).image)
+    ours = array(make(engine_for(tiny_klein, precision), wanted).image)
 
-    expected = theirs(pipeline(folder, precision), wanted, image=[pil(each) for each in references])
+    expected = theirs(
+        pipeline(tiny_klein, precision), wanted, image=[pil(each) for each in references]
+    )
 
     assert np.array_equal(expected, ours)
-    assert not np.array_equal(expected, theirs(pipeline(folder, precision), spec()))
+    assert not np.array_equal(expected, theirs(pipeline(tiny_klein, precision), spec()))
 
 
-def test_a_masked_edit_equals_the_pipelines_and_keeps_what_it_must(engine_for, folder):
+def test_a_masked_edit_equals_the_pipelines_and_keeps_what_it_must(engine_for, tiny_klein):
     """Where the mask repaints, the inpaint pipeline's pixels; where it keeps, the source's."""
     source, other = picture(96, 64), picture(80, 80, seed=2)
     weights = np.zeros((64, 96), np.uint8)
     weights[16:48, 32:96] = 255
     wanted = spec(references=(source, other), mask=Mask(96, 64, weights.tobytes()))
-    ours = array(make(engine_for(folder), wanted).image)
+    ours = array(make(engine_for(tiny_klein), wanted).image)
 
-    loaded = pipeline(folder, "fp32", Flux2KleinInpaintPipeline)
+    loaded = pipeline(tiny_klein, "fp32", Flux2KleinInpaintPipeline)
     expected = theirs(
         loaded,
         wanted,
@@ -168,18 +166,18 @@ def test_a_masked_edit_equals_the_pipelines_and_keeps_what_it_must(engine_for, f
     assert not np.array_equal(array(source)[painted], ours[painted])
 
 
-def test_a_picture_does_not_depend_on_what_ran_before(engine_for, folder):
+def test_a_picture_does_not_depend_on_what_ran_before(engine_for, tiny_klein):
     """Sizes, references and guidance of other jobs leave no trace."""
-    engine = engine_for(folder)
+    engine = engine_for(tiny_klein)
     first = make(engine, spec()).image
     make(engine, spec(width=64, seed=1, references=(picture(64, 64),), previews=2))
 
     assert make(engine, spec()).image == first
 
 
-def test_previews_come_on_their_steps_and_change_no_pixel(engine_for, folder):
+def test_previews_come_on_their_steps_and_change_no_pixel(engine_for, tiny_klein):
     """Two previews of four steps, no larger than the picture, and the picture is the same."""
-    engine = engine_for(folder)
+    engine = engine_for(tiny_klein)
     seen = []
     wanted = spec(num_inference_steps=4)
     plain = make(engine, wanted).image

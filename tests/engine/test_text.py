@@ -9,7 +9,6 @@ from diffusers import Flux2KleinPipeline
 from app.engine import stages
 from app.engine.prompt_cache import PromptCache
 from app.engine.text_encoder import Tokens
-from tests.checkpoints import write_tiny_klein
 from tests.engine.layout_files import SPEC, build
 
 pytestmark = pytest.mark.torch
@@ -19,13 +18,8 @@ PROMPTS = ("a red circle", "", "long " * 200)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_klein(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def eight_bit(folder):
-    return build(folder)
+def eight_bit(tiny_klein):
+    return build(tiny_klein)
 
 
 @torch.no_grad()
@@ -33,35 +27,35 @@ def embed(parts, prompt: str) -> torch.Tensor:
     return parts.encoder(parts.tokenizer(prompt), parts.device)
 
 
-def test_the_trimmed_encoder_is_the_full_one(folder):
+def test_the_trimmed_encoder_is_the_full_one(tiny_klein):
     """In bf16, 27 layers without norm and logits: the whole model's hidden states, bit by bit."""
-    parts = build(folder, linears="exact", dtype=torch.bfloat16)
-    loaded = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    parts = build(tiny_klein, linears="exact", dtype=torch.bfloat16)
+    loaded = Flux2KleinPipeline.from_pretrained(tiny_klein, dtype=torch.bfloat16)
     for prompt in PROMPTS:
         right = loaded._get_qwen3_prompt_embeds(loaded.text_encoder, loaded.tokenizer, prompt)
         assert torch.equal(embed(parts, prompt), right)
 
 
 @pytest.mark.parametrize(("kind", "error"), [("plain", 1e-5), ("int8w", 0.05)])
-def test_our_layers_compute_what_qwens_do(folder, kind, error):
+def test_our_layers_compute_what_qwens_do(tiny_klein, kind, error):
     """Joined projections and written-out attention: the same formulas, then rounded weights."""
-    right = build(folder, linears="exact")
-    made = build(folder, encoder_linears=kind)
+    right = build(tiny_klein, linears="exact")
+    made = build(tiny_klein, encoder_linears=kind)
     for prompt in PROMPTS:
         one, other = embed(made, prompt), embed(right, prompt)
         assert float((one - other).norm() / other.norm()) < error
 
 
-def test_streamed_layers_give_what_resident_ones_do(folder, eight_bit):
+def test_streamed_layers_give_what_resident_ones_do(tiny_klein, eight_bit):
     """Two places take turns with 27 layers: bit by bit the same, again and again."""
-    streamed = build(folder, is_streamed=True)
+    streamed = build(tiny_klein, is_streamed=True)
     for prompt in (*PROMPTS, PROMPTS[0]):
         assert torch.equal(embed(streamed, prompt), embed(eight_bit, prompt))
 
 
-def test_streamed_layers_hold_two_on_the_card(folder):
+def test_streamed_layers_hold_two_on_the_card(tiny_klein):
     """All weights wait on the host; the modules that compute are two."""
-    layers = build(folder, is_streamed=True).encoder.layers
+    layers = build(tiny_klein, is_streamed=True).encoder.layers
     modules = {id(layer) for layer in layers}
 
     assert len(list(layers)) == 27

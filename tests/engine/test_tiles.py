@@ -9,15 +9,14 @@ import torch
 from torch.nn import functional
 
 from app.engine import stages, tiles
-from tests.checkpoints import write_tiny_klein
 from tests.engine.layout_files import build
 
 pytestmark = pytest.mark.torch
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build(write_tiny_klein(tmp_path_factory.mktemp("tiny")))
+def parts(tiny_klein):
+    return build(tiny_klein)
 
 
 def latents(height: int, width: int, channels: int = 8) -> torch.Tensor:

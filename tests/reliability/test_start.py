@@ -176,14 +176,6 @@ def test_row_11_a_card_that_is_not_there() -> None:
         check_card(Card(3, load_nvml=FullCard), 3, "13.0")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole tiny checkpoint, for the tests to damage copies of."""
-    from tests.checkpoints import write_tiny_klein
-
-    return write_tiny_klein(tmp_path_factory.mktemp("whole"))
-
-
 def remove_file(folder: Path) -> str:
     """Case 7a: missing."""
     next((folder / "vae").glob("*.safetensors")).unlink()
@@ -207,10 +199,10 @@ def swap_file(folder: Path) -> str:
 @pytest.mark.full
 @pytest.mark.torch
 @pytest.mark.parametrize("damage", [remove_file, cut_file, swap_file])
-def test_row_11_missing_truncated_and_wrong_files(checkpoint, tmp_path, damage) -> None:
+def test_row_11_missing_truncated_and_wrong_files(tiny_klein, tmp_path, damage) -> None:
     """Case 7: within ten seconds, and the file or the part is named."""
     folder = tmp_path / "model"
-    shutil.copytree(checkpoint, folder)
+    shutil.copytree(tiny_klein, folder)
     name = damage(folder)
 
     assert name in start(limit_s=10, model=str(folder), device="cpu")
