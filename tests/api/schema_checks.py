@@ -8,6 +8,7 @@ import schemathesis
 
 _DEADLINE = "X-Klein-Deadline-S"
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
+_BASE64 = re.compile(r"[A-Za-z0-9+/=]{400,}")
 _LEAK = re.compile(r"\b0x[0-9a-f]{6,}|/home|/usr|/root|site-packages|Traceback|\.py\b|/dev/shm")
 
 
@@ -26,7 +27,8 @@ def leaks_nothing(ctx, response, case) -> None:
     """No address, path or traceback reaches a caller, whatever he sends."""
     if "image/" in response.headers.get("content-type", [""])[0]:
         return
-    found = _LEAK.search(response.text[:100_000])
+    # A picture in base64 may spell anything.
+    found = _LEAK.search(_BASE64.sub("", response.text)[:100_000])
 
     assert found is None, f"the answer shows {found.group(0)!r}"
 

@@ -17,5 +17,5 @@ def test_row_12_five_thousand_cases_break_nothing(tmp_path: Path) -> None:
     the inside in any answer, and the worker's process is the one from before. The demo model's
     limits keep the pictures small, so that the time goes into requests instead of PNG."""
     with Server("slow=0", module="tests.api.live", model="shapes", device="cpu") as server:
-        options = ["--phases=examples,coverage,fuzzing", "--max-examples=640", "--workers=2"]
+        options = ["--phases=examples,coverage,fuzzing", "--max-examples=800", "--workers=2"]
         fuzz(server, tmp_path, 5000, options)
