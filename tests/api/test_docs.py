@@ -30,6 +30,25 @@ async def test_every_route_is_described(client):
     }
 
 
+@pytest.mark.parametrize(
+    ("path", "media_type", "absent"),
+    [
+        ("/generate", "application/json", {"type": "null"}),
+        ("/v1/images/generations", "application/json", {"type": "null"}),
+        ("/v1/images/edits", "application/json", {"type": "null"}),
+        ("/v1/images/edits", "multipart/form-data", {"const": ""}),
+    ],
+)
+async def test_of_other_names_only_what_counts_as_absent_is_described(
+    client, path, media_type, absent
+):
+    """As it is read: null in JSON and nothing in a form pass under any name, all else does not."""
+    operation = (await client.get("/openapi.json")).json()["paths"][path]["post"]
+    schema = operation["requestBody"]["content"][media_type]["schema"]
+
+    assert schema["additionalProperties"] == absent
+
+
 async def test_every_example_works_when_pasted(client, service):
     """The commands on the page are sent as they stand there."""
     page = (await client.get("/docs")).text

@@ -197,7 +197,7 @@ class FieldTable:
                 for field in self.fields
                 if not (is_form and field.json_only)
             },
-            "additionalProperties": not self.is_strict,
+            "additionalProperties": _ABSENT[is_form] if self.is_strict else True,
         }
 
     def _refuse_unknown(self, names: set[str]) -> None:
@@ -210,6 +210,10 @@ class FieldTable:
             param=shorten(name),
             code="unknown_parameter",
         )
+
+
+# What counts as not sent, and so is let pass under any name.
+_ABSENT = {False: {"type": "null"}, True: {"const": ""}}
 
 
 def shorten(name: str) -> str:

@@ -183,7 +183,7 @@ def _edit_only(config: ApiConfig) -> tuple[Field, ...]:
                 "maxLength": MAX_URL,
             }
         },
-        "additionalProperties": False,
+        "additionalProperties": {"type": "null"},
     }
     return (
         Field("input_fidelity", Type.TEXT, "Without effect here.", choices=("low", "high")),
