@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-RANDOM_REVISION = "random"
-"""The revision of weights that nobody trained."""
-
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
@@ -184,11 +181,6 @@ class ModelInfo:
     """Seconds in the worker of the warm-up image at the default size, the first estimate of
     speed."""
     load_s: float = 0.0
-
-    @property
-    def is_random(self) -> bool:
-        """Whether nobody trained the weights, so that the pictures are noise."""
-        return self.revision == RANDOM_REVISION
 
 
 @dataclass(frozen=True, slots=True)

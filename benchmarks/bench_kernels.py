@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLFlux2
 from torch.nn import functional
 
 from app.engine.blocks import WideHeadProcessor
-from app.engine.random_weights import FULL, TINY
 from benchmarks.rows import Bench
+from tools.random_weights import FULL, TINY
 
 
 def measure(bench: Bench) -> None:

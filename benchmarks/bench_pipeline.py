@@ -14,8 +14,9 @@ from diffusers import (
 )
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from app.engine.random_weights import FULL, SCHEDULER, TINY
+from app.engine.layouts import SCHEDULER
 from benchmarks.rows import Bench, used_bytes
+from tools.random_weights import FULL, TINY
 
 
 def measure(bench: Bench) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from app.engine.random_weights import TINY, write_random
+from tools.random_weights import TINY, write_random
 
 
 def write_tiny_klein(

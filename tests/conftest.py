@@ -20,14 +20,21 @@ from tests.server import Server
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_finish() -> None:
-    """Take the libraries out of the garbage collector's rounds.
+@pytest.fixture(scope="module", autouse=True)
+def _spared() -> None:
+    """Take what is there before a module's tests, libraries above all, out of the garbage
+    collector's rounds.
 
     The engine collects after each failed picture and at its end; going through a million objects
     that stay anyway takes a second each time.
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Nothing is kept from pytest's own last round, which complains of what nobody closed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +54,13 @@ def tiny_klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def klein(tiny_klein: Path) -> Iterator[Server]:
     """One service for many tests: klein's ids and limits on tiny random weights, on the CPU."""
     with Server("--model", str(tiny_klein), device="cpu") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Iterator[Server]:
+    """The demo model, as everyone has it who has no card."""
+    with Server(model="auto", device="cpu") as server:
         yield server
 
 

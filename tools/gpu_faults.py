@@ -163,7 +163,7 @@ def write_model(folder: Path, size: str, device: str) -> Path:
     """Write random weights of klein's shape."""
     import torch
 
-    from app.engine.random_weights import FULL, TINY, write_random
+    from tools.random_weights import FULL, TINY, write_random
 
     where = "cpu" if device == "cpu" else f"cuda:{device}"
     if size == "tiny":

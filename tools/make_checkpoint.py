@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.engine import random_weights
 from app.engine.bfl import Piece, rules
 from app.engine.linear import quantise_fp8
 from app.engine.tensorfile import TensorFile
+from tools import random_weights
 
 _INPUT_SCALE = 12.0 / 448.0
 """Activations are near unit size, and a few reach a dozen."""

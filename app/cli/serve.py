@@ -155,8 +155,6 @@ def address(listener: socket.socket) -> str:
 
 def _say_ready(url: str, note: str, info: ModelInfo) -> None:
     """One line each: model, precision, plan, address, first request."""
-    if info.is_random:
-        note = "Its weights are random, nobody trained them: whatever the prompt, it draws noise."
     _log.info(
         "Model %s on %s, loaded in %.1f s.%s",
         info.model,

@@ -8,12 +8,10 @@ pure function of the spec.
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -44,7 +42,6 @@ class KleinEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._card = catalog.card(config.model)
-        self._scratch = tempfile.TemporaryDirectory(prefix="klein-")
         self._started: Started | None = None
         self._noise = ThreadPoolExecutor(1, "noise")
 
@@ -52,7 +49,7 @@ class KleinEngine:
         """Read the weights, make one real picture, and say what came of it."""
         begun = time.perf_counter()
         try:
-            started = start(self._config, self._card, Path(self._scratch.name), on_progress)
+            started = start(self._config, self._card, on_progress)
             self._started = started
             warm_up_s = warm_up(started, self._card, self._make, on_progress)
         except KleinError:
@@ -89,12 +86,11 @@ class KleinEngine:
         return self.generate(spec, lambda _: None, lambda: False)
 
     def close(self) -> None:
-        """Let go of the card and of scratch files."""
+        """Let go of the card."""
         self._noise.shutdown()
         self._started = None
         compiling.thaw()
         faults.give_back()
-        self._scratch.cleanup()
 
 
 @dataclass(slots=True)

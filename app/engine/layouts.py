@@ -14,13 +14,24 @@ from typing import Any
 
 from app.engine import encoder_file, vae_file
 from app.engine.checkpoint import Checkpoint, Part, read_config, slots_of, sources_of
-from app.engine.random_weights import SCHEDULER
 from app.engine.single_file import is_bfl, read_transformer
 from app.engine.tensorfile import OpenFiles, Tensor, TensorFile
 from app.errors import StartupError
 
 _COMFY_TRANSFORMERS = ("diffusion_models", "unet")
 _COMFY_ENCODERS = ("text_encoders", "clip")
+
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+}
+"""klein's own scheduler config, for layouts that bring none."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Formats that can run code: files so named are not even opened."""

@@ -72,7 +72,7 @@ class Started:
         )
 
 
-def start(config: EngineConfig, card: ModelCard, scratch: Path, on_progress: OnProgress) -> Started:
+def start(config: EngineConfig, card: ModelCard, on_progress: OnProgress) -> Started:
     """Do everything up to the warm-up picture.
 
     Raises:
@@ -81,7 +81,7 @@ def start(config: EngineConfig, card: ModelCard, scratch: Path, on_progress: OnP
     device = find_device(config)
     _limit_memory(config, device)
     precision = choose_precision(config.precision, probe_card(device), is_small=_is_small(config))
-    files = _find(config, precision, scratch, on_progress)
+    files = _find(config, precision, on_progress)
     opened = open_checkpoint(
         files.path,
         elsewhere=_downloaded(config),
@@ -119,15 +119,12 @@ def start(config: EngineConfig, card: ModelCard, scratch: Path, on_progress: OnP
     return Started(parts, files, precision, plan, features, compiler)
 
 
-def _find(
-    config: EngineConfig, precision: Precision, scratch: Path, on_progress: OnProgress
-) -> Files:
+def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> Files:
     if config.path is not None:
         return Files(Path(config.path), "local", is_ours=False)
     entry = catalog.entry(config.model)
     if entry.is_embedded:
-        path, revision = shapes.locate(scratch)
-        return Files(path, revision, is_ours=True)
+        return Files(shapes.locate(), shapes.REVISION, is_ours=True)
     from app.engine.download import ensure
 
     path = ensure(entry, Path(config.cache_dir), precision.name, on_progress)

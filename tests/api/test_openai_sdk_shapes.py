@@ -15,24 +15,14 @@ from openai import OpenAI
 from PIL import Image
 
 from tests.api.pictures import data_url, encode, mask
-from tests.server import ROOT, Server
 
-TRAINED = ROOT / "app" / "engine" / "checkpoints" / "shapes" / "model_index.json"
-
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.torch,
-    pytest.mark.skipif(not TRAINED.is_file(), reason="the demo model's weights are not there"),
-]
+pytestmark = [pytest.mark.full, pytest.mark.torch]
 
 
 @pytest.fixture(scope="module")
-def client():
+def client(shapes):
     """The SDK before a live service with the demo model."""
-    with (
-        Server(model="shapes", device="cpu") as server,
-        OpenAI(base_url=server.url + "/v1", api_key="none-at-all", max_retries=0) as client,
-    ):
+    with OpenAI(base_url=shapes.url + "/v1", api_key="none-at-all", max_retries=0) as client:
         yield client
 
 

@@ -6,7 +6,6 @@ import asyncio
 import io
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,10 +15,6 @@ from tests.server import Server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Request
-
-# What the demo model draws is asked once its trained weights lie in the package.
-_DEMO = Path(__file__).parents[2] / "app" / "engine" / "checkpoints" / "shapes"
-collect_ignore = [] if _DEMO.is_dir() else ["test_demo.py"]
 
 _MISSING = "is missing; run `make test-system`, which installs it"
 
@@ -124,13 +119,6 @@ def chromium() -> Iterator[Browser]:
         browser.close()
     with pytest.raises(RuntimeError, match="no running event loop"):
         asyncio.get_running_loop()
-
-
-@pytest.fixture(scope="session")
-def shapes() -> Iterator[Server]:
-    """A service with the demo model, as everyone has it who has no card."""
-    with Server(model="shapes", device="cpu") as server:
-        yield server
 
 
 @pytest.fixture

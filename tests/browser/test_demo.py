@@ -1,4 +1,4 @@
-"""The demo model in the browser; collected once its trained weights lie in the package."""
+"""The demo model in the browser."""
 
 from __future__ import annotations
 

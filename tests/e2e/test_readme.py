@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.server import ROOT, Server
+from tests.server import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
@@ -27,13 +27,6 @@ ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("KLEIN_")} | 
     "KLEIN_MODEL": "shapes",
     "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",  # noqa: PTH120
 }
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """What `make serve` starts on a machine without a card."""
-    with Server(model="auto", device="cpu") as server:
-        yield server
 
 
 def run(command, cwd, timeout_s=120):
@@ -58,27 +51,33 @@ def test_the_two_commands_are_targets(command):
     assert run(f"{command} --dry-run", ROOT).returncode == 0
 
 
-def test_the_first_request_gives_a_png(demo, tmp_path):
+def test_the_first_request_gives_a_png(shapes, tmp_path):
     """The curl line, as it stands but for the port."""
     (command,) = [line for line in COMMANDS if line.startswith("curl ")]
-    done = run(command.replace("localhost:8000", demo.url.removeprefix("http://")), tmp_path)
+    done = run(command.replace("localhost:8000", shapes.url.removeprefix("http://")), tmp_path)
 
     assert done.returncode == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_python_example_runs(demo, tmp_path):
+def test_the_python_example_runs(shapes, tmp_path):
     """The openai client's example, as it stands but for the port."""
     (code,) = [text for kind, text in BLOCKS if kind == "python"]
     script = tmp_path / "example.py"
-    script.write_text(code.replace("http://127.0.0.1:8000", demo.url))
+    script.write_text(code.replace("http://127.0.0.1:8000", shapes.url))
     done = run(f"{sys.executable} {script}", tmp_path)
 
     assert done.stdout.startswith(b"256x256 [")
 
 
 @pytest.mark.parametrize(
-    "start", ["klein --version", "klein generate", "klein doctor --card", "klein compare"]
+    "start",
+    [
+        "klein --version",
+        "klein generate",
+        "klein doctor --card",
+        pytest.param("klein compare", marks=pytest.mark.full),
+    ],
 )
 def test_commands_without_a_card(start, tmp_path):
     """Each runs here as it stands there."""

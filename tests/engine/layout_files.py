@@ -33,7 +33,7 @@ def load(path: Path, precision: str = "fp32", cache: Path | None = None, **more)
     config = EngineConfig(
         "flux.2-klein-4b", str(path), str(cache or path.parent / "cache"), None, precision, **more
     )
-    return start(config, catalog.card(config.model), path.parent, lambda _: None)
+    return start(config, catalog.card(config.model), lambda _: None)
 
 
 def latents(started: Started) -> torch.Tensor:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.engine.random_weights import TINY, write_random
 from tests.checkpoints import write_tiny_klein
 from tests.engine.layout_files import build, latents, load
+from tools.random_weights import TINY, write_random
 
 pytestmark = pytest.mark.torch
 

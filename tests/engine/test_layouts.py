@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from app.engine import stages
 from app.engine.linear import Fp8Linear, WeightOnlyLinear
-from app.engine.random_weights import TINY, write_random
 from app.engine.single_file import read_transformer
 from app.engine.tensorfile import TensorFile
 from tests.engine.layout_files import (
@@ -24,6 +23,7 @@ from tests.engine.layout_files import (
     to_comfy,
 )
 from tests.single_files import WEIGHTS, write_bf16, write_fp8
+from tools.random_weights import TINY, write_random
 
 pytestmark = pytest.mark.torch
 

@@ -8,16 +8,9 @@ import json
 
 import pytest
 
-from tests.server import ROOT, Server
-
-FOLDER = ROOT / "app" / "engine" / "checkpoints" / "shapes"
-
-# The examination wants somebody to examine: it is collected once the trained weights lie there.
-collect_ignore = [] if FOLDER.is_dir() else ["test_adherence.py"]
-
 
 @pytest.fixture(scope="session")
-def render():
+def render(shapes):
     """`render(prompt, width, height, references)` gives height x width x 3 bytes, in four steps.
 
     `references` are pictures of the same form.
@@ -30,15 +23,13 @@ def render():
         Image.fromarray(pixels).save(file, "png")
         return base64.b64encode(file.getvalue()).decode()
 
-    with Server(model="shapes", device="cpu") as server:
+    def answer(prompt, width, height, references=()):
+        body = {"prompt": prompt, "width": width, "height": height, "seed": 0}
+        body |= {"num_inference_steps": 4}
+        if references:
+            body["images"] = [encoded(reference) for reference in references]
+        status, _, picture = shapes.post("/generate", body)
+        assert status == 200, json.loads(picture)
+        return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
-        def answer(prompt, width, height, references=()):
-            body = {"prompt": prompt, "width": width, "height": height, "seed": 0}
-            body |= {"num_inference_steps": 4}
-            if references:
-                body["images"] = [encoded(reference) for reference in references]
-            status, _, picture = server.post("/generate", body)
-            assert status == 200, json.loads(picture)
-            return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
-
-        yield answer
+    return answer

@@ -1,5 +1,4 @@
-"""Checkpoints of klein's shape with random weights: for tests, for benchmarks, and for the demo's
-first start.
+"""Checkpoints of klein's shape with random weights, for tests and benchmarks.
 
 Speed and memory do not depend on the weights' values, and no published weights may be at hand; so
 the same writer makes a tiny model in a second and the full one for a measurement. It knows the
@@ -23,6 +22,8 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from app.engine.layouts import SCHEDULER
+
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -34,17 +35,6 @@ CHAT_TEMPLATE = (
 """What Qwen's own template says for one user turn without thinking."""
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-
-SCHEDULER: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-}
 
 
 @dataclass(frozen=True)
