@@ -97,18 +97,10 @@ def test_case_19_a_form_and_json_give_the_same_bytes(client, edits):
         assert json.data[0].b64_json == answer
 
 
-def test_case_14_some_edits_are_followed(edits):
-    """To the judge's full satisfaction, which no picture is that ignores its reference."""
-    from tools.shapes.judge import judge
-
-    faults = [judge(question.asked, pixels(answer)).faults for question, answer in edits]
-
-    assert sum(not each for each in faults) >= 3, faults
-
-
-@pytest.mark.xfail(strict=True, reason="the demo follows 26 of 60 edits where 51 are wanted")
 def test_case_14_edits_are_followed(edits):
-    """At most three of eight are not."""
+    """To the judge's full satisfaction, which no picture is that ignores its reference; the demo
+    follows three of four (see docs/shapes.md), so at most three of eight are not.
+    """
     from tools.shapes.judge import judge
 
     faults = [judge(question.asked, pixels(answer)).faults for question, answer in edits]

@@ -20,12 +20,24 @@ from diffusers import Flux2KleinPipeline  # noqa: E402 - after the check for tor
 
 from tools.shapes import attributes, linear_start, nets  # noqa: E402
 from tools.shapes.codec import ordinary_images  # noqa: E402
+from tools.shapes.draw import render, tensors  # noqa: E402
 from tools.shapes.feed import Order, Packers, pack  # noqa: E402
 from tools.shapes.fitting import FlatWeights, Stepper  # noqa: E402
 from tools.shapes.flow import SHIFT, sample_levels  # noqa: E402
 from tools.shapes.passes import text_features, velocity  # noqa: E402
-from tools.shapes.scenes import Scene, Thing  # noqa: E402
-from tools.shapes.shelves import EDIT_PLANS, PLANS, SMALL_PLANS, Shelves  # noqa: E402
+from tools.shapes.scenes import Scene, Thing, lay_out  # noqa: E402
+from tools.shapes.shelves import (  # noqa: E402
+    BACKGROUND,
+    CHANGED,
+    EDIT_PLANS,
+    KEPT,
+    PADDING,
+    PLANS,
+    SMALL_EDIT_PLANS,
+    SMALL_PLANS,
+    Shelves,
+    roles_of,
+)
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, PromptCodes, build_tokenizer  # noqa: E402
 
 PROMPTS = ["a red circle", "a blue square left of a pink star on a green background"]
@@ -227,11 +239,29 @@ def test_shelf(number, codes, transformer):
         assert batch["weights"].shape == (2, plan.capacity)
         assert batch["cos"].shape == (SEQUENCE_LENGTH + pictures * plan.capacity, 32)
         assert ("reference" in batch) == plan.is_edit
+        if plan.is_edit:
+            assert (batch["roles"] == PADDING).sum() == 2 * (plan.capacity - rows * columns)
         if "mask" in batch:
             assert batch["mask"].sum() == SEQUENCE_LENGTH + pictures * rows * columns
         else:
             assert rows * columns == plan.capacity
         shelf._goods.clear()
+
+
+def test_roles():
+    """A reference's tokens know the thing that an edit changes from the one that it keeps."""
+    pair = (Thing("circle", "red", place="left"), Thing("square", "blue", place="right"))
+    green = (Thing("circle", "green", place="left"), pair[1])
+    befores, afters = (Scene(pair), Scene(pair)), (Scene(green), Scene(pair, "gray"))
+    scenes = [[lay_out(scene, 256, 256) for scene in part] for part in (befores, afters)]
+    marks = torch.stack([tensors(part)[0] for part in scenes], dim=1)
+    _, coverage = render(marks[:, 0], torch.ones(2, 3), 256, 256)
+    recoloured, on_gray = roles_of(coverage, marks).view(2, 16, 16)
+
+    assert recoloured[8, 4] == CHANGED
+    assert recoloured[8, 11] == KEPT
+    assert recoloured[0, 0] == BACKGROUND
+    assert set(on_gray.unique().tolist()) == {BACKGROUND, KEPT}
 
 
 def test_frozen_text(codes, text, transformer):
@@ -253,7 +283,8 @@ def test_frozen_text(codes, text, transformer):
 
 
 @pytest.mark.parametrize(
-    ("plans", "edits"), [(PLANS, 0.24), (SMALL_PLANS, 0.24), (EDIT_PLANS, 0.5)]
+    ("plans", "edits"),
+    [(PLANS, 0.24), (SMALL_PLANS, 0.24), (EDIT_PLANS, 0.5), (SMALL_EDIT_PLANS, 0.72)],
 )
 def test_plans_are_a_whole(plans, edits):
     """Shares of all steps, and the edits' part of them."""

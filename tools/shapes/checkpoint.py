@@ -1,6 +1,7 @@
 """The checkpoint on disk: klein's folder layout in 16 bits, and what a training needs to go on."""
 
 import copy
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ def write(
         is_distilled=True,
     )
     pipeline.save_pretrained(folder)
+    for config in folder.rglob("*config.json"):
+        _forget_origin(config)
+
+
+def _forget_origin(config: Path) -> None:
+    """Take out where a network was loaded from: it says nothing to others."""
+    values = json.loads(config.read_text())
+    if values.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _copied(source: Any, fresh: Any) -> Any:

@@ -10,12 +10,13 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Qwen3ForCausalLM
 
 from tools.shapes.attributes import AttributeHeads, attribute_loss, last_token
@@ -23,14 +24,16 @@ from tools.shapes.codec import Pace
 from tools.shapes.feed import Order, Packers
 from tools.shapes.fitting import Batch, FlatWeights, LossFunction, RunningFigures, Stepper
 from tools.shapes.nets import READ_LAYERS, Rotary
-from tools.shapes.passes import Operations, text_features, velocity
-from tools.shapes.shelves import PLANS, ShelfPlan, Shelves
+from tools.shapes.passes import Operations, text_features, velocity_and_thought
+from tools.shapes.shelves import BACKGROUND, CHANGED, PADDING, PLANS, ShelfPlan, Shelves
 
 _log = logging.getLogger(__name__)
 
 # The scheduler's shift at four steps is between 1.93 and 1.97 for all of our sizes.
 SHIFT = math.exp(1.96)
 _HEADS_SHARE = 0.02
+_FINDER_SHARE = 0.1
+_SHAPE_WEIGHT = 5.0
 _TEXT_RATE, _FLOW_RATE = 1.5e-3, 1.5e-3
 _EVERY = 40
 _LEAST_RATE = 8.0
@@ -64,7 +67,10 @@ class Trainer:
         parts = [p for part in read for p in part.parameters()]
         self._reading = [*parts, *self.heads.parameters()]
         self._fixed: list[nn.Parameter] = []
-        self.weights = FlatWeights([*self._reading, *transformer.parameters()], device)
+        # Says of a reference's tokens what they are to the edit; thrown away in the end.
+        self.finder = nn.Linear(transformer.inner_dim, CHANGED + 1).to(device)
+        self._drawing = [*transformer.parameters(), *self.finder.parameters()]
+        self.weights = FlatWeights([*self._reading, *self._drawing], device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._shelves = Shelves(packers, codec, transformer, device, shrink, plans)
 
@@ -74,8 +80,11 @@ class Trainer:
         return [*(parameter.detach() for parameter in self._fixed), *learned]
 
     def load(self, values: list[Tensor]) -> None:
-        """Go on from the weights that `values` gave, before anything was frozen."""
-        self.weights.load(values)
+        """Go on from the weights that `values` gave, before anything was frozen.
+
+        Those of a training without a finder end before its weights, which then start anew.
+        """
+        self.weights.load([*values, *self.values()[len(values) :]])
 
     def freeze_text(self) -> None:
         """Train the transformer alone from here on; each prompt is then read only once."""
@@ -83,7 +92,7 @@ class Trainer:
         for parameter in self._fixed:
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(False)
-        self.weights = FlatWeights(self.transformer.parameters(), self._device)
+        self.weights = FlatWeights(self._drawing, self._device)
         self._shelves.read = self._read
 
     def learn_attributes(self, pace: Pace) -> dict[str, float]:
@@ -148,10 +157,11 @@ class Trainer:
             if step % _EVERY == 0:
                 self._shelves.restock()
             if (now := time.monotonic()) - told > 8:
-                loss, first, *read, norm = figures.take()
+                loss, first, found, asked, *read, norm = figures.take()
+                found /= max(asked, 1e-6)
                 _log.info(
-                    "flow step %d (%.1f/s): loss %.4f, from noise %.4f, gradient %.3f%s",
-                    *(step, (step - counted) / (now - told), loss, first, norm),
+                    "flow step %d (%.1f/s): loss %.4f, from noise %.4f, found %.3f, norm %.3f%s",
+                    *(step, (step - counted) / (now - told), loss, first, found, norm),
                     ", heads {:.3f}, read {:.3f}".format(*read) if read else "",
                 )
                 self._check(loss, (step - counted) / (now - told), now - started)
@@ -188,9 +198,7 @@ class Trainer:
         )
         scores = self.heads(features, last_token(batch["ids"], self._pad))
         loss, right = attribute_loss(scores, batch["labels"])
-        # The transformer's weights must have a gradient in every step, if only none.
-        idle = sum(parameter.sum() for parameter in self.transformer.parameters()) * 0.0
-        return loss + idle, torch.stack((loss, right))
+        return loss + _idle(self._drawing), torch.stack((loss, right))
 
     def _flow_loss(self, plan: ShelfPlan) -> LossFunction:
         def loss(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -208,24 +216,44 @@ class Trainer:
             tokens = ((1 - at) * clean + at * noise).to(features.dtype)
             if plan.is_edit:
                 tokens = torch.cat((tokens, batch["reference"].to(tokens.dtype)), dim=1)
-            answer = velocity(
-                self.transformer,
-                tokens,
-                text=features,
-                level=level,
-                rotary=Rotary(batch["cos"], batch["sin"]),
-                mask=batch.get("mask"),
-                by=self._by,
-            )[:, : clean.shape[1]].float()
+            rotary = Rotary(batch["cos"], batch["sin"])
+            answer, thought = velocity_and_thought(
+                self.transformer, tokens, features, level, rotary, batch.get("mask"), self._by
+            )
+            answer = answer[:, : clean.shape[1]].float()
+            finding, *found = self._find(thought[:, clean.shape[1] :], batch.get("roles"))
             errors = (answer - (noise - clean)).square().mean(-1) * batch["weights"]
             each = errors.sum(1) / batch["weights"].sum(1)
             from_noise = (level > 0.99).float()
             first = (each * from_noise).sum() / from_noise.sum().clamp(min=1)
             mean = each.mean()
-            total = mean + _HEADS_SHARE * reading[0] if reading else mean
-            return total, torch.stack((mean, first, *reading))
+            total = mean + _FINDER_SHARE * finding
+            if reading:
+                total = total + _HEADS_SHARE * reading[0]
+            return total, torch.stack((mean, first, *found, *reading))
 
         return loss
+
+    def _find(self, thought: Tensor, roles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Have a reference's tokens say what they are to the edit: from that the transformer learns
+        which of two things is meant long before its pictures tell.
+
+        The loss, the share of things' tokens that are right, and whether there was a reference.
+        """
+        nothing = thought.new_zeros((), dtype=torch.float32)
+        if roles is None:
+            return _idle(self.finder.parameters()), nothing, nothing
+        scores = self.finder(F.rms_norm(thought, thought.shape[-1:])).float()
+        is_shape = (roles > BACKGROUND).float()
+        weights = (1 + (_SHAPE_WEIGHT - 1) * is_shape) * (roles != PADDING)
+        each = F.cross_entropy(scores.mT, roles.clamp(min=BACKGROUND), reduction="none")
+        right = ((scores.argmax(-1) == roles) * is_shape).sum() / is_shape.sum().clamp(min=1)
+        return (each * weights).sum() / weights.sum(), right, nothing + 1
+
+
+def _idle(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Nothing, by way of *parameters*: all must have a gradient in every step, if only none."""
+    return torch.stack([parameter.sum() for parameter in parameters]).sum().float() * 0.0
 
 
 def sample_levels(count: int, device: torch.device) -> Tensor:

@@ -181,6 +181,19 @@ def velocity(
 
     `rotary` covers text and image tokens; `mask` ([tokens], true where real) hides padding.
     """
+    return velocity_and_thought(model, tokens, text, level, rotary, mask, by)[0]
+
+
+def velocity_and_thought(
+    model: Flux2Transformer2DModel,
+    tokens: Tensor,
+    text: Tensor,
+    level: Tensor,
+    rotary: Rotary,
+    mask: Tensor | None,
+    by: Operations,
+) -> tuple[Tensor, Tensor]:
+    """The same, and the image tokens' hidden states half way up the single blocks [n, t, width]."""
     core: Any = model
     signal = core.time_guidance_embed.time_proj(level.float() * 1000).to(tokens.dtype)
     moment = core.time_guidance_embed.timestep_embedder(signal)
@@ -194,14 +207,18 @@ def velocity(
             block, (words, image), (text_change, image_change), rotary, hidden_keys, by
         )
     joined = torch.cat((words, image), dim=1)
-    for block in core.single_transformer_blocks:
+    thought, half = joined, len(core.single_transformer_blocks) // 2
+    for number, block in enumerate(core.single_transformer_blocks, start=1):
         at = block.attn
         norms = (at.norm_q.weight, at.norm_k.weight)
         q, k, v, fed = by.single_open(joined, change, at.to_qkv_mlp_proj.weight, norms, rotary)
         mixed = attend(q, k, v, hidden_keys)
         joined = by.single_close(joined, mixed, fed, change[2], at.to_out.weight)
-    answer: Tensor = core.proj_out(core.norm_out(joined[:, words.shape[1] :], moment))
-    return answer
+        if number == half:
+            thought = joined
+    length = words.shape[1]
+    answer: Tensor = core.proj_out(core.norm_out(joined[:, length:], moment))
+    return answer, thought[:, length:]
 
 
 def _double_block(

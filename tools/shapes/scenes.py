@@ -39,6 +39,7 @@ PLACES = (
     "bottom",
     "bottom right",
 )
+_LEFT_OUT = 0.65
 HELD_OUT_SHARE = 1 / 16
 
 # Radius as a share of the canvas's shorter side, by how many things share the canvas.
@@ -135,10 +136,16 @@ def sample_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
 
 
 def sample_edit(rng: random.Random, *, held_out: bool = False) -> Edit:
-    """A random edit whose wording is unambiguous; neither of its scenes is a held-out one."""
+    """A random edit whose wording is unambiguous; neither of its scenes is a held-out one.
+
+    Training sees more of those that must find one of two things: they take longest to learn.
+    """
     while True:
         before = sample_scene(rng)
         edit = rng.choice((_recoloured, _replaced, _on_other_background))(before, rng)
+        is_easy = edit.target is None or len(before.things) == 1
+        if is_easy and not held_out and rng.random() < _LEFT_OUT:
+            continue
         target_is_clear = edit.target is None or _is_told_apart(before)
         if not target_is_clear or is_held_out(edit.after.canonical()):
             continue

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 _OBJECT_WEIGHT = 4.0
 _CRATE_SCENES = 1024
+# The least coverage of a token's fullest pixel that counts.
+_SHOWN = 0.5
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,39 @@ SMALL_PLANS = (
     ShelfPlan(128, 144, 0.12, is_edit=True, sizes=_sizes(63, 128)),
 )
 
+# The same for edits: finding one of two things takes many steps, which small pictures make cheap.
+SMALL_EDIT_PLANS = (
+    ShelfPlan(64, 160, 0.42, is_edit=True, sizes=((8, 8),), crates=96),
+    ShelfPlan(128, 144, 0.20, is_edit=True, sizes=_sizes(64, 128), crates=48),
+    ShelfPlan(256, 96, 0.10, is_edit=True, sizes=((16, 16),)),
+    ShelfPlan(64, 256, 0.08, sizes=((8, 8),)),
+    ShelfPlan(128, 192, 0.06, sizes=_sizes(64, 128)),
+    ShelfPlan(256, 160, 0.14, sizes=((16, 16),), crates=48),
+)
+
+
+# What a token of a reference shows; the last is to be changed.
+BACKGROUND, KEPT, CHANGED, PADDING = 0, 1, 2, -1
+
+
+def roles_of(coverage: Tensor, marks: Tensor) -> Tensor:
+    """What each token of a reference is to an edit, [n, tokens], one of the four above.
+
+    `coverage` [n, marks, height, width] is the reference's, `marks` [n, 2, marks, 7] are before
+    and after.
+    """
+    cover, which = F.max_pool2d(coverage, TOKEN_PIXELS).flatten(2).max(dim=1)
+    changed = (marks[:, 0] != marks[:, 1]).any(-1)
+    roles = torch.where(changed.gather(1, which), CHANGED, KEPT)
+    return torch.where(cover > _SHOWN, roles, BACKGROUND).to(torch.int8)
+
 
 @dataclass(frozen=True)
 class _Goods:
     """One crate on the device: latents of each picture, weights of the last, prompts.
 
-    `features` [n, phrasings, 64, 192] is there where the text encoder is frozen.
+    `features` [n, phrasings, 64, 192] is there where the text encoder is frozen, `roles`
+    [n, tokens] (see `roles_of`) where there is a reference.
     """
 
     latents: Tensor
@@ -96,6 +125,7 @@ class _Goods:
     ids: Tensor
     labels: Tensor
     features: Tensor | None
+    roles: Tensor | None
     rotary: Rotary
     mask: Tensor
 
@@ -145,6 +175,8 @@ class Shelf:
         }
         if self.plan.is_edit:
             batch["reference"] = goods.latents[chosen, 0]
+            assert goods.roles is not None
+            batch["roles"] = goods.roles[chosen].long()
         if len(self.plan.sizes) > 1:
             batch["mask"] = goods.mask
         return batch
@@ -220,7 +252,7 @@ class Shelves:
         order, device = crate.order, self._device
         marks, backgrounds = on_device(crate, device)
         size = (order.columns * TOKEN_PIXELS, order.rows * TOKEN_PIXELS)
-        latents, touched = [], []
+        latents, touched, roles = [], [], []
         # A card wants much at once, a processor what its cache holds.
         most = 256 * 256 if device.type == "cuda" else 4 * 256
         at_once = max(1, most // (order.rows * order.columns))
@@ -232,6 +264,8 @@ class Shelves:
             codes = [encode_tokens(self._codec, image) for image, _ in drawn]
             latents.append(torch.stack(codes, 1))
             touched.append(F.max_pool2d(drawn[-1][1].amax(1, keepdim=True), TOKEN_PIXELS))
+            if order.is_edit:
+                roles.append(roles_of(drawn[0][1], marks[some]))
         real = order.rows * order.columns
         weights = 1 + _OBJECT_WEIGHT * torch.cat(touched).flatten(1).ceil()
         padding = (0, capacity - real)
@@ -245,6 +279,7 @@ class Shelves:
             ids,
             torch.from_numpy(crate.labels).to(device),
             features,
+            F.pad(torch.cat(roles), padding, value=PADDING) if roles else None,
             *self._positions(order, capacity),
         )
 

@@ -27,7 +27,7 @@ from tools.shapes.feed import Packers
 from tools.shapes.flow import Trainer
 from tools.shapes.nets import build_codec, build_text_encoder, build_transformer, text_rotary
 from tools.shapes.passes import Operations, compiled
-from tools.shapes.shelves import EDIT_PLANS, PLANS, SMALL_PLANS
+from tools.shapes.shelves import EDIT_PLANS, PLANS, SMALL_EDIT_PLANS, SMALL_PLANS
 from tools.shapes.vocabulary import PromptCodes, build_tokenizer
 
 _log = logging.getLogger("shapes")
@@ -35,7 +35,12 @@ _log = logging.getLogger("shapes")
 _STARTED = time.monotonic()
 # For writing the checkpoint, the examination and the pipeline from disk.
 _FINISH_S = 42
-_PLANS = {"all": PLANS, "small": SMALL_PLANS, "edits": EDIT_PLANS}
+_PLANS = {
+    "all": PLANS,
+    "small": SMALL_PLANS,
+    "edits": EDIT_PLANS,
+    "small-edits": SMALL_EDIT_PLANS,
+}
 
 
 def main() -> None:
@@ -50,7 +55,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
-    tokenizer = build_tokenizer()
+    tokenizer = _tokenizer(arguments)
     tokenizer.save_pretrained(arguments.work / "tokenizer")
     tokens = arguments.work / "tokenizer" / "tokenizer.json"
     packers = Packers(tokens, arguments.workers)
@@ -59,6 +64,14 @@ def main() -> None:
     finally:
         packers.close()
     _log.info("done: %s", json.dumps(figures))
+
+
+def _tokenizer(arguments: argparse.Namespace) -> Qwen2TokenizerFast:
+    """The one whose tokens the text encoder knows; another sampling of prompts merges otherwise."""
+    if not arguments.resume:
+        return build_tokenizer()
+    folder = checkpoint.unpack(arguments.resume, arguments.work / "resumed")
+    return Qwen2TokenizerFast.from_pretrained(folder / "tokenizer")
 
 
 class _Run:
