@@ -13,9 +13,10 @@ from playwright.sync_api import sync_playwright
 from tests.browser.conftest import Visit, find_chromium, picture
 from tests.server import Server
 
+# The README's own examples.
 PROMPTS = (
-    "a green heart on a white background",
-    "a yellow star on a black background",
+    "a red circle left of a blue square",
+    "a small green star in the top left",
     "a red circle on a blue background",
 )
 
