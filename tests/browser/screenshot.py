@@ -9,7 +9,7 @@ import sys
 
 from playwright.sync_api import sync_playwright
 
-from tests.browser.conftest import Visit, find_chromium, picture
+from tests.browser.conftest import Visit, find_chromium
 from tests.server import Server
 
 # The README's own examples.
@@ -33,10 +33,9 @@ def take(path: str) -> None:
         page.mouse.move(0, 0)
         page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(800)
-        shot = page.screenshot()
+        # As it is: a palette, chosen by area, would lose the colours of small things.
+        page.screenshot(path=path)
         browser.close()
-    # As it is: a palette, chosen by area, would lose the colours of small things.
-    picture(shot).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.server import ROOT
 
 
 @pytest.mark.system
@@ -66,7 +66,8 @@ def _checkpoint(wheel: Path) -> list[zipfile.ZipInfo]:
 
 
 def _run(*command: str, cwd: Path | None = None) -> str:
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ours = ("KLEIN_", "PYTHONPATH")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
         command,
         cwd=cwd,

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from app.engine.layouts import SCHEDULER
 from tools.shapes.linear_start import start_linear
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, SPECIAL_TOKENS, VOCABULARY_SIZE
 
@@ -104,16 +105,7 @@ def build_transformer() -> Flux2Transformer2DModel:
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """klein's scheduler, number for number."""
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-        time_shift_type="exponential",
-    )
+    return FlowMatchEulerDiscreteScheduler(**SCHEDULER)
 
 
 def text_rotary(model: Qwen3ForCausalLM) -> Rotary:

@@ -55,23 +55,25 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
-    tokenizer = _tokenizer(arguments)
+    resumed = None
+    if arguments.resume:
+        resumed = checkpoint.unpack(arguments.resume, arguments.work / "resumed")
+    tokenizer = _tokenizer(resumed)
     tokenizer.save_pretrained(arguments.work / "tokenizer")
     tokens = arguments.work / "tokenizer" / "tokenizer.json"
     packers = Packers(tokens, arguments.workers)
     try:
-        figures = _Run(arguments, device, tokenizer, packers, PromptCodes(tokens)).run()
+        figures = _Run(arguments, device, tokenizer, packers, PromptCodes(tokens), resumed).run()
     finally:
         packers.close()
     _log.info("done: %s", json.dumps(figures))
 
 
-def _tokenizer(arguments: argparse.Namespace) -> Qwen2TokenizerFast:
+def _tokenizer(resumed: Path | None) -> Qwen2TokenizerFast:
     """The one whose tokens the text encoder knows; another sampling of prompts merges otherwise."""
-    if not arguments.resume:
+    if resumed is None:
         return build_tokenizer()
-    folder = checkpoint.unpack(arguments.resume, arguments.work / "resumed")
-    return Qwen2TokenizerFast.from_pretrained(folder / "tokenizer")
+    return Qwen2TokenizerFast.from_pretrained(resumed / "tokenizer")
 
 
 class _Run:
@@ -84,9 +86,11 @@ class _Run:
         tokenizer: Qwen2TokenizerFast,
         packers: Packers,
         codes: PromptCodes,
+        resumed: Path | None,
     ) -> None:
         self._arguments, self._device = arguments, device
         self._tokenizer, self._packers, self._codes = tokenizer, packers, codes
+        self._resumed = resumed
         self._ends = _STARTED + arguments.minutes * 60
         self._folder = arguments.work / checkpoint.FOLDER
         self._figures: dict[str, object] = {"device": _device_name(device)}
@@ -129,9 +133,8 @@ class _Run:
 
     def _codec(self) -> AutoencoderKLFlux2:
         arguments = self._arguments
-        if arguments.resume and not arguments.new_codec:
-            folder = checkpoint.unpack(arguments.resume, arguments.work / "resumed")
-            codec = AutoencoderKLFlux2.from_pretrained(folder / "vae").float()
+        if self._resumed is not None and not arguments.new_codec:
+            codec = AutoencoderKLFlux2.from_pretrained(self._resumed / "vae").float()
             return codec.to(self._device).eval()
         codec = build_codec()
         pace = Pace(arguments.codec_minutes * 60, arguments.shrink)

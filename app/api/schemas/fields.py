@@ -24,6 +24,10 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_NAME = 64
 
+# JSON Schema of what counts as not sent, and so passes under any name.
+ABSENT = {"type": "null"}
+ABSENT_IN_FORM = {"const": ""}
+
 
 class Type(Enum):
     """The types that a value may have; the value is JSON Schema's word."""
@@ -189,6 +193,7 @@ class FieldTable:
 
     def describe(self, *, required: Iterable[str], is_form: bool = False) -> dict[str, Any]:
         """Write the table as JSON Schema."""
+        absent = ABSENT_IN_FORM if is_form else ABSENT
         return {
             "type": "object",
             "required": list(required),
@@ -197,7 +202,7 @@ class FieldTable:
                 for field in self.fields
                 if not (is_form and field.json_only)
             },
-            "additionalProperties": _ABSENT[is_form] if self.is_strict else True,
+            "additionalProperties": absent if self.is_strict else True,
         }
 
     def _refuse_unknown(self, names: set[str]) -> None:
@@ -210,10 +215,6 @@ class FieldTable:
             param=shorten(name),
             code="unknown_parameter",
         )
-
-
-# What counts as not sent, and so is let pass under any name.
-_ABSENT = {False: {"type": "null"}, True: {"const": ""}}
 
 
 def shorten(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from app.api.config import ApiConfig
 from app.api.schemas import vetoes
 from app.api.schemas.common_fields import PROMPT, sampling_fields
-from app.api.schemas.fields import Field, FieldTable, Type
+from app.api.schemas.fields import ABSENT, Field, FieldTable, Type
 from app.api.schemas.sizes import SizeRule
 from app.domain import ModelCard
 
@@ -183,7 +183,7 @@ def _edit_only(config: ApiConfig) -> tuple[Field, ...]:
                 "maxLength": MAX_URL,
             }
         },
-        "additionalProperties": {"type": "null"},
+        "additionalProperties": ABSENT,
     }
     return (
         Field("input_fidelity", Type.TEXT, "Without effect here.", choices=("low", "high")),
