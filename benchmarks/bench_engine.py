@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import statistics
 import subprocess
 import sys
@@ -170,8 +172,43 @@ def profile(bench: Bench) -> None:
         )[:40]:
             total = getattr(event, f"self_{_way()}_time_total") / 1000
             print(f"  {total:9.3f} ms {event.count:6d} x {event.key[:110]}", flush=True)
+        _guarded(lambda: _peaks(bench, engine))
+        _guarded(lambda: _host_calls(bench, engine))
     finally:
         engine.close()
+
+
+def _peaks(bench: Bench, engine: KleinEngine) -> None:
+    """The most that torch held between one report of progress and the next."""
+    if bench.device is None:
+        return
+    shape = {"width": bench.side, "height": bench.side, "num_inference_steps": 4}
+    spec = ImageSpec(prompt="what it holds", guidance_scale=1.0, seed=1, **shape)
+    torch.cuda.synchronize()
+    print(f"  at rest {torch.cuda.memory_allocated() / 1e9:.3f} GB allocated", flush=True)
+
+    def show(until: str) -> None:
+        torch.cuda.synchronize()
+        now, peak = torch.cuda.memory_allocated() / 1e9, torch.cuda.max_memory_allocated() / 1e9
+        reserved = torch.cuda.memory_reserved() / 1e9
+        print(f"  until {until}: {peak:.3f} GB, now {now:.3f}, reserved {reserved:.3f}", flush=True)
+        torch.cuda.reset_peak_memory_stats()
+
+    engine.generate(spec, lambda at: show(f"{at.stage} {at.step}"), lambda: False)
+    show("the end")
+
+
+def _host_calls(bench: Bench, engine: KleinEngine) -> None:
+    """Where the host's time goes in five pictures of one prompt."""
+    shape = {"width": bench.side, "height": bench.side, "num_inference_steps": 4}
+    spec = ImageSpec(prompt="the same", guidance_scale=1.0, seed=1, **shape)
+    for _ in range(2):
+        made = engine.generate(spec, lambda _: None, lambda: False)
+    print(f"  cache hit: {made.timings}", flush=True)
+    with cProfile.Profile() as profiler:
+        for _ in range(5):
+            engine.generate(spec, lambda _: None, lambda: False)
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
 
 
 def _way() -> str:

@@ -10,9 +10,11 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.rows import Bench, sha256, used_bytes
 
@@ -23,12 +25,20 @@ _PORT = 18_431
 def measure(bench: Bench) -> None:
     """Start, wait until ready, warm up, and take the median of new prompts."""
     before = used_bytes()
-    with _service(bench) as ready_s:
+    with tempfile.TemporaryDirectory() as folder:
+        _measure(bench, before, Path(folder) / "report.jsonl")
+
+
+def _measure(bench: Bench, before: int | None, report: Path) -> None:
+    begun = time.time()
+    with _service(bench, report) as ready_s:
         print(f"  ready after {ready_s:.1f} s", flush=True)
+        for stage, at in {each["stage"]: each["at"] for each in _lines(report)[::-1]}.items():
+            print(f"  {at - begun:6.1f} s {stage}", flush=True)
         for side, note in ((bench.side, "a new prompt each"), (bench.side // 2, "half")):
             _series(bench, side, note, before, ready_s)
         _series(bench, bench.side, "cache hit", before, ready_s, prompt="the same")
-        _queue(bench)
+        _queue(bench, report)
 
 
 def _series(
@@ -69,16 +79,31 @@ def _series(
     )
 
 
-def _queue(bench: Bench) -> None:
-    """Twenty jobs at once: seconds per picture when the next one always waits."""
+def _queue(bench: Bench, report: Path) -> None:
+    """Twenty jobs at once: seconds per picture, and how long the card idles between two."""
     from concurrent.futures import ThreadPoolExecutor
 
     count = 4 if bench.is_tiny else 20
+    seen = len(_lines(report))
     begun = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(lambda number: _post(bench.side, f"queued {number}"), range(count)))
     each = (time.perf_counter() - begun) / count
-    bench.write("klein.http", [each], width=bench.side, height=bench.side, note=f"{count} waiting")
+    # The first of them follows a picture that nobody waited behind.
+    idle = [line["idle_ms"] for line in _lines(report)[seen + 1 :]]
+    bench.write(
+        "klein.http",
+        [each],
+        width=bench.side,
+        height=bench.side,
+        note=f"{count} waiting",
+        card_idle_ms_median=statistics.median(idle),
+        card_idle_ms_max=max(idle),
+    )
+
+
+def _lines(report: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in report.read_text().splitlines()]
 
 
 def _post(side: int, prompt: str) -> tuple[float, dict[str, str], bytes]:
@@ -112,7 +137,7 @@ def _health() -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _service(bench: Bench) -> Iterator[float]:
+def _service(bench: Bench, report: Path) -> Iterator[float]:
     environment = {
         **os.environ,
         "KLEIN_MODEL": str(bench.folder),
@@ -123,7 +148,9 @@ def _service(bench: Bench) -> Iterator[float]:
         "KLEIN_DEVICE": "cpu" if bench.device is None else "0",
     }
     begun = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "app", "serve"], cwd=_ROOT, env=environment)
+    # The real service; its engine notes when the card begins and ends each picture.
+    command = [sys.executable, "-m", "benchmarks.timed_service", f"report={report}"]
+    process = subprocess.Popen(command, cwd=_ROOT, env=environment)
     try:
         while not _is_ready():
             if process.poll() is not None or time.perf_counter() - begun > 420:

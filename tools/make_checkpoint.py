@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app.engine.bfl import Piece, rules
 from app.engine.linear import quantise_fp8
-from app.engine.tensorfile import TensorFile
 from tools import random_weights
 
 _INPUT_SCALE = 12.0 / 448.0
@@ -40,39 +39,49 @@ def main() -> None:
     asked = parser.parse_args()
     begun = time.perf_counter()
     architecture = random_weights.TINY if asked.tiny else random_weights.FULL
+
+    def save_fp8(tensors: dict[str, torch.Tensor], part: Path) -> None:
+        target = part.parent / "flux-2-klein-4b-fp8.safetensors"
+        write_fp8(tensors, architecture, target, asked.device)
+
     random_weights.write_random(
-        asked.folder, architecture, seed=asked.seed, dtype=torch.bfloat16, device=asked.device
+        asked.folder,
+        architecture,
+        seed=asked.seed,
+        dtype=torch.bfloat16,
+        device=asked.device,
+        save_transformer=save_fp8 if asked.fp8 else None,
     )
-    if asked.fp8:
-        bf16 = asked.folder / "transformer" / "diffusion_pytorch_model.safetensors"
-        write_fp8(bf16, asked.folder / "flux-2-klein-4b-fp8.safetensors", asked.device)
-        bf16.unlink()
     print(f"wrote {asked.folder} in {time.perf_counter() - begun:.1f} s", flush=True)
 
 
-def write_fp8(source: Path, target: Path, device: str) -> None:
+def write_fp8(
+    tensors: dict[str, torch.Tensor],
+    architecture: random_weights.Architecture,
+    target: Path,
+    device: str,
+) -> None:
     """Turn diffusers' bf16 transformer into one fp8 file with BFL's names."""
-    config = json.loads((source.parent / "config.json").read_text())
+    shape = architecture.transformer
     pieces: dict[str, list[torch.Tensor]] = {}
-    with TensorFile(source) as file:
-        for rule in rules(config["num_layers"], config["num_single_layers"]):
-            value = file.tensors[rule.our_name].read()
-            if rule.piece is Piece.SWAPPED:
-                value = torch.cat(value.chunk(2)[::-1])
-            pieces.setdefault(rule.their_name, []).append(value)
-    tensors, layers = {}, {}
+    for rule in rules(shape["num_layers"], shape["num_single_layers"]):
+        value = tensors[rule.our_name]
+        if rule.piece is Piece.SWAPPED:
+            value = torch.cat(value.chunk(2)[::-1])
+        pieces.setdefault(rule.their_name, []).append(value)
+    made, layers = {}, {}
     for name in list(pieces):
         value = torch.cat(pieces.pop(name))
         if "_blocks." not in name or value.ndim != 2:
-            tensors[name] = value
+            made[name] = value
             continue
         module = name.removesuffix(".weight")
         weight, scale = quantise_fp8(value.to(device))
-        tensors[name], tensors[f"{module}.weight_scale"] = weight.cpu(), scale.cpu()
-        tensors[f"{module}.input_scale"] = torch.tensor(_INPUT_SCALE)
+        made[name], made[f"{module}.weight_scale"] = weight.cpu(), scale.cpu()
+        made[f"{module}.input_scale"] = torch.tensor(_INPUT_SCALE)
         layers[module] = {"format": "float8_e4m3fn"}
     notes = json.dumps({"format_version": "1.0", "layers": layers})
-    save_file(tensors, target, metadata={"_quantization_metadata": notes})
+    save_file(made, target, metadata={"_quantization_metadata": notes})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,12 @@ def write_random(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     is_distilled: bool = True,
+    save_transformer: Callable[[dict[str, torch.Tensor], Path], None] | None = None,
 ) -> Path:
-    """Write a complete diffusers folder; equal arguments give equal files on one kind of device."""
+    """Write a complete diffusers folder; equal arguments give equal files on one kind of device.
+
+    *save_transformer* gets the transformer's tensors and its folder, instead of diffusers' file.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel(**architecture.transformer)
@@ -122,7 +127,11 @@ def write_random(
     ):
         part = folder / name
         part.mkdir(parents=True, exist_ok=True)
-        save_file(_draw(model, generator, dtype), part / file, metadata={"format": "pt"})
+        tensors = _draw(model, generator, dtype)
+        if save_transformer is not None and model is transformer:
+            save_transformer(tensors, part)
+            continue
+        save_file(tensors, part / file, metadata={"format": "pt"})
     transformer.save_config(folder / "transformer")
     vae.save_config(folder / "vae")
     encoder.config.architectures = ["Qwen3ForCausalLM"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from app.worker import child
+from app.worker import child, pipe
 from app.worker.messages import FromWorker, ToWorker
 from app.worker.outbox import Outbox
 
@@ -77,7 +77,7 @@ class WorkerHandle:
     def _receive(self, connection: Connection) -> None:
         while True:
             try:
-                message = connection.recv()
+                message = pipe.receive(connection)
             except (EOFError, OSError):
                 break
             self._tell(self._listener.on_message, message)

@@ -6,6 +6,7 @@ import queue
 import threading
 from multiprocessing.connection import Connection
 
+from app.worker import pipe
 from app.worker.messages import FromWorker, ToWorker
 
 
@@ -35,7 +36,7 @@ class Outbox:
     def _send(self) -> None:
         while (message := self._messages.get()) is not None:
             try:
-                self._connection.send(message)
+                pipe.send(self._connection, message)
             except OSError:
                 # The other end has gone; whoever receives here sees it too.
                 return

@@ -10,7 +10,7 @@ import pytest
 
 from app.domain import Stage
 from app.errors import Kind
-from app.worker import child
+from app.worker import child, pipe
 from app.worker.messages import (
     Cancel,
     Done,
@@ -40,7 +40,7 @@ class Worker:
 
     def hear(self, kind):
         """The next message of *kind*; everything before it is passed over."""
-        while not isinstance(message := self.pipe.recv(), kind):
+        while not isinstance(message := pipe.receive(self.pipe), kind):
             pass
         return message
 
@@ -80,7 +80,7 @@ def test_the_card_is_free_before_the_pixels_arrive(work) -> None:
     worker = work()
     worker.pipe.send(Generate("j", SPEC))
     worker.hear(Ready)
-    heard = [worker.pipe.recv() for _ in range(6)]
+    heard = [pipe.receive(worker.pipe) for _ in range(6)]
 
     assert [message.progress.stage for message in heard[:5]] == [Stage.DENOISE] * 4 + [
         Stage.CARD_FREE
