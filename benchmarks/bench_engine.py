@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from app.domain import Generated, ImageSpec, ModelInfo, RawImage
+from app.domain import Generated, ImageSpec, Mask, ModelInfo, RawImage
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from benchmarks.rows import Bench, sha256, used_bytes
@@ -84,13 +85,35 @@ def measure(bench: Bench) -> None:
         _guarded(lambda: _first_of_sizes(bench, engine))
         large = {"note": "double", "repeats": 5}
         _guarded(lambda: series(bench, engine, info, side * 2, "klein.engine", **large))
-        reference = RawImage(side, side, bytes(range(256)) * (side * side * 3 // 256))
-        edit = {"note": "one reference", "repeats": 5, "references": (reference,)}
-        _guarded(lambda: series(bench, engine, info, side, "klein.engine", **edit))
-        shown = {"note": "three previews", "repeats": 5, "previews": 3}
-        _guarded(lambda: series(bench, engine, info, side, "klein.engine", **shown))
+        _more_than_plain(bench, engine, info)
     finally:
         engine.close()
+
+
+def measure_edits(bench: Bench) -> None:
+    """A plain picture, and beside it what costs more: edits and streaming."""
+    before = used_bytes()
+    engine, info = load(bench)
+    try:
+        note = "a new prompt each"
+        series(bench, engine, info, bench.side, "klein.engine", note=note, before=before)
+        _more_than_plain(bench, engine, info)
+    finally:
+        engine.close()
+
+
+def _more_than_plain(bench: Bench, engine: KleinEngine, info: ModelInfo) -> None:
+    side = bench.side
+    reference = RawImage(side, side, bytes(range(256)) * (side * side * 3 // 256))
+    # The left half is kept, the right one painted.
+    mask = Mask(side, side, (bytes(side // 2) + b"\xff" * (side // 2)) * side)
+    for changes in (
+        {"note": "one reference", "references": (reference,)},
+        {"note": "a masked edit", "references": (reference,), "mask": mask},
+        {"note": "three previews", "previews": 3},
+    ):
+        run = partial(series, bench, engine, info, side, "klein.engine", repeats=5, **changes)
+        _guarded(run)
 
 
 def series(

@@ -9,6 +9,7 @@ Phases, in the order in which they run without a choice:
     make        the full-size random checkpoint, fp8 with input scales
     kernels     attention, products and decoders by themselves: where the time could go
     engine      our engine called directly: stages, sizes, cache hits, references
+    edits       a plain picture, an edit, a masked edit and one with previews
     profile     the kernels of one picture
     http        the service as a subprocess, one client, one request in flight
     plans       every memory plan with the process capped just above its bar
@@ -33,11 +34,16 @@ PHASES: dict[str, Callable[[Bench], None]] = {
     "make": bench_engine.make_checkpoint,
     "kernels": bench_kernels.measure,
     "engine": bench_engine.measure,
+    "edits": bench_engine.measure_edits,
     "profile": bench_engine.profile,
     "http": bench_http.measure,
     "plans": bench_engine.measure_plans,
     "diffusers": bench_pipeline.measure,
 }
+
+
+# Edits are a part of the phase before it.
+_USUAL = [name for name in PHASES if name != "edits"]
 
 
 def main() -> int:
@@ -57,7 +63,7 @@ def main() -> int:
             PHASES[name](bench)
         return 0
     begun = bench.count()
-    failed = [name for name in asked.phases or PHASES if not _run(name)]
+    failed = [name for name in asked.phases or _USUAL if not _run(name)]
     print_table(bench.rows()[begun:])
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)

@@ -1,6 +1,6 @@
 """Break a real card in four ways, and say how long until the next picture.
 
-    python tools/gpu_faults.py [--model FOLDER | --size full] [--device 0] [--watchdog 10]
+    python tools/gpu_faults.py [--model FOLDER | --size full] [--cache FOLDER] [--watchdog 10]
 
 Out of memory under a cap, a real device-side assert, `kill -9` of the worker and SIGSTOP, each with
 another picture waiting behind it, which must be made. The model is random weights in klein's full
@@ -130,7 +130,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "device": given.device,
         "watchdog_s": given.watchdog,
         "deadline_s": 900,
-        "cache_dir": folder / "cache",
+        "cache_dir": given.cache or folder / "cache",
     }
     picture = {"width": 64, "height": 64, "num_inference_steps": 2} if small else {}
     with Server(f"report={report}", module="tests.broken_card", **settings) as server:
@@ -175,6 +175,7 @@ def main() -> int:
     """Run, print, and say with the exit code whether every promise held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder with a model, instead of writing one")
+    parser.add_argument("--cache", type=Path, help="a cache that is warm, instead of a new one")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="0", help="index of the card, or cpu to rehearse")
     parser.add_argument("--watchdog", type=float, default=20.0, help="KLEIN_WATCHDOG_S")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
 from contextlib import closing
@@ -29,6 +30,9 @@ _log = logging.getLogger(__name__)
 OnProgress = Callable[[LoadProgress], None]
 
 _SMALL_BYTES = 1_000_000_000
+_STACK_BYTES = 512
+_STACK_LIMIT = 0
+"""CU_LIMIT_STACK_SIZE in the CUDA driver API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +175,27 @@ def _limit_memory(config: EngineConfig, device: torch.device) -> None:
     """
     if device.type == "cpu":
         return
+    _shrink_stacks()
     # Pieces of all sizes share memory, which a picture of another size would else fragment.
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if config.memory_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_bytes / total), device)
+
+
+def _shrink_stacks() -> None:
+    """Halve what CUDA sets aside for the stacks of all threads that the card could run at once: it
+    is 138 MB less on an H200. The driver enlarges them for a kernel that says it needs more.
+    """
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(
+            _STACK_LIMIT, ctypes.c_size_t(_STACK_BYTES)
+        )
+    except OSError as error:
+        _log.debug("The driver's library was not found: %s.", error)
+        return
+    if code != 0:
+        _log.debug("The driver keeps its stacks as they are, error %s.", code)
 
 
 def _is_distilled(found: bool | None, card: ModelCard) -> bool:

@@ -28,7 +28,7 @@ __all__ = [
     "resize",
 ]
 
-_MAX_THREADS = 8
+_MAX_THREADS = 4
 _MAX_EXIF_TEXT_BYTES = 60_000
 """JPEG gives the whole of EXIF 64 kB."""
 

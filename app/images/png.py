@@ -21,8 +21,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Thread
 
 import numpy as np
 from isal import isal_zlib
@@ -80,14 +80,22 @@ def _deflate(rows: Rows, threads: int) -> list[_Strip]:
     step = max(1, _STRIP_BYTES // row_bytes)
     tops = range(0, height, step)
 
-    def deflate_from(top: int) -> _Strip:
-        return _deflate_strip(rows, top, min(top + step, height))
+    strips: dict[int, _Strip] = {}
+    waiting = iter(tops)
 
-    if threads == 1 or len(tops) == 1:
-        return [deflate_from(top) for top in tops]
-    # Threads of its own cost half a millisecond and leave nothing to be closed.
-    with ThreadPoolExecutor(min(threads, len(tops)), thread_name_prefix="png") as pool:
-        return list(pool.map(deflate_from, tops))
+    def work() -> None:
+        # next() on a range is a single step for the interpreter, so no two threads get the same.
+        for top in waiting:
+            strips[top] = _deflate_strip(rows, top, min(top + step, height))
+
+    # This thread works too. Threads of its own start quickly and leave nothing to be closed.
+    helpers = [Thread(target=work, name="png") for _ in range(min(threads, len(tops)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    return [strips[top] for top in tops]
 
 
 def _deflate_strip(rows: Rows, top: int, bottom: int) -> _Strip:

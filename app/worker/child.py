@@ -15,7 +15,6 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 from app import logs
@@ -34,6 +33,7 @@ from app.worker.messages import (
     ToWorker,
 )
 from app.worker.outbox import Outbox
+from app.worker.pipe import End
 
 _log = logging.getLogger(__name__)
 
@@ -48,29 +48,27 @@ _REMEMBERED = 64
 EngineFactory = Callable[[Any], Engine]
 
 
-def main(
-    connection: Connection, make_engine: EngineFactory, config: object, log: tuple[str, str]
-) -> None:
+def main(pipe: End, make_engine: EngineFactory, config: object, log: tuple[str, str]) -> None:
     """Run as the worker process: the parent alone decides when to stop, and its death ends this
     one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(style=log[0], level=log[1])
-    code = run(connection, make_engine, config, on_orphaned=lambda: os._exit(0))
+    code = run(pipe, make_engine, config, on_orphaned=lambda: os._exit(0))
     # Not sys.exit: a card that is lost may hang its library's clean-up.
     os._exit(code)
 
 
 def run(
-    connection: Connection,
+    pipe: End,
     make_engine: EngineFactory,
     config: object,
     *,
     on_orphaned: Callable[[], object] = lambda: None,
 ) -> int:
     """Load, then answer every message until told to stop; return the process's exit code."""
-    inbox = _Inbox(connection, on_orphaned)
-    outbox = Outbox(connection, name="worker outbox")
+    inbox = _Inbox(pipe, on_orphaned)
+    outbox = Outbox(pipe, name="worker outbox")
     try:
         engine = _load(make_engine, config, outbox)
         if engine is None:
@@ -136,8 +134,8 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
 class _Inbox:
     """Receives in a thread of its own; jobs wait in order, cancellations are known at once."""
 
-    def __init__(self, connection: Connection, on_orphaned: Callable[[], object]) -> None:
-        self._connection = connection
+    def __init__(self, pipe: End, on_orphaned: Callable[[], object]) -> None:
+        self._pipe = pipe
         self._on_orphaned = on_orphaned
         self._jobs: queue.SimpleQueue[Generate | Stop] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -161,7 +159,7 @@ class _Inbox:
     def _receive(self) -> None:
         while True:
             try:
-                message: ToWorker = self._connection.recv()
+                message: ToWorker = self._pipe.recv()
             except (EOFError, OSError):
                 self._is_orphaned = True
                 self._jobs.put(Stop())

@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Protocol
 
 from app.worker import child, pipe
@@ -40,7 +39,7 @@ class WorkerHandle:
         context = multiprocessing.get_context("spawn")
         self._loop = asyncio.get_running_loop()
         self._listener = listener
-        self._connection, theirs = context.Pipe()
+        self._pipe, theirs = pipe.pair(context)
         self._process = context.Process(
             target=child.main, args=(theirs, make_engine, config, log), name="klein worker"
         )
@@ -48,9 +47,9 @@ class WorkerHandle:
         # Ours must be the only end left here, or the worker's death would not be heard.
         theirs.close()
         self._exited = asyncio.Event()
-        self._outbox = Outbox(self._connection, name="worker pipe, down")
+        self._outbox = Outbox(self._pipe, name="worker pipe, down")
         threading.Thread(
-            target=self._receive, args=(self._connection,), name="worker pipe, up", daemon=True
+            target=self._receive, args=(self._pipe,), name="worker pipe, up", daemon=True
         ).start()
 
     def __repr__(self) -> str:
@@ -74,10 +73,10 @@ class WorkerHandle:
         """Return once the process has gone."""
         await self._exited.wait()
 
-    def _receive(self, connection: Connection) -> None:
+    def _receive(self, ours: pipe.End) -> None:
         while True:
             try:
-                message = pipe.receive(connection)
+                message = ours.recv()
             except (EOFError, OSError):
                 break
             self._tell(self._listener.on_message, message)
@@ -94,7 +93,7 @@ class WorkerHandle:
 
     def _on_exit(self) -> None:
         self._outbox.hang_up()
-        self._connection.close()
+        self._pipe.close()
         self._exited.set()
         code = self._process.exitcode
         self._listener.on_exit(self, 0 if code is None else code)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from multiprocessing.connection import Connection
 
-from app.worker import pipe
 from app.worker.messages import FromWorker, ToWorker
+from app.worker.pipe import End
 
 
 class Outbox:
     """Sends in order, in a thread of its own; `close` returns once everything has left."""
 
-    def __init__(self, connection: Connection, *, name: str) -> None:
-        self._connection = connection
+    def __init__(self, pipe: End, *, name: str) -> None:
+        self._pipe = pipe
         self._messages: queue.SimpleQueue[FromWorker | ToWorker | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send, name=name, daemon=True)
         self._thread.start()
@@ -28,15 +27,15 @@ class Outbox:
         self._messages.put(None)
 
     def close(self) -> None:
-        """Wait until all is sent, and close the connection."""
+        """Wait until all is sent, and close the pipe."""
         self.hang_up()
         self._thread.join()
-        self._connection.close()
+        self._pipe.close()
 
     def _send(self) -> None:
         while (message := self._messages.get()) is not None:
             try:
-                pipe.send(self._connection, message)
+                self._pipe.send(message)
             except OSError:
                 # The other end has gone; whoever receives here sees it too.
                 return

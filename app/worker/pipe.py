@@ -1,38 +1,79 @@
-"""How a message crosses the pipe. A finished picture's pixels follow theirs as they are: to pickle
-three megabytes and to read them back takes four times as long."""
+"""The pipe between the two processes. A finished picture's pixels take another way: through memory
+that both see, which takes a fifth of the time that three megabytes take through a pipe."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import multiprocessing
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Semaphore
+from typing import Any
 
 from app.worker.messages import Done, FromWorker, ToWorker
 
+_WINDOW_BYTES = 2**24
+"""2048x2048 pixels and some; what is larger goes through the pipe."""
 
-def send(connection: Connection, message: FromWorker | ToWorker) -> None:
-    """Send *message*; returns once the other end has taken all but what the pipe holds.
 
-    Raises:
-        OSError: the other end has gone.
+def pair(context: BaseContext | None = None) -> tuple[End, End]:
+    """Make both ends, one to keep and one to give to a process at its start."""
+    context = context or multiprocessing.get_context()
+    ours, theirs = context.Pipe()
+    memory = context.RawArray("B", _WINDOW_BYTES)
+    is_empty = context.Semaphore(1)
+    return End(ours, memory, is_empty), End(theirs, memory, is_empty)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class End:
+    """One end: one thread sends, another receives.
+
+    *memory* holds the pixels of one picture, from its sending until it is received.
     """
-    if not isinstance(message, Done):
-        connection.send(message)
-        return
-    pixels = message.generated.image.pixels
-    connection.send(_with_pixels(message, b""))
-    connection.send_bytes(pixels)
 
+    connection: Connection
+    memory: Any
+    is_empty: Semaphore
 
-def receive(connection: Connection) -> FromWorker:
-    """Wait for what the worker says next.
+    def send(self, message: FromWorker | ToWorker) -> None:
+        """Send *message*; returns once the other end has taken all but what the pipe holds.
 
-    Raises:
-        EOFError, OSError: the other end has gone.
-    """
-    message: FromWorker = connection.recv()
-    if not isinstance(message, Done):
-        return message
-    return _with_pixels(message, connection.recv_bytes())
+        Raises:
+            OSError: the other end has gone.
+        """
+        if not isinstance(message, Done):
+            self.connection.send(message)
+            return
+        pixels = message.generated.image.pixels
+        if len(pixels) > len(self.memory):
+            self.connection.send(_with_pixels(message, b""))
+            self.connection.send_bytes(pixels)
+            return
+        self.is_empty.acquire()
+        memoryview(self.memory).cast("B")[: len(pixels)] = pixels
+        self.connection.send(_with_pixels(message, b""))
+
+    def recv(self) -> Any:
+        """Wait for the other end's next message.
+
+        Raises:
+            EOFError, OSError: the other end has gone.
+        """
+        message = self.connection.recv()
+        if not isinstance(message, Done):
+            return message
+        image = message.generated.image
+        count = 3 * image.width * image.height
+        if count > len(self.memory):
+            return _with_pixels(message, self.connection.recv_bytes())
+        pixels = bytes(memoryview(self.memory).cast("B")[:count])
+        self.is_empty.release()
+        return _with_pixels(message, pixels)
+
+    def close(self) -> None:
+        """Close this end; the other sees it."""
+        self.connection.close()
 
 
 def _with_pixels(message: Done, pixels: bytes) -> Done:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from dataclasses import replace
 
@@ -30,7 +29,7 @@ class Worker:
     """The child's loop in a thread, and the parent's end of its pipe."""
 
     def __init__(self, *script: str) -> None:
-        self.pipe, theirs = multiprocessing.Pipe()
+        self.pipe, theirs = pipe.pair()
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, args=(theirs, script))
         self._thread.start()
@@ -40,7 +39,7 @@ class Worker:
 
     def hear(self, kind):
         """The next message of *kind*; everything before it is passed over."""
-        while not isinstance(message := pipe.receive(self.pipe), kind):
+        while not isinstance(message := self.pipe.recv(), kind):
             pass
         return message
 
@@ -80,7 +79,7 @@ def test_the_card_is_free_before_the_pixels_arrive(work) -> None:
     worker = work()
     worker.pipe.send(Generate("j", SPEC))
     worker.hear(Ready)
-    heard = [pipe.receive(worker.pipe) for _ in range(6)]
+    heard = [worker.pipe.recv() for _ in range(6)]
 
     assert [message.progress.stage for message in heard[:5]] == [Stage.DENOISE] * 4 + [
         Stage.CARD_FREE

@@ -24,6 +24,8 @@ from tools.shapes.vocabulary import PromptCodes
 
 PHRASINGS = 2
 _AHEAD = 48
+# More than the orders of any training have between them.
+_SEEDS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,13 @@ def _pack_in_worker(order: Order) -> Crate:
 
 
 class Packers:
-    """Worker processes that pack crates ahead of need, handed out in the order they were asked."""
+    """Worker processes that pack crates ahead of need, handed out in the order they were asked.
 
-    def __init__(self, tokenizer_file: Path, workers: int) -> None:
+    Another *draw* fills the same orders with other scenes.
+    """
+
+    def __init__(self, tokenizer_file: Path, workers: int, draw: int = 0) -> None:
+        self._first_seed = draw * _SEEDS
         self._pool: Pool | None = None
         if workers > 0:
             # Forked, hence before the first use of a card; spawned ones would import torch anew.
@@ -148,6 +154,7 @@ class Packers:
     def ask(self, order: Order) -> None:
         """Order a crate."""
         pool = self._pool
+        order = replace(order, seed=self._first_seed + order.seed)
         self._waiting.append(pool.apply_async(_pack_in_worker, (order,)) if pool else order)
 
     def take(self) -> Crate:

@@ -51,7 +51,7 @@ def main() -> None:
     # The tokenizer's threads must not have run when the workers are forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     device = torch.device(arguments.device)
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.draw)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -61,7 +61,7 @@ def main() -> None:
     tokenizer = _tokenizer(resumed)
     tokenizer.save_pretrained(arguments.work / "tokenizer")
     tokens = arguments.work / "tokenizer" / "tokenizer.json"
-    packers = Packers(tokens, arguments.workers)
+    packers = Packers(tokens, arguments.workers, arguments.draw)
     try:
         figures = _Run(arguments, device, tokenizer, packers, PromptCodes(tokens), resumed).run()
     finally:
@@ -226,6 +226,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text-minutes", type=float, default=0.7)
     parser.add_argument("--minutes", type=float, default=25.0, help="for everything")
     parser.add_argument("--span", type=float, nargs=2, default=(0.0, 1.0))
+    parser.add_argument(
+        "--draw", type=int, default=0, help="which scenes: with --resume, others than before"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     parser.add_argument("--shrink", type=int, default=1, help="divide batches, to rehearse")
