@@ -175,7 +175,7 @@ def _limit_memory(config: EngineConfig, device: torch.device) -> None:
     """
     if device.type == "cpu":
         return
-    _shrink_stacks()
+    _shrink_stacks(device)
     # Pieces of all sizes share memory, which a picture of another size would else fragment.
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if config.memory_bytes is not None:
@@ -183,10 +183,12 @@ def _limit_memory(config: EngineConfig, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_bytes / total), device)
 
 
-def _shrink_stacks() -> None:
+def _shrink_stacks(device: torch.device) -> None:
     """Halve what CUDA sets aside for the stacks of all threads that the card could run at once: it
     is 138 MB less on an H200. The driver enlarges them for a kernel that says it needs more.
     """
+    # The limit is the context's, which torch makes at the first call that needs one.
+    torch.cuda.synchronize(device)
     try:
         code = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(
             _STACK_LIMIT, ctypes.c_size_t(_STACK_BYTES)
