@@ -120,12 +120,12 @@ def ask_torch(index: int | None) -> TorchFound:
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index is None or index >= count:
-        return TorchFound(torch.__version__, torch.version.cuda, sees_card=False)
+        return TorchFound(str(torch.__version__), torch.version.cuda, sees_card=False)
     from app.engine.probe import probe_card
 
     facts = probe_card(torch.device("cuda", index))
     return TorchFound(
-        torch.__version__,
+        str(torch.__version__),
         torch.version.cuda,
         sees_card=True,
         has_fp8=facts is not None and facts.has_fp8,

@@ -67,7 +67,8 @@ class Started:
             plan=self.plan.name,
             plan_reasons=self.plan.reasons,
             max_pixels=self.plan.max_pixels,
-            torch=torch.__version__,
+            # A plain text: the version object would bring torch into the process that reads it.
+            torch=str(torch.__version__),
             cuda=torch.version.cuda if is_card else None,
             features=(self.compiler.summary, *self.features),
             weights_bytes=self.parts.weights_bytes,

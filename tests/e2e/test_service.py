@@ -12,6 +12,7 @@ import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -61,6 +62,18 @@ def test_the_pixels_are_those_of_the_pipeline(klein, tiny_klein) -> None:
     _, _, body = klein.post("/generate", SMALL | {"width": 96, "seed": 5})
 
     np.testing.assert_array_equal(pixels(body), (direct * 255).round().astype(np.uint8))
+
+
+def test_the_http_process_holds_no_torch(klein) -> None:
+    """Nothing that the worker says brings the library in, which is seconds and hundreds of
+    megabytes.
+    """
+    assert klein.post("/generate", {"prompt": "a", "width": 64, "height": 64})[0] == 200
+
+    maps = Path(f"/proc/{klein.process.pid}/maps").read_text()
+
+    assert "libpython" in maps or "python" in maps
+    assert "libtorch" not in maps
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_ran_between(klein) -> None:
