@@ -31,14 +31,18 @@ def measure(bench: Bench) -> None:
 
 def _measure(bench: Bench, before: int | None, report: Path) -> None:
     begun = time.time()
-    with _service(bench, report) as ready_s:
+    with _service(bench, report) as (service, ready_s):
         print(f"  ready after {ready_s:.1f} s", flush=True)
+        loading = _host_bytes(service.pid, "VmHWM")
+        print(f"  host memory at most {loading / 1e9:.2f} GB until ready", flush=True)
         for stage, at in {each["stage"]: each["at"] for each in _lines(report)[::-1]}.items():
             print(f"  {at - begun:6.1f} s {stage}", flush=True)
         for side, note in ((bench.side, "a new prompt each"), (bench.side // 2, "half")):
             _series(bench, side, note, before, ready_s)
         _series(bench, bench.side, "cache hit", before, ready_s, prompt="the same")
         _queue(bench, report)
+        serving = _host_bytes(service.pid, "VmRSS")
+        print(f"  host memory {serving / 1e9:.2f} GB after serving", flush=True)
 
 
 def _series(
@@ -127,6 +131,14 @@ def _timings(header: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"([\w-]+);dur=([\d.]+)", header)}
 
 
+def _host_bytes(pid: int, entry: str) -> int:
+    """Host memory of *pid* and its children, added up: what each holds (VmRSS) or held (VmHWM)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    kilobytes = int(re.search(rf"{entry}:\s+(\d+)", status)[1])
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return 1024 * kilobytes + sum(_host_bytes(int(child), entry) for child in children)
+
+
 def _health() -> dict[str, object]:
     connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=10)
     connection.request("GET", "/health")
@@ -137,7 +149,7 @@ def _health() -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _service(bench: Bench, report: Path) -> Iterator[float]:
+def _service(bench: Bench, report: Path) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     environment = {
         **os.environ,
         "KLEIN_MODEL": str(bench.folder),
@@ -156,7 +168,7 @@ def _service(bench: Bench, report: Path) -> Iterator[float]:
             if process.poll() is not None or time.perf_counter() - begun > 420:
                 raise RuntimeError(f"the service did not start, exit code {process.poll()}")
             time.sleep(0.2)
-        yield time.perf_counter() - begun
+        yield process, time.perf_counter() - begun
     finally:
         process.terminate()
         process.wait(60)

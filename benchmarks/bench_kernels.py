@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2
@@ -49,7 +50,7 @@ def seconds(run: Callable[[], object], repeats: int = 20) -> float:
 
 def _say(name: str, taken: float, flops: float = 0.0) -> None:
     rate = f" {flops / taken / 1e12:7.0f} TFLOP/s" if flops else ""
-    print(f"  {name:58s} {taken * 1000:9.3f} ms{rate}", flush=True)
+    print(f"  {name:64s} {taken * 1000:9.3f} ms{rate}", flush=True)
 
 
 def _ceilings(bench: Bench, device: str, dtype: torch.dtype) -> None:
@@ -106,13 +107,15 @@ def _products(bench: Bench, device: str, dtype: torch.dtype) -> None:
         taken = seconds(lambda x=x, w=w: functional.linear(x, w))
         _say(f"bf16 {length}x{width}x{out}", taken, flops)
         x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        right = x8.float() @ w8.float().t()
         for fast in (True, False):
-            taken = seconds(
-                lambda x8=x8, w8=w8, fast=fast: torch._scaled_mm(
-                    x8, w8.t(), one, one, out_dtype=dtype, use_fast_accum=fast
-                )
-            )
-            _say(f"fp8 {length}x{width}x{out} fast_accum={fast}", taken, flops)
+
+            def multiply(x8: Any = x8, w8: Any = w8, fast: bool = fast) -> torch.Tensor:
+                return torch._scaled_mm(x8, w8.t(), one, one, out_dtype=dtype, use_fast_accum=fast)
+
+            error = float((multiply().float() - right).norm() / right.norm())
+            name = f"fp8 {length}x{width}x{out} fast_accum={fast} error {error:.4f}"
+            _say(name, seconds(multiply), flops)
 
 
 def _decoders(bench: Bench, device: str, dtype: torch.dtype) -> None:
