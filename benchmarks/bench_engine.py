@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from app.domain import Generated, ImageSpec, Mask, ModelInfo, RawImage
+from app.domain import Generated, ImageSpec, Mask, ModelInfo, Progress, RawImage
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from benchmarks.rows import Bench, sha256, used_bytes
@@ -66,11 +67,17 @@ def load(bench: Bench, **changes: Any) -> tuple[KleinEngine, ModelInfo]:
     return engine, info
 
 
-def make(engine: KleinEngine, side: int, prompt: str, **changes: Any) -> Generated:
+def make(
+    engine: KleinEngine,
+    side: int,
+    prompt: str,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    **changes: Any,
+) -> Generated:
     """Make one picture."""
     values = {"width": side, "height": side, "num_inference_steps": 4, "guidance_scale": 1.0}
     spec = ImageSpec(prompt=prompt, **(values | {"seed": 1} | changes))
-    return engine.generate(spec, lambda _: None, lambda: False)
+    return engine.generate(spec, on_progress, lambda: False)
 
 
 def measure(bench: Bench) -> None:
@@ -205,8 +212,6 @@ def _peaks(bench: Bench, engine: KleinEngine) -> None:
     """The most that torch held between one report of progress and the next."""
     if bench.device is None:
         return
-    shape = {"width": bench.side, "height": bench.side, "num_inference_steps": 4}
-    spec = ImageSpec(prompt="what it holds", guidance_scale=1.0, seed=1, **shape)
     torch.cuda.synchronize()
     print(f"  at rest {torch.cuda.memory_allocated() / 1e9:.3f} GB allocated", flush=True)
 
@@ -217,20 +222,18 @@ def _peaks(bench: Bench, engine: KleinEngine) -> None:
         print(f"  until {until}: {peak:.3f} GB, now {now:.3f}, reserved {reserved:.3f}", flush=True)
         torch.cuda.reset_peak_memory_stats()
 
-    engine.generate(spec, lambda at: show(f"{at.stage} {at.step}"), lambda: False)
+    make(engine, bench.side, "what it holds", lambda at: show(f"{at.stage} {at.step}"))
     show("the end")
 
 
 def _host_calls(bench: Bench, engine: KleinEngine) -> None:
     """Where the host's time goes in five pictures of one prompt."""
-    shape = {"width": bench.side, "height": bench.side, "num_inference_steps": 4}
-    spec = ImageSpec(prompt="the same", guidance_scale=1.0, seed=1, **shape)
     for _ in range(2):
-        made = engine.generate(spec, lambda _: None, lambda: False)
+        made = make(engine, bench.side, "the same")
     print(f"  cache hit: {made.timings}", flush=True)
     with cProfile.Profile() as profiler:
         for _ in range(5):
-            engine.generate(spec, lambda _: None, lambda: False)
+            make(engine, bench.side, "the same")
     pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
 
 

@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ def _measure(bench: Bench, before: int | None, report: Path) -> None:
         print(f"  ready after {ready_s:.1f} s", flush=True)
         loading = _host_bytes(service.pid, "VmHWM")
         print(f"  host memory at most {loading / 1e9:.2f} GB until ready", flush=True)
-        for stage, at in {each["stage"]: each["at"] for each in _lines(report)[::-1]}.items():
-            print(f"  {at - begun:6.1f} s {stage}", flush=True)
+        for stage, lines in groupby(_lines(report), itemgetter("stage")):
+            print(f"  {next(lines)['at'] - begun:6.1f} s {stage}", flush=True)
         for side, note in ((bench.side, "a new prompt each"), (bench.side // 2, "half")):
             _series(bench, side, note, before, ready_s)
         _series(bench, bench.side, "cache hit", before, ready_s, prompt="the same")
