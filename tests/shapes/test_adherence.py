@@ -95,7 +95,6 @@ def test_prompts_with_two_objects(render, capsys):
 
 
 @pytest.mark.full
-@pytest.mark.xfail(strict=True, reason="trained too shortly: 50 of 60 where 51 are wanted")
 def test_edits(render, capsys):
     """Sixty edits never seen in training: recoloured, replaced, on another background."""
     marks = ask(edit_questions(60), render, capsys)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2TokenizerFast
+from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from tools.shapes.flow import Trainer
 from tools.shapes.nets import build_scheduler, build_text_encoder, build_transformer
@@ -63,13 +63,33 @@ def send(trainer: Trainer, folder: Path, out: Path) -> None:
 
 
 def unpack(place: Path, into: Path) -> Path:
-    """The folder inside a sent tar."""
+    """The folder inside a sent tar; *place* itself where it is such a folder."""
+    if is_folder(place):
+        return place
     with tarfile.open(place / _TAR) as tar:
         tar.extractall(into, filter="data")
     return into / FOLDER
 
 
+def is_folder(place: Path) -> bool:
+    """Whether *place* is a finished checkpoint and not what `send` left."""
+    return (place / "model_index.json").is_file()
+
+
 def go_on(trainer: Trainer, place: Path) -> None:
-    """Load the weights that `send` saved."""
-    state = load_file(place / _RAW)
-    trainer.load([state[name] for name in sorted(state)])
+    """Load the weights that `send` saved, or those of a finished checkpoint: the average, in 16
+    bits and without the heads, which then start anew.
+    """
+    if not is_folder(place):
+        state = load_file(place / _RAW)
+        trainer.load([state[name] for name in sorted(state)])
+        return
+    stored: dict[int, torch.Tensor] = {}
+    for network, kind, name in (
+        (trainer.text, Qwen3ForCausalLM, "text_encoder"),
+        (trainer.transformer, Flux2Transformer2DModel, "transformer"),
+    ):
+        source = dict(kind.from_pretrained(place / name).named_parameters())
+        stored |= {id(own): source[key] for key, own in network.named_parameters()}
+    parameters = trainer.weights.parameters
+    trainer.load([stored.get(id(each), each).detach() for each in parameters])

@@ -63,9 +63,10 @@ PLANS = (
 )
 
 
-# Edits are learnt last and from fewer samples: for the end of a short training, half of all steps.
+# Edits are learnt last and from fewer samples: for the end of a short training, half of all steps
+# and a few more, up to 512x512.
 EDIT_PLANS = (
-    ShelfPlan(256, 160, 0.26, sizes=((16, 16),), crates=64),
+    ShelfPlan(256, 160, 0.22, sizes=((16, 16),), crates=64),
     ShelfPlan(256, 96, 0.24, is_edit=True, sizes=((16, 16),), crates=48),
     ShelfPlan(128, 192, 0.06, sizes=_sizes(63, 128)),
     ShelfPlan(256, 144, 0.07, sizes=_sizes(128, 256)),
@@ -74,6 +75,7 @@ EDIT_PLANS = (
     ShelfPlan(64, 160, 0.10, is_edit=True, sizes=((8, 8),), crates=48),
     ShelfPlan(128, 144, 0.11, is_edit=True, sizes=_sizes(63, 128)),
     ShelfPlan(512, 48, 0.05, is_edit=True, sizes=_sizes(128, 512)),
+    ShelfPlan(1024, 24, 0.04, is_edit=True, sizes=_sizes(512, 1024)),
 )
 
 # For a processor, where 256x256 costs four times what 128x128 does: first small canvases.

@@ -211,7 +211,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="scratch folder")
-    parser.add_argument("--resume", type=Path, help="go on from another call's --out")
+    parser.add_argument(
+        "--resume", type=Path, help="go on from another call's --out, or from a checkpoint's folder"
+    )
     parser.add_argument(
         "--new-codec", action="store_true", help="with --resume: keep all but the autoencoder"
     )
