@@ -8,7 +8,7 @@ code of its own is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from app.engine.tensorfile import Tensor
+from app.engine.tensorfile import Read, Tensor
 from app.errors import StartupError
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -29,7 +29,7 @@ class Slot:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
+    read: Read
 
 
 @dataclass(frozen=True, slots=True)

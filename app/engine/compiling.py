@@ -59,8 +59,10 @@ class Compiler:
         if not self.is_on:
             return function
         options: dict[str, Any] | None = None
-        if convolves and self.backend == "inductor":
-            options = {"force_layout_optimization": True}
+        if self.backend == "inductor":
+            # With "dynamic_scale_rblock" every load halves the kept block sizes of reductions once
+            # more and compiles them: a second start then takes 6 s longer than a third.
+            options = {"dynamic_scale_rblock": False, "force_layout_optimization": convolves}
         first, general = (
             torch.compile(each, fullgraph=whole, backend=self.backend, options=options)
             for each in (function, _twin(function))

@@ -47,12 +47,14 @@ class Converted:
         """Whether layers can be read."""
         return self._file is not None
 
-    def read(self, name: str) -> Layer | None:
-        """Read one layer, or None where there is none."""
+    def read(self, name: str, device: torch.device) -> Layer | None:
+        """Read one layer onto *device*, or None where there is none."""
         if self._file is None:
             return None
         weight, scale = (self._file.tensors.get(f"{name}.{each}") for each in ("weight", "scale"))
-        return None if weight is None or scale is None else (weight.read(), scale.read())
+        return (
+            None if weight is None or scale is None else (weight.read(device), scale.read(device))
+        )
 
     def write(self, layers: Mapping[str, Layer]) -> None:
         """Keep *layers* for later starts; one at a time passes through host memory."""

@@ -79,10 +79,12 @@ class LinearMaker:
         self._made.clear()
 
     def _recall(self, name: str) -> nn.Module | None:
-        found = self._converted.read(name) if self._converted is not None else None
+        if self._converted is None:
+            return None
+        found = self._converted.read(name, self._device)
         if found is None:
             return None
-        weight, scale = (value.to(self._device) for value in found)
+        weight, scale = found
         if self._kind == "fp8":
             return Fp8Linear(weight, scale)
         if self._kind == "int8":
@@ -92,8 +94,8 @@ class LinearMaker:
     def _take(self, layer: Quantised) -> nn.Module:
         """Use a layer as it lies in the file, where its scales allow it."""
         if self._kind == "plain" or self._kind.startswith("int8"):
-            return self._make(layer.restored().to(self._device))
-        weight = layer.weight().to(self._device)
+            return self._make(layer.restored(self._device))
+        weight = layer.weight(self._device)
         scale = layer.weight_scale.to(self._device)
         if self._kind == "fp8w" or layer.is_full_precision or scale.numel() > 1:
             return WeightOnlyLinear(weight, scale.reshape(-1) if scale.numel() > 1 else scale)
@@ -102,7 +104,7 @@ class LinearMaker:
 
     def _round(self, modules: tuple[str, ...]) -> nn.Module:
         slots = [self._part.slots[f"{module}.weight"] for module in modules]
-        return self._make(torch.cat([slot.read().to(self._device) for slot in slots]))
+        return self._make(torch.cat([slot.read(self._device) for slot in slots]))
 
     def _make(self, weight: torch.Tensor) -> nn.Module:
         if self._kind == "fp8":

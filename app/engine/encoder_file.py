@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import torch
-
 from app.engine.checkpoint import Part, Slot
-from app.engine.single_file import Quantised, sort_tensors
+from app.engine.single_file import sort_tensors
 from app.engine.tensorfile import Tensor, TensorFile
 from app.errors import StartupError
 
@@ -19,13 +16,9 @@ def read_encoder(file: TensorFile) -> Part:
     slots = {}
     for name, tensor in plain.items():
         layer = layers.get(name.removesuffix(".weight"))
-        read = tensor.read if layer is None else partial(_restored, layer)
+        read = tensor.read if layer is None else layer.restored
         slots[name] = Slot(tensor.shape, tensor.dtype, read)
     return Part(file.path.name, _config_of(file, plain), slots, sources=(file.path,))
-
-
-def _restored(layer: Quantised) -> torch.Tensor:
-    return layer.restored()
 
 
 def _config_of(file: TensorFile, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from app.engine.bfl import Rule, rules
 from app.engine.checkpoint import Part, Slot
-from app.engine.tensorfile import Tensor, TensorFile
+from app.engine.tensorfile import CPU, Read, Tensor, TensorFile
 from app.errors import StartupError
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -37,18 +37,18 @@ _FP8 = (torch.float8_e4m3fn,)
 class Quantised:
     """One layer in fp8 as it lies in the file."""
 
-    weight: Callable[[], torch.Tensor]
+    weight: Read
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None
     is_full_precision: bool
     """Whether the file asks for this layer's product in full precision."""
 
-    def restored(self) -> torch.Tensor:
+    def restored(self, device: torch.device = CPU) -> torch.Tensor:
         """The weight with its scale multiplied in, float32."""
-        scale = self.weight_scale.float()
+        scale = self.weight_scale.float().to(device)
         if scale.numel() > 1:
             scale = scale.reshape(-1, 1)
-        return self.weight().float() * scale
+        return self.weight(device).float() * scale
 
 
 def is_bfl(names: Mapping[str, Any]) -> bool:
@@ -79,8 +79,10 @@ def read_transformer(file: TensorFile, config: Mapping[str, Any] | None) -> Part
     )
 
 
-def _read(rule: Rule, tensor: Tensor, layer: Quantised | None) -> torch.Tensor:
-    return rule.take(tensor.read() if layer is None else layer.restored())
+def _read(
+    rule: Rule, tensor: Tensor, layer: Quantised | None, device: torch.device = CPU
+) -> torch.Tensor:
+    return rule.take(tensor.read(device) if layer is None else layer.restored(device))
 
 
 def _without_prefix(file: TensorFile) -> dict[str, Tensor]:

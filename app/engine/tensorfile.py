@@ -2,9 +2,10 @@
 
 Only this format is read, since it holds no code. The file is read with plain reads instead of a
 memory map: a map's pages count as this process's memory, and the first load must stay small on a
-machine with 16 GB. Where weights are to wait on the disk (KLEIN_OFFLOAD=disk) they are mapped after
-all: the system then drops and reads their pages as its memory allows. This module knows bytes and
-names, no model.
+machine with 16 GB. On its way to a card a tensor passes through two small pinned places: fresh host
+memory for each would take several times as long. Where weights are to wait on the disk
+(KLEIN_OFFLOAD=disk) they are mapped after all: the system then drops and reads their pages as its
+memory allows. This module knows bytes and names, no model.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,7 +40,18 @@ _DTYPES = {
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 """The format's names of the types."""
 
+CPU = torch.device("cpu")
+
 _HEADER_LIMIT = 100_000_000
+_PIECE_BYTES = 1 << 24
+
+
+class Read(Protocol):
+    """Reads one tensor into memory of its own on *device*."""
+
+    def __call__(self, device: torch.device = CPU) -> torch.Tensor:
+        """Read it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +65,9 @@ class Tensor:
     start: int
     size_bytes: int
 
-    def read(self) -> torch.Tensor:
-        """Read the tensor into host memory of its own."""
-        return self.file.read(self)
+    def read(self, device: torch.device = CPU) -> torch.Tensor:
+        """Read the tensor into memory of its own on *device*."""
+        return self.file.read(self, device)
 
 
 class TensorFile:
@@ -68,6 +80,7 @@ class TensorFile:
         self.path = path
         self._is_mapped = is_mapped
         self._map: mmap.mmap | None = None
+        self._ferry: _Ferry | None = None
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
                 raise StartupError(
@@ -94,26 +107,35 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file; a map goes with the last tensor that lies in it."""
-        self._map = None
+        self._map = self._ferry = None
         self._file.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
-    def read(self, tensor: Tensor) -> torch.Tensor:
-        """Read the bytes of *tensor*, or show where they lie."""
+    def read(self, tensor: Tensor, device: torch.device = CPU) -> torch.Tensor:
+        """Read the bytes of *tensor* onto *device*, or show where they lie."""
         if self._is_mapped and tensor.size_bytes and tensor.start % tensor.dtype.itemsize == 0:
-            return self._view(tensor)
-        buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+            return self._view(tensor).to(device)
+        buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8, device=device)
         self._file.seek(tensor.start)
+        if device.type == "cuda":
+            if self._ferry is None:
+                self._ferry = _Ferry()
+            self._ferry.fill(buffer, self._read_into)
+        else:
+            self._read_into(buffer)
+        return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+    def _read_into(self, place: torch.Tensor) -> None:
+        """Fill *place*, bytes on the host, with what comes next in the file."""
+        view = memoryview(place.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
         done = 0
-        while done < tensor.size_bytes:
+        while done < len(view):
             count = self._file.readinto(view[done : done + (1 << 28)])
             if not count:
                 raise _damaged(self.path, "it ends before its last tensor")
             done += count
-        return buffer.view(tensor.dtype).reshape(tensor.shape)
 
     def _view(self, tensor: Tensor) -> torch.Tensor:
         if self._map is None:
@@ -151,6 +173,30 @@ class TensorFile:
         if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(name)
         return Tensor(self, name, dtype, shape, base + start, end - start)
+
+
+class _Ferry:
+    """Two pinned places on the host that take turns: one is copied to the card while the other is
+    filled.
+    """
+
+    def __init__(self) -> None:
+        self._places = [
+            torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+        ]
+        lanes: Any = torch.cuda
+        self._copied = [lanes.Event() for _ in range(2)]
+
+    def fill(self, target: torch.Tensor, read_into: Callable[[torch.Tensor], None]) -> None:
+        """Fill *target*, bytes on a card, piece by piece by *read_into*."""
+        for number, start in enumerate(range(0, len(target), _PIECE_BYTES)):
+            turn = number % 2
+            piece = target[start : start + _PIECE_BYTES]
+            self._copied[turn].synchronize()
+            place = self._places[turn][: len(piece)]
+            read_into(place)
+            piece.copy_(place, non_blocking=True)
+            self._copied[turn].record()
 
 
 class OpenFiles(ExitStack):

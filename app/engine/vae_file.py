@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from app.engine.checkpoint import Part, Slot, slots_of
-from app.engine.tensorfile import Tensor, TensorFile
+from app.engine.tensorfile import CPU, Tensor, TensorFile
 from app.errors import StartupError
 
 _WORDS = (
@@ -61,8 +61,8 @@ def _from_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
     return slots
 
 
-def _flat(tensor: Tensor) -> torch.Tensor:
-    return tensor.read()[:, :, 0, 0]
+def _flat(tensor: Tensor, device: torch.device = CPU) -> torch.Tensor:
+    return tensor.read(device)[:, :, 0, 0]
 
 
 def _config_of(file: TensorFile, slots: Mapping[str, Slot]) -> dict[str, Any]:

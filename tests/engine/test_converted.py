@@ -34,9 +34,9 @@ def read(monkeypatch):
     seen: dict[str, set[str]] = {}
     plain = TensorFile.read
 
-    def watch(self, tensor):
+    def watch(self, tensor, *where):
         seen.setdefault(self.path.parent.name, set()).add(tensor.name)
-        return plain(self, tensor)
+        return plain(self, tensor, *where)
 
     monkeypatch.setattr(TensorFile, "read", watch)
     return seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from app.engine import linear
 from app.engine.blocks import cudnn_attention, plain_attention
@@ -12,6 +13,7 @@ from app.engine.linear import Fp8Linear, WeightOnlyLinear
 from app.engine.precision import choose_precision
 from app.engine.probe import choose_attention, probe_card
 from app.engine.stages import decode
+from app.engine.tensorfile import TensorFile
 from app.engine.tiles import decode_tiled
 from tests.checkpoints import write_tiny_klein
 from tests.engine.layout_files import build, latents_of
@@ -81,6 +83,19 @@ def test_the_probe_agrees_with_the_capability(card):
     assert facts.has_fp8 == (facts.capability >= (8, 9))
     assert chosen.linears == ("fp8" if facts.has_fp8 else chosen.linears)
     assert chosen.reason
+
+
+def test_weights_come_to_the_card_as_they_lie_in_the_file(card, tmp_path):
+    """Through two pinned places: many pieces, an odd end, nothing at all, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        str(size): torch.randint(0, 255, (size,), generator=generator, dtype=torch.uint8)
+        for size in (5 * 2**24 + 123, 0, 7, 2**24)
+    }
+    save_file(tensors, tmp_path / "some.safetensors")
+    with TensorFile(tmp_path / "some.safetensors") as file:
+        for name, tensor in file.tensors.items():
+            assert torch.equal(tensor.read(card).cpu(), tensors[name])
 
 
 @pytest.fixture(scope="module")

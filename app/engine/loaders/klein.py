@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from app.domain import LoadProgress
 from app.engine import network
+from app.engine.ahead import Size, decoding
 from app.engine.blocks import Attention, WideHeadProcessor
 from app.engine.checkpoint import Checkpoint, Part, read_config
 from app.engine.compiling import Compiler
@@ -30,6 +31,7 @@ from app.engine.fit import TEXT_LAYERS
 from app.engine.parts import Parts, Predict
 from app.engine.prompt_cache import PromptCache
 from app.engine.residency import Residency
+from app.engine.tensorfile import CPU
 from app.engine.text_encoder import TextEncoder, Tokenizer
 from app.errors import StartupError
 
@@ -56,6 +58,8 @@ class Wanted:
     """Where rounded layers are kept, if anywhere."""
     max_sequence_length: int
     is_distilled: bool
+    ahead: tuple[Size, ...] = ()
+    """Sizes of pictures that the decoder is made ready for while the rest is read."""
 
 
 def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Parts:
@@ -64,18 +68,27 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
     residency = Residency(wanted.device, pin=wanted.is_pinned)
     vae = _build_vae(checkpoint.vae, fill)
     _admit_vae(vae, residency, wanted)
+    decode = _decoder(vae, wanted)
     encoder: TextEncoder | FastEncoder
-    if wanted.linears == "exact":
-        encoder = _build_encoder(checkpoint.encoder, fill)
-        transformer = _build_transformer(checkpoint.transformer, fill)
-        residency.admit(encoder, stays=not wanted.is_offloaded)
-        residency.admit(transformer, stays=not wanted.is_offloaded)
-        predict: Predict = partial(network.predict, transformer)
-    else:
-        pool = GraphPool()
-        encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted, pool)
-        transformer = _build_shell(checkpoint.transformer, fill, wanted)
-        predict = FastTransformer(transformer, wanted.compiler, pool).predict
+    with decoding(
+        decode,
+        wanted.ahead,
+        channels=vae.config.latent_channels,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        is_tiled=wanted.is_tiled,
+    ):
+        if wanted.linears == "exact":
+            encoder = _build_encoder(checkpoint.encoder, fill)
+            transformer = _build_transformer(checkpoint.transformer, fill)
+            residency.admit(encoder, stays=not wanted.is_offloaded)
+            residency.admit(transformer, stays=not wanted.is_offloaded)
+            predict: Predict = partial(network.predict, transformer)
+        else:
+            pool = GraphPool()
+            encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted, pool)
+            transformer = _build_shell(checkpoint.transformer, fill, wanted)
+            predict = FastTransformer(transformer, wanted.compiler, pool).predict
     transformer.eval()
     return Parts(
         tokenizer=_read_tokenizer(checkpoint.tokenizer, wanted.max_sequence_length),
@@ -84,7 +97,7 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
         transformer=transformer,
         predict=predict,
         vae=vae,
-        decode=_decoder(vae, wanted),
+        decode=decode,
         make_scheduler=lambda: FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler),
         device=wanted.device,
         dtype=wanted.dtype,
@@ -108,9 +121,9 @@ class _Filler:
         self._count = 0
         self.done_bytes = 0
 
-    def read(self, part: Part, name: str) -> torch.Tensor:
+    def read(self, part: Part, name: str, device: torch.device = CPU) -> torch.Tensor:
         """Read one weight of *part*."""
-        value = part.slots[name].read()
+        value = part.slots[name].read(device)
         if value.is_floating_point():
             value = value.to(self._wanted.dtype)
         self.count(part.label, 1, value.nbytes)
@@ -120,7 +133,7 @@ class _Filler:
         """Return what reads a small weight of *part* onto the card."""
 
         def read(name: str) -> nn.Parameter:
-            value = self.read(part, name).to(self._wanted.device)
+            value = self.read(part, name, self._wanted.device)
             return nn.Parameter(value, requires_grad=False)
 
         return read
