@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import random
 import secrets
 import time
@@ -141,6 +142,12 @@ class WorkerState(Protocol):
         """Why it is not ready, in words."""
 
 
+def _helper_count() -> int:
+    """Threads that help the one that encodes: more than seven do not make a megapixel's file
+    sooner, and one that shares its core with it still does."""
+    return min(7, os.cpu_count() or 1)
+
+
 def warm_up_spec(card: ModelCard) -> ImageSpec:
     """The picture that a worker makes before it is ready: the model's defaults, always the same."""
     return ImageSpec(
@@ -178,6 +185,7 @@ class ImageService:
         self._rates = rates
         self._clock = clock
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
+        self._helpers = ThreadPoolExecutor(_helper_count(), thread_name_prefix="encode helper")
         self._is_draining = False
         self.held_memory: PeakMemory | None = None
         """What torch held on the card after the last picture."""
@@ -370,6 +378,7 @@ class ImageService:
     def close(self) -> None:
         """Let go of the encoding threads."""
         self._encoders.shutdown(wait=True, cancel_futures=True)
+        self._helpers.shutdown(wait=True, cancel_futures=True)
 
     # For Ticket.
 
@@ -391,6 +400,7 @@ class ImageService:
             image,
             output,
             note if self._config.has_metadata else None,
+            self._helpers,
         )
 
     async def finish(self, job: Job, output: OutputFormat) -> Picture:

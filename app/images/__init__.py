@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,6 @@ __all__ = [
     "resize",
 ]
 
-_MAX_THREADS = 4
 _MAX_EXIF_TEXT_BYTES = 60_000
 """JPEG gives the whole of EXIF 64 kB."""
 
@@ -47,15 +46,20 @@ class OutputFormat:
 
 
 def encode(
-    image: RawImage, output: OutputFormat, metadata: Mapping[str, str] | None = None
+    image: RawImage,
+    output: OutputFormat,
+    metadata: Mapping[str, str] | None = None,
+    helpers: Executor | None = None,
 ) -> bytes:
     """Turn pixels into a file, with *metadata* where common viewers look for it.
+
+    A PNG is made on this thread and those of *helpers*.
 
     PNG gets one text chunk for each entry. JPEG and WebP get all entries as one JSON object in
     EXIF's user comment; there, texts that are too long for EXIF are cut and end in three dots.
     """
     if output.format == "png":
-        return encode_png(image, metadata or {}, min(_MAX_THREADS, os.cpu_count() or 1))
+        return encode_png(image, metadata or {}, helpers)
     buffer = io.BytesIO()
     picture = to_pillow(image)
     exif = _encode_exif(metadata) if metadata else b""
