@@ -19,7 +19,7 @@ class RawImage:
 
     width: int
     height: int
-    pixels: bytes = field(repr=False)
+    pixels: bytes | memoryview = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

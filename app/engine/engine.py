@@ -7,6 +7,7 @@ pure function of the spec.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -58,6 +59,8 @@ class KleinEngine:
             _log.exception("The model could not be loaded.")
             faults.release(error)
             raise StartupError(_load_failure(error)) from None
+        # What is there now stays: no later collection need look through the libraries again.
+        gc.freeze()
         return started.info(self._config, warm_up_s, time.perf_counter() - begun)
 
     @torch.no_grad()
@@ -90,6 +93,7 @@ class KleinEngine:
         self._noise.shutdown()
         self._started = None
         compiling.thaw()
+        gc.unfreeze()
         faults.give_back()
 
 
@@ -122,14 +126,15 @@ class _Job:
         timings = StageTimings(text_s, references_s, sum(steps_s), clock.lap(), steps_s)
         kept = latents.float().cpu().numpy().tobytes() if spec.wants_latents else None
         del latents, references
+        peak, held = clock.memory()
         return Generated(
             image=pictures.to_raw(pixels),
             timings=timings,
-            peak=clock.peak(),
+            peak=peak,
             prompt_tokens=text.token_count,
             is_prompt_cut=text.is_cut,
             is_prompt_cached=text.is_cached if parts.cache.is_on else None,
-            held=clock.held(),
+            held=held,
             latents=kept,
         )
 
@@ -188,22 +193,20 @@ class _Clock:
         passed, self._last = now - self._last, now
         return passed
 
-    def peak(self) -> PeakMemory | None:
-        """Return the most that torch held, or None without a card."""
+    def memory(self) -> tuple[PeakMemory | None, PeakMemory | None]:
+        """Return the most that torch held since the start, and what it holds now; None without a
+        card.
+        """
         if self._device.type != "cuda":
-            return None
-        return PeakMemory(
-            allocated=torch.cuda.max_memory_allocated(self._device),
-            reserved=torch.cuda.max_memory_reserved(self._device),
+            return None, None
+        # Once: each of torch's functions for a single figure goes through all of them.
+        figures = torch.cuda.memory_stats_as_nested_dict(self._device)
+        allocated, reserved = (
+            figures[f"{name}_bytes"]["all"] for name in ("allocated", "reserved")
         )
-
-    def held(self) -> PeakMemory | None:
-        """Return what torch holds now, or None without a card."""
-        if self._device.type != "cuda":
-            return None
-        return PeakMemory(
-            allocated=torch.cuda.memory_allocated(self._device),
-            reserved=torch.cuda.memory_reserved(self._device),
+        return (
+            PeakMemory(allocated["peak"], reserved["peak"]),
+            PeakMemory(allocated["current"], reserved["current"]),
         )
 
 

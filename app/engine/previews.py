@@ -7,6 +7,7 @@ most 256 pixels a side before they are decoded, a sixteenth of the work at 1024x
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -35,4 +36,6 @@ def preview(parts: Parts, estimate: Callable[[], torch.Tensor], shape: Grid) -> 
         plane = latents.permute(0, 2, 1).reshape(1, -1, height, width)
         plane = functional.adaptive_avg_pool2d(plane, small)
         latents = plane.flatten(2).permute(0, 2, 1)
-    return pictures.to_raw(pictures.to_bytes(stages.decode(parts, latents, small)).cpu())
+    image = pictures.to_raw(pictures.to_bytes(stages.decode(parts, latents, small)).cpu())
+    # Its way out is the pickler, which takes no views.
+    return replace(image, pixels=bytes(image.pixels))
