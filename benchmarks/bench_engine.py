@@ -246,7 +246,7 @@ def measure_plans(bench: Bench) -> None:
     if len(bench.plans) == 1:
         _measure_plan(bench, bench.plans[0])
         return
-    for plan in BARS:
+    for plan in bench.plans or BARS:
         script = str(_ROOT / "benchmarks" / "bench_gpu.py")
         options = ["--folder", str(bench.folder), "--cache", str(bench.cache)]
         options += ["--out", str(bench.out), "--plan", plan, "--here"]

@@ -12,6 +12,7 @@ Phases, in the order in which they run without a choice:
     edits       a plain picture, an edit, a masked edit and one with previews
     profile     the kernels of one picture
     http        the service as a subprocess, one client, one request in flight
+    starts      the service started, three times where the cache is empty
     plans       every memory plan with the process capped just above its bar
     diffusers   the pipeline of diffusers with the same architecture, on the card and offloaded
 """
@@ -37,6 +38,7 @@ PHASES: dict[str, Callable[[Bench], None]] = {
     "edits": bench_engine.measure_edits,
     "profile": bench_engine.profile,
     "http": bench_http.measure,
+    "starts": bench_http.measure_starts,
     "plans": bench_engine.measure_plans,
     "diffusers": bench_pipeline.measure,
 }

@@ -22,6 +22,7 @@ from benchmarks.rows import Bench, sha256, used_bytes
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PORT = 18_431
+_COLD_STARTS = ("first start", "second start", "third start")
 
 
 def measure(bench: Bench) -> None:
@@ -37,14 +38,52 @@ def _measure(bench: Bench, before: int | None, report: Path) -> None:
         print(f"  ready after {ready_s:.1f} s", flush=True)
         loading = _host_bytes(service.pid, "VmHWM")
         print(f"  host memory at most {loading / 1e9:.2f} GB until ready", flush=True)
-        for stage, lines in groupby(_lines(report), itemgetter("stage")):
-            print(f"  {next(lines)['at'] - begun:6.1f} s {stage}", flush=True)
+        for stage, seconds in _stages(report, begun).items():
+            print(f"  {seconds:6.1f} s {stage}", flush=True)
         for side, note in ((bench.side, "a new prompt each"), (bench.side // 2, "half")):
             _series(bench, side, note, before, ready_s)
         _series(bench, bench.side, "cache hit", before, ready_s, prompt="the same")
         _queue(bench, report)
         serving = _host_bytes(service.pid, "VmRSS")
         print(f"  host memory {serving / 1e9:.2f} GB after serving", flush=True)
+
+
+def measure_starts(bench: Bench) -> None:
+    """Start and stop: seconds until ready, by stage, and the host's memory.
+
+    Three times where the cache is empty: the first start rounds the encoder and compiles
+    everything, the others find both.
+    """
+    is_cold = not (bench.cache / "compiled").exists()
+    with tempfile.TemporaryDirectory() as folder:
+        for note in _COLD_STARTS if is_cold else ("a later start",):
+            _measure_start(bench, note, Path(folder) / f"{note}.jsonl")
+
+
+def _measure_start(bench: Bench, note: str, report: Path) -> None:
+    begun = time.time()
+    with _service(bench, report) as (service, ready_s):
+        loading = _host_bytes(service.pid, "VmHWM")
+        _post(bench.side, "a picture")
+        bench.write(
+            "klein.start",
+            [ready_s],
+            note=note,
+            precision=_health().get("precision"),
+            plan=_health().get("plan"),
+            stages=_stages(report, begun),
+            host_peak_bytes=loading,
+            host_bytes=_host_bytes(service.pid, "VmRSS"),
+        )
+
+
+def _stages(report: Path, begun: float) -> dict[str, float]:
+    """When each stage of a start began, in seconds after *begun*."""
+    stages = [line for line in _lines(report) if "stage" in line]
+    return {
+        stage: round(next(lines)["at"] - begun, 1)
+        for stage, lines in groupby(stages, itemgetter("stage"))
+    }
 
 
 def _series(
