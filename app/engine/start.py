@@ -13,7 +13,6 @@ import torch
 
 from app.domain import LoadProgress, ModelCard, ModelInfo
 from app.engine import catalog
-from app.engine.ahead import Size, default_size, other_sizes
 from app.engine.compiling import NO_COMPILER, Compiler, choose_compiler
 from app.engine.config import EngineConfig
 from app.engine.fit import check_fit
@@ -114,7 +113,6 @@ def start(config: EngineConfig, card: ModelCard, on_progress: OnProgress) -> Sta
             converted=Path(config.cache_dir),
             max_sequence_length=card.max_sequence_length,
             is_distilled=_is_distilled(checkpoint.is_distilled, card),
-            ahead=_warmed_sizes(card) if compiler.is_on else (),
         )
         parts = klein.build(checkpoint, wanted, on_progress)
     features = (
@@ -124,12 +122,6 @@ def start(config: EngineConfig, card: ModelCard, on_progress: OnProgress) -> Sta
         checkpoint.layout,
     )
     return Started(parts, files, precision, plan, features, compiler)
-
-
-def _warmed_sizes(card: ModelCard) -> tuple[Size, ...]:
-    """The sizes of the first two warm-up pictures, for which everything is compiled."""
-    size = default_size(card)
-    return size, other_sizes(size)[0]
 
 
 def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> Files:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from app.domain import Generated, ImageSpec, LoadProgress, ModelCard, RawImage
 from app.engine import compiling, faults
-from app.engine.ahead import default_size, other_sizes
 from app.engine.start import Started
 from app.errors import OutOfMemory, StartupError
 
@@ -62,7 +61,7 @@ def _warm_processor(
     pixels = card.default_width * card.default_height
     scale, steps = (1, card.default_steps) if pixels <= _SMALL_PIXELS else (4, 1)
     on_progress(LoadProgress("warm-up", 0.0, f"{steps} steps"))
-    size = default_size(card, scale)
+    size = (_side(card.default_width // scale), _side(card.default_height // scale))
     spec = _spec(card, size, "a warm-up picture", steps=steps)
     # The first picture pays for what is made once; the second says how fast this is.
     make(spec)
@@ -74,7 +73,7 @@ def _warm_processor(
 def _make_first(card: ModelCard, make: Make) -> tuple[int, int]:
     """Make the default picture, or the largest of two smaller ones that finds room."""
     for scale in (1, 2, 4):
-        size = default_size(card, scale)
+        size = (_side(card.default_width // scale), _side(card.default_height // scale))
         try:
             make(_spec(card, size, "a warm-up picture"))
         except OutOfMemory:
@@ -88,9 +87,12 @@ def _make_first(card: ModelCard, make: Make) -> tuple[int, int]:
 
 def _make_others(card: ModelCard, size: tuple[int, int], make: Make) -> None:
     """Another shape both ways makes the compiled code general; an edit warms the way in."""
-    other, third = other_sizes(size)
+    # Both sides differ from the default's and from one another: the compiler takes equal numbers
+    # for the same unknown.
+    other = (_side(size[0] * 3 // 4), _side(size[1] // 2))
     make(_spec(card, other, "another shape", steps=2))
     reference = RawImage(128, 192, bytes(128 * 192 * 3))
+    third = (_side(size[0] // 2), _side(size[1] * 5 // 8))
     make(_spec(card, third, "an edit", steps=1, references=(reference,)))
 
 
@@ -111,3 +113,7 @@ def _spec(
         seed=0,
         references=references,
     )
+
+
+def _side(pixels: int) -> int:
+    return max(64, pixels // 64 * 64)

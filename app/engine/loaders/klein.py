@@ -20,7 +20,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from app.domain import LoadProgress
 from app.engine import network
-from app.engine.ahead import Size, decoding
 from app.engine.blocks import Attention, WideHeadProcessor
 from app.engine.checkpoint import Checkpoint, Part, read_config
 from app.engine.compiling import Compiler
@@ -58,8 +57,6 @@ class Wanted:
     """Where rounded layers are kept, if anywhere."""
     max_sequence_length: int
     is_distilled: bool
-    ahead: tuple[Size, ...] = ()
-    """Sizes of pictures that the decoder is made ready for while the rest is read."""
 
 
 def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Parts:
@@ -68,27 +65,18 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
     residency = Residency(wanted.device, pin=wanted.is_pinned)
     vae = _build_vae(checkpoint.vae, fill)
     _admit_vae(vae, residency, wanted)
-    decode = _decoder(vae, wanted)
     encoder: TextEncoder | FastEncoder
-    with decoding(
-        decode,
-        wanted.ahead,
-        channels=vae.config.latent_channels,
-        device=wanted.device,
-        dtype=wanted.dtype,
-        is_tiled=wanted.is_tiled,
-    ):
-        if wanted.linears == "exact":
-            encoder = _build_encoder(checkpoint.encoder, fill)
-            transformer = _build_transformer(checkpoint.transformer, fill)
-            residency.admit(encoder, stays=not wanted.is_offloaded)
-            residency.admit(transformer, stays=not wanted.is_offloaded)
-            predict: Predict = partial(network.predict, transformer)
-        else:
-            pool = GraphPool()
-            encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted, pool)
-            transformer = _build_shell(checkpoint.transformer, fill, wanted)
-            predict = FastTransformer(transformer, wanted.compiler, pool).predict
+    if wanted.linears == "exact":
+        encoder = _build_encoder(checkpoint.encoder, fill)
+        transformer = _build_transformer(checkpoint.transformer, fill)
+        residency.admit(encoder, stays=not wanted.is_offloaded)
+        residency.admit(transformer, stays=not wanted.is_offloaded)
+        predict: Predict = partial(network.predict, transformer)
+    else:
+        pool = GraphPool()
+        encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted, pool)
+        transformer = _build_shell(checkpoint.transformer, fill, wanted)
+        predict = FastTransformer(transformer, wanted.compiler, pool).predict
     transformer.eval()
     return Parts(
         tokenizer=_read_tokenizer(checkpoint.tokenizer, wanted.max_sequence_length),
@@ -97,7 +85,7 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
         transformer=transformer,
         predict=predict,
         vae=vae,
-        decode=decode,
+        decode=_decoder(vae, wanted),
         make_scheduler=lambda: FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler),
         device=wanted.device,
         dtype=wanted.dtype,
