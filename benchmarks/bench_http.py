@@ -74,6 +74,7 @@ def _measure_start(bench: Bench, note: str, report: Path) -> None:
             stages=_stages(report, begun),
             host_peak_bytes=loading,
             host_bytes=_host_bytes(service.pid, "VmRSS"),
+            host_bytes_with_compilers=_host_bytes(service.pid, "VmRSS", below=4),
         )
 
 
@@ -172,12 +173,16 @@ def _timings(header: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"([\w-]+);dur=([\d.]+)", header)}
 
 
-def _host_bytes(pid: int, entry: str) -> int:
-    """Host memory of *pid* and its children, added up: what each holds (VmRSS) or held (VmHWM)."""
+def _host_bytes(pid: int, entry: str, below: int = 1) -> int:
+    """Host memory of the service's process and its worker's, added up: what each holds (VmRSS) or
+    held (VmHWM). *below* 2 or more adds the compiler's processes, which share most of theirs.
+    """
     status = Path(f"/proc/{pid}/status").read_text()
     kilobytes = int(re.search(rf"{entry}:\s+(\d+)", status)[1])
+    if below == 0:
+        return 1024 * kilobytes
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return 1024 * kilobytes + sum(_host_bytes(int(child), entry) for child in children)
+    return 1024 * kilobytes + sum(_host_bytes(int(child), entry, below - 1) for child in children)
 
 
 def _health() -> dict[str, object]:

@@ -15,9 +15,11 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from types import FunctionType
 from typing import Any
 
@@ -146,9 +148,13 @@ def choose_compiler(device: torch.device, cache: Path) -> Compiler:
 
 def freeze() -> None:
     """From now on a size that was not foreseen runs uncompiled instead of waiting for a
-    compiler.
+    compiler, and the compiler's processes, one for each core, give their memory back.
     """
     torch.compiler.set_stance("eager_on_recompile")
+    workers = sys.modules.get("torch._inductor.async_compile")
+    if workers is not None:
+        # Their end is nothing that a picture has to wait for.
+        Thread(target=workers.shutdown_compile_workers, name="compilers' end", daemon=True).start()
 
 
 def thaw() -> None:

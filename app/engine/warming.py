@@ -65,6 +65,7 @@ def _warm_processor(
     spec = _spec(card, size, "a warm-up picture", steps=steps)
     # The first picture pays for what is made once; the second says how fast this is.
     make(spec)
+    faults.give_back()
     begun = time.perf_counter()
     make(spec)
     return (time.perf_counter() - begun) * card.default_steps / steps * pixels / spec.pixels

@@ -8,6 +8,7 @@ a thread.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -88,6 +89,9 @@ def _load(make_engine: EngineFactory, config: object, outbox: Outbox) -> Engine 
     def on_progress(progress: LoadProgress) -> None:
         outbox.put(Loading(progress))
 
+    # Importing and compiling make millions of objects that stay; looking through them for garbage
+    # again and again takes a tenth of a start.
+    gc.disable()
     try:
         engine = make_engine(config)
         outbox.put(Ready(engine.load(on_progress)))
@@ -99,6 +103,8 @@ def _load(make_engine: EngineFactory, config: object, outbox: Outbox) -> Engine 
         outbox.put(StartFailed("The model could not be loaded; the log above says why."))
     else:
         return engine
+    finally:
+        gc.enable()
     return None
 
 

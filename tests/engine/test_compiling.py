@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from threading import Event
 
 import pytest
 import torch
@@ -111,3 +112,16 @@ def test_a_missing_compiler_is_one_warning(tmp_path, monkeypatch, caplog):
     assert [each.name for each in caplog.records if each.levelname == "WARNING"] == [
         "app.engine.compiling"
     ]
+
+
+def test_the_compilers_processes_end_with_the_compiling(monkeypatch):
+    """They are of no use to a service that is ready, and hold memory on the host."""
+    from torch._inductor import async_compile
+
+    ended = Event()
+    monkeypatch.setattr(async_compile, "shutdown_compile_workers", ended.set)
+    try:
+        compiling.freeze()
+        assert ended.wait(10)
+    finally:
+        compiling.thaw()
