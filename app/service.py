@@ -142,12 +142,6 @@ class WorkerState(Protocol):
         """Why it is not ready, in words."""
 
 
-def _helper_count() -> int:
-    """Threads that help the one that encodes: more than seven do not make a megapixel's file
-    sooner, and one that shares its core with it still does."""
-    return min(7, os.cpu_count() or 1)
-
-
 def warm_up_spec(card: ModelCard) -> ImageSpec:
     """The picture that a worker makes before it is ready: the model's defaults, always the same."""
     return ImageSpec(
@@ -532,6 +526,12 @@ class Ticket:
     async def _preview(self, image: RawImage, index: int) -> Preview:
         data = await self._service.encode(image, self._output, {})
         return Preview(index, data, self._output.media_type)
+
+
+def _helper_count() -> int:
+    """Threads beside the one that encodes: as many as there are cores, which leaves none idle where
+    two share one at first; more than seven find no strip of a megapixel's file left."""
+    return min(7, os.cpu_count() or 1)
 
 
 def _note(seconds: Mapping[str, float]) -> None:
