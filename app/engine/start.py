@@ -21,7 +21,7 @@ from app.engine.loaders import klein, shapes
 from app.engine.memory import MemoryPlan
 from app.engine.parts import Parts
 from app.engine.planning import OFFLOAD, choose_plan
-from app.engine.precision import Precision, choose_precision
+from app.engine.precision import Precision, choose_precision, vae_dtype
 from app.engine.probe import choose_attention, probe_card
 from app.errors import StartupError
 
@@ -101,6 +101,7 @@ def start(config: EngineConfig, card: ModelCard, on_progress: OnProgress) -> Sta
         wanted = klein.Wanted(
             device=device,
             dtype=precision.dtype,
+            vae_dtype=vae_dtype(precision, device),
             linears=precision.linears,
             encoder_linears=precision.encoder_linears,
             attention=attention,

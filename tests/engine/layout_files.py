@@ -64,6 +64,7 @@ def build(path: Path, **changes) -> Parts:
     values = {
         "device": torch.device("cpu"),
         "dtype": torch.float32,
+        "vae_dtype": changes.get("dtype", torch.float32),
         "linears": "fp8",
         "encoder_linears": "int8w",
         "attention": plain_attention,

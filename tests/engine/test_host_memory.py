@@ -36,17 +36,15 @@ def mapped_ranges(folder: Path) -> list[tuple[int, int]]:
     return found
 
 
-def weights(parts) -> list[torch.Tensor]:
-    networks = (parts.transformer, parts.encoder, parts.vae.decoder, parts.vae.encoder)
-    return [each for network in networks for each in network.parameters()]
-
-
 def test_weights_that_wait_on_disk_are_maps_of_their_files(folder):
-    """KLEIN_OFFLOAD=disk at bf16: every weight lies in its file, and the latents are the same."""
+    """KLEIN_OFFLOAD=disk at bf16: every weight lies in its file, but for the VAE's, which a
+    processor uses in float32, and the latents are the same.
+    """
     started = load(folder, "bf16", offload="disk")
     ranges = mapped_ranges(folder)
+    large = (started.parts.transformer, started.parts.encoder)
 
-    for each in [*weights(started.parts), started.parts.encoder.table]:
+    for each in [*(value for part in large for value in part.parameters()), large[1].table]:
         assert any(begin <= each.data_ptr() < end for begin, end in ranges)
     right = latents(load(folder, "bf16"))
     error = (latents(started) - right).norm() / right.norm()
@@ -59,7 +57,7 @@ def test_otherwise_no_file_stays_mapped(folder):
     parts = load(folder, "bf16").parts
 
     assert mapped_ranges(folder) == []
-    assert weights(parts)
+    assert list(parts.transformer.parameters())
 
 
 def test_a_map_cannot_be_written_through(folder):

@@ -16,6 +16,7 @@ from app.engine.single_file import read_transformer
 from app.engine.tensorfile import TensorFile
 from tests.engine.layout_files import (
     bfl_vae,
+    build,
     fold_scales,
     latents,
     load,
@@ -89,9 +90,19 @@ def test_comfyuis_folder_gives_the_folders_latents(folder, expected, tmp_path, v
 
 def test_a_float32_vae_is_cast(folder, tmp_path):
     """ComfyUI's VAE comes in float32 and is used at the arithmetic's precision."""
-    started = load(to_comfy(folder, tmp_path / "models"), "bf16")
+    models = to_comfy(folder, tmp_path / "models")
+    parts = build(models, dtype=torch.bfloat16, linears="exact")
 
-    assert started.parts.vae.decoder.conv_in.weight.dtype is torch.bfloat16
+    assert parts.vae.decoder.conv_in.weight.dtype is torch.bfloat16
+
+
+def test_on_a_processor_the_vae_stays_in_float32(folder):
+    """Most processors take 80 times as long for a convolution in bfloat16."""
+    parts = load(folder, "bf16").parts
+
+    assert parts.vae.decoder.conv_in.weight.dtype is torch.float32
+    assert parts.transformer.proj_out.weight.dtype is torch.bfloat16
+    assert stages.decode(parts, latents(load(folder, "bf16")), (4, 6)).dtype is torch.float32
 
 
 @pytest.mark.parametrize("is_bfl", [False, True])

@@ -43,6 +43,7 @@ class Wanted:
 
     device: torch.device
     dtype: torch.dtype
+    vae_dtype: torch.dtype
     linears: str
     """`exact` for the libraries' own modules, else a kind of `eight_bit.LinearMaker`."""
     encoder_linears: str
@@ -89,6 +90,7 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
         make_scheduler=lambda: FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler),
         device=wanted.device,
         dtype=wanted.dtype,
+        vae_dtype=wanted.vae_dtype,
         is_distilled=wanted.is_distilled,
         is_tiled=wanted.is_tiled,
         residency=residency,
@@ -103,6 +105,7 @@ class _Filler:
 
     def __init__(self, checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> None:
         self._wanted = wanted
+        self._vae = checkpoint.vae
         self._on_progress = on_progress
         parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
         self._total = sum(len(part.slots) for part in parts)
@@ -113,7 +116,8 @@ class _Filler:
         """Read one weight of *part*."""
         value = part.slots[name].read(device)
         if value.is_floating_point():
-            value = value.to(self._wanted.dtype)
+            is_vae = part is self._vae
+            value = value.to(self._wanted.vae_dtype if is_vae else self._wanted.dtype)
         self.count(part.label, 1, value.nbytes)
         return value
 
