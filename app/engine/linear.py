@@ -42,6 +42,8 @@ FP8_LIMIT = 448.0
 _INT8_LIMIT = 127.0
 _LEAST_FUSED = 16
 _TINY = 1e-12
+_EXACT_SUM = 1024
+"""So many products of two int8 add up to at most 2 ** 24, which float32 holds exactly."""
 # The rotation is a power of the matrix of four.
 _GROUPS = (256, 64, 16, 4)
 
@@ -198,11 +200,23 @@ def rotate(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 def _int_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiply exactly in integers; the card's kernel wants more than 16 rows, others any."""
+    """Multiply exactly, int8 [M, K] times int8 [N, K] to int32 [M, N]."""
+    if not rows.is_cuda:
+        return _int_mm_on_processor(rows, weight)
     count = rows.shape[0]
-    if rows.is_cuda and count <= 16:
+    if count <= 16:  # fewer the card's kernel does not take
         rows = functional.pad(rows, (0, 0, 0, 32 - count))
     return torch._int_mm(rows, weight.t())[:count]
+
+
+def _int_mm_on_processor(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As sums in float32, each so short that it is exact: processors without instructions for bytes
+    multiply these many times faster.
+    """
+    pieces = zip(*(torch.split(each, _EXACT_SUM, 1) for each in (rows, weight)), strict=True)
+    return torch.stack([(x.float() @ w.float().t()).int() for x, w in pieces]).sum(
+        0, dtype=torch.int32
+    )
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:

@@ -7,6 +7,7 @@ import torch
 
 from app.engine.linear import (
     Fp8Linear,
+    Int8Linear,
     WeightOnlyLinear,
     hadamard,
     quantise_fp8,
@@ -100,6 +101,16 @@ def test_an_outlier_channel_does_not_spoil_the_rotated_product():
     plain_error = float((plain - right).norm() / right.norm())
 
     assert error(rotated_int8(weight), weight, x) < 0.03 < plain_error
+
+
+def test_int8_products_are_exact_on_a_processor():
+    """As sums of integers, which are longer here than float32 can hold in one go."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(100, 128, (rows, 3072), generator=generator) for rows in (5, 7))
+    x[:, 0] = 127
+    layer = Int8Linear(weight.to(torch.int8), torch.ones(7), group=1)
+
+    assert torch.equal(layer(x.float()), (x @ weight.t()).float())
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "weights"])
