@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
+# The tests start the service dozens of times: its modules are compiled once, not at each start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: soak help serve test test-fast test-system image-check check lock clean
 
 help: ## list the targets
@@ -27,7 +30,7 @@ test-fast: $(VENV)/.test ## tests without torch, card or network
 	$(BIN)/pytest -m "not torch and not gpu and not slow and not system and not full"
 
 test: $(VENV)/.test ## those and the end-to-end tests against a real server
-	$(BIN)/pytest -n $(or $(WORKERS),2) --dist loadfile -m "not gpu and not system and not full"
+	$(BIN)/pytest -n $(or $(WORKERS),2) --no-loadscope-reorder -m "not gpu and not system and not full"
 
 test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs what they call
 	@tests/container/install_tools.sh

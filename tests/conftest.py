@@ -11,24 +11,45 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.server import Server
 
 # Before anything imports torch; what the caller has set stays.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Files that use `shapes`, which each process starts for itself.
+_LIVE = {
+    "tests/e2e/test_readme.py",
+    "tests/e2e/test_service.py",
+    "tests/shapes/test_adherence.py",
+}
 
-@pytest.fixture(scope="module", autouse=True)
+
+class _ByService(LoadScopeScheduling):
+    """Gives each file to one of several processes, and those that share services to the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "live" if file in _LIVE else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByService:
+    """Divide the tests among processes as above."""
+    return _ByService(config, log)
+
+
+@pytest.fixture(autouse=True)
 def _spared() -> None:
-    """Take what is there before a module's tests, libraries above all, out of the garbage
-    collector's rounds.
+    """Take what is there before a test, libraries above all, out of the garbage collector's
+    rounds.
 
-    The engine collects after each failed picture and at its end; going through a million objects
-    that stay anyway takes a second each time.
+    The engine collects after each failed picture and at its end; going through half a million
+    objects that stay anyway takes longer than most tests.
     """
-    gc.collect()
     gc.freeze()
 
 

@@ -44,6 +44,7 @@ class KleinEngine:
         self._config = config
         self._card = catalog.card(config.model)
         self._started: Started | None = None
+        self._has_frozen = False
         self._noise = ThreadPoolExecutor(1, "noise")
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
@@ -61,6 +62,7 @@ class KleinEngine:
             raise StartupError(_load_failure(error)) from None
         # What is there now stays: no later collection need look through the libraries again.
         gc.freeze()
+        self._has_frozen = True
         return started.info(self._config, warm_up_s, time.perf_counter() - begun)
 
     @torch.no_grad()
@@ -93,7 +95,8 @@ class KleinEngine:
         self._noise.shutdown()
         self._started = None
         compiling.thaw()
-        gc.unfreeze()
+        if self._has_frozen:
+            gc.unfreeze()
         faults.give_back()
 
 
