@@ -6,10 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from app import __version__
 from app.errors import KleinError
 from app.settings import Settings
+
+_COMMANDS = ("serve", "generate", "download", "doctor", "bench", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,18 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    if "serve" in (sys.argv if argv is None else argv):
+    words = sys.argv[1:] if argv is None else argv
+    if "serve" in words:
         # A bad setting is told before anything that takes long to import.
         Settings.read(os.environ)
-    from app.cli import bench, compare, doctor, download, generate, serve
-
     parser = argparse.ArgumentParser(
         prog="klein", description="Serve one warm FLUX.2 klein pipeline over HTTP."
     )
     parser.add_argument("--version", action="version", version=f"klein {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (serve, generate, download, doctor, bench, compare):
-        module.add_parser(commands)
+    for command in _needed(words):
+        import_module(f"app.cli.{command}").add_parser(commands)
     arguments = parser.parse_args(argv)
     settings = Settings.read(os.environ, **arguments.settings(arguments))
     return int(arguments.run(arguments, settings))
+
+
+def _needed(words: Sequence[str]) -> Sequence[str]:
+    """Return the commands to import: only the one that was called, or all, to list them."""
+    first = words[0] if words else ""
+    if first == "--version":
+        return ()
+    return (first,) if first in _COMMANDS else _COMMANDS

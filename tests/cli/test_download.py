@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import sys
 
 import pytest
 
 from app.cli import download
+from app.cli.main import main
 from app.engine.fetch import Hub as Source
 from app.errors import StartupError
 from app.settings import Settings
@@ -105,15 +104,11 @@ def test_precision_of_this_machine(klein, capsys):
 
 
 @pytest.mark.parametrize("name", ["nonsense", "flux.2-klein-9b", "../no/such"])
-def test_other_names(name):
+def test_other_names(name, capsys):
     """A name that is not in the catalogue ends with exit code 1 and one sentence."""
-    done = subprocess.run(
-        [sys.executable, "-m", "app", "download", "--model", name, "--precision", "fp8"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = main(["download", "--model", name, "--precision", "fp8"])
+    printed = capsys.readouterr()
 
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1
-    assert "flux.2-klein-4b" in done.stderr
+    assert (code, printed.out) == (1, "")
+    assert printed.err.count("\n") == 1
+    assert "flux.2-klein-4b" in printed.err
