@@ -197,6 +197,7 @@ def _bind(settings: Settings) -> socket.socket:
         family, kind, protocol, _, where = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        # With its protocol: asyncio switches Nagle's delay of 40 ms off only where TCP is named.
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)

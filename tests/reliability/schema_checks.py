@@ -1,4 +1,4 @@
-"""What every answer to schemathesis must hold besides its schema; loaded by its `--hooks`."""
+"""What every answer to schemathesis must hold besides its schema; loaded by test_fuzz.py."""
 
 from __future__ import annotations
 

@@ -168,6 +168,8 @@ def test_row_3_a_running_job_whose_caller_left_stops_within_a_step(scripted, tmp
 
     assert left_s < 0.1 + 0.25
     assert "finished" not in trace.read_text()
+    left = server.metric("klein_requests_total", route="/generate", outcome="cancelled")
+    assert left == ROUNDS
 
 
 @pytest.mark.slow
