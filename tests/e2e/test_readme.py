@@ -74,7 +74,7 @@ def test_the_python_example_runs(shapes, tmp_path):
     "start",
     [
         "klein --version",
-        "klein generate",
+        pytest.param("klein generate", marks=pytest.mark.full),
         "klein doctor --card",
         pytest.param("klein compare", marks=pytest.mark.full),
     ],

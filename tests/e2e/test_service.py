@@ -8,7 +8,6 @@ import io
 import json
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
-SMALL = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2}
+SMALL = {"prompt": "a red circle", "width": 128, "height": 128, "num_inference_steps": 2}
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -30,19 +29,20 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def test_a_prompt_becomes_a_png(klein) -> None:
+def test_a_prompt_becomes_a_png(shapes) -> None:
     """With its seed, its stage times and the request's id in the headers."""
-    status, headers, body = klein.post("/generate", SMALL | {"seed": 3})
+    status, headers, body = shapes.post("/generate", SMALL | {"seed": 3})
 
     assert status == 200
     assert headers["content-type"] == "image/png"
-    assert pixels(body).shape == (64, 64, 3)
+    assert pixels(body).shape == (128, 128, 3)
     assert headers["x-klein-seed"] == "3"
     assert headers["x-request-id"]
     for stage in ("queue", "text", "denoise", "decode", "encode", "total"):
         assert f"{stage};dur=" in headers["server-timing"]
 
 
+@pytest.mark.full
 def test_the_pixels_are_those_of_the_pipeline(klein, tiny_klein) -> None:
     """The same generator on the CPU gives the same picture as calling diffusers directly."""
     import torch
@@ -59,31 +59,31 @@ def test_the_pixels_are_those_of_the_pipeline(klein, tiny_klein) -> None:
         generator=torch.Generator("cpu").manual_seed(5),
         output_type="np",
     ).images[0]
-    _, _, body = klein.post("/generate", SMALL | {"width": 96, "seed": 5})
+    _, _, body = klein.post("/generate", SMALL | {"width": 96, "height": 64, "seed": 5})
 
     np.testing.assert_array_equal(pixels(body), (direct * 255).round().astype(np.uint8))
 
 
-def test_the_http_process_holds_no_torch(klein) -> None:
+def test_the_http_process_holds_no_torch(shapes) -> None:
     """Nothing that the worker says brings the library in, which is seconds and hundreds of
     megabytes.
     """
-    assert klein.post("/generate", {"prompt": "a", "width": 64, "height": 64})[0] == 200
+    assert shapes.post("/generate", SMALL)[0] == 200
 
-    maps = Path(f"/proc/{klein.process.pid}/maps").read_text()
+    maps = Path(f"/proc/{shapes.process.pid}/maps").read_text()
 
     assert "python" in maps
     assert "libtorch" not in maps
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_ran_between(klein) -> None:
+def test_the_same_seed_gives_the_same_bytes_whatever_ran_between(shapes) -> None:
     """Determinism, also after another prompt and size, and image i of n uses seed + i."""
-    _, _, first = klein.post("/generate", SMALL | {"seed": 11})
-    klein.post("/generate", SMALL | {"prompt": "something else", "width": 128, "seed": 1})
-    _, _, again = klein.post("/generate", SMALL | {"seed": 11})
-    with OpenAI(base_url=klein.url + "/v1", api_key="none", max_retries=0) as client:
+    _, _, first = shapes.post("/generate", SMALL | {"seed": 11})
+    shapes.post("/generate", SMALL | {"prompt": "something else", "width": 256, "seed": 1})
+    _, _, again = shapes.post("/generate", SMALL | {"seed": 11})
+    with OpenAI(base_url=shapes.url + "/v1", api_key="none", max_retries=0) as client:
         both = client.images.generate(
-            prompt="a red circle", size="64x64", n=2, extra_body={"seed": 10, "steps": 2}
+            prompt="a red circle", size="128x128", n=2, extra_body={"seed": 10, "steps": 2}
         )
 
     assert first == again
@@ -91,24 +91,24 @@ def test_the_same_seed_gives_the_same_bytes_whatever_ran_between(klein) -> None:
     np.testing.assert_array_equal(pixels(base64.b64decode(both.data[1].b64_json)), pixels(first))
 
 
-def test_the_openai_client_gets_three_images_of_the_size_asked_for(klein) -> None:
+def test_the_openai_client_gets_three_images_of_the_size_asked_for(shapes) -> None:
     """n=3 gives three different pictures."""
-    with OpenAI(base_url=klein.url + "/v1", api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=shapes.url + "/v1", api_key="none", max_retries=0) as client:
         answer = client.images.generate(
-            model="flux.2-klein-4b", prompt="a cat", n=3, size="128x64", extra_body={"steps": 2}
+            model="shapes", prompt="a cat", n=3, size="256x128", extra_body={"steps": 2}
         )
-    shapes = [pixels(base64.b64decode(image.b64_json)).shape for image in answer.data]
-    assert shapes == [(64, 128, 3)] * 3
+    made = [pixels(base64.b64decode(image.b64_json)).shape for image in answer.data]
+    assert made == [(128, 256, 3)] * 3
     assert len({image.b64_json for image in answer.data}) == 3
-    assert answer.size == "128x64"
+    assert answer.size == "256x128"
 
 
-def test_a_long_prompt_is_cut_and_said_so(klein) -> None:
-    """More than 512 tokens: 200, a warning in the header, and the picture of the cut prompt."""
-    _, headers, body = klein.post("/generate", SMALL | {"prompt": "a cat and " * 400, "seed": 1})
+def test_a_long_prompt_is_cut_and_said_so(shapes) -> None:
+    """More than 64 tokens: 200, a warning in the header, and the picture of the cut prompt."""
+    _, headers, body = shapes.post("/generate", SMALL | {"prompt": "a cat and " * 400, "seed": 1})
 
-    assert headers["x-klein-warnings"] == "prompt cut to 512 tokens"
-    assert pixels(body).shape == (64, 64, 3)
+    assert headers["x-klein-warnings"] == "prompt cut to 64 tokens"
+    assert pixels(body).shape == (128, 128, 3)
 
 
 def test_fifty_clients_at_once_fit_or_are_told_when_to_come_again(scripted, tmp_path) -> None:
@@ -144,25 +144,6 @@ def test_fifty_clients_at_once_fit_or_are_told_when_to_come_again(scripted, tmp_
     assert server.metric("klein_requests_total", route="/generate", outcome="ok") == 5
     assert server.metric("klein_requests_total", route="/generate", outcome="rejected") == 45
     assert server.metric("klein_requests_rejected_total", reason="queue_full") == 45
-
-
-def test_a_client_that_goes_away_frees_the_worker_within_a_step(scripted, tmp_path) -> None:
-    """A cut socket stops the denoising, and the next job starts at once."""
-    trace = tmp_path / "trace"
-    server = scripted("slow=4", f"trace={trace}")
-    server.wait_until_ready()
-    host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "x", "num_inference_steps": 40})
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(
-            f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
-        wait_until(lambda: server.metric("klein_requests_running") == 1)
-    wait_until(lambda: server.metric("klein_requests_running") == 0, timeout_s=1.0)
-
-    assert trace.read_text().startswith("stopped ")
-    assert server.metric("klein_requests_total", route="/generate", outcome="cancelled") == 1
 
 
 def test_a_killed_worker_costs_one_job(scripted) -> None:
@@ -203,22 +184,6 @@ def test_sigterm_finishes_what_was_accepted(scripted) -> None:
     assert server.wait() == 0
 
 
-def test_a_second_sigterm_ends_at_once(scripted) -> None:
-    """Whoever insists is not kept waiting."""
-    server = scripted("slow=30")
-    server.wait_until_ready()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(_ignore_errors, server, {"prompt": "x"})
-        wait_until(lambda: server.metric("klein_requests_running") == 1)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.get("/health/ready")[0] == 503)
-        started = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        server.wait()
-
-    assert time.monotonic() - started < 10
-
-
 def test_a_job_that_hangs_is_answered_at_its_deadline(scripted) -> None:
     """504, not to be retried, half a second after the deadline at most."""
     server = scripted("hang@1", deadline_s=1, watchdog_s=3)
@@ -257,10 +222,3 @@ def wait_until(is_true, *, timeout_s: float = 10.0) -> None:
     while not is_true():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
-
-
-def _ignore_errors(server, body) -> None:
-    try:
-        server.post("/generate", body)
-    except OSError:
-        return
