@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.nursery import Nursery
 from tests.server import Server
 
 # Before anything imports torch; what the caller has set stays.
@@ -53,9 +54,20 @@ def _spared() -> None:
     gc.freeze()
 
 
+def pytest_sessionstart() -> None:
+    """Fork scripted services instead of starting them."""
+    Server.nursery = Nursery()
+
+
 def pytest_sessionfinish() -> None:
-    """Nothing is kept from pytest's own last round, which complains of what nobody closed."""
+    """Look once for what nobody closed, of which pytest complains, instead of in each of its own
+    last rounds.
+    """
+    assert Server.nursery is not None
+    Server.nursery.close()
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
+
+from tests.nursery import Nursery, Process
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,26 +28,31 @@ class Server:
     their prefix: `queue_images=4`.
     """
 
+    nursery: ClassVar[Nursery | None] = None
+    """Where all but the service itself are forked, which saves the second of a start."""
+
     def __init__(self, *arguments: str, module: str = "app", **settings: object) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("KLEIN_")}
         environ |= {f"KLEIN_{key.upper()}": str(value) for key, value in settings.items()}
         environ.setdefault("KLEIN_PORT", "0")
         environ["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS", "2")
-        command = [
-            sys.executable,
-            "-m",
-            module,
-            *(["serve"] if module == "app" else []),
-            *arguments,
-        ]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.process: Process
+        if module != "app" and self.nursery is not None:
+            forked = self.nursery.fork(module, arguments, environ)
+            self.process, output = forked, os.fdopen(forked.output)
+        else:
+            subcommand = ["serve"] if module == "app" else []
+            started = subprocess.Popen(
+                [sys.executable, "-m", module, *subcommand, *arguments],
+                cwd=ROOT,
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            assert started.stdout is not None
+            self.process, output = started, started.stdout
+        self._output = output
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -158,13 +166,11 @@ class Server:
             raise AssertionError(f"did not stop:\n{self.log}") from None
         finally:
             self._reader.join(5)
-            if self.process.stdout:
-                self.process.stdout.close()
+            self._output.close()
         return code
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self._output:
             with self._changed:
                 self.lines.append(line.rstrip())
                 self._changed.notify_all()

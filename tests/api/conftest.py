@@ -76,7 +76,7 @@ def error_of(response: httpx.Response) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def live_klein(tiny_klein: Path) -> Iterator[Server]:
-    """A live service with a tiny random klein checkpoint; links live for two seconds."""
+    """A live service with a tiny random klein checkpoint; links live for a second."""
     settings = {"model": tiny_klein, "device": "cpu", "max_body_bytes": MAX_BODY}
     with Server(f"lifetime={LIFETIME_S}", module="tests.api.live", **settings) as server:
         yield server

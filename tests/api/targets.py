@@ -20,7 +20,7 @@ from tests.server import Server
 
 BASE_URL = "http://127.0.0.1:8000"
 KEY = "acceptance-key-1234"
-LIFETIME_S = 2.0
+LIFETIME_S = 1.2
 MAX_BODY = 4 * 1024 * 1024
 
 

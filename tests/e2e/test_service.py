@@ -148,7 +148,7 @@ def test_fifty_clients_at_once_fit_or_are_told_when_to_come_again(scripted, tmp_
 
 def test_a_killed_worker_costs_one_job(scripted) -> None:
     """`kill -9` during a job: that one gets an error, those that waited get their pictures."""
-    server = scripted("slow=1")
+    server = scripted("slow=0.5")
     server.wait_until_ready()
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(server.post, "/generate", {"prompt": "x"})
@@ -167,7 +167,7 @@ def test_a_killed_worker_costs_one_job(scripted) -> None:
 
 def test_sigterm_finishes_what_was_accepted(scripted) -> None:
     """Ready turns 503 while the port still listens, new work is refused, exit code 0."""
-    server = scripted("slow=2")
+    server = scripted("slow=1")
     server.wait_until_ready()
     assert server.get("/health/ready")[0] == 200
     with ThreadPoolExecutor(1) as pool:

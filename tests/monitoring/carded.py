@@ -3,7 +3,7 @@
     python -m tests.monitoring.carded
 
 What happens to a picture stands in its prompt: `oom`, `fail` and `hang` are faults, `slow` takes
-two seconds, everything else a few hundredths. No setting of the service selects this engine.
+a second, everything else a few hundredths. No setting of the service selects this engine.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class CardedEngine(FaultyEngine):
         for _ in range(20):
             if should_stop():
                 raise Cancelled
-            time.sleep(0.1)
+            time.sleep(0.05)
             on_progress(Progress(Stage.DENOISE, 0, spec.num_inference_steps))
 
 

@@ -26,7 +26,7 @@ class Watched(Server):
             model="shapes",
             api_keys=KEY,
             queue_images=1,
-            watchdog_s=2,
+            watchdog_s=1,
         )
 
     def ask(self, prompt: str, **headers: str) -> int:
@@ -40,7 +40,7 @@ class Watched(Server):
         connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=10)
         body = json.dumps({"prompt": "slow", "width": 128, "height": 128})
         connection.request("POST", "/generate", body, _HEADERS)
-        time.sleep(0.5)
+        self.wait_for_metric("klein_requests_running")
         connection.close()
         self.wait_for_metric("klein_requests_total", outcome="cancelled")
 
@@ -72,7 +72,7 @@ def watched() -> Iterator[Watched]:
         assert server.ask("fail") == 500
         server.leave()
         server.overflow()
-        assert server.ask("hang", x_klein_deadline_s="1") == 504
+        assert server.ask("hang", x_klein_deadline_s="0.5") == 504
         server.wait_for_metric("klein_worker_restarts_total", reason="hang")
         server.wait_for_metric("klein_ready")
         yield server

@@ -38,7 +38,7 @@ def test_row_6_health_tells_every_state(scripted, tmp_path: Path) -> None:
     after its warm-up picture; not ready within a second of the worker's death, nor while
     draining."""
     gate = tmp_path / "gate"
-    server = scripted("load=2", f"gate={gate}")
+    server = scripted("load=1", f"gate={gate}")
     assert health(server)[:2] == (200, 503)
     status, headers, body = server.post("/generate", SMALL)
     assert (status, json.loads(body)["error"]["code"]) == (503, "model_loading")

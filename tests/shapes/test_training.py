@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.torch,
+    pytest.mark.full,
     # The libraries name their own outdated words while they load.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
