@@ -28,6 +28,12 @@ _LIVE = {
     "tests/e2e/test_service.py",
     "tests/shapes/test_adherence.py",
 }
+_LONG = _LIVE | {"tests/reliability/test_lifecycle.py", "tests/worker/test_supervisor.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that all processes end at about the same time."""
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in _LONG)
 
 
 class _ByService(LoadScopeScheduling):

@@ -9,8 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,47 +17,14 @@ from PIL import Image
 
 from app.cli import compare
 from app.cli.sheet import lettered, psnr
-from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress, RawImage
-from app.engine.config import EngineConfig
+from app.domain import RawImage
 from app.errors import InvalidRequest, StartupError
 from app.settings import Settings
 from app.telemetry.gpu import Card
+from tests.cli.rounding import RoundingEngine
 from tests.fake_nvml import FakeNvml
-from tests.monitoring.carded import CardedEngine
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class RoundingEngine(CardedEngine):
-    """Says which precision it was told, knows no int8, and errs at fp8.
-
-    By two steps of 255 in the pixels, and by one of the latents, which are 3 and 4.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self._precision = config.precision
-
-    def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
-        if self._precision == "int8":
-            raise StartupError("The precision int8 is not available here.")
-        return replace(super().load(on_progress), precision=self._precision)
-
-    def generate(
-        self,
-        spec: ImageSpec,
-        on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
-    ) -> Generated:
-        made = super().generate(spec, on_progress, should_stop)
-        error = 2 if self._precision == "fp8" else 0
-        pixels = np.frombuffer(made.image.pixels, np.uint8) // 2 + error
-        latents = np.array([3, 5 if error else 4], np.float32)
-        return replace(
-            made,
-            image=replace(made.image, pixels=pixels.tobytes()),
-            latents=latents.tobytes() if spec.wants_latents else None,
-        )
 
 
 def run(tmp_path: Path, *words: str) -> int:

@@ -75,7 +75,7 @@ def test_the_python_example_runs(shapes, tmp_path):
     [
         "klein --version",
         pytest.param("klein generate", marks=pytest.mark.full),
-        "klein doctor --card",
+        pytest.param("klein doctor --card", marks=pytest.mark.full),
         pytest.param("klein compare", marks=pytest.mark.full),
     ],
 )

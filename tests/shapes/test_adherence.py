@@ -55,7 +55,7 @@ def ask(questions, render, capsys):
     return marks
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("prompt", FIRST_TRIES)
 def test_first_tries(prompt, render, capsys):
     """What a newcomer types first is drawn as it should be."""
