@@ -12,13 +12,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
-from tests.nursery import Nursery, Process
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.nursery import ROOT, Nursery, Process
 
 
 class Server:

@@ -61,7 +61,7 @@ def serve(
     """Serve with *settings*; *make_engine* and *gpu*, a test's own, go to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
     _check_exposure(settings)
-    with contextlib.closing(_bind(settings)) as listener:
+    with contextlib.closing(bind(settings)) as listener:
         check_start(settings, gpu)
         return asyncio.run(_Service(settings, listener, make_engine, gpu).run())
 
@@ -191,7 +191,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
     """Take the port before anything heavy is started."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(

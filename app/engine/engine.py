@@ -44,7 +44,6 @@ class KleinEngine:
         self._config = config
         self._card = catalog.card(config.model)
         self._started: Started | None = None
-        self._has_frozen = False
         self._noise = ThreadPoolExecutor(1, "noise")
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
@@ -62,7 +61,6 @@ class KleinEngine:
             raise StartupError(_load_failure(error)) from None
         # What is there now stays: no later collection need look through the libraries again.
         gc.freeze()
-        self._has_frozen = True
         return started.info(self._config, warm_up_s, time.perf_counter() - begun)
 
     @torch.no_grad()
@@ -93,10 +91,10 @@ class KleinEngine:
     def close(self) -> None:
         """Let go of the card."""
         self._noise.shutdown()
-        self._started = None
         compiling.thaw()
-        if self._has_frozen:
+        if self._started is not None:
             gc.unfreeze()
+        self._started = None
         faults.give_back()
 
 

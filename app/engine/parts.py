@@ -33,7 +33,6 @@ class Parts:
     """A fresh scheduler for each picture, so that no picture leaves anything for the next."""
     device: torch.device
     dtype: torch.dtype
-    vae_dtype: torch.dtype
     is_distilled: bool
     is_tiled: bool
     residency: Residency

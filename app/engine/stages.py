@@ -156,7 +156,7 @@ def decode(parts: Parts, latents: torch.Tensor, shape: Grid) -> torch.Tensor:
     with parts.residency.on_card(vae.decoder):
         packed = latents.permute(0, 2, 1).reshape(1, -1, *shape)
         mean, std = _statistics(vae, packed)
-        clean = _unpatchify(packed * std + mean).to(parts.vae_dtype)
+        clean = _unpatchify(packed * std + mean).to(vae.decoder.conv_in.weight.dtype)
         if parts.is_tiled or _pixels(shape) > EXACT_PIXELS:
             return decode_tiled(parts.decode, clean)
         try:
@@ -253,7 +253,8 @@ def _keep_source(
 
 def _encode_image(parts: Parts, pixels: torch.Tensor) -> torch.Tensor:
     vae = parts.vae
-    latents = vae.encode(pixels.to(parts.device, parts.vae_dtype)).latent_dist.mode()
+    pixels = pixels.to(parts.device, vae.encoder.conv_in.weight.dtype)
+    latents = vae.encode(pixels).latent_dist.mode()
     latents = _patchify(latents)
     mean, std = _statistics(vae, latents)
     normal: torch.Tensor = ((latents - mean) / std).to(parts.dtype)

@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import uvicorn
 
 from app import logs
 from app.api.app import create_app
+from app.cli.serve import address, bind
 from app.domain import Generated, ImageSpec, Progress, RawImage, Stage
 from app.engine import create_engine
 from app.engine.config import EngineConfig
@@ -75,11 +75,8 @@ async def serve(settings: Settings, words: list[str]) -> None:
     given = dict(word.split("=") for word in words if word.startswith(("heartbeat=", "lifetime=")))
     script = [word for word in words if word.partition("=")[0] not in given]
     make_engine = MakePreviewing(faulty.Script.parse(script)) if script else create_engine
-    listener = socket.create_server((settings.host, settings.port), backlog=512)
-    # asyncio sees to it only where a socket names its protocol, which this one does not; without,
-    # each small answer waits 40 ms for an acknowledgement.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener = bind(settings)
+    url = address(listener)
 
     def build(settings: Settings) -> Runtime:
         _log.info("Listening at %s while the model is loaded.", url)

@@ -103,11 +103,15 @@ def test_the_openai_client_gets_three_images_of_the_size_asked_for(shapes) -> No
     assert answer.size == "256x128"
 
 
-def test_a_long_prompt_is_cut_and_said_so(shapes) -> None:
-    """More than 64 tokens: 200, a warning in the header, and the picture of the cut prompt."""
-    _, headers, body = shapes.post("/generate", SMALL | {"prompt": "a cat and " * 400, "seed": 1})
+@pytest.mark.parametrize(
+    ("service", "tokens"), [("shapes", 64), pytest.param("klein", 512, marks=pytest.mark.full)]
+)
+def test_a_long_prompt_is_cut_and_said_so(request, service, tokens) -> None:
+    """More than *tokens*: 200, a warning in the header, and the picture of the cut prompt."""
+    server = request.getfixturevalue(service)
+    _, headers, body = server.post("/generate", SMALL | {"prompt": "a cat and " * 400, "seed": 1})
 
-    assert headers["x-klein-warnings"] == "prompt cut to 64 tokens"
+    assert headers["x-klein-warnings"] == f"prompt cut to {tokens} tokens"
     assert pixels(body).shape == (128, 128, 3)
 
 

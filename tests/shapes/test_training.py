@@ -332,7 +332,7 @@ def test_linear_start(codes):
     torch.manual_seed(0)
     codec = nets.build_codec().eval()
     packers = Packers(codes.source, workers=0)
-    packers.ask(Order(16, 16, 2, seed=5))
+    packers.ask(Order(16, 16, 8, seed=5))
     (images,) = ordinary_images(packers.take(), torch.device("cpu"))
     latents = codec.encode(images * 2 - 1).latent_dist.mode()
     wanted = linear_start.anchors(images * 2 - 1)

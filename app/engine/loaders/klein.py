@@ -64,7 +64,7 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
     """Read every weight and put the networks together."""
     fill = _Filler(checkpoint, wanted, on_progress)
     residency = Residency(wanted.device, pin=wanted.is_pinned)
-    vae = _build_vae(checkpoint.vae, fill)
+    vae = _build_vae(checkpoint.vae, fill, wanted.vae_dtype)
     _admit_vae(vae, residency, wanted)
     encoder: TextEncoder | FastEncoder
     if wanted.linears == "exact":
@@ -90,7 +90,6 @@ def build(checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> Pa
         make_scheduler=lambda: FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler),
         device=wanted.device,
         dtype=wanted.dtype,
-        vae_dtype=wanted.vae_dtype,
         is_distilled=wanted.is_distilled,
         is_tiled=wanted.is_tiled,
         residency=residency,
@@ -105,19 +104,23 @@ class _Filler:
 
     def __init__(self, checkpoint: Checkpoint, wanted: Wanted, on_progress: OnProgress) -> None:
         self._wanted = wanted
-        self._vae = checkpoint.vae
         self._on_progress = on_progress
         parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
         self._total = sum(len(part.slots) for part in parts)
         self._count = 0
         self.done_bytes = 0
 
-    def read(self, part: Part, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """Read one weight of *part*."""
+    def read(
+        self,
+        part: Part,
+        name: str,
+        device: torch.device = CPU,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Read one weight of *part*; *dtype* is for what differs from the rest."""
         value = part.slots[name].read(device)
         if value.is_floating_point():
-            is_vae = part is self._vae
-            value = value.to(self._wanted.vae_dtype if is_vae else self._wanted.dtype)
+            value = value.to(dtype or self._wanted.dtype)
         self.count(part.label, 1, value.nbytes)
         return value
 
@@ -130,9 +133,15 @@ class _Filler:
 
         return read
 
-    def fill(self, network: nn.Module, part: Part, names: Mapping[str, str]) -> None:
+    def fill(
+        self,
+        network: nn.Module,
+        part: Part,
+        names: Mapping[str, str],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Give *network* its weights; *names* maps its own names to those of *part*."""
-        state = {own: self.read(part, name) for own, name in names.items()}
+        state = {own: self.read(part, name, dtype=dtype) for own, name in names.items()}
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
 
@@ -155,12 +164,12 @@ def _build_transformer(part: Part, fill: _Filler) -> Any:
     return network
 
 
-def _build_vae(part: Part, fill: _Filler) -> Any:
+def _build_vae(part: Part, fill: _Filler, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         network = _from_config(AutoencoderKLFlux2, part)
     expected = _shapes(network)
     part.check(expected)
-    fill.fill(network, part, {name: name for name in expected})
+    fill.fill(network, part, {name: name for name in expected}, dtype)
     return network
 
 
