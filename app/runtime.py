@@ -142,7 +142,11 @@ class Runtime:
         return self._worker.pid
 
     async def start(self) -> None:
-        """Start the worker and everything that serves it; return before the model is loaded."""
+        """Start the worker and everything that serves it, once; return before the model is
+        loaded.
+        """
+        if self._tasks:
+            return
         _log.info("Model %s: %s.", self.model.id, self.choice.reason)
         self._worker.start()
         self._tasks = [
@@ -239,21 +243,14 @@ class Runtime:
         return self._lag.read()
 
 
-def check_start(settings: Settings, gpu: Card | None = None) -> None:
-    """Refuse now what `build_runtime` would refuse inside the server, where errors grow long.
-
-    Raises:
-        StartupError: one sentence and what to do.
-    """
-    card_now = gpu or Card(settings.device if isinstance(settings.device, int) else 0)
-    found = card_now.read() if settings.device != "cpu" else None
-    choose_device(settings, choose_model(settings, found), card_now)
-
-
 def build_runtime(
     settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Card | None = None
 ) -> Runtime:
-    """Build the service for *settings*; call it inside a running event loop."""
+    """Build the service for *settings*; call it inside a running event loop.
+
+    Raises:
+        StartupError: model or card cannot be used; one sentence and what to do.
+    """
     index = settings.device if isinstance(settings.device, int) else 0
     return Runtime(settings, make_engine, gpu or Card(index))
 

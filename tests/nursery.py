@@ -120,7 +120,7 @@ class Forked:
 def main(connection: socket.socket) -> None:
     """Fork as asked, until nobody asks any more."""
     # Not the modules that are to run: what is imported already would not run anew.
-    for name in ("app.cli.serve", "app.engine", "app.telemetry.gpu"):
+    for name in ("app.cli.serve", "app.api.app", "app.api.server", "app.telemetry.gpu"):
         import_module(name)
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who watches a service is not waited for

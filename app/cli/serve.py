@@ -15,21 +15,20 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from functools import partial
-
-import uvicorn
+from typing import TYPE_CHECKING
 
 from app import logs
-from app.api.app import create_app
-from app.api.protocol import GuardedProtocol
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
-from app.runtime import Runtime, build_runtime, check_start
+from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 from app.telemetry.gpu import Card
 from app.worker.child import EngineFactory
+
+if TYPE_CHECKING:
+    from app.api.server import Server
 
 _log = logging.getLogger("app.serve")
 
@@ -62,47 +61,38 @@ def serve(
     logs.set_up(style=settings.log_format, level=settings.log_level)
     _check_exposure(settings)
     with contextlib.closing(bind(settings)) as listener:
-        check_start(settings, gpu)
-        return asyncio.run(_Service(settings, listener, make_engine, gpu).run())
+        return asyncio.run(_run(settings, listener, make_engine, gpu))
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn without its signal handlers."""
+async def _run(
+    settings: Settings, listener: socket.socket, make_engine: EngineFactory, gpu: Card | None
+) -> int:
+    runtime = build_runtime(settings, make_engine=make_engine, gpu=gpu)
+    _log.info("Listening at %s while the model is loaded.", address(listener))
+    await runtime.start()
+    try:
+        # Not before: it takes up to a second, in which the worker is at its own imports already.
+        from app.api.app import create_app
+        from app.api.server import make_server
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+        server = make_server(create_app(settings, lambda _: runtime))
+        return await _Service(listener, runtime, server).run()
+    finally:
+        # The app has closed it, unless there was none yet.
+        await runtime.close()
 
 
 class _Service:
-    """The life of one service process: start, serve, drain, end."""
+    """The life of one service process from its first request on: serve, drain, end."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        listener: socket.socket,
-        make_engine: EngineFactory,
-        gpu: Card | None,
-    ) -> None:
+    def __init__(self, listener: socket.socket, runtime: Runtime, server: Server) -> None:
         self._listener = listener
-        self._make_engine = make_engine
-        self._gpu = gpu
-        self._runtime: Runtime | None = None
+        self._runtime = runtime
+        self._server = server
         self._exit_code = 0
         self._draining: asyncio.Task[None] | None = None
-        app = create_app(settings, self._build)
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                http=GuardedProtocol,
-                ws="none",
-                lifespan="on",
-                timeout_graceful_shutdown=30,
-            )
-        )
+        runtime.on_ready.append(partial(_say_ready, address(listener), runtime.model.note))
+        runtime.ended.add_done_callback(lambda ended: self._on_ended())
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -113,32 +103,21 @@ class _Service:
             return 1
         return self._exit_code
 
-    def _build(self, settings: Settings) -> Runtime:
-        _log.info("Listening at %s while the model is loaded.", address(self._listener))
-        self._runtime = runtime = build_runtime(
-            settings, make_engine=self._make_engine, gpu=self._gpu
-        )
-        runtime.on_ready.append(partial(_say_ready, address(self._listener), runtime.model.note))
-        runtime.ended.add_done_callback(lambda ended: self._on_ended())
-        return runtime
-
     def _on_signal(self) -> None:
-        if self._runtime is None or self._draining is not None:
-            if self._runtime is not None:
-                self._runtime.kill()
+        if self._draining is not None:
+            self._runtime.kill()
             self._server.should_exit = True
             self._server.force_exit = True
             self._exit_code = EXIT_SECOND_SIGNAL
             return
         _log.info("Told to stop: taking nothing new, finishing what was accepted.")
-        self._draining = asyncio.get_running_loop().create_task(self._drain(self._runtime))
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
 
-    async def _drain(self, runtime: Runtime) -> None:
-        await runtime.wait_until_drained(runtime.drain())
+    async def _drain(self) -> None:
+        await self._runtime.wait_until_drained(self._runtime.drain())
         self._server.should_exit = True
 
     def _on_ended(self) -> None:
-        assert self._runtime is not None
         ended = self._runtime.ended.result()
         print(f"klein: {ended.message}", file=sys.stderr, flush=True)
         self._exit_code = ended.exit_code

@@ -19,11 +19,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import RLock, Thread
 from types import FunctionType
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +142,9 @@ def choose_compiler(device: torch.device, cache: Path) -> Compiler:
         _log.warning("Pictures take about twice as long: %s is missing.", " and ".join(missing))
         return Compiler(is_on=False, has_graphs=False, reason=f"{' and '.join(missing)} missing")
     _keep_results(cache)
+    # The compiler's progress bars, shown or not, would make a lock between processes, and one that
+    # ends without its clean-up (app.worker.child) leaves it behind with a warning.
+    tqdm.set_lock(RLock())
     torch._dynamo.config.recompile_limit = _RECOMPILES
     torch._dynamo.config.accumulated_recompile_limit = 4 * _RECOMPILES
     return Compiler(is_on=True, has_graphs=True, reason="Triton and a C compiler are there")
