@@ -8,7 +8,12 @@ RUN := $(BIN)/python
 # The tests start the service dozens of times: its modules are compiled once, not at each start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: soak help serve test test-fast test-system image-check check lock clean
+# What computes with torch in the tests' own process, apart from all that asks a service: that mostly
+# waits, and need not import torch first.
+TEST := $(BIN)/pytest -m "not gpu and not system and not full"
+ENGINE_TESTS := tests/engine tests/images tests/shapes
+
+.PHONY: soak help serve test test-engine test-service test-fast test-system image-check check lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,7 +35,16 @@ test-fast: $(VENV)/.test ## tests without torch, card or network
 	$(BIN)/pytest -m "not torch and not gpu and not slow and not system and not full"
 
 test: $(VENV)/.test ## those and the end-to-end tests against a real server
-	$(BIN)/pytest -n $(or $(WORKERS),2) --no-loadscope-reorder -m "not gpu and not system and not full"
+	@echo "Two runs side by side; each is shown when it has ended."
+	@$(MAKE) --no-print-directory --keep-going --output-sync=target \
+		--jobs $(if $(filter 0,$(WORKERS)),1,2) test-engine test-service
+
+test-engine: $(VENV)/.test ## the half that computes: the engine, pictures, the demo's tools
+	$(TEST) $(ENGINE_TESTS)
+
+test-service: $(VENV)/.test ## the half that asks services
+	$(TEST) -n $(or $(WORKERS),2) --no-loadscope-reorder \
+		--ignore tests/gpu $(ENGINE_TESTS:%=--ignore %)
 
 test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs what they call
 	@tests/container/install_tools.sh

@@ -12,6 +12,7 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from PIL import Image
 
@@ -262,9 +263,14 @@ class FakeRuntime:
 def paint(spec: ImageSpec, output: OutputFormat) -> bytes:
     """Make a picture whose colours tell seed and mask, with enough detail for JPEG to differ."""
     base = (spec.seed * 37 + len(spec.references) * 11) % 251
+    return _paint(base, (spec.width, spec.height), output)
+
+
+@lru_cache(64)
+def _paint(base: int, size: tuple[int, int], output: OutputFormat) -> bytes:
     tile = Image.new("RGB", (16, 16))
     tile.putdata([((base + 5 * i) % 256, (base * 3 + i) % 256, (i * 7) % 256) for i in range(256)])
-    picture = tile.resize((spec.width, spec.height), Image.Resampling.NEAREST)
+    picture = tile.resize(size, Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     options = {"compress_level": 1} if output.format == "png" else {"quality": output.compression}
     picture.save(buffer, output.format, **options)

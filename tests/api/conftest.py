@@ -10,8 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from app.api.app import create_app
-from app.settings import Settings
+from tests.api.apps import app_on
 from tests.api.targets import BASE_URL, LIFETIME_S, MAX_BODY
 from tests.fakes import FakeRuntime, FakeService
 from tests.server import Server
@@ -35,13 +34,7 @@ async def serve(runtime: FakeRuntime):
     async with AsyncExitStack() as stack:
 
         async def start(**settings) -> httpx.AsyncClient:
-            parameters = {
-                name: settings.pop(name)
-                for name in ("heartbeat_s", "link_lifetime_s", "clock")
-                if name in settings
-            }
-            app = create_app(Settings.read({}, **settings), lambda _: runtime, **parameters)
-            return await stack.enter_async_context(client_of(app))
+            return await stack.enter_async_context(client_of(app_on(runtime, **settings)))
 
         yield start
 

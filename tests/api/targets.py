@@ -13,8 +13,7 @@ import httpx
 from openai import AsyncOpenAI
 from PIL import Image
 
-from app.api.app import create_app
-from app.settings import Settings
+from tests.api.apps import app_on
 from tests.fakes import FakeRuntime
 from tests.server import Server
 
@@ -62,8 +61,7 @@ class Target:
 async def on_fakes() -> AsyncIterator[Target]:
     """Run an app on fakes in this process."""
     runtime = FakeRuntime()
-    settings = Settings.read({}, max_body_bytes=MAX_BODY)
-    app = create_app(settings, lambda _: runtime, link_lifetime_s=LIFETIME_S)
+    app = app_on(runtime, max_body_bytes=MAX_BODY, link_lifetime_s=LIFETIME_S)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as http:
         yield Target(BASE_URL, http, lambda: len(runtime.service.specs), paints=False)

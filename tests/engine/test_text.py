@@ -29,7 +29,7 @@ def embed(parts, prompt: str) -> torch.Tensor:
 
 def test_the_trimmed_encoder_is_the_full_one(tiny_klein):
     """In bf16, 27 layers without norm and logits: the whole model's hidden states, bit by bit."""
-    parts = build(tiny_klein, linears="exact", dtype=torch.bfloat16)
+    parts = build(tiny_klein, linears="exact", dtype=torch.bfloat16, max_sequence_length=512)
     loaded = Flux2KleinPipeline.from_pretrained(tiny_klein, dtype=torch.bfloat16)
     for prompt in PROMPTS:
         right = loaded._get_qwen3_prompt_embeds(loaded.text_encoder, loaded.tokenizer, prompt)
