@@ -59,6 +59,21 @@ def computed_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("app.cli.serve", {"fastapi", "uvicorn", "torch"}),
+        ("app.api.app", {"torch", "diffusers", "transformers"}),
+    ],
+)
+def test_what_takes_long_is_not_imported_early(module: str, absent: set[str]) -> None:
+    """The worker is started before FastAPI is imported, and only it imports the model stack."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert not absent & set(done.stdout.split())
+
+
 @pytest.mark.slow
 def test_row_11_a_bad_setting_is_named() -> None:
     """Case 1: which one, and what is wrong with it."""
