@@ -20,6 +20,9 @@ LOST = "lost"
 GONE = "gone away"
 REFUSED = "not accepted"
 
+CLOSING_S = 5.0
+"""How long a service may take to end once it has closed its port."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -104,21 +107,27 @@ async def drain_at(server: Server, moment_s: float, *, requests: int = 6) -> Dra
     port = port_of(server)
     body = request_bytes("/generate", {"prompt": "x", "width": 128, "height": 128})
 
-    async def later(delay_s: float) -> Answer:
+    async def later(delay_s: float) -> tuple[Answer, float]:
         await asyncio.sleep(delay_s)
-        answer = await ask(port, body)
-        if answer.status == LOST and server.process.poll() is not None and delay_s > moment_s:
-            # It came when the port was being closed, after the last accepted job had ended.
-            return Answer(REFUSED)
-        return answer
+        return await ask(port, body), time.monotonic()
 
     async def stop() -> None:
         await asyncio.sleep(moment_s)
         server.process.send_signal(signal.SIGTERM)
 
     delays = [0.25 * number / requests for number in range(requests)]
-    *answers, _ = await asyncio.gather(*(later(delay_s) for delay_s in delays), stop())
-    return Drained(answers, await asyncio.to_thread(server.wait))
+    *found, _ = await asyncio.gather(*(later(delay_s) for delay_s in delays), stop())
+    exit_code = await asyncio.to_thread(server.wait)
+    closed = time.monotonic() - CLOSING_S
+    answers = [
+        # What came while the port was being closed, after the last accepted job had ended, is cut
+        # off; the process takes a moment longer.
+        Answer(REFUSED)
+        if answer.status == LOST and delay_s > moment_s and ended > closed
+        else answer
+        for delay_s, (answer, ended) in zip(delays, found, strict=True)
+    ]
+    return Drained(answers, exit_code)
 
 
 async def drain_often(times: int, *, seed: int) -> list[Drained]:
