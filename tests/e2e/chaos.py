@@ -118,7 +118,8 @@ async def drain_at(server: Server, moment_s: float, *, requests: int = 6) -> Dra
     delays = [0.25 * number / requests for number in range(requests)]
     *found, _ = await asyncio.gather(*(later(delay_s) for delay_s in delays), stop())
     exit_code = await asyncio.to_thread(server.wait)
-    closed = time.monotonic() - CLOSING_S
+    idle = max((ended for answer, ended in found if answer.status == 200), default=0.0)
+    closed = max(idle, time.monotonic() - CLOSING_S)
     answers = [
         # What came while the port was being closed, after the last accepted job had ended, is cut
         # off; the process takes a moment longer.

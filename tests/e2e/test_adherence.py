@@ -69,10 +69,10 @@ def test_first_tries(prompt, exam, ask):
 
 @pytest.mark.slow
 def test_sample(exam, ask):
-    """Of ten prompts never seen in training, at most one fails."""
-    marks = ask(exam.scene_questions(10))
+    """Of twenty prompts never seen in training, at most three fail."""
+    marks = ask(exam.scene_questions(20))
 
-    assert sum(marks.passed.values()) >= 9, marks.failures
+    assert sum(marks.passed.values()) >= 17, marks.failures
 
 
 @pytest.mark.full
