@@ -24,6 +24,7 @@ class Kind(Enum):
 
     INVALID = "invalid"
     UNAUTHORIZED = "unauthorized"
+    ORIGIN = "origin"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TOO_LARGE = "too_large"

@@ -2,17 +2,21 @@
 contextvar.
 
 Lines go to standard error, for people or as one JSON object each. Prompts, keys and pictures are in
-none of them.
+none of them. What a caller wrote, such as the name of a field, stands in a value of its own: quoted
+where it could be taken for anything else, so that no text forges a pair or a line.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import textwrap
 from contextvars import ContextVar
 from datetime import UTC, datetime
+
+from app.log_writer import LineHandler, write_to
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that is being answered, for every line logged on its way."""
@@ -24,31 +28,60 @@ hidden: ContextVar[tuple[str, ...]] = ContextVar("hidden", default=())
 """Texts of a caller's that no line may hold, should a library put one into an error's message."""
 
 _SHORTEST_HIDDEN = 4
+_MAX_WORD = 64
+_MAX_VALUE = 256
+_BARE = re.compile(r"[^\s\"'=\\]+")
 
 _FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id"}
 
 
 def set_up(*, style: str, level: str) -> None:
-    """Send all logging of this process to standard error in *style*, `text` or `json`."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Send all logging of this process to standard error in *style*, `text` or `json`.
+
+    Nothing that logs waits for it to be read; call `flush` before the process ends in a way that
+    skips Python's own end.
+    """
+    handler = LineHandler(write_to(sys.stderr))
     handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
     root = logging.getLogger()
+    for before in _handlers():
+        before.close()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("app").setLevel(level.upper())
     logging.captureWarnings(True)
 
 
+def flush() -> None:
+    """Wait until all lines so far are written: two seconds at most, if nobody reads them."""
+    for handler in _handlers():
+        handler.flush()
+
+
+def say(text: str) -> None:
+    """Write *text* to standard error as it is, after all lines so far."""
+    if handlers := _handlers():
+        handlers[0].say(text)
+    else:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 - there is no log yet
+
+
+def clip(word: str) -> str:
+    """Cut a caller's word to what a line may hold of it: 64 characters."""
+    return word if len(word) <= _MAX_WORD else word[: _MAX_WORD - 3] + "..."
+
+
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
-        extra = " ".join(f"{key}={value}" for key, value in _extras(record).items())
-        line = f"{when}Z {record.levelname.lower():7} {record.getMessage()}"
-        line = _one_line(f"{line} {extra}".rstrip())
+        extra = " ".join(f"{key}={_bare(value)}" for key, value in _extras(record).items())
+        line = f"{when}Z {record.levelname.lower():7} {_visible(_hide(record.getMessage()))}"
+        line = f"{line} {extra}".rstrip()
         if record.exc_info:
             # Indented, so that no line of an error's message can pass for one of ours.
-            line += "\n" + textwrap.indent(self.formatException(record.exc_info), "  ", _always)
-        return _hide(line)
+            lines = _hide(self.formatException(record.exc_info)).splitlines()
+            line += "\n" + textwrap.indent("\n".join(map(_visible, lines)), "  ", _always)
+        return line
 
 
 class _JsonFormatter(logging.Formatter):
@@ -62,15 +95,26 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = _hide(self.formatException(record.exc_info))
-        return json.dumps(entry, ensure_ascii=False, default=str)
+        return _visible(json.dumps(entry, ensure_ascii=False, default=str))
+
+
+def _handlers() -> list[LineHandler]:
+    return [each for each in logging.getLogger().handlers if isinstance(each, LineHandler)]
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
     """What a call gave as `extra=`, and the request id where there is one."""
-    extras = {key: value for key, value in vars(record).items() if key not in _FIELDS}
+    extras = {key: _cut(value) for key, value in vars(record).items() if key not in _FIELDS}
     if current := request_id.get():
         extras.setdefault("request_id", current)
     return extras
+
+
+def _cut(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = _hide(value)
+    return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 3] + "..."
 
 
 def _hide(text: str) -> str:
@@ -81,10 +125,28 @@ def _hide(text: str) -> str:
     return text
 
 
+def _bare(value: object) -> str:
+    """Write a value after `key=`: in double quotes, unless it is one word that nobody could take
+    for more.
+    """
+    text = str(value)
+    if _BARE.fullmatch(text) and text.isprintable():
+        return text
+    return _visible(json.dumps(text, ensure_ascii=False))
+
+
 def _always(line: str) -> bool:
     return True
 
 
-def _one_line(text: str) -> str:
-    """Keep a caller's CR and LF from forging a line of their own."""
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+def _visible(text: str) -> str:
+    """Escape, as JSON does, what a terminal would obey or nobody would see: line breaks, escape
+    sequences, marks that turn the direction of writing.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    return "\\u007f" if character == "\x7f" else json.dumps(character)[1:-1]

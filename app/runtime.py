@@ -239,7 +239,7 @@ class Runtime:
 
     @property
     def loop_lag_s(self) -> float:
-        """How late the event loop woke, the most since the last scrape, in seconds."""
+        """How late the event loop woke, the most in the last minute, in seconds."""
         return self._lag.read()
 
 

@@ -7,6 +7,7 @@ command line see this module.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from app.errors import StartupError
 
 PREFIX = "KLEIN_"
-_LISTS = frozenset({"api_keys", "allowed_hosts"})
+_LISTS = frozenset({"api_keys", "allowed_hosts", "trusted_proxies"})
 
 MIN_KEY_LENGTH = 8
 
@@ -79,6 +80,9 @@ class Settings(BaseModel):
     """Whether `/metrics` needs a key where keys are set."""
     allowed_hosts: tuple[str, ...] = ()
     """Names under which the service may be addressed, besides the loopback ones; `*` admits all."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses and networks, such as `172.18.0.0/16`, of proxies whose `X-Forwarded-For` tells who
+    asks; from anybody else, 127.0.0.1 too, it is ignored."""
     trust_network: bool = False
     """Listen on a public address without keys: everyone who reaches the port may ask."""
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
@@ -112,6 +116,18 @@ class Settings(BaseModel):
     def _refuse_weak_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(len(key) < MIN_KEY_LENGTH for key in value):
             raise ValueError(f"a key has fewer than {MIN_KEY_LENGTH} characters")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for number, each in enumerate(value, 1):
+            try:
+                ipaddress.ip_network(each)
+            except ValueError:
+                raise ValueError(
+                    f"entry {number} is neither an address nor a network, such as 172.18.0.0/16"
+                ) from None
         return value
 
     @field_validator("public_url")

@@ -14,9 +14,12 @@ from starlette.middleware import Middleware
 from app import __version__
 from app.api import errors, openapi
 from app.api.auth import KeyGate, KeyRing
+from app.api.bodies import BodyLimit
 from app.api.config import ApiConfig
+from app.api.gates import HostGate, OriginGate
 from app.api.links import LinkStore
-from app.api.middleware import BodyLimit, Edge, HostGate
+from app.api.middleware import Edge
+from app.api.proxies import Proxies
 from app.api.routes import (
     docs,
     files,
@@ -88,15 +91,17 @@ def create_app(
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
-    """Outermost first. The key is looked at before the host, since it makes any host good."""
+    """Outermost first. The key is looked at before host and origin, since it makes any good."""
     return [
         Middleware(Edge),
         Middleware(
             KeyGate,
             keys=KeyRing(settings.api_keys),
+            proxies=Proxies(settings.trusted_proxies),
             is_metrics_open=settings.metrics_key == "open",
         ),
         Middleware(HostGate, names=_hosts(settings)),
+        Middleware(OriginGate),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes, limit_s=settings.body_limit_s),
     ]
 

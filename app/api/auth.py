@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import error_response
 from app.api.exchange import exchange_of
+from app.api.proxies import Proxies
 from app.errors import Kind, KleinError
 
 _OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
@@ -51,9 +52,12 @@ class KeyRing:
 class KeyGate:
     """ASGI: names the client, and refuses what has no key where one is needed."""
 
-    def __init__(self, app: ASGIApp, *, keys: KeyRing, is_metrics_open: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: KeyRing, proxies: Proxies, is_metrics_open: bool
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._proxies = proxies
         self._open_paths = _OPEN_PATHS | ({"/metrics"} if is_metrics_open else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +68,7 @@ class KeyGate:
         exchange = exchange_of(scope)
         holder = self._keys.find(scope["headers"])
         exchange.has_key = holder is not None
-        exchange.client = holder or _address(scope)
+        exchange.client = holder or self._proxies.client(scope)
         if exchange.has_key or self._is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
@@ -88,8 +92,3 @@ def _candidates(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def _address(scope: Scope) -> str:
-    client = scope.get("client")
-    return f"address:{client[0]}" if client else "address:unknown"

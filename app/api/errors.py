@@ -44,6 +44,7 @@ REPLIES: Mapping[Kind, Reply] = MappingProxyType(
     {
         Kind.INVALID: Reply(400, _INVALID, "invalid_value", "invalid"),
         Kind.UNAUTHORIZED: Reply(401, _INVALID, "invalid_api_key", "unauthorized"),
+        Kind.ORIGIN: Reply(403, _INVALID, "origin_not_allowed", "unauthorized"),
         Kind.NOT_FOUND: Reply(404, _INVALID, "unknown_url", "invalid"),
         Kind.METHOD_NOT_ALLOWED: Reply(405, _INVALID, "method_not_allowed", "invalid"),
         Kind.TOO_LARGE: Reply(413, _INVALID, "request_too_large", "invalid"),

@@ -27,6 +27,7 @@ class Exchange:
 
     id: str
     client: str = ""
+    """`key:<digest>`, `address:<IPv4>` or `address:<IPv6 network>`; of whom limits are counted."""
     has_key: bool = False
     """Whether the request carried one of the configured keys."""
     error: KleinError | None = None

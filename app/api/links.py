@@ -3,18 +3,25 @@ while.
 
 A name is 128 random bits, so knowing it is the right to read it. Only the event loop touches the
 store, and nothing of it is ever written to a disk.
+
+No client's pictures drive out everybody else's: while others have links, one client has at most
+three quarters of the store, and where there is no room, whoever has more than an equal part makes
+it from his own.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAX_BYTES = 256 * 1024 * 1024
 MAX_COUNT = 10_000
+
+_MOST = 0.75
+"""The part of the store that one client may have while others have links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +31,21 @@ class Link:
     data: bytes = field(repr=False)
     media_type: str
     expires_at: float
+    client: str = ""
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one client has in the store, oldest first."""
+
+    names: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    bytes: int = 0
 
 
 class LinkStore:
-    """Keeps the newest pictures; the oldest go first, whether for age, for bytes or for number."""
+    """Keeps the newest pictures, each client's within its share; the oldest go first, whether for
+    age, for bytes or for number.
+    """
 
     def __init__(
         self,
@@ -43,30 +61,58 @@ class LinkStore:
         self._clock = clock
         self._links: OrderedDict[str, Link] = OrderedDict()
         self._bytes = 0
+        self._shares: defaultdict[str, _Share] = defaultdict(_Share)
 
     def __repr__(self) -> str:
         return f"<LinkStore: {len(self._links)} links, {self._bytes} bytes>"
 
-    def put(self, data: bytes, *, format: str, media_type: str) -> str:
-        """Keep a picture and return its name."""
+    def put(self, data: bytes, *, format: str, media_type: str, client: str) -> str:
+        """Keep a picture of *client*'s and return its name."""
+        self._forget_old()
         name = f"{secrets.token_hex(16)}.{format}"
-        self._links[name] = Link(data, media_type, self._clock() + self.lifetime_s)
+        self._links[name] = Link(data, media_type, self._clock() + self.lifetime_s, client)
         self._bytes += len(data)
-        self._settle()
+        share = self._shares[client]
+        share.names[name] = None
+        share.bytes += len(data)
+        self._make_room(client)
         return name
 
     def get(self, name: str) -> Link | None:
         """Find a picture that is still there."""
-        self._settle()
+        self._forget_old()
         return self._links.get(name)
 
-    def _settle(self) -> None:
-        """Let go of what is too old, then of the oldest until the rest fits."""
+    def _forget_old(self) -> None:
         now = self._clock()
-        while self._links:
-            oldest = next(iter(self._links.values()))
-            is_full = self._bytes > self._max_bytes or len(self._links) > self._max_count
-            if oldest.expires_at > now and not is_full:
-                return
-            self._links.popitem(last=False)
-            self._bytes -= len(oldest.data)
+        while self._links and next(iter(self._links.values())).expires_at <= now:
+            self._drop(next(iter(self._links)))
+
+    def _make_room(self, client: str) -> None:
+        """Let go of links until all limits hold after *client* has put one."""
+        # Whoever was alone had the whole store; now there is somebody else.
+        for holder in (client, max(self._shares, key=self._part)):
+            while len(self._shares) > 1 and self._part(holder) > _MOST:
+                self._drop_oldest_of(holder)
+        while self._bytes > self._max_bytes or len(self._links) > self._max_count:
+            is_over = self._part(client) > 1 / len(self._shares)
+            self._drop_oldest_of(client if is_over else max(self._shares, key=self._part))
+
+    def _part(self, client: str) -> float:
+        """Which part of the store *client* has, by bytes or by number, whichever is more."""
+        share = self._shares.get(client)
+        if share is None:
+            return 0.0
+        return max(share.bytes / self._max_bytes, len(share.names) / self._max_count)
+
+    def _drop_oldest_of(self, client: str) -> None:
+        self._drop(next(iter(self._shares[client].names)))
+
+    def _drop(self, name: str) -> None:
+        link = self._links.pop(name)
+        self._bytes -= len(link.data)
+        share = self._shares[link.client]
+        del share.names[name]
+        share.bytes -= len(link.data)
+        if not share.names:
+            del self._shares[link.client]

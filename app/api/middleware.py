@@ -1,4 +1,4 @@
-"""What happens to every request, as plain ASGI classes: id, headers, host, body limit, one line in
+"""What happens to every request, as a plain ASGI class: its id, the answer's headers, one line in
 the log.
 
 No `BaseHTTPMiddleware`: behind one, a route no longer learns that its client has gone
@@ -7,31 +7,25 @@ No `BaseHTTPMiddleware`: behind one, a route no longer learns that its client ha
 
 from __future__ import annotations
 
-import asyncio
-import ipaddress
 import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.deps import metrics_of
 from app.api.errors import REPLIES, error_response, internal_error
-from app.api.exchange import Exchange, exchange_of, open_exchange
-from app.errors import Cancelled, InvalidRequest, Kind, KleinError, Unavailable
-from app.logs import request_id, request_notes
+from app.api.exchange import Exchange, open_exchange
+from app.errors import Cancelled, Kind, KleinError
+from app.log_writer import ACCESS
+from app.logs import clip, request_id, request_notes
 
-_access = logging.getLogger("app.api.access")
+_access = logging.getLogger(ACCESS)
 _log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::\d{1,5})?")
-
-_BODIES_AT_ONCE = 8
-"""How many of the largest bodies may be held at a time, whatever their number."""
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -84,116 +78,6 @@ class Edge:
             _record(scope, exchange, status, time.perf_counter() - started)
 
 
-class HostGate:
-    """ASGI: answers only under a known name, so that no web page reaches the card by DNS rebinding.
-
-    A request that carries a configured key may use any name. A name with a syntax error is refused
-    always.
-    """
-
-    def __init__(self, app: ASGIApp, *, names: Iterable[str]) -> None:
-        self._app = app
-        self._names = frozenset(name.lower().rstrip(".") for name in names)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 400, or pass the request on."""
-        if scope["type"] != "http" or self._admits(scope):
-            await self._app(scope, receive, send)
-            return
-        error = InvalidRequest(
-            "The service is not known under this Host; add it to KLEIN_ALLOWED_HOSTS."
-        )
-        exchange_of(scope).error = error
-        await error_response(error)(scope, receive, send)
-
-    def _admits(self, scope: Scope) -> bool:
-        hosts = [value for name, value in scope["headers"] if name == b"host"]
-        match = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
-        if match is None:
-            return False
-        name = match[1].strip("[]").rstrip(".")
-        return (
-            # A link must work for whoever got it, under the name that a key made good; its own
-            # name cannot be guessed, so a web page gains nothing by it.
-            scope["path"].startswith("/v1/images/files/")
-            or exchange_of(scope).has_key
-            or "*" in self._names
-            or name in self._names
-            or _is_loopback(name)
-        )
-
-
-class BodyLimit:
-    """ASGI: ends the reading of a body that is too large, by what it says or by what has come, and
-    of one that takes too long.
-
-    Only a reader meets the limits: a route that refuses for another reason never waits for the
-    body. All bodies together are limited too, or a few dozen callers could fill the memory.
-    """
-
-    def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
-        self._app = app
-        self._held_bytes = 0
-        self._max_bytes = max_bytes
-        self._limit_s = limit_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with a body that cannot exceed the limit."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        expected = _content_length(scope)
-        received = held = 0
-        late_at: float | None = asyncio.get_running_loop().time() + self._limit_s
-
-        async def receive_some() -> Message:
-            nonlocal received, held, late_at
-            self._check(expected)
-            try:
-                async with asyncio.timeout_at(late_at):
-                    message = await receive()
-            except TimeoutError:
-                raise InvalidRequest(
-                    f"The body took longer than {self._limit_s:g} s to arrive; send it faster, "
-                    "or send less."
-                ) from None
-            if not message.get("more_body", False):
-                late_at = None  # from here on it is the client's going that is waited for
-            size_bytes = len(message.get("body", b""))
-            received += size_bytes
-            held += size_bytes
-            self._held_bytes += size_bytes
-            self._check(received)
-            self._check_together()
-            return message
-
-        def let_go() -> None:
-            nonlocal held
-            self._held_bytes -= held
-            held = 0
-
-        exchange_of(scope).let_go = let_go
-        try:
-            await self._app(scope, receive_some, send)
-        finally:
-            let_go()
-
-    def _check(self, size_bytes: int) -> None:
-        if size_bytes > self._max_bytes:
-            raise KleinError(
-                f"The body is larger than {self._max_bytes:,} bytes; send less or smaller images.",
-                kind=Kind.TOO_LARGE,
-            )
-
-    def _check_together(self) -> None:
-        if self._held_bytes > _BODIES_AT_ONCE * self._max_bytes:
-            raise Unavailable(
-                "Too many large requests are being read; try again in a few seconds.",
-                kind=Kind.QUEUE_FULL,
-                retry_after_s=5,
-            )
-
-
 def _adopt(asked: str | None) -> str:
     return asked if asked and _ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
 
@@ -237,8 +121,8 @@ def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
     if error is not None:
         details = {
             "code": error.code or REPLIES[error.kind].code,
-            "param": error.param,
-            "reason": error.message,
+            "param": error.param and clip(error.param),
+            "reason": _without(error.param, error.message),
         }
     retries = Headers(scope=scope).get("x-stainless-retry-count", "")
     if retries.isdecimal() and len(retries) < 4 and retries != "0":
@@ -246,21 +130,14 @@ def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
     return details
 
 
+def _without(name: str | None, message: str) -> str:
+    """Leave out of *message* what `param` says already: a name may be the caller's own word."""
+    if not name:
+        return message
+    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<param>", message)
+
+
 def _outcome(error: KleinError | None, status: int) -> str:
     if error is not None:
         return REPLIES[error.kind].outcome
     return "ok" if status < 400 else "error"
-
-
-def _content_length(scope: Scope) -> int:
-    text = Headers(scope=scope).get("content-length", "")
-    return int(text) if text.isdecimal() and len(text) < 20 else 0
-
-
-def _is_loopback(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False

@@ -28,6 +28,8 @@ def make_server(app: FastAPI) -> Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            # Whose X-Forwarded-For counts, `app.api.proxies` decides; uvicorn trusts 127.0.0.1.
+            proxy_headers=False,
             http=GuardedProtocol,
             ws="none",
             lifespan="on",

@@ -14,7 +14,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -60,8 +59,12 @@ def serve(
     """Serve with *settings*; *make_engine* and *gpu*, a test's own, go to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
     _check_exposure(settings)
-    with contextlib.closing(bind(settings)) as listener:
-        return asyncio.run(_run(settings, listener, make_engine, gpu))
+    try:
+        with contextlib.closing(bind(settings)) as listener:
+            return asyncio.run(_run(settings, listener, make_engine, gpu))
+    finally:
+        # Before anything else is said at the end.
+        logs.flush()
 
 
 async def _run(
@@ -119,7 +122,7 @@ class _Service:
 
     def _on_ended(self) -> None:
         ended = self._runtime.ended.result()
-        print(f"klein: {ended.message}", file=sys.stderr, flush=True)
+        logs.say(f"klein: {ended.message}")
         self._exit_code = ended.exit_code
         self._server.should_exit = True
 

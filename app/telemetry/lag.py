@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
+from collections.abc import Callable
 
 INTERVAL_S = 0.05
+WINDOW_S = 60.0
 
 
 class LoopLag:
-    """Measures in `run`; `read` gives the most since the last reading."""
+    """Measures in `run`; `read` gives the most within a window that slides, and changes nothing: a
+    scrape hides nothing from the next one.
+    """
 
-    def __init__(self) -> None:
-        self._most = 0.0
+    def __init__(
+        self, *, window_s: float = WINDOW_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._window_s = window_s
+        self._clock = clock
+        # Only what is later than all that follows it can ever be the most.
+        self._most: deque[tuple[float, float]] = deque()
 
     async def run(self) -> None:
         """Measure until cancelled."""
         while True:
-            started = time.monotonic()
+            started = self._clock()
             await asyncio.sleep(INTERVAL_S)
-            self._most = max(self._most, time.monotonic() - started - INTERVAL_S)
+            self.note(self._clock() - started - INTERVAL_S)
+
+    def note(self, lag_s: float) -> None:
+        """Take one measurement, in seconds, of now."""
+        while self._most and self._most[-1][1] <= lag_s:
+            self._most.pop()
+        self._most.append((self._clock(), lag_s))
+        while self._most[0][0] <= self._clock() - self._window_s:
+            self._most.popleft()
 
     def read(self) -> float:
-        """The longest lag in seconds since the last reading."""
-        most, self._most = self._most, 0.0
-        return most
+        """The longest lag of the window, in seconds; 0 where nothing was measured."""
+        since = self._clock() - self._window_s
+        return next((max(0.0, lag_s) for when, lag_s in tuple(self._most) if when > since), 0.0)

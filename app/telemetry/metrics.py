@@ -177,7 +177,7 @@ class Metrics:
         )
         self._loop_lag = Gauge(
             "klein_event_loop_lag_seconds",
-            "How late the event loop woke, the most since the last scrape.",
+            "How late the event loop woke, the most in the last minute.",
             registry=registry,
         )
         self._estimated_wait = Gauge(

@@ -16,7 +16,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from app import logs
 from app.domain import Engine, LoadProgress, Progress, Stage
@@ -55,8 +55,14 @@ def main(pipe: End, make_engine: EngineFactory, config: object, log: tuple[str, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(style=log[0], level=log[1])
-    code = run(pipe, make_engine, config, on_orphaned=lambda: os._exit(0))
+    code = run(pipe, make_engine, config, on_orphaned=lambda: _leave(0))
     # Not sys.exit: a card that is lost may hang its library's clean-up.
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once, but for its last lines in the log."""
+    logs.flush()
     os._exit(code)
 
 

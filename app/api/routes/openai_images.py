@@ -117,8 +117,11 @@ class _Answer:
 
     def _keep(self, pictures: Sequence[Picture]) -> list[str]:
         base = self.config.public_url or str(self.request.base_url).rstrip("/")
+        client = exchange_of(self.request.scope).client
         names = [
-            self.links.put(picture.data, format=picture.format, media_type=picture.media_type)
+            self.links.put(
+                picture.data, format=picture.format, media_type=picture.media_type, client=client
+            )
             for picture in pictures
         ]
         return [f"{base}{files.PATH}{name}" for name in names]

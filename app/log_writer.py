@@ -1,0 +1,283 @@
+"""Where log lines go: a bounded queue and one thread that writes it out.
+
+Whoever logs never waits. A standard error that nobody reads, such as a full pipe or a stopped
+terminal, would otherwise stop the event loop at its next line, and with it the service. What finds
+no room is dropped, counted, and told of once lines flow again. `O_NONBLOCK` would not do: it holds
+for everyone who shares the descriptor, the shell that started us among them.
+
+Lines that repeat themselves are limited too, or whoever can provoke one fills the disk: asyncio
+says that it is out of descriptors thousands of times a second, and a refused request of 19 bytes
+costs a line of 265.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+ACCESS = "app.api.access"
+"""The logger of the one line that each request gets."""
+
+MAX_WAITING_BYTES = 4 * 1024 * 1024
+MAX_LINE_CHARACTERS = 64 * 1024
+FLUSH_S = 2.0
+"""Seconds that an ending process waits for its lines to be read."""
+
+WINDOW_S = 10.0
+MOST_ACCESS = 250
+"""Lines of requests that made no picture, in one window."""
+MOST_OWN = 50
+"""Equal lines of one of our own loggers, in one window."""
+MOST_FOREIGN = 1
+"""Equal lines of a library's logger, in one window."""
+
+_MAX_KINDS = 256
+_MAX_SAMPLE = 120
+
+Write = Callable[[bytes], object]
+
+
+@dataclass(slots=True)
+class _Window:
+    """Lines of one kind since *began*; *left_out* of them were not written."""
+
+    logger: str
+    level: int
+    sample: str
+    most: int
+    began: float
+    seen: int = 0
+    left_out: int = 0
+
+    def told(self, now: float) -> logging.LogRecord:
+        """What to say of those left out."""
+        seconds = max(1, round(now - self.began))
+        if self.logger == ACCESS:
+            text = f"{self.left_out} requests more were answered in the last {seconds} s."
+        else:
+            text = (
+                f"{self.left_out} lines more like this one were left out in the last {seconds} s: "
+                f"{self.sample}"
+            )
+        return _record(self.logger, self.level, text)
+
+
+class Limiter:
+    """So many lines of one kind in a window of time; the rest are counted, and told of at its end.
+
+    A kind is a logger, a level and the first line of a message. Of requests all lines are of one
+    kind, but those of pictures are never left out: the card bounds them.
+    """
+
+    def __init__(
+        self, *, window_s: float = WINDOW_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._window_s = window_s
+        self._clock = clock
+        self._windows: OrderedDict[tuple[str, int, str], _Window] = OrderedDict()
+        self._over: list[_Window] = []
+        self._lock = threading.Lock()
+
+    def admits(self, record: logging.LogRecord) -> bool:
+        """Whether *record* is to be written; it is counted where not."""
+        if record.name == ACCESS and hasattr(record, "images"):
+            return True
+        sample = "" if record.name == ACCESS else record.getMessage().partition("\n")[0]
+        with self._lock:
+            window = self._window(record, sample[:_MAX_SAMPLE])
+            window.seen += 1
+            if window.seen <= window.most:
+                return True
+            window.left_out += 1
+            return False
+
+    def due(self, *, is_last: bool = False) -> list[logging.LogRecord]:
+        """What is to be said of windows that are over, or of all where it *is_last* to be asked."""
+        now = self._clock()
+        with self._lock:
+            for key, window in list(self._windows.items()):
+                if is_last or now >= window.began + self._window_s:
+                    self._over.append(self._windows.pop(key))
+            over, self._over = self._over, []
+        return [window.told(now) for window in over if window.left_out]
+
+    def wait_s(self) -> float | None:
+        """Seconds until something may be due, None where nothing will be."""
+        with self._lock:
+            began = [window.began for window in self._windows.values() if window.left_out]
+        return max(0.0, min(began) + self._window_s - self._clock()) if began else None
+
+    def _window(self, record: logging.LogRecord, sample: str) -> _Window:
+        now = self._clock()
+        key = (record.name, 0 if record.name == ACCESS else record.levelno, sample)
+        window = self._windows.get(key)
+        if window is not None and now < window.began + self._window_s:
+            return window
+        if window is not None:
+            self._over.append(self._windows.pop(key))
+        elif len(self._windows) >= _MAX_KINDS:
+            self._over.append(self._windows.popitem(last=False)[1])
+        level = logging.INFO if record.name == ACCESS else record.levelno
+        window = _Window(record.name, level, sample, _most(record.name), now)
+        self._windows[key] = window
+        return window
+
+
+class LineHandler(logging.Handler):
+    """Formats at once, in the caller's thread and context, and writes in a thread of its own."""
+
+    def __init__(
+        self,
+        write: Write,
+        *,
+        limiter: Limiter | None = None,
+        max_bytes: int = MAX_WAITING_BYTES,
+        flush_s: float = FLUSH_S,
+    ) -> None:
+        super().__init__()
+        self._write = write
+        self._limiter = limiter or Limiter()
+        self._max_bytes = max_bytes
+        self._flush_s = flush_s
+        self._changed = threading.Condition()
+        self._lines: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._dropped = 0
+        self._is_writing = False
+        self._is_broken = False
+        self._is_stuck = False
+        self._is_closed = False
+        threading.Thread(target=self._run, name="log writer", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the line, or count it."""
+        try:
+            if self._limiter.admits(record):
+                self.say(self.format(record))
+            else:
+                self._wake()
+        except Exception:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say that a line could not be formatted; logging itself would write a traceback, and wait
+        until it is read.
+        """
+        self.say(self.format(_record(__name__, logging.ERROR, f"A line of {record.name} is odd.")))
+
+    def say(self, line: str) -> None:
+        """Queue *line* as it is."""
+        data = line[:MAX_LINE_CHARACTERS].encode(errors="backslashreplace") + b"\n"
+        with self._changed:
+            if self._waiting_bytes + len(data) > self._max_bytes:
+                self._dropped += 1
+                return
+            self._queue(data)
+
+    def flush(self) -> None:
+        """Wait until everything is written, for `flush_s` at most, and only once for nothing."""
+        with self._changed:
+            if self._is_stuck:
+                return
+            self._is_stuck = not self._changed.wait_for(self._is_idle, self._flush_s)
+            self._tell(is_last=True)
+            if not self._is_stuck:
+                self._is_stuck = not self._changed.wait_for(self._is_idle, self._flush_s)
+
+    def close(self) -> None:
+        """Write out what waits, and end the thread once it has."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        super().close()
+
+    def _is_idle(self) -> bool:
+        return not self._lines and not self._is_writing
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _queue(self, data: bytes) -> None:
+        self._lines.append(data)
+        self._waiting_bytes += len(data)
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (data := self._next()) is not None:
+            try:
+                self._write(data)
+            except (OSError, ValueError):  # the reader has gone, the disk is full, it is closed
+                self._is_broken = True
+                with self._changed:
+                    self._dropped += 1
+            else:
+                self._is_broken = self._is_stuck = False
+
+    def _next(self) -> bytes | None:
+        with self._changed:
+            self._is_writing = False
+            while True:
+                self._tell()
+                if self._lines:
+                    data = self._lines.popleft()
+                    self._waiting_bytes -= len(data)
+                    self._is_writing = True
+                    return data
+                self._changed.notify_all()
+                if self._is_closed:
+                    return None
+                self._changed.wait(self._limiter.wait_s())
+
+    def _tell(self, *, is_last: bool = False) -> None:
+        """Queue what is to be said of lines that are missing, once there is room again."""
+        if self._lines or self._is_broken:
+            return
+        records = self._limiter.due(is_last=is_last)
+        if self._dropped:
+            text = f"{self._dropped} lines were dropped, since nobody read standard error."
+            records.insert(0, _record(__name__, logging.WARNING, text))
+            self._dropped = 0
+        for record in records:
+            self._queue(self.format(record).encode(errors="backslashreplace") + b"\n")
+
+
+def write_to(stream: TextIO | None) -> Write:
+    """How to write to *stream*: past its buffer, whose lock a writer that is stuck would hold while
+    the interpreter ends.
+    """
+    if stream is None:
+        return lambda data: None
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        return lambda data: (stream.write(data.decode()), stream.flush())
+    return lambda data: _write_all(descriptor, data)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(descriptor, rest) :]
+        except BlockingIOError:  # somebody who shares the descriptor made it so
+            ready = select.poll()
+            ready.register(descriptor, select.POLLOUT)
+            ready.poll()
+
+
+def _most(logger: str) -> int:
+    if logger == ACCESS:
+        return MOST_ACCESS
+    return MOST_OWN if logger == "app" or logger.startswith("app.") else MOST_FOREIGN
+
+
+def _record(logger: str, level: int, text: str) -> logging.LogRecord:
+    return logging.LogRecord(logger, level, "", 0, text, None, None)
