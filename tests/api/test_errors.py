@@ -13,6 +13,7 @@ from tests.api.conftest import error_of
 EXPECTED = {
     Kind.INVALID: (400, "invalid_request_error", "invalid_value", "invalid"),
     Kind.UNAUTHORIZED: (401, "invalid_request_error", "invalid_api_key", "unauthorized"),
+    Kind.ORIGIN: (403, "invalid_request_error", "origin_not_allowed", "unauthorized"),
     Kind.NOT_FOUND: (404, "invalid_request_error", "unknown_url", "invalid"),
     Kind.METHOD_NOT_ALLOWED: (405, "invalid_request_error", "method_not_allowed", "invalid"),
     Kind.TOO_LARGE: (413, "invalid_request_error", "request_too_large", "invalid"),

@@ -27,8 +27,13 @@ def clock():
     return Clock()
 
 
-def put(links: LinkStore, size: int = 10) -> str:
-    return links.put(b"x" * size, format="png", media_type="image/png")
+def put(links: LinkStore, size: int = 10, *, client: str = "a") -> str:
+    return links.put(b"x" * size, format="png", media_type="image/png", client=client)
+
+
+def kept(links: LinkStore, names: list[str]) -> list[bool]:
+    """Which of them are still there."""
+    return [links.get(name) is not None for name in names]
 
 
 def test_a_link_is_found_until_its_time_is_over(clock):
@@ -53,6 +58,55 @@ def test_the_oldest_goes_when_there_is_no_room(clock, limits):
 
     assert [links.get(name) is not None for name in names] == [False, True, True]
     assert repr(links) == "<LinkStore: 2 links, 20 bytes>"
+
+
+@pytest.mark.parametrize("limits", [{"max_bytes": 256}, {"max_count": 25}])
+def test_large_pictures_of_one_client_drive_out_nobody_elses(clock, limits):
+    """Its newest drive out its own oldest, and a quarter is left to the others."""
+    links = LinkStore(lifetime_s=60, clock=clock, **limits)
+    others = [put(links, client="b"), put(links, client="c")]
+    flood = [put(links, client="a") for _ in range(100)]
+    most = 19 if "max_bytes" in limits else 18
+
+    assert kept(links, others) == [True, True]
+    assert kept(links, flood) == [False] * (100 - most) + [True] * most
+
+
+def test_who_was_alone_makes_room_for_the_next(clock):
+    """Alone a client has all of it; with others it has three quarters, then an equal part."""
+    links = LinkStore(lifetime_s=60, clock=clock, max_count=16)
+    first = [put(links, client="a") for _ in range(16)]
+
+    assert all(kept(links, first))
+
+    second = [put(links, client="b")]
+    assert sum(kept(links, first)) == 12
+
+    second += [put(links, client="b") for _ in range(7)]
+    assert (sum(kept(links, first)), sum(kept(links, second))) == (8, 8)
+
+    third = [put(links, client="c") for _ in range(30)]
+    assert sorted(sum(kept(links, each)) for each in (first, second, third)) == [5, 5, 6]
+
+
+def test_what_is_too_old_counts_for_nobody(clock):
+    """A client whose links have expired is no one to leave room to."""
+    links = LinkStore(lifetime_s=60, clock=clock, max_count=4)
+    put(links, client="b")
+    clock.now = 60.0
+    names = [put(links, client="a") for _ in range(4)]
+
+    assert all(kept(links, names))
+    assert repr(links) == "<LinkStore: 4 links, 40 bytes>"
+
+
+async def test_links_are_counted_by_who_asked(serve):
+    """The key's holder, not the address that a thousand share."""
+    client = await serve(api_keys=("first-key-1234", "second-key-5678"))
+    for key in ("first-key-1234", "second-key-5678"):
+        body = {"prompt": "a", "response_format": "url"}
+        url = (await client.post(ROUTE, json=body, headers={"api-key": key})).json()
+        assert (await client.get(url["data"][0]["url"])).status_code == 200
 
 
 async def test_a_link_leads_to_the_picture(client):

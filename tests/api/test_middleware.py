@@ -166,25 +166,26 @@ async def test_a_full_queue_comes_before_a_large_body(serve, service):
 
 async def test_bodies_are_limited_together_while_they_are_held(serve, service):
     """Those being read count; one whose picture waits was let go of."""
-    client = await serve(max_body_bytes=2000)
+    keys = ("first-key-1234", "second-key-5678")
+    client = await serve(max_body_bytes=200_000, api_keys=keys)
     service.script.release = asyncio.Event()
-    body = json.dumps({"prompt": "a" * 1800}).encode()
-    headers = {"content-type": "application/json"}
+    body = json.dumps({"prompt": "a"}).encode().ljust(190_000)
+    headers = [{"content-type": "application/json", "api-key": key} for key in keys]
     waiting = [
-        asyncio.create_task(client.post("/generate", content=body, headers=headers))
-        for _ in range(20)
+        asyncio.create_task(client.post("/generate", content=body, headers=headers[number % 2]))
+        for number in range(20)
     ]
     await until(lambda: len(service.tickets) == 20)
     more = asyncio.Event()
 
     async def half():
-        yield body[:1800]
+        yield body[:189_000]
         await more.wait()
-        yield body[1800:]
+        yield body[189_000:]
 
     reading = [
-        asyncio.create_task(client.post("/generate", content=half(), headers=headers))
-        for _ in range(9)
+        asyncio.create_task(client.post("/generate", content=half(), headers=headers[number % 2]))
+        for number in range(9)
     ]
     refused, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED, timeout=5)
     more.set()

@@ -66,16 +66,12 @@ FLOORS = {
 @pytest.fixture(scope="module")
 def locked_service() -> Iterator[Server]:
     """A service with a key."""
-    script = ("oom@2", "fail@3", "leak@4", "exit@5")
     with Server(
-        *script,
         module="tests.faulty",
         model="shapes",
         device="cpu",
         api_keys=KEY,
         log_format="json",
-        log_level="debug",
-        png_metadata="false",
     ) as server:
         yield server
 
@@ -158,16 +154,36 @@ def test_row_3_the_container_is_published_on_the_loopback_address_only() -> None
 @slow
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_row_4_a_web_page_cannot_drive_the_card(scripted_service, kind) -> None:
-    """Row 4 (CVE-2024-28224): what a page may send unasked is refused by its type, and no answer
-    lets a page read it."""
+    """Row 4 (CVE-2024-28224): what a page may send unasked is refused for its origin, and by its
+    type where a browser tells no origin; no answer lets a page read it."""
     before = scripted_service.metric("klein_images_total")
     headers = {"content_type": kind, "origin": "http://evil.example"}
     status, found, _ = scripted_service.request("POST", "/generate", b'{"prompt": "x"}', **headers)
     preflight, allowed, _ = scripted_service.request("OPTIONS", "/generate", **headers)
+    del headers["origin"]
+    silent, _, _ = scripted_service.request("POST", "/generate", b'{"prompt": "x"}', **headers)
 
-    assert status == 415
+    assert (status, silent) == (403, 415)
     assert preflight == 405
     assert not [name for name in {**found, **allowed} if name.startswith("access-control")]
+    assert scripted_service.metric("klein_images_total") == before
+
+
+@slow
+@pytest.mark.parametrize(
+    "headers",
+    [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec_fetch_site": "cross-site"}],
+)
+def test_row_4_a_form_of_another_origin_makes_no_picture(scripted_service, headers) -> None:
+    """Row 4: edits take multipart forms, which a page sends without anybody's leave: 403."""
+    before = scripted_service.metric("klein_images_total")
+    image = saved(picture("smooth").resize((128, 128)), "PNG")
+    body, kind = form({"prompt": "x", "size": "128x128"}, [("image", "a.png", image)])
+    status, _, answer = scripted_service.request(
+        "POST", "/v1/images/edits", body, content_type=kind, **headers
+    )
+
+    assert (status, error_of(answer)["code"]) == (403, "origin_not_allowed")
     assert scripted_service.metric("klein_images_total") == before
 
 
@@ -502,32 +518,111 @@ CANARY = "Canary-Prompt-Zebra"
 
 
 @slow
-def test_row_17_prompts_keys_and_pictures_are_nowhere(locked_service) -> None:
+def test_row_17_prompts_keys_and_pictures_are_nowhere(scripted) -> None:
     """Row 17: after a picture, out of memory, a failure, a library's error with the prompt in its
-    text, a dead worker, a wrong key and bad requests: in no log line, metric or picture."""
-    server = locked_service
-    key = {"authorization": f"Bearer {KEY}"}
+    text, a dead worker, a wrong key and bad requests: in no log line, metric or picture. Each of
+    them was answered as such, and has its line."""
+    script = ("oom@2", "fail@3", "leak@4", "exit@5")
+    told_in = {"log_format": "json", "log_level": "debug", "png_metadata": "false"}
+    server = scripted(*script, api_keys=KEY, **told_in)
+    server.wait_until_ready()
     small = {"prompt": CANARY, "width": 128, "height": 128, "seed": 1}
-    statuses = [server.post("/generate", small, **key)[0] for _ in range(5)]
-    _, _, made = server.post("/generate", small, **key)
-    server.post("/generate", small, authorization="Bearer wrong-Canary-Prompt-Zebra")
-    server.post(
-        "/v1/images/generations", {"prompt": CANARY, "user": CANARY, "model": CANARY}, **key
-    )
-    server.post("/v1/images/generations", {CANARY: 1, "prompt": "x"}, **key)
-    server.get(f"/{CANARY}?{CANARY}={CANARY}", x_request_id=f"{CANARY} x", **key)
     image = base64.b64encode(CANARY.encode()).decode()
     url = f"data:image/png;base64,{image}"
-    server.post("/v1/images/edits", {"prompt": CANARY, "images": [{"image_url": url}]}, **key)
-    metrics = server.get("/metrics", **key)[2].decode()
-    server.wait_for(r'"/metrics|GET /metrics was answered')
+    asked: list[int] = []
 
-    assert statuses == [200, 500, 500, 500, 500]
+    def ask(method: str, path: str, body: object = None, key: str = KEY) -> bytes:
+        status, _, answer = server.request(
+            method,
+            path,
+            None if body is None else json.dumps(body).encode(),
+            content_type="application/json",
+            authorization=f"Bearer {key}",
+            x_request_id=f"canary-{len(asked)}",
+        )
+        asked.append(status)
+        return answer
+
+    for _ in range(5):
+        ask("POST", "/generate", small)
+    wait_until(lambda: server.get("/health/ready")[0] == 200)
+    made = ask("POST", "/generate", small)
+    ask("POST", "/generate", small, key=f"wrong-{CANARY}")
+    openai = {"prompt": CANARY, "user": CANARY}
+    ask("POST", "/v1/images/generations", {**openai, "model": CANARY})
+    ask("POST", "/v1/images/generations", {**openai, "n": CANARY})
+    ask("POST", "/v1/images/generations", {**openai, "output_format": CANARY})
+    ask("GET", f"/{CANARY}?{CANARY}={CANARY}")
+    ask("GET", f"/v1/models/{CANARY}")
+    ask("POST", "/v1/images/edits", {"prompt": CANARY, "images": [{"image_url": url}]})
+    metrics = ask("GET", "/metrics").decode()
+    server.wait_for(rf'"status".*"canary-{len(asked) - 1}"')
+    lines = [json.loads(line) for line in server.lines if '"request_id": "canary-' in line]
+    told = {line["request_id"]: line["status"] for line in lines if "status" in line}
+
+    assert asked == [200, 500, 500, 500, 500, 200, 401, 400, 400, 400, 404, 404, 400, 200]
+    assert told == {f"canary-{number}": status for number, status in enumerate(asked)}
     assert "a library could not make sense of" in server.log
     for hidden in (CANARY, KEY, image):
         assert hidden not in server.log
         assert hidden not in metrics
         assert hidden.encode() not in made
+
+
+MARK = "zebra-field"
+FORGED_NAMES = [
+    f"{MARK} status=200 outcome=ok",
+    f'{MARK}" status=200 outcome="ok',
+    f'{MARK}\\" status=200',
+    f"{MARK}\\",
+    f"{MARK}=status=200",
+    f"{MARK}\tstatus=200",
+    f"{MARK}\u2028status=200",
+    f"{MARK}\x1b[2K\rstatus=200",
+    f"{MARK}\u202estatus=200",
+    f"status=200 {MARK}",
+    f"{MARK}" + "x" * 3000,
+    f"{MARK}" + " status=200" * 300,
+    MARK,
+]
+PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"=]+)(?: |$)')
+
+
+def pairs_of(line: str) -> dict[str, str]:
+    """The pairs after the sentence of a line, which hold all of it, each name once."""
+    rest = line.partition(" was answered. ")[2]
+    found = {}
+    while rest:
+        match = PAIR.match(rest)
+        assert match, (rest, line)
+        assert match[1] not in found, line
+        found[match[1]] = json.loads(match[2]) if match[2].startswith('"') else match[2]
+        rest = rest[match.end() :]
+    return found
+
+
+@slow
+def test_row_17_a_callers_words_forge_no_pair(scripted_service, locked_service) -> None:
+    """Row 17: the name of an unknown field is quoted where it could be taken for more, has at most
+    64 characters, and stands there once; in both formats."""
+    for number, name in enumerate(FORGED_NAMES):
+        body = {"prompt": "x", name: 1}
+        for server in (scripted_service, locked_service):
+            headers = {"api_key": KEY, "x_request_id": f"forged-{number}"}
+            status, _, answer = server.post("/v1/images/generations", body, **headers)
+            assert (status, error_of(answer)["code"]) == (400, "unknown_parameter")
+            server.wait_for(rf"forged-{number}\b")
+    texts = [line for line in scripted_service.lines if "forged-" in line]
+    objects = [line for line in locked_service.lines if '"forged-' in line]
+    told = [pairs_of(line) for line in texts] + [json.loads(line) for line in objects]
+
+    assert len(texts) == len(objects) == len(FORGED_NAMES)
+    for line, pairs in zip(texts + objects, told, strict=True):
+        assert (str(pairs["status"]), pairs["outcome"]) == ("400", "invalid")
+        assert line.isprintable()
+        assert line.count(MARK) == 1
+        assert MARK in pairs["param"]
+        assert len(pairs["param"]) <= 64
 
 
 @slow

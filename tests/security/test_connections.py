@@ -113,14 +113,21 @@ def test_row_14_a_body_that_grows_beyond_the_limit_is_cut_off() -> None:
 async def test_row_14_many_large_bodies_do_not_fill_the_memory_together() -> None:
     """Row 14: each is below the limit, but what all of them hold is limited too: 503, and the
     places are free again once they have gone."""
-    app = create_app(Settings.read({}, max_body_bytes=2**20), lambda settings: FakeRuntime())
-    head = POST + b"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+    keys = ("first-key-1234", "second-key-5678")  # one client alone has three quarters only
+    settings = Settings.read({}, max_body_bytes=2**20, api_keys=keys)
+    app = create_app(settings, lambda settings: FakeRuntime())
+    heads = [
+        POST
+        + f"api-key: {key}\r\nContent-Type: application/json\r\n".encode()
+        + b"Content-Length: 1000000\r\n\r\n"
+        for key in keys
+    ]
     async with listening(app, http=GuardedProtocol) as port:
         pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(9)]
         reading = [asyncio.create_task(reader.read()) for reader, _ in pairs]
         try:
-            for _, writer in pairs:
-                writer.write(head + b" " * 999_999)
+            for number, (_, writer) in enumerate(pairs):
+                writer.write(heads[number % 2] + b" " * 999_999)
             async with asyncio.timeout(10):
                 done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -129,7 +136,7 @@ async def test_row_14_many_large_bodies_do_not_fill_the_memory_together() -> Non
                 with contextlib.suppress(ConnectionError):
                     await task
         refused = done.pop().result()
-        served, _ = await until_closed(port, head + b'{"prompt": "a"}'.ljust(1_000_000))
+        served, _ = await until_closed(port, heads[0] + b'{"prompt": "a"}'.ljust(1_000_000))
 
     assert status_of(refused) == 503
     assert served.startswith(b"HTTP/1.1 200 OK")
