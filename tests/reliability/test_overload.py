@@ -275,11 +275,9 @@ def p99(values: list[float]) -> float:
 def test_rows_1_and_2_under_full_load_refusals_and_probes_stay_fast(scripted) -> None:
     """Row 1: p99 of a refusal below 100 ms. Row 2: p99 of /health/live below 100 ms, asked every
     50 ms, and the loop never more than 250 ms late; at five times the capacity."""
-    server = scripted("slow=0.1", queue_images=8)
-    server.wait_until_ready()
     live = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
-    async def both() -> tuple[list[Answer], list[Answer]]:
+    async def both(server: Server) -> tuple[list[Answer], list[Answer]]:
         return await asyncio.gather(
             flood(server, request_bytes("/generate", SMALL), every_s=0.02, seconds=5),
             flood(server, live, every_s=0.05, seconds=5),
@@ -287,8 +285,10 @@ def test_rows_1_and_2_under_full_load_refusals_and_probes_stay_fast(scripted) ->
 
     rounds = []
     for _ in range(ROUNDS):
-        server.metric("klein_event_loop_lag_seconds")
-        answers, probes = asyncio.run(both())
+        # A service for each round: the lag is the most of the last minute.
+        server = scripted("slow=0.1", queue_images=8)
+        server.wait_until_ready()
+        answers, probes = asyncio.run(both(server))
         refusals = [answer.seconds for answer in answers if answer.status == 503]
         assert {answer.status for answer in probes} == {200}
         assert len(refusals) > 50
@@ -298,6 +298,7 @@ def test_rows_1_and_2_under_full_load_refusals_and_probes_stay_fast(scripted) ->
             server.metric("klein_event_loop_lag_seconds"),
         )
         rounds.append(found)
+        server.stop()
         if found[0] < 0.1 and found[1] < 0.1 and found[2] < 0.25:
             break
     else:
