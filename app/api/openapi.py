@@ -26,7 +26,7 @@ _SMALL_PICTURE = (
     "MBSE4c/PSKRkBDYhbO4RGCEjuIwQiilMCgsKyvzV6e6e9HQcj3P9iNuGjCWlIkjMvdJaJZiYiP00uHAiuBJjNJNG"
     "p5MpSOU7+kdkzNx/dwptdBY2gsprjFZWgicPgtZ/29cY9jkAb7FqFwcNkzldAAAAAElFTkSuQmCC"
 )
-_GENERATES = (400, 401, 413, 415, 429, 500, 503, 504)
+_GENERATES = (400, 401, 403, 413, 415, 429, 500, 503, 504)
 _ABOUT = (
     "One warm FLUX.2 klein pipeline behind HTTP: `POST /generate` answers with a picture's bytes, "
     "`POST /v1/images...` as OpenAI's image API does. Errors are OpenAI's error object everywhere. "

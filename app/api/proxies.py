@@ -32,7 +32,7 @@ class Proxies:
 
     def __init__(self, trusted: Iterable[str]) -> None:
         self._networks = tuple(ipaddress.ip_network(each) for each in trusted)
-        self._said: dict[Address, bytes] = {}
+        self._said: dict[Address, int] = {}
         self._has_warned = False
 
     def client(self, scope: Scope) -> str:
@@ -68,7 +68,7 @@ class Proxies:
         """
         if self._has_warned:
             return
-        if self._said.setdefault(peer, said) != said:
+        if self._said.setdefault(peer, hash(said)) != hash(said):
             self._has_warned = True
             self._said.clear()
             _log.warning(
