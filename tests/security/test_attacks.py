@@ -703,19 +703,18 @@ def test_a_client_above_its_rate_is_told_when_to_come_again() -> None:
 
 @slow
 def test_nobody_gets_a_second_share_by_x_forwarded_for(scripted) -> None:
-    """On the real server, from 127.0.0.1, where a proxy would sit: the address that a header names
-    counts only where the peer was declared."""
-    statuses = []
-    for settings in ({}, {"trusted_proxies": "127.0.0.1"}):
-        server = scripted(rate_limit_per_minute=1, **settings)
-        server.wait_until_ready()
-        body = {"prompt": "x", "width": 128, "height": 128}
-        statuses += [
-            server.post("/generate", body, x_forwarded_for=address)[0]
-            for address in ("203.0.113.9", "203.0.113.10", "6.6.6.6, 203.0.113.10")
-        ]
+    """On the real server, from 127.0.0.1, which uvicorn itself would believe: an address that a
+    header names counts for nothing, since that peer was not declared."""
+    server = scripted(rate_limit_per_minute=1, trusted_proxies="10.0.0.0/8")
+    server.wait_until_ready()
+    body = {"prompt": "x", "width": 128, "height": 128}
+    statuses = [
+        server.post("/generate", body, x_forwarded_for=address)[0]
+        for address in ("203.0.113.9", "203.0.113.10", "10.0.0.1")
+    ]
+    server.wait_for("name it in KLEIN_TRUSTED_PROXIES", timeout_s=5)
 
-    assert statuses == [200, 429, 429, 200, 200, 429]
+    assert statuses == [200, 429, 429]
 
 
 @slow
