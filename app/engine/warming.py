@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 Make = Callable[[ImageSpec], Generated]
 
 NO_PICTURE = (
-    "The warm-up picture shows nothing (one colour, or values that are no numbers): the weights are "
-    "damaged or do not belong together, or a part of the model overflows at its precision. Check "
-    "the files with `klein download --verify`, or try KLEIN_PRECISION=bf16."
+    "The warm-up picture shows nothing (one colour, or values that are no numbers): the weights "
+    "are damaged or do not belong together, or a part of the model overflows at its precision. "
+    "Check the files with `klein download --verify`, or try KLEIN_PRECISION=bf16."
 )
 
 _SMALL_PIXELS = 256 * 256

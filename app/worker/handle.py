@@ -68,6 +68,7 @@ class WorkerHandle:
         finally:
             # Ours must be the only end left here, or the worker's death would not be heard.
             theirs.close()
+        self._pid = self._process.pid or 0
         try:
             self._start_threads()
         except BaseException:
@@ -83,7 +84,7 @@ class WorkerHandle:
     @property
     def pid(self) -> int:
         """The worker's process id."""
-        return self._process.pid or 0
+        return self._pid
 
     def send(self, message: ToWorker) -> None:
         """Hand *message* to the worker; one that has gone takes no notice."""
@@ -91,8 +92,9 @@ class WorkerHandle:
 
     def kill(self) -> None:
         """End the process now; a hung kernel does not keep it."""
-        self._process.kill()
-        self._loop.call_later(self._leave_s, self._abandon)
+        if not self._exited.is_set():
+            self._process.kill()
+            self._loop.call_later(self._leave_s, self._abandon)
 
     async def wait(self) -> None:
         """Return once the process has gone."""
@@ -103,7 +105,7 @@ class WorkerHandle:
             self._pipe,
             name="worker pipe, down",
             on_unsendable=self._on_unsendable,
-            on_broken=self._process.kill,
+            on_broken=self._on_broken,
         )
         try:
             threading.Thread(target=self._receive, name="worker pipe, up", daemon=True).start()
@@ -145,7 +147,10 @@ class WorkerHandle:
             error = GenerationFailed(_NOT_SENT)
             self._tell(self._deliver, Failed.of(message.job_id, error))
         else:
-            self._process.kill()
+            self._on_broken()
+
+    def _on_broken(self) -> None:
+        self._tell(self.kill)
 
     def _abandon(self) -> None:
         """Tell of its end though it is there: not even SIGKILL ends what waits in a driver."""
@@ -158,7 +163,11 @@ class WorkerHandle:
             return
         self._outbox.hang_up()
         self._exited.set()
-        self._listener.on_exit(self, self._process.exitcode)
+        exit_code = self._process.exitcode
+        if exit_code is not None:
+            # Its descriptors, at once.
+            self._process.close()
+        self._listener.on_exit(self, exit_code)
 
 
 def _start(

@@ -60,6 +60,9 @@ class Outbox:
             # Here and nowhere else: a number that is closed while it is written to may by then be
             # another file's.
             self._pipe.close()
+            # Who owns this owns the memory of a whole picture too: it is not to wait for a round of
+            # the garbage collector.
+            del self._on_unsendable, self._on_broken
 
     def _send(self, message: Message) -> None:
         try:

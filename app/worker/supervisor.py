@@ -298,6 +298,8 @@ class Supervisor:
         )
 
     def _start_worker(self, stage: str) -> None:
+        if self._is_closing:
+            return
         self.stage = stage
         self._started_at = self._clock()
         limits = self._limits
