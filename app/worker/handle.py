@@ -125,7 +125,7 @@ class WorkerHandle:
             _log.exception("What the worker sent cannot be read.")
         self._process.kill()
         self._process.join(self._leave_s)
-        self._tell(self._on_exit)
+        self._tell(self._on_gone)
 
     def _tell(self, callback: Callable[..., None], *arguments: FromWorker) -> None:
         try:
@@ -156,18 +156,20 @@ class WorkerHandle:
         """Tell of its end though it is there: not even SIGKILL ends what waits in a driver."""
         if not self._exited.is_set():
             _log.error("The worker, process %s, was killed and does not go.", self.pid)
-            self._on_exit()
+            self._end(None)
 
-    def _on_exit(self) -> None:
-        if self._exited.is_set():
-            return
-        self._outbox.hang_up()
-        self._exited.set()
+    def _on_gone(self) -> None:
         exit_code = self._process.exitcode
         if exit_code is not None:
             # Its descriptors, at once.
             self._process.close()
-        self._listener.on_exit(self, exit_code)
+        self._end(exit_code)
+
+    def _end(self, exit_code: int | None) -> None:
+        if not self._exited.is_set():
+            self._outbox.hang_up()
+            self._exited.set()
+            self._listener.on_exit(self, exit_code)
 
 
 def _start(
