@@ -70,8 +70,8 @@ class Limits:
     """A running job may be silent for this many of its predicted steps, if that is longer."""
     beat_s: float = 5.0
     """How often a worker that has nothing to do is asked whether it is there."""
-    unanswered_s: float = 30.0
-    """How long it may leave that unanswered."""
+    silence_idle_s: float = 30.0
+    """How long it may be silent then."""
     close_s: float = 5.0
     """How long it may take to leave: when told to, and of itself after its last word."""
 
@@ -377,8 +377,8 @@ class Supervisor:
         """
         if self._running:
             self._unanswered = 0
-        elif self._unanswered * self._limits.beat_s >= self._limits.unanswered_s:
-            _log.error("The idle worker did not answer for %.0f s.", self._limits.unanswered_s)
+        elif (self._unanswered + 1) * self._limits.beat_s >= self._limits.silence_idle_s:
+            _log.error("The idle worker said nothing for %.0f s.", self._limits.silence_idle_s)
             self._end_worker("heartbeat")
             return
         elif self._handle:

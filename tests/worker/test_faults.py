@@ -219,7 +219,7 @@ async def test_a_worker_that_not_even_sigkill_ends_is_left_to_itself(
 
 async def test_an_idle_worker_that_stands_still_is_replaced(supervise) -> None:
     """A stopped process answers nothing; until it was asked it counted as ready."""
-    limits = Limits(beat_s=0.05, unanswered_s=0.2)
+    limits = Limits(beat_s=0.05, silence_idle_s=0.2)
     async with supervise(limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         os.kill(supervisor.pid, signal.SIGSTOP)
@@ -233,7 +233,7 @@ async def test_an_idle_worker_that_stands_still_is_replaced(supervise) -> None:
 @pytest.mark.full
 async def test_a_service_that_stood_still_does_not_blame_its_worker(supervise) -> None:
     """As when both are paused together: it was not asked, so it owes no answer."""
-    limits = Limits(beat_s=0.05, unanswered_s=0.2)
+    limits = Limits(beat_s=0.05, silence_idle_s=0.2)
     async with supervise(limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         time.sleep(0.5)  # noqa: ASYNC251  # the event loop's standing still is what is tested
@@ -245,7 +245,7 @@ async def test_a_service_that_stood_still_does_not_blame_its_worker(supervise) -
 @pytest.mark.full
 async def test_a_worker_at_work_or_loading_is_not_asked(supervise) -> None:
     """It answers between jobs; a job and a start have limits of their own."""
-    limits = Limits(beat_s=0.02, unanswered_s=0.1)
+    limits = Limits(beat_s=0.02, silence_idle_s=0.1)
     async with supervise("load=0.3", "slow=0.5", limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         await supervisor.run("a", SPEC, ignore)
