@@ -16,7 +16,9 @@ caller: one plain sentence with the fix, never a traceback, path or address.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
 
 
 class Kind(Enum):
@@ -125,14 +127,38 @@ class StartupError(KleinError):
     kind = Kind.STARTUP
 
 
-def from_kind(kind: Kind, message: str) -> KleinError:
-    """Build the error that *kind* and *message*, as they came over the pipe, stand for."""
-    if kind is Kind.OUT_OF_MEMORY:
-        return OutOfMemory(message)
-    if kind is Kind.CANCELLED:
-        return Cancelled(message)
-    if kind is Kind.FATAL:
-        return WorkerLost(message)
-    if kind is Kind.STARTUP:
-        return StartupError(message)
-    return GenerationFailed(message, kind=kind)
+_TYPES: Mapping[Kind, type[KleinError]] = MappingProxyType(
+    {
+        Kind.DEADLINE: DeadlineExceeded,
+        Kind.OUT_OF_MEMORY: OutOfMemory,
+        Kind.FAILED: GenerationFailed,
+        Kind.FATAL: WorkerLost,
+        Kind.STARTUP: StartupError,
+    }
+)
+_UNAVAILABLE = frozenset({Kind.QUEUE_FULL, Kind.LOADING, Kind.DRAINING, Kind.WORKER_DOWN})
+
+
+def from_kind(
+    kind: Kind,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after_s: int | None = None,
+) -> KleinError:
+    """Build the error that these, as they came over the pipe, stand for: its own class, and all
+    that it said."""
+    error: KleinError
+    if kind is Kind.INVALID:
+        error = InvalidRequest(message)
+    elif kind is Kind.CANCELLED:
+        error = Cancelled(message)
+    elif kind in _UNAVAILABLE:
+        error = Unavailable(message, kind=kind, retry_after_s=0)
+    else:
+        error = _TYPES.get(kind, KleinError)(message, kind=kind)
+    error.param = param
+    error.code = code
+    error.retry_after_s = retry_after_s
+    return error

@@ -188,12 +188,12 @@ class ImageService:
     def status(self) -> Status:
         """Where the service stands now."""
         worker = self._worker
-        stage = "draining" if self._is_draining else worker.stage
+        is_leaving = self._is_draining and worker.stage != "failed"
         return Status(
-            stage=stage,
+            stage="draining" if is_leaving else worker.stage,
             is_ready=worker.is_ready and not self._is_draining,
             progress=worker.load_progress,
-            reason="The service is shutting down." if self._is_draining else worker.reason,
+            reason="The service is shutting down." if is_leaving else worker.reason,
             info=worker.info,
             queue_size=self._queue.size,
             queue_capacity=self._queue.capacity,

@@ -70,6 +70,8 @@ class FakeService:
     """What the memory plan can hold beside 0, 1, ... references."""
     closed_by: Kind | None = None
     """Where set, nothing is taken, for this reason."""
+    has_failed: bool = False
+    """Whether the service has given up."""
     tickets: list[FakeTicket] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
     clients: list[str] = field(default_factory=list)
@@ -94,9 +96,10 @@ class FakeService:
             Kind.DRAINING: "draining",
             Kind.WORKER_DOWN: "restarting",
         }
-        is_ready = self.closed_by in {None, Kind.QUEUE_FULL}
+        is_ready = self.closed_by in {None, Kind.QUEUE_FULL} and not self.has_failed
+        stage = "ready" if is_ready else stages[self.closed_by or Kind.LOADING]
         return Status(
-            stage="ready" if is_ready else stages[self.closed_by or Kind.LOADING],
+            stage="failed" if self.has_failed else stage,
             is_ready=is_ready,
             progress=0.5 if self.closed_by is Kind.LOADING else None,
             reason="" if is_ready else "The script says so.",

@@ -4,11 +4,13 @@
 
 `fault@n` strikes at the n-th picture of a worker process, `fault%n` at every n-th, `slow=s` makes
 every picture take *s* seconds (split over its steps). Faults: `oom`, `sticky` (the card is lost),
-`hang` (a step never returns), `exit` (the process dies), `fail`, `leak` (an error of no kind of
-ours, with the prompt in its message). `load=s` makes loading take *s* seconds, `startfail` makes it
-fail, `once=PATH` lets faults strike only while PATH does not exist and creates it. `gate=PATH`
-holds every picture between its steps until PATH exists. `trace=PATH` gets a line for each end of a
-picture. No setting of the service selects this engine.
+`hang` (a step never returns), `exit` (the process dies), `fail`, `invalid` (the caller's fault),
+`leak` (an error of no kind of ours, with the prompt in its message), `unreadable` (a sign of life
+that the other process cannot read), `unsendable` (a picture that cannot be sent). `load=s` makes
+loading take *s* seconds, `startfail` makes it fail, `startexit` makes the process die of it,
+`stay=s` makes the process take *s* seconds to leave, `once=PATH` lets faults strike only while PATH
+does not exist and creates it. `gate=PATH` holds every picture between its steps until PATH exists.
+`trace=PATH` gets a line for each end of a picture. No setting of the service selects this engine.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,7 +36,14 @@ from app.domain import (
     StageTimings,
 )
 from app.engine.config import EngineConfig
-from app.errors import Cancelled, GenerationFailed, OutOfMemory, StartupError, WorkerLost
+from app.errors import (
+    Cancelled,
+    GenerationFailed,
+    InvalidRequest,
+    OutOfMemory,
+    StartupError,
+    WorkerLost,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,9 @@ class Script:
     faults: dict[int, str] = field(default_factory=dict)
     slow_s: float = 0.0
     load_s: float = 0.0
+    stay_s: float = 0.0
     start_fails: bool = False
+    start_exits: bool = False
     once: str | None = None
     trace: str | None = None
     gate: str | None = None
@@ -63,9 +75,11 @@ class Script:
                 script = replace(script, recurring=recurring)
             elif word == "startfail":
                 script = replace(script, start_fails=True)
+            elif word == "startexit":
+                script = replace(script, start_exits=True)
             else:
                 key, _, value = word.partition("=")
-                name = {"slow": "slow_s", "load": "load_s"}.get(key, key)
+                name = f"{key}_s" if key in {"slow", "load", "stay"} else key
                 script = replace(
                     script, **{name: value if key in {"once", "trace", "gate"} else float(value)}
                 )
@@ -82,6 +96,10 @@ class FaultyEngine:
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
         """Take the scripted time, then be ready."""
+        if self._script.stay_s:
+            stay(self._script.stay_s)
+        if self._script.start_exits and self._is_due():
+            os._exit(3)
         if self._script.start_fails:
             raise StartupError("The scripted engine does not start; this is what was asked for.")
         on_progress(LoadProgress("loading", 0.5, "Reading the weights."))
@@ -109,11 +127,8 @@ class FaultyEngine:
         """Step through the spec; strike where the script says so."""
         self._count += 1
         fault = self._fault()
-        if fault and self._script.once:
-            if Path(self._script.once).exists():
-                fault = None
-            else:
-                Path(self._script.once).touch()
+        if fault and not self._is_due():
+            fault = None
         started = time.monotonic()
         steps = []
         for step in range(spec.num_inference_steps):
@@ -122,7 +137,7 @@ class FaultyEngine:
                 raise Cancelled
             if step == spec.num_inference_steps // 2 and fault:
                 self._trace(f"struck {fault}")
-                _strike(fault, spec)
+                _strike(fault, spec, on_progress)
             self._wait_at_gate(should_stop)
             begun = time.monotonic()
             time.sleep(self._script.slow_s / spec.num_inference_steps)
@@ -136,6 +151,7 @@ class FaultyEngine:
             prompt_tokens=512,
             is_prompt_cut=False,
             is_prompt_cached=False,
+            latents=threading.Lock() if fault == "unsendable" else None,
         )
 
     def close(self) -> None:
@@ -146,6 +162,15 @@ class FaultyEngine:
             if self._count % every == 0:
                 return fault
         return self._script.faults.get(self._count)
+
+    def _is_due(self) -> bool:
+        """Whether a fault may strike: always, or once."""
+        if self._script.once is None:
+            return True
+        if Path(self._script.once).exists():
+            return False
+        Path(self._script.once).touch()
+        return True
 
     def _wait_at_gate(self, should_stop: Callable[[], bool]) -> None:
         while self._script.gate and not Path(self._script.gate).exists() and not should_stop():
@@ -163,7 +188,25 @@ def draw(spec: ImageSpec) -> RawImage:
     return RawImage(spec.width, spec.height, colour * (spec.width * spec.height))
 
 
-def _strike(fault: str, spec: ImageSpec) -> None:
+class Unreadable:
+    """Can be written down, and not be read again."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return int, ("no number",)
+
+
+def stay(seconds: float) -> None:
+    """Make this process take so long to leave."""
+    leave = os._exit
+
+    def leave_late(code: int) -> None:
+        time.sleep(seconds)
+        leave(code)
+
+    os._exit = leave_late
+
+
+def _strike(fault: str, spec: ImageSpec, on_progress: Callable[[Progress], None]) -> None:
     if fault == "oom":
         raise OutOfMemory("The card has no room for this picture; ask for a smaller one.")
     if fault == "sticky":
@@ -172,6 +215,12 @@ def _strike(fault: str, spec: ImageSpec) -> None:
         raise GenerationFailed("The picture could not be made.")
     if fault == "leak":
         raise RuntimeError(f"a library could not make sense of {spec.prompt!r}: {spec.prompt}")
+    if fault == "invalid":
+        raise InvalidRequest("The picture to edit is too narrow.", param="image", code="too_narrow")
+    if fault == "unreadable":
+        on_progress(Progress(Stage.DENOISE, 1, 1, Unreadable()))
+    if fault in {"unreadable", "unsendable"}:
+        return
     if fault == "exit":
         os._exit(3)
     if fault == "hang":

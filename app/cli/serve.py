@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 from functools import partial
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("app.serve")
 
 EXIT_SECOND_SIGNAL = 143
+
+END_S = 5.0
+"""Seconds that the service may take to end once it has given up, answers under way included."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -125,6 +129,15 @@ class _Service:
         logs.say(f"klein: {ended.message}")
         self._exit_code = ended.exit_code
         self._server.should_exit = True
+        _leave_within(END_S, ended.exit_code)
+
+
+def _leave_within(seconds: float, exit_code: int) -> None:
+    """End this process after *seconds*, whatever it waits for then: a service that has given up is
+    to be replaced. A timer of the kernel's, since threads and descriptors may be what is lacking.
+    """
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(exit_code))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def address(listener: socket.socket) -> str:

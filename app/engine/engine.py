@@ -31,7 +31,7 @@ from app.engine.config import EngineConfig
 from app.engine.parts import Parts
 from app.engine.previews import preview, preview_steps
 from app.engine.start import Started, start
-from app.engine.warming import warm_up
+from app.engine.warming import NO_PICTURE, warm_up
 from app.errors import KleinError, StartupError
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,6 @@ class KleinEngine:
         gc.freeze()
         return started.info(self._config, warm_up_s, time.perf_counter() - begun)
 
-    @torch.no_grad()
     def generate(
         self,
         spec: ImageSpec,
@@ -75,18 +74,30 @@ class KleinEngine:
         Raises:
             Cancelled, OutOfMemory, GenerationFailed, WorkerLost
         """
+        return self._generate(spec, on_progress, should_stop)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        spec: ImageSpec,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+        *,
+        is_trial: bool = False,
+    ) -> Generated:
         if self._started is None:
             raise StartupError("The model is not loaded; load it first.")
         try:
             # Drawn beside the text stage: on the host it takes as long as a whole encoder pass.
             noise = self._noise.submit(stages.draw_noise, self._started.parts, spec)
-            return _Job(self._started.parts, spec, noise, on_progress, should_stop).run()
+            parts = self._started.parts
+            return _Job(parts, spec, noise, on_progress, should_stop, is_trial).run()
         except Exception as error:
             fault = faults.translate(error)
         raise fault
 
     def _make(self, spec: ImageSpec) -> Generated:
-        return self.generate(spec, lambda _: None, lambda: False)
+        return self._generate(spec, lambda _: None, lambda: False, is_trial=True)
 
     def close(self) -> None:
         """Let go of the card."""
@@ -107,6 +118,9 @@ class _Job:
     noise: Future[torch.Tensor]
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
+    is_trial: bool
+    """Whether the picture is looked at before its values become bytes, which hides what is wrong
+    with them."""
 
     def run(self) -> Generated:
         """Go through the stages and measure each."""
@@ -168,6 +182,8 @@ class _Job:
 
     def _decode(self, latents: torch.Tensor, source: stages.Source | None) -> torch.Tensor:
         made = stages.decode(self.parts, latents, stages.grid(self.spec))
+        if self.is_trial and not torch.isfinite(made).all():
+            raise StartupError(NO_PICTURE)
         pixels = pictures.to_host(pictures.to_bytes(made))
         if source is not None:
             pixels = pictures.paste(pixels, source.pixels, source.mask)

@@ -1,6 +1,8 @@
 """The pictures made before the service is ready: the proof that the model works, and the compiler's
 time.
 
+They are looked at: a picture of one colour, or one that holds anything but numbers, ends the start.
+
 Where things are compiled, a picture at the default size compiles for that size, one at another size
 for all others, and one more of the default size measures. After that nothing is compiled any more.
 """
@@ -11,6 +13,8 @@ import logging
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from app.domain import Generated, ImageSpec, LoadProgress, ModelCard, RawImage
 from app.engine import compiling, faults
 from app.engine.start import Started
@@ -19,6 +23,12 @@ from app.errors import OutOfMemory, StartupError
 _log = logging.getLogger(__name__)
 
 Make = Callable[[ImageSpec], Generated]
+
+NO_PICTURE = (
+    "The warm-up picture shows nothing (one colour, or values that are no numbers): the weights "
+    "are damaged or do not belong together, or a part of the model overflows at its precision. "
+    "Check the files with `klein download --verify`, or try KLEIN_PRECISION=bf16."
+)
 
 _SMALL_PIXELS = 256 * 256
 
@@ -32,7 +42,7 @@ def warm_up(
     """Make pictures until all is warm; return the seconds of one at the default size.
 
     Raises:
-        StartupError: the card has no room even for a small picture.
+        StartupError: the card has no room even for a small picture, or what it made is none.
     """
     if started.parts.device.type == "cpu":
         return _warm_processor(card, make, on_progress)
@@ -47,7 +57,7 @@ def warm_up(
     on_progress(LoadProgress("warm-up", 0.9, "measuring"))
     begun = time.perf_counter()
     spec = _spec(card, size, "a second warm-up picture")
-    make(spec)
+    _look_at(make(spec).image)
     share = spec.pixels / (card.default_width * card.default_height)
     return (time.perf_counter() - begun) / share
 
@@ -64,7 +74,7 @@ def _warm_processor(
     size = (_side(card.default_width // scale), _side(card.default_height // scale))
     spec = _spec(card, size, "a warm-up picture", steps=steps)
     # The first picture pays for what is made once; the second says how fast this is.
-    make(spec)
+    _look_at(make(spec).image)
     faults.give_back()
     begun = time.perf_counter()
     make(spec)
@@ -76,7 +86,7 @@ def _make_first(card: ModelCard, make: Make) -> tuple[int, int]:
     for scale in (1, 2, 4):
         size = (_side(card.default_width // scale), _side(card.default_height // scale))
         try:
-            make(_spec(card, size, "a warm-up picture"))
+            _look_at(make(_spec(card, size, "a warm-up picture")).image)
         except OutOfMemory:
             _log.warning("A warm-up picture of %sx%s found no room.", *size)
             continue
@@ -84,6 +94,13 @@ def _make_first(card: ModelCard, make: Make) -> tuple[int, int]:
     raise StartupError(
         "The card has no room even for a small picture; free its memory or set KLEIN_DEVICE=cpu."
     )
+
+
+def _look_at(image: RawImage) -> None:
+    """Refuse a picture of one colour: no whole model draws one for these prompts."""
+    pixels = np.frombuffer(image.pixels, np.uint8).reshape(-1, 3)
+    if (pixels == pixels[0]).all():
+        raise StartupError(NO_PICTURE)
 
 
 def _make_others(card: ModelCard, size: tuple[int, int], make: Make) -> None:

@@ -50,11 +50,13 @@ class Dispatcher:
                 job.on_progress(progress)
 
         task = asyncio.create_task(
-            self._backend.run(job.id, job.spec, on_progress), name=f"job {job.id}"
+            self._backend.run(job.id, job.spec, on_progress),
+            name=f"job {job.id}",
+            context=job.context,
         )
         job.stop = task.cancel
         self._tasks.add(task)
-        task.add_done_callback(partial(self._finish, job, free))
+        task.add_done_callback(partial(self._finish, job, free), context=job.context)
         if job.future.done():
             # The caller left between the taking and here, when there was nothing to stop yet.
             task.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -44,6 +45,8 @@ class Job:
     predicted_s: float = 0.0
     stop: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: asks the worker to stop."""
+    context: Context = field(default_factory=copy_context, repr=False)
+    """The request's own, in which the job runs too: the log names the request from end to end."""
 
     @property
     def queued_s(self) -> float | None:

@@ -30,7 +30,7 @@ OUTCOMES = (
     "ok", "invalid", "unauthorized", "rejected", "cancelled", "deadline", "oom", "error",
 )  # fmt: skip
 REJECTIONS = ("queue_full", "loading", "draining", "worker_down", "rate_limit")
-RESTARTS = ("fatal_cuda", "killed", "hang", "startup")
+RESTARTS = ("fatal_cuda", "killed", "hang", "heartbeat", "startup")
 
 IMAGE_BUCKETS = (
     .005, .01, .02, .05, .1, .2, .35, .5, .75, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 30, 60, 120, 300,

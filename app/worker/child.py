@@ -20,20 +20,22 @@ from typing import Any, NoReturn
 
 from app import logs
 from app.domain import Engine, LoadProgress, Progress, Stage
-from app.errors import Kind, KleinError
+from app.errors import GenerationFailed, Kind, KleinError
 from app.worker.messages import (
     Cancel,
     Done,
     Failed,
     Generate,
     Loading,
+    Ping,
+    Pong,
     Ready,
     StartFailed,
     Stepped,
     Stop,
     ToWorker,
 )
-from app.worker.outbox import Outbox
+from app.worker.outbox import Message, Outbox
 from app.worker.pipe import End
 
 _log = logging.getLogger(__name__)
@@ -43,8 +45,13 @@ EXIT_FATAL = 13
 
 EXIT_START_FAILED = 14
 
+EXIT_PIPE = 15
+"""The pipe to the parent cannot be used any more, or nobody foresaw what happened."""
+
 _REMEMBERED = 64
 """Jobs that are known to have ended, so that a late cancellation of one is dropped."""
+
+_FAILED = "The picture could not be made; the service's log says why."
 
 EngineFactory = Callable[[Any], Engine]
 
@@ -55,7 +62,11 @@ def main(pipe: End, make_engine: EngineFactory, config: object, log: tuple[str, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(style=log[0], level=log[1])
-    code = run(pipe, make_engine, config, on_orphaned=lambda: _leave(0))
+    code = EXIT_PIPE
+    try:
+        code = run(pipe, make_engine, config, leave=_leave)
+    except BaseException:
+        _log.exception("The worker failed in a way nobody foresaw.")
     # Not sys.exit: a card that is lost may hang its library's clean-up.
     _leave(code)
 
@@ -71,24 +82,42 @@ def run(
     make_engine: EngineFactory,
     config: object,
     *,
-    on_orphaned: Callable[[], object] = lambda: None,
+    leave: Callable[[int], object] = lambda code: None,
 ) -> int:
-    """Load, then answer every message until told to stop; return the process's exit code."""
-    inbox = _Inbox(pipe, on_orphaned)
-    outbox = Outbox(pipe, name="worker outbox")
+    """Load, then answer every message until told to stop; return the process's exit code.
+
+    *leave* is called from another thread where nothing can be said or heard any more.
+    """
+    inbox = _Inbox(pipe, leave)
+    outbox = Outbox(
+        pipe,
+        name="worker outbox",
+        on_unsendable=lambda message: _on_unsendable(message, outbox, leave),
+        on_broken=lambda: leave(EXIT_PIPE),
+    )
     try:
         engine = _load(make_engine, config, outbox)
         if engine is None:
             return EXIT_START_FAILED
         try:
-            for message in inbox.jobs():
-                if _serve(engine, message, inbox, outbox) is Kind.FATAL:
+            for message in inbox.work():
+                if isinstance(message, Ping):
+                    outbox.put(Pong())
+                elif _serve(engine, message, inbox, outbox) is Kind.FATAL:
                     return EXIT_FATAL
         finally:
             engine.close()
         return 0
     finally:
         outbox.close()
+
+
+def _on_unsendable(message: Message, outbox: Outbox, leave: Callable[[int], object]) -> None:
+    """Answer the job without its picture; a parent that is told nothing else is of no use."""
+    if isinstance(message, Done):
+        outbox.put(Failed.of(message.job_id, GenerationFailed(_FAILED)))
+    elif not isinstance(message, Stepped):
+        leave(EXIT_PIPE)
 
 
 def _load(make_engine: EngineFactory, config: object, outbox: Outbox) -> Engine | None:
@@ -125,18 +154,19 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
         outbox.put(Stepped(job_id, Progress(Stage.CARD_FREE, steps, steps)))
 
     hiding = logs.hidden.set((message.spec.prompt,))
+    naming = logs.request_id.set(message.request_id)
     try:
         generated = engine.generate(message.spec, on_progress, lambda: inbox.is_cancelled(job_id))
     except KleinError as error:
         _log.debug("A job failed, job=%s.", job_id, exc_info=True)
-        outbox.put(Failed(job_id, error.kind, error.message))
+        outbox.put(Failed.of(job_id, error))
         return error.kind
     except Exception:
         _log.exception("A job failed in a way nobody foresaw, job=%s.", job_id)
-        text = "The picture could not be made; the service's log says why."
-        outbox.put(Failed(job_id, Kind.FAILED, text))
+        outbox.put(Failed.of(job_id, GenerationFailed(_FAILED)))
         return Kind.FAILED
     finally:
+        logs.request_id.reset(naming)
         logs.hidden.reset(hiding)
     on_card_free()
     outbox.put(Done(job_id, generated))
@@ -146,41 +176,48 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
 class _Inbox:
     """Receives in a thread of its own; jobs wait in order, cancellations are known at once."""
 
-    def __init__(self, pipe: End, on_orphaned: Callable[[], object]) -> None:
+    def __init__(self, pipe: End, leave: Callable[[int], object]) -> None:
         self._pipe = pipe
-        self._on_orphaned = on_orphaned
-        self._jobs: queue.SimpleQueue[Generate | Stop] = queue.SimpleQueue()
+        self._leave = leave
+        self._waiting: queue.SimpleQueue[Generate | Ping | Stop] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._cancelled: set[str] = set()
         self._ended: deque[str] = deque(maxlen=_REMEMBERED)
         self._is_orphaned = False
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
 
-    def jobs(self) -> Iterator[Generate]:
-        """Yield the jobs as they come, until told to stop."""
-        while isinstance(message := self._jobs.get(), Generate):
+    def work(self) -> Iterator[Generate | Ping]:
+        """Yield what there is to do as it comes, until told to stop."""
+        while not isinstance(message := self._waiting.get(), Stop):
             yield message
-            with self._lock:
-                self._cancelled.discard(message.job_id)
-                self._ended.append(message.job_id)
+            if isinstance(message, Generate):
+                with self._lock:
+                    self._cancelled.discard(message.job_id)
+                    self._ended.append(message.job_id)
 
     def is_cancelled(self, job_id: str) -> bool:
         """Whether nobody waits for *job_id* any more."""
         return self._is_orphaned or job_id in self._cancelled
 
     def _receive(self) -> None:
-        while True:
-            try:
-                message: ToWorker = self._pipe.recv()
-            except (EOFError, OSError):
-                self._is_orphaned = True
-                self._jobs.put(Stop())
-                self._on_orphaned()
-                return
-            if isinstance(message, Cancel):
-                self._cancel(message.job_id)
-            else:
-                self._jobs.put(message)
+        code = 0
+        try:
+            while True:
+                self._take(self._pipe.recv())
+        except (EOFError, OSError):
+            _log.debug("The parent has gone.")
+        except Exception:
+            _log.exception("What the parent sent cannot be read.")
+            code = EXIT_PIPE
+        self._is_orphaned = True
+        self._waiting.put(Stop())
+        self._leave(code)
+
+    def _take(self, message: ToWorker) -> None:
+        if isinstance(message, Cancel):
+            self._cancel(message.job_id)
+        else:
+            self._waiting.put(message)
 
     def _cancel(self, job_id: str) -> None:
         """Note it, unless the job has just ended: nobody would ever forget it again."""

@@ -7,6 +7,7 @@ import multiprocessing
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Semaphore
 from typing import Any
 
@@ -14,6 +15,10 @@ from app.worker.messages import Done, FromWorker, ToWorker
 
 _WINDOW_BYTES = 2**24
 """2048x2048 pixels and some; what is larger goes through the pipe."""
+
+
+class UnsendableError(Exception):
+    """The message cannot be written down. Nothing of it was sent, and the pipe is as it was."""
 
 
 def pair(context: BaseContext | None = None) -> tuple[End, End]:
@@ -40,25 +45,29 @@ class End:
         """Send *message*; returns once the other end has taken all but what the pipe holds.
 
         Raises:
-            OSError: the other end has gone.
+            UnsendableError: *message* was not sent; the next one can be.
+            Exception: the other end has gone (OSError), or the pipe cannot be used any more.
         """
         if not isinstance(message, Done):
-            self.connection.send(message)
+            self.connection.send_bytes(_write_down(message))
             return
         pixels = message.generated.image.pixels
+        words = _write_down(_with_pixels(message, b""))
         if len(pixels) > len(self.memory):
-            self.connection.send(_with_pixels(message, b""))
+            self.connection.send_bytes(words)
             self.connection.send_bytes(pixels)
             return
+        # Waits as long as the other end does not read: there it is killed that does not.
         self.is_empty.acquire()
         memoryview(self.memory).cast("B")[: len(pixels)] = pixels
-        self.connection.send(_with_pixels(message, b""))
+        self.connection.send_bytes(words)
 
     def recv(self) -> Any:
         """Wait for the other end's next message.
 
         Raises:
             EOFError, OSError: the other end has gone.
+            Exception: what came makes no sense, and what comes after it would make none either.
         """
         message = self.connection.recv()
         if not isinstance(message, Done):
@@ -74,6 +83,14 @@ class End:
     def close(self) -> None:
         """Close this end; the other sees it."""
         self.connection.close()
+
+
+def _write_down(message: FromWorker | ToWorker) -> memoryview:
+    try:
+        return ForkingPickler.dumps(message)
+    except Exception as error:
+        # Any: what an object does when it is pickled is its own affair.
+        raise UnsendableError(f"{type(message).__name__} cannot be written down") from error
 
 
 def _with_pixels(message: Done, pixels: bytes) -> Done:

@@ -26,7 +26,8 @@ def decide(deaths: Sequence[float], now: float) -> Decision:
     if len(recent) >= MAX_DEATHS:
         return Decision(
             None,
-            f"The worker died {len(recent)} times in ten minutes without finishing a picture",
+            f"The worker died or could not be started {len(recent)} times in ten minutes without "
+            "finishing a picture",
         )
     delay = BACK_OFF_S[min(len(recent), len(BACK_OFF_S)) - 1] if recent else 0.0
     return Decision(delay, f"death {len(recent)} of {MAX_DEATHS} without a picture between")

@@ -1,9 +1,10 @@
 """Keeps one worker alive, and fails what a dead one was doing. Implements `domain.Backend`.
 
-The policy stands here, the process in `handle`. A worker that dies serving is replaced with
-back-off; one that cannot start the first time ends the service, since trying again would only hide
-the reason. A job whose worker died is failed and never run again: it may be what killed it. Ready
-is not alive: `stage` says which it is.
+The policy stands here, the process in `handle`. A worker that dies, whenever and of whatever, or
+cannot be started is replaced with back-off, until the service gives up. One that says why it cannot
+load the model the first time ends the service, since trying again would only hide the reason. A job
+whose worker died is failed and never run again: it may be what killed it. Ready is not alive:
+`stage` says which it is.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from app import logs
 from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress
-from app.errors import Kind, Unavailable, WorkerLost, from_kind
+from app.errors import Kind, KleinError, Unavailable, WorkerLost
 from app.worker import child, restarts
 from app.worker.handle import WorkerHandle
 from app.worker.messages import (
@@ -26,6 +28,8 @@ from app.worker.messages import (
     FromWorker,
     Generate,
     Loading,
+    Ping,
+    Pong,
     Ready,
     StartFailed,
     Stepped,
@@ -35,6 +39,7 @@ from app.worker.messages import (
 _log = logging.getLogger(__name__)
 
 _OVER = "The service is ending because its worker cannot be kept alive; try again in a while."
+_CLOSING = "The service is shutting down; try again in a while."
 _OVER_RETRY_S = 30
 
 EXIT_START_FAILED = 1
@@ -49,7 +54,7 @@ class Events(Protocol):
         """The model answers, *seconds* after the start of its process."""
 
     def on_worker_lost(self, reason: str) -> None:
-        """The worker has gone: `fatal_cuda`, `killed`, `hang` or `startup`."""
+        """The worker has gone: `fatal_cuda`, `killed`, `hang`, `heartbeat` or `startup`."""
 
     def on_fatal(self, exit_code: int, message: str) -> None:
         """The service cannot go on."""
@@ -57,13 +62,18 @@ class Events(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a worker may be silent, in seconds."""
+    """How long a worker may be silent, or take to leave, in seconds."""
 
     load_s: float = 1800.0
     silence_s: float = 60.0
     silence_steps: float = 20.0
     """A running job may be silent for this many of its predicted steps, if that is longer."""
+    beat_s: float = 5.0
+    """How often a worker that has nothing to do is asked whether it is there."""
+    silence_idle_s: float = 30.0
+    """How long it may be silent then."""
     close_s: float = 5.0
+    """How long it may take to leave: when told to, and of itself after its last word."""
 
 
 @dataclass(eq=False, slots=True)
@@ -103,8 +113,11 @@ class Supervisor:
         self._deaths: list[float] = []
         self._lost_because: str | None = None
         self._load_watch: asyncio.TimerHandle | None = None
-        self._started_at = 0.0
+        self._beat_watch: asyncio.TimerHandle | None = None
+        self._leave_watch: asyncio.TimerHandle | None = None
         self._restart: asyncio.TimerHandle | None = None
+        self._unanswered = 0
+        self._started_at = 0.0
         self._is_ready = asyncio.Event()
         self._is_closing = False
         self.stage = "starting"
@@ -158,6 +171,8 @@ class Supervisor:
         while not self.is_ready:
             if self.stage == "failed":
                 raise Unavailable(_OVER, kind=Kind.WORKER_DOWN, retry_after_s=_OVER_RETRY_S)
+            if self._is_closing:
+                raise Unavailable(_CLOSING, kind=Kind.DRAINING, retry_after_s=_OVER_RETRY_S)
             await self._is_ready.wait()
         handle = self._handle
         assert handle is not None
@@ -171,7 +186,7 @@ class Supervisor:
         )
         self._running[job_id] = running
         self._watch(running)
-        handle.send(Generate(job_id, spec))
+        handle.send(Generate(job_id, spec, logs.request_id.get()))
         try:
             return await asyncio.shield(running.answer)
         except asyncio.CancelledError:
@@ -186,30 +201,30 @@ class Supervisor:
                 running.watch.cancel()
 
     async def close(self) -> None:
-        """End the worker: politely first, then surely."""
-        self._is_closing = True
-        self._is_ready.clear()
-        for timer in (self._restart, self._load_watch):
-            if timer:
-                timer.cancel()
-        if (handle := self._handle) is None:
+        """End the worker: politely first, then surely; at once where it has said its last word."""
+        self._stop_watching()
+        handle, self._is_closing = self._handle, True
+        self._wake()
+        if handle is None:
             return
-        handle.send(Stop())
-        try:
-            async with asyncio.timeout(self._limits.close_s):
-                await handle.wait()
-        except TimeoutError:
+        if self.stage != "failed":
+            handle.send(Stop())
+            self._await_leave()
+        else:
             handle.kill()
-            await handle.wait()
+        await handle.wait()
 
     def kill(self) -> None:
         """End the worker's process now, and start no other."""
+        self._stop_watching()
         self._is_closing = True
         if self._handle:
             self._handle.kill()
 
     def on_message(self, handle: WorkerHandle, message: FromWorker) -> None:
         """Take what the worker says; anything about a job that has ended is dropped."""
+        if handle is not self._handle:
+            return
         match message:
             case Loading(progress):
                 self.stage, self.progress = progress.stage, progress
@@ -217,45 +232,54 @@ class Supervisor:
                 self._on_ready(info)
             case StartFailed(text):
                 self._on_start_failed(text)
-            case Stepped(job_id, progress) if running := self._running.get(job_id):
+            case Pong():
+                self._unanswered = 0
+            case Stepped(job_id, progress) if running := self._answerable(job_id):
                 running.step_started = self._clock()
-                running.on_progress(progress)
-            case Done(job_id, generated) if running := self._running.get(job_id):
+                _tell(running, progress)
+            case Done(job_id, generated) if running := self._answerable(job_id):
                 self._deaths.clear()
                 running.answer.set_result(generated)
-            case Failed(job_id, kind, text) if running := self._running.get(job_id):
-                error = from_kind(kind, text)
-                if isinstance(error, WorkerLost):
-                    # Nothing may start on a card that is lost; the worker is leaving.
-                    self._is_ready.clear()
-                    self._lost_because = "fatal_cuda"
-                running.answer.set_exception(error)
+            case Failed(job_id) if running := self._answerable(job_id):
+                self._on_failed(running, message.error())
             case _:
                 _log.debug("Dropped what the worker said of a job that has ended.")
 
-    def on_exit(self, handle: WorkerHandle, exit_code: int) -> None:
+    def on_exit(self, handle: WorkerHandle, exit_code: int | None) -> None:
         """Fail what ran, and decide whether to start again."""
-        was_ready = self.info is not None
+        if handle is not self._handle:
+            return
         self._is_ready.clear()
         self._handle = None
-        if self._load_watch:
-            self._load_watch.cancel()
+        self._stop_watching()
         self._fail_running()
         if self._is_closing:
             return
-        reason = self._lost_because or ("killed" if self.stage == "ready" else "startup")
+        because, self._lost_because = self._lost_because, None
+        reason = because or ("killed" if self.stage == "ready" else "startup")
         _log.error("The worker has gone (%s), exit code %s.", reason, exit_code)
-        self._lost_because = None
-        if not was_ready:
+        if self.info is None and because == "startup":
             self._give_up(
                 EXIT_START_FAILED,
                 "The worker process ended while it was loading the model; the log above says why.",
             )
             return
-        self._events.on_worker_lost(reason)
-        self._plan_restart()
+        self._plan_restart(reason)
 
-    def _plan_restart(self) -> None:
+    def _answerable(self, job_id: str) -> _Running | None:
+        running = self._running.get(job_id)
+        return running if running and not running.answer.done() else None
+
+    def _on_failed(self, running: _Running, error: KleinError) -> None:
+        if isinstance(error, WorkerLost):
+            # Nothing may start on a card that is lost; the worker is leaving.
+            self._is_ready.clear()
+            self._lost_because = "fatal_cuda"
+            self._await_leave()
+        running.answer.set_exception(error)
+
+    def _plan_restart(self, reason: str) -> None:
+        self._events.on_worker_lost(reason)
         now = self._clock()
         self._deaths.append(now)
         decision = restarts.decide(self._deaths, now)
@@ -274,11 +298,23 @@ class Supervisor:
         )
 
     def _start_worker(self, stage: str) -> None:
+        if self._is_closing:
+            return
         self.stage = stage
         self._started_at = self._clock()
-        self._handle = WorkerHandle(self, self._make_engine, self._config, self._log)
+        limits = self._limits
+        try:
+            self._handle = WorkerHandle(
+                self, self._make_engine, self._config, self._log, limits.close_s
+            )
+        except Exception as error:
+            # Of what the machine lacks its name says enough; of anything else, where it came from.
+            trace = None if isinstance(error, OSError | MemoryError) else error
+            _log.error("The worker could not be started: %r.", error, exc_info=trace)
+            self._plan_restart("startup")
+            return
         self._load_watch = asyncio.get_running_loop().call_later(
-            self._limits.load_s, self._end_worker, "startup"
+            limits.load_s, self._end_worker, "startup"
         )
 
     def _on_ready(self, info: ModelInfo) -> None:
@@ -287,10 +323,13 @@ class Supervisor:
         self.stage, self.info = "ready", info
         self.progress = LoadProgress("ready", 1.0)
         self._is_ready.set()
+        self._unanswered = 0
+        self._beat()
         self._events.on_worker_ready(info, self._clock() - self._started_at)
 
     def _on_start_failed(self, text: str) -> None:
         self._lost_because = "startup"
+        self._await_leave()
         if self.info is None:
             self._is_closing = True
             self._give_up(EXIT_START_FAILED, text)
@@ -301,7 +340,10 @@ class Supervisor:
         self.stage = "failed"
         self.progress = LoadProgress("failed", None, message)
         self._events.on_fatal(exit_code, message)
-        # Wake those who wait for a worker: none will come.
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let those who wait for a worker see that none will come."""
         self._is_ready.set()
         self._is_ready.clear()
 
@@ -327,8 +369,46 @@ class Supervisor:
             running.silence_s - silent_s, self._watch, running
         )
 
+    def _beat(self) -> None:
+        """Ask an idle worker whether it is there; end it if too many questions went unanswered.
+
+        Questions are counted, not seconds: when this process itself stood still, nobody asked. A
+        running job has a watch of its own.
+        """
+        if self._running:
+            self._unanswered = 0
+        elif (self._unanswered + 1) * self._limits.beat_s >= self._limits.silence_idle_s:
+            _log.error("The idle worker said nothing for %.0f s.", self._limits.silence_idle_s)
+            self._end_worker("heartbeat")
+            return
+        elif self._handle:
+            self._unanswered += 1
+            self._handle.send(Ping())
+        self._beat_watch = asyncio.get_running_loop().call_later(self._limits.beat_s, self._beat)
+
+    def _await_leave(self) -> None:
+        """Let the worker leave by itself, for a while."""
+        if self._handle and not self._leave_watch:
+            self._leave_watch = asyncio.get_running_loop().call_later(
+                self._limits.close_s, self._handle.kill
+            )
+
+    def _stop_watching(self) -> None:
+        for timer in (self._restart, self._load_watch, self._beat_watch, self._leave_watch):
+            if timer:
+                timer.cancel()
+        self._restart = self._load_watch = self._beat_watch = self._leave_watch = None
+
     def _end_worker(self, reason: str) -> None:
         self._lost_because = reason
         self._is_ready.clear()
         if self._handle:
             self._handle.kill()
+
+
+def _tell(running: _Running, progress: Progress) -> None:
+    """Pass *progress* on; whoever listens badly costs neither the job nor the worker."""
+    try:
+        running.on_progress(progress)
+    except Exception:
+        _log.exception("A job's progress could not be told.")

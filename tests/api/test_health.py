@@ -22,6 +22,18 @@ async def test_alive_is_not_ready(client, service, state):
     assert (await client.get("/health/live")).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/health"])
+@pytest.mark.parametrize("state", [None, Kind.LOADING])
+async def test_a_service_that_has_given_up_is_not_alive(client, service, path, state):
+    """503 until the process has ended, so that whatever watches it replaces it."""
+    service.has_failed, service.closed_by = True, state
+    response = await client.get(path)
+
+    assert response.status_code == 503
+    assert error_of(response)["message"]
+    assert int(response.headers["retry-after"]) >= 1
+
+
 @pytest.mark.parametrize("path", ["/health/ready", "/health"])
 async def test_ready_is_said_with_the_stage(client, path):
     """200 and no error."""

@@ -10,6 +10,8 @@ import pytest
 
 from app.errors import Kind, Unavailable, WorkerLost
 from app.jobs.queue import JobQueue
+from app.runtime import build_runtime
+from app.settings import Settings
 from tests.jobs.conftest import make_jobs as make_jobs
 from tests.worker.conftest import SPEC
 from tests.worker.conftest import supervise as supervise
@@ -53,6 +55,20 @@ async def test_row_9_a_worker_that_was_told_to_die_is_not_replaced(supervise) ->
         assert listening.heard == ["ready"]
         with pytest.raises(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.full
+async def test_a_service_that_gives_up_says_so_instead_of_draining() -> None:
+    """Whoever asks between giving up and the end is told that it failed, and why."""
+    runtime = build_runtime(Settings(model="shapes", device="cpu"), make_engine=lambda config: None)
+    await runtime.start()
+    ended = await runtime.ended
+    status = runtime.service.status()
+    await runtime.close()
+
+    assert ended.exit_code == 70
+    assert (status.stage, status.is_ready) == ("failed", False)
+    assert status.reason == ended.message
 
 
 async def test_a_job_given_back_and_abandoned_leaves_the_queue_empty(make_jobs) -> None:

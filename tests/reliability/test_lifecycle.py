@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.cli.serve import END_S
 from tests.e2e.test_service import wait_until
 from tests.server import Server
 
@@ -164,6 +166,80 @@ def test_row_10_three_deaths_end_the_service(scripted, tmp_path: Path) -> None:
     assert statuses == [500, 500, 500, 503, 503, 503]
     assert "3 times in ten minutes" in sentence
     assert "Traceback" not in server.log
+
+
+@pytest.mark.full
+def test_a_service_that_has_given_up_ends_within_five_seconds(scripted) -> None:
+    """A caller who never sends the rest of a request does not keep it: a replacement waits."""
+    server = scripted("slow=0.1")
+    server.wait_until_ready()
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as held:
+        held.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{"
+        )
+        for _ in range(3):
+            wait_until(lambda: server.get("/health/ready")[0] == 200)
+            os.kill(server.worker_pid(), signal.SIGKILL)
+            wait_until(lambda: is_gone(server))
+        server.wait_for("klein: ")
+        started = time.monotonic()
+        assert server.wait(timeout_s=20) == 70
+
+    assert time.monotonic() - started < END_S + 1
+
+
+def is_gone(server: Server) -> bool:
+    """Whether the worker's death has been noticed, by which the service may have ended."""
+    try:
+        return server.get("/health/ready")[0] == 503
+    except OSError:
+        return True
+
+
+@pytest.mark.full
+def test_told_to_stop_while_a_worker_restarts_it_makes_what_waits(scripted, tmp_path) -> None:
+    """SIGTERM between two workers: the job that waits gets its picture from the next."""
+    gate = tmp_path / "gate"
+    server = scripted("exit@1", f"gate={gate}", f"once={tmp_path / 'once'}")
+    server.wait_until_ready()
+    with ThreadPoolExecutor(2) as pool:
+        jobs = []
+        for _ in range(2):
+            jobs.append(pool.submit(answer_of, server))
+            wait_until(lambda: in_service(server) == len(jobs))
+        gate.touch()
+        assert jobs[0].result() == 500
+        server.process.send_signal(signal.SIGTERM)
+        assert jobs[1].result() == 200
+    assert server.wait() == 0
+
+
+@pytest.mark.full
+def test_a_message_that_cannot_be_read_does_not_deafen_the_service(scripted, tmp_path) -> None:
+    """The job is failed at once, a fresh worker makes the next, and SIGTERM is obeyed."""
+    server = scripted("unreadable@1", f"once={tmp_path / 'once'}")
+    server.wait_until_ready()
+
+    assert answer_of(server) == 500
+    wait_until(lambda: server.get("/health/ready")[0] == 200)
+    assert answer_of(server) == 200
+    assert server.stop(timeout_s=10) == 0
+
+
+def test_the_id_that_a_client_quotes_leads_to_the_workers_traceback(scripted) -> None:
+    """From the answer's X-Request-Id to the line that was written in the other process. What the
+    worker refuses as the caller's fault comes back as that, not as a failure of the service."""
+    server = scripted("leak@1", "invalid@2")
+    server.wait_until_ready()
+    status, headers, _ = server.post("/generate", SMALL)
+    assert status == 500
+    server.wait_for(rf"nobody foresaw.* request_id={headers['x-request-id']}$")
+
+    status, _, body = server.post("/generate", SMALL)
+    error = json.loads(body)["error"]
+    assert (status, error["param"], error["code"]) == (400, "image", "too_narrow")
 
 
 def answer_of(server: Server) -> int:

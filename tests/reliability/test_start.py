@@ -19,6 +19,7 @@ import pytest
 from app.errors import StartupError
 from app.telemetry.gpu import Card
 from app.telemetry.preflight import check_card
+from tests.engine.spoilt_weights import not_numbers, spoil, zeroes
 from tests.fake_nvml import FakeNvml
 from tests.server import ROOT
 
@@ -221,6 +222,20 @@ def test_row_11_missing_truncated_and_wrong_files(tiny_klein, tmp_path, damage) 
     name = damage(folder)
 
     assert name in start(limit_s=10, model=str(folder), device="cpu")
+
+
+@pytest.mark.full
+@pytest.mark.torch
+@pytest.mark.parametrize("damage", [zeroes, not_numbers])
+def test_a_model_that_draws_nothing_is_not_served(tiny_klein, tmp_path, damage) -> None:
+    """Its files are whole, its warm-up picture is not: what is likely wrong, and what to do."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_klein, folder)
+    spoil(folder, "vae", damage)
+    sentence = start(limit_s=10, model=str(folder), device="cpu")
+
+    assert "warm-up picture shows nothing" in sentence
+    assert "klein download --verify" in sentence
 
 
 @pytest.mark.full

@@ -59,12 +59,12 @@ Supervise = Callable[..., "asynccontextmanager[tuple[Supervisor, Listening]]"]
 def supervise() -> Supervise:
     @asynccontextmanager
     async def start(
-        *script: str, limits: Limits | None = None, step_s: float = 0.0
+        *script: str, limits: Limits | None = None, step_s: float = 0.0, config: object = CONFIG
     ) -> AsyncIterator[tuple[Supervisor, Listening]]:
         listening = Listening()
         supervisor = Supervisor(
             MakeFaulty(Script.parse(list(script))),
-            CONFIG,
+            config,
             listening,
             predict_step_s=lambda spec: step_s,
             limits=limits,

@@ -16,6 +16,8 @@ from app.worker.messages import (
     Failed,
     Generate,
     Loading,
+    Ping,
+    Pong,
     Ready,
     StartFailed,
     Stepped,
@@ -85,6 +87,16 @@ def test_the_card_is_free_before_the_pixels_arrive(work) -> None:
         Stage.CARD_FREE
     ]
     assert heard[5].generated.image == draw(SPEC)
+
+
+def test_a_ping_is_answered_by_the_thread_that_makes_pictures(work) -> None:
+    """After the job that came before it: an answer says that this thread is not stuck."""
+    worker = work()
+    worker.pipe.send(Generate("j", SPEC))
+    worker.pipe.send(Ping())
+    worker.hear(Done)
+
+    assert worker.pipe.recv() == Pong()
 
 
 def test_an_error_is_answered_and_the_next_job_runs(work) -> None:

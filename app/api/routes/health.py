@@ -25,9 +25,14 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/health/live", summary="Whether the process answers")
-async def live() -> dict[str, str]:
-    """Say that the process answers; it says nothing of the model."""
-    return {"status": "alive"}
+async def live(request: Request, service: Service) -> Response:
+    """Say that the process answers; it says nothing of the model, unless the service has given up
+    and is ending.
+    """
+    status = service.status()
+    if status.stage == "failed":
+        return _answer(request, status, {"status": "failed"})
+    return JSONResponse({"status": "alive"})
 
 
 @router.get("/health/ready", summary="Whether a picture could be made now")
@@ -82,4 +87,5 @@ def _answer(request: Request, status: Status, body: dict[str, Any]) -> Response:
 def _kind(status: Status) -> Kind:
     if status.stage == "draining":
         return Kind.DRAINING
-    return Kind.WORKER_DOWN if status.info is not None else Kind.LOADING
+    is_loading = status.info is None and status.stage != "failed"
+    return Kind.LOADING if is_loading else Kind.WORKER_DOWN
