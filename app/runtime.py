@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rates import RateLimit
 from app.service import ImageService, ServiceConfig, warm_up_spec
-from app.settings import Settings
+from app.settings import Settings, complete_path
 from app.telemetry.gpu import Card
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
@@ -73,9 +74,12 @@ def choose_model(settings: Settings, card_now: GpuSnapshot | None) -> Choice:
         return Choice(KLEIN, None, f"{card_now.name} can hold it")
     if name in CATALOG:
         return Choice(name, None, "KLEIN_MODEL names it")
-    if "/" in name or name.startswith(".") or Path(name).exists():
-        path = Path(name).expanduser()
-        if not path.exists():
+    if "/" in name or name.startswith(".") or os.path.lexists(name):
+        try:
+            path = complete_path(Path(name))
+        except ValueError as error:
+            raise StartupError(f"KLEIN_MODEL is a path that cannot be used: {error}.") from None
+        if not os.access(path, os.F_OK):
             raise StartupError(
                 "KLEIN_MODEL is a path at which there is nothing; correct it and start again."
             )
