@@ -39,6 +39,10 @@ DEMO = "shapes"
 SMALLEST_CARD_BYTES = 5_500_000_000
 """A card sold with 6 GB; the smallest plan needs about 5."""
 
+DOWNLOAD_GRACE_S = 60.0
+"""How much longer than `KLEIN_DOWNLOAD_SILENCE_S` the worker may say nothing of a download: unless
+it hangs, it gives up by itself and says why."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -123,7 +127,11 @@ class Runtime:
             _engine_config(settings, self.choice, device),
             self,
             predict_step_s=self._estimator.predict_step,
-            limits=Limits(load_s=settings.load_limit_s, silence_s=settings.watchdog_s),
+            limits=Limits(
+                load_s=settings.load_limit_s,
+                download_s=settings.download_silence_s + DOWNLOAD_GRACE_S,
+                silence_s=settings.watchdog_s,
+            ),
             log=(settings.log_format, settings.log_level),
         )
         self._dispatcher = Dispatcher(self._queue, self._worker, self._estimator)
@@ -268,6 +276,7 @@ def _engine_config(settings: Settings, choice: Choice, device: int | None) -> En
         precision=settings.precision,
         offload=settings.offload,
         plan=settings.plan,
+        download_silence_s=settings.download_silence_s,
         prompt_cache=settings.prompt_cache,
         max_pixels=settings.max_pixels,
     )

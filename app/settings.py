@@ -61,7 +61,11 @@ class Settings(BaseModel):
     deadline_s: Seconds = 120.0
     """Seconds until a request is given up, besides four times its predicted time."""
     load_limit_s: Seconds = 1800.0
-    """Seconds that loading, compiling and warming up may take together."""
+    """Seconds that loading, compiling and warming up may take together. A download, and hashing
+    what came, do not count."""
+    download_silence_s: Seconds = 120.0
+    """Seconds without a byte after which a download is given up; what came is kept, and the next
+    start goes on from there. Waiting for another process's download is not limited."""
     watchdog_s: Seconds = 60.0
     """Seconds that a running job may be silent (or 20 predicted steps, if longer) until the worker
     counts as hung and is replaced."""

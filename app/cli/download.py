@@ -51,6 +51,7 @@ def run(
     precision: str = settings.precision
     if precision == "auto":
         precision = _precision_of_this_machine(settings.device)
+    hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:
         return _verify(variant, settings.cache_dir, precision)
     return _download(variant, settings.cache_dir, precision, hub)
@@ -63,7 +64,7 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def _download(variant: Entry, cache_dir: Path, precision: str, hub: Hub | None) -> int:
+def _download(variant: Entry, cache_dir: Path, precision: str, hub: Hub) -> int:
     files = catalog.files_for(variant, precision)
     total = sum(file.size_bytes for file in files)
     missing = missing_bytes(variant, cache_dir, precision)

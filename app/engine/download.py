@@ -86,6 +86,7 @@ class _Meter:
         self._on_progress = on_progress
         self._total = sum(file.size_bytes for file in files)
         self._stage, self._done, self._reported_at = "", 0, 0.0
+        self._reported: int | None = None
 
     def begin(self, stage: str, *, done: int = 0) -> None:
         """Start counting for *stage*."""
@@ -96,8 +97,9 @@ class _Meter:
 
         def report(done: int) -> None:
             now = time.monotonic()
-            if now - self._reported_at >= _REPORT_EVERY_S or done == file.size_bytes:
-                self._reported_at = now
+            is_end = done == file.size_bytes and self._reported != self._done + done
+            if now - self._reported_at >= _REPORT_EVERY_S or is_end:
+                self._reported_at, self._reported = now, self._done + done
                 self._report(file, self._done + done)
 
         return report

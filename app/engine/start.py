@@ -132,8 +132,10 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     if entry.is_embedded:
         return Files(shapes.locate(), shapes.REVISION, is_ours=True)
     from app.engine.download import ensure
+    from app.engine.fetch import Hub
 
-    path = ensure(entry, Path(config.cache_dir), precision.name, on_progress)
+    hub = Hub(silence_s=config.download_silence_s)
+    path = ensure(entry, Path(config.cache_dir), precision.name, on_progress, hub=hub)
     return Files(path, entry.revision, is_ours=True)
 
 

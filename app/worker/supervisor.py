@@ -37,6 +37,17 @@ _log = logging.getLogger(__name__)
 _OVER = "The service is ending because its worker cannot be kept alive; try again in a while."
 _OVER_RETRY_S = 30
 
+_FETCHING = frozenset({"download", "verify"})
+"""Stages of a start whose length depends on the network and the disk."""
+_SLOW = (
+    "Loading, compiling and warming up took longer than {:g} s; see the log above, and raise "
+    "KLEIN_LOAD_LIMIT_S if this machine is only slow."
+)
+_SILENT = (
+    "The worker said nothing of its download for {:g} s and was ended; what has come is kept, "
+    "start again to go on from there."
+)
+
 EXIT_START_FAILED = 1
 EXIT_CRASH_LOOP = 70
 """sysexits.h: EX_SOFTWARE; whatever started the service may start it afresh."""
@@ -60,6 +71,9 @@ class Limits:
     """How long a worker may be silent, in seconds."""
 
     load_s: float = 1800.0
+    """From the start to ready, or from the end of a download to ready."""
+    download_s: float = 180.0
+    """Between two signs of life of a download, for which `load_s` does not count."""
     silence_s: float = 60.0
     silence_steps: float = 20.0
     """A running job may be silent for this many of its predicted steps, if that is longer."""
@@ -104,6 +118,8 @@ class Supervisor:
         self._lost_because: str | None = None
         self._load_watch: asyncio.TimerHandle | None = None
         self._started_at = 0.0
+        self._is_fetching = False
+        self._overdue = ""
         self._restart: asyncio.TimerHandle | None = None
         self._is_ready = asyncio.Event()
         self._is_closing = False
@@ -212,7 +228,7 @@ class Supervisor:
         """Take what the worker says; anything about a job that has ended is dropped."""
         match message:
             case Loading(progress):
-                self.stage, self.progress = progress.stage, progress
+                self._on_loading(progress)
             case Ready(info):
                 self._on_ready(info)
             case StartFailed(text):
@@ -249,7 +265,9 @@ class Supervisor:
         if not was_ready:
             self._give_up(
                 EXIT_START_FAILED,
-                "The worker process ended while it was loading the model; the log above says why.",
+                self._overdue
+                or "The worker process ended while it was loading the model; the log above says "
+                "why.",
             )
             return
         self._events.on_worker_lost(reason)
@@ -276,10 +294,32 @@ class Supervisor:
     def _start_worker(self, stage: str) -> None:
         self.stage = stage
         self._started_at = self._clock()
+        self._overdue = ""
+        self._is_fetching = False
         self._handle = WorkerHandle(self, self._make_engine, self._config, self._log)
+        self._watch_start()
+
+    def _on_loading(self, progress: LoadProgress) -> None:
+        """A download may take as long as it likes, while it says something; the rest may not."""
+        was_fetching, self._is_fetching = self._is_fetching, progress.stage in _FETCHING
+        self.stage, self.progress = progress.stage, progress
+        if was_fetching or self._is_fetching:
+            self._watch_start()
+
+    def _watch_start(self) -> None:
+        """Let the limit of what the start is at run from now on."""
+        if self._load_watch:
+            self._load_watch.cancel()
+        limit_s = self._limits.download_s if self._is_fetching else self._limits.load_s
+        sentence = _SILENT if self._is_fetching else _SLOW
         self._load_watch = asyncio.get_running_loop().call_later(
-            self._limits.load_s, self._end_worker, "startup"
+            limit_s, self._end_start, sentence.format(limit_s)
         )
+
+    def _end_start(self, sentence: str) -> None:
+        self._overdue = sentence
+        _log.error("%s", sentence)
+        self._end_worker("startup")
 
     def _on_ready(self, info: ModelInfo) -> None:
         if self._load_watch:
