@@ -14,6 +14,7 @@ from app.engine import catalog
 from app.engine.catalog import Entry
 from app.engine.download import ensure, missing_bytes, verify
 from app.engine.fetch import Hub
+from app.engine.trust import close_umask
 from app.settings import Settings, complete_path
 
 _PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
@@ -51,6 +52,7 @@ def run(
     precision: str = settings.precision
     if precision == "auto":
         precision = _precision_of_this_machine(settings.device)
+    close_umask()
     hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:
         return _verify(variant, settings.cache_dir, precision)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from app import __version__
 from app.engine.catalog import RemoteFile
+from app.engine.trust import is_own
 from app.errors import StartupError
 
 OnBytes = Callable[[int], None]
@@ -83,7 +84,9 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
         StartupError: it cannot be had, or what came is not the published file.
     """
     part = partial_path(target)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    if part.is_symlink() or (part.exists() and not is_own(part)):
+        # Whoever put it there could go on changing it, or lets us write elsewhere.
+        part.unlink()
     reason, idle, line = "", 0, _Line(hub, on_bytes)
     while (have := _size(part)) < file.size_bytes:
         on_bytes(have)
