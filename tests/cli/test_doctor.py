@@ -142,6 +142,17 @@ def test_a_plan_that_was_asked_for_and_has_no_room_must_be_mended(capsys, tmp_pa
     assert "KLEIN_PLAN=auto" in said
 
 
+@pytest.mark.torch
+def test_a_cache_that_others_may_write_to_is_told(capsys, tmp_path) -> None:
+    """With what it costs, and the command that ends it."""
+    tmp_path.chmod(0o777)
+    code, said = ask(capsys, cache_dir=tmp_path)
+
+    assert code == 0
+    assert f"others may write to {tmp_path}" in " ".join(said.split())
+    assert f"chmod -R go-w {tmp_path}" in " ".join(said.split())
+
+
 def test_a_machine_without_a_driver_is_told_what_to_install(capsys) -> None:
     """The exit code is 1, and there is a way out that needs no card."""
     torch = TorchFound("2.13.0", "13.0", sees_card=False)
