@@ -163,6 +163,7 @@ def test_an_index_is_judged_too(tiny_klein, tmp_path, index) -> None:
     assert refused(lambda: open_checkpoint(folder))
 
 
+@pytest.mark.full
 def test_a_converted_file_that_is_damaged_in_its_head_is_made_anew(tiny_klein, tmp_path) -> None:
     """Our own kept weights are read by the same rules; a bad head costs the time to round again."""
     from tests.engine.layout_files import build
