@@ -95,7 +95,8 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
         if idle:
             hub.wait(max(0.0, min(2.0 ** (idle - 1), line.left_s)))
         if line.left_s <= 0:
-            raise _gave_up(file, have, hub, f"has sent nothing for {hub.silence_s:g} s")
+            silence = f"has sent nothing for {hub.silence_s:g} s (KLEIN_DOWNLOAD_SILENCE_S)"
+            raise _gave_up(file, have, hub, silence)
         try:
             _append(file, part, hub, line)
             reason = "sends less than the whole file"

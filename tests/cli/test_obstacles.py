@@ -81,6 +81,17 @@ def test_too_few_processes_are_one_sentence(most, tmp_path) -> None:
 
 
 @pytest.mark.system
+def test_a_user_without_a_home_folder_is_one_sentence() -> None:
+    """One whom the system does not know, without HOME; the way out is named."""
+    user = "setpriv --reuid 54321 --regid 54321 --clear-groups"
+    reading = "--inh-caps +dac_read_search --ambient-caps +dac_read_search"
+    done = run("env", "-u", "HOME", *f"{user} {reading}".split(), *SERVE)
+
+    assert "set HOME, or give a path that begins with /" in only_sentence(done)
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.system
 def test_shared_memory_that_cannot_be_written_to_is_one_sentence() -> None:
     """A /dev/shm that is read-only, in a file system of its own."""
     script = 'mount -t tmpfs -o ro none /dev/shm && exec "$@"'
