@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _told(argv)
     except BrokenPipeError:
-        return _leave_quietly()
+        # Nobody reads any more, on standard output or, with `2>&1 | head`, on either.
+        _drop_output()
+        return EXIT_BROKEN_PIPE
 
 
 def _told(argv: Sequence[str] | None) -> int:
@@ -43,10 +46,9 @@ def _told(argv: Sequence[str] | None) -> int:
         return _say(error.message)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        raise
     except (OSError, RuntimeError, MemoryError) as error:
-        if not (sentence := explain(error)):
+        is_quiet = isinstance(error, BrokenPipeError) and _is_unread()
+        if is_quiet or not (sentence := explain(error)):
             raise
         if os.environ.get("KLEIN_LOG_LEVEL") == "debug":
             traceback.print_exc()
@@ -59,10 +61,13 @@ def _say(sentence: str) -> int:
     return 1
 
 
-def _leave_quietly() -> int:
-    """Nobody reads any more, on standard output or, with `2>&1 | head`, on either."""
-    _drop_output()
-    return EXIT_BROKEN_PIPE
+def _is_unread() -> bool:
+    """Whether it is our own output that nobody reads, and not a pipe to another process."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _drop_output() -> None:

@@ -177,6 +177,17 @@ def test_what_the_system_denies_while_a_command_runs_is_one_sentence(
     assert says in said
 
 
+def test_another_pipe_that_breaks_is_told(monkeypatch, capfd) -> None:
+    """One to a process that died, for example; only our own output may end us without a word."""
+
+    def fail(*_, **__) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("app.cli.download.run", fail)
+    assert main(["download", "--model", "shapes"]) == 1
+    assert "Broken pipe" in capfd.readouterr().err
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch) -> None:
     """It is for whoever mends the program, so it is not hidden."""
 
