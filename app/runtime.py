@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rates import RateLimit
 from app.service import ImageService, ServiceConfig, warm_up_spec
-from app.settings import Settings
+from app.settings import Settings, complete_path
 from app.telemetry.gpu import Card
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
@@ -37,6 +38,10 @@ KLEIN = "flux.2-klein-4b"
 DEMO = "shapes"
 SMALLEST_CARD_BYTES = 5_500_000_000
 """A card sold with 6 GB; the smallest plan needs about 5."""
+
+DOWNLOAD_GRACE_S = 60.0
+"""How much longer than `KLEIN_DOWNLOAD_SILENCE_S` the worker may say nothing of a download: unless
+it hangs, it gives up by itself and says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +78,12 @@ def choose_model(settings: Settings, card_now: GpuSnapshot | None) -> Choice:
         return Choice(KLEIN, None, f"{card_now.name} can hold it")
     if name in CATALOG:
         return Choice(name, None, "KLEIN_MODEL names it")
-    if "/" in name or name.startswith(".") or Path(name).exists():
-        path = Path(name).expanduser()
-        if not path.exists():
+    if "/" in name or name.startswith(".") or os.path.lexists(name):
+        try:
+            path = complete_path(Path(name))
+        except ValueError as error:
+            raise StartupError(f"KLEIN_MODEL is a path that cannot be used: {error}.") from None
+        if not os.access(path, os.F_OK):
             raise StartupError(
                 "KLEIN_MODEL is a path at which there is nothing; correct it and start again."
             )
@@ -119,7 +127,11 @@ class Runtime:
             _engine_config(settings, self.choice, device),
             self,
             predict_step_s=self._estimator.predict_step,
-            limits=Limits(load_s=settings.load_limit_s, silence_s=settings.watchdog_s),
+            limits=Limits(
+                load_s=settings.load_limit_s,
+                download_s=settings.download_silence_s + DOWNLOAD_GRACE_S,
+                silence_s=settings.watchdog_s,
+            ),
             log=(settings.log_format, settings.log_level),
         )
         self._dispatcher = Dispatcher(self._queue, self._worker, self._estimator)
@@ -264,6 +276,7 @@ def _engine_config(settings: Settings, choice: Choice, device: int | None) -> En
         precision=settings.precision,
         offload=settings.offload,
         plan=settings.plan,
+        download_silence_s=settings.download_silence_s,
         prompt_cache=settings.prompt_cache,
         max_pixels=settings.max_pixels,
     )

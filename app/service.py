@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from app import images, logs
+from app import images, limits, logs
 from app.domain import (
     Generated,
     ImageSpec,
@@ -40,9 +40,6 @@ from app.telemetry.metrics import Metrics
 _log = logging.getLogger(__name__)
 
 _WAITS = frozenset({"queue", "total"})
-
-MAX_SEED = 2**53 - 1
-"""The largest seed: JavaScript's numbers must carry it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,25 +247,7 @@ class ImageService:
         Raises:
             InvalidRequest: with the field's name.
         """
-        card = self.card
-        if not 1 <= spec.num_inference_steps <= card.max_steps:
-            raise InvalidRequest(
-                f"num_inference_steps must be between 1 and {card.max_steps}.",
-                param="num_inference_steps",
-            )
-        if card.is_distilled and spec.guidance_scale != card.default_guidance:
-            raise InvalidRequest(
-                f"{card.id} is distilled: guidance_scale must be {card.default_guidance}.",
-                param="guidance_scale",
-                code="unsupported_value",
-            )
-        sides = (spec.width, spec.height)
-        if any(side % 16 or not card.min_side <= side <= card.max_side for side in sides):
-            raise InvalidRequest(
-                f"Width and height must be multiples of 16 between {card.min_side} "
-                f"and {card.max_side}.",
-                param="size",
-            )
+        limits.check_spec(spec, self.card, self._config.max_pixels)
         self._check_memory(spec)
 
     def _check_memory(self, spec: ImageSpec) -> None:
@@ -304,7 +283,7 @@ class ImageService:
 
     def random_seed(self) -> int:
         """A seed nobody chose."""
-        return secrets.randbelow(MAX_SEED + 1)
+        return secrets.randbelow(limits.MAX_SEED + 1)
 
     def submit(
         self,

@@ -28,7 +28,10 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 class Settings(BaseModel):
     """All settings, resolved once and frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # The default values are checked and completed as those of the environment are.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
 
     host: str = "127.0.0.1"
     """Address to listen on. A public one needs `KLEIN_API_KEYS` or `KLEIN_TRUST_NETWORK=true`."""
@@ -52,13 +55,18 @@ class Settings(BaseModel):
     prompt_cache: int = Field(default=32, ge=0, le=1024)
     """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
     cache_dir: Path = Path("~/.cache/klein")
-    """Where models are downloaded to and converted weights are kept."""
+    """Where models are downloaded to, and converted weights and compiled code are kept. A relative
+    path counts from the folder that the service is started in."""
     queue_images: int = Field(default=32, ge=1, le=10_000)
     """How many images may wait; a request for n images takes n places."""
     deadline_s: Seconds = 120.0
     """Seconds until a request is given up, besides four times its predicted time."""
     load_limit_s: Seconds = 1800.0
-    """Seconds that loading, compiling and warming up may take together."""
+    """Seconds that loading, compiling and warming up may take together. A download, and hashing
+    what came, do not count."""
+    download_silence_s: Seconds = 120.0
+    """Seconds without a byte after which a download is given up; what came is kept, and the next
+    start goes on from there. Waiting for another process's download is not limited."""
     watchdog_s: Seconds = 60.0
     """Seconds that a running job may be silent (or 20 predicted steps, if longer) until the worker
     counts as hung and is replaced."""
@@ -106,10 +114,10 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe lines that are logged."""
 
-    @field_validator("cache_dir")
+    @field_validator("cache_dir", "api_keys_file")
     @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _complete(cls, value: Path | None) -> Path | None:
+        return None if value is None else complete_path(value)
 
     @field_validator("api_keys")
     @classmethod
@@ -165,6 +173,28 @@ class Settings(BaseModel):
         return settings.model_copy(update={"api_keys": keys})
 
 
+def complete_path(path: Path) -> Path:
+    """Put the home folder in the place of `~`, and make *path* absolute.
+
+    Raises:
+        ValueError: the home folder, or the current one, is not known; the message says what to do.
+    """
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"the home folder that {path.parts[0]} stands for is not known; set HOME, or give a "
+            "path that begins with /"
+        ) from None
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise ValueError(
+            "the current folder has been deleted, so a relative path leads nowhere; give a path "
+            "that begins with /"
+        ) from None
+
+
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -172,7 +202,7 @@ def _split(text: str) -> tuple[str, ...]:
 def _read_keys(path: Path) -> tuple[str, ...]:
     """Read a file of keys. One that gives none ends the start: it would leave the service open."""
     try:
-        lines = [line.strip() for line in path.expanduser().read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError):
         raise StartupError(
             "KLEIN_API_KEYS_FILE names a file that cannot be read; correct it and start again."
@@ -190,7 +220,8 @@ def _say(error: ValidationError) -> str:
     """Name the first setting that does not fit, without repeating a value that may be secret."""
     first = error.errors(include_input=False, include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
+    message = first["msg"].removeprefix("Value error, ")
     return (
-        f"{PREFIX}{name.upper()} has a value that does not fit: {first['msg']}. "
+        f"{PREFIX}{name.upper()} has a value that does not fit: {message}. "
         "Correct it and start again."
     )

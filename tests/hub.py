@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Literal
 
-Fault = Literal["cut", "short", "long", "flip", "no_range"] | int
+Fault = Literal["cut", "short", "long", "flip", "no_range", "stall", "hush"] | int
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.hub.take_fault(path) if has_body else None
         if isinstance(fault, int):
             self.refuse(fault)
+        elif fault == "hush":
+            self.hush()
         else:
             self.send(commit, content, fault, has_body=has_body)
 
@@ -172,9 +174,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(declared))
         self.end_headers()
         if has_body:
-            self.wfile.write(body[: len(body) // 2 if fault == "cut" else declared])
+            self.wfile.write(body[: len(body) // 2 if fault in ("cut", "stall") else declared])
+        if fault == "stall":
+            self.hush()
         if fault == "cut":
             self.close_connection = True
+
+    def hush(self) -> None:
+        """Say nothing more until the other end has gone."""
+        self.connection.recv(1)
+        self.close_connection = True
 
     def log_message(self, format: str, *values: object) -> None:
         """Stay silent: pytest's output is for its own."""

@@ -21,6 +21,7 @@ from app.cli.machine import describe_machine
 from app.cli.measure import Row, floor_of, sum_up
 from app.cli.report import Run, render_table, write_report
 from app.cli.session import (
+    check_output,
     draft,
     make_picture,
     new_prompts,
@@ -29,7 +30,7 @@ from app.cli.session import (
     warm_runtime,
 )
 from app.cli.watch import Watch, impatient_clock
-from app.domain import ModelCard, ModelInfo
+from app.domain import ImageSpec, ModelCard, ModelInfo
 from app.engine import create_engine
 from app.errors import InvalidRequest, KleinError, StartupError
 from app.runtime import Runtime
@@ -65,6 +66,8 @@ def run(
         raise InvalidRequest("-n must be at least 1.")
     if arguments.out and arguments.out.suffix != ".md":
         raise InvalidRequest("The report's name must end in .md.")
+    if arguments.out:
+        check_output(arguments.out)
     logs.set_up(style=settings.log_format, level="warning")
     index = settings.device if isinstance(settings.device, int) else 0
     bench = Bench(
@@ -134,10 +137,9 @@ class Bench:
 
     async def _measure_precision(self, settings: Settings, watch: Watch) -> None:
         self._say(f"{settings.precision}: starting the worker")
-        async with warm_runtime(settings, make_engine=self._make_engine, gpu=self._gpu) as (
-            runtime,
-            info,
-        ):
+        async with warm_runtime(
+            settings, make_engine=self._make_engine, gpu=self._gpu, planned=self._plan
+        ) as (runtime, info):
             self._worker_pid = runtime.worker_pid
             self._loaded.append(info)
             for size in self._sizes or _default_sizes(runtime.model):
@@ -146,6 +148,10 @@ class Bench:
                 except KleinError as error:
                     self._note(f"{info.precision} {size[0]}x{size[1]}: {error.message}")
         self._worker_pid = None
+
+    def _plan(self, card: ModelCard) -> ImageSpec:
+        """What all sizes have in common; one that the model cannot make is noted by itself."""
+        return draft(card, "a plan", card.default_width, card.default_height, self._steps)
 
     async def _measure_size(
         self, runtime: Runtime, info: ModelInfo, size: tuple[int, int], watch: Watch

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from app.cli.machine import host_memory
-from app.engine import catalog
+from app.engine import catalog, trust
 from app.engine.download import missing_bytes
 
 
@@ -81,6 +81,9 @@ class CacheFound:
     missing_bytes: int
     disk_free_bytes: int
     is_writable: bool
+    open_because: str = ""
+    """Who else may write there, in words."""
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,8 @@ def ask_cache(variant: catalog.Entry, folder: Path, precision: str) -> CacheFoun
         missing_bytes=missing_bytes(variant, folder, precision),
         disk_free_bytes=shutil.disk_usage(above).free,
         is_writable=os.access(above, os.W_OK | os.X_OK),
+        open_because=trust.why_open(folder, folder),
+        remedy=trust.remedy(folder),
     )
 
 

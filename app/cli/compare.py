@@ -21,6 +21,8 @@ import numpy as np
 
 from app import images, logs
 from app.cli.session import (
+    check_output,
+    choose_seed,
     draft,
     make_picture,
     new_prompts,
@@ -105,7 +107,9 @@ def run(
     """Compare; return 0 where all precisions gave a picture, else 1."""
     if arguments.output.suffix.lower() != ".png":
         raise InvalidRequest("The sheet's name must end in .png.")
+    check_output(arguments.output)
     size = parse_size(arguments.size) if arguments.size else None
+    arguments.seed = choose_seed(arguments.seed)
     precisions = parse_precisions(arguments.precision)
     logs.set_up(style=settings.log_format, level="warning")
     found, notes = asyncio.run(
@@ -158,12 +162,19 @@ async def _make_all(
 ) -> tuple[list[Compared], list[str]]:
     found: list[Compared] = []
     notes: list[str] = []
+
+    def plan(card: ModelCard) -> ImageSpec:
+        return _spec(arguments, card, size)
+
     for precision in precisions:
         print(f"klein: {precision}: starting the worker", file=sys.stderr, flush=True)
         chosen = settings.model_copy(update={"precision": precision})
         try:
-            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu) as (runtime, info):
-                spec = _spec(arguments, runtime.model, size)
+            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu, planned=plan) as (
+                runtime,
+                info,
+            ):
+                spec = plan(runtime.model)
                 await make_picture(runtime, replace(spec, prompt=next(new_prompts())))
                 picture = await make_picture(runtime, spec)
         except StartupError as error:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from app.cli.diagnosis import Diagnosis
 from app.cli.forecast import DISPLAY_BYTES, Forecast, Target, assume, floor_seconds, forecast
-from app.cli.judgement import tell_forecast
+from app.cli.judgement import judge_asked_plan, tell_forecast
 from app.domain import ModelCard
 from app.engine import catalog, floors
 from app.errors import InvalidRequest
@@ -48,6 +48,8 @@ def answer_for_absent_card(key: str, settings: Settings) -> Diagnosis:
             "Take the display off the card, or a card with 8 GB or more.",
             is_fatal=True,
         )
+    elif settings.plan != "auto":
+        judge_asked_plan(found, ahead.plan, model)
     else:
         _tell_alone(found, target, ahead, settings, model)
     found.data.update(

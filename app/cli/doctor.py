@@ -17,6 +17,7 @@ from app.cli.checkup import CacheFound, CardFound, CompilerFound, TorchFound
 from app.cli.computed import answer_for_absent_card
 from app.cli.forecast import Forecast, Target, forecast
 from app.cli.judgement import Facts, diagnose
+from app.cli.old_cache import find_old_cache
 from app.domain import GpuSnapshot
 from app.engine import catalog, floors
 from app.errors import StartupError
@@ -45,6 +46,8 @@ def run(
         found = answer_for_absent_card(arguments.card, settings)
     else:
         found = diagnose(examine(settings, load_nvml, ask_torch), settings)
+        if (old := find_old_cache(settings)) is not None:
+            found.complain(old.what, old.command, is_fatal=False)
     print(json.dumps(found.as_json(), indent=2) if arguments.json else found.render())
     return 0 if found.can_serve else 1
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from app.cli.old_cache import find_old_cache
 from app.domain import LoadProgress
 from app.engine import catalog
 from app.engine.catalog import Entry
 from app.engine.download import ensure, missing_bytes, verify
 from app.engine.fetch import Hub
-from app.settings import Settings
+from app.engine.trust import close_umask
+from app.settings import Settings, complete_path
 
 _PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
 
@@ -36,7 +39,9 @@ def run(
     hub: Hub | None = None,
 ) -> int:
     """Download or check; return 0, or 1 where a check found something wrong or missing."""
-    if settings.model not in catalog.CATALOG and Path(settings.model).exists():
+    if (old := find_old_cache(settings)) is not None:
+        print(f"klein: {old.sentence}", file=sys.stderr, flush=True)
+    if settings.model not in catalog.CATALOG and _is_there(settings.model):
         print("KLEIN_MODEL is a local folder or file, there is nothing to download.")
         return 0
     is_auto = settings.model == "auto"
@@ -47,12 +52,21 @@ def run(
     precision: str = settings.precision
     if precision == "auto":
         precision = _precision_of_this_machine(settings.device)
+    close_umask()
+    hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:
         return _verify(variant, settings.cache_dir, precision)
     return _download(variant, settings.cache_dir, precision, hub)
 
 
-def _download(variant: Entry, cache_dir: Path, precision: str, hub: Hub | None) -> int:
+def _is_there(name: str) -> bool:
+    try:
+        return os.access(complete_path(Path(name)), os.F_OK)
+    except ValueError:
+        return False
+
+
+def _download(variant: Entry, cache_dir: Path, precision: str, hub: Hub) -> int:
     files = catalog.files_for(variant, precision)
     total = sum(file.size_bytes for file in files)
     missing = missing_bytes(variant, cache_dir, precision)

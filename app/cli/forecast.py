@@ -88,6 +88,7 @@ def forecast(target: Target, settings: Settings, card: ModelCard) -> Forecast:
             default_pixels=card.default_width * card.default_height,
             limit_pixels=limit,
             max_references=card.max_references,
+            asked=settings.plan,
         )
     kind = "bf16" if chosen.linears == "fp8w" else chosen.name
     return Forecast(chosen.name, chosen.reason, plan, floor_seconds(target.spec, kind, card))

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from app import logs
+from app.cli.session import check_output, choose_seed, draft, make_picture, warm_runtime
 from app.domain import ImageSpec, ModelCard
-from app.errors import InvalidRequest, StartupError
+from app.engine import create_engine
+from app.errors import InvalidRequest
 from app.images import OutputFormat
-from app.runtime import Runtime, build_runtime
+from app.limits import SizeRule
+from app.service import Picture
 from app.settings import Settings
+from app.telemetry.gpu import Card
+from app.worker.child import EngineFactory
 
 _FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {
     ".png": "png",
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
     ".webp": "webp",
+}
+_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "seed": "--seed",
+    "size": "--size",
+    "prompt": "The prompt",
 }
 
 
@@ -28,60 +41,70 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("prompt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out.png"))
     parser.add_argument("--size", help="WIDTHxHEIGHT; the model's own size where left out")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
     parser.add_argument("--guidance", type=float)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="-1 or nothing draws one")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
     parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
 
 
-def run(arguments: argparse.Namespace, settings: Settings) -> int:
+def run(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    *,
+    make_engine: EngineFactory = create_engine,
+    gpu: Card | None = None,
+) -> int:
     """Make the picture; return the exit code."""
     if arguments.output.suffix.lower() not in _FORMATS:
         raise InvalidRequest("The output's name must end in .png, .jpg, .jpeg or .webp.")
+    check_output(arguments.output)
     logs.set_up(style=settings.log_format, level="warning")
-    asyncio.run(_generate(arguments, settings))
-    return 0
-
-
-async def _generate(arguments: argparse.Namespace, settings: Settings) -> None:
-    runtime = build_runtime(settings)
-    await runtime.start()
+    seed = choose_seed(arguments.seed)
     try:
-        await _wait_until_ready(runtime)
-        spec = _spec(arguments, runtime.model, runtime.service.random_seed())
-        output = OutputFormat(_FORMATS[arguments.output.suffix.lower()])
-        ticket = runtime.service.submit([spec], client="cli", output=output)
-        (picture,) = await ticket.pictures()
-    finally:
-        await runtime.close()
+        picture = asyncio.run(_generate(arguments, settings, seed, make_engine, gpu))
+    except InvalidRequest as error:
+        raise _in_our_words(error) from None
     arguments.output.write_bytes(picture.data)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in picture.seconds.items())
     print(f"{arguments.output}: {picture.width}x{picture.height}, seed {picture.seed}, {stages}")
+    return 0
 
 
-async def _wait_until_ready(runtime: Runtime) -> None:
-    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    runtime.on_ready.append(lambda info: ready.set_result(None))
-    runtime.ended.add_done_callback(
-        lambda ended: ready.set_exception(StartupError(ended.result().message))
-    )
-    await ready
+async def _generate(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    seed: int,
+    make_engine: EngineFactory,
+    gpu: Card | None,
+) -> Picture:
+    def plan(card: ModelCard) -> ImageSpec:
+        return _spec(arguments, card, settings, seed)
+
+    output = OutputFormat(_FORMATS[arguments.output.suffix.lower()])
+    async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, planned=plan) as (
+        runtime,
+        _,
+    ):
+        return await make_picture(runtime, plan(runtime.model), output)
 
 
-def _spec(arguments: argparse.Namespace, card: ModelCard, seed: int) -> ImageSpec:
-    """Fill in the model's defaults; the service checks the limits."""
+def _spec(
+    arguments: argparse.Namespace, card: ModelCard, settings: Settings, seed: int
+) -> ImageSpec:
+    """Fill in the model's defaults."""
     width, height = card.default_width, card.default_height
-    if arguments.size:
-        try:
-            width, height = (int(side) for side in arguments.size.split("x"))
-        except ValueError:
-            raise InvalidRequest("--size must be WIDTHxHEIGHT, for example 1024x768.") from None
-    return ImageSpec(
-        prompt=arguments.prompt,
-        width=width,
-        height=height,
-        num_inference_steps=arguments.steps or card.default_steps,
-        guidance_scale=card.default_guidance if arguments.guidance is None else arguments.guidance,
-        seed=seed if arguments.seed is None else arguments.seed,
-    )
+    if arguments.size not in (None, "auto"):
+        width, height = SizeRule.of(card, settings.max_pixels).parse(arguments.size)
+    spec = draft(card, arguments.prompt, width, height, arguments.steps)
+    guidance = card.default_guidance if arguments.guidance is None else arguments.guidance
+    return replace(spec, seed=seed, guidance_scale=guidance)
+
+
+def _in_our_words(error: InvalidRequest) -> InvalidRequest:
+    """Give HTTP's fields the names that they have here."""
+    message = error.message
+    for field, option in _OPTIONS.items():
+        if message.startswith(field):
+            message = option + message.removeprefix(field)
+    return InvalidRequest(message)

@@ -10,6 +10,7 @@ from app.cli.forecast import Forecast
 from app.cli.surroundings import judge_cache, judge_compiler, judge_host
 from app.domain import ModelCard
 from app.engine.floors import find_card
+from app.engine.memory import MemoryPlan
 from app.runtime import Choice
 from app.settings import Settings
 
@@ -51,7 +52,7 @@ def diagnose(facts: Facts, settings: Settings) -> Diagnosis:
     _judge_model(found, facts, settings)
     if isinstance(facts.forecast, Forecast) and facts.model is not None:
         tell_forecast(found, facts.forecast, facts.model)
-        _judge_plan(found, facts, facts.forecast)
+        _judge_plan(found, facts, facts.forecast, settings)
     judge_compiler(found, facts.compiler, has_card=isinstance(facts.card, CardFound))
     if facts.cache is not None:
         judge_cache(found, facts.cache)
@@ -189,7 +190,7 @@ def _judge_model(found: Diagnosis, facts: Facts, settings: Settings) -> None:
         )
 
 
-def _judge_plan(found: Diagnosis, facts: Facts, ahead: Forecast) -> None:
+def _judge_plan(found: Diagnosis, facts: Facts, ahead: Forecast, settings: Settings) -> None:
     assert isinstance(facts.card, CardFound)
     if ahead.plan is None:
         remedy = "Close what else uses the card."
@@ -203,12 +204,26 @@ def _judge_plan(found: Diagnosis, facts: Facts, ahead: Forecast) -> None:
             remedy,
             is_fatal=True,
         )
+    elif settings.plan != "auto":
+        judge_asked_plan(found, ahead.plan, facts.model)
     elif ahead.plan.name != "resident" and facts.card.holders:
         found.complain(
             f"What else is on the card makes the plan {ahead.plan.name} necessary, which is "
             "slower than resident.",
             f"Close what can be spared: {_names(facts.card)}.",
             is_fatal=False,
+        )
+
+
+def judge_asked_plan(found: Diagnosis, plan: MemoryPlan, model: ModelCard | None) -> None:
+    """Say where a plan that was asked for by name leaves too little room for pictures."""
+    assert model is not None
+    if plan.max_pixels[0] < model.default_width * model.default_height:
+        found.complain(
+            f"KLEIN_PLAN asks for {plan.name}, which leaves no room for a picture of "
+            f"{model.default_width}x{model.default_height}.",
+            "Set KLEIN_PLAN=auto to take the fastest plan that fits.",
+            is_fatal=plan.max_pixels[0] == 0,
         )
 
 

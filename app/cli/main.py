@@ -4,26 +4,83 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
 from app import __version__
+from app.cli.obstacles import check_surroundings, explain
 from app.errors import KleinError
 from app.settings import Settings
 
 _COMMANDS = ("serve", "generate", "download", "doctor", "bench", "compare")
 
 
+EXIT_BROKEN_PIPE = 141
+"""What a shell says of a program that SIGPIPE ended, as it does when `head` has read enough."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
-        return _run(argv)
+        return _told(argv)
+    except BrokenPipeError:
+        # Nobody reads any more, on standard output or, with `2>&1 | head`, on either.
+        _drop_output()
+        return EXIT_BROKEN_PIPE
+
+
+def _told(argv: Sequence[str] | None) -> int:
+    """Run it; what keeps it from running is one sentence on standard error."""
+    try:
+        try:
+            check_surroundings()
+            return _run(argv)
+        finally:
+            # Here, and not when Python ends: there nobody could catch that it is a broken pipe.
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KleinError as error:
-        print(f"klein: {error.message}", file=sys.stderr)
-        return 1
+        return _say(error.message)
     except KeyboardInterrupt:
         return 130
+    except (OSError, RuntimeError, MemoryError) as error:
+        is_quiet = isinstance(error, BrokenPipeError) and _is_unread()
+        if is_quiet or not (sentence := explain(error)):
+            raise
+        if os.environ.get("KLEIN_LOG_LEVEL") == "debug":
+            traceback.print_exc()
+        _drop_output()
+        return _say(sentence)
+
+
+def _say(sentence: str) -> int:
+    print(f"klein: {sentence}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _is_unread() -> bool:
+    """Whether it is our own output that nobody reads, and not a pipe to another process."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Let what cannot be written go nowhere: Python would try again when it ends, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
-from collections.abc import AsyncIterator, Iterator
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from app.domain import ImageSpec, ModelCard, ModelInfo
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
+from app.limits import DRAW, MAX_SEED
 from app.runtime import Runtime, build_runtime
 from app.service import Picture
 from app.settings import Settings
@@ -26,15 +30,24 @@ _SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", 
 
 @asynccontextmanager
 async def warm_runtime(
-    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Card | None = None
+    settings: Settings,
+    *,
+    make_engine: EngineFactory = create_engine,
+    gpu: Card | None = None,
+    planned: Callable[[ModelCard], ImageSpec] | None = None,
 ) -> AsyncIterator[tuple[Runtime, ModelInfo]]:
     """Start a worker for *settings* and give it once it is warm; close it at the end.
 
+    What is *planned* for the model is judged before anything is loaded.
+
     Raises:
         StartupError: it does not start; one sentence says why.
+        InvalidRequest: what is planned cannot be made by the model.
     """
     patient = settings.model_copy(update={"deadline_s": _PATIENCE_S})
     runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
+    if planned is not None:
+        runtime.service.check(planned(runtime.model))
     ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
 
     def on_ready(info: ModelInfo) -> None:
@@ -54,9 +67,12 @@ async def warm_runtime(
         await runtime.close()
 
 
-async def make_picture(runtime: Runtime, spec: ImageSpec) -> Picture:
-    """Let one picture go the way that every picture goes, and wait for its PNG."""
-    ticket = runtime.service.submit([spec], client="cli", output=OutputFormat("png"))
+async def make_picture(
+    runtime: Runtime, spec: ImageSpec, output: OutputFormat | None = None
+) -> Picture:
+    """Let one picture go the way that every picture goes, and wait for its file, PNG by default."""
+    output = output or OutputFormat("png")
+    ticket = runtime.service.submit([spec], client="cli", output=output)
     (picture,) = await ticket.pictures()
     return picture
 
@@ -81,7 +97,7 @@ def draft(card: ModelCard, prompt: str, width: int, height: int, steps: int | No
         prompt=prompt,
         width=width,
         height=height,
-        num_inference_steps=steps or card.default_steps,
+        num_inference_steps=card.default_steps if steps is None else steps,
         guidance_scale=card.default_guidance,
         seed=0,
     )
@@ -110,3 +126,24 @@ def parse_precisions(text: str) -> tuple[str, ...]:
         if name not in PRECISIONS:
             raise InvalidRequest(f"{name!r} is no precision; take of {', '.join(PRECISIONS)}.")
     return names
+
+
+def choose_seed(given: int | None) -> int:
+    """Take the seed that was given; nothing or -1 draws one, as over HTTP."""
+    return secrets.randbelow(MAX_SEED + 1) if given is None or given == DRAW else given
+
+
+def check_output(path: Path) -> None:
+    """Refuse a place at which no file can be written, before anything is made for it.
+
+    Raises:
+        InvalidRequest: there is no such folder, it may not be written to, or *path* is a folder.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise InvalidRequest(f"{path} is a folder; give the name of a file in it.")
+    if not folder.is_dir():
+        raise InvalidRequest(f"There is no folder {folder}; make it first, or give another.")
+    # A file that is there is written to; a new one needs its folder.
+    if not (os.access(path, os.W_OK) if path.exists() else os.access(folder, os.W_OK | os.X_OK)):
+        raise InvalidRequest(f"{path} may not be written by this user; give another place.")

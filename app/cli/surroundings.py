@@ -40,6 +40,13 @@ def judge_cache(found: Diagnosis, cache: CacheFound) -> None:
             "Make it writable, or set KLEIN_CACHE_DIR to another folder.",
             is_fatal=cache.missing_bytes > 0,
         )
+    if cache.open_because:
+        found.complain(
+            f"The cache's files are hashed at each start and compiled code is not kept there, "
+            f"because {cache.open_because}.",
+            f"{cache.remedy[0].upper()}{cache.remedy[1:]}",
+            is_fatal=False,
+        )
     if cache.missing_bytes > cache.disk_free_bytes:
         found.complain(
             f"The disk has {gigabytes(cache.disk_free_bytes)} free, needed are "

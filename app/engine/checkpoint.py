@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from app.engine.tensorfile import Read, Tensor
+from app.engine.tensorheader import MAX_BYTES
 from app.errors import StartupError
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -84,21 +85,23 @@ class Checkpoint:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON config as data; refuse one that brings code or names an implementation."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(path.name)
         config = json.loads(path.read_text())
+        is_code = next((key for key in _CODE_KEYS if key in json.dumps(config)), None)
     except FileNotFoundError:
         raise StartupError(
             f"{path.parent.name}/{path.name} is missing; download the model again."
         ) from None
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise StartupError(
             f"{path.parent.name}/{path.name} is not valid JSON; download the model again."
         ) from None
-    for key in _CODE_KEYS:
-        if key in json.dumps(config):
-            raise StartupError(
-                f"{path.parent.name}/{path.name} has the entry {key}, which would run code of the "
-                "checkpoint's own; remove it if you trust the rest of the file."
-            )
+    if is_code is not None:
+        raise StartupError(
+            f"{path.parent.name}/{path.name} has the entry {is_code}, which would run code of the "
+            "checkpoint's own; remove it if you trust the rest of the file."
+        )
     if not isinstance(config, dict):
         raise StartupError(f"{path.parent.name}/{path.name} is no table of settings.")
     return config

@@ -15,7 +15,9 @@ import importlib.util
 import logging
 import os
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from app.engine import trust
 
 _log = logging.getLogger(__name__)
 
@@ -168,7 +172,45 @@ def thaw() -> None:
 
 def _keep_results(cache: Path) -> None:
     """Let both compilers keep their work beside the weights, so that a second start is warm."""
-    folder = cache / "compiled"
-    folder.mkdir(parents=True, exist_ok=True)
     # The environment is the only way in: torch._inductor.runtime.cache_dir_utils.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_folder_of_code(cache))
+
+
+def _folder_of_code(cache: Path) -> Path:
+    """Find a folder that nobody else may write to, since what lies there is run.
+
+    The cache's own, or else one among the temporary files: refusing to start would take the service
+    from those whose only volume is open to others, and compiling again costs them a minute.
+    """
+    folder = cache / "compiled"
+    try:
+        trust.make_folder(folder, cache, trust.PRIVATE_MODE)
+        reason = trust.why_tree_open(folder, cache)
+        if not reason and not os.access(folder, os.W_OK):
+            reason = f"{folder} may not be written to"
+    except OSError as error:
+        reason = f"{folder} cannot be used ({error.strerror})"
+    if not reason:
+        return folder
+    private = _private_folder()
+    _log.warning(
+        "Compiled code is kept in %s and not in KLEIN_CACHE_DIR, because %s; to end this, %s",
+        private,
+        reason,
+        trust.remedy(cache),
+    )
+    return private
+
+
+def _private_folder() -> Path:
+    """One that outlasts this start where that is safe, else a new one."""
+    folder = Path(tempfile.gettempdir()) / f"klein-compiled-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=trust.PRIVATE_MODE, exist_ok=True)
+        found = folder.lstat()
+        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if is_ours and not trust.why_tree_open(folder, folder):
+            return folder
+    except OSError as error:
+        _log.debug("%s cannot be used: %s.", folder, error.strerror)
+    return Path(tempfile.mkdtemp(prefix="klein-compiled-"))

@@ -27,5 +27,7 @@ class EngineConfig:
     """The most that this process may take of the card, or None for what is free."""
     prompt_cache: int = 32
     """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
+    download_silence_s: float = 120.0
+    """Seconds without a byte after which a download is given up."""
     max_pixels: int = 4_194_304
     """The operator's limit of one output, in pixels; the memory plan may set a lower one."""

@@ -3,8 +3,9 @@
     <cache>/converted/<part>-<kind>-<where its sources lie>.safetensors
 
 A file says what it was made of: name, size and time of change of each source. Where that no longer
-holds, or the file is damaged, it is made anew. It is written beside its place and renamed, so no
-reader ever sees half of it; a cache that cannot be written to costs the time and nothing else.
+holds, where the file is damaged or where others may write to it (`app.engine.trust`), it is made
+anew. It is written beside its place and renamed, so no reader ever sees half of it; a cache that
+cannot be written to costs the time and nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from app.engine.checkpoint import Part
 from app.engine.tensorfile import NAMES, TensorFile
+from app.engine.trust import is_closed, make_folder, why_open
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Converted:
     def __init__(self, folder: Path, part: Part, kind: str, name: str) -> None:
         places = "\n".join(str(path.resolve()) for path in part.sources)
         digest = hashlib.sha256(places.encode()).hexdigest()[:12]
+        self._cache = folder
         self._path = folder / "converted" / f"{name}-{kind}-{digest}.safetensors"
         self._sources = _describe(part.sources)
         self._file = self._open()
@@ -65,7 +68,10 @@ class Converted:
         }
         metadata = {"version": _VERSION, "sources": self._sources}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent, self._cache)
+            if reason := why_open(self._path.parent, self._cache):
+                _log.warning("The 8 bit weights are rounded at each start, because %s.", reason)
+                return
             _write_whole(self._path, tensors, metadata)
         except OSError as error:
             _log.warning(
@@ -81,6 +87,8 @@ class Converted:
 
     def _open(self) -> TensorFile | None:
         try:
+            if not is_closed(self._path, self._cache):
+                return None
             file = TensorFile(self._path)
         except (OSError, StartupError):
             return None

@@ -7,6 +7,7 @@ or SHA-256 is deleted and named, before any of it reaches a loader.
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,10 @@ from app.domain import LoadProgress
 from app.engine.catalog import CATALOG, Entry, RemoteFile, files_for
 from app.engine.fetch import Hub, damaged, fetch
 from app.engine.store import Store
+from app.engine.trust import make_folder, remedy, why_open
 from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
 
 OnProgress = Callable[[LoadProgress], None]
 
@@ -47,6 +51,7 @@ def ensure(
     store = Store(cache_dir)
     meter = _Meter(on_progress, files)
     with _explained_disk_errors():
+        _warn_if_open(store, files)
         _check_present(store, files, meter)
         if not all(store.is_present(file) for file in files):
             with store.locked(lambda: on_progress(LoadProgress("download", None, _BUSY))):
@@ -86,6 +91,7 @@ class _Meter:
         self._on_progress = on_progress
         self._total = sum(file.size_bytes for file in files)
         self._stage, self._done, self._reported_at = "", 0, 0.0
+        self._reported: int | None = None
 
     def begin(self, stage: str, *, done: int = 0) -> None:
         """Start counting for *stage*."""
@@ -96,8 +102,9 @@ class _Meter:
 
         def report(done: int) -> None:
             now = time.monotonic()
-            if now - self._reported_at >= _REPORT_EVERY_S or done == file.size_bytes:
-                self._reported_at = now
+            is_end = done == file.size_bytes and self._reported != self._done + done
+            if now - self._reported_at >= _REPORT_EVERY_S or is_end:
+                self._reported_at, self._reported = now, self._done + done
                 self._report(file, self._done + done)
 
         return report
@@ -120,6 +127,16 @@ def _check_allowed(files: tuple[RemoteFile, ...]) -> None:
                 f"{file.repository} is not a repository of the catalogue; nothing is downloaded "
                 f"from elsewhere than {', '.join(sorted(allowed))}."
             )
+
+
+def _warn_if_open(store: Store, files: tuple[RemoteFile, ...]) -> None:
+    places = (store.path(file) if store.is_present(file) else store.cache_dir for file in files)
+    if reason := next((why for place in places if (why := why_open(place, store.cache_dir))), ""):
+        _log.warning(
+            "The files of KLEIN_CACHE_DIR are hashed at each start, because %s; to end this, %s",
+            reason,
+            remedy(store.cache_dir),
+        )
 
 
 def _check_present(store: Store, files: tuple[RemoteFile, ...], meter: _Meter) -> None:
@@ -149,6 +166,7 @@ def _fetch_missing(store: Store, files: tuple[RemoteFile, ...], hub: Hub, meter:
     meter.begin("download")
     for file in sorted(files, key=store.is_present, reverse=True):
         if not store.is_present(file):
+            make_folder(store.path(file).parent, store.cache_dir)
             fetch(file, store.path(file), hub, meter.on_bytes(file))
             store.vouch(file)
         meter.add(file)
@@ -173,4 +191,9 @@ def _explained_disk_errors() -> Iterator[None]:
                 "KLEIN_CACHE_DIR may not be used by this user; make the folder and what lies in it "
                 "readable and writable, or set another one."
             ) from None
-        raise
+        if error.filename is None:
+            raise
+        raise StartupError(
+            f"KLEIN_CACHE_DIR cannot be used ({error.strerror}: {error.filename}); remove what is "
+            "in the way, or set another folder."
+        ) from None

@@ -27,6 +27,8 @@ def _config_of(file: TensorFile, tensors: dict[str, Tensor]) -> dict[str, Any]:
         size = tensors[f"{first}self_attn.q_norm.weight"].shape[0]
         vocabulary, hidden = tensors["model.embed_tokens.weight"].shape
         numbers = {int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")}
+        if numbers != set(range(len(numbers))):
+            raise ValueError("layers")
         return {
             "model_type": "qwen3",
             "architectures": ["Qwen3ForCausalLM"],

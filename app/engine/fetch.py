@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from app import __version__
 from app.engine.catalog import RemoteFile
+from app.engine.trust import is_own
 from app.errors import StartupError
 
 OnBytes = Callable[[int], None]
@@ -27,6 +28,9 @@ OnBytes = Callable[[int], None]
 _HASH_BLOCK_BYTES = 8 * 1024 * 1024
 _TIMEOUT_S = 30.0
 _TRIES = 5
+_SYNC_BYTES = 256 * 1024 * 1024
+"""Written to the disk each time, so that no wait for it grows to minutes."""
+SILENCE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,9 @@ class Hub:
     endpoint: str | None = None
     token: str | None = None
     wait: Callable[[float], None] = time.sleep
+    silence_s: float = SILENCE_S
+    """Seconds without a byte after which a download is given up, however often it was tried."""
+    clock: Callable[[], float] = time.monotonic
 
     @property
     def host(self) -> str:
@@ -49,28 +56,56 @@ class _Interrupted(Exception):
     """The transfer ended early for a reason that may pass."""
 
 
+class _Line:
+    """Passes on what has come, and knows how long nothing has."""
+
+    def __init__(self, hub: Hub, on_bytes: OnBytes) -> None:
+        self._hub = hub
+        self._on_bytes = on_bytes
+        self._heard_at = hub.clock()
+
+    def on_bytes(self, done: int) -> None:
+        """More has come."""
+        self._heard_at = self._hub.clock()
+        self._on_bytes(done)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the silence counts as the end."""
+        return self._heard_at + self._hub.silence_s - self._hub.clock()
+
+
 def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
     """Download *file* to *target*, beginning with what an earlier run left.
+
+    *on_bytes* is called while it is hashed too, so that it is never silent for long.
 
     Raises:
         StartupError: it cannot be had, or what came is not the published file.
     """
     part = partial_path(target)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    reason, idle = "", 0
+    if part.is_symlink() or (part.exists() and not is_own(part)):
+        # Whoever put it there could go on changing it, or lets us write elsewhere.
+        part.unlink()
+    reason, idle, line = "", 0, _Line(hub, on_bytes)
     while (have := _size(part)) < file.size_bytes:
         on_bytes(have)
         if idle == _TRIES:
             raise _gave_up(file, have, hub, reason)
         if idle:
-            hub.wait(2.0 ** (idle - 1))
+            hub.wait(max(0.0, min(2.0 ** (idle - 1), line.left_s)))
+        if line.left_s <= 0:
+            silence = f"has sent nothing for {hub.silence_s:g} s (KLEIN_DOWNLOAD_SILENCE_S)"
+            raise _gave_up(file, have, hub, silence)
         try:
-            _append(file, part, hub, on_bytes)
+            _append(file, part, hub, line)
             reason = "sends less than the whole file"
         except _Interrupted as error:
             reason = str(error)
         idle = 0 if _size(part) > have else idle + 1
-    if _size(part) != file.size_bytes or hash_file(part) != file.sha256:
+    if _size(part) != file.size_bytes or file.sha256 != hash_file(
+        part, lambda done: on_bytes(file.size_bytes)
+    ):
         part.unlink()
         raise damaged(file)
     part.replace(target)
@@ -100,7 +135,7 @@ def damaged(file: RemoteFile) -> StartupError:
     )
 
 
-def _append(file: RemoteFile, part: Path, hub: Hub, on_bytes: OnBytes) -> None:
+def _append(file: RemoteFile, part: Path, hub: Hub, line: _Line) -> None:
     """Add to *part* what one answer brings, up to one block more than belongs there."""
     from huggingface_hub import get_session, get_token, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -113,11 +148,12 @@ def _append(file: RemoteFile, part: Path, hub: Hub, on_bytes: OnBytes) -> None:
         headers["Range"] = f"bytes={have}-"
     reason = "cannot be reached"
     try:
-        with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
+        timeout_s = max(0.001, min(_TIMEOUT_S, line.left_s))
+        with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
             reason = "broke the connection off"
             _check_status(response, file, part, hub.host, has_token=bool(token))
             # Blocks as they come: gathering them would lose the last ones when the line breaks.
-            _write(response.iter_bytes(), part, _start(response, have), file, on_bytes)
+            _write(response.iter_bytes(), part, _start(response, have), file, line.on_bytes)
     except OfflineModeIsEnabled:
         raise StartupError(
             f"{file.path} is not in the cache and HF_HUB_OFFLINE forbids downloading it; unset "
@@ -140,6 +176,7 @@ def _write(
     blocks: Iterator[bytes], part: Path, start: int, file: RemoteFile, on_bytes: OnBytes
 ) -> None:
     with part.open("ab" if start else "wb") as sink:
+        synced = start
         try:
             for block in blocks:
                 sink.write(block)
@@ -147,10 +184,17 @@ def _write(
                 on_bytes(start)
                 if start > file.size_bytes:
                     break
+                if start - synced >= _SYNC_BYTES:
+                    synced = start
+                    _sync(sink)
         finally:
-            sink.flush()
             # A crash of the machine must not leave a file of the right size full of zeros.
-            os.fsync(sink.fileno())
+            _sync(sink)
+
+
+def _sync(sink: IO[bytes]) -> None:
+    sink.flush()
+    os.fsync(sink.fileno())
 
 
 def _check_status(

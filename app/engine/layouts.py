@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from app.engine.checkpoint import Checkpoint, Part, read_config, slots_of, sourc
 from app.engine.single_file import is_bfl, read_transformer
 from app.engine.tensorfile import OpenFiles, Tensor, TensorFile
 from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
 
 _COMFY_TRANSFORMERS = ("diffusion_models", "unet")
 _COMFY_ENCODERS = ("text_encoders", "clip")
@@ -52,6 +54,18 @@ def open_checkpoint(
         raise StartupError(f"There is no model at {path}; correct the path and start again.")
     if path.is_file() and path.suffix.lower() in PICKLES:
         raise _pickled(path)
+    try:
+        return _open(path, elsewhere, is_mapped=is_mapped)
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        # Names and shapes may be anything; what they must be is asked where each is needed.
+        _log.debug("The files do not fit together.", exc_info=True)
+        raise StartupError(
+            f"{path.name} cannot be used: what its files say of themselves does not fit together "
+            f"({type(error).__name__}); it belongs to another model or is damaged."
+        ) from None
+
+
+def _open(path: Path, elsewhere: Path | None, *, is_mapped: bool) -> Checkpoint:
     with OpenFiles(is_mapped=is_mapped) as files:
         if path.is_file():
             checkpoint = _open_file(path, elsewhere, files)
@@ -191,7 +205,7 @@ def _open_folder(folder: Path, files: OpenFiles) -> dict[str, Tensor]:
     """Open the safetensors files of *folder*: those its index names, else the only ones there."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(dict(read_config(index)["weight_map"]).values()))
         paths = [folder / Path(name).name for name in names]
     else:
         paths = sorted(folder.glob("*.safetensors"))

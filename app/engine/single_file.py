@@ -9,7 +9,6 @@ the file is accounted for.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from app.engine.bfl import Rule, rules
 from app.engine.checkpoint import Part, Slot
 from app.engine.tensorfile import CPU, Read, Tensor, TensorFile
+from app.engine.tensorheader import parse_json
 from app.errors import StartupError
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -31,6 +31,8 @@ _SCALES = {
     "scale_input": "input",
 }
 _FP8 = (torch.float8_e4m3fn,)
+_NOTE_BYTES = 65_536
+_SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,10 @@ def read_transformer(file: TensorFile, config: Mapping[str, Any] | None) -> Part
         config = _config_of(file, plain)
     slots, origin = {}, {}
     known = set()
-    for rule in rules(int(config["num_layers"]), int(config["num_single_layers"])):
+    counts = [int(config[name]) for name in ("num_layers", "num_single_layers")]
+    if max(counts) > len(tensors):
+        raise _odd(file, f"it has {len(tensors)} tensors for {max(counts)} layers")
+    for rule in rules(*counts):
         tensor = plain.get(rule.their_name)
         known.add(rule.their_name)
         if tensor is None:
@@ -105,7 +110,7 @@ def sort_tensors(
         if last in _SCALES:
             scales[module, _SCALES[last]] = tensor.read()
         elif last == "comfy_quant":
-            notes[module] = notes.get(module, {}) | _note(tensor.read())
+            notes[module] = notes.get(module, {}) | _note(file, tensor)
         elif name != "scaled_fp8":
             plain[name] = tensor
     layers = {}
@@ -171,17 +176,27 @@ def _header_notes(file: TensorFile) -> dict[str, dict[str, Any]]:
     if not text:
         return {}
     try:
-        layers: dict[str, dict[str, Any]] = dict(json.loads(text)["layers"])
+        layers: dict[str, dict[str, Any]] = dict(parse_json(text)["layers"])
     except (ValueError, KeyError, TypeError):
         raise _odd(file, "its _quantization_metadata cannot be read") from None
+    if not all(isinstance(note, dict) for note in layers.values()):
+        raise _odd(file, "its _quantization_metadata cannot be read")
     for prefix in _PREFIXES:
         layers = {name.removeprefix(prefix): note for name, note in layers.items()}
     return layers
 
 
-def _note(raw: torch.Tensor) -> dict[str, Any]:
-    text = bytes(raw.reshape(-1).tolist()).strip(b"\0 ")
-    return dict(json.loads(text)) if text else {}
+def _note(file: TensorFile, tensor: Tensor) -> dict[str, Any]:
+    if tensor.dtype is not torch.uint8 or tensor.size_bytes > _NOTE_BYTES:
+        raise _odd(file, f"{tensor.name[:_SHOWN]} is no note")
+    text = bytes(tensor.read().reshape(-1).tolist()).strip(b"\0 ")
+    try:
+        note = parse_json(text) if text else {}
+    except ValueError:
+        note = None
+    if not isinstance(note, dict):
+        raise _odd(file, f"{tensor.name[:_SHOWN]} cannot be read")
+    return note
 
 
 def _config_of(file: TensorFile, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -212,7 +227,10 @@ def _config_of(file: TensorFile, tensors: Mapping[str, Tensor]) -> dict[str, Any
 
 
 def _count(tensors: Mapping[str, Tensor], group: str) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
+    count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
+    if count > len(tensors):
+        raise ValueError(group)
+    return count
 
 
 def _odd(file: TensorFile, what: str) -> StartupError:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from app.domain import LoadProgress, ModelCard, ModelInfo
-from app.engine import catalog
+from app.engine import catalog, trust
 from app.engine.compiling import NO_COMPILER, Compiler, choose_compiler
 from app.engine.config import EngineConfig
 from app.engine.fit import check_fit
@@ -132,8 +132,10 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     if entry.is_embedded:
         return Files(shapes.locate(), shapes.REVISION, is_ours=True)
     from app.engine.download import ensure
+    from app.engine.fetch import Hub
 
-    path = ensure(entry, Path(config.cache_dir), precision.name, on_progress)
+    hub = Hub(silence_s=config.download_silence_s)
+    path = ensure(entry, Path(config.cache_dir), precision.name, on_progress, hub=hub)
     return Files(path, entry.revision, is_ours=True)
 
 
@@ -167,8 +169,13 @@ def _downloaded(config: EngineConfig) -> Path | None:
     """A folder of an earlier download, which has the parts that other layouts lack."""
     if config.path is None or not catalog.entry(config.model).files:
         return None
-    found = sorted(Path(config.cache_dir).rglob("model_index.json"))
-    return found[0].parent if found else None
+    cache = Path(config.cache_dir)
+    for found in sorted(cache.rglob("model_index.json")):
+        # Not hashed here, so it must be what a download has left there and nobody has changed.
+        if not (reason := trust.why_tree_open(found.parent, cache)):
+            return found.parent
+        _log.warning("No part is taken from KLEIN_CACHE_DIR, because %s.", reason)
+    return None
 
 
 def _limit_memory(config: EngineConfig, device: torch.device) -> None:

@@ -5,8 +5,10 @@
 
 Variants share files, so the first tree holds them by where they were published and the second says
 which belong together. A file reaches its place only after its size and SHA-256 were found right; a
-record beside it then states its size and its time of change. While both hold, a start trusts the
-file without reading its gigabytes; when they do not, it is hashed again.
+record beside it then states its size, its time of change and its inode. While all hold, a start
+trusts the file without reading its gigabytes; when they do not, as after copying a cache, or where
+others may write (`app.engine.trust`), it is hashed again. The device's number is not asked: it
+changes where the same volume is mounted again.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +26,8 @@ from typing import IO
 
 from app.engine.catalog import RemoteFile
 from app.engine.fetch import hash_file, partial_path
+from app.engine.trust import is_closed, make_folder
+from app.errors import StartupError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +53,28 @@ class Store:
         return max(0, file.size_bytes - (part.stat().st_size if part.is_file() else 0))
 
     def is_vouched(self, file: RemoteFile) -> bool:
-        """Whether *file* is as it was when its hash was found right."""
+        """Whether *file* is as it was when its hash was found right, and nobody else can have
+        written it or the record.
+        """
+        record = self._record(file)
         try:
-            return self._record(file).read_text() == self._stamp(file)
-        except FileNotFoundError:
+            return (
+                is_closed(self.path(file), self.cache_dir)
+                and is_closed(record, self.cache_dir)
+                and record.read_text() == self._stamp(file)
+            )
+        except (OSError, UnicodeDecodeError):
             return False
 
     def vouch(self, file: RemoteFile) -> None:
-        """Record that the hash of *file* was found right."""
-        self._record(file).write_text(self._stamp(file))
+        """Record that the hash of *file* was found right; where others may write, record nothing
+        that could be believed once the folder is closed.
+        """
+        record = self._record(file)
+        if is_closed(self.path(file), self.cache_dir):
+            _write_whole(record, self._stamp(file))
+        else:
+            record.unlink(missing_ok=True)
 
     def check(self, file: RemoteFile, on_bytes: Callable[[int], None]) -> bool:
         """Hash *file*; record it when it is right, delete it when it is not."""
@@ -75,23 +93,35 @@ class Store:
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
         """Keep other processes from adding files; call *on_wait* until they let us."""
         folder = self.cache_dir / "hub"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
+        make_folder(folder, self.cache_dir)
+        # Not through a link that somebody may have laid there, and nothing is cut off.
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        with os.fdopen(descriptor, "r+") as lock:
             while not _is_taken(lock):
                 on_wait()
                 time.sleep(0.2)
             yield
 
     def link(self, name: str, files: Iterable[RemoteFile]) -> Path:
-        """Lay out the *files* of one load as links; links of an earlier catalogue go."""
+        """Lay out the *files* of one load as links; links of an earlier catalogue go.
+
+        Raises:
+            StartupError: something lies among them that no download has put there.
+        """
         folder = self.cache_dir / "models" / name
         wanted = {folder / file.path: self.path(file) for file in files}
-        for link in [path for path in folder.rglob("*") if path.is_symlink()]:
-            if link not in wanted or link.resolve() != wanted[link].resolve():
-                link.unlink()
+        for path in list(folder.rglob("*")):
+            if path.is_symlink():
+                if path not in wanted or path.resolve() != wanted[path].resolve():
+                    path.unlink()
+            elif not path.is_dir() or path in wanted:
+                raise StartupError(
+                    f"{path.relative_to(self.cache_dir)} in KLEIN_CACHE_DIR is no file of a "
+                    "download; remove it and start again."
+                )
         for link, target in wanted.items():
             if not link.is_symlink():
-                link.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(link.parent, self.cache_dir)
                 link.symlink_to(os.path.relpath(target, link.parent))
         return folder
 
@@ -101,7 +131,20 @@ class Store:
 
     def _stamp(self, file: RemoteFile) -> str:
         stat = self.path(file).stat()
-        return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns}\n"
+        return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write it beside its place and move it there: nothing is written through a link."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), 0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _is_taken(lock: IO[str]) -> bool:

@@ -10,7 +10,6 @@ memory allows. This module knows bytes and names, no model.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from app.engine.tensorheader import Entry, HeaderError, read_header
 from app.errors import StartupError
 
 _DTYPES = {
@@ -42,7 +42,8 @@ NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 CPU = torch.device("cpu")
 
-_HEADER_LIMIT = 100_000_000
+_SHOWN = 16
+"""Characters of a word of the file's that a message repeats."""
 _PIECE_BYTES = 1 << 24
 
 
@@ -147,32 +148,22 @@ class TensorFile:
         return flat.view(tensor.dtype).reshape(tensor.shape)
 
     def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        total = self.path.stat().st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if length > min(_HEADER_LIMIT, total - 8):
-            raise _damaged(self.path, "its header is longer than the file")
         try:
-            header = json.loads(self._file.read(length))
-            metadata = header.pop("__metadata__", {})
-            tensors = {name: self._locate(name, header[name], 8 + length) for name in header}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise _damaged(self.path, "its header cannot be read") from None
-        if any(tensor.start + tensor.size_bytes > total for tensor in tensors.values()):
-            raise _damaged(self.path, "it ends before its last tensor")
-        return tensors, metadata
+            entries, notes = read_header(self._file, self.path.stat().st_size)
+        except HeaderError as error:
+            raise _damaged(self.path, str(error)) from None
+        return {name: self._locate(name, entry) for name, entry in entries.items()}, notes
 
-    def _locate(self, name: str, entry: dict[str, Any], base: int) -> Tensor:
-        if entry["dtype"] not in _DTYPES:
+    def _locate(self, name: str, entry: Entry) -> Tensor:
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
             raise StartupError(
-                f"{self.path.name} holds tensors of the type {entry['dtype']}, which is not "
-                "supported; use the fp8 or bf16 safetensors file."
+                f"{self.path.name} holds tensors of the type {entry.dtype[:_SHOWN]!r}, which is "
+                "not supported; use the fp8 or bf16 safetensors file."
             )
-        dtype = _DTYPES[entry["dtype"]]
-        shape = tuple(int(side) for side in entry["shape"])
-        start, end = entry["data_offsets"]
-        if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(name)
-        return Tensor(self, name, dtype, shape, base + start, end - start)
+        if entry.size_bytes != math.prod(entry.shape) * dtype.itemsize:
+            raise _damaged(self.path, "a tensor's bytes do not fit its shape")
+        return Tensor(self, name, dtype, entry.shape, entry.start, entry.size_bytes)
 
 
 class _Ferry:

@@ -3,6 +3,7 @@ that both see, which takes a fifth of the time that three megabytes take through
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -11,6 +12,7 @@ from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Semaphore
 from typing import Any
 
+from app.errors import StartupError
 from app.worker.messages import Done, FromWorker, ToWorker
 
 _WINDOW_BYTES = 2**24
@@ -22,11 +24,27 @@ class UnsendableError(Exception):
 
 
 def pair(context: BaseContext | None = None) -> tuple[End, End]:
-    """Make both ends, one to keep and one to give to a process at its start."""
+    """Make both ends, one to keep and one to give to a process at its start.
+
+    Raises:
+        StartupError: there is no memory that two processes can share.
+        OSError: no descriptors are left.
+    """
     context = context or multiprocessing.get_context()
     ours, theirs = context.Pipe()
-    memory = context.RawArray("B", _WINDOW_BYTES)
-    is_empty = context.Semaphore(1)
+    try:
+        memory = context.RawArray("B", _WINDOW_BYTES)
+        is_empty = context.Semaphore(1)
+    except OSError as error:
+        ours.close()
+        theirs.close()
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise StartupError(
+            f"No memory can be shared between processes ({error.strerror}): /dev/shm must be a "
+            "tmpfs that this user may write to; mount one, in a container with --shm-size or "
+            "--tmpfs /dev/shm, and start again."
+        ) from None
     return End(ours, memory, is_empty), End(theirs, memory, is_empty)
 
 

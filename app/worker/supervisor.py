@@ -42,6 +42,17 @@ _OVER = "The service is ending because its worker cannot be kept alive; try agai
 _CLOSING = "The service is shutting down; try again in a while."
 _OVER_RETRY_S = 30
 
+_FETCHING = frozenset({"download", "verify"})
+"""Stages of a start whose length depends on the network and the disk."""
+_SLOW = (
+    "Loading, compiling and warming up took longer than {:g} s; see the log above, and raise "
+    "KLEIN_LOAD_LIMIT_S if this machine is only slow."
+)
+_SILENT = (
+    "The worker said nothing of its download for {:g} s and was ended; what has come is kept, "
+    "start again to go on from there."
+)
+
 EXIT_START_FAILED = 1
 EXIT_CRASH_LOOP = 70
 """sysexits.h: EX_SOFTWARE; whatever started the service may start it afresh."""
@@ -65,6 +76,9 @@ class Limits:
     """How long a worker may be silent, or take to leave, in seconds."""
 
     load_s: float = 1800.0
+    """From the start to ready, or from the end of a download to ready."""
+    download_s: float = 180.0
+    """Between two signs of life of a download, for which `load_s` does not count."""
     silence_s: float = 60.0
     silence_steps: float = 20.0
     """A running job may be silent for this many of its predicted steps, if that is longer."""
@@ -115,6 +129,8 @@ class Supervisor:
         self._load_watch: asyncio.TimerHandle | None = None
         self._beat_watch: asyncio.TimerHandle | None = None
         self._leave_watch: asyncio.TimerHandle | None = None
+        self._is_fetching = False
+        self._overdue = ""
         self._restart: asyncio.TimerHandle | None = None
         self._unanswered = 0
         self._started_at = 0.0
@@ -227,7 +243,7 @@ class Supervisor:
             return
         match message:
             case Loading(progress):
-                self.stage, self.progress = progress.stage, progress
+                self._on_loading(progress)
             case Ready(info):
                 self._on_ready(info)
             case StartFailed(text):
@@ -261,7 +277,9 @@ class Supervisor:
         if self.info is None and because == "startup":
             self._give_up(
                 EXIT_START_FAILED,
-                "The worker process ended while it was loading the model; the log above says why.",
+                self._overdue
+                or "The worker process ended while it was loading the model; the log above says "
+                "why.",
             )
             return
         self._plan_restart(reason)
@@ -302,20 +320,49 @@ class Supervisor:
             return
         self.stage = stage
         self._started_at = self._clock()
+        self._overdue = ""
+        self._is_fetching = False
         limits = self._limits
         try:
             self._handle = WorkerHandle(
                 self, self._make_engine, self._config, self._log, limits.close_s
             )
         except Exception as error:
-            # Of what the machine lacks its name says enough; of anything else, where it came from.
-            trace = None if isinstance(error, OSError | MemoryError) else error
-            _log.error("The worker could not be started: %r.", error, exc_info=trace)
-            self._plan_restart("startup")
+            self._on_unstartable(error)
             return
+        self._watch_start()
+
+    def _on_unstartable(self, error: Exception) -> None:
+        """Try again, except at the first start where the error says what must be mended first."""
+        if self.info is None and isinstance(error, KleinError):
+            self._give_up(EXIT_START_FAILED, error.message)
+            return
+        # Of what the machine lacks its name says enough; of anything else, where it came from.
+        trace = None if isinstance(error, OSError | MemoryError) else error
+        _log.error("The worker could not be started: %r.", error, exc_info=trace)
+        self._plan_restart("startup")
+
+    def _on_loading(self, progress: LoadProgress) -> None:
+        """A download may take as long as it likes, while it says something; the rest may not."""
+        was_fetching, self._is_fetching = self._is_fetching, progress.stage in _FETCHING
+        self.stage, self.progress = progress.stage, progress
+        if was_fetching or self._is_fetching:
+            self._watch_start()
+
+    def _watch_start(self) -> None:
+        """Let the limit of what the start is at run from now on."""
+        if self._load_watch:
+            self._load_watch.cancel()
+        limit_s = self._limits.download_s if self._is_fetching else self._limits.load_s
+        sentence = _SILENT if self._is_fetching else _SLOW
         self._load_watch = asyncio.get_running_loop().call_later(
-            limits.load_s, self._end_worker, "startup"
+            limit_s, self._end_start, sentence.format(limit_s)
         )
+
+    def _end_start(self, sentence: str) -> None:
+        self._overdue = sentence
+        _log.error("%s", sentence)
+        self._end_worker("startup")
 
     def _on_ready(self, info: ModelInfo) -> None:
         if self._load_watch:

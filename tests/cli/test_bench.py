@@ -116,7 +116,8 @@ def test_a_size_that_the_model_cannot_make_is_noted(capsys) -> None:
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["width"] for row in document["rows"]] == [128]
     assert document["notes"] == [
-        "int8 100x100: Width and height must be multiples of 16 between 128 and 512."
+        "int8 100x100: The size does not fit: a side must be a multiple of 16 from 128 to 512; "
+        "the nearest valid size is 128x128."
     ]
 
 

@@ -117,6 +117,42 @@ def test_scripts_get_one_document(capsys, tmp_path) -> None:
     assert [problem["remedy"] for problem in document["problems"] if "download" in str(problem)]
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("words", [[], ["--card", "rtx-3060"]])
+def test_a_plan_that_was_asked_for_is_the_one_that_is_told(capsys, tmp_path, words) -> None:
+    """Not the one that `auto` would choose; as a start does, it is taken even where it is slow."""
+    code, said = ask(capsys, "--json", *words, cache_dir=tmp_path, plan="streamed tiled")
+
+    document = json.loads(said)
+    assert code == 0
+    assert document["forecast"]["plan"]["name"] == "streamed tiled"
+    assert "as asked for" in document["forecast"]["plan"]["reasons"][-1]
+    assert not [each for each in document["problems"] if "necessary" in each["what"]]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("words", [[], ["--card", "rtx-3060-ti"]])
+def test_a_plan_that_was_asked_for_and_has_no_room_must_be_mended(capsys, tmp_path, words) -> None:
+    """The setting that asks for it is named."""
+    nvml = TalkingNvml(used_bytes=7 * GB)
+    code, said = ask(capsys, *words, nvml=nvml, cache_dir=tmp_path, plan="resident")
+
+    assert code == 1
+    assert "KLEIN_PLAN asks for resident" in said
+    assert "KLEIN_PLAN=auto" in said
+
+
+@pytest.mark.torch
+def test_a_cache_that_others_may_write_to_is_told(capsys, tmp_path) -> None:
+    """With what it costs, and the command that ends it."""
+    tmp_path.chmod(0o777)
+    code, said = ask(capsys, cache_dir=tmp_path)
+
+    assert code == 0
+    assert f"others may write to {tmp_path}" in " ".join(said.split())
+    assert f"chmod -R go-w {tmp_path}" in " ".join(said.split())
+
+
 def test_a_machine_without_a_driver_is_told_what_to_install(capsys) -> None:
     """The exit code is 1, and there is a way out that needs no card."""
     torch = TorchFound("2.13.0", "13.0", sees_card=False)

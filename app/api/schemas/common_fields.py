@@ -7,10 +7,9 @@ from __future__ import annotations
 from app.api.schemas import vetoes
 from app.api.schemas.fields import Field, Type
 from app.domain import ModelCard
+from app.limits import DRAW, MAX_PROMPT, MAX_SEED
 
-MAX_PROMPT = 32_000
-MAX_SEED = 2**53 - 1
-"""The largest seed: JavaScript's numbers must carry it."""
+__all__ = ["MAX_PROMPT", "MAX_SEED", "PROMPT", "sampling_fields"]
 
 PROMPT = Field(
     "prompt",
@@ -43,7 +42,7 @@ def sampling_fields(card: ModelCard) -> tuple[Field, ...]:
             "seed",
             Type.WHOLE,
             "The same seed gives the same pixels; -1 or nothing draws one. It comes back.",
-            minimum=-1,
+            minimum=DRAW,
             maximum=MAX_SEED,
             example=7,
         ),

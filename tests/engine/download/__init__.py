@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,11 @@ class Downloads:
         self.progress: list[LoadProgress] = []
         self.waits: list[float] = []
         self.endpoint = hub.endpoint
+        self.silence_s = 120.0
+        self.clock = time.monotonic
 
     def run(self, precision: str = "fp8", *, variant: Entry = VARIANT, token=None, **options):
-        source = Source(endpoint=self.endpoint, token=token, wait=self.waits.append)
+        source = Source(self.endpoint, token, self.waits.append, self.silence_s, self.clock)
         return ensure(variant, self.cache, precision, self.progress.append, hub=source, **options)
 
     def fails(self, reason: str, **options) -> str:

@@ -1,0 +1,102 @@
+"""What this machine denies a command: one sentence each, with what to do.
+
+Errors of the system (no descriptors, no processes, no space, no permission) are the operator's to
+mend and told without a traceback, which `KLEIN_LOG_LEVEL=debug` brings back. Any other exception is
+a fault of this program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+from threading import Event, Thread
+
+from app.errors import StartupError
+
+_SPARE_FILES = 32
+"""Descriptors that any command needs besides those that are open: pipes, sockets, libraries."""
+_SPARE_THREADS = 8
+"""Threads and processes that any command needs besides one for each core."""
+_LIMITS = {errno.EMFILE, errno.ENFILE}
+
+
+def check_surroundings() -> None:
+    """See that the current folder is there, and that some files can be opened and some threads
+    started: libraries take that for granted, and end the process in their own ways.
+
+    Raises:
+        StartupError: one of them is not so.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise StartupError(
+            "The current folder has been deleted; change into one that exists and start again."
+        ) from None
+    try:
+        _try_files()
+        _try_threads()
+    except (OSError, RuntimeError) as error:
+        raise StartupError(explain(error)) from None
+
+
+def _try_files() -> None:
+    opened: list[int] = []
+    try:
+        for _ in range(_SPARE_FILES):
+            opened.append(os.open(os.devnull, os.O_RDONLY))  # noqa: PERF401  # closed one by one
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _try_threads() -> None:
+    release = Event()
+    started: list[Thread] = []
+    try:
+        for _ in range(_SPARE_THREADS + (os.cpu_count() or 1)):
+            thread = Thread(target=release.wait)
+            thread.start()
+            started.append(thread)
+    finally:
+        release.set()
+        for thread in started:
+            thread.join()
+
+
+def explain(error: BaseException) -> str:
+    """Say in one sentence what the system denied and what to do; empty where *error* is a fault of
+    the program.
+    """
+    if isinstance(error, MemoryError):
+        return "This machine has too little free memory; close other programs and start again."
+    if is_about_processes(error):
+        most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        number = "" if most == resource.RLIM_INFINITY else f", which is {most}"
+        return (
+            f"This user may start no more processes and threads; raise the limit (ulimit -u{number}"
+            ", or the container's limit of pids) and start again."
+        )
+    if not isinstance(error, OSError):
+        return ""
+    if error.errno in _LIMITS:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"No more files can be opened, {most} are allowed; raise the limit (ulimit -n 1024, or "
+            "LimitNOFILE=1024 of a systemd unit) and start again."
+        )
+    place = f" ({error.filename})" if error.filename else ""
+    reason = error.strerror or type(error).__name__
+    return (
+        f"The system refused what was needed: {reason}{place}; mend that and start again, or set "
+        "KLEIN_LOG_LEVEL=debug to see where it happened."
+    )
+
+
+def is_about_processes(error: BaseException) -> bool:
+    """Whether a process or a thread could not be started."""
+    return isinstance(error, BlockingIOError) or (
+        isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    )

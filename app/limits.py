@@ -1,0 +1,156 @@
+"""What one picture may be: its text, size, steps, guidance and seed. One rule set for all doors.
+
+HTTP's schemas and the command line ask it before anything is loaded or decoded, the service asks it
+again. What fits, and what would fit instead; nothing is snapped in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from app.domain import ImageSpec, ModelCard
+from app.errors import InvalidRequest
+
+MAX_PROMPT = 32_000
+"""Characters."""
+MAX_SEED = 2**53 - 1
+"""The largest seed: JavaScript's numbers must carry it."""
+STEP = 16
+"""Sides are multiples of this: the VAE halves three times, the transformer takes patches of two."""
+MAX_RATIO = 3
+
+DRAW = -1
+"""As a seed: draw one."""
+
+_SIZE = re.compile(r"([0-9]{2,5})x([0-9]{2,5})")
+_NEARLY = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRule:
+    """What sizes one model takes here: multiples of 16, within these limits, from 1:3 to 3:1."""
+
+    min_side: int
+    max_side: int
+    max_pixels: int
+
+    @classmethod
+    def of(cls, card: ModelCard, max_pixels: int) -> SizeRule:
+        """Join the model's limits with the operator's."""
+        return cls(card.min_side, card.max_side, min(card.max_pixels, max_pixels))
+
+    def parse(self, text: str) -> tuple[int, int]:
+        """Read `WxH`; raises `InvalidRequest` for `size` that names the nearest valid one."""
+        match = _SIZE.fullmatch(text)
+        if match is not None:
+            width, height = int(match[1]), int(match[2])
+            self.check(width, height, param="size")
+            return width, height
+        nearly = _NEARLY.fullmatch(text)
+        hint = (
+            self._say_nearest(int(nearly[1]), int(nearly[2]))
+            if nearly
+            else self._say_nearest(1024, 1024)
+        )
+        raise InvalidRequest(
+            f"size must be `auto` or width and height with a small x between them; {hint}.",
+            param="size",
+        )
+
+    def check(self, width: int, height: int, *, param: str | None = None) -> None:
+        """Judge a size; the fault is given to *param*, or to the side that has it."""
+        for name, side in (("width", width), ("height", height)):
+            if not self.min_side <= side <= self.max_side or side % STEP:
+                raise self._refuse(
+                    f"a side must be a multiple of {STEP} from {self.min_side} to {self.max_side}",
+                    (width, height),
+                    param or name,
+                )
+        if max(width, height) > MAX_RATIO * min(width, height):
+            raise self._refuse("the ratio must lie between 1:3 and 3:1", (width, height), param)
+        if width * height > self.max_pixels:
+            raise self._refuse(
+                f"at most {self.max_pixels:,} pixels are possible", (width, height), param
+            )
+
+    def nearest(self, width: int, height: int) -> tuple[int, int]:
+        """Find a valid size near *width* x *height*, keeping the ratio where it may be kept."""
+        wide = float(min(max(width, self.min_side), 10 * self.max_side))
+        high = float(min(max(height, self.min_side), 10 * self.max_side))
+        wide, high = min(wide, MAX_RATIO * high), min(high, MAX_RATIO * wide)
+        shrink = min(
+            1.0, math.sqrt(self.max_pixels / (wide * high)), self.max_side / max(wide, high)
+        )
+        sides = [self._round(wide * shrink), self._round(high * shrink)]
+        while sides[0] * sides[1] > self.max_pixels or max(sides) > MAX_RATIO * min(sides):
+            sides[sides.index(max(sides))] -= STEP
+        return sides[0], sides[1]
+
+    def _round(self, side: float) -> int:
+        lowest = -(-self.min_side // STEP) * STEP
+        highest = self.max_side // STEP * STEP
+        return max(lowest, min(highest, int(side / STEP + 0.5) * STEP))
+
+    def _refuse(self, fault: str, size: tuple[int, int], param: str | None) -> InvalidRequest:
+        hint = self._say_nearest(*size)
+        return InvalidRequest(f"The size does not fit: {fault}; {hint}.", param=param or "width")
+
+    def _say_nearest(self, width: int, height: int) -> str:
+        wide, high = self.nearest(width, height)
+        return f"the nearest valid size is {wide}x{high}"
+
+
+def check_spec(spec: ImageSpec, card: ModelCard, max_pixels: int) -> None:
+    """Refuse what the model of *card* never makes here, however much memory there is.
+
+    Raises:
+        InvalidRequest: with the field's name.
+    """
+    check_prompt(spec.prompt)
+    SizeRule.of(card, max_pixels).check(spec.width, spec.height, param="size")
+    if not 1 <= spec.num_inference_steps <= card.max_steps:
+        raise InvalidRequest(
+            f"num_inference_steps must lie between 1 and {card.max_steps}.",
+            param="num_inference_steps",
+        )
+    check_guidance(spec.guidance_scale, card)
+    if not 0 <= spec.seed <= MAX_SEED:
+        raise InvalidRequest(f"seed must lie between {DRAW} and {MAX_SEED}.", param="seed")
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a text that says nothing, is too long, or is no text."""
+    if not prompt.strip():
+        raise InvalidRequest("prompt is blank; say what the picture should show.", param="prompt")
+    if len(prompt) > MAX_PROMPT:
+        raise InvalidRequest(
+            f"prompt has {len(prompt):,} characters; the most is {MAX_PROMPT:,}.",
+            param="prompt",
+            code="string_above_max_length",
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            "prompt holds half of a surrogate pair; send whole Unicode characters.",
+            param="prompt",
+        ) from None
+
+
+def check_guidance(scale: float, card: ModelCard) -> None:
+    """Refuse a guidance scale that would have no effect or is none."""
+    only = card.default_guidance
+    if card.is_distilled and scale != only:
+        raise InvalidRequest(
+            f"guidance_scale must be {only:g} or left out: this model is distilled, and no other "
+            "value has an effect.",
+            param="guidance_scale",
+            code="unsupported_value",
+        )
+    # Never true of NaN.
+    if not 1 <= scale <= card.max_guidance:
+        raise InvalidRequest(
+            f"guidance_scale must lie between 1 and {card.max_guidance:g}.", param="guidance_scale"
+        )

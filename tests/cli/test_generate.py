@@ -1,0 +1,174 @@
+"""`klein generate`: what can be known before the model is loaded is refused before, by HTTP's
+rules."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from app.api.config import ApiConfig
+from app.api.schemas import native
+from app.cli import generate, session
+from app.cli.main import main
+from app.cli.session import warm_runtime
+from app.domain import ImageSpec
+from app.engine import catalog
+from app.errors import InvalidRequest
+from app.limits import check_spec
+from app.settings import Settings
+from app.worker.supervisor import Supervisor
+from tests.faulty import MakeFaulty, Script
+
+CONFIG = ApiConfig(
+    max_pixels=4_194_304,
+    max_references=4,
+    is_strict=True,
+    has_aliases=True,
+    lists_aliases=False,
+    has_links=False,
+    public_url=None,
+    heartbeat_s=15.0,
+)
+KLEIN = catalog.card("flux.2-klein-4b")
+GUIDED = replace(KLEIN, default_guidance=4.0, max_guidance=10.0)
+SPEC = ImageSpec("a red circle", 1024, 1024, 4, KLEIN.default_guidance, 7)
+
+
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path):
+    """A folder to write to, and no worker may be started."""
+
+    def fail(_) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr(Supervisor, "start", fail)
+    monkeypatch.setenv("KLEIN_DEVICE", "cpu")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-o", "nodir/x.png"], "no folder nodir"),
+        (["-o", "taken.png"], "is a folder"),
+        (["-o", "x.gif"], "must end in"),
+        (["--steps", "0"], "--steps must lie between 1 and"),
+        (["--steps", "9999"], "--steps must lie between 1 and"),
+        (["--seed", "-2"], "--seed must lie between -1 and"),
+        (["--seed", str(2**53)], "--seed must lie between -1 and"),
+        (["--guidance", "nan"], "--guidance must"),
+        (["--guidance", "0"], "--guidance must"),
+        (["--size", "100x100"], "nearest valid size is"),
+        (["--size", "big"], "--size must be"),
+        (["--size", "512x128"], "between 1:3 and 3:1"),
+        (["--size", "99999x99999"], "nearest valid size is"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_loading(unloaded, capsys, words, says) -> None:
+    """One sentence, exit code 1, no worker and no file."""
+    (unloaded / "taken.png").mkdir()
+
+    assert main(["generate", "a red circle", *words]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"klein: .*\n", said)
+    assert says in said
+    assert [path.name for path in unloaded.iterdir()] == ["taken.png"]
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "x" * 32_001, "half \ud800"])
+def test_a_text_that_is_none_is_refused_before_loading(unloaded, capsys, prompt) -> None:
+    """Also bytes on the command line that are no Unicode."""
+    assert main(["generate", prompt]) == 1
+    assert capsys.readouterr().err.startswith("klein: The prompt ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", "a red circle", "--steps", "0"],
+        ["compare", "a red circle", "-o", "nodir/x.png"],
+        ["bench", "--steps", "0"],
+        ["bench", "--out", "nodir/x.md"],
+    ],
+)
+def test_other_commands_that_draw_refuse_as_early(unloaded, capsys, words) -> None:
+    """Steps and the place of the result are judged before the first worker starts."""
+    assert main(words) == 1
+    assert re.fullmatch(r"klein: .*\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
+
+
+@pytest.mark.parametrize("card", [KLEIN, GUIDED, catalog.card("shapes")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"width": w, "height": h} for w, h in ((4096, 64), (1024, 336), (1024, 352), (8, 8))),
+        *({"width": w, "height": h} for w, h in ((1000, 1000), (512, 512), (128, 128), (64, 64))),
+        *({"width": w, "height": h} for w, h in ((2048, 2048), (4096, 1376), (0, 512), (-16, 16))),
+        *({"num_inference_steps": steps} for steps in (-1, 0, 1, 50, 51, 100, 10**9)),
+        *({"guidance_scale": scale} for scale in (0.0, 0.5, 1.0, 4.0, 10.0, 10.5, float("inf"))),
+        *({"seed": seed} for seed in (-2, 0, 2**53 - 1, 2**53)),
+        *({"prompt": prompt} for prompt in ("", " ", "x" * 32_000, "x" * 32_001, "\ud800")),
+    ],
+    ids=lambda change: ",".join(f"{k}={str(v)[:8]!a}" for k, v in change.items()),
+)
+def test_the_rules_are_those_of_http(card, change) -> None:
+    """What `POST /generate` takes is taken here, and what it refuses is refused here."""
+    own = {"num_inference_steps": card.default_steps, "guidance_scale": card.default_guidance}
+    spec = replace(SPEC, width=card.default_width, height=card.default_height, **own)
+    sent = {"prompt": spec.prompt, **change}
+
+    assert is_taken(lambda: check_spec(replace(spec, **change), card, CONFIG.max_pixels)) == (
+        is_taken(lambda: native.read(native.table(card, CONFIG).read(sent), card, CONFIG))
+    )
+
+
+def is_taken(ask) -> bool:
+    try:
+        ask()
+    except InvalidRequest:
+        return False
+    return True
+
+
+def draw(folder: Path, *words: str) -> int:
+    """Run the command with the scripted engine."""
+    parser = argparse.ArgumentParser()
+    generate.add_parser(parser.add_subparsers())
+    given = parser.parse_args(["generate", "a", "-o", str(folder / "x.png"), *words])
+    settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
+    return generate.run(given, settings, make_engine=MakeFaulty(Script()))
+
+
+def test_seed_minus_one_draws_one(tmp_path, capsys) -> None:
+    """As over HTTP; the one that was drawn is printed."""
+    assert draw(tmp_path, "--seed", "-1", "--steps", "1", "--size", "128x128") == 0
+
+    said = capsys.readouterr().out
+    assert (tmp_path / "x.png").stat().st_size > 0
+    (seed,) = re.findall(r"128x128, seed (-?\d+),", said)
+    assert int(seed) >= 0
+
+
+async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:
+    """A second readiness, and an end after it, find nobody who waits."""
+    settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
+
+    async with warm_runtime(settings, make_engine=MakeFaulty(Script())) as (runtime, info):
+        runtime.on_worker_ready(info, 1.0)
+        runtime.on_fatal(70, "It died.")
+        await runtime.ended
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_folder_that_may_not_be_written_to(unloaded, capsys, monkeypatch) -> None:
+    """Judged before loading too; root may write everywhere, so the kernel's answer is given."""
+    (unloaded / "closed").mkdir()
+    monkeypatch.setattr(session.os, "access", lambda path, mode: path != Path("closed"))
+
+    assert main(["generate", "a", "-o", "closed/x.png"]) == 1
+    assert "may not be written" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""A download may take as long as it likes, but not stand still."""
+
+from __future__ import annotations
+
+import time
+
+from app.engine import fetch
+from app.engine.fetch import Hub as Source
+from app.engine.start import _find
+from tests.engine.download import ENCODER, SINGLE, content
+
+
+def test_a_line_that_falls_silent_ends_the_download_with_what_came_kept(downloads) -> None:
+    """One sentence, and the next start asks for the rest only."""
+    downloads.silence_s = 0.2
+    downloads.hub.spoil(ENCODER, *["stall"] * 9)
+
+    message = downloads.fails(r"sent nothing for 0\.2 s")
+    assert "bytes have come and are kept; start again to go on from there" in message
+    assert len(downloads.ranges(ENCODER)) == 1
+
+    downloads.hub._faults.clear()
+    assert (downloads.run() / ENCODER).read_bytes() == content(ENCODER)
+    last = downloads.ranges(ENCODER)[-1]
+    assert last is not None
+    assert int(last[6:-1]) > 1_000_000
+
+
+def test_a_hub_that_never_answers_is_not_waited_for_longer(downloads, monkeypatch) -> None:
+    """Tries that time out without a byte add up to the same limit, however long each may wait."""
+    monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.06)
+    monkeypatch.setattr(fetch, "_TRIES", 1000)
+    downloads.silence_s = 0.2
+
+    downloads.hub.spoil(ENCODER, *["hush"] * 50)
+    begun = time.monotonic()
+    downloads.fails(r"sent nothing for 0\.2 s")
+
+    assert len(downloads.ranges(ENCODER)) > 1
+    assert time.monotonic() - begun < 10
+
+
+def test_slow_is_not_silent(downloads) -> None:
+    """Bytes that keep coming never add up to a limit: the clock starts anew with each."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 20.0
+        return now
+
+    downloads.clock = clock
+    assert (downloads.run() / ENCODER).read_bytes() == content(ENCODER)
+    assert now > fetch.SILENCE_S
+
+
+def test_hashing_what_came_is_reported(downloads, monkeypatch) -> None:
+    """A large file takes a minute to hash; who watches the worker hears of it all the while."""
+    monkeypatch.setattr(fetch, "_HASH_BLOCK_BYTES", 100_000)
+    monkeypatch.setattr("app.engine.download._REPORT_EVERY_S", 0.0)
+    downloads.run()
+
+    wholes = [progress for progress in downloads.progress if progress.detail.endswith(ENCODER)]
+    assert len([each for each in wholes if each.fraction == wholes[-1].fraction]) > 10
+
+
+def test_reports_of_what_has_not_changed_are_few(downloads, monkeypatch) -> None:
+    """One for the whole file, not one for each block that is hashed."""
+    monkeypatch.setattr(fetch, "_HASH_BLOCK_BYTES", 1_000)
+    monkeypatch.setattr("app.engine.download._REPORT_EVERY_S", 1000.0)
+    downloads.run()
+
+    assert len(downloads.progress) <= 2 * len({each.detail for each in downloads.progress})
+    assert downloads.progress[-1].detail.endswith(SINGLE)
+
+
+def test_the_setting_reaches_the_download(monkeypatch) -> None:
+    """From the service's settings into the worker's config, and from there to the hub."""
+    from app.engine.config import EngineConfig
+    from app.engine.precision import choose_precision
+
+    seen: list[Source] = []
+
+    def ensure(entry, cache, precision, on_progress, *, hub):
+        seen.append(hub)
+        return cache
+
+    monkeypatch.setattr("app.engine.download.ensure", ensure)
+
+    config = EngineConfig("flux.2-klein-4b", None, "/x", None, download_silence_s=7.0)
+    _find(config, choose_precision("fp32", None, is_small=True), lambda progress: None)
+    assert [hub.silence_s for hub in seen] == [7.0]
