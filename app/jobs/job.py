@@ -40,7 +40,6 @@ class Job:
     state: JobState = JobState.WAITING
     submitted_at: float = 0.0
     started_at: float | None = None
-    ended_at: float | None = None
     predicted_s: float = 0.0
     stop: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: asks the worker to stop."""
