@@ -602,16 +602,20 @@ class Ticket:
         Raises:
             KleinError: the first error; the other jobs are cancelled.
         """
+        # No task group: its frame and the error that cancels it hold one another, and with them
+        # every picture made so far, until the garbage collector comes.
+        finishing = [
+            asyncio.create_task(self._service.finish(job, self._output)) for job in self._jobs
+        ]
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._service.finish(job, self._output)) for job in self._jobs
-                ]
-        except BaseExceptionGroup as errors:
-            raise _first(errors) from None
+            await asyncio.wait(finishing, return_when=asyncio.FIRST_EXCEPTION)
+            if error := _first_error(finishing):
+                raise error
+            return [task.result() for task in finishing]
         finally:
+            error = None
             self.cancel()
-        return [task.result() for task in tasks]
+            await _end(finishing)
 
     async def events(self) -> AsyncGenerator[TicketEvent, None]:
         """Yield what happens to the only job, `Finished` last; closing the iterator cancels it.
@@ -636,8 +640,8 @@ class Ticket:
             yield Finished(await finishing)
         finally:
             self.cancel()
-            finishing.cancel()
-            await asyncio.wait([finishing])
+            await _end([finishing])
+            del finishing, job
 
     async def _preview(self, image: RawImage, index: int) -> Preview:
         data = await self._service.encode(image, self._output, {})
@@ -670,7 +674,19 @@ def _note(seconds: Mapping[str, float]) -> None:
         notes[f"{stage}_s"] = round(together, 4)
 
 
-def _first(errors: BaseExceptionGroup) -> BaseException:
-    """The error that ended the group; those that followed from it are `Cancelled`."""
-    own = [error for error in errors.exceptions if not isinstance(error, Cancelled)]
-    return (own or list(errors.exceptions))[0]
+def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None:
+    """The error that ended the first of *tasks* to fail; those that followed are `Cancelled`."""
+    errors = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+    own = [error for error in errors if error is not None and not isinstance(error, Cancelled)]
+    return next(iter(own), next(filter(None, errors), None))
+
+
+async def _end(tasks: list[asyncio.Task[Picture]]) -> None:
+    """Cancel all of *tasks*, wait until they have ended, and forget them and their errors."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+    tasks.clear()

@@ -30,6 +30,8 @@ class Worker:
 
     def __init__(self) -> None:
         self.made = 0
+        self.errors: dict[int, Exception] = {}
+        """What happens instead of the so-many-th picture, counted from 1."""
         self.release = asyncio.Event()
         """Pictures wait for it."""
         self.release.set()
@@ -43,6 +45,8 @@ class Worker:
         """Make one picture that took a tenth of a second, as it says."""
         await self.release.wait()
         self.made += 1
+        if self.made in self.errors:
+            raise self.errors.pop(self.made)
         image = RawImage(spec.width, spec.height, bytes([spec.seed % 251]) * (3 * spec.pixels))
         return Generated(image, StageTimings(0.0, 0.0, 0.1, 0.0), None, 12, False)
 

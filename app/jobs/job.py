@@ -57,6 +57,7 @@ class Job:
     def fail(self, error: KleinError) -> None:
         """Give *error* to whoever waits, unless the job has ended otherwise."""
         if not self.future.done():
-            self.future.set_exception(error)
+            # Without the frames it came through: they hold the job, and so the job itself.
+            self.future.set_exception(error.with_traceback(None))
             # A caller who has gone never asks; without this asyncio would log the error as lost.
             self.future.exception()

@@ -64,7 +64,7 @@ class EventWriter:
                     else:
                         yield _moved(event)
         except KleinError as error:
-            exchange.error = error
+            exchange.keep(error)
             yield _error(error)
         except Exception:
             _log.exception("A stream failed in a way that nothing expected.")
