@@ -423,12 +423,14 @@ class ImageService:
         left_s = self.seconds_left(admission, predicted_s)
         if left_s < predicted_s:
             raise _too_slow()
-        if self._queue.expected_wait_s() + predicted_s > left_s:
-            raise self._unavailable(
-                Kind.QUEUE_FULL,
-                "The queue is so long that the picture would miss its deadline",
-                self._retry_after_s(),
-            )
+        self._queue.check_time(
+            admission.client,
+            predicted_s,
+            left_s,
+            retry_after_s=self._retry_after_s(),
+            # A deadline of the client's own may never be met.
+            has_claim=asked_s is None,
+        )
         return left_s
 
     # For Ticket.

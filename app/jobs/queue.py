@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from app.errors import Cancelled, DeadlineExceeded, Kind, KleinError, Unavailable
 from app.jobs.job import Job, JobState
@@ -20,8 +19,7 @@ from app.jobs.shares import Shares
 
 
 class Places:
-    """Room for *images* jobs of *client*, until it is filled or given back. Leaving the `with`
-    block gives back what is not filled."""
+    """Room for *images* jobs of *client*, until it is filled or given back."""
 
     def __init__(self, queue: JobQueue, client: str, images: int) -> None:
         self.client = client
@@ -29,17 +27,6 @@ class Places:
         self.error: KleinError | None = None
         """Why no job may come any more, once that is so."""
         self._queue = queue
-
-    def __enter__(self) -> Places:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.give_back()
 
     def give_back(self) -> None:
         """Free the places, unless they are filled or free already."""
@@ -100,13 +87,28 @@ class JobQueue:
         if images <= free - self._shares.kept(client):
             return
         if not is_over_share:
-            self._shares.claim(client, images, retry_after_s)
+            self._shares.claim(client, retry_after_s, images=images)
         raise _full(
             "The queue is full"
             if images > free
             else "The queue's last places are kept for those who asked before",
             retry_after_s,
         )
+
+    def check_time(
+        self, client: str, work_s: float, left_s: float, *, retry_after_s: int, has_claim: bool
+    ) -> None:
+        """Refuse *work_s* seconds of the card if they would not be over in *left_s*. With
+        *has_claim*, they are kept for *client* as soon as there are as many.
+
+        Raises:
+            Unavailable: there is too much to do before, or it is for others.
+        """
+        if self.expected_wait_s() + self._shares.kept_s(client) + work_s <= left_s:
+            return
+        if has_claim:
+            self._shares.claim(client, retry_after_s, work_s=work_s)
+        raise _full("The queue is so long that the picture would miss its deadline", retry_after_s)
 
     def reserve(self, client: str, images: int, *, retry_after_s: int) -> Places:
         """Take places for all *images* of *client*, or none.

@@ -213,3 +213,49 @@ async def test_no_other_work_makes_an_answer_wait() -> None:
 
     assert plain.status_code == 200
     assert b"image_generation.completed" in stream.content
+
+
+async def test_who_fills_the_time_that_is_allowed_keeps_nobody_out() -> None:
+    """Pictures of 5 s, each ready within 30 s of being asked for: so many fit that places are
+    never short. One client asks again whenever there is time for one more, another right after
+    it; of any three turns of the card, the other is accepted in one at least."""
+    clock = Clock()
+    runtime = InProcess(capacity=32, deadline_s=10.0, clock=clock)
+    runtime.estimator.learn(SPEC, 5.0)
+
+    def ask(client: str) -> bool:
+        try:
+            runtime.service.submit([SPEC], client=client, output=PNG)
+        except Unavailable:
+            return False
+        return True
+
+    accepted = []
+    for _ in range(12):
+        while ask("greedy"):
+            pass
+        accepted.append(ask("polite"))
+        job = await runtime.queue.take()
+        clock.now += 5
+        job.future.cancel()
+        runtime.queue.finish(job)
+
+    assert runtime.queue.capacity > 2 * runtime.queue.size
+    assert all(any(accepted[i : i + 3]) for i in range(10)), accepted
+    await runtime.close()
+
+
+async def test_a_deadline_of_the_clients_own_keeps_nothing_for_it() -> None:
+    """Or who allows too little time would keep it from those who allow enough."""
+    clock = Clock()
+    runtime = InProcess(capacity=32, deadline_s=10.0, clock=clock)
+    runtime.estimator.learn(SPEC, 5.0)
+    for _ in range(5):
+        runtime.service.submit([SPEC], client="a", output=PNG)
+    hasty = runtime.service.admit(client="hasty", deadline_s=6.0)
+    with pytest.raises(Unavailable, match="would miss its deadline"):
+        hasty.submit([SPEC], PNG)
+    runtime.service.submit([SPEC], client="a", output=PNG)
+
+    assert runtime.queue.size == 6
+    await runtime.close()

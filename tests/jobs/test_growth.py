@@ -124,3 +124,20 @@ async def test_failing_all_that_waits_costs_the_same_for_each(clients, count) ->
     queue, _ = await filled(count, clients(count))
 
     assert operations(lambda: queue.fail_waiting(Cancelled())) <= 500 * count
+
+
+async def test_those_turned_away_cost_no_more_however_many_they_are() -> None:
+    """With as many clients turned away as there are places, another's refusal costs the same, and
+    no more of them are remembered."""
+    queue, jobs = await filled(MANY, MANY)
+    queue.submit([jobs[0]], retry_after_s=1)
+
+    def refuse(client: str) -> None:
+        with pytest.raises(Unavailable):
+            queue.reserve(client, 1, retry_after_s=1)
+
+    for number in range(2 * MANY):
+        refuse(f"client {number}")
+
+    assert operations(lambda: refuse("one more")) <= FIXED
+    assert f", {queue.capacity} claims>" in repr(queue._shares)
