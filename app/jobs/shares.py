@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 PRESENT_S = 30.0
 """Seconds for which a client counts as being there once it has asked, or should have come back."""
+CLAIMS_MOST = 64
+"""Claims at a time: each request looks at all that come before its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Shares:
         self.most = max(1, capacity * 3 // 4)
         """Places that one client may hold while it is not alone."""
         self._kept_most = max(1, capacity - self.most)
-        self._claims_most = capacity
+        self._claims_most = min(capacity, CLAIMS_MOST)
         self._clock = clock
         self._claims: OrderedDict[str, _Claim] = OrderedDict()
         # Of those who asked, the last and the last before it: enough to tell who is alone.

@@ -17,6 +17,7 @@ import pytest
 from app.errors import Cancelled, Unavailable
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue
+from app.jobs.shares import CLAIMS_MOST
 from tests.jobs.conftest import SPEC
 
 FEW, MANY = 200, 800
@@ -126,18 +127,19 @@ async def test_failing_all_that_waits_costs_the_same_for_each(clients, count) ->
     assert operations(lambda: queue.fail_waiting(Cancelled())) <= 500 * count
 
 
-async def test_those_turned_away_cost_no_more_however_many_they_are() -> None:
-    """With as many clients turned away as there are places, another's refusal costs the same, and
-    no more of them are remembered."""
-    queue, jobs = await filled(MANY, MANY)
+@pytest.mark.parametrize("count", [FEW, MANY])
+async def test_those_turned_away_cost_no_more_however_many_they_are(count) -> None:
+    """After twice as many clients were turned away as there are places, another's refusal takes at
+    most four thousand instructions, and few of them are remembered."""
+    queue, jobs = await filled(count, count)
     queue.submit([jobs[0]], retry_after_s=1)
 
     def refuse(client: str) -> None:
         with pytest.raises(Unavailable):
             queue.reserve(client, 1, retry_after_s=1)
 
-    for number in range(2 * MANY):
+    for number in range(2 * count):
         refuse(f"client {number}")
 
-    assert operations(lambda: refuse("one more")) <= FIXED
-    assert f", {queue.capacity} claims>" in repr(queue._shares)
+    assert operations(lambda: refuse("one more")) <= 4 * FIXED
+    assert f", {CLAIMS_MOST} claims>" in repr(queue._shares)
