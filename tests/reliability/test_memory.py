@@ -122,7 +122,7 @@ def test_forty_rounds_of_callers_who_leave_leave_no_memory_behind(scripted) -> N
     """Each round three callers ask for ten pictures of four megapixels and hang up while some are
     made: after forty the service's process holds at no time
     between them 200 MB more than before."""
-    server = scripted("slow=0", model="flux.2-klein-4b", queue_images=32)
+    server = scripted("slow=0.04", model="flux.2-klein-4b", queue_images=32)
     server.wait_until_ready()
     process = psutil.Process(server.process.pid)
     data = request_bytes("/v1/images/generations", {"prompt": "x", "n": 10, "size": "2048x2048"})
@@ -135,7 +135,7 @@ def test_forty_rounds_of_callers_who_leave_leave_no_memory_behind(scripted) -> N
     before = process.memory_info().rss
     held = []
     for turn in range(40):
-        asyncio.run(leave(0.1 + 0.1 * (turn % 3)))
+        asyncio.run(leave(0.15 + 0.1 * (turn % 3)))
         wait_until(lambda: server.metric("klein_requests_running") == 0)
         held.append(process.memory_info().rss)
 
