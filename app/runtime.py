@@ -172,11 +172,17 @@ class Runtime:
 
     async def wait_until_drained(self, budget_s: float) -> None:
         """Return once everything accepted has ended, or after *budget_s*."""
-        try:
-            async with asyncio.timeout(budget_s):
-                await self.service.wait_until_idle()
-        except TimeoutError:
-            _log.error("Jobs were still running when the drain's time was over.")
+        while True:
+            try:
+                async with asyncio.timeout(budget_s):
+                    await self.service.wait_until_idle()
+                return
+            except TimeoutError:
+                # What had places only may have become jobs with a later deadline meanwhile.
+                budget_s = self.drain()
+            if budget_s == 0:
+                break
+        _log.error("Jobs were still running when the drain's time was over.")
 
     async def close(self) -> None:
         """Stop in reverse order; what still waits is failed by name."""

@@ -16,7 +16,9 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from types import TracebackType
+from typing import ParamSpec, Protocol, TypeVar
 
 from app import images, limits, logs
 from app.domain import (
@@ -29,15 +31,26 @@ from app.domain import (
     RawImage,
     Stage,
 )
-from app.errors import Cancelled, InvalidRequest, Kind, KleinError, OutOfMemory, Unavailable
+from app.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Kind,
+    KleinError,
+    OutOfMemory,
+    Unavailable,
+)
 from app.images import OutputFormat
 from app.jobs.estimate import Estimator
 from app.jobs.job import Job
-from app.jobs.queue import JobQueue
+from app.jobs.queue import JobQueue, Places
 from app.jobs.rates import RateLimit
 from app.telemetry.metrics import Metrics
 
 _log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _WAITS = frozenset({"queue", "total"})
 
@@ -176,6 +189,7 @@ class ImageService:
         self._rates = rates
         self._clock = clock
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
+        self._writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="answer")
         self._helpers = ThreadPoolExecutor(_helper_count(), thread_name_prefix="encode helper")
         self._is_draining = False
         self.held_memory: PeakMemory | None = None
@@ -199,16 +213,26 @@ class ImageService:
             worker_restarts=worker.restart_count,
         )
 
-    def check_open(self, images: int = 1, *, client: str | None = None) -> None:
-        """Refuse *images* more before anything is read or decoded, if they cannot be taken.
+    def admit(self, *, client: str, deadline_s: float | None = None) -> Admission:
+        """Take note of a request that arrives now, before anything of it is read; *deadline_s* may
+        only shorten the deadline.
+
+        Raises:
+            Unavailable: not one image more can be taken now.
+            KleinError: *client* has asked for too many of late.
+        """
+        self._check_open(1, client)
+        return Admission(self, client, self._clock(), deadline_s)
+
+    def _check_open(self, images: int, client: str) -> None:
+        """Refuse *images* more if they cannot be taken.
 
         Raises:
             InvalidRequest: they would not fit into the empty queue either.
             Unavailable: they cannot be taken now.
             KleinError: *client* has asked for too many of late.
         """
-        if client is not None:
-            self._check_rate(client, images)
+        self._check_rate(client, images)
         if images > self._queue.capacity:
             raise InvalidRequest(
                 f"n is {images}, but at most {self._queue.capacity} images may wait here; "
@@ -220,8 +244,7 @@ class ImageService:
             raise self._unavailable(Kind.DRAINING, "The service is shutting down", retry_s)
         if self._worker.info is None:
             raise self._unavailable(Kind.LOADING, "The model is still being loaded", retry_s)
-        if not self._queue.has_room(images):
-            raise self._unavailable(Kind.QUEUE_FULL, "The queue is full", retry_s)
+        self._queue.check_room(client, images, retry_after_s=retry_s)
         if not self._worker.is_ready:
             raise self._unavailable(Kind.WORKER_DOWN, "The worker is being restarted", retry_s)
 
@@ -285,59 +308,14 @@ class ImageService:
         """A seed nobody chose."""
         return secrets.randbelow(limits.MAX_SEED + 1)
 
-    def submit(
-        self,
-        specs: Sequence[ImageSpec],
-        *,
-        client: str,
-        output: OutputFormat,
-        deadline_s: float | None = None,
-    ) -> Ticket:
-        """Let all of *specs* wait for the card, or none; *deadline_s* may only shorten the
-        deadline.
+    def submit(self, specs: Sequence[ImageSpec], *, client: str, output: OutputFormat) -> Ticket:
+        """Let all of *specs*, which have just been asked for, wait for the card, or none.
 
         Raises:
-            InvalidRequest: a spec is beyond the limits, or *deadline_s* shorter than the work.
-            Unavailable: there is no room, or the deadline would pass before the last is done.
-            KleinError: *client* has asked for too many of late.
+            KleinError: as `admit` and `Admission.submit`.
         """
-        for spec in specs:
-            self.check(spec)
-        self.check_open(len(specs), client=client)
-        predicted_s = self.predict_s(specs)
-        allowed_s = self._config.deadline_s + 4 * predicted_s
-        if deadline_s is not None:
-            if deadline_s < predicted_s:
-                raise InvalidRequest(
-                    f"The deadline of {deadline_s:g} s is shorter than the {predicted_s:.1f} s "
-                    "that this takes here; allow more, or ask for fewer steps or a smaller size.",
-                    param="X-Klein-Deadline-S",
-                )
-            allowed_s = min(allowed_s, deadline_s)
-        if self._queue.expected_wait_s() + predicted_s > allowed_s:
-            raise self._unavailable(
-                Kind.QUEUE_FULL,
-                "The queue is so long that the picture would miss its deadline",
-                self._retry_after_s(),
-            )
-        now = self._clock()
-        self._longest_deadline = max(self._longest_deadline, now + allowed_s)
-        loop = asyncio.get_running_loop()
-        jobs = [
-            Job(
-                id=secrets.token_hex(8),
-                spec=spec,
-                client=client,
-                deadline=now + allowed_s,
-                future=loop.create_future(),
-                predicted_s=self._estimator.predict(spec),
-            )
-            for spec in specs
-        ]
-        ticket = Ticket(self, jobs, output)
-        self._queue.submit(jobs, retry_after_s=self._retry_after_s())
-        self._rates.take(client, len(jobs))
-        return ticket
+        with self.admit(client=client) as admission:
+            return admission.submit(specs, output)
 
     def drain(self) -> float:
         """Take nothing new; return the seconds until the last accepted job's deadline."""
@@ -348,10 +326,91 @@ class ImageService:
         """Return once everything accepted has ended."""
         await self._queue.wait_until_empty()
 
+    async def write(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Build an answer by *work* in a thread that nothing but answers can keep busy."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._writers, partial(work, *arguments, **named))
+
     def close(self) -> None:
         """Let go of the encoding threads."""
+        self._writers.shutdown(wait=True, cancel_futures=True)
         self._encoders.shutdown(wait=True, cancel_futures=True)
         self._helpers.shutdown(wait=True, cancel_futures=True)
+
+    # For Admission.
+
+    def reserve(self, admission: Admission, images: int) -> Places:
+        """Take the places and tokens of a request before its pictures are looked at."""
+        self._check_open(images, admission.client)
+        left_s = self.seconds_left(admission)
+        if left_s <= 0:
+            raise _too_slow()
+        places = self._queue.reserve(admission.client, images, retry_after_s=self._retry_after_s())
+        self._rates.take(admission.client, images)
+        self._longest_deadline = max(self._longest_deadline, self._clock() + left_s)
+        return places
+
+    def seconds_left(self, admission: Admission, predicted_s: float = 0.0) -> float:
+        """Seconds from now to the deadline of a request whose work takes *predicted_s*."""
+        allowed_s = self._config.deadline_s + 4 * predicted_s
+        if admission.deadline_s is not None:
+            allowed_s = min(allowed_s, admission.deadline_s)
+        return admission.arrived_at + allowed_s - self._clock()
+
+    def start(
+        self,
+        admission: Admission,
+        places: Places | None,
+        specs: Sequence[ImageSpec],
+        output: OutputFormat,
+    ) -> Ticket:
+        """Make jobs of *specs* and let them wait: in *places*, or in any."""
+        for spec in specs:
+            self.check(spec)
+        if places is None:
+            self._check_open(len(specs), admission.client)
+        deadline = self._clock() + self._checked_seconds_left(admission, self.predict_s(specs))
+        loop = asyncio.get_running_loop()
+        jobs = [
+            Job(
+                id=secrets.token_hex(8),
+                spec=spec,
+                client=admission.client,
+                deadline=deadline,
+                future=loop.create_future(),
+                predicted_s=self._estimator.predict(spec),
+            )
+            for spec in specs
+        ]
+        if places is None:
+            self._queue.submit(jobs, retry_after_s=self._retry_after_s())
+            self._rates.take(admission.client, len(jobs))
+        else:
+            self._queue.fill(places, jobs)
+        self._longest_deadline = max(self._longest_deadline, deadline)
+        return Ticket(self, jobs, output)
+
+    def _checked_seconds_left(self, admission: Admission, predicted_s: float) -> float:
+        """Seconds to the deadline, which the request can meet."""
+        asked_s = admission.deadline_s
+        if asked_s is not None and asked_s < predicted_s:
+            raise InvalidRequest(
+                f"The deadline of {asked_s:g} s is shorter than the {predicted_s:.1f} s "
+                "that this takes here; allow more, or ask for fewer steps or a smaller size.",
+                param="X-Klein-Deadline-S",
+            )
+        left_s = self.seconds_left(admission, predicted_s)
+        if left_s < predicted_s:
+            raise _too_slow()
+        self._queue.check_time(
+            admission.client,
+            predicted_s,
+            left_s,
+            retry_after_s=self._retry_after_s(),
+            # A deadline of the client's own may never be met.
+            has_claim=asked_s is None,
+        )
+        return left_s
 
     # For Ticket.
 
@@ -445,6 +504,65 @@ class ImageService:
         return max(1, min(60, wait_s + jitter_s))
 
 
+class Admission:
+    """One request from its arrival until its pictures wait for the card.
+
+    Where something must be decoded first, its places are taken before: they, and the tokens of the
+    client's rate, are its own from then on. Leaving the `with` block gives back the places that no
+    picture took, but no token. The deadline counts from the arrival.
+    """
+
+    def __init__(
+        self, service: ImageService, client: str, arrived_at: float, deadline_s: float | None
+    ) -> None:
+        self._service = service
+        self._places: Places | None = None
+        self.client = client
+        self.arrived_at = arrived_at
+        self.deadline_s = deadline_s
+        """What the client allows, in seconds."""
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._places is not None:
+            self._places.give_back()
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the deadline of a request that takes no time on the card."""
+        return self._service.seconds_left(self)
+
+    def reserve(self, images: int) -> None:
+        """Take a place for each of *images*, once.
+
+        Raises:
+            InvalidRequest: they would not fit into the empty queue either.
+            Unavailable: they cannot be taken now.
+            DeadlineExceeded: the request took too long to arrive.
+            KleinError: the client has asked for too many of late.
+        """
+        self._places = self._service.reserve(self, images)
+
+    def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> Ticket:
+        """Let all of *specs* wait for the card, or none: in the places that were taken for them,
+        or in others.
+
+        Raises:
+            InvalidRequest: a spec is beyond the limits, or the deadline shorter than the work.
+            Unavailable: there is no room, or the deadline would pass before the last is done.
+            DeadlineExceeded: the request took too long to arrive.
+            KleinError: the client has asked for too many of late.
+        """
+        return self._service.start(self, self._places, specs, output)
+
+
 class Ticket:
     """One accepted request of n images. Await `pictures`, or read `events` where n is 1."""
 
@@ -465,16 +583,20 @@ class Ticket:
         Raises:
             KleinError: the first error; the other jobs are cancelled.
         """
+        # No task group: its frame and the error that cancels it hold one another, and with them
+        # every picture made so far, until the garbage collector comes.
+        finishing = [
+            asyncio.create_task(self._service.finish(job, self._output)) for job in self._jobs
+        ]
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._service.finish(job, self._output)) for job in self._jobs
-                ]
-        except BaseExceptionGroup as errors:
-            raise _first(errors) from None
+            await asyncio.wait(finishing, return_when=asyncio.FIRST_EXCEPTION)
+            if error := _first_error(finishing):
+                raise error
+            return [task.result() for task in finishing]
         finally:
+            error = None
             self.cancel()
-        return [task.result() for task in tasks]
+            await _end(finishing)
 
     async def events(self) -> AsyncGenerator[TicketEvent, None]:
         """Yield what happens to the only job, `Finished` last; closing the iterator cancels it.
@@ -499,12 +621,19 @@ class Ticket:
             yield Finished(await finishing)
         finally:
             self.cancel()
-            finishing.cancel()
-            await asyncio.wait([finishing])
+            await _end([finishing])
+            del finishing, job
 
     async def _preview(self, image: RawImage, index: int) -> Preview:
         data = await self._service.encode(image, self._output, {})
         return Preview(index, data, self._output.media_type)
+
+
+def _too_slow() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "The request took so long to arrive and to be read that its deadline cannot be met; send "
+        "it faster, send less, or allow more time."
+    )
 
 
 def _helper_count() -> int:
@@ -526,7 +655,19 @@ def _note(seconds: Mapping[str, float]) -> None:
         notes[f"{stage}_s"] = round(together, 4)
 
 
-def _first(errors: BaseExceptionGroup) -> BaseException:
-    """The error that ended the group; those that followed from it are `Cancelled`."""
-    own = [error for error in errors.exceptions if not isinstance(error, Cancelled)]
-    return (own or list(errors.exceptions))[0]
+def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None:
+    """The error that ended the first of *tasks* to fail; those that followed are `Cancelled`."""
+    errors = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+    own = [error for error in errors if error is not None and not isinstance(error, Cancelled)]
+    return next(iter(own), next(filter(None, errors), None))
+
+
+async def _end(tasks: list[asyncio.Task[Picture]]) -> None:
+    """Cancel all of *tasks*, wait until they have ended, and forget them and their errors."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+    tasks.clear()

@@ -77,6 +77,8 @@ class FakeService:
     clients: list[str] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a ticket has been accepted."""
+    reserved: int = 0
+    """Places that are held for requests whose pictures are being decoded."""
     _seeds: int = 1000
 
     @property
@@ -111,11 +113,16 @@ class FakeService:
             worker_restarts=0,
         )
 
-    def check_open(self, images: int = 1, *, client: str | None = None) -> None:
+    def admit(self, *, client: str, deadline_s: float | None = None) -> FakeAdmission:
         """Refuse as the real one does."""
+        self.check_open(1)
+        return FakeAdmission(self, client, deadline_s)
+
+    def check_open(self, images: int) -> None:
+        """Refuse what does not fit, or what the script wants refused."""
         if images > self.capacity:
             raise InvalidRequest(f"n is {images}, but {self.capacity} may wait.", param="n")
-        full = self.waiting + images > self.capacity
+        full = self.waiting + self.reserved + images > self.capacity
         kind = Kind.QUEUE_FULL if full else self.closed_by
         if kind is not None:
             raise Unavailable("It cannot be taken now.", kind=kind, retry_after_s=7)
@@ -126,29 +133,66 @@ class FakeService:
         if spec.pixels > limit:
             raise InvalidRequest(f"The most is {limit} pixels.", param="size")
 
-    def submit(
-        self,
-        specs: Sequence[ImageSpec],
-        *,
-        client: str,
-        output: OutputFormat,
-        deadline_s: float | None = None,
+    def start(
+        self, specs: Sequence[ImageSpec], admission: FakeAdmission, output: OutputFormat
     ) -> FakeTicket:
         """Accept all or none."""
         for spec in specs:
             self.check(spec)
-        self.check_open(len(specs))
+        if not admission.images:
+            self.check_open(len(specs))
         ticket = FakeTicket(list(specs), output, self.script)
         self.tickets.append(ticket)
-        self.deadlines.append(deadline_s)
-        self.clients.append(client)
+        self.deadlines.append(admission.deadline_s)
+        self.clients.append(admission.client)
         self.asked.set()
         return ticket
+
+    def submit(
+        self, specs: Sequence[ImageSpec], *, client: str, output: OutputFormat
+    ) -> FakeTicket:
+        """Accept at once, all or none."""
+        with self.admit(client=client) as admission:
+            return admission.submit(specs, output)
+
+    async def write(self, work: Callable[..., bytes], *arguments: object, **named: object) -> bytes:
+        """Do it at once."""
+        return work(*arguments, **named)
 
     def random_seed(self) -> int:
         """Count, so that no two are equal."""
         self._seeds += 100
         return self._seeds
+
+
+@dataclass(eq=False)
+class FakeAdmission:
+    """One request until it is accepted; it takes places where the real one does."""
+
+    service: FakeService
+    client: str
+    deadline_s: float | None
+    images: int = 0
+    seconds_left: float = 120.0
+
+    def __enter__(self) -> FakeAdmission:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.service.reserved -= self.images
+        self.images = 0
+
+    def reserve(self, images: int) -> None:
+        """Hold places until the end of the block."""
+        self.service.check_open(images)
+        self.images = images
+        self.service.reserved += images
+
+    def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> FakeTicket:
+        """Accept all or none."""
+        ticket = self.service.start(specs, self, output)
+        self.__exit__()
+        return ticket
 
 
 @dataclass(eq=False)

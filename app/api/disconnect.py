@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from app.errors import Cancelled
+from app.errors import Cancelled, DeadlineExceeded
 from app.service import Picture, Ticket
 
 T = TypeVar("T")
@@ -33,17 +33,28 @@ async def pictures_of(ticket: Ticket, receive: Receive) -> list[Picture]:
         ticket.cancel()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[None, None, T]) -> T:
-    """Await *work*; when the client goes first, cancel it, wait for it to end, and raise
-    `Cancelled`.
+async def unless_gone(
+    receive: Receive, work: Coroutine[None, None, T], *, limit_s: float | None = None
+) -> T:
+    """Await *work*; when the client goes first, or *limit_s* seconds do, cancel it and wait for it
+    to end.
+
+    Raises:
+        Cancelled: the client has gone.
+        DeadlineExceeded: the time is over.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(until_gone(receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, leaving}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Cancelled
+        if leaving.done():
+            raise Cancelled
+        raise DeadlineExceeded(
+            "The request's deadline came before its pictures were read; allow more time, or send "
+            "smaller or fewer pictures."
+        )
     finally:
         leaving.cancel()
         working.cancel()

@@ -109,7 +109,7 @@ def install(app: FastAPI) -> None:
 
 async def _on_error(request: Request, raised: Exception) -> Response:
     error = _as_ours(request, raised)
-    exchange_of(request.scope).error = error
+    exchange_of(request.scope).keep(error)
     headers = getattr(raised, "headers", None) or {}
     if error.kind is Kind.METHOD_NOT_ALLOWED:
         headers = {"Allow": headers.get("Allow", "GET")}

@@ -36,6 +36,13 @@ class Exchange:
     outcome: str | None = None
     """Set where the status does not tell it, as with a health answer."""
 
+    def keep(self, error: KleinError) -> None:
+        """Keep *error*, without the frames it came through and what it came from: they hold the
+        exchange, and with it in a circle whatever the request has read and made.
+        """
+        error.__traceback__ = error.__context__ = None
+        self.error = error
+
 
 def open_exchange(scope: Scope, exchange: Exchange) -> None:
     """Attach *exchange* to the request."""

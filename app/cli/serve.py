@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app import logs
+from app.cli.heap import bound_heap
 from app.cli.old_cache import find_old_cache
 from app.domain import ModelInfo
 from app.engine import create_engine
@@ -63,6 +64,7 @@ def serve(
 ) -> int:
     """Serve with *settings*; *make_engine* and *gpu*, a test's own, go to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
+    bound_heap()
     _check_exposure(settings)
     if (old := find_old_cache(settings)) is not None:
         _log.warning("%s", old.sentence)

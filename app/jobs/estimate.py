@@ -1,17 +1,35 @@
 """How long a job will take, learnt from the jobs before it.
 
-One number is learnt: seconds per unit of work, as an exponentially weighted mean. A unit of work is
-one pixel through one denoising step; text encoding and decoding count as two steps together, and a
-reference image makes every step longer by its own pixels, since its tokens run through the
-transformer with the picture's.
+A picture costs a fixed time and a time for each unit of work: `seconds = fixed + slope * work`,
+neither below zero. A unit of work is one pixel through one denoising step; text encoding and
+decoding count as two steps together, and a reference image makes every step longer by its own
+pixels, since its tokens run through the transformer with the picture's.
+
+Pictures are sorted by their work into ranges, each twice as wide as the one below, and each range
+is one point of the fit: the median of its last few pictures. So a thousand tiny pictures weigh no
+more than one large one, and one that was held up (a new size is compiled, somebody else uses the
+card) is outvoted by the next. The fit minimises relative errors, and a range that has not been seen
+for long counts for less. Where the card does not follow the line, a range's own pictures are
+believed.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+
 from app.domain import ImageSpec
 
-_WEIGHT = 0.3
 _FIXED_STEPS = 2
+_REMEMBERED = 5
+"""Samples of one range; three of them outvote what was before."""
+_HALF_LIFE = 16
+"""A range counts for half as much once so many samples of others have come since."""
+_LEAST_WEIGHT = 0.05
+_MOST_GROWTH = 2.0
+"""What one sample may add: at most this times what was predicted."""
+_SHORTEST_S = 1e-4
 
 
 def work(spec: ImageSpec) -> float:
@@ -22,27 +40,94 @@ def work(spec: ImageSpec) -> float:
     return float((spec.pixels + references) * steps + spec.pixels * _FIXED_STEPS)
 
 
+class _Range:
+    """The last pictures of about the same work, and when one of them came, counted in samples."""
+
+    def __init__(self) -> None:
+        self.samples: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
+        self.seen_at = 0
+        self.point = (0.0, 0.0)
+
+    def add(self, units: float, seconds: float, at: int) -> None:
+        self.samples.append((units, seconds))
+        self.seen_at = at
+        by_rate = sorted(self.samples, key=lambda sample: sample[1] / sample[0])
+        # The lower of two: nothing makes a picture faster than the card, much makes it slower.
+        self.point = by_rate[(len(by_rate) - 1) // 2]
+
+
 class Estimator:
     """Learns from finished jobs; says 0 until it has seen one."""
 
     def __init__(self) -> None:
-        self._seconds_per_work = 0.0
+        self._ranges: dict[int, _Range] = {}
+        self._count = 0
+        self._fixed_s = 0.0
+        self._slope_s = 0.0
 
     def __repr__(self) -> str:
-        return f"<Estimator {self._seconds_per_work:.3e} s per unit>"
+        return f"<Estimator {self._fixed_s:.3e} s and {self._slope_s:.3e} s per unit>"
 
     def learn(self, spec: ImageSpec, seconds: float) -> None:
-        """Take the *seconds* that *spec* took into the mean."""
-        seen = seconds / work(spec)
-        if self._seconds_per_work == 0.0:
-            self._seconds_per_work = seen
-        else:
-            self._seconds_per_work += _WEIGHT * (seen - self._seconds_per_work)
+        """Take the *seconds* that *spec* took into account; of far more than was predicted, only
+        so much that nothing is predicted at more than twice what it was, or than a larger picture
+        took."""
+        units = work(spec)
+        seconds = max(_SHORTEST_S, min(seconds, self._most_s(units)))
+        self._count += 1
+        self._ranges.setdefault(_range_of(units), _Range()).add(units, seconds, self._count)
+        self._fixed_s, self._slope_s = _fit(list(self._points()))
 
     def predict(self, spec: ImageSpec) -> float:
         """Seconds that *spec* will take on the card."""
-        return self._seconds_per_work * work(spec)
+        return self._predict(work(spec))
 
     def predict_step(self, spec: ImageSpec) -> float:
-        """Seconds that one denoising step of *spec* will take."""
+        """Seconds that one denoising step of *spec* will take, at most."""
         return self.predict(spec) / spec.num_inference_steps
+
+    def _predict(self, units: float) -> float:
+        line_s = self._fixed_s + self._slope_s * units
+        known = self._ranges.get(_range_of(units))
+        if known is None:
+            return line_s
+        known_units, known_s = known.point
+        return line_s * known_s / (self._fixed_s + self._slope_s * known_units)
+
+    def _most_s(self, units: float) -> float:
+        """What a picture of so much work is believed to take at most."""
+        if not self._ranges:
+            return math.inf
+        larger = [index for index in self._ranges if index > _range_of(units)]
+        next_s = self._ranges[min(larger)].point[1] if larger else 0.0
+        return max(_MOST_GROWTH * self._predict(units), next_s)
+
+    def _points(self) -> Iterator[tuple[float, float, float]]:
+        """Work, seconds and weight of each range."""
+        for found in self._ranges.values():
+            age = self._count - found.seen_at
+            weight = max(_LEAST_WEIGHT, 0.5 ** (age / _HALF_LIFE))
+            yield *found.point, weight
+
+
+def _range_of(units: float) -> int:
+    return math.frexp(units)[1]
+
+
+def _fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """The line of the least squared relative errors, with neither term below zero."""
+    ones = sum(weight / y**2 for _, y, weight in points)
+    x1 = sum(weight * x / y**2 for x, y, weight in points)
+    x2 = sum(weight * (x / y) ** 2 for x, y, weight in points)
+    y1 = sum(weight / y for _, y, weight in points)
+    xy = sum(weight * x / y for x, y, weight in points)
+    determinant = ones * x2 - x1 * x1
+    if determinant <= 1e-9 * ones * x2:
+        return 0.0, xy / x2
+    fixed = (y1 * x2 - xy * x1) / determinant
+    slope = (ones * xy - x1 * y1) / determinant
+    if fixed < 0.0:
+        return 0.0, xy / x2
+    if slope < 0.0:
+        return y1 / ones, 0.0
+    return fixed, slope

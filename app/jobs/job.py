@@ -41,7 +41,6 @@ class Job:
     state: JobState = JobState.WAITING
     submitted_at: float = 0.0
     started_at: float | None = None
-    ended_at: float | None = None
     predicted_s: float = 0.0
     stop: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: asks the worker to stop."""
@@ -61,6 +60,7 @@ class Job:
     def fail(self, error: KleinError) -> None:
         """Give *error* to whoever waits, unless the job has ended otherwise."""
         if not self.future.done():
-            self.future.set_exception(error)
+            # Without the frames it came through: they hold the job, and so the job itself.
+            self.future.set_exception(error.with_traceback(None))
             # A caller who has gone never asks; without this asyncio would log the error as lost.
             self.future.exception()

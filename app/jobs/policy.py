@@ -1,35 +1,104 @@
 """Which job is next: fair between clients, first come first served for each of them.
 
-Pure: a snapshot in, a choice out. A client who asks for eight pictures at once takes eight places,
-but another client's single picture comes right after the first of them.
+A client who asks for eight pictures at once takes eight places, but another client's single picture
+comes right after the first of them. The clients take turns, the one served longest ago first. No
+step here looks at more than one entry for each client, however many jobs wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator
 
 from app.jobs.job import Job
 
 
-def choose(waiting: Sequence[Job], last_served: Mapping[str, int]) -> Job:
-    """Pick from *waiting* (in order of arrival) the first job of the client served longest ago.
+class FairOrder:
+    """The waiting jobs, a line for each client. *remembered* clients who have no job waiting may
+    keep their turn before they are forgotten."""
 
-    *last_served* counts up with every job started; a client who is not in it has never been served.
-    """
-    return min(
-        enumerate(waiting),
-        key=lambda entry: (last_served.get(entry[1].client, -1), entry[0]),
-    )[1]
+    def __init__(self, remembered: int) -> None:
+        self._remembered = remembered
+        self._lines: dict[str, OrderedDict[Job, int]] = {}
+        self._count = 0
+        self._first = self._last = 0
+        self._turn = 0
+        self._last_served: dict[str, int] = {}
+        self._work_s = 0.0
 
+    def __len__(self) -> int:
+        return self._count
 
-def position(job: Job, waiting: Sequence[Job], last_served: Mapping[str, int]) -> int:
-    """How many of *waiting* start before *job* if nobody else comes."""
-    left, served, turn = list(waiting), dict(last_served), max(last_served.values(), default=-1)
-    for place in range(len(waiting)):
-        chosen = choose(left, served)
-        if chosen is job:
-            return place
-        left.remove(chosen)
-        turn += 1
-        served[chosen.client] = turn
-    return 0
+    def __iter__(self) -> Iterator[Job]:
+        for line in self._lines.values():
+            yield from line
+
+    @property
+    def work_s(self) -> float:
+        """Seconds that all of them will take, by the predictions given with them."""
+        return self._work_s
+
+    def of(self, client: str) -> int:
+        """How many jobs of *client* wait."""
+        return len(self._lines.get(client, ()))
+
+    def add(self, job: Job) -> None:
+        """Let *job* wait behind its client's others."""
+        self._last += 1
+        self._enter(job, self._last)
+
+    def put_back(self, job: Job) -> None:
+        """Let *job* wait again, before all others of its client."""
+        self._first -= 1
+        self._enter(job, self._first)
+        self._lines[job.client].move_to_end(job, last=False)
+
+    def remove(self, job: Job) -> None:
+        """Take *job* out; it waits."""
+        line = self._lines[job.client]
+        del line[job]
+        if not line:
+            del self._lines[job.client]
+        self._count -= 1
+        # Sums and differences of many sizes leave a rest.
+        self._work_s = max(0.0, self._work_s - job.predicted_s) if self._count else 0.0
+
+    def take(self) -> Job:
+        """Take out the next job, which ends its client's turn; at least one waits."""
+        client = min(self._lines, key=self._place)
+        job = next(iter(self._lines[client]))
+        self.remove(job)
+        self._turn += 1
+        self._last_served[client] = self._turn
+        if len(self._last_served) > self._remembered:
+            self._last_served = {
+                name: turn for name, turn in self._last_served.items() if name in self._lines
+            }
+        return job
+
+    def position(self, job: Job) -> int:
+        """How many start before *job*, which waits, if nobody else comes.
+
+        The order of the clients stays the same from round to round: whoever was served is last.
+        """
+        rounds = 0
+        for other in self._lines[job.client]:
+            if other is job:
+                break
+            rounds += 1
+        mine = self._place(job.client)
+        return rounds + sum(
+            min(len(line), rounds + (self._place(client) < mine))
+            for client, line in self._lines.items()
+            if client != job.client
+        )
+
+    def _place(self, client: str) -> tuple[int, int]:
+        """Whose turn is when: the least is next."""
+        first = next(iter(self._lines[client].values()))
+        return self._last_served.get(client, -1), first
+
+    def _enter(self, job: Job, number: int) -> None:
+        self._lines.setdefault(job.client, OrderedDict())[job] = number
+        self._count += 1
+        self._work_s += job.predicted_s

@@ -1,8 +1,9 @@
 """The bounded queue of images. Pure asyncio: no card, no HTTP.
 
-Every change of state happens in `_settle` or in the synchronous methods that call it; coroutines
-only wait. The bound counts images that wait; running ones hold no place. The queue's `repr` is its
-state.
+A request takes its places first, perhaps long before its jobs are known, and fills them with jobs
+or gives them back. Every change of state happens in `_settle` or in the synchronous methods that
+call it; coroutines only wait. The bound counts images that wait or have a place; running ones hold
+none. The queue's `repr` is its state.
 """
 
 from __future__ import annotations
@@ -12,8 +13,24 @@ import time
 from collections.abc import Callable, Sequence
 
 from app.errors import Cancelled, DeadlineExceeded, Kind, KleinError, Unavailable
-from app.jobs import policy
 from app.jobs.job import Job, JobState
+from app.jobs.policy import FairOrder
+from app.jobs.shares import Shares
+
+
+class Places:
+    """Room for *images* jobs of *client*, until it is filled or given back."""
+
+    def __init__(self, queue: JobQueue, client: str, images: int) -> None:
+        self.client = client
+        self.images = images
+        self.error: KleinError | None = None
+        """Why no job may come any more, once that is so."""
+        self._queue = queue
+
+    def give_back(self) -> None:
+        """Free the places, unless they are filled or free already."""
+        self._queue.give_back(self)
 
 
 class JobQueue:
@@ -23,37 +40,118 @@ class JobQueue:
     def __init__(self, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.capacity = capacity
         self._clock = clock
-        self._waiting: list[Job] = []
+        self._shares = Shares(capacity, clock=clock)
+        self._waiting = FairOrder(remembered=4 * capacity)
         self._running: list[Job] = []
+        self._places: set[Places] = set()
+        self._reserved: dict[str, int] = {}
+        self._reserved_count = 0
         self._taker: asyncio.Future[Job] | None = None
         self._timers: dict[Job, asyncio.TimerHandle] = {}
-        self._last_served: dict[str, int] = {}
-        self._turn = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
     def __repr__(self) -> str:
+        reserved = f"{self._reserved_count} reserved, " if self._reserved_count else ""
         return (
-            f"<JobQueue {len(self._waiting)} of {self.capacity} waiting, "
+            f"<JobQueue {len(self._waiting)} of {self.capacity} waiting, {reserved}"
             f"{len(self._running)} running>"
         )
 
     @property
     def size(self) -> int:
-        """How many images wait."""
-        return len(self._waiting)
+        """How many places are taken, by images that wait or by requests that are being read."""
+        return len(self._waiting) + self._reserved_count
 
     @property
     def running(self) -> int:
         """How many images are on the card or on their way from it."""
         return len(self._running)
 
-    def has_room(self, images: int) -> bool:
-        """Whether *images* more may wait; one that could start at once needs no place."""
-        return self.size + images <= self.capacity + self._idle_places
+    def check_room(self, client: str, images: int, *, retry_after_s: int) -> None:
+        """Refuse *images* more of *client* if there is no room for them now.
+
+        Raises:
+            Unavailable: there is none, or what there is, is for others.
+        """
+        self._shares.note(client)
+        is_over_share = self._held(client) + images > self._shares.most
+        if is_over_share and not self._is_alone(client):
+            raise _full(
+                f"While others ask too, one client may hold {self._shares.most} of the queue's "
+                f"{self.capacity} places; let some of yours come to their end, or ask for fewer "
+                "images at a time",
+                retry_after_s,
+            )
+        free = self.capacity + self._idle_places - self.size
+        if images <= free - self._shares.kept(client):
+            return
+        if not is_over_share:
+            self._shares.claim(client, retry_after_s, images=images)
+        raise _full(
+            "The queue is full"
+            if images > free
+            else "The queue's last places are kept for those who asked before",
+            retry_after_s,
+        )
+
+    def check_time(
+        self, client: str, work_s: float, left_s: float, *, retry_after_s: int, has_claim: bool
+    ) -> None:
+        """Refuse *work_s* seconds of the card if they would not be over in *left_s*. With
+        *has_claim*, they are kept for *client* as soon as there are as many.
+
+        Raises:
+            Unavailable: there is too much to do before, or it is for others.
+        """
+        if self.expected_wait_s() + self._shares.kept_s(client) + work_s <= left_s:
+            return
+        if has_claim:
+            self._shares.claim(client, retry_after_s, work_s=work_s)
+        raise _full("The queue is so long that the picture would miss its deadline", retry_after_s)
+
+    def reserve(self, client: str, images: int, *, retry_after_s: int) -> Places:
+        """Take places for all *images* of *client*, or none.
+
+        Raises:
+            Unavailable: there is no room for all of them.
+        """
+        self.check_room(client, images, retry_after_s=retry_after_s)
+        self._shares.end_claim(client)
+        places = Places(self, client, images)
+        self._places.add(places)
+        self._reserved[client] = self._reserved.get(client, 0) + images
+        self._reserved_count += images
+        self._settle()
+        return places
+
+    def give_back(self, places: Places) -> None:
+        """Free *places*, unless they are filled or free already."""
+        if places in self._places:
+            self._free(places)
+            self._settle()
+
+    def _free(self, places: Places) -> None:
+        self._places.remove(places)
+        self._reserved_count -= places.images
+        left = self._reserved.pop(places.client) - places.images
+        if left:
+            self._reserved[places.client] = left
+
+    def _held(self, client: str) -> int:
+        return self._waiting.of(client) + self._reserved.get(client, 0)
+
+    def _is_alone(self, client: str) -> bool:
+        """Whether nobody else holds a place, is on the card, or has asked lately."""
+        return (
+            self.size == self._held(client)
+            and all(job.client == client for job in self._running)
+            and self._shares.is_alone(client)
+        )
 
     @property
     def _idle_places(self) -> int:
+        """One that could start at once needs no place."""
         return 1 if self._taker is not None and not self._taker.done() else 0
 
     def expected_wait_s(self) -> float:
@@ -63,31 +161,34 @@ class JobQueue:
         left = sum(
             max(0.0, job.predicted_s - (now - (job.started_at or now))) for job in self._running
         )
-        return left + sum(job.predicted_s for job in self._waiting)
+        return left + self._waiting.work_s
 
     def position(self, job: Job) -> int:
         """How many jobs start before *job*; 0 for the next one and for one that runs."""
-        if job.state is not JobState.WAITING:
-            return 0
-        return policy.position(job, self._waiting, self._last_served)
+        return self._waiting.position(job) if job.state is JobState.WAITING else 0
 
     def submit(self, jobs: Sequence[Job], *, retry_after_s: int) -> None:
-        """Let all of *jobs* wait, or none.
+        """Let all of *jobs*, which are one client's, wait, or none.
 
         Raises:
             Unavailable: there is no room for all of them.
         """
-        if not self.has_room(len(jobs)):
-            raise Unavailable(
-                f"The queue is full; try again in {retry_after_s} s.",
-                kind=Kind.QUEUE_FULL,
-                retry_after_s=retry_after_s,
-            )
+        self.fill(self.reserve(jobs[0].client, len(jobs), retry_after_s=retry_after_s), jobs)
+
+    def fill(self, places: Places, jobs: Sequence[Job]) -> None:
+        """Let *jobs*, one for each of *places*, wait for the card.
+
+        Raises:
+            KleinError: the service has come to its end meanwhile.
+        """
+        if places.error is not None:
+            raise places.error
+        self._free(places)
         now = self._clock()
         loop = asyncio.get_running_loop()
         for job in jobs:
             job.submitted_at = now
-            self._waiting.append(job)
+            self._waiting.add(job)
             self._timers[job] = loop.call_later(job.deadline - now, self._expire, job)
         self._settle()
 
@@ -117,7 +218,7 @@ class JobQueue:
         else:
             job.state = JobState.WAITING
             job.started_at = None
-            self._waiting.insert(0, job)
+            self._waiting.put_back(job)
         self._settle()
 
     def finish(self, job: Job) -> None:
@@ -128,11 +229,13 @@ class JobQueue:
         self._settle()
 
     async def wait_until_empty(self) -> None:
-        """Return once nothing waits and nothing runs."""
+        """Return once nothing waits, nothing has a place and nothing runs."""
         await self._empty.wait()
 
     def fail_waiting(self, error: KleinError) -> None:
-        """Give *error* to every job that waits."""
+        """Give *error* to every job that waits, and to every request that has places for some."""
+        for places in self._places:
+            places.error = error
         for job in tuple(self._waiting):
             self._abandon(job, error)
 
@@ -159,31 +262,26 @@ class JobQueue:
 
     def _end(self, job: Job) -> None:
         job.state = JobState.ENDED
-        job.ended_at = self._clock()
         if timer := self._timers.pop(job, None):
             timer.cancel()
 
     def _settle(self) -> None:
         """Give the next job to the taker, if there are both."""
         if self._waiting and self._taker is not None and not self._taker.done():
-            job = policy.choose(self._waiting, self._last_served)
-            self._waiting.remove(job)
+            job = self._waiting.take()
             self._running.append(job)
             job.state = JobState.RUNNING
             job.started_at = self._clock()
-            self._turn += 1
-            self._remember_turn(job.client)
             self._taker.set_result(job)
-        if self._waiting or self._running:
+        if self._waiting or self._running or self._places:
             self._empty.clear()
         else:
             self._empty.set()
 
-    def _remember_turn(self, client: str) -> None:
-        """Note when *client* was served; those without a waiting job are forgotten in time."""
-        self._last_served[client] = self._turn
-        if len(self._last_served) > 4 * self.capacity:
-            waiting = {job.client for job in self._waiting}
-            self._last_served = {
-                name: turn for name, turn in self._last_served.items() if name in waiting
-            }
+
+def _full(why: str, retry_after_s: int) -> Unavailable:
+    return Unavailable(
+        f"{why}; try again in {retry_after_s} s.",
+        kind=Kind.QUEUE_FULL,
+        retry_after_s=retry_after_s,
+    )

@@ -112,7 +112,7 @@ async def test_an_unexpected_exception_is_answered_without_a_trace(
     def explode(*arguments, **named):
         raise RuntimeError("secret at 0x7f3a and /home/x")
 
-    monkeypatch.setattr(service, "submit", explode)
+    monkeypatch.setattr(service, "admit", explode)
     response = await client.post("/generate", json={"prompt": "a"})
 
     assert response.status_code == 500

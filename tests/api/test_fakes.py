@@ -10,9 +10,9 @@ import pytest
 from app.domain import ImageSpec
 from app.errors import InvalidRequest, Kind, OutOfMemory, Unavailable
 from app.images import OutputFormat
-from app.service import Finished, ImageService, Preview, Queued, Stepped, Ticket
+from app.service import Admission, Finished, ImageService, Preview, Queued, Stepped, Ticket
 from app.telemetry.metrics import Metrics
-from tests.fakes import FakeMetrics, FakeService, FakeTicket, Script
+from tests.fakes import FakeAdmission, FakeMetrics, FakeService, FakeTicket, Script
 
 
 def spec(**changes) -> ImageSpec:
@@ -23,7 +23,12 @@ def spec(**changes) -> ImageSpec:
 @pytest.mark.parametrize(
     ("fake", "real", "names"),
     [
-        (FakeService, ImageService, ("submit", "check", "check_open", "status", "random_seed")),
+        (
+            FakeService,
+            ImageService,
+            ("admit", "submit", "check", "status", "random_seed", "write"),
+        ),
+        (FakeAdmission, Admission, ("reserve", "submit")),
         (FakeTicket, Ticket, ("pictures", "events", "cancel")),
         (FakeMetrics, Metrics, ("request_finished", "request_rejected", "exposition")),
     ],
@@ -75,7 +80,7 @@ async def test_a_full_queue_takes_all_or_none():
 async def test_more_than_the_whole_queue_is_the_callers_mistake():
     """Trying again would never help, so it is no `Unavailable`."""
     with pytest.raises(InvalidRequest):
-        FakeService(capacity=2).check_open(3)
+        FakeService(capacity=2).admit(client="a").reserve(3)
 
 
 async def test_events_tell_the_life_of_one_picture():

@@ -1,45 +1,137 @@
 """Which job is next."""
 
-from app.jobs.policy import choose, position
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.jobs.job import Job
+from app.jobs.policy import FairOrder
+from tests.jobs.conftest import SPEC
+
+
+def order_of(jobs: Sequence[Job], served: Sequence[str] = ()) -> FairOrder:
+    """All of *jobs* wait, after one turn of each client of *served*."""
+    order, loop = FairOrder(remembered=100), asyncio.get_event_loop()
+    for client in served:
+        order.add(Job("", SPEC, client, 60.0, loop.create_future()))
+        order.take()
+    for job in jobs:
+        order.add(job)
+    return order
 
 
 async def test_one_client_is_served_in_order_of_arrival(make_jobs) -> None:
     """Without anyone else, first come is first served."""
     waiting = make_jobs(["a1", "a2", "a3"])
 
-    assert choose(waiting, {}).id == "a1"
-    assert choose(waiting[1:], {"a": 5}).id == "a2"
+    assert order_of(waiting).take().id == "a1"
+    assert order_of(waiting[1:], served="a").take().id == "a2"
 
 
 async def test_a_client_with_eight_images_does_not_hold_up_another(make_jobs) -> None:
     """The other client's single picture comes right after the first of the eight."""
     waiting = make_jobs(["a2", "a3", "a4", "a5", "a6", "a7", "a8", "b1"])
 
-    assert choose(waiting, {"a": 0}).id == "b1"
+    assert order_of(waiting, served="a").take().id == "b1"
 
 
 async def test_clients_take_turns(make_jobs) -> None:
     """Three clients with two pictures each are served round and round."""
-    waiting = make_jobs(["a1", "a2", "b1", "b2", "c1", "c2"])
-    served: dict[str, int] = {}
-    order = []
-    for turn in range(6):
-        job = choose(waiting, served)
-        waiting.remove(job)
-        served[job.client] = turn
-        order.append(job.id)
+    order = order_of(make_jobs(["a1", "a2", "b1", "b2", "c1", "c2"]))
 
-    assert order == ["a1", "b1", "c1", "a2", "b2", "c2"]
+    assert [order.take().id for _ in range(6)] == ["a1", "b1", "c1", "a2", "b2", "c2"]
 
 
 async def test_position_counts_who_starts_before(make_jobs) -> None:
     """A position follows the same policy as the serving."""
     waiting = make_jobs(["a1", "a2", "a3", "b1"])
     by_id = {job.id: job for job in waiting}
+    order = order_of(waiting, served="a")
 
-    assert [position(by_id[name], waiting, {"a": 3}) for name in ("b1", "a1", "a2", "a3")] == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert [order.position(by_id[name]) for name in ("b1", "a1", "a2", "a3")] == [0, 1, 2, 3]
+
+
+class Plain:
+    """The same policy, said in the fewest words and without regard to what it costs."""
+
+    def __init__(self, remembered: int) -> None:
+        self.remembered = remembered
+        self.waiting: list[Job] = []
+        self.last_served: dict[str, int] = {}
+        self.turn = 0
+
+    @staticmethod
+    def choose(waiting: Sequence[Job], last_served: Mapping[str, int]) -> Job:
+        """The first job of the client served longest ago."""
+        return min(
+            enumerate(waiting),
+            key=lambda entry: (last_served.get(entry[1].client, -1), entry[0]),
+        )[1]
+
+    def position(self, job: Job) -> int:
+        """Serve all in thought, until it is *job*'s turn."""
+        left, served = list(self.waiting), dict(self.last_served)
+        turn = max(served.values(), default=-1)
+        for place in range(len(left)):
+            chosen = self.choose(left, served)
+            if chosen is job:
+                return place
+            left.remove(chosen)
+            turn += 1
+            served[chosen.client] = turn
+        raise AssertionError(job)
+
+    def take(self) -> Job:
+        """Serve one, and forget clients in time."""
+        job = self.choose(self.waiting, self.last_served)
+        self.waiting.remove(job)
+        self.turn += 1
+        self.last_served[job.client] = self.turn
+        if len(self.last_served) > self.remembered:
+            clients = {job.client for job in self.waiting}
+            self.last_served = {
+                name: turn for name, turn in self.last_served.items() if name in clients
+            }
+        return job
+
+
+steps = st.one_of(
+    st.tuples(st.just("add"), st.sampled_from("abcdef")),
+    st.tuples(st.sampled_from(["take", "take and put back"]), st.just(0)),
+    st.tuples(st.just("remove"), st.integers(0, 100)),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(steps, max_size=60), st.integers(1, 8))
+def test_the_order_is_the_plain_one_whatever_happens(steps, remembered) -> None:
+    """With jobs that come, are served, are given back and leave, of six clients of whom few are
+    remembered: the same job is next each time, and each position is the same."""
+    loop = asyncio.new_event_loop()
+    order, plain = FairOrder(remembered), Plain(remembered)
+    for number, (what, which) in enumerate(steps):
+        if what == "add":
+            job = Job(f"{which}{number}", SPEC, which, 60.0, loop.create_future(), predicted_s=0.1)
+            order.add(job)
+            plain.waiting.append(job)
+        elif not plain.waiting:
+            continue
+        elif what == "remove":
+            job = plain.waiting.pop(which % len(plain.waiting))
+            order.remove(job)
+        else:
+            job = plain.take()
+            assert order.take() is job
+            if what == "take and put back":
+                order.put_back(job)
+                plain.waiting.insert(0, job)
+        assert len(order) == len(plain.waiting) == len(set(order))
+        assert abs(order.work_s - sum(job.predicted_s for job in plain.waiting)) < 1e-9
+        assert [order.position(job) for job in plain.waiting] == [
+            plain.position(job) for job in plain.waiting
+        ]
+    loop.close()

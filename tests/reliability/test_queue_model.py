@@ -1,5 +1,5 @@
-"""The queue against a model: whatever is submitted, cancelled, late, taken, finished or given back,
-in any order, each accepted image ends exactly once and no place is ever lost."""
+"""The queue against a model: whatever is reserved, submitted, cancelled, late, taken, finished or
+given back, in any order, each accepted image ends exactly once and no place is ever lost."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from hypothesis.stateful import (
 
 from app.errors import Cancelled, DeadlineExceeded, GenerationFailed, Kind, Unavailable
 from app.jobs.job import Job, JobState
-from app.jobs.queue import JobQueue
+from app.jobs.queue import JobQueue, Places
 from tests.jobs.conftest import SPEC, generated
 
 CAPACITY = 4
+SHARE = 3
+"""What one client may hold while it is not alone."""
 DEADLINE_S = 60.0
 
 
@@ -32,6 +34,7 @@ class QueueModel(RuleBasedStateMachine):
 
     accepted = Bundle("accepted")
     taken = Bundle("taken")
+    reserved = Bundle("reserved")
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,15 +45,24 @@ class QueueModel(RuleBasedStateMachine):
         self.taking: asyncio.Task[Job] | None = None
         self.is_draining = False
         self.count = 0
+        self.places: list[Places] = []
+        """Those that are neither filled nor given back."""
+        self.asked: set[str] = set()
+        self.lent = 0
+        """Places beyond the bound: one, for a request that came while the card was idle."""
 
     def settle(self) -> None:
         """Let everything that is due happen."""
         for _ in range(3):
             self.loop.run_until_complete(asyncio.sleep(0))
 
-    @rule(target=accepted, images=st.integers(1, 6), client=st.sampled_from("ab"))
-    def submit(self, images: int, client: str) -> object:
-        """All images get a place, or none does."""
+    def held(self, client: str) -> int:
+        """How many places *client* has."""
+        waiting = sum(job.client == client and job.state is JobState.WAITING for job in self.jobs)
+        return waiting + sum(place.images for place in self.places if place.client == client)
+
+    def new_jobs(self, client: str, images: int) -> list[Job]:
+        """Jobs that count their ends."""
         new = []
         for _ in range(images):
             self.count += 1
@@ -58,23 +70,71 @@ class QueueModel(RuleBasedStateMachine):
                 Job(f"{client}{self.count}", SPEC, client, DEADLINE_S, self.loop.create_future())
             )
             new[-1].future.add_done_callback(lambda _, name=new[-1].id: self.ended.update([name]))
+        return new
+
+    def ask(self, client: str, images: int) -> Places | None:
+        """All images get a place, or none does: never beyond the bound, nor beyond a client's
+        share, unless it is alone."""
+        size, held = self.queue.size, self.held(client)
+        is_idle = self.taking is not None and not self.taking.done()
+        self.asked.add(client)
+        try:
+            places = self.queue.reserve(client, images, retry_after_s=1)
+        except Unavailable as error:
+            refused = error.kind
+        else:
+            refused = None
+        if refused is not None:
+            assert refused is Kind.QUEUE_FULL
+            assert self.queue.size == size
+            assert size or images > 1  # an empty queue has room for one, whoever has a claim
+            return None
+        assert size + images <= CAPACITY + is_idle
+        assert held + images <= SHARE or self.asked == {client}
+        self.lent = int(size + images > CAPACITY)
+        self.places.append(places)
+        return places
+
+    @rule(target=accepted, images=st.integers(1, 6), client=st.sampled_from("abc"))
+    def submit(self, images: int, client: str) -> object:
+        """All images get a place and wait, or none does."""
         if self.is_draining:
             return multiple()
-        had_room = self.queue.has_room(images)
-        size = self.queue.size
+        places = self.ask(client, images)
+        return multiple() if places is None else self.fill(places)
+
+    @rule(target=reserved, images=st.integers(1, 6), client=st.sampled_from("abc"))
+    def reserve(self, images: int, client: str) -> object:
+        """A request gets its places, and its pictures are decoded first."""
+        places = None if self.is_draining else self.ask(client, images)
+        return multiple() if places is None else places
+
+    @rule(target=accepted, places=consumes(reserved))
+    def fill(self, places: Places) -> object:
+        """Its jobs come, whatever else has come meanwhile; unless the service has ended."""
+        new = self.new_jobs(places.client, places.images)
 
         async def enter() -> None:
-            self.queue.submit(new, retry_after_s=1)
+            try:
+                self.queue.fill(places, new)
+            finally:
+                places.give_back()
 
-        if not had_room:
-            with pytest.raises(Unavailable) as refused:
+        self.places.remove(places)
+        if places.error is not None:
+            with pytest.raises(Cancelled):
                 self.loop.run_until_complete(enter())
-            assert refused.value.kind is Kind.QUEUE_FULL
-            assert self.queue.size == size
             return multiple()
-        self.loop.run_until_complete(enter())
         self.jobs += new
+        self.loop.run_until_complete(enter())
         return multiple(*new)
+
+    @rule(places=consumes(reserved), times=st.integers(1, 2))
+    def leave_before_the_jobs(self, places: Places, times: int) -> None:
+        """Its pictures are none, or its caller leaves: once or twice, its places are free."""
+        self.places.remove(places)
+        for _ in range(times):
+            places.give_back()
 
     @rule()
     def begin_to_take(self) -> None:
@@ -135,14 +195,15 @@ class QueueModel(RuleBasedStateMachine):
         """The service ends: whoever waits is told."""
         self.queue.fail_waiting(Cancelled())
         self.settle()
-        assert self.queue.size == 0
+        assert self.queue.size == sum(places.images for places in self.places)
 
     @invariant()
     def no_place_is_lost(self) -> None:
         """The sizes are what the jobs say, never negative, never above the bound."""
         waiting = [job for job in self.jobs if job.state is JobState.WAITING]
         running = [job for job in self.jobs if job.state is JobState.RUNNING]
-        assert self.queue.size == len(waiting) <= CAPACITY
+        reserved = sum(places.images for places in self.places)
+        assert self.queue.size == len(waiting) + reserved <= CAPACITY + self.lent
         assert self.queue.running == len(running)
 
     @invariant()
@@ -155,6 +216,8 @@ class QueueModel(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In the end everything is drained: each accepted image has ended, exactly once."""
+        for places in self.places:
+            places.give_back()
         self.queue.fail_waiting(DeadlineExceeded("the end"))
         for job in self.jobs:
             if job.state is JobState.RUNNING:

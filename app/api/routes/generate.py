@@ -16,7 +16,7 @@ from app.api.schemas.uploads import Decoder
 from app.domain import ImageSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
-from app.service import ImageService
+from app.service import Admission, ImageService
 
 
 def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
@@ -28,11 +28,11 @@ def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
         require_json(request)
-        service.check_open(client=client)
         try:
-            spec, output = await _read(request, service, config, decoder)
-            exchange_of(request.scope).let_go()
-            ticket = service.submit([spec], client=client, output=output, deadline_s=deadline_s)
+            with service.admit(client=client, deadline_s=deadline_s) as admission:
+                spec, output = await _read(request, service, admission, config, decoder)
+                exchange_of(request.scope).let_go()
+                ticket = admission.submit([spec], output)
         except InvalidRequest as error:
             raise native.name_sides(error) from None
         (picture,) = await pictures_of(ticket, request.receive)
@@ -43,7 +43,11 @@ def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
 
 
 async def _read(
-    request: Request, service: ImageService, config: ApiConfig, decoder: Decoder
+    request: Request,
+    service: ImageService,
+    admission: Admission,
+    config: ApiConfig,
+    decoder: Decoder,
 ) -> tuple[ImageSpec, OutputFormat]:
     """Read and decode; what was uploaded is let go of before the picture waits."""
     card = service.card
@@ -51,7 +55,8 @@ async def _read(
     wish = native.read(fields.read(await read_json(request)), card, config)
     edit = None
     if wish.images:
+        admission.reserve(1)
         rule = SizeRule.of(card, config.max_pixels)
         work = decoder.prepare(wish.images, wish.mask, wish.size, rule)
-        edit = await unless_gone(request.receive, work)
+        edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     return wish.spec(card, service.random_seed, edit), wish.output

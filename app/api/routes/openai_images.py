@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
@@ -18,13 +17,15 @@ from app.api.links import LinkStore
 from app.api.routes import files
 from app.api.schemas import edits, native, openai, openai_fields, openai_out
 from app.api.schemas.body import content_type, read_json, require_json, unsupported_media
+from app.api.schemas.edits import EditBody
+from app.api.schemas.fields import FieldTable
 from app.api.schemas.openai import ImagesRequest
 from app.api.schemas.openai_events import EventWriter
 from app.api.schemas.sizes import SizeRule
 from app.api.schemas.uploads import Decoder
 from app.api.stream import EventStream
-from app.domain import ImageSpec, ModelCard, RawImage
-from app.service import ImageService, Picture, Ticket
+from app.domain import ImageSpec, RawImage
+from app.service import Admission, ImageService, Picture, Ticket
 
 _FORM, _JSON = "multipart/form-data", "application/json"
 
@@ -39,44 +40,49 @@ def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRo
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
         require_json(request)
-        service.check_open(client=client)
         card = service.card
-        fields = openai_fields.table(card, config, is_edit=False)
-        asked = openai.read(fields.read(await read_json(request)), card, config)
-        size = asked.size or (card.default_width, card.default_height)
-        specs = asked.specs(size, asked.draw_seed(service.random_seed))
-        ticket = service.submit(specs, client=client, output=asked.output, deadline_s=deadline_s)
-        return await _Answer(request, card, config, links, asked, specs).make(ticket)
+        with service.admit(client=client, deadline_s=deadline_s) as admission:
+            fields = openai_fields.table(card, config, is_edit=False)
+            asked = openai.read(fields.read(await read_json(request)), card, config)
+            exchange_of(request.scope).let_go()
+            size = asked.size or (card.default_width, card.default_height)
+            specs = asked.specs(size, asked.draw_seed(service.random_seed))
+            ticket = admission.submit(specs, asked.output)
+        return await _Answer(request, service, config, links, asked, specs).make(ticket)
 
     @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
     async def change(
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
-        asked, specs = await _read_edit(request, service, client, config, decoder)
-        exchange_of(request.scope).let_go()
-        ticket = service.submit(specs, client=client, output=asked.output, deadline_s=deadline_s)
-        return await _Answer(request, service.card, config, links, asked, specs).make(ticket)
+        media_type = content_type(request)
+        if media_type not in {_FORM, _JSON}:
+            raise unsupported_media(_FORM, _JSON)
+        with service.admit(client=client, deadline_s=deadline_s) as admission:
+            read = edits.read_form if media_type == _FORM else edits.read_object
+            asked, specs = await _read_edit(request, read, service, admission, config, decoder)
+            exchange_of(request.scope).let_go()
+            ticket = admission.submit(specs, asked.output)
+        return await _Answer(request, service, config, links, asked, specs).make(ticket)
 
     return router
 
 
 async def _read_edit(
-    request: Request, service: ImageService, client: str, config: ApiConfig, decoder: Decoder
+    request: Request,
+    read: Callable[[Request, FieldTable, int], Awaitable[EditBody]],
+    service: ImageService,
+    admission: Admission,
+    config: ApiConfig,
+    decoder: Decoder,
 ) -> tuple[ImagesRequest, list[ImageSpec]]:
     """Read and decode; what was uploaded is let go of before the pictures wait."""
-    media_type = content_type(request)
-    if media_type not in {_FORM, _JSON}:
-        raise unsupported_media(_FORM, _JSON)
-    service.check_open(client=client)
     card = service.card
     fields = openai_fields.table(card, config, is_edit=True)
-    most = min(config.max_references, card.max_references)
-    read = edits.read_form if media_type == _FORM else edits.read_object
-    body = await read(request, fields, most)
+    body = await read(request, fields, min(config.max_references, card.max_references))
     asked = openai.read(body.values, card, config)
-    service.check_open(asked.n, client=client)
+    admission.reserve(asked.n)
     work = decoder.prepare(body.images, body.mask, asked.size, SizeRule.of(card, config.max_pixels))
-    edit = await unless_gone(request.receive, work)
+    edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     seed = asked.draw_seed(service.random_seed)
     return asked, asked.specs(edit.size, seed, references=edit.references, mask=edit.mask)
 
@@ -86,7 +92,7 @@ class _Answer:
     """How one accepted request is answered: as JSON when all is done, or as events meanwhile."""
 
     request: Request
-    card: ModelCard
+    service: ImageService
     config: ApiConfig
     links: LinkStore
     asked: ImagesRequest
@@ -97,11 +103,11 @@ class _Answer:
         if self.asked.wants_stream:
             return self._stream(ticket)
         pictures = await pictures_of(ticket, self.request.receive)
-        body = await asyncio.to_thread(
+        body = await self.service.write(
             openai_out.answer,
             pictures,
             asked=self.asked,
-            model=self.card.id,
+            model=self.service.card.id,
             created=int(time.time()),
             references=self._references,
             links=self._keep(pictures) if self.asked.wants_links else None,
@@ -111,7 +117,9 @@ class _Answer:
     def _stream(self, ticket: Ticket) -> Response:
         (spec,) = self.specs
         verb = "image_edit" if spec.references else "image_generation"
-        writer = EventWriter(verb, self.asked, (spec.width, spec.height), spec.references)
+        writer = EventWriter(
+            verb, self.asked, (spec.width, spec.height), spec.references, self.service.write
+        )
         messages = writer.messages(ticket, exchange_of(self.request.scope))
         return EventStream(messages, heartbeat_s=self.config.heartbeat_s, on_close=ticket.cancel)
 

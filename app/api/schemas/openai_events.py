@@ -8,12 +8,11 @@ every client skips and our own page reads: `: queued 3`, `: denoise 2/4`, `: tim
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -30,17 +29,21 @@ _log = logging.getLogger(__name__)
 
 
 class EventWriter:
-    """Writes the events of one request; *verb* is `image_generation` or `image_edit`."""
+    """Writes the events of one request; *verb* is `image_generation` or `image_edit`, and *write*
+    runs in a thread what takes long.
+    """
 
     def __init__(
         self,
         verb: str,
         asked: ImagesRequest,
         size: tuple[int, int],
-        references: Sequence[RawImage] = (),
+        references: Sequence[RawImage],
+        write: Callable[..., Awaitable[bytes]],
     ) -> None:
         self._verb = verb
         self._references = references
+        self._in_thread = write
         self._common = {
             "size": f"{size[0]}x{size[1]}",
             "quality": asked.streamed_quality,
@@ -54,14 +57,14 @@ class EventWriter:
             async with aclosing(ticket.events()) as events:
                 async for event in events:
                     if isinstance(event, Preview):
-                        yield await asyncio.to_thread(self._partial, event)
+                        yield await self._in_thread(self._partial, event)
                     elif isinstance(event, Finished):
                         yield _measured(event.picture)
-                        yield await asyncio.to_thread(self._completed, event.picture)
+                        yield await self._in_thread(self._completed, event.picture)
                     else:
                         yield _moved(event)
         except KleinError as error:
-            exchange.error = error
+            exchange.keep(error)
             yield _error(error)
         except Exception:
             _log.exception("A stream failed in a way that nothing expected.")
