@@ -27,7 +27,6 @@ from app.api.routes import (
     openai_images,
     playground,
 )
-from app.api.schemas.uploads import Decoder
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
@@ -59,7 +58,6 @@ def create_app(
             await runtime.close()
 
     config = _config(settings, heartbeat_s=heartbeat_s)
-    decoder = Decoder()
     links = LinkStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
@@ -73,8 +71,8 @@ def create_app(
     )
     errors.install(app)
     for router in (
-        generate.build_router(config, decoder),
-        openai_images.build_router(config, links, decoder),
+        generate.build_router(config),
+        openai_images.build_router(config, links),
         files.build_router(links),
         models.build_router(config),
         health.router,

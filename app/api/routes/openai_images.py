@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Client, DeadlineS, Service
+from app.api.deps import Client, DeadlineS, Service, decoders_of
 from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
 from app.api.links import LinkStore
@@ -21,7 +21,6 @@ from app.api.schemas.body import content_type, read_json, require_json, unsuppor
 from app.api.schemas.openai import ImagesRequest
 from app.api.schemas.openai_events import EventWriter
 from app.api.schemas.sizes import SizeRule
-from app.api.schemas.uploads import Decoder
 from app.api.stream import EventStream
 from app.domain import ImageSpec, ModelCard, RawImage
 from app.service import ImageService, Picture, Ticket
@@ -29,7 +28,7 @@ from app.service import ImageService, Picture, Ticket
 _FORM, _JSON = "multipart/form-data", "application/json"
 
 
-def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRouter:
+def build_router(config: ApiConfig, links: LinkStore) -> APIRouter:
     """Make the routes with their limits and habits; pictures behind links go to *links*."""
     router = APIRouter(tags=["openai"])
 
@@ -52,7 +51,7 @@ def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRo
     async def change(
         request: Request, service: Service, client: Client, deadline_s: DeadlineS
     ) -> Response:
-        asked, specs = await _read_edit(request, service, client, config, decoder)
+        asked, specs = await _read_edit(request, service, client, config)
         exchange_of(request.scope).let_go()
         ticket = service.submit(specs, client=client, output=asked.output, deadline_s=deadline_s)
         return await _Answer(request, service.card, config, links, asked, specs).make(ticket)
@@ -61,7 +60,7 @@ def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRo
 
 
 async def _read_edit(
-    request: Request, service: ImageService, client: str, config: ApiConfig, decoder: Decoder
+    request: Request, service: ImageService, client: str, config: ApiConfig
 ) -> tuple[ImagesRequest, list[ImageSpec]]:
     """Read and decode; what was uploaded is let go of before the pictures wait."""
     media_type = content_type(request)
@@ -75,7 +74,8 @@ async def _read_edit(
     body = await read(request, fields, most)
     asked = openai.read(body.values, card, config)
     service.check_open(asked.n, client=client)
-    work = decoder.prepare(body.images, body.mask, asked.size, SizeRule.of(card, config.max_pixels))
+    rule = SizeRule.of(card, config.max_pixels)
+    work = decoders_of(request).prepare(body.images, body.mask, asked.size, rule.nearest)
     edit = await unless_gone(request.receive, work)
     seed = asked.draw_seed(service.random_seed)
     return asked, asked.specs(edit.size, seed, references=edit.references, mask=edit.mask)
