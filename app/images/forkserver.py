@@ -15,18 +15,17 @@ when the control socket is closed, by whatever end of the service, and it takes 
 from __future__ import annotations
 
 import gc
+import io
 import os
 import select
 import signal
 import socket
 import sys
 
-from PIL import ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image
 
 from app.images.decoder import Limits, serve
-
-PRELOADED = (ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin)
-"""What Pillow would otherwise look for on the disk at the first picture of each decoder."""
+from app.images.preparing import Upload, prepare
 
 _RETRY_S = 1.0
 """After a fork that the machine had no room for."""
@@ -44,6 +43,7 @@ class ForkServer:
 
     def run(self) -> None:
         """Serve until the other end of the control socket is closed."""
+        control = self._control.fileno()
         woken, wakes = os.pipe()
         for end in (woken, wakes):
             os.set_blocking(end, False)
@@ -53,11 +53,11 @@ class ForkServer:
             while True:
                 is_complete = self._fill()
                 wait_s = None if is_complete else _RETRY_S
-                ready = select.select([self._control, woken], [], [], wait_s)[0]
+                ready = select.select([control, woken], [], [], wait_s)[0]
                 if woken in ready:
                     os.read(woken, 4096)
                     self._reap()
-                if self._control in ready and not self._obey():
+                if control in ready and not self._obey():
                     return
         except ConnectionError:
             return
@@ -108,10 +108,22 @@ class ForkServer:
         return bool(message)
 
 
+def _warm_up() -> None:
+    """Decode one of each kind, so that no decoder has to look for a part of Pillow on the disk."""
+    picture = Image.new("RGBA", (64, 64))
+    for kind in ("PNG", "WEBP", "JPEG", "MPO"):
+        buffer = io.BytesIO()
+        picture.convert("RGB" if kind in {"JPEG", "MPO"} else "RGBA").save(buffer, kind)
+        upload = Upload(buffer.getvalue(), "image")
+        mask = upload if kind in {"PNG", "WEBP"} else None
+        prepare([upload], mask, (64, 64), lambda width, height: (width, height))
+
+
 def main(control: str, size: str, cpu_s: str, memory_bytes: str) -> None:
     """Run as the process; the service alone decides when it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    _warm_up()
     gc.freeze()
     limits = Limits(cpu_s=int(cpu_s), memory_bytes=int(memory_bytes))
     with socket.socket(fileno=int(control)) as connection:

@@ -25,7 +25,7 @@ MAX_SCANS = 100
 
 Data = bytes | bytearray | memoryview
 
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 """What ends the coded data of a JPEG's scan."""
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 

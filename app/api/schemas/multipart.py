@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import (
-    MultipartCallbacks,
     MultipartParser,
     MultipartState,
     parse_options_header,
@@ -22,6 +22,9 @@ from python_multipart.multipart import (
 
 from app.api.schemas.body import pieces
 from app.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 MAX_FILES = 64
 MAX_FIELDS = 64
@@ -60,10 +63,13 @@ async def read_parts(request: Request) -> list[Part]:
     """
     boundary = _boundary(request.headers.get("content-type", ""))
     reader = _Reader(boundary)
-    async with aclosing(pieces(request)) as stream:
-        async for piece in stream:
-            reader.feed(bytes(piece))
-    return reader.parts
+    try:
+        async with aclosing(pieces(request)) as stream:
+            async for piece in stream:
+                reader.feed(bytes(piece))
+        return reader.parts
+    finally:
+        reader.close()
 
 
 def damaged(fault: str) -> InvalidRequest:
@@ -90,7 +96,7 @@ class _Reader:
         self._value = bytearray()
         self._disposition = b""
         self._files = self._fields = 0
-        self._boundary = b"--" + boundary
+        self._boundary = b"\r\n--" + boundary
         self._boundaries = 0
         callbacks: MultipartCallbacks = {
             "on_part_begin": self._on_part_begin,
@@ -119,6 +125,14 @@ class _Reader:
         # Padding is read byte by byte.
         if self._parser.state is MultipartState.BOUNDARY_PADDING and not piece.strip(b" \t"):
             raise damaged("it is damaged or cut short")
+
+    def close(self) -> None:
+        """Let go of everything, at once and not at the collector's next round: reader and parser
+        know each other.
+        """
+        self._parser.callbacks = {}
+        self.parts = []
+        self._part = Part("")
 
     def _on_part_begin(self) -> None:
         self._part = Part("")
