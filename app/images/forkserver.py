@@ -64,6 +64,9 @@ class ForkServer:
         finally:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
+            # In a container nobody else might.
+            for pid in self._children:
+                os.waitpid(pid, 0)
 
     def _fill(self) -> bool:
         """Fork what is missing; tell whether all are there."""

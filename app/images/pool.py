@@ -31,6 +31,7 @@ _MAX_MESSAGE_BYTES = 65_536
 _MAX_PIXELS = 64_000_000
 _TURN_BYTES = 2**20
 """Received at a time before others have their turn."""
+_ATTEMPTS = 3
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
 _ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
@@ -100,14 +101,20 @@ class DecoderPool:
         """
         self.start()
         async with self._places:
-            decoder = await self._take()
-            try:
-                async with asyncio.timeout(self._limits.wall_s):
-                    return await decoder.prepare(images, mask, size, nearest)
-            except _ENDED_EARLY:
-                raise self._ended_early(decoder) from None
-            finally:
-                self._end(decoder)
+            for _ in range(_ATTEMPTS):
+                decoder = await self._take()
+                try:
+                    async with asyncio.timeout(self._limits.wall_s):
+                        return await decoder.prepare(images, mask, size, nearest)
+                except _ENDED_EARLY:
+                    if self._is_closed:
+                        break
+                    if decoder.began is not None:
+                        raise self._beyond_limits(*decoder.began) from None
+                    # It had not looked at any picture, so none is to blame.
+                finally:
+                    self._end(decoder)
+        raise _unavailable()
 
     def kill(self) -> None:
         """End all processes now; what still waits for them fails."""
@@ -133,12 +140,7 @@ class DecoderPool:
                 while not (decoder := await self._idle.get()).is_alive():
                     decoder.close()
         except TimeoutError:
-            raise Unavailable(
-                "Pictures cannot be decoded at the moment, since no process for it can be "
-                "started; try again in a few seconds.",
-                kind=Kind.WORKER_DOWN,
-                retry_after_s=5,
-            ) from None
+            raise _unavailable() from None
         self._busy.add(decoder)
         return decoder
 
@@ -148,18 +150,11 @@ class DecoderPool:
         if self._server is not None:
             self._server.kill(decoder.pid)
 
-    def _ended_early(self, decoder: _Decoder) -> InvalidRequest | Unavailable:
-        if self._is_closed:
-            return Unavailable(
-                "The service is ending; try again in a while.",
-                kind=Kind.DRAINING,
-                retry_after_s=30,
-            )
-        param, code = decoder.began
+    def _beyond_limits(self, param: str, code: str) -> InvalidRequest:
         return InvalidRequest(
             f"{param} cannot be decoded within {self._limits.cpu_s:g} s of processor time and "
-            f"{self._limits.memory_bytes / 2**30:g} GiB of memory, together with what came before "
-            "it; save it anew as a plain PNG or baseline JPEG, or scale it down.",
+            f"{self._limits.memory_bytes / 2**30:.2g} GiB of memory, together with what came "
+            "before it; save it anew as a plain PNG or baseline JPEG, or scale it down.",
             param=param,
             code=code,
         )
@@ -249,8 +244,8 @@ class _Decoder:
 
     pid: int
     connection: socket.socket
-    began: tuple[str, str] = ("image", "invalid_image")
-    """Param and code of the file that it was at last."""
+    began: tuple[str, str] | None = None
+    """Param and code of the file that it was at last; None before the first."""
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)
@@ -287,7 +282,6 @@ class _Decoder:
             _ENDED_EARLY: the process has gone, or talks nonsense.
             InvalidRequest: as it says.
         """
-        self.began = (images[0].param, "invalid_image")
         described = {"images": [_describe(each) for each in images], "size": size}
         await self._send(pack(described | {"mask": mask and _describe(mask)}))
         for upload in (*images, *([mask] if mask else [])):
@@ -351,6 +345,15 @@ def _command(control: socket.socket, size: int, limits: Limits) -> list[str]:
 def _environment() -> dict[str, str]:
     kept = {name: text for name, text in os.environ.items() if name.startswith(_ENVIRONMENT)}
     return kept | _HUGE_PAGES
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable(
+        "Pictures cannot be decoded at the moment, since there is no process for it; try again in "
+        "a few seconds.",
+        kind=Kind.WORKER_DOWN,
+        retry_after_s=5,
+    )
 
 
 def _describe(upload: Upload) -> list[object]:
