@@ -27,6 +27,8 @@ from PIL import Image
 from app.images.decoder import Limits, serve
 from app.images.preparing import Upload, prepare
 
+_NICE = 5
+"""Behind the service, which answers everybody, where there are fewer cores than work."""
 _RETRY_S = 1.0
 """After a fork that the machine had no room for."""
 _MESSAGE_BYTES = 64
@@ -126,6 +128,7 @@ def main(control: str, size: str, cpu_s: str, memory_bytes: str) -> None:
     """Run as the process; the service alone decides when it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
     _warm_up()
     gc.freeze()
     limits = Limits(cpu_s=int(cpu_s), memory_bytes=int(memory_bytes))
