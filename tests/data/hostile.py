@@ -80,15 +80,19 @@ def text_bomb(kind: bytes) -> bytes:
     return png(chunk(kind, b"name" + middle + deflated_zeros(1_000_000_000)))
 
 
-def interlaced() -> bytes:
-    """Adam7 by hand, since Pillow does not write it; every pass is black."""
+def interlaced(side: int) -> bytes:
+    """Adam7 by hand, since Pillow does not write it; every pixel is black and transparent, every
+    row is filtered by Paeth.
+    """
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+    stream = zlib.compressobj(1)
     rows = b""
     for left, top, across, down in (*passes, (0, 1, 1, 2)):
-        width, height = -(-(100 - left) // across), -(-(100 - top) // down)
-        rows += bytes(1 + 3 * width) * height
-    body = chunk(b"IDAT", zlib.compress(rows))
-    return SIGNATURE + header(100, 100, interlace=1) + body + chunk(b"IEND", b"")
+        row = b"\4" + bytes(-(-(side - left) // across) * 4)
+        rows += stream.compress(row * -(-(side - top) // down))
+    rows += stream.flush()
+    start = SIGNATURE + header(side, side, colour=6, interlace=1)
+    return start + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def deep(colour: int, channels: int) -> bytes:
@@ -126,10 +130,10 @@ def segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         at = end
 
 
-def _progressive(image: Image.Image) -> tuple[bytes, list[bytes]]:
+def _progressive(image: Image.Image, **options: object) -> tuple[bytes, list[bytes]]:
     """A progressive JPEG up to its first scan, and each further one with its tables."""
     head, scans, tables = b"\xff\xd8", [], b""
-    for code, part in segments(saved(image, "JPEG", progressive=True, quality=95)):
+    for code, part in segments(saved(image, "JPEG", progressive=True, quality=95, **options)):
         tables += part
         if code == 0xDA:
             scans.append(tables)
@@ -144,6 +148,16 @@ def many_scans(width: int, height: int, repeats: int) -> bytes:
     """
     head, scans = _progressive(Image.new("L", (width, height), 90))
     return head + b"".join(scans) * repeats + b"\xff\xd9"
+
+
+@cache
+def slow_jpeg() -> bytes:
+    """A megabyte within every limit on a picture's size and scans, which takes long to decode."""
+    exif = Image.Exif()
+    exif[0x0112] = 5  # turned, which is one more copy
+    image = Image.new("CMYK", (5000, 5000), 90)
+    head, scans = _progressive(image, subsampling=0, exif=exif)
+    return head + b"".join(scans) * 5 + b"\xff\xd9"
 
 
 def jpeg_of_scans(count: int) -> bytes:
@@ -251,7 +265,7 @@ PICTURES: dict[str, Maker] = {
     "png with unknown filters": lambda: png(rows=(b"\x09" + bytes(192)) * 64),
     "png of an unknown colour type": lambda: SIGNATURE + header(64, 64, colour=5) + b"\0" * 40,
     "png, palette missing": lambda: SIGNATURE + header(64, 64, colour=3) + png()[33:],
-    "png, interlaced": interlaced,
+    "png, interlaced": lambda: interlaced(100),
     "png, sixteen bits grey": lambda: deep(0, 1),
     "png, sixteen bits colour": lambda: deep(2, 3),
     "png, sixteen bits with alpha": lambda: deep(6, 4),

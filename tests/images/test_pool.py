@@ -22,13 +22,13 @@ from app.images.preparing import Upload, prepare
 from app.images.uploads import to_pillow
 from tests.api.pictures import mask, photo
 from tests.api.sockets import until
-from tests.data.hostile import PICTURES, jpeg_of_scans, many_scans, mutated, png_bomb
+from tests.data.hostile import PICTURES, jpeg_of_scans, mutated, png_bomb, slow_jpeg
 from tests.images import noise, saved
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ENDLESS = many_scans(4900, 4900, 19)
-"""Within the limit of scans, and seconds to decode."""
+SLOW = [slow_jpeg()] * 4
+"""What takes seconds to decode."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -94,7 +94,7 @@ async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool):
     """
     before = time.process_time()
     with pytest.raises(InvalidRequest, match="1 s of processor time") as caught:
-        await decode(pool, photo(), ENDLESS)
+        await decode(pool, photo(), *SLOW[1:])
 
     assert (caught.value.param, caught.value.code) == ("images[1]", "invalid_image")
     assert time.process_time() - before < 0.5
@@ -114,7 +114,7 @@ async def test_a_jpeg_has_at_most_a_hundred_scans(pool, scans):
 
 async def test_who_leaves_takes_his_decoder_along(pool):
     """With both at work for callers that leave, the next is served at once, by new ones."""
-    leaving = [asyncio.create_task(decode(pool, ENDLESS)) for _ in range(2)]
+    leaving = [asyncio.create_task(decode(pool, *SLOW)) for _ in range(2)]
     await until(lambda: len(pool.busy_pids) == 2)
     busy = set(pool.busy_pids)
     for task in leaving:
@@ -130,7 +130,7 @@ async def test_who_leaves_takes_his_decoder_along(pool):
 
 async def test_two_are_decoded_at_a_time(pool):
     """A third waits for a place; there are never more processes than places."""
-    working = [asyncio.create_task(decode(pool, ENDLESS)) for _ in range(2)]
+    working = [asyncio.create_task(decode(pool, *SLOW)) for _ in range(2)]
     await until(lambda: len(pool.busy_pids) == 2)
     third = asyncio.create_task(decode(pool, photo()))
     await asyncio.sleep(0)
@@ -229,7 +229,7 @@ async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog)
 async def test_killed_it_ends_at_once_whoever_works():
     """A second SIGTERM waits for no picture."""
     pool = DecoderPool()
-    working = [asyncio.create_task(decode(pool, ENDLESS)) for _ in range(2)]
+    working = [asyncio.create_task(decode(pool, *SLOW)) for _ in range(2)]
     await until(lambda: len(pool.busy_pids) == 2)
     processes = [psutil.Process(pool.server_pid), *children(pool)]
 

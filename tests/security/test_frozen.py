@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.api.pictures import photo
-from tests.data.hostile import many_scans, noise, saved
+from tests.data.hostile import interlaced, many_scans, slow_jpeg
 from tests.security.conftest import connect, read_all
 from tests.security.test_connections import peak_bytes, status_of
 from tests.server import Server
@@ -53,9 +53,11 @@ def pictured(text: bytes) -> bytes:
     return b'{"prompt": "a", "images": ["' + text + b'"]}'
 
 
-def base64_of(data: bytes, count: int) -> bytes:
-    """A body of /generate with *count* pictures."""
-    return pictured(b'","'.join([base64.b64encode(data)] * count))
+def slow() -> bytes:
+    """A body of /generate whose pictures take more than the processor time that they may."""
+    over = b'"], "mask": "' + base64.b64encode(interlaced(5000)) + b'", "x": ["'
+    pictures = b'","'.join([base64.b64encode(slow_jpeg())] * 4)
+    return pictured(pictures + over).replace(b', "x": [""]', b"")
 
 
 BODIES: dict[str, tuple[str, bytes, Callable[[], bytes]]] = {
@@ -95,8 +97,8 @@ BODIES: dict[str, tuple[str, bytes, Callable[[], bytes]]] = {
             + b"a\r\n--B--\r\n"
         ),
     ),
-    "scans": ("/generate", JSON, lambda: base64_of(many_scans(1000, 1000, 400), 1)),
-    "slow pictures": ("/generate", JSON, lambda: base64_of(many_scans(4900, 4900, 19), 4)),
+    "scans": ("/generate", JSON, lambda: pictured(base64.b64encode(many_scans(1000, 1000, 400)))),
+    "slow pictures": ("/generate", JSON, slow),
 }
 
 
@@ -192,7 +194,7 @@ def test_a_body_takes_at_most_three_times_its_bytes(name) -> None:
 
 def test_a_caller_who_leaves_frees_the_decoders(server) -> None:
     """Four leave with half a minute of decoding behind them; the next is served at once."""
-    body = base64_of(many_scans(4900, 4900, 19), 4)
+    body = slow()
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(body)
     gone = [connect(server) for _ in range(4)]
@@ -211,7 +213,7 @@ def test_a_caller_who_leaves_frees_the_decoders(server) -> None:
 
 def test_a_second_sigterm_ends_while_decoders_work() -> None:
     """Within five seconds, and nothing of the service is left."""
-    body = base64_of(many_scans(4900, 4900, 19), 4)
+    body = slow()
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(body)
     server = Server("slow=0", module="tests.faulty", model="flux.2-klein-4b", device="cpu")
@@ -232,4 +234,4 @@ def test_a_second_sigterm_ends_while_decoders_work() -> None:
 
 
 def _small() -> str:
-    return base64.b64encode(saved(noise(128, 128), "PNG")).decode()
+    return base64.b64encode(photo()).decode()
