@@ -63,6 +63,8 @@ class DecoderPool:
         self._server: _Server | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = _FIRST_RETRY_S
+        self._is_down = False
+        """Whether somebody has waited for a decoder in vain; whoever comes next is told at once."""
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -134,15 +136,19 @@ class DecoderPool:
 
     def _add(self, decoder: _Decoder) -> None:
         self._retry_s = _FIRST_RETRY_S
+        self._is_down = False
         self._idle.put_nowait(decoder)
 
     async def _take(self) -> _Decoder:
         """Wait for a decoder that lives; one is on its way unless the machine has no room."""
+        if self._is_down:
+            raise _unavailable()
         try:
             async with asyncio.timeout(self._limits.start_s):
                 while not (decoder := await self._idle.get()).is_alive():
                     decoder.close()
         except TimeoutError:
+            self._is_down = True
             raise _unavailable() from None
         self._busy.add(decoder)
         return decoder
