@@ -64,7 +64,7 @@ BODIES: dict[str, tuple[str, bytes, Callable[[], bytes]]] = {
     "punycode": (
         "/v1/images/edits",
         FORM + b"; charset=punycode",
-        lambda: TEXT + b"a-" * 500_000 + b"\r\n--B--\r\n",
+        lambda: TEXT + b"-" + b"a" * 1_000_000 + b"\r\n--B--\r\n",
     ),
     "a text": ("/generate", JSON, lambda: b'{"prompt": "' + b"a" * LARGE + b'"}'),
     "a text of a plain request": (
