@@ -195,6 +195,7 @@ async def test_signals_to_the_group_do_not_reach_them(pool):
 async def test_a_decoders_process_has_nothing_worth_taking(pool):
     """No key in its environment, neither torch nor numpy in its memory, no files of ours open."""
     await decode(pool, photo())
+    await until(lambda: "2 idle" in repr(pool))
     for pid in (pool.server_pid, *(child.pid for child in children(pool))):
         process = Path(f"/proc/{pid}")
 
@@ -207,10 +208,10 @@ async def test_a_decoders_process_has_nothing_worth_taking(pool):
 
 async def test_memory_is_limited():
     """A picture that needs more than the decoder may have is refused as such."""
-    small = DecoderPool(limits=Limits(memory_bytes=150_000_000))
+    small = DecoderPool(limits=Limits(memory_bytes=120_000_000))
     try:
         with pytest.raises(InvalidRequest, match="memory") as caught:
-            await decode(small, png_bomb(5000, 5000))
+            await decode(small, png_bomb(4000, 4000))
         assert caught.value.code == "invalid_image"
         assert (await decode(small, photo())).size == (128, 128)
     finally:
