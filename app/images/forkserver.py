@@ -27,7 +27,7 @@ from PIL import Image
 from app.images.decoder import Limits, serve
 from app.images.preparing import Upload, prepare
 
-_NICE = 5
+_NICE = 10
 """Behind the service, which answers everybody, where there are fewer cores than work."""
 _RETRY_S = 1.0
 """After a fork that the machine had no room for."""
