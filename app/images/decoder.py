@@ -37,7 +37,7 @@ class Limits:
     """What one request's pictures may cost, and how long a decoder may take to start."""
 
     cpu_s: int = 5
-    wall_s: float = 30.0
+    wall_s: float = 60.0
     """For a machine on which five seconds of processor time take longer."""
     memory_bytes: int = 2**30
     """Of address space; the kernel counts nothing else well."""
