@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
+import app.images.png  # noqa: F401 - so that the first picture's file does not wait for numpy
 from app import __version__
 from app.api import errors, openapi
 from app.api.auth import KeyGate, KeyRing
