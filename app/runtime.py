@@ -19,6 +19,7 @@ from app.engine import create_engine
 from app.engine.catalog import CATALOG, card
 from app.engine.config import EngineConfig
 from app.errors import DeadlineExceeded, Kind, StartupError, Unavailable
+from app.images.pool import DecoderPool
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
@@ -134,6 +135,7 @@ class Runtime:
             ),
             log=(settings.log_format, settings.log_level),
         )
+        self.decoders = DecoderPool()
         self._dispatcher = Dispatcher(self._queue, self._worker, self._estimator)
         self.service = ImageService(
             self.model,
@@ -161,6 +163,7 @@ class Runtime:
             return
         _log.info("Model %s: %s.", self.model.id, self.choice.reason)
         self._worker.start()
+        self.decoders.start()
         self._tasks = [
             asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
             asyncio.create_task(self._lag.run(), name="loop lag"),
@@ -189,13 +192,15 @@ class Runtime:
         self._queue.fail_waiting(DeadlineExceeded("The service was stopped before the job ran."))
         for task in self._tasks:
             task.cancel()
+        self.decoders.kill()
         await self._worker.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.service.close()
 
     def kill(self) -> None:
-        """End the worker now, with what runs in it; `close` is still wanted."""
+        """End the worker and the decoders now, with what runs in them; `close` is still wanted."""
         self._worker.kill()
+        self.decoders.kill()
 
     # What the supervisor tells.
 

@@ -20,6 +20,7 @@ from app.domain import ImageSpec, ModelCard, ModelInfo, PeakMemory
 from app.engine.catalog import card
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat
+from app.images.preparing import Edit, Upload, prepare
 from app.service import Finished, Picture, Preview, Queued, Status, Stepped, TicketEvent
 
 SECONDS: Mapping[str, float] = {
@@ -288,12 +289,27 @@ class FakeMetrics:
         return b"klein_fake 1\n", "text/plain; version=1.0.0; charset=utf-8"
 
 
+class FakeDecoders:
+    """Decodes as a decoder's process does, in this one and without limits."""
+
+    async def prepare(
+        self,
+        images: Sequence[Upload],
+        mask: Upload | None,
+        size: tuple[int, int] | None,
+        nearest: Callable[[int, int], tuple[int, int]],
+    ) -> Edit:
+        """Prepare at once."""
+        return prepare(images, mask, size, nearest)
+
+
 @dataclass
 class FakeRuntime:
     """What the app's lifespan needs of a runtime."""
 
     service: FakeService = field(default_factory=FakeService)
     metrics: FakeMetrics = field(default_factory=FakeMetrics)
+    decoders: FakeDecoders = field(default_factory=FakeDecoders)
     calls: list[str] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
+import app.images.png  # noqa: F401 - so that the first picture's file does not wait for numpy
 from app import __version__
 from app.api import errors, openapi
 from app.api.auth import KeyGate, KeyRing
@@ -30,7 +31,6 @@ from app.api.routes import (
     openai_images,
     playground,
 )
-from app.api.schemas.uploads import Decoder
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
@@ -62,7 +62,6 @@ def create_app(
             await runtime.close()
 
     config = _config(settings, heartbeat_s=heartbeat_s)
-    decoder = Decoder()
     links = LinkStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
@@ -76,8 +75,8 @@ def create_app(
     )
     errors.install(app)
     for router in (
-        generate.build_router(config, decoder),
-        openai_images.build_router(config, links, decoder),
+        generate.build_router(config),
+        openai_images.build_router(config, links),
         files.build_router(links),
         models.build_router(config),
         health.router,

@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from app.api.exchange import exchange_of
 from app.errors import InvalidRequest
+from app.images.pool import DecoderPool
 from app.runtime import Runtime
 from app.service import ImageService
 from app.telemetry.metrics import Metrics
@@ -32,6 +33,11 @@ def metrics_of(scope: Scope) -> Metrics | None:
     """Find the metrics, for the middleware that counts every request."""
     runtime = runtime_of(scope)
     return None if runtime is None else runtime.metrics
+
+
+def decoders_of(request: Request) -> DecoderPool:
+    """Find the decoders."""
+    return _runtime(request).decoders
 
 
 async def _service(request: Request) -> ImageService:

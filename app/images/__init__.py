@@ -1,7 +1,7 @@
 """Pixels to bytes and bytes to pixels: the only room that knows image files. No HTTP, no torch.
 
 `encode` makes the answer's file; `decode_upload` and `decode_mask` judge and read what a client
-sends.
+sends, in the processes of `app.images.pool`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Literal
 from PIL import ExifTags, Image
 
 from app.domain import RawImage
-from app.images.png import encode_png
 from app.images.uploads import decode_mask, decode_upload, prepare_reference, resize, to_pillow
 
 __all__ = [
@@ -59,6 +58,9 @@ def encode(
     EXIF's user comment; there, texts that are too long for EXIF are cut and end in three dots.
     """
     if output.format == "png":
+        # Not before: a decoder's process has no use for numpy, nor room for its threads.
+        from app.images.png import encode_png
+
         return encode_png(image, metadata or {}, helpers)
     buffer = io.BytesIO()
     picture = to_pillow(image)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from app.domain import Mask, RawImage
@@ -20,10 +20,18 @@ MAX_PIXELS = 25_000_000
 MIN_SIDE = 64
 MAX_RATIO = 8
 REFERENCE_PIXELS = 1024 * 1024
+MAX_SCANS = 100
+"""Of a JPEG. Each goes through the whole picture; an encoder makes about ten."""
+
+Data = bytes | bytearray | memoryview
+
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+"""What ends the coded data of a JPEG's scan."""
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
 def decode_upload(
-    data: bytes, *, what: str, index: int = 0, max_pixels: int = MAX_PIXELS
+    data: Data, *, what: str, index: int = 0, max_pixels: int = MAX_PIXELS
 ) -> RawImage:
     """Read a reference image: PNG, JPEG or still WebP; upright, 8 bits, transparency on white.
 
@@ -39,11 +47,13 @@ def decode_upload(
         raise refuse(f"is {width}x{height}; its ratio may be {MAX_RATIO}:1 at most")
     try:
         return _from_pillow(_flatten(ImageOps.exif_transpose(picture)))
+    except MemoryError:
+        raise refuse.as_too_large() from None
     except Exception:
         raise refuse.as_damaged() from None
 
 
-def decode_mask(data: bytes, width: int, height: int) -> Mask:
+def decode_mask(data: Data, width: int, height: int) -> Mask:
     """Read the mask for a first image of *width* x *height*: what is transparent is repainted.
 
     Raises:
@@ -55,6 +65,8 @@ def decode_mask(data: bytes, width: int, height: int) -> Mask:
         raise refuse("has no alpha channel; make what is to be repainted transparent")
     try:
         alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+    except MemoryError:
+        raise refuse.as_too_large() from None
     except Exception:
         raise refuse.as_damaged() from None
     if alpha.size != (width, height):
@@ -109,12 +121,17 @@ class _Refusal:
     def as_damaged(self) -> InvalidRequest:
         return self("is damaged or cut short; save it anew and send it again")
 
+    def as_too_large(self) -> InvalidRequest:
+        return self("needs too much memory to decode; scale it down")
 
-def _open(data: bytes, formats: tuple[str, ...], refuse: _Refusal, max_pixels: int) -> Image.Image:
+
+def _open(data: Data, formats: tuple[str, ...], refuse: _Refusal, max_pixels: int) -> Image.Image:
     """Read the header, and refuse what must not be decoded."""
-    kind = _kind(data)
+    kind = _kind(bytes(data[:12]))
     if kind not in formats:
         raise refuse(f"is none of {', '.join(formats)}; save it as one of these")
+    if kind == "JPEG" and _count_scans(data) > MAX_SCANS:
+        raise refuse(f"has more than {MAX_SCANS} scans; save it as a baseline JPEG")
     # Pillow's own limit lies far above ours and, up to twice its value, only warns.
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -130,6 +147,19 @@ def _open(data: bytes, formats: tuple[str, ...], refuse: _Refusal, max_pixels: i
     return picture
 
 
+def _count_scans(data: Data) -> int:
+    """Count the scans of a JPEG's first picture, at most one too many."""
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (marker := _MARKER.search(data, at)) is not None:
+        code = marker[1][0]
+        if code == _END_OF_IMAGE:
+            break
+        scans += code == _START_OF_SCAN
+        # Its own length comes first, so that nothing within it is taken for a marker.
+        at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    return scans
+
+
 def _kind(data: bytes) -> str | None:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
@@ -142,7 +172,8 @@ def _flatten(picture: Image.Image) -> Image.Image:
     """Bring any mode to RGB of 8 bits; what is transparent becomes white."""
     if picture.mode.startswith("I"):
         # Grey of 16 bits, which `convert` would clip to white.
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+        grey = picture.convert("I").point(lambda level: level * (1 / 256))
+        return grey.convert("L").convert("RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     layer = picture.convert("RGBA")

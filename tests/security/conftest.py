@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.api.conftest import client as client
 from tests.api.conftest import runtime as runtime
 from tests.api.conftest import serve as serve
 from tests.api.conftest import service as service

@@ -6,20 +6,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Client, DeadlineS, Service
+from app.api.deps import Client, DeadlineS, Service, decoders_of
 from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
 from app.api.schemas import native
 from app.api.schemas.body import read_json, require_json
 from app.api.schemas.sizes import SizeRule
-from app.api.schemas.uploads import Decoder
 from app.domain import ImageSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.service import Admission, ImageService
 
 
-def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
+def build_router(config: ApiConfig) -> APIRouter:
     """Make the route with its limits."""
     router = APIRouter(tags=["native"])
 
@@ -30,7 +29,7 @@ def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
         require_json(request)
         try:
             with service.admit(client=client, deadline_s=deadline_s) as admission:
-                spec, output = await _read(request, service, admission, config, decoder)
+                spec, output = await _read(request, service, admission, config)
                 exchange_of(request.scope).let_go()
                 ticket = admission.submit([spec], output)
         except InvalidRequest as error:
@@ -43,20 +42,16 @@ def build_router(config: ApiConfig, decoder: Decoder) -> APIRouter:
 
 
 async def _read(
-    request: Request,
-    service: ImageService,
-    admission: Admission,
-    config: ApiConfig,
-    decoder: Decoder,
+    request: Request, service: ImageService, admission: Admission, config: ApiConfig
 ) -> tuple[ImageSpec, OutputFormat]:
     """Read and decode; what was uploaded is let go of before the picture waits."""
     card = service.card
     fields = native.table(card, config)
-    wish = native.read(fields.read(await read_json(request)), card, config)
+    wish = native.read(fields.read(await read_json(request, has_pictures=True)), card, config)
     edit = None
     if wish.images:
         admission.reserve(1)
         rule = SizeRule.of(card, config.max_pixels)
-        work = decoder.prepare(wish.images, wish.mask, wish.size, rule)
+        work = decoders_of(request).prepare(wish.images, wish.mask, wish.size, rule.nearest)
         edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     return wish.spec(card, service.random_seed, edit), wish.output

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Client, DeadlineS, Service
+from app.api.deps import Client, DeadlineS, Service, decoders_of
 from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
 from app.api.links import LinkStore
@@ -22,7 +22,6 @@ from app.api.schemas.fields import FieldTable
 from app.api.schemas.openai import ImagesRequest
 from app.api.schemas.openai_events import EventWriter
 from app.api.schemas.sizes import SizeRule
-from app.api.schemas.uploads import Decoder
 from app.api.stream import EventStream
 from app.domain import ImageSpec, RawImage
 from app.service import Admission, ImageService, Picture, Ticket
@@ -30,7 +29,7 @@ from app.service import Admission, ImageService, Picture, Ticket
 _FORM, _JSON = "multipart/form-data", "application/json"
 
 
-def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRouter:
+def build_router(config: ApiConfig, links: LinkStore) -> APIRouter:
     """Make the routes with their limits and habits; pictures behind links go to *links*."""
     router = APIRouter(tags=["openai"])
 
@@ -59,7 +58,7 @@ def build_router(config: ApiConfig, links: LinkStore, decoder: Decoder) -> APIRo
             raise unsupported_media(_FORM, _JSON)
         with service.admit(client=client, deadline_s=deadline_s) as admission:
             read = edits.read_form if media_type == _FORM else edits.read_object
-            asked, specs = await _read_edit(request, read, service, admission, config, decoder)
+            asked, specs = await _read_edit(request, read, service, admission, config)
             exchange_of(request.scope).let_go()
             ticket = admission.submit(specs, asked.output)
         return await _Answer(request, service, config, links, asked, specs).make(ticket)
@@ -73,7 +72,6 @@ async def _read_edit(
     service: ImageService,
     admission: Admission,
     config: ApiConfig,
-    decoder: Decoder,
 ) -> tuple[ImagesRequest, list[ImageSpec]]:
     """Read and decode; what was uploaded is let go of before the pictures wait."""
     card = service.card
@@ -81,7 +79,8 @@ async def _read_edit(
     body = await read(request, fields, min(config.max_references, card.max_references))
     asked = openai.read(body.values, card, config)
     admission.reserve(asked.n)
-    work = decoder.prepare(body.images, body.mask, asked.size, SizeRule.of(card, config.max_pixels))
+    rule = SizeRule.of(card, config.max_pixels)
+    work = decoders_of(request).prepare(body.images, body.mask, asked.size, rule.nearest)
     edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     seed = asked.draw_seed(service.random_seed)
     return asked, asked.specs(edit.size, seed, references=edit.references, mask=edit.mask)

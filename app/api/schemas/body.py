@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request
 
+from app.api.schemas.scan import Scanner, too_large
 from app.errors import InvalidRequest, Kind, KleinError
 
-_LARGE_BYTES = 256 * 1024  # parsing more than this would hold up the event loop noticeably
+MAX_PLAIN_BYTES = 2_000_000
+"""Of a JSON body that carries no pictures."""
+
+_PIECE_BYTES = 16_384  # of which the worst that a reader may find takes a few milliseconds
+_TURN_S = 0.002
 
 
 def content_type(request: Request) -> str:
@@ -34,25 +40,35 @@ def unsupported_media(*accepted: str) -> KleinError:
     )
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """Read the body as one JSON object."""
-    # `request.body()` would keep the bytes for as long as the request waits for its pictures.
-    async with aclosing(request.stream()) as stream:
-        body = b"".join([chunk async for chunk in stream])
-    value = await asyncio.to_thread(_parse, body) if len(body) > _LARGE_BYTES else _parse(body)
+async def read_json(request: Request, *, has_pictures: bool = False) -> dict[str, Any]:
+    """Read the body as one JSON object.
+
+    Only where it *has_pictures* may it be large; each long string comes as `LongText`.
+    """
+    scanner = Scanner()
+    received_bytes = 0
+    async with aclosing(pieces(request)) as stream:
+        async for piece in stream:
+            received_bytes += len(piece)
+            if received_bytes > MAX_PLAIN_BYTES and not has_pictures:
+                raise too_large(f"is larger than {MAX_PLAIN_BYTES:,} bytes")
+            scanner.feed(piece)
+    value = scanner.finish()
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be one JSON object.", code="invalid_json")
     return value
 
 
-def _parse(body: bytes) -> object:
-    try:
-        return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):  # bad UTF-8 and overlong integers are ValueErrors too
-        raise InvalidRequest(
-            "The body is not valid JSON; check quotes, commas and UTF-8.", code="invalid_json"
-        ) from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are no JSON
+async def pieces(request: Request) -> AsyncGenerator[memoryview, None]:
+    """Give the body in small pieces, and way to others whenever their reader has taken long."""
+    clock = time.perf_counter
+    since = clock()
+    # `request.body()` would keep the bytes for as long as the request waits for its pictures.
+    async with aclosing(request.stream()) as stream:
+        async for chunk in stream:
+            view = memoryview(chunk)
+            for start in range(0, len(view), _PIECE_BYTES):
+                yield view[start : start + _PIECE_BYTES]
+                if clock() - since > _TURN_S:
+                    await asyncio.sleep(0)
+                    since = clock()

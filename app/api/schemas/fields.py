@@ -17,12 +17,19 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from app.api.schemas.scan import LongText
 from app.errors import InvalidRequest
+
+MAX_TEXT = 1_000
+"""Characters of a text for which its field sets no other limit."""
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_NAME = 64
+_MAX_DIGITS = 100
+"""Characters of a number in a form; the pattern takes a time that grows with their square."""
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 # JSON Schema of what counts as not sent, and so passes under any name.
 ABSENT = {"type": "null"}
@@ -69,6 +76,8 @@ class Field:
     veto: Callable[[Any], InvalidRequest | None] | None = None
     """For a field with values that are valid but cannot be honoured: what is wrong with one."""
     json_only: bool = False
+    is_picture: bool = False
+    """For a text that may be long; whoever decodes it judges its length."""
     schema: Mapping[str, Any] | None = None
     """The JSON Schema where it is more than type and limits."""
 
@@ -81,8 +90,8 @@ class Field:
             raise InvalidRequest(
                 f"{self.name} must be one of {', '.join(self.choices)}.", param=self.name
             )
-        if isinstance(typed, str):
-            self._check_text(typed)
+        if isinstance(typed, str | LongText):
+            typed = self._check_text(typed)
         elif self.type in {Type.WHOLE, Type.NUMBER}:
             self._check_range(typed)
         if self.veto is not None and (fault := self.veto(typed)) is not None:
@@ -101,7 +110,7 @@ class Field:
         limits = {
             "minimum": self.minimum,
             "maximum": self.maximum,
-            "maxLength": self.max_length,
+            "maxLength": self._most_characters if self.type is Type.TEXT else None,
             "default": self.default,
         }
         schema.update({key: limit for key, limit in limits.items() if limit is not None})
@@ -111,7 +120,7 @@ class Field:
 
     def _from_json(self, value: object) -> object:
         matches = {
-            Type.TEXT: isinstance(value, str),
+            Type.TEXT: isinstance(value, str | LongText),
             Type.WHOLE: _is_whole(value),
             Type.NUMBER: _is_number(value),
             Type.FLAG: isinstance(value, bool),
@@ -126,28 +135,42 @@ class Field:
     def _from_text(self, value: object) -> object:
         if not isinstance(value, str):
             raise self._wrong_type()
-        if self.type is Type.WHOLE and _WHOLE.fullmatch(value.strip()):
-            return int(value)
-        if self.type is Type.NUMBER and _NUMBER.fullmatch(value.strip()):
-            return float(value)
-        if self.type is Type.FLAG and value.strip().lower() in _FLAGS:
-            return _FLAGS[value.strip().lower()]
         if self.type in {Type.TEXT, Type.ANY}:
             return value
+        value = value.strip() if len(value) <= _MAX_DIGITS else ""
+        if self.type is Type.WHOLE and _WHOLE.fullmatch(value):
+            return int(value)
+        if self.type is Type.NUMBER and _NUMBER.fullmatch(value):
+            return float(value)
+        if self.type is Type.FLAG and value.lower() in _FLAGS:
+            return _FLAGS[value.lower()]
         raise self._wrong_type()
 
-    def _check_text(self, text: str) -> None:
-        if self.max_length is not None and len(text) > self.max_length:
+    @property
+    def _most_characters(self) -> int | None:
+        """The limit of a text; None where something else is one."""
+        if self.is_picture or self.choices:
+            return None
+        return MAX_TEXT if self.max_length is None else self.max_length
+
+    def _check_text(self, text: str | LongText) -> str | LongText:
+        most = self._most_characters
+        # Not made a string before: the count of a long text may be too high, each half of a pair.
+        if isinstance(text, LongText) and most is not None and text.length <= 2 * most:
+            text = text.text()
+        length = text.length if isinstance(text, LongText) else len(text)
+        if most is not None and length > most:
             raise InvalidRequest(
-                f"{self.name} has {len(text):,} characters; the most is {self.max_length:,}.",
+                f"{self.name} has {length:,} characters; the most is {most:,}.",
                 param=self.name,
                 code="string_above_max_length",
             )
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if isinstance(text, str) and _HALF_PAIR.search(text):
             raise InvalidRequest(
                 f"{self.name} holds half of a surrogate pair; send whole Unicode characters.",
                 param=self.name,
             )
+        return text
 
     def _check_range(self, number: Any) -> None:
         low = -math.inf if self.minimum is None else self.minimum
@@ -219,8 +242,9 @@ class FieldTable:
 
 def shorten(name: str) -> str:
     """Make a name that the caller chose fit for a message: short, printable, whole characters."""
-    clean = "".join(character if character.isprintable() else "?" for character in name)
-    return clean if len(clean) <= _MAX_NAME else clean[:_MAX_NAME] + "..."
+    start = name[:_MAX_NAME]
+    clean = "".join(character if character.isprintable() else "?" for character in start)
+    return clean if len(name) <= _MAX_NAME else f"{clean}..."
 
 
 _LARGEST = sys.float_info.max

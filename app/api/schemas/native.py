@@ -11,11 +11,14 @@ from app.api.config import ApiConfig
 from app.api.schemas.common_fields import PROMPT, sampling_fields
 from app.api.schemas.fields import Field, FieldTable, Type
 from app.api.schemas.openai import read_output, read_prompt
+from app.api.schemas.openai_fields import MAX_URL
+from app.api.schemas.scan import LongText
 from app.api.schemas.sizes import SizeRule
-from app.api.schemas.uploads import Edit, Upload, base64_or_data_url
+from app.api.schemas.uploads import base64_or_data_url
 from app.domain import ImageSpec, ModelCard
 from app.errors import InvalidRequest
 from app.images import OutputFormat
+from app.images.preparing import Edit, Upload
 from app.service import Picture
 
 
@@ -75,13 +78,15 @@ def table(card: ModelCard, config: ApiConfig) -> FieldTable:
                 schema={
                     "type": ["array", "null"],
                     "maxItems": config.max_references,
-                    "items": {"type": "string"},
+                    "items": {"type": "string", "maxLength": MAX_URL},
                 },
             ),
             Field(
                 "mask",
                 Type.TEXT,
                 "PNG or WebP of the first picture's size; what is transparent is repainted.",
+                is_picture=True,
+                schema={"type": ["string", "null"], "maxLength": MAX_URL},
             ),
         ),
         is_strict=config.is_strict,
@@ -120,7 +125,7 @@ def _read_images(values: Mapping[str, Any], most: int) -> tuple[Upload, ...]:
             code="array_above_max_length",
         )
     for index, text in enumerate(sent):
-        if not isinstance(text, str):
+        if not isinstance(text, str | LongText):
             raise InvalidRequest(
                 f"images[{index}] must be a string of base64.",
                 param=f"images[{index}]",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from app.api.config import ApiConfig
 from app.api.schemas import vetoes
-from app.api.schemas.common_fields import PROMPT, sampling_fields
-from app.api.schemas.fields import ABSENT, Field, FieldTable, Type
+from app.api.schemas.common_fields import MAX_PROMPT, PROMPT, sampling_fields
+from app.api.schemas.fields import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schemas.sizes import SizeRule
 from app.domain import ModelCard
 
@@ -71,7 +71,9 @@ def _model_schema(card: ModelCard, config: ApiConfig) -> dict[str, object]:
     if not config.has_aliases:
         return {"enum": names}
     pattern = f"^({'|'.join(ALIASES)})"
-    return {"anyOf": [{"enum": names}, {"type": "string", "pattern": pattern}]}
+    return {
+        "anyOf": [{"enum": names}, {"type": "string", "pattern": pattern, "maxLength": MAX_TEXT}]
+    }
 
 
 def _shape(card: ModelCard, rule: SizeRule) -> tuple[Field, ...]:
@@ -161,6 +163,7 @@ _IMPOSSIBLE = (
         "negative_prompt",
         Type.TEXT,
         "Must be empty.",
+        max_length=MAX_PROMPT,
         veto=vetoes.negative_prompt,
         schema={"enum": ["", None]},
     ),

@@ -1,0 +1,217 @@
+"""A JSON text read as it arrives, so that none can hold up the event loop or fill the memory.
+
+`json.loads` holds the interpreter for as long as it runs, also in a thread: a body of 60 MB takes
+seconds, and one of empty objects twenty times its size. What makes a body large here is pictures
+in base64, and those need no parsing. So the text is searched for quotes piece by piece, each long
+string is cut out and kept as bytes, and only what is left, which is small and bounded in its number
+of values, goes to `json.loads`. There each string that was cut out is a placeholder, which carries
+a random number since a caller could write any fixed one.
+
+A long string is still checked as JSON checks it: UTF-8, escapes, no control characters.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from app.errors import InvalidRequest, Kind, KleinError
+
+MAX_PLAIN = 2_000_000
+"""Characters of a JSON body beside the long strings in it."""
+MAX_VALUES = 10_000
+"""Strings, openings and commas of a JSON body."""
+LONG = 65_536
+"""Characters, as they are written, from which a string is cut out."""
+
+_STRING = re.compile(r'(?:[^"\\]++|\\(?:u[0-9a-fA-F]{4}|[^u]))*+', re.DOTALL)
+_CONTROL = re.compile("[\0-\x1f]")
+_LONGEST_ESCAPE = len(r"\u0000")
+_NAME_BYTES = 400
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LongText:
+    """A long string of a body: its UTF-8, and how many characters that is."""
+
+    content: bytearray = field(repr=False)
+    length: int
+
+    def text(self) -> str:
+        """Make it a string; half pairs that stood in two pieces of the body become whole."""
+        text = self.content.decode("utf-8", "surrogatepass")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+    def start(self) -> str:
+        """Give its first hundred characters or so."""
+        return bytes(self.content[:_NAME_BYTES]).decode("utf-8", "ignore")
+
+
+class Scanner:
+    """Takes one body in pieces. Its work is proportional to a piece's bytes, whatever they are.
+
+    Every method raises `InvalidRequest` or `KleinError` for what is no JSON, or too much of it.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._nonce = secrets.token_hex(16)
+        self._tail = ""
+        """The start of an escape that the last piece did not hold whole."""
+        self._kept: list[str] = []
+        self._kept_length = 0
+        self._values = 0
+        self._is_in_string = False
+        self._string: list[str] = []
+        self._string_length = 0
+        self._long: bytearray | None = None
+        self._long_length = 0
+        self._longs: list[LongText] = []
+
+    def feed(self, piece: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        text = self._tail + self._decode(piece)
+        self._tail = ""
+        at = 0
+        while at < len(text):
+            at = self._read_string(text, at) if self._is_in_string else self._read_plain(text, at)
+
+    def finish(self) -> Any:
+        """Return the value of the whole body, with `LongText` for each long string."""
+        self._decode(b"", is_last=True)
+        if self._is_in_string:
+            raise _invalid()
+        value = parse("".join(self._kept))
+        return self._put_back(value) if self._longs else value
+
+    def _decode(self, piece: bytes | memoryview, *, is_last: bool = False) -> str:
+        try:
+            return self._decoder.decode(piece, is_last)
+        except ValueError:
+            raise _invalid() from None
+
+    def _read_plain(self, text: str, at: int) -> int:
+        """Take what stands before the next string, its quote included."""
+        end = text.find('"', at) + 1
+        self._is_in_string = end > 0
+        part = text[at : end or len(text)]
+        self._keep(part)
+        self._values += part.count(",") + part.count("[") + part.count("{") + self._is_in_string
+        if self._values > MAX_VALUES:
+            raise InvalidRequest(
+                f"The body holds more than {MAX_VALUES:,} values; send only the fields that there "
+                "are.",
+                code="invalid_json",
+            )
+        return end or len(text)
+
+    def _read_string(self, text: str, at: int) -> int:
+        """Take what the text has of the current string."""
+        end = _end_of_string(text, at)
+        self._add(text[at:end])
+        if end < len(text) and text[end] == '"':
+            self._end_string()
+            return end + 1
+        self._tail = text[end:]
+        if len(self._tail) >= _LONGEST_ESCAPE:
+            raise _invalid()
+        return len(text)
+
+    def _add(self, part: str) -> None:
+        if self._long is not None:
+            self._extend(self._long, part)
+            return
+        self._string.append(part)
+        self._string_length += len(part)
+        if self._string_length > LONG:
+            self._long, self._long_length = bytearray(), 0
+            for known in self._string:
+                self._extend(self._long, known)
+            self._string.clear()
+
+    def _extend(self, long: bytearray, part: str) -> None:
+        if _CONTROL.search(part):
+            raise _invalid()
+        if "\\" in part:
+            part = parse(f'"{part}"')
+        self._long_length += len(part)
+        long += part.encode("utf-8", "surrogatepass")
+
+    def _end_string(self) -> None:
+        if self._long is not None:
+            self._string = [f"{self._nonce}{len(self._longs)}"]
+            self._longs.append(LongText(self._long, self._long_length))
+        self._keep("".join(self._string) + '"')
+        self._string = []
+        self._string_length = 0
+        self._long = None
+        self._is_in_string = False
+
+    def _keep(self, part: str) -> None:
+        self._kept_length += len(part)
+        if self._kept_length > MAX_PLAIN:
+            raise too_large(f"has more than {MAX_PLAIN:,} characters beside its pictures")
+        self._kept.append(part)
+
+    def _put_back(self, root: Any) -> Any:
+        """Replace every placeholder; a long name, which is none of ours, by its start."""
+        box = [root]
+        waiting: list[Any] = [box]
+        while waiting:
+            inside = waiting.pop()
+            if isinstance(inside, dict):
+                items = [(self._name(name), self._value(value)) for name, value in inside.items()]
+                inside.clear()
+                inside.update(items)
+                waiting += [value for _, value in items if isinstance(value, dict | list)]
+            else:
+                inside[:] = [self._value(value) for value in inside]
+                waiting += [value for value in inside if isinstance(value, dict | list)]
+        return box[0]
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(self._nonce):
+            return self._longs[int(value.removeprefix(self._nonce))]
+        return value
+
+    def _name(self, name: str) -> str:
+        long = self._value(name)
+        return long.start() if isinstance(long, LongText) else name
+
+
+def parse(text: str) -> Any:
+    """Parse a short text; raises `InvalidRequest`."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # overlong integers are ValueErrors too
+        raise _invalid() from None
+
+
+def too_large(fault: str) -> KleinError:
+    """Refuse a body for its size."""
+    return KleinError(f"The body {fault}; send less.", kind=Kind.TOO_LARGE)
+
+
+def _end_of_string(text: str, at: int) -> int:
+    """Find the quote that ends the string, or else the end of what is whole of it."""
+    quote = text.find('"', at)
+    limit = len(text) if quote < 0 else quote
+    escape = text.find("\\", at, limit)
+    if escape < 0:
+        return limit
+    match = _STRING.match(text, escape)
+    return limit if match is None else match.end()
+
+
+def _invalid() -> InvalidRequest:
+    return InvalidRequest(
+        "The body is not valid JSON; check quotes, commas and UTF-8.", code="invalid_json"
+    )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are no JSON

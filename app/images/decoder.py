@@ -1,0 +1,143 @@
+"""A decoder: a process that prepares the pictures of one request, within limits, and ends.
+
+What a stranger sent is decoded by C code, of which every now and then a file is found that makes it
+run for hours, take all memory, or do what the file says. So that happens in a process with limits
+that the kernel keeps, which has nothing worth taking, and which serves nobody else afterwards.
+
+Both directions carry plain data: a message is its length in four bytes and JSON; pixels and files
+follow as they are. A picture that takes a decoder over cannot reach further by what it answers,
+which unpickling would allow. In order:
+
+    to the decoder    {"images": [[bytes, is_base64, param], ...], "mask": ..., "size": ...}, files
+    from it           {"begin": [param, code]}                before each file
+    from it           {"nearest": [width, height]}            answered with [width, height]
+    from it           {"refused": [message, param, code]}     or
+                      {"references": [[width, height], ...], "mask": ..., "size": ...}, pixels
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import socket
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from app.errors import InvalidRequest
+from app.images.preparing import Edit, Size, Upload, prepare
+
+LENGTH_BYTES = 4
+WARM_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request's pictures may cost, and how long a decoder may take to start."""
+
+    cpu_s: int = 5
+    wall_s: float = 60.0
+    """For a machine on which five seconds of processor time take longer."""
+    memory_bytes: int = 2**30
+    """Of address space; the kernel counts nothing else well."""
+    start_s: float = 10.0
+
+
+def serve(connection: socket.socket, limits: Limits) -> None:
+    """Prepare the pictures of the one request that comes; return when it is answered, or when the
+    other end has gone.
+    """
+    restrict(limits)
+    gc.disable()
+    _touch()
+    # A library's warning may quote the file.
+    warnings.simplefilter("ignore")
+    wire = _Wire(connection)
+    try:
+        asked = wire.read()
+        images = [_upload(wire, *entry) for entry in asked["images"]]
+        mask = asked["mask"] and _upload(wire, *asked["mask"])
+        size = asked["size"] and (asked["size"][0], asked["size"][1])
+        wire.answer(images, mask, size)
+    except (EOFError, OSError):
+        return  # nobody waits any more
+
+
+def restrict(limits: Limits) -> None:
+    """Set the limits for this process; beyond its processor time the kernel ends it."""
+    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _touch() -> None:
+    """Have the kernel give what a picture of a megapixel needs while nobody waits for it."""
+    bytearray(b"\1") * WARM_BYTES
+
+
+def pack(message: object) -> bytes:
+    """Write one message."""
+    text = json.dumps(message).encode()
+    return len(text).to_bytes(LENGTH_BYTES, "big") + text
+
+
+def _upload(wire: _Wire, size_bytes: int, is_base64: bool, param: str) -> Upload:
+    return Upload(wire.receive(size_bytes), param, is_base64)
+
+
+class _Wire:
+    """The decoder's end of the connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def receive(self, size_bytes: int) -> memoryview:
+        """Wait for so many bytes; raises `EOFError` when the other end has gone."""
+        data = memoryview(bytearray(size_bytes))
+        at = 0
+        while at < size_bytes:
+            count = self._connection.recv_into(data[at:])
+            if count == 0:
+                raise EOFError
+            at += count
+        return data
+
+    def read(self) -> Any:
+        """Wait for the next message."""
+        length = int.from_bytes(self.receive(LENGTH_BYTES), "big")
+        return json.loads(bytes(self.receive(length)))
+
+    def answer(self, images: list[Upload], mask: Upload | None, size: Size | None) -> None:
+        """Prepare, and send what came of it."""
+        try:
+            edit = prepare(images, mask, size, self._nearest, self._begin)
+        except InvalidRequest as error:
+            self._send({"refused": [error.message, error.param, error.code]})
+        else:
+            self._send_edit(edit)
+
+    def _begin(self, upload: Upload, code: str) -> None:
+        self._send({"begin": [upload.param, code]})
+
+    def _nearest(self, width: int, height: int) -> Size:
+        self._send({"nearest": [width, height]})
+        found = self.read()
+        return found[0], found[1]
+
+    def _send_edit(self, edit: Edit) -> None:
+        mask = edit.mask
+        self._send(
+            {
+                "references": [[image.width, image.height] for image in edit.references],
+                "mask": None if mask is None else [mask.width, mask.height],
+                "size": edit.size,
+            }
+        )
+        for image in edit.references:
+            self._connection.sendall(image.pixels)
+        if mask is not None:
+            self._connection.sendall(mask.weights)
+
+    def _send(self, message: object) -> None:
+        self._connection.sendall(pack(message))

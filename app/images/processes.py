@@ -1,0 +1,225 @@
+"""The service's hold on the decoders' processes: their fork server, and one decoder at its work.
+
+Nothing here waits but for the event loop. What a decoder says is judged before it is believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.domain import Mask, RawImage
+from app.errors import InvalidRequest
+from app.images.decoder import LENGTH_BYTES, Limits, pack
+from app.images.preparing import Edit, Size, Upload
+
+ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
+"""What comes of a decoder that has gone, or talks nonsense, or takes too long."""
+
+_MAX_MESSAGE_BYTES = 65_536
+_MAX_PIXELS = 64_000_000
+_TURN_BYTES = 2**20
+"""Received at a time before others have their turn."""
+_ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
+"""How the names begin of what a decoder's process is told: no keys, no tokens."""
+_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432"
+    ":glibc.malloc.trim_threshold=268435456"
+}
+"""A process touches each page of its memory for a first time, which takes ten milliseconds for a
+picture of a megapixel: so pages are large where the kernel has them, and freed ones are kept."""
+_PROGRAM = "import sys; sys.path[:] = sys.argv[5:]; from app.images.forkserver import main; "
+_PROGRAM += "main(*sys.argv[1:5])"
+
+
+class Server:
+    """The fork server as its parent sees it. Raises `OSError` where there is no room for it."""
+
+    def __init__(
+        self,
+        size: int,
+        limits: Limits,
+        on_decoder: Callable[[Decoder], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._on_decoder = on_decoder
+        self._on_lost = on_lost
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    _command(theirs, size, limits),
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=_environment(),
+                )
+            except OSError:
+                self._control.close()
+                raise
+        self._control.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._control, self._receive)
+
+    def __repr__(self) -> str:
+        return f"<fork server {self.pid}>"
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def kill(self, pid: int) -> None:
+        """Have the decoder *pid* killed; one that has ended is none any more."""
+        with contextlib.suppress(OSError):
+            self._control.send(b"%d" % pid)
+
+    def close(self) -> None:
+        """End it, with the decoders; takes milliseconds."""
+        self._loop.remove_reader(self._control)
+        self._control.close()
+        try:
+            self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _receive(self) -> None:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, descriptors = b"", []
+        if message and descriptors:
+            self._on_decoder(Decoder(int(message), socket.socket(fileno=descriptors[0])))
+            return
+        self.close()
+        self._on_lost()
+
+
+@dataclass(eq=False, slots=True)
+class Decoder:
+    """One decoder as its user sees it."""
+
+    pid: int
+    connection: socket.socket
+    began: tuple[str, str] | None = None
+    """Param and code of the file that it was at last; None before the first."""
+
+    def __post_init__(self) -> None:
+        self.connection.setblocking(False)
+
+    def is_alive(self) -> bool:
+        """Tell whether it is there; it says nothing before it is asked."""
+        try:
+            self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def hang_up(self) -> None:
+        """End the connection under whoever uses it."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.connection.close()
+
+    async def prepare(
+        self,
+        images: Sequence[Upload],
+        mask: Upload | None,
+        size: Size | None,
+        nearest: Callable[[int, int], Size],
+    ) -> Edit:
+        """Send the files and receive what became of them.
+
+        Raises:
+            ENDED_EARLY: the process has gone, or talks nonsense.
+            InvalidRequest: as it says.
+        """
+        described = {"images": [_describe(each) for each in images], "size": size}
+        await self._send(pack(described | {"mask": mask and _describe(mask)}))
+        for upload in (*images, *([mask] if mask else [])):
+            await self._send(upload.content)
+        while True:
+            message = await self._read()
+            if "begin" in message:
+                self.began = (str(message["begin"][0]), str(message["begin"][1]))
+            elif "nearest" in message:
+                await self._send(pack(nearest(*_size(message["nearest"]))))
+            elif "refused" in message:
+                text, param, code = message["refused"]
+                raise InvalidRequest(text, param=param, code=code)
+            else:
+                return await self._receive_edit(message)
+
+    async def _receive_edit(self, message: dict[str, Any]) -> Edit:
+        references = []
+        for width, height in map(_size, message["references"]):
+            references.append(RawImage(width, height, await self._receive(3 * width * height)))
+        mask = None
+        if message["mask"] is not None:
+            width, height = _size(message["mask"])
+            mask = Mask(width, height, await self._receive(width * height))
+        return Edit(tuple(references), mask, _size(message["size"]))
+
+    async def _send(self, data: bytes | bytearray | memoryview) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.connection, data)
+
+    async def _read(self) -> dict[str, Any]:
+        length = int.from_bytes(await self._receive(LENGTH_BYTES), "big")
+        if length > _MAX_MESSAGE_BYTES:
+            raise ValueError(length)
+        message = json.loads(await self._receive(length))
+        if not isinstance(message, dict):
+            raise ValueError(type(message))
+        return message
+
+    async def _receive(self, size_bytes: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        data = bytearray(size_bytes)
+        view, at, turn = memoryview(data), 0, 0
+        while at < size_bytes:
+            count = await loop.sock_recv_into(self.connection, view[at:])
+            if count == 0:
+                raise EOFError
+            at += count
+            turn += count
+            if turn > _TURN_BYTES:  # data that is there already comes without a turn for others
+                await asyncio.sleep(0)
+                turn = 0
+        return bytes(data)
+
+
+def _command(control: socket.socket, size: int, limits: Limits) -> list[str]:
+    numbers = (control.fileno(), size, limits.cpu_s, limits.memory_bytes)
+    # With this process's own path, as a spawned one would have, and never the current folder's.
+    return [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers), *sys.path]
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: text for name, text in os.environ.items() if name.startswith(_ENVIRONMENT)}
+    return kept | _MEMORY
+
+
+def _describe(upload: Upload) -> list[object]:
+    return [len(upload.content), upload.is_base64, upload.param]
+
+
+def _size(sides: Any) -> Size:
+    width, height = map(int, sides)
+    if min(width, height) < 1 or width * height > _MAX_PIXELS:
+        raise ValueError(sides)
+    return width, height

@@ -1,0 +1,339 @@
+"""Pictures are decoded in processes that may die of them, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from app.errors import InvalidRequest, Kind, Unavailable
+from app.images.decoder import Limits
+from app.images.pool import DecoderPool
+from app.images.preparing import Upload, prepare
+from app.images.uploads import to_pillow
+from tests.api.pictures import mask, photo
+from tests.api.sockets import until
+from tests.data.hostile import PICTURES, jpeg_of_scans, mutated, png_bomb, slow_jpeg
+from tests.images import noise, saved
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def slow() -> list[bytes]:
+    """What takes seconds to decode."""
+    return [slow_jpeg()] * 4
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def _started():
+    os.environ["KLEIN_API_KEYS"] = "a-key-of-the-service"
+    pool = DecoderPool(limits=Limits(cpu_s=1))
+    pool.start()
+    del os.environ["KLEIN_API_KEYS"]
+    yield pool
+    pool.kill()
+
+
+@pytest.fixture
+def pool(_started: DecoderPool) -> Iterator[DecoderPool]:
+    """Two decoders for the whole module; each test leaves two behind."""
+    yield _started
+    assert _started.busy_pids == []
+
+
+def nearest(width: int, height: int) -> tuple[int, int]:
+    """Take every size."""
+    return width, height
+
+
+async def decode(pool: DecoderPool, *files: bytes, masked: bytes | None = None, size=None):
+    """Prepare files as a route would."""
+    uploads = [Upload(data, f"images[{index}]") for index, data in enumerate(files)]
+    return await pool.prepare(uploads, masked and Upload(masked, "mask"), size, nearest)
+
+
+def children(pool: DecoderPool) -> list[psutil.Process]:
+    """The decoders of *pool*."""
+    return psutil.Process(pool.server_pid).children()
+
+
+async def test_what_comes_back_is_what_this_process_would_have_made(pool):
+    """References, mask and size to the byte, from files and from base64."""
+    text = base64.b64encode(photo(128, 64, "JPEG"))
+    files = [Upload(photo(300, 200), "a"), Upload(text, "b", is_base64=True)]
+    over = Upload(mask(300, 200), "mask")
+
+    expected = prepare(files, over, None, nearest)
+
+    assert expected == await pool.prepare(files, over, None, nearest)
+    assert expected.mask is not None
+    assert isinstance(expected.mask.weights, bytes)
+
+
+async def test_a_refusal_crosses_with_its_place_and_code(pool):
+    """Message, param and code are those of the decoder."""
+    with pytest.raises(InvalidRequest, match="image at index 1 is animated") as first:
+        await decode(pool, photo(), PICTURES["apng"]())
+    with pytest.raises(InvalidRequest, match="no alpha channel") as second:
+        await decode(pool, photo(), masked=photo())
+
+    assert (first.value.param, first.value.code) == ("images[1]", "invalid_image")
+    assert (second.value.param, second.value.code) == ("mask", "invalid_mask")
+
+
+async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool):
+    """The decoder is ended by the kernel, the caller is told by the place of the picture, and the
+    next one is served.
+    """
+    files = slow()
+    before = time.process_time()
+    with pytest.raises(InvalidRequest, match="1 s of processor time") as caught:
+        await decode(pool, *files)
+
+    assert caught.value.code == "invalid_image"
+    assert caught.value.message.startswith(f"{caught.value.param} cannot be decoded")
+    assert caught.value.param in {f"images[{index}]" for index in range(4)}
+    assert time.process_time() - before < 0.5  # of this process
+    assert (await decode(pool, photo())).size == (128, 128)
+
+
+@pytest.mark.parametrize("scans", [100, 101])
+async def test_a_jpeg_has_at_most_a_hundred_scans(pool, scans):
+    """Counted before anything is decoded; a real one has about ten."""
+    data = jpeg_of_scans(scans)
+    if scans == 100:
+        assert (await decode(pool, data)).size == (64, 64)
+    else:
+        with pytest.raises(InvalidRequest, match="more than 100 scans"):
+            await decode(pool, data)
+
+
+async def test_who_leaves_takes_his_decoder_along(pool):
+    """With both at work for callers that leave, the next is served at once, by new ones."""
+    leaving = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
+    await until(lambda: len(pool.busy_pids) == 2)
+    busy = set(pool.busy_pids)
+    for task in leaving:
+        task.cancel()
+    await asyncio.wait(leaving)
+
+    async with asyncio.timeout(1):
+        await decode(pool, photo())
+
+    assert all(task.cancelled() for task in leaving)
+    assert not busy & {child.pid for child in children(pool)}
+
+
+async def test_two_are_decoded_at_a_time(pool):
+    """A third waits for a place; there are never more processes than places."""
+    working = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
+    await until(lambda: len(pool.busy_pids) == 2)
+    third = asyncio.create_task(decode(pool, photo()))
+    await asyncio.sleep(0)
+
+    assert len(pool.busy_pids) == 2
+    assert len(children(pool)) == 2
+    assert not third.done()
+
+    working[0].cancel()
+    assert (await third).size == (128, 128)
+    working[1].cancel()
+    await asyncio.wait(working)
+
+
+async def test_a_decoder_serves_one_request(pool):
+    """What a picture may have done to its process, nobody after it meets."""
+    await decode(pool, photo())
+    seen = {child.pid for child in children(pool)}
+    for _ in range(3):
+        await decode(pool, photo())
+
+    assert not seen & {child.pid for child in children(pool)}
+
+
+async def test_idle_decoders_that_were_killed_are_replaced(pool):
+    """Whoever killed them."""
+    for child in children(pool):
+        child.kill()
+
+    async with asyncio.timeout(2):
+        assert (await decode(pool, photo())).size == (128, 128)
+
+
+async def test_a_fork_server_that_was_killed_is_replaced(pool, caplog):
+    """With a line in the log, and without a request that fails."""
+    pid = pool.server_pid
+    os.kill(pid, signal.SIGKILL)
+
+    await until(lambda: pool.server_pid not in {pid, None})
+    async with asyncio.timeout(5):
+        assert (await decode(pool, photo())).size == (128, 128)
+
+    assert "fork server has ended" in caplog.text
+
+
+async def test_signals_to_the_group_do_not_reach_them(pool):
+    """Ctrl-C and a service manager speak to every process; the service alone decides."""
+    for process in (psutil.Process(pool.server_pid), *children(pool)):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+
+    pid = pool.server_pid
+    assert (await decode(pool, photo())).size == (128, 128)
+    assert pid == pool.server_pid
+
+
+async def test_a_decoders_process_has_nothing_worth_taking(pool):
+    """No key in its environment, neither torch nor numpy in its memory, no files of ours open."""
+    await decode(pool, photo())
+    await until(lambda: "2 idle" in repr(pool))
+    for pid in (pool.server_pid, *(child.pid for child in children(pool))):
+        process = Path(f"/proc/{pid}")
+
+        assert b"a-key-of-the-service" not in (process / "environ").read_bytes()
+        assert not {"torch", "numpy"} & set(
+            (process / "maps").read_text().replace("/", " ").split()
+        )
+        assert len(list((process / "fd").iterdir())) < 12
+
+
+async def test_memory_is_limited():
+    """A picture that needs more than the decoder may have is refused as such."""
+    small = DecoderPool(limits=Limits(memory_bytes=120_000_000))
+    try:
+        with pytest.raises(InvalidRequest, match="memory") as caught:
+            await decode(small, png_bomb(4000, 4000))
+        assert caught.value.code == "invalid_image"
+        assert (await decode(small, photo())).size == (128, 128)
+    finally:
+        small.kill()
+
+
+async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog):
+    """Soon, and with the hint to try again; the service goes on trying."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    pool = DecoderPool(limits=Limits(start_s=0.05))
+    started = time.perf_counter()
+    for error in await asyncio.gather(
+        *(decode(pool, photo()) for _ in range(40)), return_exceptions=True
+    ):
+        assert isinstance(error, Unavailable)
+        assert error.kind is Kind.WORKER_DOWN
+    assert time.perf_counter() - started < 0.5  # not one after another
+    assert "could not be started" in caplog.text
+
+    monkeypatch.undo()
+    await until(lambda: "2 idle" in repr(pool))
+    assert (await decode(pool, photo())).size == (128, 128)
+    pool.kill()
+
+
+async def test_killed_it_ends_at_once_whoever_works():
+    """A second SIGTERM waits for no picture."""
+    pool = DecoderPool()
+    working = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
+    await until(lambda: len(pool.busy_pids) == 2)
+    processes = [psutil.Process(pool.server_pid), *children(pool)]
+
+    pool.kill()
+
+    await until(lambda: all(is_gone(process) for process in processes), limit_s=2)
+    for done in await asyncio.gather(*working, return_exceptions=True):
+        assert isinstance(done, Unavailable)
+
+
+PROGRAM = """
+import asyncio
+from app.images.pool import DecoderPool
+from app.images.preparing import Upload
+
+async def main():
+    pool = DecoderPool()
+    pool.start()
+    await pool._take()
+    print(pool.server_pid, *pool.busy_pids, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_they_end_with_the_service():
+    """Also when it is killed."""
+    service = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PROGRAM, stdout=asyncio.subprocess.PIPE
+    )
+    processes = [psutil.Process(int(pid)) for pid in (await service.stdout.readline()).split()]
+    service.kill()
+    await service.wait()
+
+    assert len(processes) == 2
+    await until(lambda: all(is_gone(process) for process in processes))
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether it has ended, be it that nobody has taken notice yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+async def outcome(pool: DecoderPool, *files: bytes, masked: bytes | None = None) -> str:
+    """Decode; give the code of the refusal, or nothing where there is a picture to use."""
+    try:
+        edit = await decode(pool, *files, masked=masked)
+    except InvalidRequest as error:
+        return str(error.code)
+    for image in edit.references:
+        assert 3 * image.width * image.height == len(image.pixels)
+    return ""
+
+
+@pytest.mark.parametrize("name", PICTURES)
+async def test_a_hostile_picture_is_used_or_refused(pool, name):
+    """In words of our own, and the next honest one is served."""
+    assert await outcome(pool, PICTURES[name]()) in {"", "invalid_image"}
+
+
+@pytest.mark.parametrize("name", ["png, palette with transparency", "webp, lossless", "zeros"])
+async def test_a_hostile_mask_is_used_or_refused(pool, name):
+    """With the code of masks."""
+    assert await outcome(pool, photo(64, 64), masked=PICTURES[name]()) in {"", "invalid_mask"}
+
+
+@pytest.mark.full
+async def test_damaged_files_are_used_or_refused(pool):
+    """A thousand of them, masks too."""
+    for seed in range(1000):
+        data = mutated(seed)
+        code = await outcome(pool, data, masked=data if seed % 3 == 0 else None)
+        assert code in {"", "invalid_image", "invalid_mask"}
+
+
+@pytest.mark.system
+async def test_a_process_costs_a_large_picture_ten_milliseconds():
+    """A PNG of 1024x1024 takes at most that much longer than in a thread of the service."""
+    pool = DecoderPool()
+    uploads = [Upload(saved(to_pillow(noise(1024, 1024)), "PNG"), "image")]
+    in_thread: list[float] = []
+    in_process: list[float] = []
+    try:
+        for _ in range(20):
+            started = time.perf_counter()
+            await asyncio.to_thread(prepare, uploads, None, None, nearest)
+            between = time.perf_counter()
+            await pool.prepare(uploads, None, None, nearest)
+            in_thread.append(between - started)
+            in_process.append(time.perf_counter() - between)
+            await asyncio.sleep(0.05)  # a decoder is made anew meanwhile
+    finally:
+        pool.kill()
+
+    assert sorted(in_process)[10] - sorted(in_thread)[10] < 0.010
