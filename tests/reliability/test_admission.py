@@ -36,15 +36,15 @@ class HeldDecoder:
 
 
 @pytest.fixture
-async def decoder(monkeypatch) -> HeldDecoder:
-    held = HeldDecoder()
-    monkeypatch.setattr("app.api.app.Decoder", lambda *arguments, **named: held)
-    return held
+async def decoder() -> HeldDecoder:
+    return HeldDecoder()
 
 
 @pytest.fixture
-async def runtime() -> InProcess:
-    return InProcess(capacity=20)
+async def runtime(decoder: HeldDecoder) -> InProcess:
+    runtime = InProcess(capacity=20)
+    runtime.decoders = decoder
+    return runtime
 
 
 @pytest.fixture
