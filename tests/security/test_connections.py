@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from app.api.app import create_app
+from app.api.connections import ConnectionTable
 from app.api.protocol import GuardedProtocol
 from app.settings import Settings
 from tests.api.sockets import listening
@@ -115,7 +117,7 @@ async def test_row_14_many_large_bodies_do_not_fill_the_memory_together() -> Non
     places are free again once they have gone."""
     app = create_app(Settings.read({}, max_body_bytes=2**20), lambda settings: FakeRuntime())
     head = POST + b"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
-    async with listening(app, http=GuardedProtocol) as port:
+    async with listening(app, http=partial(GuardedProtocol, table=ConnectionTable())) as port:
         pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(9)]
         reading = [asyncio.create_task(reader.read()) for reader, _ in pairs]
         try:
@@ -230,7 +232,7 @@ class Hasty(GuardedProtocol):
 async def hasty_port():
     """An app on fakes behind the hasty protocol; a body may take 0.3 s to arrive."""
     app = create_app(Settings.read({}, body_limit_s=0.3), lambda settings: FakeRuntime())
-    async with listening(app, http=Hasty) as port:
+    async with listening(app, http=partial(Hasty, table=ConnectionTable())) as port:
         yield port
 
 
