@@ -7,19 +7,17 @@ import asyncio
 import contextlib
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from app.api.app import create_app
-from app.api.connections import ConnectionTable
 from app.api.protocol import GuardedProtocol
 from app.settings import Settings
 from tests.api.sockets import listening
 from tests.fakes import FakeRuntime
-from tests.security.conftest import connect, send_raw
+from tests.security.conftest import connect, guarded, send_raw
 from tests.server import Server
 
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -117,7 +115,7 @@ async def test_row_14_many_large_bodies_do_not_fill_the_memory_together() -> Non
     places are free again once they have gone."""
     app = create_app(Settings.read({}, max_body_bytes=2**20), lambda settings: FakeRuntime())
     head = POST + b"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
-    async with listening(app, http=partial(GuardedProtocol, table=ConnectionTable())) as port:
+    async with listening(app, http=guarded()) as port:
         pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(9)]
         reading = [asyncio.create_task(reader.read()) for reader, _ in pairs]
         try:
@@ -232,7 +230,7 @@ class Hasty(GuardedProtocol):
 async def hasty_port():
     """An app on fakes behind the hasty protocol; a body may take 0.3 s to arrive."""
     app = create_app(Settings.read({}, body_limit_s=0.3), lambda settings: FakeRuntime())
-    async with listening(app, http=partial(Hasty, table=ConnectionTable())) as port:
+    async with listening(app, http=guarded(Hasty)) as port:
         yield port
 
 
