@@ -50,7 +50,9 @@ class MeteredTransport(asyncio.Transport):
         return self._written_bytes - self.unsent_bytes
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send *data*, now or as soon as the client takes it."""
+        """Send *data*, now or as soon as the client takes it; nothing once it is closed."""
+        if self.is_closing():
+            return
         self._written_bytes += len(data)
         self._transport.write(data)
 

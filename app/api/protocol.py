@@ -129,10 +129,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._parsing.cancel()
         self._intake.clear()
         self.pipeline.clear()
-        if self._answering is not None:
-            # Uvicorn tells the newest request only, which may wait behind this one.
-            self._answering.disconnected = True
-            self._answering.message_event.set()
+        self._let_go()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -347,7 +344,7 @@ class GuardedProtocol(HttpToolsProtocol):
     # Time.
 
     def _settle_phase(self) -> None:
-        if self._is_waited_for() or self.unsent_bytes:
+        if self._answering is not None or self.unsent_bytes:
             phase = Phase.BUSY
         elif self._framing.is_between and self._has_asked:
             phase = Phase.IDLE
@@ -368,7 +365,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._limit = self.loop.call_later(seconds, self._on_limit, seconds)
 
     def _on_limit(self, seconds: float) -> None:
-        if self._is_waited_for() or self.unsent_bytes:
+        if self._answering is not None or self.unsent_bytes:
             # An earlier request of this connection is still being answered.
             self._close_in(seconds)
         else:
@@ -379,6 +376,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return True
         self._is_over = self._is_lingering = True
         self._intake.clear()
+        self._let_go()
         self._close_in(self.linger_s)
         return False
 
@@ -386,8 +384,14 @@ class GuardedProtocol(HttpToolsProtocol):
         assert self._metered is not None
         self._metered.finish()
 
-    def _is_waited_for(self) -> bool:
-        return self._answering is not None and not self._is_lingering
+    def _let_go(self) -> None:
+        """Tell the app that nobody waits for its answer; uvicorn tells the newest request only,
+        which may wait behind this one.
+        """
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+            self._answering = None
 
     def _stop_limit(self) -> None:
         if self._limit is not None:
