@@ -7,7 +7,8 @@ every picture take *s* seconds (split over its steps). Faults: `oom`, `sticky` (
 `hang` (a step never returns), `exit` (the process dies), `fail`, `leak` (an error of no kind of
 ours, with the prompt in its message). `load=s` makes loading take *s* seconds, `startfail` makes it
 fail, `once=PATH` lets faults strike only while PATH does not exist and creates it. `gate=PATH`
-holds every picture between its steps until PATH exists. `trace=PATH` gets a line for each end of a
+holds every picture between its steps until PATH exists. `noise=1` draws what no file format can
+compress. `trace=PATH` gets a line for each end of a
 picture. No setting of the service selects this engine.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ class Script:
     faults: dict[int, str] = field(default_factory=dict)
     slow_s: float = 0.0
     load_s: float = 0.0
+    noise: float = 0.0
     start_fails: bool = False
     once: str | None = None
     trace: str | None = None
@@ -130,7 +133,7 @@ class FaultyEngine:
             on_progress(Progress(Stage.DENOISE, step + 1, spec.num_inference_steps))
         self._trace("finished")
         return Generated(
-            image=draw(spec),
+            image=draw(spec) if not self._script.noise else draw_noise(spec),
             timings=StageTimings(0.0, 0.0, time.monotonic() - started, 0.0, tuple(steps)),
             peak=PeakMemory(1, 2),
             prompt_tokens=512,
@@ -161,6 +164,12 @@ def draw(spec: ImageSpec) -> RawImage:
     """One colour, decided by prompt and seed."""
     colour = hashlib.sha256(f"{spec.prompt}|{spec.seed}".encode()).digest()[:3]
     return RawImage(spec.width, spec.height, colour * (spec.width * spec.height))
+
+
+def draw_noise(spec: ImageSpec) -> RawImage:
+    """As many bytes as there can be, in every file format."""
+    pixels = random.Random(f"{spec.prompt}|{spec.seed}").randbytes(spec.width * spec.height * 3)
+    return RawImage(spec.width, spec.height, pixels)
 
 
 def _strike(fault: str, spec: ImageSpec) -> None:
