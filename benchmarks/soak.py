@@ -11,8 +11,8 @@ Four parts, each with its promise:
    worker half a second after a finished picture. Nothing is lost, every 5xx is explained, memory
    and descriptors do not grow. `/health/live` is asked every 50 ms meanwhile.
 2. A pause, then the gauges: nothing waits, nothing runs, and the counters' sum is what was sent.
-3. Two thousand connections for each minute, from a fuzzer of the byte stream: the event loop never is
-   late by 100 ms, memory is bounded, every descriptor comes back, the next picture is made.
+3. Two thousand connections for each minute, from a fuzzer of the byte stream: the event loop is
+   never late by 100 ms, memory is bounded, every descriptor comes back, the next picture is made.
 4. Ten drains for each minute: SIGTERM at a random moment, every accepted picture delivered.
 
 Prints a table for people and one JSON document as the last line; exits with 1 if a promise broke.

@@ -60,6 +60,13 @@ def connection_limit(descriptors: int) -> int:
     return min(MAX_CONNECTIONS, max(descriptors - OTHER_DESCRIPTORS, descriptors // 4))
 
 
+def accepted_at_once(descriptors: int) -> int:
+    """How many connections may be accepted before any of them is counted: a quarter of the
+    descriptors that are left for them to exceed the limit with.
+    """
+    return max(1, min(256, (descriptors - connection_limit(descriptors)) // 4))
+
+
 def client_of(address: str) -> str:
     """To whom a connection from *address* belongs: an IPv4 address, or an IPv6 network of /64,
     which is what one customer gets.

@@ -12,15 +12,13 @@ from functools import partial
 import uvicorn
 from fastapi import FastAPI
 
-from app.api.connections import MAX_CONNECTIONS, ConnectionTable
+from app.api.connections import ConnectionTable, accepted_at_once, connection_limit
 from app.api.protocol import GuardedProtocol
 
 _log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 """Connections that the kernel keeps for us."""
-_ACCEPTED_AT_ONCE = 32
-"""Of these, asyncio accepts so many before any of them is counted."""
 _SHUTDOWN_S = 30
 
 
@@ -62,9 +60,9 @@ class Server(uvicorn.Server):
             )
 
 
-def make_server(app: FastAPI, *, max_connections: int = MAX_CONNECTIONS) -> Server:
-    """Make the server for *app*."""
-    table = ConnectionTable(max_connections)
+def make_server(app: FastAPI, *, descriptors: int = 2048) -> Server:
+    """Make the server for *app*, in a process that may have so many *descriptors*."""
+    table = ConnectionTable(connection_limit(descriptors))
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -73,7 +71,7 @@ def make_server(app: FastAPI, *, max_connections: int = MAX_CONNECTIONS) -> Serv
         http=partial(GuardedProtocol, table=table),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
-        backlog=_ACCEPTED_AT_ONCE,
+        backlog=accepted_at_once(descriptors),
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
     return Server(config, table)

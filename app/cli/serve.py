@@ -85,7 +85,7 @@ async def _run(
         from app.api.server import make_server
 
         app = create_app(settings, lambda _: runtime)
-        server = make_server(app, max_connections=_connections())
+        server = make_server(app, descriptors=_descriptors())
         # What is there stays; going through it would stop every request for a tenth of a second.
         gc.freeze()
         return await _Service(listener, runtime, server, settings.deadline_s).run()
@@ -94,8 +94,8 @@ async def _run(
         await runtime.close()
 
 
-def _connections() -> int:
-    """How many connections there may be; fewer than usual are worth a line."""
+def _descriptors() -> int:
+    """How many descriptors we may have; too few for the usual connections are worth a line."""
     from app.api.connections import MAX_CONNECTIONS, connection_limit
 
     descriptors = raise_limit()
@@ -107,7 +107,7 @@ def _connections() -> int:
             limit,
             descriptors,
         )
-    return limit
+    return descriptors
 
 
 class _Service:
