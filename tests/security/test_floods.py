@@ -74,27 +74,33 @@ def seconds_to_live(server: Server, address: str) -> float:
     return time.monotonic() - started
 
 
-def until_at_rest(server: Server) -> None:
+def pester(clients: list[socket.socket]) -> None:
+    """Send a line end on each."""
+    for client in clients:
+        with contextlib.suppress(OSError):
+            client.sendall(b"\r\n")
+
+
+def until_at_rest(server: Server, clients: list[socket.socket]) -> None:
     """Wait until every request that came is dealt with: it computes no more."""
     process, before = psutil.Process(server.process.pid), -1.0
-    while (now := sum(process.cpu_times()[:2])) > before + 0.05:
+    while (now := sum(process.cpu_times()[:2])) > before + 0.2:
         before = now
-        time.sleep(0.3)  # over this time it is measured
+        time.sleep(0.5)  # over this time it is measured
+        pester(clients)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
-def test_a_thousand_held_sockets_keep_nobody_out(usual_service, address) -> None:
+def test_a_thousand_held_sockets_keep_nobody_out(usual_service) -> None:
     """With 1,011 sockets that are kept by line ends, upgrades, halves of requests and answers that
-    nobody reads, a new connection is answered within 100 ms, from their own address too."""
+    nobody reads, a new connection is answered within 100 ms, from their own address and from
+    another one."""
     took_s = []
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(hold(usual_service, number)) for number in range(HELD)]
-        until_at_rest(usual_service)
+        until_at_rest(usual_service, sockets)
         for _ in range(ROUNDS):
-            for client in sockets:
-                with contextlib.suppress(OSError):
-                    client.sendall(b"\r\n")
-            took_s.append(seconds_to_live(usual_service, address))
+            pester(sockets)
+            took_s.append(max(seconds_to_live(usual_service, f"127.0.0.{last}") for last in (1, 2)))
             if took_s[-1] < 0.1:
                 break
         descriptors = psutil.Process(usual_service.process.pid).num_fds()
@@ -207,9 +213,9 @@ def test_an_accepted_answer_is_taken_to_its_end_though_the_service_ends(scripted
         started, got = time.monotonic(), len(answer)
         while block := client.recv(65_536):
             got += len(block)
-            ahead_s = 32.0 * got / length - (time.monotonic() - started)
+            ahead_s = min(31.5, got / 100_000) - (time.monotonic() - started)
             if ahead_s > 0:
-                time.sleep(ahead_s)  # this is how slow it is
+                time.sleep(ahead_s)  # this is how slow it is, until it takes the rest at once
     took_s = time.monotonic() - started
 
     assert got > length > 9_000_000

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import pairwise
 
 import pytest
@@ -35,10 +38,25 @@ async def echo(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": found})
 
 
-@pytest.fixture
-async def port():
-    async with listening(echo, http=guarded()) as number:
-        yield number
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """One server for all, in a thread of its own: starting and ending it takes longer than any
+    test.
+    """
+    started: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        async with listening(echo, http=guarded()) as number:
+            started.set_result((number, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    number, loop, stop = started.result(10)
+    yield number
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
 
 
 async def ask(port: int, *segments: bytes) -> list[dict]:
