@@ -60,11 +60,15 @@ class MeteredTransport(asyncio.Transport):
         """Close once everything is sent, or only say that nothing more will be."""
         if self.is_closing():
             return
-        if self._may_close():
+        if self._may_close() or self.unsent_bytes:
             self._transport.close()
-        else:
-            self._is_half_closed = True
+            return
+        self._is_half_closed = True
+        try:
             self._transport.write_eof()
+        except OSError:  # the client has gone meanwhile
+            self._transport.abort()
+        else:
             self._transport.resume_reading()
 
     def finish(self) -> None:

@@ -132,6 +132,7 @@ def _headers(chance: random.Random) -> list[bytes]:
 def _chunks(chance: random.Random, body: bytes) -> bytes:
     size = chance.choice((1, 7, 1000, 100_000)) if len(body) < 10_000 else 5000
     extension = chance.choice((b"", b"", b"", b";a=b", b";" + b"x" * 3000, b' ; q="\\"'))
+    extension = extension if size > 7 else extension[:4]
     parts = [
         b"%x%s\r\n%s\r\n" % (len(piece), extension, piece)
         for piece in (body[at : at + size] for at in range(0, len(body), size))

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 import time
 
 import pytest
@@ -396,3 +397,18 @@ async def test_the_end_waits_for_answers_and_says_what_it_cut(is_read, caplog) -
     assert (got > LARGE_BYTES) is is_read
     assert len(said) == (not is_read)
     assert is_read or said[0].startswith("1 answers were cut, with ")
+
+
+@pytest.mark.parametrize("ending", ["reset", "close"])
+async def test_a_client_that_leaves_in_its_upload_is_no_failure(gated, caplog, ending) -> None:
+    """Refused in the middle of a body and gone at the same moment: nothing fails, nothing stays."""
+    _, port = gated
+    before = Watched.lost
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            linger = struct.pack("ii", ending == "reset", 0)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 9\r\nConnection: close\r\n\r\nabc")
+    await until(lambda: Watched.lost == before + 20)
+
+    assert [line for line in caplog.messages if "xception" in line] == []
