@@ -4,14 +4,16 @@ Why it matters: a service that people forget in a rack must not lose an answer, 
 answering its probes, however it is treated. A scripted engine stands in for the card (no weights,
 no GPU), everything else is the real service in a process of its own.
 
-Three parts, each with its promise:
+Four parts, each with its promise:
 
 1. MINUTES of open-loop traffic at twice what the engine can make: pictures, pairs, clients that
    hang up, requests that are wrong, pictures that run out of memory or fail, and `kill -9` of the
    worker half a second after a finished picture. Nothing is lost, every 5xx is explained, memory
    and descriptors do not grow. `/health/live` is asked every 50 ms meanwhile.
 2. A pause, then the gauges: nothing waits, nothing runs, and the counters' sum is what was sent.
-3. Ten drains for each minute: SIGTERM at a random moment, every accepted picture delivered.
+3. Two thousand connections for each minute, from a fuzzer of the byte stream: the event loop is
+   never late by 100 ms, memory is bounded, every descriptor comes back, the next picture is made.
+4. Ten drains for each minute: SIGTERM at a random moment, every accepted picture delivered.
 
 Prints a table for people and one JSON document as the last line; exits with 1 if a promise broke.
 """
@@ -49,6 +51,7 @@ from tests.e2e.chaos import (
     port_of,
     request_bytes,
 )
+from tests.security.byte_streams import Found, fuzz
 from tests.server import Server
 
 PICTURE_S = 0.08
@@ -57,6 +60,8 @@ KILL_EVERY_S = 10.0
 PROBE_EVERY_S = 0.05
 SAMPLE_EVERY_S = 2.0
 SIZE = {"width": 128, "height": 128}
+FUZZED_PER_MINUTE = 2000
+FUZZ_GROWTH_BYTES = 100e6
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 WRONG = (
     (request_bytes("/generate", b"{"), 400),
@@ -288,10 +293,37 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
         "every request was counted once": 0
         <= found["sent"] - gauges["sum_of_outcomes"]
         <= unanswered,
+        **fuzz_promises(found["fuzz"]),
         "no drain lost anything": found["drains_lost"] == 0,
         "every drain ended with 0": found["drains_failed"] == 0,
     }
     return [text for text, holds in checks.items() if not holds]
+
+
+async def fuzzed(connections: int, seed: int) -> dict[str, Any]:
+    """Let the fuzzer loose on a service of its own; what was found, as plain values."""
+    with Server(module="tests.faulty", model="shapes", device="cpu") as server:
+        found: Found = await fuzz(server, seed=seed, count=connections, port=port_of(server))
+    return {
+        "connections": found.connections,
+        "seconds": round(found.seconds, 1),
+        "lag_max_ms": round(found.lag_s * 1000, 1),
+        "rss_growth_mb": round(found.rss_growth_bytes / 1e6, 1),
+        "peak_growth_mb": round(found.peak_growth_bytes / 1e6, 1),
+        "descriptors": list(found.descriptors),
+        "is_served_after": found.is_served,
+    }
+
+
+def fuzz_promises(found: dict[str, Any]) -> dict[str, bool]:
+    """What everybody else may expect of a service that is fuzzed."""
+    before, after = found["descriptors"]
+    return {
+        "no byte stream makes the event loop late by 100 ms": found["lag_max_ms"] < 100,
+        "byte streams cost less than 100 MB": found["peak_growth_mb"] < FUZZ_GROWTH_BYTES / 1e6,
+        "byte streams leave no descriptor open": after <= before,
+        "after the byte streams a picture is made": found["is_served_after"],
+    }
 
 
 def table(found: dict[str, Any]) -> str:
@@ -313,6 +345,14 @@ def table(found: dict[str, Any]) -> str:
         ),
         ("probes", f"{found['live_probes']:,}"),
         *((f"`{name}` in the end", f"{value:g}") for name, value in found["gauges"].items()),
+        ("fuzzed connections", f"{found['fuzz']['connections']:,}"),
+        ("event loop late by at most, fuzzed, ms", str(found["fuzz"]["lag_max_ms"])),
+        (
+            "memory, fuzzed, MB more after / at most",
+            f"{found['fuzz']['rss_growth_mb']:+} / {found['fuzz']['peak_growth_mb']:+}",
+        ),
+        ("descriptors, fuzzed", " to ".join(map(str, found["fuzz"]["descriptors"]))),
+        ("a picture after it", "made" if found["fuzz"]["is_served_after"] else "not made"),
         ("drains at random moments", str(found["drains"])),
         ("lost by drains", str(found["drains_lost"])),
     ]
@@ -321,7 +361,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 async def soak(minutes: float, drains: int, seed: int) -> dict[str, Any]:
-    """Do all three parts."""
+    """Do all four parts."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace"
         script = (f"slow={PICTURE_S}", "oom%50", "fail%70", f"trace={trace}")
@@ -336,6 +376,7 @@ async def soak(minutes: float, drains: int, seed: int) -> dict[str, Any]:
             await running.run(minutes * 60)
             gauges = await read_gauges(running)
             found = running.result() | {"gauges": gauges}
+    found["fuzz"] = await fuzzed(round(FUZZED_PER_MINUTE * minutes), seed)
     drained: list[Drained] = await drain_often(drains, seed=seed)
     return found | {
         "minutes": minutes,

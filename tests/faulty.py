@@ -10,13 +10,15 @@ that the other process cannot read), `unsendable` (a picture that cannot be sent
 loading take *s* seconds, `startfail` makes it fail, `startexit` makes the process die of it,
 `stay=s` makes the process take *s* seconds to leave, `once=PATH` lets faults strike only while PATH
 does not exist and creates it. `gate=PATH` holds every picture between its steps until PATH exists.
-`trace=PATH` gets a line for each end of a picture. No setting of the service selects this engine.
+`noise=1` draws what no file format can compress. `trace=PATH` gets a line for each end of a
+picture. No setting of the service selects this engine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 import sys
 import threading
 import time
@@ -54,6 +56,7 @@ class Script:
     slow_s: float = 0.0
     load_s: float = 0.0
     stay_s: float = 0.0
+    noise: float = 0.0
     start_fails: bool = False
     start_exits: bool = False
     once: str | None = None
@@ -145,7 +148,7 @@ class FaultyEngine:
             on_progress(Progress(Stage.DENOISE, step + 1, spec.num_inference_steps))
         self._trace("finished")
         return Generated(
-            image=draw(spec),
+            image=draw(spec) if not self._script.noise else draw_noise(spec),
             timings=StageTimings(0.0, 0.0, time.monotonic() - started, 0.0, tuple(steps)),
             peak=PeakMemory(1, 2),
             prompt_tokens=512,
@@ -204,6 +207,12 @@ def stay(seconds: float) -> None:
         leave(code)
 
     os._exit = leave_late
+
+
+def draw_noise(spec: ImageSpec) -> RawImage:
+    """As many bytes as there can be, in every file format."""
+    pixels = random.Random(f"{spec.prompt}|{spec.seed}").randbytes(spec.width * spec.height * 3)
+    return RawImage(spec.width, spec.height, pixels)
 
 
 def _strike(fault: str, spec: ImageSpec, on_progress: Callable[[Progress], None]) -> None:

@@ -27,6 +27,14 @@ _IPV6_CLIENT_BITS = 64
 """What one subscriber is given at least; the addresses in it are his to choose."""
 
 
+def client_of(address: str) -> str:
+    """Name the client behind *address*: the IPv4 address, or the /64 of an IPv6 one; a text that is
+    no address stands for itself.
+    """
+    found = _address(address)
+    return address if found is None else _named(found)
+
+
 class Proxies:
     """The proxies that the operator trusts, by address or network."""
 
@@ -34,6 +42,11 @@ class Proxies:
         self._networks = tuple(ipaddress.ip_network(each) for each in trusted)
         self._said: dict[Address, int] = {}
         self._has_warned = False
+
+    def are(self, address: str) -> bool:
+        """Whether *address* is one of them: behind it are many clients."""
+        found = _address(address)
+        return found is not None and self._trusts(found)
 
     def client(self, scope: Scope) -> str:
         """Name the client by its address, such as `address:192.0.2.7`; of IPv6, by its /64."""

@@ -1,38 +1,84 @@
-"""The HTTP server around the app: uvicorn, with our limits on a connection, without its signals."""
+"""The HTTP server around the app: uvicorn, with our limits on connections, without its signals."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import math
+import socket
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
 
+from app.api.connections import ConnectionTable, accepted_at_once, connection_limit
 from app.api.protocol import GuardedProtocol
+from app.api.proxies import Proxies
+
+_log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+"""Connections that the kernel keeps for us."""
+_SHUTDOWN_S = 30
 
 
 class Server(uvicorn.Server):
-    """Uvicorn without its signal handlers: whoever runs it decides when it ends."""
+    """Uvicorn without its signal handlers: whoever runs it decides when it ends.
+
+    Used from the event loop's thread only.
+    """
+
+    def __init__(self, config: uvicorn.Config, table: ConnectionTable) -> None:
+        super().__init__(config)
+        self._table = table
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the process's signals alone."""
         yield
 
+    def end(self, *, answers_s: float = _SHUTDOWN_S) -> None:
+        """End; answers that are not taken after *answers_s* are cut."""
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(answers_s))
+        self.should_exit = True
 
-def make_server(app: FastAPI) -> Server:
-    """Make the server for *app*."""
-    return Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            # Whose X-Forwarded-For counts, `app.api.proxies` decides; uvicorn trusts 127.0.0.1.
-            proxy_headers=False,
-            http=GuardedProtocol,
-            ws="none",
-            lifespan="on",
-            timeout_graceful_shutdown=30,
-        )
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, with the kernel's queue as long as it was: uvicorn has one number for both."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the answers, then say which were cut."""
+        await super().shutdown(sockets)
+        answers, left_bytes = self._table.close()
+        if answers:
+            _log.warning(
+                "%d answers were cut, with %d bytes not taken by their clients.",
+                answers,
+                left_bytes,
+            )
+
+
+def make_server(
+    app: FastAPI, *, descriptors: int = 2048, trusted_proxies: Iterable[str] = ()
+) -> Server:
+    """Make the server for *app*, in a process that may have so many *descriptors*, behind
+    *trusted_proxies*, each an address or a network.
+    """
+    table = ConnectionTable(connection_limit(descriptors), Proxies(trusted_proxies))
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Whose X-Forwarded-For counts, `app.api.proxies` decides; uvicorn trusts 127.0.0.1.
+        proxy_headers=False,
+        http=partial(GuardedProtocol, table=table),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        backlog=accepted_at_once(descriptors),
+        timeout_graceful_shutdown=_SHUTDOWN_S,
     )
+    return Server(config, table)

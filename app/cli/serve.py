@@ -2,7 +2,7 @@
 
 Uvicorn closes its socket at the first SIGTERM; a load balancer would then see refused connections
 while jobs are still running. So the signals are ours: the first makes /health/ready say 503 while
-the port still listens and everything accepted is finished; the second ends at once.
+the port still listens and everything accepted is finished and taken; the second ends at once.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
 import signal
 import socket
+import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 from app import logs
+from app.cli.descriptors import raise_limit
 from app.cli.heap import bound_heap
 from app.cli.old_cache import find_old_cache
 from app.domain import ModelInfo
@@ -35,6 +38,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("app.serve")
 
 EXIT_SECOND_SIGNAL = 143
+_INSISTED_S = 2.0
+"""After the second signal: what has not ended by then, a thread above all, is not waited for."""
+_LAST_ANSWERS_S = 25.0
+"""For answers that are still being taken when the last deadline is over. With the five seconds that
+a worker may take to leave, these are the 30 s which the grace period has besides."""
 
 END_S = 5.0
 """Seconds that the service may take to end once it has given up, answers under way included."""
@@ -87,20 +95,44 @@ async def _run(
         from app.api.app import create_app
         from app.api.server import make_server
 
-        server = make_server(create_app(settings, lambda _: runtime))
-        return await _Service(listener, runtime, server).run()
+        app = create_app(settings, lambda _: runtime)
+        server = make_server(
+            app, descriptors=_descriptors(), trusted_proxies=settings.trusted_proxies
+        )
+        # What is there stays; going through it would stop every request for a tenth of a second.
+        gc.freeze()
+        return await _Service(listener, runtime, server, settings.deadline_s).run()
     finally:
         # The app has closed it, unless there was none yet.
         await runtime.close()
 
 
+def _descriptors() -> int:
+    """How many descriptors we may have; too few for the usual connections are worth a line."""
+    from app.api.connections import MAX_CONNECTIONS, connection_limit
+
+    descriptors = raise_limit()
+    limit = connection_limit(descriptors)
+    if limit < MAX_CONNECTIONS:
+        _log.warning(
+            "At most %d connections at a time, since only %d files may be open; raise the limit "
+            "(ulimit -n) for more.",
+            limit,
+            descriptors,
+        )
+    return descriptors
+
+
 class _Service:
     """The life of one service process from its first request on: serve, drain, end."""
 
-    def __init__(self, listener: socket.socket, runtime: Runtime, server: Server) -> None:
+    def __init__(
+        self, listener: socket.socket, runtime: Runtime, server: Server, deadline_s: float
+    ) -> None:
         self._listener = listener
         self._runtime = runtime
         self._server = server
+        self._deadline_s = deadline_s
         self._exit_code = 0
         self._draining: asyncio.Task[None] | None = None
         runtime.on_ready.append(partial(_say_ready, address(listener), runtime.model.note))
@@ -121,19 +153,28 @@ class _Service:
             self._server.should_exit = True
             self._server.force_exit = True
             self._exit_code = EXIT_SECOND_SIGNAL
+            last = threading.Timer(_INSISTED_S, os._exit, (EXIT_SECOND_SIGNAL,))
+            last.daemon = True
+            last.start()
             return
         _log.info("Told to stop: taking nothing new, finishing what was accepted.")
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._runtime.wait_until_drained(self._runtime.drain())
-        self._server.should_exit = True
+        """Finish every accepted job, then let its caller take the answer: as long as one that was
+        accepted at the last moment might have taken.
+        """
+        loop = asyncio.get_running_loop()
+        budget_s = self._runtime.drain()
+        ends_at = loop.time() + max(budget_s, self._deadline_s) + _LAST_ANSWERS_S
+        await self._runtime.wait_until_drained(budget_s)
+        self._server.end(answers_s=ends_at - loop.time())
 
     def _on_ended(self) -> None:
         ended = self._runtime.ended.result()
         logs.say(f"klein: {ended.message}")
         self._exit_code = ended.exit_code
-        self._server.should_exit = True
+        self._server.end()
         _leave_within(END_S, ended.exit_code)
 
 

@@ -4,7 +4,7 @@ set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive PATH="$PATH:/usr/sbin:/sbin"
 
 declare -A package_of=([buildah]=buildah [debootstrap]=debootstrap [promtool]=prometheus
-    [chromium]=chromium [node]=nodejs [npm]=npm)
+    [chromium]=chromium [node]=nodejs [npm]=npm [java]=default-jdk-headless [curl]=curl)
 missing=()
 for command in "${!package_of[@]}"; do
     command -v "$command" >/dev/null || missing+=("${package_of[$command]}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
+from app.api.connections import ConnectionTable
+from app.api.protocol import GuardedProtocol
 from tests.api.conftest import client as client
 from tests.api.conftest import runtime as runtime
 from tests.api.conftest import serve as serve
@@ -22,6 +25,13 @@ def scripted_service() -> Iterator[Server]:
     """One service for many tests: without keys, as most people run it at home."""
     with Server(module="tests.faulty", model="shapes", device="cpu") as server:
         yield server
+
+
+def guarded(
+    protocol: type[GuardedProtocol] = GuardedProtocol, table: ConnectionTable | None = None
+) -> partial[GuardedProtocol]:
+    """What uvicorn makes for each connection of one server."""
+    return partial(protocol, table=table or ConnectionTable())
 
 
 def send_raw(server: Server, data: bytes, *, timeout_s: float = 20.0) -> bytes:

@@ -17,7 +17,7 @@ from app.api.protocol import GuardedProtocol
 from app.settings import Settings
 from tests.api.sockets import listening
 from tests.fakes import FakeRuntime
-from tests.security.conftest import connect, send_raw
+from tests.security.conftest import connect, guarded, send_raw
 from tests.server import Server
 
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -122,7 +122,7 @@ async def test_row_14_many_large_bodies_do_not_fill_the_memory_together() -> Non
         + b"Content-Length: 1000000\r\n\r\n"
         for key in keys
     ]
-    async with listening(app, http=GuardedProtocol) as port:
+    async with listening(app, http=guarded()) as port:
         pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(9)]
         reading = [asyncio.create_task(reader.read()) for reader, _ in pairs]
         try:
@@ -237,7 +237,7 @@ class Hasty(GuardedProtocol):
 async def hasty_port():
     """An app on fakes behind the hasty protocol; a body may take 0.3 s to arrive."""
     app = create_app(Settings.read({}, body_limit_s=0.3), lambda settings: FakeRuntime())
-    async with listening(app, http=Hasty) as port:
+    async with listening(app, http=guarded(Hasty)) as port:
         yield port
 
 

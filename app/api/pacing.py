@@ -1,0 +1,129 @@
+"""How fast a client takes its answers.
+
+What it has taken is what was written less what still waits in the transport; the kernel is told to
+keep little unsent, or megabytes would look taken that nobody has read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Any
+
+_KERNEL_UNSENT_BYTES = 128 * 1024
+_READ_BYTES = 64 * 1024
+
+
+class MeteredTransport(asyncio.Transport):
+    """A connection's transport that knows how much was written to it, and is not closed in the
+    middle of an upload: the kernel would reset the connection, and a client that is still sending
+    might never read why. Event loop's thread only.
+
+    *may_close*, asked at the first `close`, says whether nothing more will come.
+    """
+
+    def __init__(self, transport: asyncio.Transport, may_close: Callable[[], bool]) -> None:
+        super().__init__()
+        self._transport = transport
+        self._may_close = may_close
+        self._is_half_closed = False
+        self._written_bytes = 0
+        # Known to asyncio's own transport only; elsewhere it is a name that nobody reads.
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
+        connection = transport.get_extra_info("socket")
+        if connection is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with contextlib.suppress(OSError):  # no TCP
+                connection.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _KERNEL_UNSENT_BYTES
+                )
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Written, but not taken by the kernel yet."""
+        return self._transport.get_write_buffer_size()
+
+    @property
+    def taken_bytes(self) -> int:
+        """All that the kernel has taken so far."""
+        return self._written_bytes - self.unsent_bytes
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send *data*, now or as soon as the client takes it; nothing once it is closed."""
+        if self.is_closing():
+            return
+        self._written_bytes += len(data)
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Close once everything is sent, or only say that nothing more will be."""
+        if self.is_closing():
+            return
+        if self._may_close() or self.unsent_bytes:
+            self._transport.close()
+            return
+        self._is_half_closed = True
+        try:
+            self._transport.write_eof()
+        except OSError:  # the client has gone meanwhile
+            self._transport.abort()
+        else:
+            self._transport.resume_reading()
+
+    def finish(self) -> None:
+        """Close once everything is sent, whatever is still coming."""
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close now; what is unsent is lost."""
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        """Whether it is closed or about to be."""
+        return self._is_half_closed or self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        """Read nothing; has no effect twice."""
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read again; has no effect twice."""
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """What the transport knows about its socket."""
+        return self._transport.get_extra_info(name, default)
+
+
+class Pace:
+    """Looks at one connection again and again, and says when its client is too slow.
+
+    Time counts only while something waits to be sent: a stream that says nothing for an hour is
+    not slow.
+    """
+
+    def __init__(self, *, min_bytes_per_s: float, window_s: float) -> None:
+        self._min_bytes_per_s = min_bytes_per_s
+        self._window_s = window_s
+        self._window: tuple[float, int] | None = None
+        self._moved: tuple[float, int] = (0.0, 0)
+
+    def is_too_slow(self, now: float, *, taken_bytes: int, unsent_bytes: int) -> bool:
+        """Whether a whole window has gone by in which less than the minimum was taken."""
+        if not unsent_bytes:
+            self._window = None
+            return False
+        if self._window is None:
+            self._window = self._moved = (now, taken_bytes)
+        if taken_bytes != self._moved[1]:
+            self._moved = (now, taken_bytes)
+        begun, taken_before = self._window
+        if now - begun < self._window_s:
+            return False
+        self._window = (now, taken_bytes)
+        return taken_bytes - taken_before < self._min_bytes_per_s * (now - begun)
+
+    def stalled_s(self, now: float) -> float:
+        """For how long nothing was taken of what waits."""
+        return 0.0 if self._window is None else now - self._moved[0]
