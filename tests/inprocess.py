@@ -15,7 +15,7 @@ from app.jobs.queue import JobQueue
 from app.jobs.rates import RateLimit
 from app.service import ImageService, ServiceConfig
 from app.telemetry.metrics import Metrics
-from tests.fakes import INFO
+from tests.fakes import INFO, FakeDecoders
 
 
 class Worker:
@@ -66,6 +66,7 @@ class InProcess:
         self.estimator = Estimator()
         self.queue = JobQueue(capacity, clock=clock)
         self.metrics = Metrics(version="0")
+        self.decoders = FakeDecoders()
         self.service = ImageService(
             card("flux.2-klein-4b"),
             ServiceConfig(deadline_s, 4_194_304, has_metadata=False),
