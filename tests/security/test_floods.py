@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import resource
 import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from PIL import Image
 
-from tests.e2e.test_service import wait_until
 from tests.security.byte_streams import Found, fuzz
 from tests.security.conftest import connect, read_all
 from tests.server import Server
@@ -222,54 +218,3 @@ def test_an_accepted_answer_is_taken_to_its_end_though_the_service_ends(scripted
     assert took_s > 31
     assert server.wait() == 0
     assert "were cut" not in server.log
-
-
-def laborious_jpeg() -> bytes:
-    """A picture whose last scan comes thousands of times: seconds of work in a small file."""
-    file = io.BytesIO()
-    Image.new("RGB", (2048, 2048), "gray").save(file, "JPEG", progressive=True)
-    data = file.getvalue()
-    last = data.rindex(b"\xff\xda")
-    return data[:last] + data[last:-2] * 3000 + b"\xff\xd9"
-
-
-def test_insisting_ends_within_five_seconds_while_decoders_work(scripted) -> None:
-    """The second SIGTERM waits for no thread and no decoder."""
-    server = scripted()
-    server.wait_until_ready()
-    picture = laborious_jpeg()
-    form = (
-        b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cat\r\n--x\r\n'
-        b'Content-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
-        b"Content-Type: image/jpeg\r\n\r\n" + picture + b"\r\n--x--\r\n"
-    )
-
-    def edit() -> None:
-        with contextlib.suppress(OSError):
-            server.request(
-                "POST", "/v1/images/edits", form, content_type="multipart/form-data; boundary=x"
-            )
-
-    asking = [threading.Thread(target=edit) for _ in range(6)]
-    process = psutil.Process(server.process.pid)
-    idle_s = computed_s(process)
-    for thread in asking:
-        thread.start()
-    wait_until(lambda: computed_s(process) > idle_s + 1.0)
-    server.process.send_signal(signal.SIGTERM)
-    server.wait_for("Told to stop")
-    server.process.send_signal(signal.SIGTERM)
-    started = time.monotonic()
-
-    assert server.wait() == 143
-    assert time.monotonic() - started < 5
-    for thread in asking:
-        thread.join()
-
-
-def computed_s(process: psutil.Process) -> float:
-    """Seconds that the service and its children have computed."""
-    with contextlib.suppress(psutil.Error):
-        family = [process, *process.children(recursive=True)]
-        return sum(sum(each.cpu_times()[:2]) for each in family)
-    return 0.0

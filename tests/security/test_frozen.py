@@ -21,6 +21,7 @@ import pytest
 
 from tests.api.pictures import photo
 from tests.data.hostile import interlaced, many_scans, slow_jpeg
+from tests.e2e.test_service import wait_until
 from tests.security.conftest import connect, read_all
 from tests.security.test_connections import peak_bytes, status_of
 from tests.server import Server
@@ -200,7 +201,7 @@ def test_a_caller_who_leaves_frees_the_decoders(server) -> None:
     gone = [connect(server) for _ in range(4)]
     for connection in gone:
         connection.sendall(head + body)
-    time.sleep(0.5)  # they are being decoded
+    wait_until(lambda: _is_decoding(server))
     for connection in gone:
         connection.close()
 
@@ -220,17 +221,26 @@ def test_a_second_sigterm_ends_while_decoders_work() -> None:
     with server, contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(connect(server)).sendall(head + body)
-        time.sleep(0.5)  # they are being decoded
+        wait_until(lambda: _is_decoding(server))
         processes = psutil.Process(server.process.pid).children(recursive=True)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("Told to stop")
         started = time.perf_counter()
         server.process.send_signal(signal.SIGTERM)
-        server.wait()
+        assert server.wait() == 143
 
     assert time.perf_counter() - started < 5
     _, left = psutil.wait_procs(processes, timeout=2)
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def _is_decoding(server: Server) -> bool:
+    """Whether a decoder has worked for a while; an idle one has computed nothing to speak of."""
+    with contextlib.suppress(psutil.Error):
+        service = psutil.Process(server.process.pid)
+        decoders = [each for child in service.children() for each in child.children()]
+        return any(decoder.cpu_times().user > 0.2 for decoder in decoders)
+    return False
 
 
 def _small() -> str:
