@@ -157,7 +157,11 @@ class Metrics:
             ["gpu", "kind"],
             registry=registry,
         )
-        self._queue_size = Gauge("klein_queue_size", "Images that wait.", registry=registry)
+        self._queue_size = Gauge(
+            "klein_queue_size",
+            "Images that wait, those whose pictures are still decoded included.",
+            registry=registry,
+        )
         self._queue_capacity = Gauge(
             "klein_queue_capacity", "Images that may wait.", registry=registry
         )

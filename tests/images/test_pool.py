@@ -218,6 +218,21 @@ async def test_memory_is_limited():
         small.kill()
 
 
+async def test_a_decoder_that_stands_still_is_given_up():
+    """One that takes no processor time is ended by the clock, and its place is free again."""
+    pool = DecoderPool(limits=Limits(wall_s=0.5))
+    try:
+        working = asyncio.create_task(decode(pool, *slow()))
+        await until(lambda: pool.busy_pids)
+        os.kill(pool.busy_pids[0], signal.SIGSTOP)
+        with pytest.raises(InvalidRequest):
+            await working
+        assert pool.busy_pids == []
+        assert (await decode(pool, photo())).size == (128, 128)
+    finally:
+        pool.kill()
+
+
 async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog):
     """Soon, and with the hint to try again; the service goes on trying."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
