@@ -74,6 +74,8 @@ class WorkerHandle:
         except BaseException:
             self._process.kill()
             self._process.join(leave_s)
+            if self._process.exitcode is None:
+                self._disown()
             self._pipe.close()
             raise
 
@@ -155,14 +157,21 @@ class WorkerHandle:
     def _abandon(self) -> None:
         """Tell of its end though it is there: not even SIGKILL ends what waits in a driver."""
         if not self._exited.is_set():
-            _log.error("The worker, process %s, was killed and does not go.", self.pid)
+            self._disown()
             self._end(None)
+
+    def _disown(self) -> None:
+        """Let this process end without it: Python's own clean-up waits for every child it knows."""
+        _log.error("The worker, process %s, was killed and does not go.", self.pid)
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
 
     def _on_gone(self) -> None:
         exit_code = self._process.exitcode
-        if exit_code is not None:
-            # Its descriptors, at once.
-            self._process.close()
+        if exit_code is None:
+            self._abandon()
+            return
+        # Its descriptors, at once.
+        self._process.close()
         self._end(exit_code)
 
     def _end(self, exit_code: int | None) -> None:

@@ -7,6 +7,8 @@ import asyncio
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from tests.worker.conftest import SPEC
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 LATE = "stay=60"
 SOON = Limits(close_s=0.2)
 
@@ -215,6 +218,44 @@ async def test_a_worker_that_not_even_sigkill_ends_is_left_to_itself(
 
     os.kill(pid, signal.SIGKILL)
     assert f"process {pid}, was killed and does not go" in caplog.text
+
+
+ABANDON = """
+import asyncio, os, signal
+from multiprocessing.context import SpawnProcess
+from app.worker.supervisor import Limits
+from tests.faulty import MakeFaulty, Script
+from tests.worker.conftest import CONFIG, Listening, Supervisor
+
+async def main():
+    listening = Listening()
+    engine = MakeFaulty(Script.parse([]))
+    supervisor = Supervisor(engine, CONFIG, listening, limits=Limits(close_s=0.1))
+    supervisor.start()
+    await listening.wait_for("ready")
+    print(supervisor.pid, flush=True)
+    os.kill(supervisor.pid, signal.SIGSTOP)
+    await supervisor.close()
+
+SpawnProcess.kill = lambda process: None
+asyncio.run(main())
+"""
+
+
+def test_a_process_ends_though_its_worker_does_not() -> None:
+    """Python waits for every child when it ends, and would wait for ever for one in a driver."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ABANDON], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    try:
+        assert parent.wait(10) == 0
+        os.kill(pid, 0)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        parent.kill()
+        parent.communicate()
 
 
 async def test_an_idle_worker_that_stands_still_is_replaced(supervise) -> None:
