@@ -20,14 +20,25 @@ class Decision:
     reason: str
 
 
-def decide(deaths: Sequence[float], now: float) -> Decision:
-    """Decide after a death; *deaths* are the times of those without a finished picture between."""
-    recent = [death for death in deaths if now - death <= WINDOW_S]
-    if len(recent) >= MAX_DEATHS:
+def decide(deaths: Sequence[float], now: float, failed_starts: int) -> Decision:
+    """Decide after a death; *deaths* are the times of those without a finished picture between.
+
+    *failed_starts* are those in a row that did not become ready. They count however long ago they
+    were: one start may take longer than the window.
+    """
+    recent = sum(now - death <= WINDOW_S for death in deaths)
+    if recent >= MAX_DEATHS:
         return Decision(
             None,
-            f"The worker died or could not be started {len(recent)} times in ten minutes without "
+            f"The worker died or could not be started {recent} times in ten minutes without "
             "finishing a picture",
         )
-    delay = BACK_OFF_S[min(len(recent), len(BACK_OFF_S)) - 1] if recent else 0.0
-    return Decision(delay, f"death {len(recent)} of {MAX_DEATHS} without a picture between")
+    if failed_starts >= MAX_DEATHS:
+        return Decision(
+            None,
+            f"The worker died or could not be started {failed_starts} times in a row before it was "
+            "ready",
+        )
+    count = max(recent, failed_starts)
+    delay = BACK_OFF_S[min(count, len(BACK_OFF_S)) - 1] if count else 0.0
+    return Decision(delay, f"death {count} of {MAX_DEATHS} without a picture between")

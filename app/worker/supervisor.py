@@ -125,6 +125,7 @@ class Supervisor:
         self._handle: WorkerHandle | None = None
         self._running: dict[str, _Running] = {}
         self._deaths: list[float] = []
+        self._failed_starts = 0
         self._lost_because: str | None = None
         self._load_watch: asyncio.TimerHandle | None = None
         self._beat_watch: asyncio.TimerHandle | None = None
@@ -300,7 +301,9 @@ class Supervisor:
         self._events.on_worker_lost(reason)
         now = self._clock()
         self._deaths.append(now)
-        decision = restarts.decide(self._deaths, now)
+        if self.stage != "ready":
+            self._failed_starts += 1
+        decision = restarts.decide(self._deaths, now, self._failed_starts)
         if decision.delay_s is None:
             self._give_up(
                 EXIT_CRASH_LOOP,
@@ -367,7 +370,7 @@ class Supervisor:
     def _on_ready(self, info: ModelInfo) -> None:
         if self._load_watch:
             self._load_watch.cancel()
-        self.stage, self.info = "ready", info
+        self.stage, self.info, self._failed_starts = "ready", info, 0
         self.progress = LoadProgress("ready", 1.0)
         self._is_ready.set()
         self._unanswered = 0

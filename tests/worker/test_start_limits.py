@@ -12,7 +12,7 @@ from app.runtime import build_runtime
 from app.settings import Settings
 from app.worker import supervisor as module
 from app.worker.messages import Loading, Ready
-from app.worker.supervisor import EXIT_START_FAILED, Limits, Supervisor
+from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Limits, Supervisor
 from tests.worker.conftest import CONFIG, Listening
 
 INFO = ModelInfo("m", "r", "cpu", "fp32", "", "host", (), (), "none", None)
@@ -142,6 +142,26 @@ async def test_a_second_worker_has_the_same_limits(started) -> None:
     clock.pass_s(1)
 
     assert listening.heard == ["ready", "killed", "startup", "startup", "fatal"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_starts_that_take_long_to_die_end_the_service_too(started, is_first) -> None:
+    """The third in a row is the last, the first start or another; ten minutes do not span it."""
+    supervisor, clock, listening = started
+    supervisor._clock = lambda: clock.now
+    if not is_first:
+        supervisor.on_message(supervisor._handle, Ready(INFO))
+        supervisor._handle.kill()
+        clock.pass_s(1000)
+    for _ in range(3):
+        clock.pass_s(1000)
+        supervisor._handle.kill()
+        clock.pass_s(10)
+
+    assert listening.heard[-4:] == ["startup", "startup", "startup", "fatal"]
+    assert listening.fatal is not None
+    assert listening.fatal[0] == EXIT_CRASH_LOOP
+    assert "3 times in a row before it was ready" in listening.fatal[1]
 
 
 async def test_the_settings_reach_the_supervisor() -> None:
