@@ -7,7 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 
-from app.worker.messages import FromWorker, ToWorker
+from app import logs
+from app.worker.messages import FromWorker, Generate, ToWorker
 from app.worker.pipe import End, UnsendableError
 
 _log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Outbox:
         try:
             self._pipe.send(message)
         except UnsendableError:
-            _log.exception("A message to the other process could not be written down.")
+            _log_unsendable(message)
             self._on_unsendable(message)
         except (BrokenPipeError, ConnectionResetError):
             # The other end has gone; whoever receives here sees it too.
@@ -77,3 +78,14 @@ class Outbox:
             _log.exception("The pipe to the other process cannot be written to any more.")
             self._is_broken = True
             self._on_broken()
+
+
+def _log_unsendable(message: Message) -> None:
+    """Name what it was about: the job, and the request where the message knows it."""
+    request_id = message.request_id if isinstance(message, Generate) else ""
+    naming = logs.request_id.set(request_id)
+    _log.exception(
+        "A message to the other process could not be written down, job=%s.",
+        getattr(message, "job_id", "none"),
+    )
+    logs.request_id.reset(naming)

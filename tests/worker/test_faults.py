@@ -154,6 +154,32 @@ async def test_what_cannot_be_sent_costs_its_job_alone(supervise) -> None:
         assert listening.heard == ["ready"]
 
 
+async def test_a_message_that_cannot_be_sent_is_told_with_its_job(
+    supervise, caplog, capfd, monkeypatch
+) -> None:
+    """Down and up; down with the id that its client quotes."""
+    named: list[str] = []
+
+    def note(record) -> bool:
+        named.append(logs.request_id.get())
+        return True
+
+    monkeypatch.setattr(caplog.handler, "filters", [note])
+    async with supervise("unsendable@1") as (supervisor, listening):
+        await listening.wait_for("ready")
+        naming = logs.request_id.set("req_1")
+        for job_id, spec in (("down", replace(SPEC, prompt=threading.Lock())), ("up", SPEC)):
+            with pytest.raises(GenerationFailed):
+                await supervisor.run(job_id, spec, ignore)
+        logs.request_id.reset(naming)
+
+    assert caplog.messages == [
+        "A message to the other process could not be written down, job=down."
+    ]
+    assert named == ["req_1"]
+    assert "could not be written down, job=up." in capfd.readouterr().err
+
+
 @pytest.mark.full
 async def test_a_listener_that_fails_costs_neither_job_nor_worker(supervise) -> None:
     """What a caller does with its progress is its own affair."""
