@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from app.cli.old_cache import find_old_cache
 from app.domain import LoadProgress
 from app.engine import catalog
 from app.engine.catalog import Entry
@@ -39,8 +38,6 @@ def run(
     hub: Hub | None = None,
 ) -> int:
     """Download or check; return 0, or 1 where a check found something wrong or missing."""
-    if (old := find_old_cache(settings)) is not None:
-        print(f"klein: {old.sentence}", file=sys.stderr, flush=True)
     if settings.model not in catalog.CATALOG and _is_there(settings.model):
         print("KLEIN_MODEL is a local folder or file, there is nothing to download.")
         return 0

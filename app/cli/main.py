@@ -12,11 +12,14 @@ from importlib import import_module
 
 from app import __version__
 from app.cli.obstacles import check_surroundings, explain
+from app.cli.old_cache import find_old_cache
 from app.errors import KleinError
 from app.settings import Settings
 
 _COMMANDS = ("serve", "generate", "download", "doctor", "bench", "compare")
-
+_COMPUTING = {"serve", "generate", "bench", "compare"}
+_NAMING = {"serve", "doctor"}
+"""Those that name an old cache in their own ways."""
 
 EXIT_BROKEN_PIPE = 141
 """What a shell says of a program that SIGPIPE ended, as it does when `head` has read enough."""
@@ -36,8 +39,9 @@ def _told(argv: Sequence[str] | None) -> int:
     """Run it; what keeps it from running is one sentence on standard error."""
     try:
         try:
-            check_surroundings()
-            return _run(argv)
+            words = sys.argv[1:] if argv is None else argv
+            check_surroundings(is_computing=not _COMPUTING.isdisjoint(words[:1]))
+            return _run(words)
         finally:
             # Here, and not when Python ends: there nobody could catch that it is a broken pipe.
             if sys.stdout is not None:
@@ -83,8 +87,7 @@ def _drop_output() -> None:
     os.close(nowhere)
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    words = sys.argv[1:] if argv is None else argv
+def _run(words: Sequence[str]) -> int:
     if "serve" in words:
         # A bad setting is told before anything that takes long to import.
         Settings.read(os.environ)
@@ -95,8 +98,10 @@ def _run(argv: Sequence[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in _needed(words):
         import_module(f"app.cli.{command}").add_parser(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     settings = Settings.read(os.environ, **arguments.settings(arguments))
+    if arguments.command not in _NAMING and (old := find_old_cache(settings)) is not None:
+        print(f"klein: {old.sentence}", file=sys.stderr, flush=True)
     return int(arguments.run(arguments, settings))
 
 

@@ -18,13 +18,14 @@ from app.errors import StartupError
 _SPARE_FILES = 32
 """Descriptors that any command needs besides those that are open: pipes, sockets, libraries."""
 _SPARE_THREADS = 8
-"""Threads and processes that any command needs besides one for each core."""
+"""Threads and processes that a command which computes needs besides one for each core."""
 _LIMITS = {errno.EMFILE, errno.ENFILE}
 
 
-def check_surroundings() -> None:
-    """See that the current folder is there, and that some files can be opened and some threads
-    started: libraries take that for granted, and end the process in their own ways.
+def check_surroundings(*, is_computing: bool) -> None:
+    """See that the current folder is there, and that some files can be opened and, for a command
+    that computes, some threads started: libraries take that for granted, and end the process in
+    their own ways.
 
     Raises:
         StartupError: one of them is not so.
@@ -37,7 +38,8 @@ def check_surroundings() -> None:
         ) from None
     try:
         _try_files()
-        _try_threads()
+        if is_computing:
+            _try_threads()
     except (OSError, RuntimeError) as error:
         raise StartupError(explain(error)) from None
 
@@ -56,7 +58,7 @@ def _try_threads() -> None:
     release = Event()
     started: list[Thread] = []
     try:
-        for _ in range(_SPARE_THREADS + (os.cpu_count() or 1)):
+        for _ in range(_SPARE_THREADS + len(os.sched_getaffinity(0))):
             thread = Thread(target=release.wait)
             thread.start()
             started.append(thread)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from app.cli.main import main
 from app.cli.old_cache import find_old_cache
 from app.errors import StartupError
 from app.settings import Settings
@@ -117,3 +118,20 @@ def test_the_commands_name_it(home) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("klein: ")
     assert "mv -T" in line
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "compare"])
+def test_every_command_that_loads_a_model_names_it(home, monkeypatch, capsys, command) -> None:
+    """Once, and before a model is looked for where it is not."""
+    (Path("~/.cache/klein") / "hub").mkdir(parents=True)
+    said = []
+
+    def run(*_) -> int:
+        said.append(capsys.readouterr().err)
+        return 0
+
+    monkeypatch.setattr(f"app.cli.{command}.run", run)
+    assert main([command, *([] if command == "bench" else ["a red circle"])]) == 0
+    (before,) = said
+    assert before.count("mv -T") == 1
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -78,6 +79,44 @@ def test_too_few_processes_are_one_sentence(most, tmp_path) -> None:
 
     assert f"ulimit -u, which is {most}" in only_sentence(done)
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "is_tried"),
+    [
+        (["download", "--model", "shapes"], False),
+        (["--version"], False),
+        (["doctor", "--help"], False),
+        (["serve", "--help"], True),
+        (["generate", "--help"], True),
+        (["bench", "--help"], True),
+        (["compare", "--help"], True),
+    ],
+)
+def test_only_what_computes_needs_a_thread_for_each_of_its_cores(
+    monkeypatch, capsys, words, is_tried
+) -> None:
+    """For the cores that this process may use: a container with one of 128 may have few threads."""
+    tried: list[object] = []
+
+    class Counted:
+        def __init__(self, *, target) -> None:
+            tried.append(target)
+
+        def start(self) -> None:
+            """It runs nowhere."""
+
+        def join(self) -> None:
+            """It has ended."""
+
+    monkeypatch.setattr("app.cli.obstacles.Thread", Counted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    with contextlib.suppress(SystemExit):
+        main(words)
+
+    assert bool(tried) == is_tried
+    assert len(tried) in {0, 9}
 
 
 @pytest.mark.system
