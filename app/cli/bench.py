@@ -72,7 +72,7 @@ def run(
     index = settings.device if isinstance(settings.device, int) else 0
     bench = Bench(
         settings,
-        sizes=tuple(parse_size(size) for size in (arguments.sizes or "").split(",") if size),
+        sizes=tuple(size for size in (arguments.sizes or "").split(",") if size),
         count=arguments.n,
         steps=arguments.steps,
         make_engine=make_engine,
@@ -95,7 +95,7 @@ class Bench:
         self,
         settings: Settings,
         *,
-        sizes: tuple[tuple[int, int], ...],
+        sizes: tuple[str, ...],
         count: int,
         steps: int | None,
         make_engine: EngineFactory,
@@ -142,7 +142,7 @@ class Bench:
         ) as (runtime, info):
             self._worker_pid = runtime.worker_pid
             self._loaded.append(info)
-            for size in self._sizes or _default_sizes(runtime.model):
+            for size in self._read_sizes(runtime.model):
                 try:
                     self._rows.append(await self._measure_size(runtime, info, size, watch))
                 except KleinError as error:
@@ -150,8 +150,13 @@ class Bench:
         self._worker_pid = None
 
     def _plan(self, card: ModelCard) -> ImageSpec:
-        """What all sizes have in common; one that the model cannot make is noted by itself."""
-        return draft(card, "a plan", card.default_width, card.default_height, self._steps)
+        """One picture for all, which differ in size alone; every size has been judged then."""
+        return draft(card, "a plan", *self._read_sizes(card)[0], self._steps)
+
+    def _read_sizes(self, card: ModelCard) -> tuple[tuple[int, int], ...]:
+        most = self._settings.max_pixels
+        given = tuple(parse_size(size, card, most) for size in self._sizes)
+        return given or _default_sizes(card)
 
     async def _measure_size(
         self, runtime: Runtime, info: ModelInfo, size: tuple[int, int], watch: Watch

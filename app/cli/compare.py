@@ -108,12 +108,11 @@ def run(
     if arguments.output.suffix.lower() != ".png":
         raise InvalidRequest("The sheet's name must end in .png.")
     check_output(arguments.output)
-    size = parse_size(arguments.size) if arguments.size else None
     arguments.seed = choose_seed(arguments.seed)
     precisions = parse_precisions(arguments.precision)
     logs.set_up(style=settings.log_format, level="warning")
     found, notes = asyncio.run(
-        _make_all(arguments, settings, precisions, size, make_engine=make_engine, gpu=gpu)
+        _make_all(arguments, settings, precisions, make_engine=make_engine, gpu=gpu)
     )
     if not found:
         raise StartupError("No precision gave a picture, so there is nothing to compare.")
@@ -155,7 +154,6 @@ async def _make_all(
     arguments: argparse.Namespace,
     settings: Settings,
     precisions: tuple[str, ...],
-    size: tuple[int, int] | None,
     *,
     make_engine: EngineFactory,
     gpu: Card | None,
@@ -164,7 +162,7 @@ async def _make_all(
     notes: list[str] = []
 
     def plan(card: ModelCard) -> ImageSpec:
-        return _spec(arguments, card, size)
+        return _spec(arguments, card, settings.max_pixels)
 
     for precision in precisions:
         print(f"klein: {precision}: starting the worker", file=sys.stderr, flush=True)
@@ -184,10 +182,8 @@ async def _make_all(
     return found, notes
 
 
-def _spec(
-    arguments: argparse.Namespace, card: ModelCard, size: tuple[int, int] | None
-) -> ImageSpec:
-    width, height = size or (card.default_width, card.default_height)
+def _spec(arguments: argparse.Namespace, card: ModelCard, max_pixels: int) -> ImageSpec:
+    width, height = parse_size(arguments.size or "auto", card, max_pixels)
     spec = draft(card, arguments.prompt, width, height, arguments.steps)
     return replace(spec, seed=arguments.seed, wants_latents=True)
 

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from app import logs
 from app.domain import ImageSpec, ModelCard, ModelInfo
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
-from app.limits import DRAW, MAX_SEED
+from app.limits import DRAW, MAX_SEED, SizeRule
 from app.runtime import Runtime, build_runtime
 from app.service import Picture
 from app.settings import Settings
@@ -103,16 +104,20 @@ def draft(card: ModelCard, prompt: str, width: int, height: int, steps: int | No
     )
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT.
+def parse_size(text: str, card: ModelCard, max_pixels: int) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT, or `auto` for the model's own size, by the rules of HTTP.
 
     Raises:
-        InvalidRequest: it is none.
+        InvalidRequest: it is none, or none that the model of *card* makes here.
     """
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise InvalidRequest(f"{text!r} is no size; write WIDTHxHEIGHT, for example 1024x768.")
-    return int(width), int(height)
+    if text == "auto":
+        return card.default_width, card.default_height
+    try:
+        return SizeRule.of(card, max_pixels).parse(text)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"{logs.clip(text)!r} is no WIDTHxHEIGHT that this model makes. {error.message}"
+        ) from None
 
 
 def parse_precisions(text: str) -> tuple[str, ...]:

@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from app.cli import bench
 from app.cli.charts import lines_over_time, stage_bars
+from app.domain import ModelInfo
 from app.errors import InvalidRequest
 from app.settings import Settings
 from app.telemetry.gpu import Card
+from app.worker.child import EngineFactory
+from app.worker.supervisor import Supervisor
 from tests.fake_nvml import FakeNvml
 from tests.monitoring.carded import GPU, PEAK, CardedEngine
 
@@ -30,12 +34,12 @@ def arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args(["bench", *words])
 
 
-def measure(*words: str) -> int:
+def measure(*words: str, make_engine: EngineFactory = CardedEngine) -> int:
     """Run the command on a scripted engine and an RTX 3060 that NVML tells of."""
     return bench.run(
         arguments(*words),
         Settings(model="shapes"),
-        make_engine=CardedEngine,
+        make_engine=make_engine,
         gpu=Card(0, load_nvml=FakeNvml),
     )
 
@@ -109,16 +113,35 @@ def test_names_in_charts_are_text() -> None:
     assert "a<b & c" in [element.text for element in drawn.iter()]
 
 
-def test_a_size_that_the_model_cannot_make_is_noted(capsys) -> None:
-    """The other sizes are measured all the same."""
-    assert measure("--sizes", "100x100,128x128", "-n", "1") == 0
+class SmallCard(CardedEngine):
+    """Finds out, once loaded, that 256x256 is the most that fits beside the model."""
+
+    def load(self, on_progress) -> ModelInfo:
+        return replace(super().load(on_progress), max_pixels=(256 * 256,))
+
+
+def test_a_size_that_the_card_cannot_hold_is_noted(capsys) -> None:
+    """Only the loaded model can know; the other sizes are measured all the same."""
+    assert measure("--sizes", "512x512,128x128", "-n", "1", make_engine=SmallCard) == 0
 
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["width"] for row in document["rows"]] == [128]
-    assert document["notes"] == [
-        "int8 100x100: The size does not fit: a side must be a multiple of 16 from 128 to 512; "
-        "the nearest valid size is 128x128."
-    ]
+    (note,) = document["notes"]
+    assert note.startswith("int8 512x512: ")
+
+
+@pytest.mark.parametrize(
+    "size", ["100x100", "1024X1024", "²x3", "128x512", "1024x1024", "99999999x1"]
+)
+def test_a_size_that_the_model_never_makes_is_refused_before_loading(monkeypatch, size) -> None:
+    """By the rules of HTTP; the nearest that it makes is named, and the other sizes wait too."""
+
+    def fail(_) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr(Supervisor, "start", fail)
+    with pytest.raises(InvalidRequest, match=r"nearest valid size is [0-9]+x[0-9]+"):
+        measure("--sizes", f"128x128,{size}", "-n", "1")
 
 
 @pytest.mark.parametrize(

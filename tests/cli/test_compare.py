@@ -21,6 +21,7 @@ from app.domain import RawImage
 from app.errors import InvalidRequest, StartupError
 from app.settings import Settings
 from app.telemetry.gpu import Card
+from app.worker.supervisor import Supervisor
 from tests.cli.rounding import RoundingEngine
 from tests.fake_nvml import FakeNvml
 
@@ -93,6 +94,20 @@ def test_a_wrong_name_is_told_before_anything_starts(tmp_path) -> None:
     """fp4 is no precision of this service."""
     with pytest.raises(InvalidRequest, match="no precision"):
         run(tmp_path, "--precision", "fp4")
+
+
+@pytest.mark.parametrize("size", ["100x100", "1024X1024", "²x3", "128x512"])
+def test_a_size_that_the_model_never_makes_is_refused_before_loading(
+    tmp_path, monkeypatch, size
+) -> None:
+    """By the rules of HTTP; the nearest that it makes is named."""
+
+    def fail(_) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr(Supervisor, "start", fail)
+    with pytest.raises(InvalidRequest, match=r"nearest valid size is [0-9]+x[0-9]+"):
+        run(tmp_path, "--size", size)
 
 
 def test_likeness_is_measured_in_decibels() -> None:
