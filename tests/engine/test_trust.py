@@ -13,7 +13,9 @@ from app.engine.config import EngineConfig
 from app.engine.start import _downloaded
 from tests.engine.download import CONFIG, VARIANT
 from tests.engine.layout_files import build
-from tests.security.test_cache_trust import give_away, write_as_before
+from tests.owners import give_away
+from tests.owners import owners as owners
+from tests.security.test_cache_trust import write_as_before
 
 pytestmark = pytest.mark.torch
 

@@ -15,9 +15,9 @@ from app.engine.fetch import hash_file, partial_path
 from app.engine.store import Store
 from tests.engine.download import CONFIG, ENCODER, SINGLE, VARIANT, Downloads, content
 from tests.hub import Hub
+from tests.owners import OTHER, give_away
+from tests.owners import owners as owners
 
-OTHER = 12_345
-"""Another user's number; the tests run as root, who may give files away."""
 FILES = (*VARIANT.shared, VARIANT.transformers["fp8"])
 
 
@@ -55,11 +55,6 @@ def place(downloads: Downloads, path: str) -> Path:
 def mark(path: Path) -> Path:
     """The record beside it."""
     return path.with_name(path.name + ".verified")
-
-
-def give_away(path: Path) -> None:
-    """Let it belong to the other user."""
-    os.chown(path, OTHER, OTHER)
 
 
 def write_as_before(cache: Path) -> None:
@@ -194,10 +189,11 @@ def test_a_copied_cache_is_hashed_once_and_not_fetched(downloads, hashed, tmp_pa
     assert downloads.hub.seen == []
 
 
-def test_a_cache_that_root_has_filled_is_believed(downloads, hashed, monkeypatch) -> None:
+def test_a_cache_that_root_has_filled_is_believed(downloads, hashed, monkeypatch, owners) -> None:
     """root may do anything to the service anyway."""
     downloads.run()
     hashed.clear()
+    owners(0)
     monkeypatch.setattr(os, "geteuid", lambda: OTHER)
 
     downloads.run()
