@@ -1,4 +1,4 @@
-"""docs/security.md lists every limit with the test that holds it, and those tests exist."""
+"""docs/security.md lists every limit with the test that holds it and the code's own value."""
 
 from __future__ import annotations
 
@@ -7,11 +7,106 @@ import re
 from pathlib import Path
 
 import pytest
+from python_multipart import multipart as parser
+
+from app import limits, log_writer, logs
+from app.api import bodies, connections, links, protocol, refusals
+from app.api.protocol import GuardedProtocol
+from app.api.schemas import body, fields, multipart, openai_fields, scan
+from app.cli import serve
+from app.engine import tensorheader
+from app.images import decoder, uploads
+from app.images.pool import DecoderPool
+from app.jobs import shares
+from app.settings import Settings
+from app.worker import restarts
+from app.worker.supervisor import Limits
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 _ID = re.compile(r"`((?:\w+/)+\w+\.py)::(\w+)`")
 PAGES = ("docs/security.md", "SECURITY.md")
+_NUMBER = re.compile(r"(?<![\w./-])(\d[\d,]*\d|\d)( [KMG]iB| million)?(?![\w.])")
+_UNITS = {"": 1, " KiB": 2**10, " MiB": 2**20, " GiB": 2**30, " million": 10**6}
+DECODER, WORKER = decoder.Limits(), Limits()
+
+VALUES: dict[str, tuple[float, ...]] = {
+    "connections": (connections.MAX_CONNECTIONS, connections.OTHER_DESCRIPTORS),
+    "between two requests": (GuardedProtocol.idle_limit_s,),
+    "time for a request's head": (GuardedProtocol.head_limit_s,),
+    "head, trailers, a chunk's extension": (refusals.MAX_HEAD_BYTES, refusals.MAX_HEADER_LINES),
+    "requests sent ahead of their answers": (
+        GuardedProtocol.max_pipelined,
+        protocol._MAX_UNPARSED_BYTES + protocol._MAX_AHEAD_BYTES,
+    ),
+    "rate at which an answer is read": (
+        GuardedProtocol.min_bytes_per_s,
+        GuardedProtocol.pace_window_s,
+    ),
+    "upload after its answer": (GuardedProtocol.linger_s,),
+    "one body": (Settings().max_body_bytes,),
+    "its time": (Settings().body_limit_s,),
+    "all bodies that are being read": (bodies.BODIES_AT_ONCE, bodies.SMALL_BYTES),
+    "JSON where no pictures belong": (body.MAX_PLAIN_BYTES,),
+    "JSON beside its pictures": (scan.MAX_PLAIN,),
+    "strings, brackets and commas in JSON": (scan.MAX_VALUES,),
+    "a text": (limits.MAX_PROMPT, fields.MAX_TEXT),
+    "a picture in JSON": (openai_fields.MAX_URL,),
+    "a number in a form": (fields._MAX_DIGITS,),
+    "parts of a form": (
+        multipart.MAX_FILES,
+        multipart.MAX_FIELDS,
+        multipart.MAX_TEXT_BYTES,
+        multipart.MAX_NAME_BYTES,
+        parser.DEFAULT_MAX_HEADER_COUNT,
+    ),
+    "a name that an error repeats": (fields._MAX_NAME,),
+    "requests decoded at a time": (DecoderPool()._size,),
+    "processor time of a request's pictures": (DECODER.cpu_s,),
+    "time by the clock": (DECODER.wall_s,),
+    "address space": (DECODER.memory_bytes,),
+    "scans of a JPEG": (uploads.MAX_SCANS,),
+    "pixels": (uploads.MAX_PIXELS,),
+    "no room for a process": (DECODER.start_s,),
+    "images that wait": (Settings().queue_images,),
+    "places kept for who was turned away": (shares.PRESENT_S,),
+    "those turned away that are remembered": (shares.CLAIMS_MOST,),
+    "links to pictures": (links.MAX_BYTES, links.MAX_COUNT),
+    "a caller's word in a line": (logs._MAX_WORD,),
+    "lines of requests that made no picture": (log_writer.MOST_ACCESS, log_writer.WINDOW_S),
+    "equal lines": (log_writer.MOST_OWN, log_writer.WINDOW_S, log_writer.MOST_FOREIGN),
+    "lines that nobody reads": (log_writer.MAX_WAITING_BYTES,),
+    "waiting for a reader at the end": (log_writer.FLUSH_S,),
+    "starts and deaths without a picture": (
+        restarts.MAX_DEATHS,
+        restarts.WINDOW_S,
+        restarts.MAX_DEATHS,
+    ),
+    "silence of an idle worker": (WORKER.beat_s, WORKER.silence_idle_s),
+    "time to leave": (WORKER.close_s,),
+    "end of a service that has given up": (serve.END_S,),
+    "silence of a download": (Settings().download_silence_s,),
+    "end after SIGTERM": (serve._LAST_ANSWERS_S,),
+    "header of a safetensors file": (
+        tensorheader.MAX_BYTES,
+        tensorheader.MAX_DEPTH,
+        tensorheader._MAX_TOKENS,
+    ),
+}
+"""The numbers of a row in its order, in bytes, seconds or pieces."""
+BOUNDS = {"hold of the event loop", "memory after callers who left", "end after a second SIGTERM"}
+"""Rows whose number stands in a test alone, which measures."""
+
+
+def rows() -> list[list[str]]:
+    """The cells of each limit: its name, value, consequence and tests."""
+    lines = [line for line in (ROOT / PAGES[0]).read_text().splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines if not line.startswith("| limit |")]
+
+
+def numbers(cell: str) -> tuple[float, ...]:
+    """What a cell says in digits; statuses and versions are no limits."""
+    return tuple(int(n.replace(",", "")) * _UNITS[unit] for n, unit in _NUMBER.findall(cell))
 
 
 def defined(path: Path) -> set[str]:
@@ -32,17 +127,27 @@ def test_every_test_that_is_named_exists(page: str) -> None:
 
 def test_every_limit_has_a_test() -> None:
     """Each row of each table names at least one."""
-    rows = [line for line in (ROOT / PAGES[0]).read_text().splitlines() if line.startswith("| ")]
-    limits = [row for row in rows if not row.startswith("| limit |")]
+    assert len(rows()) > 60
+    assert [row for row in rows() if not _ID.search(row[-1])] == []
 
-    assert len(limits) > 60
-    assert [row for row in limits if not _ID.search(row.rpartition(" | ")[2])] == []
+
+def test_every_number_is_the_codes_own() -> None:
+    """A value that is changed in the code is changed on the page, and a new row is compared too."""
+    said = {name: found for name, value, *_ in rows() if (found := numbers(value))}
+
+    assert {name: found for name, found in said.items() if name not in BOUNDS} == VALUES
+
+
+def test_three_quarters_are_the_codes_own() -> None:
+    """Of connections, links and places in the queue alike."""
+    assert (connections.SHARE, links._MOST, shares.Shares(100).most) == (0.75, 0.75, 75)
 
 
 def test_every_promise_has_a_test() -> None:
-    """Each promise of SECURITY.md names the tests that hold it."""
+    """Each promise of SECURITY.md names the tests that hold it, by what the service does."""
     section = (ROOT / PAGES[1]).read_text().partition("## What is promised")[2]
     promises = re.split(r"^- ", section.partition("\n## ")[0], flags=re.MULTILINE)[1:]
 
     assert len(promises) >= 8
     assert [each for each in promises if not _ID.search(each)] == []
+    assert "test_limits_page" not in section
