@@ -58,7 +58,8 @@ def open_checkpoint(
         return _open(path, elsewhere, is_mapped=is_mapped)
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         # Names and shapes may be anything; what they must be is asked where each is needed.
-        _log.debug("The files do not fit together.", exc_info=True)
+        # It may also be a slip of our own, which the sentence would hide.
+        _log.warning("The files do not fit together.", exc_info=True)
         raise StartupError(
             f"{path.name} cannot be used: what its files say of themselves does not fit together "
             f"({type(error).__name__}); it belongs to another model or is damaged."
