@@ -257,3 +257,34 @@ def test_what_no_download_has_put_among_the_links_is_named(downloads, name) -> N
     (folder / name).write_bytes(b"evil")
 
     assert f"models/{VARIANT.card.id}/fp8/{name}" in downloads.fails("is no file of a download")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder/model.safetensors.index.json",
+        "text_encoder/._model.safetensors",
+        "tokenizer/added_tokens.json",
+        "tokenizer/chat_template.jinja",
+        "tokenizer/merges.txt",
+        "transformer/pytorch_model.bin",
+    ],
+)
+def test_whatever_a_loader_might_read_is_refused(downloads, name) -> None:
+    """By the kinds that loaders look for, wherever it lies."""
+    stray = downloads.run() / name
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"evil")
+
+    assert name in downloads.fails("is no file of a download")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "text_encoder/Thumbs.db", "notes.md"])
+def test_a_stray_file_that_no_loader_reads_ends_no_start(downloads, name, caplog) -> None:
+    """It is named in the log and left where it is."""
+    stray = downloads.run() / name
+    stray.write_bytes(b"left by a file manager")
+
+    downloads.run()
+    assert stray.exists()
+    assert name in caplog.text
