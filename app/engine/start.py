@@ -136,7 +136,13 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
 
     hub = Hub(silence_s=config.download_silence_s)
     path = ensure(entry, Path(config.cache_dir), precision.name, on_progress, hub=hub)
+    _end_fetching(on_progress)
     return Files(path, entry.revision, is_ours=True)
+
+
+def _end_fetching(on_progress: OnProgress) -> None:
+    """Say that what follows hangs on neither network nor disk: it has another limit."""
+    on_progress(LoadProgress("loading"))
 
 
 def find_device(config: EngineConfig) -> torch.device:
