@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from app import __version__
 from app.engine.catalog import RemoteFile
-from app.engine.trust import is_own
+from app.engine.trust import may_go_on
 from app.errors import StartupError
 
 OnBytes = Callable[[int], None]
@@ -86,7 +86,7 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
         StartupError: it cannot be had, or what came is not the published file.
     """
     part = partial_path(target)
-    if part.is_symlink() or (part.exists() and not is_own(part)):
+    if os.path.lexists(part) and not may_go_on(part):
         # Whoever put it there could go on changing it, or lets us write elsewhere.
         part.unlink()
     reason, idle, short, line = "", 0, 0, _Line(hub, on_bytes)

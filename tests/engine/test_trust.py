@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 from app.engine import compiling
 from app.engine.config import EngineConfig
@@ -23,24 +26,94 @@ class TestCompiledCode:
 
     @pytest.fixture
     def folder(self, tmp_path, monkeypatch):
-        """Which folder is used for the cache of the test."""
+        """Which folder is used for the cache of the test; there is no home to fall back to."""
+        monkeypatch.setenv("HOME", os.devnull)
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "foreign"))
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
         (tmp_path / "temporary").mkdir()
+        (tmp_path / "temporary").chmod(0o1777)
 
         def ask() -> Path:
-            compiling._keep_results(tmp_path / "cache")
+            assert compiling._keep_results(tmp_path / "cache") == ""
             return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
         return ask
 
     def test_the_caches_own_is_private_and_kept(self, folder, tmp_path) -> None:
         """Also one that the version before made, so that it stays warm."""
-        assert folder() == tmp_path / "cache" / "compiled"
+        kept = tmp_path / "cache" / "compiled"
+        assert folder() == kept
+        assert kept.stat().st_mode & 0o777 == 0o700
+        kept.chmod(0o755)
+        assert folder() == kept
+        (kept / "code.py").write_text("1")
+        assert folder() == kept
+        assert (kept / "code.py").exists()
+
+    def test_both_compilers_keep_their_work_there(self, folder) -> None:
+        """Triton would else follow a place that was set outside and that nobody has judged."""
+        found = folder()
+        assert Path(os.environ["TRITON_CACHE_DIR"]) == found / "triton"
+        # Where torch's own word is followed, and not this test's.
+        assert triton_cache_dir(0) == str(found / "triton")
+
+    @pytest.mark.parametrize("above", ["open", "open behind a link", "sticky"])
+    def test_whoever_may_swap_the_cache_itself_is_not_believed(
+        self, tmp_path, folder, above
+    ) -> None:
+        """A cache that is closed itself, below a folder in which others may rename it."""
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared" / "between").mkdir(mode=0o755)
+        (tmp_path / "shared" / "between" / "cache").mkdir(mode=0o755)
+        if above == "open behind a link":
+            (tmp_path / "link").symlink_to(tmp_path / "shared" / "between")
+            (tmp_path / "cache").symlink_to(tmp_path / "link" / "cache")
+        else:
+            (tmp_path / "cache").symlink_to(tmp_path / "shared" / "between" / "cache")
+        (tmp_path / "shared").chmod(0o1777 if above == "sticky" else 0o777)
+
+        is_kept = folder() == tmp_path / "cache" / "compiled"
+        assert is_kept == (above == "sticky")
+
+    def test_the_home_comes_before_the_temporary_files(self, folder, tmp_path, monkeypatch) -> None:
+        """What lies there outlasts a restart of the machine, and code may be run from it."""
+        (tmp_path / "home").mkdir(mode=0o755)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+
+        assert folder() == tmp_path / "home" / ".cache" / "klein-compiled"
         assert folder().stat().st_mode & 0o777 == 0o700
-        folder().chmod(0o755)
-        (folder() / "code.py").write_text("1")
-        assert (folder() / "code.py").exists()
+        (tmp_path / "home").chmod(0o775)
+        assert folder().parent == tmp_path / "temporary"
+
+    def test_where_nothing_can_be_kept_and_run_nothing_is_compiled(
+        self, folder, tmp_path, monkeypatch, caplog
+    ) -> None:
+        """Docker mounts /tmp without the right to run code; a compiler would fail at each size."""
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+        monkeypatch.setattr(
+            os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID)
+        )
+
+        reason = compiling._keep_results(tmp_path / "cache")
+        assert "noexec" in reason
+        assert "twice as long" in caplog.text
+        assert "exec" in caplog.text
+        left = {path.name for path in (tmp_path / "temporary").iterdir()}
+        assert left <= {f"klein-compiled-{os.geteuid()}"}
+
+    def test_without_a_place_the_compiler_is_off(self, monkeypatch, tmp_path) -> None:
+        """And says why."""
+        monkeypatch.setattr(compiling, "_keep_results", lambda cache: "no place")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+        monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc")
+
+        chosen = compiling.choose_compiler(torch.device("cuda"), tmp_path)
+        assert not chosen.is_on
+        assert chosen.summary == "not compiled: no place"
 
     @pytest.mark.parametrize("what", ["folder", "planted", "deep", "cache", "read-only"])
     def test_one_that_is_open_is_not_used(
@@ -59,7 +132,7 @@ class TestCompiledCode:
         elif what == "cache":
             give_away(tmp_path / "cache")
         else:
-            monkeypatch.setattr(os, "access", lambda path, mode: False)
+            monkeypatch.setattr(os, "access", lambda path, mode: path != compiled)
 
         private = folder()
         assert private.parent == tmp_path / "temporary"
