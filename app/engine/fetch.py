@@ -133,7 +133,7 @@ def damaged(file: RemoteFile) -> StartupError:
     """Build the error for a file whose content is not the published one."""
     return StartupError(
         f"{file.path} is damaged: its size or SHA-256 is not the published one. It has been "
-        "deleted; start again to download it anew."
+        "deleted; start again, or run `klein download`, to download it anew."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
-from app.engine import compiling
+from app.engine import catalog, compiling
 from app.engine.config import EngineConfig
 from app.engine.start import _downloaded
-from tests.engine.download import CONFIG, VARIANT
+from app.errors import StartupError
+from app.worker import supervisor
+from tests.engine.download import CONFIG, ENCODER, VARIANT, content
 from tests.engine.layout_files import build
 from tests.security.test_cache_trust import give_away, write_as_before
 
@@ -181,15 +184,89 @@ def test_rounded_weights_of_somebody_elses_are_made_anew(tiny_klein, tmp_path, c
     assert "rounded at each start" in caplog.text
 
 
-def test_a_part_is_not_taken_from_a_cache_that_is_open(tmp_path, caplog) -> None:
-    """A single file lacks parts, which come from an earlier download: only from one of our own."""
-    cache = tmp_path / "cache"
-    write_as_before(cache)
-    config = EngineConfig(VARIANT.card.id, "/some.safetensors", str(cache), None)
-    found = _downloaded(config)
-    assert found is not None
-    assert (found / CONFIG).is_file()
+class TestPartsOfAnEarlierDownload:
+    """One file lacks parts, which come from the cache, whoever may write there."""
 
-    give_away(cache)
-    assert _downloaded(config) is None
-    assert "belongs to another user" in caplog.text
+    @pytest.fixture
+    def parts(self, tmp_path, monkeypatch):
+        """Which of them are found in the cache of the test, by name, and what was reported."""
+        cache = tmp_path / "cache"
+        write_as_before(cache)
+        monkeypatch.setattr(catalog, "CATALOG", {VARIANT.card.id: VARIANT})
+        config = EngineConfig(VARIANT.card.id, "/some.safetensors", str(cache), None)
+
+        def ask(stages: list[str] | None = None) -> dict[str, bytes] | None:
+            heard = [] if stages is None else stages
+            with _downloaded(config, lambda progress: heard.append(progress.stage)) as found:
+                if found is None:
+                    return None
+                paths = [path for path in found.rglob("*") if path.is_file()]
+                return {str(path.relative_to(found)): path.read_bytes() for path in paths}
+
+        return ask
+
+    def test_they_are_used_as_they_lie_where_nobody_else_may_write(self, parts) -> None:
+        """Nothing is hashed: who may write there may do anything."""
+        stages: list[str] = []
+        found = parts(stages)
+        assert found is not None
+        assert found[CONFIG] == content(CONFIG)
+        assert stages == []
+
+    @pytest.mark.parametrize("is_read_only", [False, True])
+    def test_they_are_hashed_first_where_others_may(
+        self, parts, tmp_path, monkeypatch, is_read_only
+    ) -> None:
+        """A mounted volume, or a Windows drive; also one that is read-only."""
+        cache = tmp_path / "cache"
+        cache.chmod(0o777)
+        if is_read_only:
+            monkeypatch.setattr(Path, "symlink_to", refuse_below(cache, Path.symlink_to))
+            monkeypatch.setattr(Path, "mkdir", refuse_below(cache, Path.mkdir))
+        stages: list[str] = []
+
+        assert parts(stages) == {path: content(path) for path in (CONFIG, ENCODER)}
+        assert stages[0] == "verify"
+        assert stages[-1] not in supervisor._FETCHING
+
+    def test_a_planted_one_is_refused(self, parts, tmp_path) -> None:
+        """By its hash, with what to do."""
+        cache = tmp_path / "cache"
+        cache.chmod(0o777)
+        (planted,) = cache.glob(f"hub/*/*/{ENCODER}")
+        planted.write_bytes(b"evil")
+
+        with pytest.raises(StartupError, match=f"{ENCODER} .*is damaged.*klein download"):
+            parts()
+
+    def test_one_that_no_download_has_put_there_is_not_seen(self, parts, tmp_path) -> None:
+        """A loader would prefer this index to the weights that were hashed."""
+        cache = tmp_path / "cache"
+        cache.chmod(0o777)
+        (index,) = cache.glob("hub/*/*/model_index.json")
+        for folder in (index.parent, cache / "models" / VARIANT.card.id / "fp8"):
+            (folder / "text_encoder" / "a.safetensors.index.json").write_text("evil")
+        (cache / "model_index.json").write_text("evil")
+
+        assert parts() == {path: content(path) for path in (CONFIG, ENCODER)}
+
+    def test_where_some_are_missing_none_is_used(self, parts, tmp_path, caplog) -> None:
+        """The layout then says what it lacks, and the log what else could be meant."""
+        cache = tmp_path / "cache"
+        cache.chmod(0o777)
+        (missing,) = cache.glob(f"hub/*/*/{ENCODER}")
+        missing.unlink()
+
+        assert parts() is None
+        assert "others may write" in caplog.text
+
+
+def refuse_below(folder: Path, method):
+    """Let *method* fail there, as on a volume that is mounted read-only."""
+
+    def ask(path: Path, *more, **options):
+        if path.is_relative_to(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return method(path, *more, **options)
+
+    return ask
