@@ -40,8 +40,6 @@ ENV PATH=/opt/klein/bin:${PATH} \
     HOME=/models \
     HF_HOME=/models/huggingface \
     KLEIN_CACHE_DIR=/models/klein \
-    TORCHINDUCTOR_CACHE_DIR=/models/compiled/inductor \
-    TRITON_CACHE_DIR=/models/compiled/triton \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME ["/models"]

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Literal
 
-Fault = Literal["cut", "short", "long", "flip", "no_range", "stall", "hush"] | int
+Fault = Literal["cut", "short", "long", "flip", "no_range", "stall", "hush", "empty"] | int
 
 
 @dataclass(frozen=True)
@@ -194,4 +194,6 @@ def spoiled(content: bytes, fault: Fault | None) -> bytes:
     if fault == "flip":
         middle = len(content) // 2
         return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    if fault == "empty":
+        return b""
     return content + b"more" if fault == "long" else content

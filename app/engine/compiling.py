@@ -11,14 +11,14 @@ Compilers fail, on a card or driver that nobody tried: then that function runs a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import shutil
-import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock, Thread
@@ -145,7 +145,8 @@ def choose_compiler(device: torch.device, cache: Path) -> Compiler:
     if missing:
         _log.warning("Pictures take about twice as long: %s is missing.", " and ".join(missing))
         return Compiler(is_on=False, has_graphs=False, reason=f"{' and '.join(missing)} missing")
-    _keep_results(cache)
+    if reason := _keep_results(cache):
+        return Compiler(is_on=False, has_graphs=False, reason=reason)
     # The compiler's progress bars, shown or not, would make a lock between processes, and one that
     # ends without its clean-up (app.worker.child) leaves it behind with a warning.
     tqdm.set_lock(RLock())
@@ -170,47 +171,76 @@ def thaw() -> None:
     torch.compiler.set_stance("default")
 
 
-def _keep_results(cache: Path) -> None:
-    """Let both compilers keep their work beside the weights, so that a second start is warm."""
-    # The environment is the only way in: torch._inductor.runtime.cache_dir_utils.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_folder_of_code(cache))
+def _keep_results(cache: Path) -> str:
+    """Let both compilers keep their work beside the weights, so that a second start is warm.
 
-
-def _folder_of_code(cache: Path) -> Path:
-    """Find a folder that nobody else may write to, since what lies there is run.
-
-    The cache's own, or else one among the temporary files: refusing to start would take the service
-    from those whose only volume is open to others, and compiling again costs them a minute.
+    Returns why there is no folder for it, empty where there is one.
     """
-    folder = cache / "compiled"
-    try:
-        trust.make_folder(folder, cache, trust.PRIVATE_MODE)
-        reason = trust.why_tree_open(folder, cache)
-        if not reason and not os.access(folder, os.W_OK):
-            reason = f"{folder} may not be written to"
-    except OSError as error:
-        reason = f"{folder} cannot be used ({error.strerror})"
-    if not reason:
-        return folder
-    private = _private_folder()
-    _log.warning(
-        "Compiled code is kept in %s and not in KLEIN_CACHE_DIR, because %s; to end this, %s",
-        private,
-        reason,
-        trust.remedy(cache),
-    )
-    return private
+    own = cache / "compiled"
+    folder, reason = own, _why_unfit(own, cache)
+    if reason:
+        remedy = trust.remedy(cache) if _is_open(own, cache) else trust.ANOTHER_FOLDER
+        for folder in _private_folders():
+            if not (fault := _why_unfit(folder, folder)):
+                break
+        else:
+            _log.warning(
+                "Pictures take about twice as long, since nothing is compiled: %s, and %s; mount "
+                "the folder of temporary files so that code in it can be run (exec), or %s",
+                reason,
+                fault,
+                remedy,
+            )
+            return fault
+        _log.warning(
+            "Compiled code is kept in %s and not in KLEIN_CACHE_DIR, because %s; to end this, %s",
+            folder,
+            reason,
+            remedy,
+        )
+    # The environment is the only way in: torch._inductor.runtime.cache_dir_utils. Triton's own goes
+    # before the other.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    return ""
 
 
-def _private_folder() -> Path:
-    """One that outlasts this start where that is safe, else a new one."""
-    folder = Path(tempfile.gettempdir()) / f"klein-compiled-{os.geteuid()}"
+def _why_unfit(folder: Path, root: Path) -> str:
+    """Say why code cannot be kept in *folder* and run from there; make it where it is missing.
+
+    What lies there is run, so nobody else may write to it. Refusing to start instead would take the
+    service from those whose only volume is open to others, and compiling again costs them a minute.
+    """
     try:
-        folder.mkdir(mode=trust.PRIVATE_MODE, exist_ok=True)
-        found = folder.lstat()
-        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-        if is_ours and not trust.why_tree_open(folder, folder):
-            return folder
+        trust.make_folder(folder, root, trust.PRIVATE_MODE)
+        if reason := trust.why_tree_open(folder, root) or trust.why_swappable(folder):
+            return reason
+        if not os.access(folder, os.W_OK):
+            return f"{folder} may not be written to"
+        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            return f"{folder} lies on a file system from which no code can be run (noexec)"
     except OSError as error:
-        _log.debug("%s cannot be used: %s.", folder, error.strerror)
-    return Path(tempfile.mkdtemp(prefix="klein-compiled-"))
+        return f"{folder} cannot be used ({error.strerror})"
+    return ""
+
+
+def _is_open(folder: Path, root: Path) -> bool:
+    """Whether closing *root* and what lies in it may help."""
+    try:
+        return bool(trust.why_tree_open(folder, root))
+    except OSError:
+        return True
+
+
+def _private_folders() -> Iterator[Path]:
+    """Name others, the best first: what lies in the home outlasts a restart of the machine."""
+    name = "klein-compiled"
+    with contextlib.suppress(RuntimeError):  # this user has no home
+        yield Path.home() / ".cache" / name
+    temporary = Path(tempfile.gettempdir())
+    if not (kept := temporary / f"{name}-{os.geteuid()}").is_symlink():
+        yield kept
+    new = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    yield new
+    # Asked for another one, so this did not do.
+    new.rmdir()

@@ -60,6 +60,27 @@ def ensure(
         return store.link(f"{variant.card.id}/{precision}", files)
 
 
+def lay_out_shared(variant: Entry, cache_dir: Path, folder: Path, on_progress: OnProgress) -> bool:
+    """Link into *folder* what *variant* needs at any precision, as an earlier download has left it.
+
+    Nothing is fetched. What others may have written is hashed first. Returns whether all was there.
+
+    Raises:
+        StartupError: a file is damaged; it is deleted.
+    """
+    store = Store(cache_dir)
+    if not all(store.is_present(file) for file in variant.shared):
+        return False
+    with _explained_disk_errors():
+        _warn_if_open(store, variant.shared)
+        _check_present(store, variant.shared, _Meter(on_progress, variant.shared))
+        for file in variant.shared:
+            link = folder / file.path
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(store.path(file).resolve())
+    return True
+
+
 def missing_bytes(variant: Entry, cache_dir: Path, precision: str) -> int:
     """Count what is still to be downloaded before *variant* can be loaded at *precision*."""
     store = Store(cache_dir)

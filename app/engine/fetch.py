@@ -20,14 +20,16 @@ from urllib.parse import urlsplit
 
 from app import __version__
 from app.engine.catalog import RemoteFile
-from app.engine.trust import is_own
+from app.engine.trust import may_go_on
 from app.errors import StartupError
 
 OnBytes = Callable[[int], None]
 
 _HASH_BLOCK_BYTES = 8 * 1024 * 1024
 _TIMEOUT_S = 30.0
-_TRIES = 5
+_SHORT_ANSWERS = 5
+"""So many in a row that bring nothing of what is missing, and the hub does not have it."""
+_LONGEST_WAIT_S = 10.0
 _SYNC_BYTES = 256 * 1024 * 1024
 """Written to the disk each time, so that no wait for it grows to minutes."""
 SILENCE_S = 120.0
@@ -84,25 +86,25 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
         StartupError: it cannot be had, or what came is not the published file.
     """
     part = partial_path(target)
-    if part.is_symlink() or (part.exists() and not is_own(part)):
+    if os.path.lexists(part) and not may_go_on(part):
         # Whoever put it there could go on changing it, or lets us write elsewhere.
         part.unlink()
-    reason, idle, line = "", 0, _Line(hub, on_bytes)
+    reason, idle, short, line = "", 0, 0, _Line(hub, on_bytes)
     while (have := _size(part)) < file.size_bytes:
         on_bytes(have)
-        if idle == _TRIES:
+        if short == _SHORT_ANSWERS:
             raise _gave_up(file, have, hub, reason)
         if idle:
-            hub.wait(max(0.0, min(2.0 ** (idle - 1), line.left_s)))
+            hub.wait(max(0.0, min(_wait_s(idle), line.left_s)))
         if line.left_s <= 0:
             silence = f"has sent nothing for {hub.silence_s:g} s (KLEIN_DOWNLOAD_SILENCE_S)"
-            raise _gave_up(file, have, hub, silence)
+            raise _gave_up(file, have, hub, f"{reason} and {silence}" if reason else silence)
         try:
             _append(file, part, hub, line)
-            reason = "sends less than the whole file"
+            reason, short = "sends less than the whole file", short + 1
         except _Interrupted as error:
-            reason = str(error)
-        idle = 0 if _size(part) > have else idle + 1
+            reason, short = str(error), 0
+        idle, short = (0, 0) if _size(part) > have else (idle + 1, short)
     if _size(part) != file.size_bytes or file.sha256 != hash_file(
         part, lambda done: on_bytes(file.size_bytes)
     ):
@@ -131,7 +133,7 @@ def damaged(file: RemoteFile) -> StartupError:
     """Build the error for a file whose content is not the published one."""
     return StartupError(
         f"{file.path} is damaged: its size or SHA-256 is not the published one. It has been "
-        "deleted; start again to download it anew."
+        "deleted; start again, or run `klein download`, to download it anew."
     )
 
 
@@ -234,6 +236,12 @@ def _gave_up(file: RemoteFile, have: int, hub: Hub, reason: str) -> StartupError
         f"{file.path} is not whole, because {hub.host} {reason}: {have:,} of {file.size_bytes:,} "
         "bytes have come and are kept; start again to go on from there."
     )
+
+
+def _wait_s(idle: int) -> float:
+    """Seconds before the next try after *idle* ones that brought nothing."""
+    # A long silence has thousands of tries, whose power of two no float holds.
+    return min(2.0 ** min(idle - 1, 10), _LONGEST_WAIT_S)
 
 
 def _size(path: Path) -> int:

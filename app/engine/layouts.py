@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,20 @@ SCHEDULER: dict[str, Any] = {
 }
 """klein's own scheduler config, for layouts that bring none."""
 
+Elsewhere = Callable[[], Path | None]
+
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Formats that can run code: files so named are not even opened."""
 
 
 def open_checkpoint(
-    path: Path, *, elsewhere: Path | None = None, is_mapped: bool = False
+    path: Path, *, elsewhere: Elsewhere = lambda: None, is_mapped: bool = False
 ) -> Checkpoint:
     """Recognise what lies at *path* by its content and open it.
 
-    Parts that *path* lacks (a tokenizer, or all but the transformer) are looked for in *elsewhere*,
-    a folder in diffusers' layout. With *is_mapped* weights stay in the files (`TensorFile`).
+    Parts that *path* lacks (a tokenizer, or all but the transformer) are looked for in what
+    *elsewhere* returns, a folder in diffusers' layout; it is asked only then. With *is_mapped*
+    weights stay in the files (`TensorFile`).
 
     Raises:
         StartupError: it is no layout that is known, or a file of it is damaged or unsupported.
@@ -58,14 +61,15 @@ def open_checkpoint(
         return _open(path, elsewhere, is_mapped=is_mapped)
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         # Names and shapes may be anything; what they must be is asked where each is needed.
-        _log.debug("The files do not fit together.", exc_info=True)
+        # It may also be a slip of our own, which the sentence would hide.
+        _log.warning("The files do not fit together.", exc_info=True)
         raise StartupError(
             f"{path.name} cannot be used: what its files say of themselves does not fit together "
             f"({type(error).__name__}); it belongs to another model or is damaged."
         ) from None
 
 
-def _open(path: Path, elsewhere: Path | None, *, is_mapped: bool) -> Checkpoint:
+def _open(path: Path, elsewhere: Elsewhere, *, is_mapped: bool) -> Checkpoint:
     with OpenFiles(is_mapped=is_mapped) as files:
         if path.is_file():
             checkpoint = _open_file(path, elsewhere, files)
@@ -117,12 +121,12 @@ def _folder_part(name: str, config: Mapping[str, Any], path: Path, files: OpenFi
     return Part(name, config, slots_of(tensors), sources=sources_of(tensors))
 
 
-def _open_file(path: Path, elsewhere: Path | None, files: OpenFiles) -> Checkpoint:
+def _open_file(path: Path, elsewhere: Elsewhere, files: OpenFiles) -> Checkpoint:
     """One file holds the transformer; the other parts are those of the folder it stands in."""
     if path.parent.name in _COMFY_TRANSFORMERS:
         return _open_comfy(path.parent.parent, path, elsewhere, files)
-    for folder in (path.parent, elsewhere):
-        if folder is not None and (folder / "model_index.json").is_file():
+    for find in (lambda: path.parent, elsewhere):
+        if (folder := find()) is not None and (folder / "model_index.json").is_file():
             return _open_diffusers(folder, files, path)
     raise StartupError(
         f"{path.name} holds the transformer only; put it beside a diffusers folder's "
@@ -131,14 +135,15 @@ def _open_file(path: Path, elsewhere: Path | None, files: OpenFiles) -> Checkpoi
 
 
 def _open_comfy(
-    path: Path, transformer_file: Path | None, elsewhere: Path | None, files: OpenFiles
+    path: Path, transformer_file: Path | None, elsewhere: Elsewhere, files: OpenFiles
 ) -> Checkpoint:
     transformer = transformer_file or _only(path, _COMFY_TRANSFORMERS, "klein")
     tokenizer = next(
         (
             folder / "tokenizer"
-            for folder in (path, elsewhere)
-            if folder is not None and (folder / "tokenizer" / "tokenizer_config.json").is_file()
+            for find in (lambda: path, elsewhere)
+            if (folder := find()) is not None
+            and (folder / "tokenizer" / "tokenizer_config.json").is_file()
         ),
         None,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -87,12 +88,14 @@ def start(config: EngineConfig, card: ModelCard, on_progress: OnProgress) -> Sta
     _limit_memory(config, device)
     precision = choose_precision(config.precision, probe_card(device), is_small=_is_small(config))
     files = _find(config, precision, on_progress)
-    opened = open_checkpoint(
-        files.path,
-        elsewhere=_downloaded(config),
-        is_mapped=config.offload == "disk" and precision.linears == "exact",
-    )
-    with closing(opened) as checkpoint:
+    is_mapped = config.offload == "disk" and precision.linears == "exact"
+    with ExitStack() as stack:
+        opened = open_checkpoint(
+            files.path,
+            elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
+            is_mapped=is_mapped,
+        )
+        checkpoint = stack.enter_context(closing(opened))
         check_fit(checkpoint, is_klein=files.is_ours and card.hub_id is not None)
         is_exact = precision.linears == "exact"
         compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
@@ -136,7 +139,13 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
 
     hub = Hub(silence_s=config.download_silence_s)
     path = ensure(entry, Path(config.cache_dir), precision.name, on_progress, hub=hub)
+    _end_fetching(on_progress)
     return Files(path, entry.revision, is_ours=True)
+
+
+def _end_fetching(on_progress: OnProgress) -> None:
+    """Say that what follows hangs on neither network nor disk: it has another limit."""
+    on_progress(LoadProgress("loading"))
 
 
 def find_device(config: EngineConfig) -> torch.device:
@@ -165,17 +174,28 @@ def _is_small(config: EngineConfig) -> bool:
     return sum(file.stat().st_size for file in files if file.is_file()) < _SMALL_BYTES
 
 
-def _downloaded(config: EngineConfig) -> Path | None:
+@contextmanager
+def _downloaded(config: EngineConfig, on_progress: OnProgress) -> Iterator[Path | None]:
     """A folder of an earlier download, which has the parts that other layouts lack."""
-    if config.path is None or not catalog.entry(config.model).files:
-        return None
-    cache = Path(config.cache_dir)
+    if config.path is None or not (entry := catalog.entry(config.model)).files:
+        yield None
+        return
+    cache, reason = Path(config.cache_dir), ""
     for found in sorted(cache.rglob("model_index.json")):
         # Not hashed here, so it must be what a download has left there and nobody has changed.
         if not (reason := trust.why_tree_open(found.parent, cache)):
-            return found.parent
-        _log.warning("No part is taken from KLEIN_CACHE_DIR, because %s.", reason)
-    return None
+            yield found.parent
+            return
+    from app.engine.download import lay_out_shared
+
+    # Among files that others may write to, only these are looked at, and nobody can add to them.
+    with TemporaryDirectory(prefix="klein-parts-") as name:
+        is_whole = lay_out_shared(entry, cache, folder := Path(name), on_progress)
+        if is_whole:
+            _end_fetching(on_progress)
+        elif reason:
+            _log.warning("No part is taken from KLEIN_CACHE_DIR, because %s.", reason)
+        yield folder if is_whole else None
 
 
 def _limit_memory(config: EngineConfig, device: torch.device) -> None:

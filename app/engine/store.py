@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +30,14 @@ from app.engine.catalog import RemoteFile
 from app.engine.fetch import hash_file, partial_path
 from app.engine.trust import is_closed, make_folder
 from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
+
+_LOADABLE = (
+    *("*.safetensors*", "*.gguf", "*.bin*", "*.ckpt", "*.pt", "*.pth", "*.pkl"),
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"),
+)
+"""Weights, configs and what tokenizers are made of: names that some loader looks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +116,8 @@ class Store:
         """Lay out the *files* of one load as links; links of an earlier catalogue go.
 
         Raises:
-            StartupError: something lies among them that no download has put there.
+            StartupError: something that a loader may read lies among them, and no download has put
+                it there.
         """
         folder = self.cache_dir / "models" / name
         wanted = {folder / file.path: self.path(file) for file in files}
@@ -114,11 +125,13 @@ class Store:
             if path.is_symlink():
                 if path not in wanted or path.resolve() != wanted[path].resolve():
                     path.unlink()
-            elif not path.is_dir() or path in wanted:
+            elif path in wanted or (not path.is_dir() and _is_loadable(path)):
                 raise StartupError(
                     f"{path.relative_to(self.cache_dir)} in KLEIN_CACHE_DIR is no file of a "
                     "download; remove it and start again."
                 )
+            elif not path.is_dir():
+                _log.warning("%s is no file of a download; no loader reads it.", path)
         for link, target in wanted.items():
             if not link.is_symlink():
                 make_folder(link.parent, self.cache_dir)
@@ -132,6 +145,10 @@ class Store:
     def _stamp(self, file: RemoteFile) -> str:
         stat = self.path(file).stat()
         return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n"
+
+
+def _is_loadable(path: Path) -> bool:
+    return any(fnmatch(path.name.lower(), kind) for kind in _LOADABLE)
 
 
 def _write_whole(path: Path, text: str) -> None:

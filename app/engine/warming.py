@@ -57,9 +57,10 @@ def warm_up(
     on_progress(LoadProgress("warm-up", 0.9, "measuring"))
     begun = time.perf_counter()
     spec = _spec(card, size, "a second warm-up picture")
-    _look_at(make(spec).image)
-    share = spec.pixels / (card.default_width * card.default_height)
-    return (time.perf_counter() - begun) / share
+    made = make(spec)
+    took_s = time.perf_counter() - begun
+    _look_at(made.image)
+    return took_s * card.default_width * card.default_height / spec.pixels
 
 
 def _warm_processor(

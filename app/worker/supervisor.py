@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 _OVER = "The service is ending because its worker cannot be kept alive; try again in a while."
 _CLOSING = "The service is shutting down; try again in a while."
 _OVER_RETRY_S = 30
+_FAILED = "The service could not be started or kept alive and is ending; the log says why."
 
 _FETCHING = frozenset({"download", "verify"})
 """Stages of a start whose length depends on the network and the disk."""
@@ -157,7 +158,10 @@ class Supervisor:
 
     @property
     def reason(self) -> str:
-        """Why no job could start now, in words; empty where one could."""
+        """Why no job could start now, in words that any caller may read; empty where one could."""
+        if self.stage == "failed":
+            # What the operator is told (`Events.on_fatal`) may name paths.
+            return _FAILED
         return "" if self.is_ready else self.progress.detail or f"The worker is {self.stage}."
 
     @property

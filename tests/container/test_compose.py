@@ -100,7 +100,7 @@ def test_the_files_fit_the_compose_specification(files: list[Path], tmp_path: Pa
         ("restart", "unless-stopped"),
         ("shm_size", "1gb"),
         ("mem_limit", "14g"),
-        ("tmpfs", ["/tmp:mode=1777,size=1g"]),
+        ("tmpfs", ["/tmp:exec,mode=1777,size=1g"]),
         ("volumes", ["models:/models"]),
         ("ports", ["127.0.0.1:8000:8000"]),
     ],

@@ -176,3 +176,17 @@ def test_a_converted_file_that_is_damaged_in_its_head_is_made_anew(tiny_klein, t
 
     for path in (tmp_path / "cache" / "converted").iterdir():
         assert load_file(path)
+
+
+def test_a_fault_of_our_own_is_told_with_its_traceback(tiny_klein, monkeypatch, caplog) -> None:
+    """The sentence blames the files; the log shows where it came from, without being asked."""
+
+    def fail(*_, **__) -> None:
+        raise KeyError("a slip")
+
+    monkeypatch.setattr("app.engine.layouts._open_diffusers", fail)
+    with caplog.at_level("INFO"), pytest.raises(StartupError, match="does not fit together"):
+        open_checkpoint(Path(tiny_klein))
+
+    assert "a slip" in caplog.text
+    assert "Traceback" in caplog.text

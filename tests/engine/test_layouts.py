@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,3 +196,27 @@ def test_a_layer_may_ask_for_full_precision(folder):
 
     assert isinstance(blocks[0].joined, WeightOnlyLinear)
     assert blocks[0].joined.weight.dtype is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("layout", ["one file", "ComfyUI", "whole folder"])
+def test_parts_of_an_earlier_download_are_asked_for_only_where_they_lack(
+    folder, tmp_path, monkeypatch, layout
+) -> None:
+    """Hashing them takes long where others may write to the cache."""
+    asked = []
+
+    @contextmanager
+    def downloaded(*_):
+        asked.append(layout)
+        yield folder
+
+    monkeypatch.setattr("app.engine.start._downloaded", downloaded)
+    path = folder
+    if layout == "one file":
+        path = write_bf16(folder, tmp_path / "alone.safetensors")
+    elif layout == "ComfyUI":
+        path = to_comfy(folder, tmp_path / "models")
+        shutil.rmtree(path / "tokenizer")
+
+    load(path)
+    assert bool(asked) == (layout != "whole folder")

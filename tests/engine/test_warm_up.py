@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from app.domain import Generated, RawImage
+from app.engine import catalog, warming
+from app.engine.compiling import NO_COMPILER
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from app.errors import StartupError
@@ -62,3 +66,26 @@ def test_a_picture_of_which_a_part_is_no_number_ends_the_start(
     with pytest.raises(StartupError, match="warm-up picture shows nothing"):
         engine.load(lambda _: None)
     engine.close()
+
+
+def test_what_is_measured_is_making_the_picture_and_not_looking_at_it(monkeypatch) -> None:
+    """The seconds are what callers' waits are predicted from."""
+    now = 0.0
+
+    def make(spec) -> Generated:
+        nonlocal now
+        now += 2.0
+        return SimpleNamespace(image=RawImage(1, 2, bytes(range(6))))
+
+    def look_at(image) -> None:
+        nonlocal now
+        now += 100.0
+
+    monkeypatch.setattr(warming, "_look_at", look_at)
+    monkeypatch.setattr(warming.time, "perf_counter", lambda: now)
+    started = SimpleNamespace(
+        parts=SimpleNamespace(device=torch.device("cuda")), compiler=NO_COMPILER
+    )
+    card = catalog.card("flux.2-klein-4b")
+
+    assert warming.warm_up(started, card, make, lambda progress: None) == 2.0

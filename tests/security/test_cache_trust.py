@@ -233,16 +233,21 @@ def test_nothing_is_written_through_a_planted_link(downloads, tmp_path) -> None:
     assert victim.read_text() == "mine"
 
 
-def test_a_partial_file_of_somebody_elses_is_begun_anew(downloads) -> None:
-    """Who owns it could change it after it was hashed."""
+@pytest.mark.parametrize(("user", "asked"), [(OTHER, [None]), (0, ["bytes=1000000-"])])
+def test_a_partial_file_of_somebody_elses_is_begun_anew(
+    downloads, monkeypatch, user, asked
+) -> None:
+    """Who owns it could change it after it was hashed. root goes on with it: on a volume of another
+    user's its own files may be of that kind, and they are hashed at each start."""
     path = place(downloads, ENCODER)
     path.parent.mkdir(parents=True)
     partial_path(path).write_bytes(content(ENCODER)[:1_000_000])
-    give_away(partial_path(path))
+    monkeypatch.setattr(trust, "is_own", lambda path: False)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
 
     downloads.run()
-    assert downloads.ranges(ENCODER) == [None]
-    assert path.stat().st_uid == os.geteuid()
+    assert downloads.ranges(ENCODER) == asked
+    assert path.read_bytes() == content(ENCODER)
 
 
 @pytest.mark.parametrize("name", ["text_encoder/extra.safetensors", SINGLE])
@@ -253,3 +258,51 @@ def test_what_no_download_has_put_among_the_links_is_named(downloads, name) -> N
     (folder / name).write_bytes(b"evil")
 
     assert f"models/{VARIANT.card.id}/fp8/{name}" in downloads.fails("is no file of a download")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder/model.safetensors.index.json",
+        "text_encoder/._model.safetensors",
+        "tokenizer/added_tokens.json",
+        "tokenizer/chat_template.jinja",
+        "tokenizer/merges.txt",
+        "transformer/pytorch_model.bin",
+    ],
+)
+def test_whatever_a_loader_might_read_is_refused(downloads, name) -> None:
+    """By the kinds that loaders look for, wherever it lies."""
+    stray = downloads.run() / name
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"evil")
+
+    assert name in downloads.fails("is no file of a download")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "text_encoder/Thumbs.db", "notes.md"])
+def test_a_stray_file_that_no_loader_reads_ends_no_start(downloads, name, caplog) -> None:
+    """It is named in the log and left where it is."""
+    stray = downloads.run() / name
+    stray.write_bytes(b"left by a file manager")
+
+    downloads.run()
+    assert stray.exists()
+    assert name in caplog.text
+
+
+def test_where_rights_have_no_effect_only_another_folder_is_named(downloads, monkeypatch, caplog):
+    """A Windows drive in WSL2 shows every file as open to all, whatever chmod is told."""
+    downloads.run()
+    downloads.cache.chmod(0o777)
+    assert "chmod" in trust.remedy(downloads.cache)
+    fstat = os.fstat
+
+    def as_on_a_windows_drive(number: int) -> os.stat_result:
+        return os.stat_result((fstat(number).st_mode | 0o777, *fstat(number)[1:]))
+
+    monkeypatch.setattr(os, "fstat", as_on_a_windows_drive)
+    downloads.run()
+    assert "hashed at each start" in caplog.text
+    assert "chmod" not in caplog.text
+    assert "set KLEIN_CACHE_DIR to a folder of this user's own" in caplog.text

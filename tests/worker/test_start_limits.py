@@ -11,7 +11,7 @@ from app.domain import LoadProgress, ModelInfo
 from app.runtime import build_runtime
 from app.settings import Settings
 from app.worker import supervisor as module
-from app.worker.messages import Loading, Ready
+from app.worker.messages import Loading, Ready, StartFailed
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Limits, Supervisor
 from tests.worker.conftest import CONFIG, Listening
 
@@ -171,3 +171,15 @@ async def test_the_settings_reach_the_supervisor() -> None:
 
     assert limits.load_s == 11
     assert 7 < limits.download_s <= 7 + 60
+
+
+async def test_callers_are_not_told_what_the_operator_is(started) -> None:
+    """The sentence names paths and settings; whoever asks for the state needs no key."""
+    supervisor, _, listening = started
+    sentence = "There is no model at /home/alice/weights; correct the path and start again."
+    supervisor.on_message(supervisor._handle, StartFailed(sentence))
+
+    assert listening.fatal == (EXIT_START_FAILED, sentence)
+    assert supervisor.stage == "failed"
+    assert supervisor.reason
+    assert "alice" not in supervisor.reason

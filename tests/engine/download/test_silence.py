@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
-from app.engine import fetch
+import pytest
+
+from app.engine import catalog, fetch
+from app.engine.config import EngineConfig
 from app.engine.fetch import Hub as Source
+from app.engine.precision import choose_precision
 from app.engine.start import _find
-from tests.engine.download import ENCODER, SINGLE, content
+from app.worker import supervisor
+from tests.engine.download import CONFIG, ENCODER, SINGLE, VARIANT, content
 
 
 def test_a_line_that_falls_silent_ends_the_download_with_what_came_kept(downloads) -> None:
@@ -29,7 +35,7 @@ def test_a_line_that_falls_silent_ends_the_download_with_what_came_kept(download
 def test_a_hub_that_never_answers_is_not_waited_for_longer(downloads, monkeypatch) -> None:
     """Tries that time out without a byte add up to the same limit, however long each may wait."""
     monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.06)
-    monkeypatch.setattr(fetch, "_TRIES", 1000)
+    downloads.clock = time.monotonic
     downloads.silence_s = 0.2
 
     downloads.hub.spoil(ENCODER, *["hush"] * 50)
@@ -76,9 +82,6 @@ def test_reports_of_what_has_not_changed_are_few(downloads, monkeypatch) -> None
 
 def test_the_setting_reaches_the_download(monkeypatch) -> None:
     """From the service's settings into the worker's config, and from there to the hub."""
-    from app.engine.config import EngineConfig
-    from app.engine.precision import choose_precision
-
     seen: list[Source] = []
 
     def ensure(entry, cache, precision, on_progress, *, hub):
@@ -90,3 +93,41 @@ def test_the_setting_reaches_the_download(monkeypatch) -> None:
     config = EngineConfig("flux.2-klein-4b", None, "/x", None, download_silence_s=7.0)
     _find(config, choose_precision("fp32", None, is_small=True), lambda progress: None)
     assert [hub.silence_s for hub in seen] == [7.0]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_after_the_download_the_limit_of_loading_holds(downloads, monkeypatch, is_there) -> None:
+    """Else what comes next is taken for a download that has fallen silent."""
+    monkeypatch.setattr(catalog, "CATALOG", {VARIANT.card.id: VARIANT})
+    monkeypatch.setattr(fetch, "Hub", lambda silence_s: Source(downloads.endpoint))
+    if is_there:
+        (downloads.run() / CONFIG).resolve().touch()
+    config = EngineConfig(VARIANT.card.id, None, str(downloads.cache), None)
+    precision = replace(choose_precision("fp32", None, is_small=True), name="fp8")
+    seen: list[str] = []
+
+    _find(config, precision, lambda progress: seen.append(progress.stage))
+    assert {"verify" if is_there else "download"} <= set(seen) & supervisor._FETCHING
+    assert seen[-1] not in supervisor._FETCHING
+
+
+@pytest.mark.parametrize("silence_s", [3.0, 120.0, 20_000.0])
+def test_the_setting_and_not_the_number_of_tries_ends_a_download(downloads, silence_s) -> None:
+    """A line that is refused at once is asked for again until the silence is over."""
+    downloads.silence_s = silence_s
+    tries = 0
+
+    def refuse(*_) -> None:
+        nonlocal tries
+        tries += 1
+        raise fetch._Interrupted("cannot be reached")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "_append", refuse)
+        downloads.clock = lambda: sum(downloads.waits)
+        message = downloads.fails("cannot be reached")
+
+    assert f"{silence_s:g} s (KLEIN_DOWNLOAD_SILENCE_S)" in message
+    assert sum(downloads.waits) == silence_s
+    assert max(downloads.waits) <= 10.0
+    assert tries >= silence_s / 10
