@@ -22,7 +22,14 @@ from app.images.preparing import Upload, prepare
 from app.images.uploads import to_pillow
 from tests.api.pictures import mask, photo
 from tests.api.sockets import until
-from tests.data.hostile import PICTURES, jpeg_of_scans, mutated, png_bomb, slow_jpeg
+from tests.data.hostile import (
+    PICTURES,
+    hidden_scans,
+    jpeg_of_scans,
+    mutated,
+    png_bomb,
+    slow_jpeg,
+)
 from tests.images import noise, saved
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -115,6 +122,13 @@ async def test_a_jpeg_has_at_most_a_hundred_scans(pool, scans):
     else:
         with pytest.raises(InvalidRequest, match="more than 100 scans"):
             await decode(pool, data)
+
+
+@pytest.mark.parametrize("code", [0x01, 0xD8])
+async def test_no_marker_hides_a_scan(pool, code):
+    """Nothing is passed over for the length of a marker that has none."""
+    with pytest.raises(InvalidRequest, match="more than 100 scans"):
+        await decode(pool, hidden_scans(64, 64, 40, code))
 
 
 async def test_who_leaves_takes_his_decoder_along(pool):
