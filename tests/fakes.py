@@ -298,6 +298,8 @@ class FakeDecoders:
         mask: Upload | None,
         size: tuple[int, int] | None,
         nearest: Callable[[int, int], tuple[int, int]],
+        *,
+        client: str,
     ) -> Edit:
         """Prepare at once."""
         return prepare(images, mask, size, nearest)

@@ -24,11 +24,11 @@ class HeldDecoder:
     """Decodes nothing; when it is stopped, it ends only when the test says so."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.clients: list[str] = []
         self.end = asyncio.Event()
 
-    async def prepare(self, *arguments: object) -> None:
-        self.asked += 1
+    async def prepare(self, *arguments: object, client: str) -> None:
+        self.clients.append(client)
         try:
             await asyncio.Event().wait()
         finally:
@@ -66,7 +66,7 @@ async def test_a_caller_who_leaves_keeps_the_place_until_the_decoder_has_ended(
 ) -> None:
     """Or leavers could have any number of pictures decoded at once."""
     _, writer = await send(port, picture_form())
-    await until(lambda: decoder.asked)
+    await until(lambda: decoder.clients == ["address:127.0.0.1"])
     assert runtime.queue.size == 1
     writer.close()
     with contextlib.suppress(ConnectionError):

@@ -52,6 +52,8 @@ async def _read(
     if wish.images:
         admission.reserve(1)
         rule = SizeRule.of(card, config.max_pixels)
-        work = decoders_of(request).prepare(wish.images, wish.mask, wish.size, rule.nearest)
+        work = decoders_of(request).prepare(
+            wish.images, wish.mask, wish.size, rule.nearest, client=admission.client
+        )
         edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     return wish.spec(card, service.random_seed, edit), wish.output

@@ -80,7 +80,9 @@ async def _read_edit(
     asked = openai.read(body.values, card, config)
     admission.reserve(asked.n)
     rule = SizeRule.of(card, config.max_pixels)
-    work = decoders_of(request).prepare(body.images, body.mask, asked.size, rule.nearest)
+    work = decoders_of(request).prepare(
+        body.images, body.mask, asked.size, rule.nearest, client=admission.client
+    )
     edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     seed = asked.draw_seed(service.random_seed)
     return asked, asked.specs(edit.size, seed, references=edit.references, mask=edit.mask)

@@ -74,8 +74,8 @@ class Field:
     refusal: str | None = None
     """For a field that is known but cannot be honoured: why any value is refused."""
     veto: Callable[[Any], InvalidRequest | None] | None = None
-    """For a field with values that are valid but cannot be honoured: what is wrong with one, returned
-    or raised."""
+    """For a field with values that are valid but cannot be honoured: what is wrong with one,
+    returned or raised."""
     json_only: bool = False
     is_picture: bool = False
     """For a text that may be long; whoever decodes it judges its length."""
