@@ -84,7 +84,8 @@ class JobQueue:
                 retry_after_s,
             )
         free = self.capacity + self._idle_places - self.size
-        if images <= free - self._shares.kept(client):
+        # Nothing is kept of an idle card.
+        if images <= max(free - self._shares.kept(client), min(free, self._idle_places)):
             return
         if not is_over_share:
             self._shares.claim(client, retry_after_s, images=images)
@@ -104,7 +105,8 @@ class JobQueue:
         Raises:
             Unavailable: there is too much to do before, or it is for others.
         """
-        if self.expected_wait_s() + self._shares.kept_s(client) + work_s <= left_s:
+        kept_s = self._shares.kept_s(client, left_s - work_s)
+        if self.expected_wait_s() + kept_s + work_s <= left_s:
             return
         if has_claim:
             self._shares.claim(client, retry_after_s, work_s=work_s)
@@ -117,13 +119,28 @@ class JobQueue:
             Unavailable: there is no room for all of them.
         """
         self.check_room(client, images, retry_after_s=retry_after_s)
-        self._shares.end_claim(client)
-        places = Places(self, client, images)
+        places = Places(self, client, 0)
         self._places.add(places)
-        self._reserved[client] = self._reserved.get(client, 0) + images
-        self._reserved_count += images
-        self._settle()
+        self._widen(places, images)
         return places
+
+    def widen(self, places: Places, images: int, *, retry_after_s: int) -> None:
+        """Take as many more as are missing to *images* in all, or none.
+
+        Raises:
+            Unavailable: there is no room for all of them.
+        """
+        if images > places.images:
+            more = images - places.images
+            self.check_room(places.client, more, retry_after_s=retry_after_s)
+            self._widen(places, more)
+
+    def _widen(self, places: Places, more: int) -> None:
+        places.images += more
+        self._reserved[places.client] = self._reserved.get(places.client, 0) + more
+        self._reserved_count += more
+        self._shares.hold_claim(places.client)
+        self._settle()
 
     def give_back(self, places: Places) -> None:
         """Free *places*, unless they are filled or free already."""
@@ -184,6 +201,7 @@ class JobQueue:
         if places.error is not None:
             raise places.error
         self._free(places)
+        self._shares.end_claim(places.client)
         now = self._clock()
         loop = asyncio.get_running_loop()
         for job in jobs:
@@ -193,8 +211,16 @@ class JobQueue:
         self._settle()
 
     def cancel(self, job: Job) -> None:
-        """The caller has gone: a waiting job never runs, a running one is asked to stop."""
+        """The caller has gone: a waiting job never runs, a running one is asked to stop. What is
+        kept for a client whose every caller has gone is kept no more."""
+        if job.future.done():
+            return
         self._abandon(job, Cancelled())
+        client = job.client
+        if not self._held(client) and not any(
+            other.client == client and not other.future.done() for other in self._running
+        ):
+            self._shares.end_claim(client)
 
     async def take(self) -> Job:
         """Wait for the next job and mark it as running. One taker at a time."""

@@ -258,7 +258,7 @@ async def test_a_fork_server_that_stands_still_is_replaced(caplog):
 
 async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
     """One that has closed its end and goes on is killed in time; another is there before."""
-    monkeypatch.setattr("app.images.processes._END_S", 0.3)
+    monkeypatch.setattr("app.images.processes._END_S", 0.1)
     await until(lambda: "2 idle" in repr(pool))
     old = psutil.Process(pool.server_pid)
     old.suspend()
