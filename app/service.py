@@ -224,12 +224,13 @@ class ImageService:
             Unavailable: not one image more can be taken now.
             KleinError: *client* has asked for too many of late.
         """
-        admission = Admission(self, client, self._clock(), deadline_s)
+        self._check_open(1, client)
+        places = None
         if is_large:
-            admission.reserve(1)
-        else:
-            self._check_open(1, client)
-        return admission
+            retry_s = self._retry_after_s()
+            places = self._queue.reserve(client, 1, retry_after_s=retry_s, is_early=True)
+            self._rates.take(client, 1)
+        return Admission(self, client, self._clock(), deadline_s, places)
 
     def _check_open(self, images: int, client: str, *, held: int = 0) -> None:
         """Refuse *images*, of which so many have their place already, if they cannot be taken.
@@ -251,7 +252,8 @@ class ImageService:
             raise self._unavailable(Kind.DRAINING, "The service is shutting down", retry_s)
         if self._worker.info is None:
             raise self._unavailable(Kind.LOADING, "The model is still being loaded", retry_s)
-        self._queue.check_room(client, images - held, retry_after_s=retry_s)
+        if images > held:
+            self._queue.check_room(client, images - held, retry_after_s=retry_s)
         if not self._worker.is_ready:
             raise self._unavailable(Kind.WORKER_DOWN, "The worker is being restarted", retry_s)
 
@@ -350,8 +352,7 @@ class ImageService:
         """Take the places and tokens of a request before its pictures are looked at, beside those
         that it has."""
         client, held = admission.client, 0 if places is None else places.images
-        if images > held:
-            self._check_open(images, client, held=held)
+        self._check_open(images, client, held=held)
         left_s = self.seconds_left(admission)
         if left_s <= 0:
             raise _too_slow()
@@ -527,10 +528,15 @@ class Admission:
     """
 
     def __init__(
-        self, service: ImageService, client: str, arrived_at: float, deadline_s: float | None
+        self,
+        service: ImageService,
+        client: str,
+        arrived_at: float,
+        deadline_s: float | None,
+        places: Places | None,
     ) -> None:
         self._service = service
-        self._places: Places | None = None
+        self._places = places
         self.client = client
         self.arrived_at = arrived_at
         self.deadline_s = deadline_s
@@ -554,7 +560,7 @@ class Admission:
         return self._service.seconds_left(self)
 
     def reserve(self, images: int) -> None:
-        """Take a place for each of *images*, beside the one that it may have.
+        """Take a place for each of *images*, beside the one that it may have, once.
 
         Raises:
             InvalidRequest: they would not fit into the empty queue either.
@@ -574,7 +580,7 @@ class Admission:
             DeadlineExceeded: the request took too long to arrive.
             KleinError: the client has asked for too many of late.
         """
-        if self._places is not None and len(specs) > self._places.images:
+        if self._places is not None and self._places.is_early:
             self.reserve(len(specs))
         return self._service.start(self, self._places, specs, output)
 

@@ -21,9 +21,11 @@ from app.jobs.shares import Shares
 class Places:
     """Room for *images* jobs of *client*, until it is filled or given back."""
 
-    def __init__(self, queue: JobQueue, client: str, images: int) -> None:
+    def __init__(self, queue: JobQueue, client: str, *, is_early: bool) -> None:
         self.client = client
-        self.images = images
+        self.images = 0
+        self.is_early = is_early
+        """Whether it is not known yet what will be asked for. The queue's end waits for no such."""
         self.error: KleinError | None = None
         """Why no job may come any more, once that is so."""
         self._queue = queue
@@ -46,6 +48,8 @@ class JobQueue:
         self._places: set[Places] = set()
         self._reserved: dict[str, int] = {}
         self._reserved_count = 0
+        self._early_count = 0
+        """How many of the places are early: requests, not images."""
         self._taker: asyncio.Future[Job] | None = None
         self._timers: dict[Job, asyncio.TimerHandle] = {}
         self._empty = asyncio.Event()
@@ -112,28 +116,33 @@ class JobQueue:
             self._shares.claim(client, retry_after_s, work_s=work_s)
         raise _full("The queue is so long that the picture would miss its deadline", retry_after_s)
 
-    def reserve(self, client: str, images: int, *, retry_after_s: int) -> Places:
+    def reserve(
+        self, client: str, images: int, *, retry_after_s: int, is_early: bool = False
+    ) -> Places:
         """Take places for all *images* of *client*, or none.
 
         Raises:
             Unavailable: there is no room for all of them.
         """
         self.check_room(client, images, retry_after_s=retry_after_s)
-        places = Places(self, client, 0)
+        places = Places(self, client, is_early=is_early)
         self._places.add(places)
+        self._early_count += is_early
         self._widen(places, images)
         return places
 
     def widen(self, places: Places, images: int, *, retry_after_s: int) -> None:
-        """Take as many more as are missing to *images* in all, or none.
+        """Take as many more as are missing to *images* in all, or none. They are early no more.
 
         Raises:
             Unavailable: there is no room for all of them.
         """
-        if images > places.images:
-            more = images - places.images
+        more = images - places.images
+        if more > 0:
             self.check_room(places.client, more, retry_after_s=retry_after_s)
-            self._widen(places, more)
+        self._early_count -= places.is_early
+        places.is_early = False
+        self._widen(places, more)
 
     def _widen(self, places: Places, more: int) -> None:
         places.images += more
@@ -150,6 +159,7 @@ class JobQueue:
 
     def _free(self, places: Places) -> None:
         self._places.remove(places)
+        self._early_count -= places.is_early
         self._reserved_count -= places.images
         left = self._reserved.pop(places.client) - places.images
         if left:
@@ -255,7 +265,7 @@ class JobQueue:
         self._settle()
 
     async def wait_until_empty(self) -> None:
-        """Return once nothing waits, nothing has a place and nothing runs."""
+        """Return once nothing waits, nothing but what is early has a place and nothing runs."""
         await self._empty.wait()
 
     def fail_waiting(self, error: KleinError) -> None:
@@ -299,7 +309,7 @@ class JobQueue:
             job.state = JobState.RUNNING
             job.started_at = self._clock()
             self._taker.set_result(job)
-        if self._waiting or self._running or self._places:
+        if self._waiting or self._running or len(self._places) > self._early_count:
             self._empty.clear()
         else:
             self._empty.set()

@@ -285,6 +285,31 @@ async def test_a_large_body_takes_further_places_once_their_number_is_known(at, 
     assert refused.value.kind is Kind.RATE_LIMITED
 
 
+async def test_a_large_body_that_is_still_read_holds_up_no_end(at) -> None:
+    """Told to stop, the service waits for nobody who has only arrived, and turns it away once its
+    body is there; what was reserved after the body it waits for."""
+    service = at.service
+    with (
+        service.admit(client="a", is_large=True) as admission,
+        service.admit(client="a", is_large=True) as other,
+    ):
+        other.reserve(1)
+        assert service.drain() == pytest.approx(120.0)
+        idle = asyncio.ensure_future(service.wait_until_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+        ticket = other.submit([TINY], PNG)
+        ticket.cancel()
+        async with asyncio.timeout(1):
+            await idle
+        for take in (lambda: admission.reserve(1), lambda: admission.submit([TINY], PNG)):
+            with pytest.raises(Unavailable) as refused:
+                take()
+            assert refused.value.kind is Kind.DRAINING
+
+    assert at.queue.size == 0
+
+
 async def test_where_further_places_are_missing_none_is_kept(at) -> None:
     """All or none, and the first is free again."""
     at.service.submit([TINY] * 2, client="b", output=PNG)

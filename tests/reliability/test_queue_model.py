@@ -72,14 +72,14 @@ class QueueModel(RuleBasedStateMachine):
             new[-1].future.add_done_callback(lambda _, name=new[-1].id: self.ended.update([name]))
         return new
 
-    def ask(self, client: str, images: int) -> Places | None:
+    def ask(self, client: str, images: int, *, is_early: bool = False) -> Places | None:
         """All images get a place, or none does: never beyond the bound, nor beyond a client's
         share, unless it is alone."""
         size, held = self.queue.size, self.held(client)
         is_idle = self.taking is not None and not self.taking.done()
         self.asked.add(client)
         try:
-            places = self.queue.reserve(client, images, retry_after_s=1)
+            places = self.queue.reserve(client, images, retry_after_s=1, is_early=is_early)
         except Unavailable as error:
             refused = error.kind
         else:
@@ -108,6 +108,12 @@ class QueueModel(RuleBasedStateMachine):
     def reserve(self, images: int, client: str) -> object:
         """A request gets its places, and its pictures are decoded first."""
         places = None if self.is_draining else self.ask(client, images)
+        return multiple() if places is None else places
+
+    @rule(target=reserved, client=st.sampled_from("abc"))
+    def arrive(self, client: str) -> object:
+        """A request with a large body gets its first place before anything is read."""
+        places = None if self.is_draining else self.ask(client, 1, is_early=True)
         return multiple() if places is None else places
 
     @rule(target=reserved, places=consumes(reserved), images=st.integers(1, 6))
@@ -249,6 +255,8 @@ class QueueModel(RuleBasedStateMachine):
         reserved = sum(places.images for places in self.places)
         assert self.queue.size == len(waiting) + reserved <= CAPACITY + self.lent
         assert self.queue.running == len(running)
+        is_expected = any(not places.is_early for places in self.places)
+        assert self.queue._empty.is_set() == (not waiting and not running and not is_expected)
 
     @invariant()
     def each_ends_at_most_once(self) -> None:
