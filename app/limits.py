@@ -130,12 +130,16 @@ def check_prompt(prompt: str) -> None:
             param="prompt",
             code="string_above_max_length",
         )
+    check_characters(prompt, "prompt")
+
+
+def check_characters(text: str, param: str) -> None:
+    """Refuse half of a surrogate pair, which JSON may bring and UTF-8 cannot hold."""
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(
-            "prompt holds half of a surrogate pair; send whole Unicode characters.",
-            param="prompt",
+            f"{param} holds half of a surrogate pair; send whole Unicode characters.", param=param
         ) from None
 
 

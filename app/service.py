@@ -213,26 +213,34 @@ class ImageService:
             worker_restarts=worker.restart_count,
         )
 
-    def admit(self, *, client: str, deadline_s: float | None = None) -> Admission:
+    def admit(
+        self, *, client: str, deadline_s: float | None = None, is_large: bool = False
+    ) -> Admission:
         """Take note of a request that arrives now, before anything of it is read; *deadline_s* may
-        only shorten the deadline.
+        only shorten the deadline. One whose body *is_large*, and so takes its time, has the place
+        and the token of its first image from here on.
 
         Raises:
             Unavailable: not one image more can be taken now.
             KleinError: *client* has asked for too many of late.
         """
         self._check_open(1, client)
-        return Admission(self, client, self._clock(), deadline_s)
+        places = None
+        if is_large:
+            retry_s = self._retry_after_s()
+            places = self._queue.reserve(client, 1, retry_after_s=retry_s, is_early=True)
+            self._rates.take(client, 1)
+        return Admission(self, client, self._clock(), deadline_s, places)
 
-    def _check_open(self, images: int, client: str) -> None:
-        """Refuse *images* more if they cannot be taken.
+    def _check_open(self, images: int, client: str, *, held: int = 0) -> None:
+        """Refuse *images*, of which so many have their place already, if they cannot be taken.
 
         Raises:
             InvalidRequest: they would not fit into the empty queue either.
             Unavailable: they cannot be taken now.
             KleinError: *client* has asked for too many of late.
         """
-        self._check_rate(client, images)
+        self._check_rate(client, images, held)
         if images > self._queue.capacity:
             raise InvalidRequest(
                 f"n is {images}, but at most {self._queue.capacity} images may wait here; "
@@ -244,11 +252,12 @@ class ImageService:
             raise self._unavailable(Kind.DRAINING, "The service is shutting down", retry_s)
         if self._worker.info is None:
             raise self._unavailable(Kind.LOADING, "The model is still being loaded", retry_s)
-        self._queue.check_room(client, images, retry_after_s=retry_s)
+        if images > held:
+            self._queue.check_room(client, images - held, retry_after_s=retry_s)
         if not self._worker.is_ready:
             raise self._unavailable(Kind.WORKER_DOWN, "The worker is being restarted", retry_s)
 
-    def _check_rate(self, client: str, images: int) -> None:
+    def _check_rate(self, client: str, images: int, held: int) -> None:
         limit = self._rates.per_minute
         if limit and images > limit:
             raise InvalidRequest(
@@ -256,7 +265,7 @@ class ImageService:
                 "ask for fewer at a time.",
                 param="n",
             )
-        if wait_s := self._rates.wait_s(client, images):
+        if wait_s := self._rates.wait_s(client, images - held):
             raise KleinError(
                 f"At most {limit} images in a minute may be asked for here; "
                 f"try again in {wait_s} s.",
@@ -339,14 +348,20 @@ class ImageService:
 
     # For Admission.
 
-    def reserve(self, admission: Admission, images: int) -> Places:
-        """Take the places and tokens of a request before its pictures are looked at."""
-        self._check_open(images, admission.client)
+    def reserve(self, admission: Admission, places: Places | None, images: int) -> Places:
+        """Take the places and tokens of a request before its pictures are looked at, beside those
+        that it has."""
+        client, held = admission.client, 0 if places is None else places.images
+        self._check_open(images, client, held=held)
         left_s = self.seconds_left(admission)
         if left_s <= 0:
             raise _too_slow()
-        places = self._queue.reserve(admission.client, images, retry_after_s=self._retry_after_s())
-        self._rates.take(admission.client, images)
+        retry_s = self._retry_after_s()
+        if places is None:
+            places = self._queue.reserve(client, images, retry_after_s=retry_s)
+        else:
+            self._queue.widen(places, images, retry_after_s=retry_s)
+        self._rates.take(client, images - held)
         self._longest_deadline = max(self._longest_deadline, self._clock() + left_s)
         return places
 
@@ -507,16 +522,21 @@ class ImageService:
 class Admission:
     """One request from its arrival until its pictures wait for the card.
 
-    Where something must be decoded first, its places are taken before: they, and the tokens of the
-    client's rate, are its own from then on. Leaving the `with` block gives back the places that no
-    picture took, but no token. The deadline counts from the arrival.
+    Where a large body must be read or something decoded first, its places are taken before: they,
+    and the tokens of the client's rate, are its own from then on. Leaving the `with` block gives
+    back the places that no picture took, but no token. The deadline counts from the arrival.
     """
 
     def __init__(
-        self, service: ImageService, client: str, arrived_at: float, deadline_s: float | None
+        self,
+        service: ImageService,
+        client: str,
+        arrived_at: float,
+        deadline_s: float | None,
+        places: Places | None,
     ) -> None:
         self._service = service
-        self._places: Places | None = None
+        self._places = places
         self.client = client
         self.arrived_at = arrived_at
         self.deadline_s = deadline_s
@@ -540,7 +560,7 @@ class Admission:
         return self._service.seconds_left(self)
 
     def reserve(self, images: int) -> None:
-        """Take a place for each of *images*, once.
+        """Take a place for each of *images*, beside the one that it may have, once.
 
         Raises:
             InvalidRequest: they would not fit into the empty queue either.
@@ -548,7 +568,7 @@ class Admission:
             DeadlineExceeded: the request took too long to arrive.
             KleinError: the client has asked for too many of late.
         """
-        self._places = self._service.reserve(self, images)
+        self._places = self._service.reserve(self, self._places, images)
 
     def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> Ticket:
         """Let all of *specs* wait for the card, or none: in the places that were taken for them,
@@ -560,6 +580,8 @@ class Admission:
             DeadlineExceeded: the request took too long to arrive.
             KleinError: the client has asked for too many of late.
         """
+        if self._places is not None and self._places.is_early:
+            self.reserve(len(specs))
         return self._service.start(self, self._places, specs, output)
 
 

@@ -114,16 +114,21 @@ class FakeService:
             worker_restarts=0,
         )
 
-    def admit(self, *, client: str, deadline_s: float | None = None) -> FakeAdmission:
+    def admit(
+        self, *, client: str, deadline_s: float | None = None, is_large: bool = False
+    ) -> FakeAdmission:
         """Refuse as the real one does."""
         self.check_open(1)
-        return FakeAdmission(self, client, deadline_s)
+        admission = FakeAdmission(self, client, deadline_s)
+        if is_large:
+            admission.reserve(1)
+        return admission
 
-    def check_open(self, images: int) -> None:
+    def check_open(self, images: int, held: int = 0) -> None:
         """Refuse what does not fit, or what the script wants refused."""
         if images > self.capacity:
             raise InvalidRequest(f"n is {images}, but {self.capacity} may wait.", param="n")
-        full = self.waiting + self.reserved + images > self.capacity
+        full = self.waiting + self.reserved + images - held > self.capacity
         kind = Kind.QUEUE_FULL if full else self.closed_by
         if kind is not None:
             raise Unavailable("It cannot be taken now.", kind=kind, retry_after_s=7)
@@ -185,12 +190,14 @@ class FakeAdmission:
 
     def reserve(self, images: int) -> None:
         """Hold places until the end of the block."""
-        self.service.check_open(images)
+        self.service.check_open(images, self.images)
+        self.service.reserved += images - self.images
         self.images = images
-        self.service.reserved += images
 
     def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> FakeTicket:
         """Accept all or none."""
+        if self.images and len(specs) > self.images:
+            self.reserve(len(specs))
         ticket = self.service.start(specs, self, output)
         self.__exit__()
         return ticket
@@ -298,6 +305,8 @@ class FakeDecoders:
         mask: Upload | None,
         size: tuple[int, int] | None,
         nearest: Callable[[int, int], tuple[int, int]],
+        *,
+        client: str,
     ) -> Edit:
         """Prepare at once."""
         return prepare(images, mask, size, nearest)

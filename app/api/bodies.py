@@ -2,9 +2,10 @@
 
 Only a reader meets the limits: a route that refuses for another reason never waits for the body.
 All bodies together are limited too, or a few dozen callers could fill the memory; of that sum no
-client has more than three quarters, or one who sends slowly would keep everybody else out. A small
-body is always admitted: what asks for a picture in words has a few hundred bytes, and as many of
-them as there are sockets do no harm.
+client has more than three quarters, or one who sends slowly would keep everybody else out. What
+counts is what has come and is still held, not what was announced. A small body is always admitted:
+what asks for a picture in words has a few hundred bytes, and as many of them as there are sockets
+do no harm.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 BODIES_AT_ONCE = 8
 """How many of the largest bodies may be held at a time, whatever their number."""
 SMALL_BYTES = 64 * 1024
-"""A body is counted from this size on."""
+"""A body is counted from this size on, and waits for no place in the queue until it is read."""
 RETRY_S = 5
 
 
@@ -109,6 +110,12 @@ class BodyLimit:
                 f"The body is larger than {self._max_bytes:,} bytes; send less or smaller images.",
                 kind=Kind.TOO_LARGE,
             )
+
+
+def is_large(scope: Scope) -> bool:
+    """Whether the body may be more than a small one: it says so, or does not say."""
+    is_chunked = "transfer-encoding" in Headers(scope=scope)
+    return is_chunked or _content_length(scope) > SMALL_BYTES
 
 
 def _too_many(what: str) -> Unavailable:

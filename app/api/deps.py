@@ -12,6 +12,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import Scope
 
+from app.api.bodies import is_large
 from app.api.exchange import exchange_of
 from app.errors import InvalidRequest
 from app.images.pool import DecoderPool
@@ -71,6 +72,10 @@ async def _deadline_s(request: Request) -> float | None:
     return seconds
 
 
+async def _is_large(request: Request) -> bool:
+    return is_large(request.scope)
+
+
 def _runtime(request: Request) -> Runtime:
     runtime = runtime_of(request.scope)
     if runtime is None:
@@ -82,3 +87,4 @@ Service = Annotated[ImageService, Depends(_service)]
 Telemetry = Annotated[Metrics, Depends(_metrics)]
 Client = Annotated[str, Depends(_client)]
 DeadlineS = Annotated[float | None, Depends(_deadline_s)]
+IsLarge = Annotated[bool, Depends(_is_large)]

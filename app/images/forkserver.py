@@ -4,16 +4,18 @@ It has imported what decoders need and nothing else, so a new one is there withi
 shares its memory. Not `multiprocessing`'s fork server, because that has each new process import the
 service's main module anew, settings and all, and because there is one of it for a whole process.
 
-On its control socket it sends, for each new decoder, the process id with the other end of its
-connection; what it receives are ids of decoders to kill. It alone may do that safely, since no id
-of its children is given to another process before it has seen the child's end. Its own end comes
-when the control socket is closed, by whatever end of the service, and it takes the decoders along.
+On its control socket, which is its stdin, it sends, for each new decoder, the process id with the
+other end of its connection; what it receives are ids of decoders to kill. It alone may do that
+safely, since no id of its children is given to another process before it has seen the child's end.
+Its own end comes when the control socket is closed, by whatever end of the service, and it takes
+the decoders along.
 
-    python -m app.images.forkserver CONTROL SIZE CPU_S MEMORY_BYTES
+    python -m app.images.forkserver SIZE CPU_S MEMORY_BYTES
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import os
@@ -29,7 +31,7 @@ from app.images.preparing import Upload, prepare
 
 _NICE = 10
 """Behind the service, which answers everybody, where there are fewer cores than work."""
-_RETRY_S = 1.0
+_RETRY_MS = 1000
 """After a fork that the machine had no room for."""
 _MESSAGE_BYTES = 64
 
@@ -49,13 +51,15 @@ class ForkServer:
         woken, wakes = os.pipe()
         for end in (woken, wakes):
             os.set_blocking(end, False)
+        poll = select.poll()
+        for end in (control, woken):
+            poll.register(end, select.POLLIN)
         signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         try:
             while True:
                 is_complete = self._fill()
-                wait_s = None if is_complete else _RETRY_S
-                ready = select.select([control, woken], [], [], wait_s)[0]
+                ready = {number for number, _ in poll.poll(None if is_complete else _RETRY_MS)}
                 if woken in ready:
                     os.read(woken, 4096)
                     self._reap()
@@ -64,6 +68,9 @@ class ForkServer:
         except ConnectionError:
             return
         finally:
+            # First of all, so that no picture is taken for what ended its decoder.
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
             # In a container nobody else might.
@@ -124,7 +131,7 @@ def _warm_up() -> None:
         prepare([upload], mask, (64, 64), lambda width, height: (width, height))
 
 
-def main(control: str, size: str, cpu_s: str, memory_bytes: str) -> None:
+def main(size: str, cpu_s: str, memory_bytes: str) -> None:
     """Run as the process; the service alone decides when it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -132,7 +139,7 @@ def main(control: str, size: str, cpu_s: str, memory_bytes: str) -> None:
     _warm_up()
     gc.freeze()
     limits = Limits(cpu_s=int(cpu_s), memory_bytes=int(memory_bytes))
-    with socket.socket(fileno=int(control)) as connection:
+    with socket.socket(fileno=0) as connection:
         ForkServer(connection, int(size), limits).run()
 
 

@@ -1,9 +1,10 @@
 """The service's side of the decoders: a place, a decoder, one request, and away with it.
 
-Everything here runs on the event loop and nothing in it waits, neither in a thread nor for a
-process. A decoder serves one request. When that has ended, well or not, or when its caller has
+Everything here runs on the event loop, and nothing in it waits for a process but `kill`, which is
+the end. A decoder serves one request. When that has ended, well or not, or when its caller has
 gone, the decoder is killed and the fork server puts another in its place, so no place is given on
-before the process that held it has ended, and nobody waits for a picture that nobody wants.
+before the process that held it has ended, and nobody waits for a picture that nobody wants. Clients
+take turns, so nobody waits for all the pictures of another.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from app.errors import InvalidRequest, Kind, Unavailable
 from app.images.decoder import Limits
 from app.images.preparing import Edit, Size, Upload
 from app.images.processes import ENDED_EARLY, Decoder, Server
+from app.images.turns import Turns
 
 _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_SERVER_START_S = 30.0
+"""Until the fork server's first decoder comes: it runs behind all else, on a busy machine too."""
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
 
@@ -27,17 +31,21 @@ _LAST_RETRY_S = 5.0
 class DecoderPool:
     """Prepares the pictures of *size* requests at a time.
 
-    Made and used on the event loop. `start` and `kill` return at once and may be called again.
+    Made and used on the event loop. `start` returns at once, `kill` within milliseconds, or within
+    a second where the fork server stands still; both may be called again.
     """
 
     def __init__(self, *, size: int = 2, limits: Limits | None = None) -> None:
         self._size = size
         self._limits = limits or Limits()
-        self._places = asyncio.Semaphore(size)
-        self._idle: asyncio.Queue[Decoder] = asyncio.Queue()
+        self._turns = Turns(size)
+        self._idle: asyncio.Queue[Decoder | None] = asyncio.Queue()
+        """None for each that may still wait when the pool is closed."""
         self._busy: set[Decoder] = set()
         self._server: Server | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._starting: asyncio.TimerHandle | None = None
+        """Runs while no decoder has come from the fork server yet."""
         self._retry_s = _FIRST_RETRY_S
         self._is_down = False
         """Whether somebody has waited for a decoder in vain; whoever comes next is told at once."""
@@ -66,6 +74,9 @@ class DecoderPool:
         except OSError as error:
             _log.error("The decoders could not be started: %s.", error.strerror)
             self._try_again()
+        else:
+            loop = asyncio.get_running_loop()
+            self._starting = loop.call_later(_SERVER_START_S, self._replace_server)
 
     async def prepare(
         self,
@@ -73,23 +84,26 @@ class DecoderPool:
         mask: Upload | None,
         size: Size | None,
         nearest: Callable[[int, int], Size],
+        *,
+        client: str,
     ) -> Edit:
-        """Do what `app.images.preparing.prepare` does, in a process with limits.
+        """Do what `app.images.preparing.prepare` does, in a process with limits, when it is the
+        turn of *client*.
 
         Raises:
             InvalidRequest: a picture cannot be used, or not within the limits.
-            Unavailable: no decoder can be started.
+            Unavailable: no decoder can be started, or what it was forked from has ended.
         """
         self.start()
-        async with self._places:
+        async with self._turns.of(client):
             for _ in range(_ATTEMPTS):
                 decoder = await self._take()
                 try:
                     async with asyncio.timeout(self._limits.wall_s):
                         return await decoder.prepare(images, mask, size, nearest)
                 except ENDED_EARLY:
-                    if self._is_closed:
-                        break
+                    if self._is_closed or self._is_orphan(decoder):
+                        break  # whatever it was at is not to blame
                     if decoder.began is not None:
                         raise self._beyond_limits(*decoder.began) from None
                     # It had not looked at any picture, so none is to blame.
@@ -103,29 +117,34 @@ class DecoderPool:
         if self._retry is not None:
             self._retry.cancel()
         if self._server is not None:
-            server, self._server = self._server, None
-            server.close()
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
+            self._server.end()
+            self._let_go_of_server()
         for decoder in tuple(self._busy):
             decoder.hang_up()
+        for _ in range(self._size):
+            self._idle.put_nowait(None)
 
     def _add(self, decoder: Decoder) -> None:
+        self._end_start()
         self._retry_s = _FIRST_RETRY_S
         self._is_down = False
         self._idle.put_nowait(decoder)
 
     async def _take(self) -> Decoder:
         """Wait for a decoder that lives; one is on its way unless the machine has no room."""
-        if self._is_down:
+        if self._is_down or self._is_closed:
             raise _unavailable()
         try:
             async with asyncio.timeout(self._limits.start_s):
-                while not (decoder := await self._idle.get()).is_alive():
+                while (decoder := await self._idle.get()) and not decoder.is_alive():
                     decoder.close()
         except TimeoutError:
             self._is_down = True
+            if self._starting is None:
+                self._replace_server()
             raise _unavailable() from None
+        if decoder is None:
+            raise _unavailable()
         self._busy.add(decoder)
         return decoder
 
@@ -133,7 +152,7 @@ class DecoderPool:
         self._busy.discard(decoder)
         decoder.close()
         if self._server is not None:
-            self._server.kill(decoder.pid)
+            self._server.kill_decoder(decoder.pid)
 
     def _beyond_limits(self, param: str, code: str) -> InvalidRequest:
         return InvalidRequest(
@@ -144,13 +163,40 @@ class DecoderPool:
             code=code,
         )
 
+    def _is_orphan(self, decoder: Decoder) -> bool:
+        """Whether the fork server ended before *decoder*, and perhaps took it along."""
+        if self._server is not None:
+            self._server.receive()
+        return decoder.is_orphan
+
     def _on_server_lost(self) -> None:
-        """Start another; what is idle would not be replaced any more."""
-        self._server = None
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
+        """Start another."""
+        self._let_go_of_server()
         _log.error("The decoders' fork server has ended; another is started.")
         self._try_again()
+
+    def _replace_server(self) -> None:
+        """Start another for one from which no decoder comes: it stands still, or has no room."""
+        if self._server is not None:
+            self._server.kill()
+            self._let_go_of_server()
+            _log.error("No decoder comes from their fork server; another is started.")
+            self._try_again()
+
+    def _let_go_of_server(self) -> None:
+        """Forget the server and what is idle, which would not be replaced any more."""
+        self._server = None
+        self._end_start()
+        for decoder in self._busy:
+            decoder.is_orphan = True
+        while not self._idle.empty():
+            if decoder_left := self._idle.get_nowait():
+                decoder_left.close()
+
+    def _end_start(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
 
     def _try_again(self) -> None:
         if not self._is_closed and self._retry is None:

@@ -1,6 +1,7 @@
 """The service's hold on the decoders' processes: their fork server, and one decoder at its work.
 
-Nothing here waits but for the event loop. What a decoder says is judged before it is believed.
+Nothing here waits but for the event loop, except `Server.end`, which is for the service's own end.
+What a decoder says is judged before it is believed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,10 @@ _MAX_MESSAGE_BYTES = 65_536
 _MAX_PIXELS = 64_000_000
 _TURN_BYTES = 2**20
 """Received at a time before others have their turn."""
+_END_S = 1.0
+"""For the fork server to end by itself once its control socket is closed."""
+_LOOK_S = 0.05
+"""From one look whether it has ended to the next."""
 _ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
 """How the names begin of what a decoder's process is told: no keys, no tokens."""
 _MEMORY = {
@@ -36,8 +42,8 @@ _MEMORY = {
 }
 """A process touches each page of its memory for a first time, which takes ten milliseconds for a
 picture of a megapixel: so pages are large where the kernel has them, and freed ones are kept."""
-_PROGRAM = "import sys; sys.path[:] = sys.argv[5:]; from app.images.forkserver import main; "
-_PROGRAM += "main(*sys.argv[1:5])"
+_PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from app.images.forkserver import main; "
+_PROGRAM += "main(*sys.argv[1:4])"
 
 
 class Server:
@@ -55,18 +61,20 @@ class Server:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
+                # As its stdin, or it would have our number, which may be any. A group of its own,
+                # to kill it with its decoders.
                 self._process = subprocess.Popen(
-                    _command(theirs, size, limits),
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
+                    _command(size, limits),
+                    stdin=theirs.fileno(),
                     env=_environment(),
+                    process_group=0,
                 )
             except OSError:
                 self._control.close()
                 raise
         self._control.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._control, self._receive)
+        self._loop.add_reader(self._control, self.receive)
 
     def __repr__(self) -> str:
         return f"<fork server {self.pid}>"
@@ -76,33 +84,58 @@ class Server:
         """The process id."""
         return self._process.pid
 
-    def kill(self, pid: int) -> None:
+    def kill_decoder(self, pid: int) -> None:
         """Have the decoder *pid* killed; one that has ended is none any more."""
         with contextlib.suppress(OSError):
             self._control.send(b"%d" % pid)
 
-    def close(self) -> None:
-        """End it, with the decoders; takes milliseconds."""
-        self._loop.remove_reader(self._control)
-        self._control.close()
+    def end(self) -> None:
+        """End it, with the decoders, and wait: milliseconds, or a second where it stands still."""
+        self._hang_up()
         try:
-            self._process.wait(1.0)
+            self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill_group()
             self._process.wait()
 
-    def _receive(self) -> None:
-        try:
-            message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
-        except BlockingIOError:
-            return
-        except OSError:
-            message, descriptors = b"", []
-        if message and descriptors:
+    def kill(self) -> None:
+        """Kill it, with the decoders, and return at once."""
+        self._hang_up()
+        self._kill_group()
+        self._reap()
+
+    def receive(self) -> None:
+        """Take what it has sent, up to its end."""
+        while True:
+            try:
+                message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                message, descriptors = b"", []
+            if not message or not descriptors:
+                break
             self._on_decoder(Decoder(int(message), socket.socket(fileno=descriptors[0])))
-            return
-        self.close()
+        self._hang_up()
+        self._reap(round(_END_S / _LOOK_S))
         self._on_lost()
+
+    def _hang_up(self) -> None:
+        self._loop.remove_reader(self._control)
+        self._control.close()
+
+    def _kill_group(self) -> None:
+        # It has not been waited for, so its number is nobody else's.
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _reap(self, looks: int = -1) -> None:
+        """Look now and again whether it has ended; kill it after so many *looks*."""
+        if self._process.poll() is not None:
+            return
+        if looks == 0:
+            self._kill_group()
+        self._loop.call_later(_LOOK_S, self._reap, looks - 1)
 
 
 @dataclass(eq=False, slots=True)
@@ -113,6 +146,8 @@ class Decoder:
     connection: socket.socket
     began: tuple[str, str] | None = None
     """Param and code of the file that it was at last; None before the first."""
+    is_orphan: bool = False
+    """Whether the fork server has gone, and may have taken it along."""
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)
@@ -203,8 +238,8 @@ class Decoder:
         return bytes(data)
 
 
-def _command(control: socket.socket, size: int, limits: Limits) -> list[str]:
-    numbers = (control.fileno(), size, limits.cpu_s, limits.memory_bytes)
+def _command(size: int, limits: Limits) -> list[str]:
+    numbers = (size, limits.cpu_s, limits.memory_bytes)
     # With this process's own path, as a spawned one would have, and never the current folder's.
     return [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers), *sys.path]
 

@@ -21,9 +21,11 @@ from app.jobs.shares import Shares
 class Places:
     """Room for *images* jobs of *client*, until it is filled or given back."""
 
-    def __init__(self, queue: JobQueue, client: str, images: int) -> None:
+    def __init__(self, queue: JobQueue, client: str, *, is_early: bool) -> None:
         self.client = client
-        self.images = images
+        self.images = 0
+        self.is_early = is_early
+        """Whether it is not known yet what will be asked for. The queue's end waits for no such."""
         self.error: KleinError | None = None
         """Why no job may come any more, once that is so."""
         self._queue = queue
@@ -46,6 +48,8 @@ class JobQueue:
         self._places: set[Places] = set()
         self._reserved: dict[str, int] = {}
         self._reserved_count = 0
+        self._early_count = 0
+        """How many of the places are early: requests, not images."""
         self._taker: asyncio.Future[Job] | None = None
         self._timers: dict[Job, asyncio.TimerHandle] = {}
         self._empty = asyncio.Event()
@@ -84,7 +88,8 @@ class JobQueue:
                 retry_after_s,
             )
         free = self.capacity + self._idle_places - self.size
-        if images <= free - self._shares.kept(client):
+        # Nothing is kept of an idle card.
+        if images <= max(free - self._shares.kept(client), min(free, self._idle_places)):
             return
         if not is_over_share:
             self._shares.claim(client, retry_after_s, images=images)
@@ -104,26 +109,47 @@ class JobQueue:
         Raises:
             Unavailable: there is too much to do before, or it is for others.
         """
-        if self.expected_wait_s() + self._shares.kept_s(client) + work_s <= left_s:
+        kept_s = self._shares.kept_s(client, left_s - work_s)
+        if self.expected_wait_s() + kept_s + work_s <= left_s:
             return
         if has_claim:
             self._shares.claim(client, retry_after_s, work_s=work_s)
         raise _full("The queue is so long that the picture would miss its deadline", retry_after_s)
 
-    def reserve(self, client: str, images: int, *, retry_after_s: int) -> Places:
+    def reserve(
+        self, client: str, images: int, *, retry_after_s: int, is_early: bool = False
+    ) -> Places:
         """Take places for all *images* of *client*, or none.
 
         Raises:
             Unavailable: there is no room for all of them.
         """
         self.check_room(client, images, retry_after_s=retry_after_s)
-        self._shares.end_claim(client)
-        places = Places(self, client, images)
+        places = Places(self, client, is_early=is_early)
         self._places.add(places)
-        self._reserved[client] = self._reserved.get(client, 0) + images
-        self._reserved_count += images
-        self._settle()
+        self._early_count += is_early
+        self._widen(places, images)
         return places
+
+    def widen(self, places: Places, images: int, *, retry_after_s: int) -> None:
+        """Take as many more as are missing to *images* in all, or none. They are early no more.
+
+        Raises:
+            Unavailable: there is no room for all of them.
+        """
+        more = images - places.images
+        if more > 0:
+            self.check_room(places.client, more, retry_after_s=retry_after_s)
+        self._early_count -= places.is_early
+        places.is_early = False
+        self._widen(places, more)
+
+    def _widen(self, places: Places, more: int) -> None:
+        places.images += more
+        self._reserved[places.client] = self._reserved.get(places.client, 0) + more
+        self._reserved_count += more
+        self._shares.hold_claim(places.client)
+        self._settle()
 
     def give_back(self, places: Places) -> None:
         """Free *places*, unless they are filled or free already."""
@@ -133,6 +159,7 @@ class JobQueue:
 
     def _free(self, places: Places) -> None:
         self._places.remove(places)
+        self._early_count -= places.is_early
         self._reserved_count -= places.images
         left = self._reserved.pop(places.client) - places.images
         if left:
@@ -184,6 +211,7 @@ class JobQueue:
         if places.error is not None:
             raise places.error
         self._free(places)
+        self._shares.end_claim(places.client)
         now = self._clock()
         loop = asyncio.get_running_loop()
         for job in jobs:
@@ -193,8 +221,16 @@ class JobQueue:
         self._settle()
 
     def cancel(self, job: Job) -> None:
-        """The caller has gone: a waiting job never runs, a running one is asked to stop."""
+        """The caller has gone: a waiting job never runs, a running one is asked to stop. What is
+        kept for a client whose every caller has gone is kept no more."""
+        if job.future.done():
+            return
         self._abandon(job, Cancelled())
+        client = job.client
+        if not self._held(client) and not any(
+            other.client == client and not other.future.done() for other in self._running
+        ):
+            self._shares.end_claim(client)
 
     async def take(self) -> Job:
         """Wait for the next job and mark it as running. One taker at a time."""
@@ -229,7 +265,7 @@ class JobQueue:
         self._settle()
 
     async def wait_until_empty(self) -> None:
-        """Return once nothing waits, nothing has a place and nothing runs."""
+        """Return once nothing waits, nothing but what is early has a place and nothing runs."""
         await self._empty.wait()
 
     def fail_waiting(self, error: KleinError) -> None:
@@ -273,7 +309,7 @@ class JobQueue:
             job.state = JobState.RUNNING
             job.started_at = self._clock()
             self._taker.set_result(job)
-        if self._waiting or self._running or self._places:
+        if self._waiting or self._running or len(self._places) > self._early_count:
             self._empty.clear()
         else:
             self._empty.set()

@@ -3,10 +3,11 @@
 Order alone is not fair: whoever asks most often gets every place that comes free. So a client holds
 at most three quarters of the places while it is not alone, and who was turned away within its own
 share has a claim: the next places that come free are kept for it until it has come back, or has had
-the time to. Claims keep no more than a quarter of the places, or what the first of them needs, and
-never the card: where it is idle, whoever asks is served. Where it is not places that are short but
-time, since all would not be ready by their deadlines, the time that the first needs is kept
-likewise. Nothing that was accepted is ever touched.
+the time to. Claims keep no more than a quarter of the places, or what the first of them needs.
+Where it is not places that are short but time, since all would not be ready by their deadlines, the
+time that the first needs is kept likewise, but no more than a quarter of what the asker's deadline
+leaves beside its own work. So an idle card is kept from nobody, and the queue lends it a place
+that no claim counts for. Nothing that was accepted is ever touched.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PRESENT_S = 30.0
 """Seconds for which a client counts as being there once it has asked, or should have come back."""
@@ -76,8 +77,13 @@ class Shares:
         until = self._clock() + retry_after_s + PRESENT_S
         self._claims[client] = _Claim(images, work_s, until)
 
+    def hold_claim(self, client: str) -> None:
+        """*client* has got its places, and perhaps not the time yet: it keeps its turn alone."""
+        if (claim := self._claims.get(client)) is not None:
+            self._claims[client] = replace(claim, images=0)
+
     def end_claim(self, client: str) -> None:
-        """*client* has got its places."""
+        """*client* has got all that it asked for, or wants it no more."""
         self._claims.pop(client, None)
 
     def kept(self, client: str) -> int:
@@ -89,10 +95,11 @@ class Shares:
             kept = min(self._kept_most, kept + claim.images) if kept else claim.images
         return min(kept, self.most)
 
-    def kept_s(self, client: str) -> float:
-        """How many seconds of the card are kept from *client*: for the first who was turned away
-        for want of them before it was."""
-        return next((claim.work_s for claim in self._before(client) if claim.work_s), 0.0)
+    def kept_s(self, client: str, spare_s: float) -> float:
+        """How many seconds of the card are kept from *client*, who has *spare_s* beside its own
+        work: for the first who was turned away for want of them before it was."""
+        wanted_s = next((claim.work_s for claim in self._before(client) if claim.work_s), 0.0)
+        return min(wanted_s, spare_s / 4)
 
     def _before(self, client: str) -> Iterator[_Claim]:
         """The claims that come before any of *client*, the eldest first."""

@@ -150,6 +150,14 @@ def many_scans(width: int, height: int, repeats: int) -> bytes:
     return head + b"".join(scans) * repeats + b"\xff\xd9"
 
 
+def hidden_scans(width: int, height: int, repeats: int, code: int = 0x01) -> bytes:
+    """As `many_scans`, with a marker that has no length before each round: who takes the next bytes
+    for one passes over 64 KB of scans.
+    """
+    head, scans = _progressive(Image.new("L", (width, height), 90))
+    return head + (bytes([0xFF, code]) + b"".join(scans)) * repeats + b"\xff\xd9"
+
+
 @cache
 def slow_jpeg() -> bytes:
     """A megabyte within every limit on a picture's size and scans, which takes long to decode."""
@@ -277,6 +285,7 @@ PICTURES: dict[str, Maker] = {
     "apng": lambda: animated("PNG"),
     "apng of four billion frames": lambda: png(chunk(b"acTL", b"\xff" * 8)),
     "jpeg of thousands of scans": lambda: many_scans(1000, 1000, 400),
+    "jpeg of hidden scans": lambda: hidden_scans(1000, 1000, 400),
     "jpeg of a hundred scans": lambda: many_scans(1000, 1000, 19),
     "jpeg of 65500x65500": lambda: jpeg_of(65_500, 65_500),
     "jpeg of no width": lambda: jpeg_of(0, 64),

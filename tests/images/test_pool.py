@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +24,14 @@ from app.images.preparing import Upload, prepare
 from app.images.uploads import to_pillow
 from tests.api.pictures import mask, photo
 from tests.api.sockets import until
-from tests.data.hostile import PICTURES, jpeg_of_scans, mutated, png_bomb, slow_jpeg
+from tests.data.hostile import (
+    PICTURES,
+    hidden_scans,
+    jpeg_of_scans,
+    mutated,
+    png_bomb,
+    slow_jpeg,
+)
 from tests.images import noise, saved
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -55,10 +64,13 @@ def nearest(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-async def decode(pool: DecoderPool, *files: bytes, masked: bytes | None = None, size=None):
+async def decode(
+    pool: DecoderPool, *files: bytes, masked: bytes | None = None, size=None, client="a"
+):
     """Prepare files as a route would."""
     uploads = [Upload(data, f"images[{index}]") for index, data in enumerate(files)]
-    return await pool.prepare(uploads, masked and Upload(masked, "mask"), size, nearest)
+    over = masked and Upload(masked, "mask")
+    return await pool.prepare(uploads, over, size, nearest, client=client)
 
 
 def children(pool: DecoderPool) -> list[psutil.Process]:
@@ -74,7 +86,7 @@ async def test_what_comes_back_is_what_this_process_would_have_made(pool):
 
     expected = prepare(files, over, None, nearest)
 
-    assert expected == await pool.prepare(files, over, None, nearest)
+    assert expected == await pool.prepare(files, over, None, nearest, client="a")
     assert expected.mask is not None
     assert isinstance(expected.mask.weights, bytes)
 
@@ -117,6 +129,13 @@ async def test_a_jpeg_has_at_most_a_hundred_scans(pool, scans):
             await decode(pool, data)
 
 
+@pytest.mark.parametrize("code", [0x01, 0xD8])
+async def test_no_marker_hides_a_scan(pool, code):
+    """Nothing is passed over for the length of a marker that has none."""
+    with pytest.raises(InvalidRequest, match="more than 100 scans"):
+        await decode(pool, hidden_scans(64, 64, 40, code))
+
+
 async def test_who_leaves_takes_his_decoder_along(pool):
     """With both at work for callers that leave, the next is served at once, by new ones."""
     leaving = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
@@ -130,7 +149,7 @@ async def test_who_leaves_takes_his_decoder_along(pool):
         await decode(pool, photo())
 
     assert all(task.cancelled() for task in leaving)
-    assert not busy & {child.pid for child in children(pool)}
+    await until(lambda: not busy & {child.pid for child in children(pool)})
 
 
 async def test_two_are_decoded_at_a_time(pool):
@@ -148,6 +167,23 @@ async def test_two_are_decoded_at_a_time(pool):
     assert (await third).size == (128, 128)
     working[1].cancel()
     await asyncio.wait(working)
+
+
+async def test_the_pictures_of_one_client_keep_no_other_waiting(pool):
+    """Two of one client's requests are decoded and six wait: who comes then is next."""
+    working = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
+    await until(lambda: len(pool.busy_pids) == 2)
+    waiting = [asyncio.create_task(decode(pool, photo())) for _ in range(6)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(decode(pool, photo(), client="b"))
+    await asyncio.sleep(0)
+
+    working[0].cancel()
+    await other
+    assert not any(task.done() for task in waiting)
+
+    working[1].cancel()
+    await asyncio.wait([*working, *waiting])
 
 
 async def test_a_decoder_serves_one_request(pool):
@@ -179,6 +215,76 @@ async def test_a_fork_server_that_was_killed_is_replaced(pool, caplog):
         assert (await decode(pool, photo())).size == (128, 128)
 
     assert "fork server has ended" in caplog.text
+
+
+async def test_no_picture_is_blamed_for_the_end_of_the_fork_server(pool):
+    """It takes its decoders along when it fails: whoever waited for one is told to try again."""
+    working = asyncio.create_task(decode(pool, *slow()))
+    await until(lambda: any(decoder.began for decoder in pool._busy))
+    pool._server._control.send(b"nonsense")
+
+    with pytest.raises(Unavailable):
+        await working
+    async with asyncio.timeout(5):
+        await until(lambda: "2 idle" in repr(pool), limit_s=5)
+
+
+async def test_a_fork_server_that_stands_still_is_replaced(caplog):
+    """Whoever waits for its decoders is told to try again, the next is served, and neither it nor
+    the decoders that it had are left behind; the event loop waits for none of that."""
+    pool = DecoderPool(limits=Limits(start_s=0.3))
+    pool.start()
+    await until(lambda: "2 idle" in repr(pool))
+    working = asyncio.create_task(decode(pool, *slow()))
+    await until(lambda: any(decoder.began for decoder in pool._busy))
+    old = psutil.Process(pool.server_pid)
+    processes = [old, *old.children()]
+    old.suspend()
+    try:
+        await decode(pool, photo(), client="b")
+        with pytest.raises(Unavailable):
+            await decode(pool, photo(), client="b")
+        with pytest.raises(Unavailable):
+            await working
+        await until(lambda: "2 idle" in repr(pool))
+        assert (await decode(pool, photo())).size == (128, 128)
+        await until(lambda: all(is_gone(process) for process in processes))
+        await until(lambda: not old.is_running())
+    finally:
+        pool.kill()
+
+    assert "No decoder comes from their fork server" in caplog.text
+
+
+async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
+    """One that has closed its end and goes on is killed in time; another is there before."""
+    monkeypatch.setattr("app.images.processes._END_S", 0.1)
+    await until(lambda: "2 idle" in repr(pool))
+    old = psutil.Process(pool.server_pid)
+    old.suspend()
+    await until(lambda: old.status() == psutil.STATUS_STOPPED)
+    pool._server._control.shutdown(socket.SHUT_RDWR)
+
+    await until(lambda: pool.server_pid != old.pid)
+    assert old.status() == psutil.STATUS_STOPPED
+    await until(lambda: "2 idle" in repr(pool))
+    await until(lambda: not old.is_running())
+
+
+async def test_decoders_start_whatever_number_their_socket_has():
+    """With more than 1,024 descriptors open, in the service and so in what it starts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    files = []
+    pool = DecoderPool(limits=Limits(start_s=3))
+    try:
+        files = [os.dup(0) for _ in range(1100)]
+        assert (await decode(pool, photo())).size == (128, 128)
+    finally:
+        for number in files:
+            os.close(number)
+        pool.kill()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_signals_to_the_group_do_not_reach_them(pool):
@@ -253,17 +359,31 @@ async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog)
 
 
 async def test_killed_it_ends_at_once_whoever_works():
-    """A second SIGTERM waits for no picture."""
+    """A second SIGTERM waits for no picture, nor does who waits for a decoder."""
     pool = DecoderPool()
-    working = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
+    working = [asyncio.create_task(decode(pool, *slow())) for _ in range(4)]
     await until(lambda: len(pool.busy_pids) == 2)
     processes = [psutil.Process(pool.server_pid), *children(pool)]
 
     pool.kill()
 
     await until(lambda: all(is_gone(process) for process in processes), limit_s=2)
-    for done in await asyncio.gather(*working, return_exceptions=True):
-        assert isinstance(done, Unavailable)
+    async with asyncio.timeout(1):
+        for done in await asyncio.gather(*working, return_exceptions=True):
+            assert isinstance(done, Unavailable)
+
+
+async def test_killed_it_keeps_nobody_waiting_for_a_decoder(monkeypatch):
+    """Of which none has come yet."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    pool = DecoderPool()
+    waiting = [asyncio.create_task(decode(pool, photo())) for _ in range(3)]
+    await asyncio.sleep(0)
+    pool.kill()
+
+    async with asyncio.timeout(1):
+        for done in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(done, Unavailable)
 
 
 PROGRAM = """
@@ -344,7 +464,7 @@ async def test_a_process_costs_a_large_picture_ten_milliseconds():
             started = time.perf_counter()
             await asyncio.to_thread(prepare, uploads, None, None, nearest)
             between = time.perf_counter()
-            await pool.prepare(uploads, None, None, nearest)
+            await pool.prepare(uploads, None, None, nearest, client="a")
             in_thread.append(between - started)
             in_process.append(time.perf_counter() - between)
             await asyncio.sleep(0.05)  # a decoder is made anew meanwhile

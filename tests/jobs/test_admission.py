@@ -215,17 +215,22 @@ async def test_no_other_work_makes_an_answer_wait() -> None:
     assert b"image_generation.completed" in stream.content
 
 
-async def test_who_fills_the_time_that_is_allowed_keeps_nobody_out() -> None:
+@pytest.mark.parametrize("reserves", [False, True])
+async def test_who_fills_the_time_that_is_allowed_keeps_nobody_out(reserves) -> None:
     """Pictures of 5 s, each ready within 30 s of being asked for: so many fit that places are
     never short. One client asks again whenever there is time for one more, another right after
-    it; of any three turns of the card, the other is accepted in one at least."""
+    it; of any three turns of the card, the other is accepted in one at least, also where both take
+    their place first, as for an edit."""
     clock = Clock()
     runtime = InProcess(capacity=32, deadline_s=10.0, clock=clock)
     runtime.estimator.learn(SPEC, 5.0)
 
     def ask(client: str) -> bool:
         try:
-            runtime.service.submit([SPEC], client=client, output=PNG)
+            with runtime.service.admit(client=client) as admission:
+                if reserves:
+                    admission.reserve(1)
+                admission.submit([SPEC], PNG)
         except Unavailable:
             return False
         return True
@@ -243,6 +248,78 @@ async def test_who_fills_the_time_that_is_allowed_keeps_nobody_out() -> None:
     assert runtime.queue.capacity > 2 * runtime.queue.size
     assert all(any(accepted[i : i + 3]) for i in range(10)), accepted
     await runtime.close()
+
+
+async def test_a_large_body_has_its_place_and_token_from_its_arrival(at) -> None:
+    """Of four places and four images a minute, three are taken by bodies that are still being
+    read; what comes to nothing gives the place back but no token."""
+    with at.service.admit(client="a", is_large=True), at.service.admit(client="a", is_large=True):
+        assert at.queue.size == 2
+        with at.service.admit(client="a", is_large=True) as admission:
+            with pytest.raises(KleinError) as refused:
+                admission.reserve(3)
+            assert refused.value.kind is Kind.RATE_LIMITED
+    assert at.queue.size == 0
+    at.service.submit([TINY], client="a", output=PNG)
+
+    with pytest.raises(KleinError) as refused:
+        at.service.admit(client="a")
+    assert refused.value.kind is Kind.RATE_LIMITED
+
+
+@pytest.mark.parametrize("reserves", [False, True])
+async def test_a_large_body_takes_further_places_once_their_number_is_known(at, reserves) -> None:
+    """Three images take three places and tokens, whether they were asked for before or not."""
+    with at.service.admit(client="a", is_large=True) as admission:
+        assert at.queue.size == 1
+        if reserves:
+            admission.reserve(3)
+            assert at.queue.size == 3
+        ticket = admission.submit([TINY] * 3, PNG)
+
+    assert repr(at.queue) == "<JobQueue 3 of 4 waiting, 0 running>"
+    ticket.cancel()
+    at.service.submit([TINY], client="a", output=PNG)
+    with pytest.raises(KleinError) as refused:
+        at.service.admit(client="a")
+    assert refused.value.kind is Kind.RATE_LIMITED
+
+
+async def test_a_large_body_that_is_still_read_holds_up_no_end(at) -> None:
+    """Told to stop, the service waits for nobody who has only arrived, and turns it away once its
+    body is there; what was reserved after the body it waits for."""
+    service = at.service
+    with (
+        service.admit(client="a", is_large=True) as admission,
+        service.admit(client="a", is_large=True) as other,
+    ):
+        other.reserve(1)
+        assert service.drain() == pytest.approx(120.0)
+        idle = asyncio.ensure_future(service.wait_until_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+        ticket = other.submit([TINY], PNG)
+        ticket.cancel()
+        async with asyncio.timeout(1):
+            await idle
+        for take in (lambda: admission.reserve(1), lambda: admission.submit([TINY], PNG)):
+            with pytest.raises(Unavailable) as refused:
+                take()
+            assert refused.value.kind is Kind.DRAINING
+
+    assert at.queue.size == 0
+
+
+async def test_where_further_places_are_missing_none_is_kept(at) -> None:
+    """All or none, and the first is free again."""
+    at.service.submit([TINY] * 2, client="b", output=PNG)
+    with at.service.admit(client="a", is_large=True) as admission:
+        with pytest.raises(Unavailable):
+            admission.submit([TINY] * 3, PNG)
+        with pytest.raises(InvalidRequest, match="at most 4 images may wait"):
+            InProcess(capacity=4).service.admit(client="a", is_large=True).reserve(5)
+
+    assert at.queue.size == 2
 
 
 async def test_a_deadline_of_the_clients_own_keeps_nothing_for_it() -> None:

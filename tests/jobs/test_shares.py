@@ -211,6 +211,92 @@ async def test_the_card_is_never_idle_for_who_may_not_come_back() -> None:
     await scene.close()
 
 
+async def test_a_place_kept_for_somebody_is_no_place_of_an_idle_card() -> None:
+    """With every place reserved by requests that are still read, one kept, and nothing on the
+    card, whoever asks is served."""
+    scene = Scene(4)
+    scene.queue.reserve("one", 3, retry_after_s=1)
+    scene.queue.reserve("two", 1, retry_after_s=1)
+    assert not scene.ask("gone")
+    taking = asyncio.ensure_future(scene.queue.take())
+    await asyncio.sleep(0)
+
+    assert scene.ask("other")
+    assert (await taking).client == "other"
+    await scene.close()
+
+
+def has_time(scene: Scene, client: str, work_s: float, left_s: float) -> bool:
+    """Whether so much work would be accepted; where not, it has a claim."""
+    try:
+        scene.queue.check_time(client, work_s, left_s, retry_after_s=1, has_claim=True)
+    except Unavailable:
+        return False
+    return True
+
+
+async def test_of_the_time_that_another_has_at_most_a_quarter_is_kept() -> None:
+    """However much work somebody was turned away with."""
+    scene = Scene(8)
+    scene.ask("a", images=5)  # 0.8 s
+    assert not has_time(scene, "gone", 100.0, 100.5)
+
+    assert has_time(scene, "b", 1.0, 5.0)  # 0.8, 1 kept, 1
+    assert not has_time(scene, "c", 4.0, 5.0)  # 0.8, 0.25 kept, 4
+    await scene.close()
+
+
+async def test_no_time_of_an_idle_card_is_kept() -> None:
+    """Whoever asks gets it."""
+    scene = Scene(8)
+    scene.ask("a")
+    assert not has_time(scene, "gone", 100.0, 100.1)
+    scene.queue.finish(await scene.queue.take())
+
+    assert has_time(scene, "b", 5.0, 5.0)
+    assert has_time(scene, "b", 1.0, 5.0)
+    await scene.close()
+
+
+async def test_nothing_is_kept_for_a_client_whose_callers_have_gone() -> None:
+    """Who was turned away for the work of its own that was before, and then has hung up."""
+    scene = Scene(8)
+    scene.ask("a", images=2)
+    assert not has_time(scene, "a", 10.0, 10.1)
+    first, second = scene.live
+    scene.queue.cancel(first)
+    assert "1 claims" in repr(scene.queue._shares)
+
+    scene.queue.cancel(second)
+    assert "0 claims" in repr(scene.queue._shares)
+    for job in scene.live:
+        job.future.exception()
+    await scene.close()
+
+
+async def test_a_turn_is_kept_until_the_jobs_come() -> None:
+    """Who has its place and is then turned away for want of time is still the first of those who
+    were turned away, and its place counts once."""
+    scene = Scene(8)
+    scene.ask("a", images=6)
+    scene.ask("b", images=2)
+    for client in ("first", "second"):
+        assert not scene.ask(client)
+    scene.queue.cancel(scene.live[0])
+    places = scene.queue.reserve("first", 1, retry_after_s=1)
+    assert not has_time(scene, "second", 4.0, 5.0)
+    assert not has_time(scene, "first", 4.0, 5.0)
+    places.give_back()
+
+    shares = scene.queue._shares
+    assert (shares.kept_s("first", 100.0), shares.kept_s("second", 100.0)) == (0.0, 4.0)
+    assert shares.kept("second") == 0
+    for job in scene.live:
+        scene.queue.cancel(job)
+        job.future.exception()
+    await scene.close()
+
+
 async def test_a_refused_share_says_what_to_do() -> None:
     """The sentence has the share, the queue's size and when to come again."""
     scene = Scene(8)

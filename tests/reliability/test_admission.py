@@ -24,11 +24,11 @@ class HeldDecoder:
     """Decodes nothing; when it is stopped, it ends only when the test says so."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.clients: list[str] = []
         self.end = asyncio.Event()
 
-    async def prepare(self, *arguments: object) -> None:
-        self.asked += 1
+    async def prepare(self, *arguments: object, client: str) -> None:
+        self.clients.append(client)
         try:
             await asyncio.Event().wait()
         finally:
@@ -66,7 +66,7 @@ async def test_a_caller_who_leaves_keeps_the_place_until_the_decoder_has_ended(
 ) -> None:
     """Or leavers could have any number of pictures decoded at once."""
     _, writer = await send(port, picture_form())
-    await until(lambda: decoder.asked)
+    await until(lambda: decoder.clients == ["address:127.0.0.1"])
     assert runtime.queue.size == 1
     writer.close()
     with contextlib.suppress(ConnectionError):
@@ -79,6 +79,29 @@ async def test_a_caller_who_leaves_keeps_the_place_until_the_decoder_has_ended(
     decoder.end.set()
     await until(lambda: runtime.queue.size == 0)
     assert runtime.worker.made == 0
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 65537", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations", "/v1/images/edits"])
+async def test_a_large_body_has_its_place_while_it_is_read(runtime, port, path, framing) -> None:
+    """Or any number of them could be on their way to a queue that has no room; who leaves gives
+    it back."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{framing}"
+    _, writer = await send(port, f"{head}\r\n\r\n".encode())
+    await until(lambda: runtime.queue.size == 1)
+    writer.close()
+    await until(lambda: runtime.queue.size == 0)
+
+
+async def test_a_small_body_has_no_place_before_it_is_read(runtime, port) -> None:
+    """It comes in one piece with its head, or can be had for nothing."""
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    _, writer = await send(port, head + b"Content-Length: 65536\r\n\r\n{")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        for _ in range(3):
+            await client.get("/health/live")
+    assert runtime.queue.size == 0
+    writer.close()
 
 
 async def test_a_deadline_comes_while_pictures_are_decoded(decoder, runtime, port) -> None:

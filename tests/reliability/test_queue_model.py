@@ -66,20 +66,20 @@ class QueueModel(RuleBasedStateMachine):
         new = []
         for _ in range(images):
             self.count += 1
-            new.append(
-                Job(f"{client}{self.count}", SPEC, client, DEADLINE_S, self.loop.create_future())
-            )
+            job = Job(f"{client}{self.count}", SPEC, client, DEADLINE_S, self.loop.create_future())
+            job.predicted_s = 10.0
+            new.append(job)
             new[-1].future.add_done_callback(lambda _, name=new[-1].id: self.ended.update([name]))
         return new
 
-    def ask(self, client: str, images: int) -> Places | None:
+    def ask(self, client: str, images: int, *, is_early: bool = False) -> Places | None:
         """All images get a place, or none does: never beyond the bound, nor beyond a client's
         share, unless it is alone."""
         size, held = self.queue.size, self.held(client)
         is_idle = self.taking is not None and not self.taking.done()
         self.asked.add(client)
         try:
-            places = self.queue.reserve(client, images, retry_after_s=1)
+            places = self.queue.reserve(client, images, retry_after_s=1, is_early=is_early)
         except Unavailable as error:
             refused = error.kind
         else:
@@ -87,7 +87,8 @@ class QueueModel(RuleBasedStateMachine):
         if refused is not None:
             assert refused is Kind.QUEUE_FULL
             assert self.queue.size == size
-            assert size or images > 1  # an empty queue has room for one, whoever has a claim
+            # An empty queue, and an idle card, have room for one, whoever has a claim.
+            assert images > 1 or size > (CAPACITY if is_idle else 0) or held >= SHARE
             return None
         assert size + images <= CAPACITY + is_idle
         assert held + images <= SHARE or self.asked == {client}
@@ -108,6 +109,55 @@ class QueueModel(RuleBasedStateMachine):
         """A request gets its places, and its pictures are decoded first."""
         places = None if self.is_draining else self.ask(client, images)
         return multiple() if places is None else places
+
+    @rule(target=reserved, client=st.sampled_from("abc"))
+    def arrive(self, client: str) -> object:
+        """A request with a large body gets its first place before anything is read."""
+        places = None if self.is_draining else self.ask(client, 1, is_early=True)
+        return multiple() if places is None else places
+
+    @rule(target=reserved, places=consumes(reserved), images=st.integers(1, 6))
+    def widen(self, places: Places, images: int) -> object:
+        """Its body was large, and now it is known how many it asks for: all get a place, or it
+        has as many as before."""
+        before, size, held = places.images, self.queue.size, self.held(places.client)
+        more = max(0, images - before)
+        is_idle = self.taking is not None and not self.taking.done()
+        self.asked.add(places.client)
+        try:
+            self.queue.widen(places, before + more, retry_after_s=1)
+        except Unavailable as error:
+            refused = error.kind
+        else:
+            refused = None
+        if refused is not None:
+            assert refused is Kind.QUEUE_FULL
+            assert more
+            assert (places.images, self.queue.size) == (before, size)
+        elif more:
+            assert (places.images, self.queue.size) == (before + more, size + more)
+            assert size + more <= CAPACITY + is_idle
+            assert held + more <= SHARE or self.asked == {places.client}
+            self.lent = int(size + more > CAPACITY)
+        return places
+
+    @rule(client=st.sampled_from("abc"), work_s=st.floats(0, 50), has_claim=st.booleans())
+    def ask_for_time(self, client: str, work_s: float, has_claim: bool) -> None:
+        """What would be late is refused, and keeps its time: never from an idle card, nor more
+        than a quarter of what another has."""
+        left_s = DEADLINE_S - self.queue.expected_wait_s()
+        is_idle = self.taking is not None and not self.taking.done()
+        try:
+            self.queue.check_time(client, work_s, DEADLINE_S, retry_after_s=1, has_claim=has_claim)
+        except Unavailable:
+            is_refused = True
+        else:
+            is_refused = False
+        if is_refused:
+            assert not is_idle or work_s > left_s
+            assert work_s + (DEADLINE_S - work_s) / 4 > left_s
+        else:
+            assert work_s <= left_s
 
     @rule(target=accepted, places=consumes(reserved))
     def fill(self, places: Places) -> object:
@@ -205,6 +255,8 @@ class QueueModel(RuleBasedStateMachine):
         reserved = sum(places.images for places in self.places)
         assert self.queue.size == len(waiting) + reserved <= CAPACITY + self.lent
         assert self.queue.running == len(running)
+        is_expected = any(not places.is_early for places in self.places)
+        assert self.queue._empty.is_set() == (not waiting and not running and not is_expected)
 
     @invariant()
     def each_ends_at_most_once(self) -> None:

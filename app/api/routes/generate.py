@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Client, DeadlineS, Service, decoders_of
+from app.api.deps import Client, DeadlineS, IsLarge, Service, decoders_of
 from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
 from app.api.schemas import native
@@ -24,11 +24,17 @@ def build_router(config: ApiConfig) -> APIRouter:
 
     @router.post("/generate", summary="Make one picture, answered as its bytes")
     async def generate(
-        request: Request, service: Service, client: Client, deadline_s: DeadlineS
+        request: Request,
+        service: Service,
+        client: Client,
+        deadline_s: DeadlineS,
+        is_large: IsLarge,
     ) -> Response:
         require_json(request)
         try:
-            with service.admit(client=client, deadline_s=deadline_s) as admission:
+            with service.admit(
+                client=client, deadline_s=deadline_s, is_large=is_large
+            ) as admission:
                 spec, output = await _read(request, service, admission, config)
                 exchange_of(request.scope).let_go()
                 ticket = admission.submit([spec], output)
@@ -52,6 +58,8 @@ async def _read(
     if wish.images:
         admission.reserve(1)
         rule = SizeRule.of(card, config.max_pixels)
-        work = decoders_of(request).prepare(wish.images, wish.mask, wish.size, rule.nearest)
+        work = decoders_of(request).prepare(
+            wish.images, wish.mask, wish.size, rule.nearest, client=admission.client
+        )
         edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     return wish.spec(card, service.random_seed, edit), wish.output

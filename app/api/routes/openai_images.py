@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Client, DeadlineS, Service, decoders_of
+from app.api.deps import Client, DeadlineS, IsLarge, Service, decoders_of
 from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
 from app.api.links import LinkStore
@@ -36,11 +36,15 @@ def build_router(config: ApiConfig, links: LinkStore) -> APIRouter:
     @router.post("/v1/images", summary="The same as /v1/images/generations")
     @router.post("/v1/images/generations", summary="Make pictures of a prompt")
     async def generations(
-        request: Request, service: Service, client: Client, deadline_s: DeadlineS
+        request: Request,
+        service: Service,
+        client: Client,
+        deadline_s: DeadlineS,
+        is_large: IsLarge,
     ) -> Response:
         require_json(request)
         card = service.card
-        with service.admit(client=client, deadline_s=deadline_s) as admission:
+        with service.admit(client=client, deadline_s=deadline_s, is_large=is_large) as admission:
             fields = openai_fields.table(card, config, is_edit=False)
             asked = openai.read(fields.read(await read_json(request)), card, config)
             exchange_of(request.scope).let_go()
@@ -51,12 +55,16 @@ def build_router(config: ApiConfig, links: LinkStore) -> APIRouter:
 
     @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
     async def change(
-        request: Request, service: Service, client: Client, deadline_s: DeadlineS
+        request: Request,
+        service: Service,
+        client: Client,
+        deadline_s: DeadlineS,
+        is_large: IsLarge,
     ) -> Response:
         media_type = content_type(request)
         if media_type not in {_FORM, _JSON}:
             raise unsupported_media(_FORM, _JSON)
-        with service.admit(client=client, deadline_s=deadline_s) as admission:
+        with service.admit(client=client, deadline_s=deadline_s, is_large=is_large) as admission:
             read = edits.read_form if media_type == _FORM else edits.read_object
             asked, specs = await _read_edit(request, read, service, admission, config)
             exchange_of(request.scope).let_go()
@@ -80,7 +88,9 @@ async def _read_edit(
     asked = openai.read(body.values, card, config)
     admission.reserve(asked.n)
     rule = SizeRule.of(card, config.max_pixels)
-    work = decoders_of(request).prepare(body.images, body.mask, asked.size, rule.nearest)
+    work = decoders_of(request).prepare(
+        body.images, body.mask, asked.size, rule.nearest, client=admission.client
+    )
     edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     seed = asked.draw_seed(service.random_seed)
     return asked, asked.specs(edit.size, seed, references=edit.references, mask=edit.mask)

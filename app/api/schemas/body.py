@@ -10,11 +10,8 @@ from typing import Any
 
 from fastapi import Request
 
-from app.api.schemas.scan import Scanner, too_large
+from app.api.schemas.scan import MAX_PLAIN, Scanner, too_large
 from app.errors import InvalidRequest, Kind, KleinError
-
-MAX_PLAIN_BYTES = 2_000_000
-"""Of a JSON body that carries no pictures."""
 
 _PIECE_BYTES = 16_384  # of which the worst that a reader may find takes a few milliseconds
 _TURN_S = 0.002
@@ -50,8 +47,8 @@ async def read_json(request: Request, *, has_pictures: bool = False) -> dict[str
     async with aclosing(pieces(request)) as stream:
         async for piece in stream:
             received_bytes += len(piece)
-            if received_bytes > MAX_PLAIN_BYTES and not has_pictures:
-                raise too_large(f"is larger than {MAX_PLAIN_BYTES:,} bytes")
+            if received_bytes > MAX_PLAIN and not has_pictures:
+                raise too_large(f"is larger than {MAX_PLAIN:,} bytes")
             scanner.feed(piece)
     value = scanner.finish()
     if not isinstance(value, dict):

@@ -4,10 +4,11 @@ apart.
 
 from __future__ import annotations
 
-from app.api.schemas import vetoes
+from functools import partial
+
 from app.api.schemas.fields import Field, Type
 from app.domain import ModelCard
-from app.limits import DRAW, MAX_PROMPT, MAX_SEED
+from app.limits import DRAW, MAX_PROMPT, MAX_SEED, check_guidance
 
 __all__ = ["MAX_PROMPT", "MAX_SEED", "PROMPT", "sampling_fields"]
 
@@ -64,7 +65,7 @@ def _guidance(card: ModelCard) -> Field:
             "guidance_scale",
             Type.NUMBER,
             f"This model is distilled: only {only:g} is possible.",
-            veto=vetoes.other_guidance(only),
+            veto=partial(check_guidance, card=card),
             schema={"enum": [only, None], "default": only},
         )
     return Field(

@@ -19,6 +19,7 @@ from typing import Any
 
 from app.api.schemas.scan import LongText
 from app.errors import InvalidRequest
+from app.limits import check_characters
 
 MAX_TEXT = 1_000
 """Characters of a text for which its field sets no other limit."""
@@ -29,7 +30,6 @@ _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_NAME = 64
 _MAX_DIGITS = 100
 """Characters of a number in a form; the pattern takes a time that grows with their square."""
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 # JSON Schema of what counts as not sent, and so passes under any name.
 ABSENT = {"type": "null"}
@@ -74,7 +74,8 @@ class Field:
     refusal: str | None = None
     """For a field that is known but cannot be honoured: why any value is refused."""
     veto: Callable[[Any], InvalidRequest | None] | None = None
-    """For a field with values that are valid but cannot be honoured: what is wrong with one."""
+    """For a field with values that are valid but cannot be honoured: what is wrong with one,
+    returned or raised."""
     json_only: bool = False
     is_picture: bool = False
     """For a text that may be long; whoever decodes it judges its length."""
@@ -165,11 +166,8 @@ class Field:
                 param=self.name,
                 code="string_above_max_length",
             )
-        if isinstance(text, str) and _HALF_PAIR.search(text):
-            raise InvalidRequest(
-                f"{self.name} holds half of a surrogate pair; send whole Unicode characters.",
-                param=self.name,
-            )
+        if isinstance(text, str):
+            check_characters(text, self.name)
         return text
 
     def _check_range(self, number: Any) -> None:

@@ -19,6 +19,7 @@ from app.api.schemas.vetoes import FORMATS
 from app.domain import ImageSpec, Mask, ModelCard, RawImage
 from app.errors import InvalidRequest
 from app.images import OutputFormat
+from app.limits import check_prompt
 
 _ECHOED = frozenset({"low", "medium", "high", "xhigh", "max"})
 _STREAM_ECHOED = _ECHOED | {"auto"}
@@ -112,8 +113,7 @@ def read_prompt(values: Mapping[str, Any]) -> str:
             code="missing_required_parameter",
         )
     prompt: str = values["prompt"]
-    if not prompt.strip():
-        raise InvalidRequest("prompt is blank; say what the picture should show.", param="prompt")
+    check_prompt(prompt)
     return prompt
 
 

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from app.errors import InvalidRequest, Kind, KleinError
 
 MAX_PLAIN = 2_000_000
-"""Characters of a JSON body beside the long strings in it."""
+"""Characters of a JSON body beside the long strings in it; bytes of one that has no pictures."""
 MAX_VALUES = 10_000
 """Strings, openings and commas of a JSON body."""
 LONG = 65_536

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 from app.errors import InvalidRequest
@@ -18,22 +18,6 @@ FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = {
 def impossible(name: str, why: str) -> str:
     """Say why no value of the field *name* can be honoured."""
     return f"{name} is not possible here, since {why}; leave it out."
-
-
-def other_guidance(only: float) -> Callable[[float], InvalidRequest | None]:
-    """Make the veto against any guidance scale but *only*."""
-
-    def refuse(value: float) -> InvalidRequest | None:
-        if value == only:
-            return None
-        return InvalidRequest(
-            f"guidance_scale must be {only:g} or left out: this model is distilled, and no other "
-            "value has an effect.",
-            param="guidance_scale",
-            code="unsupported_value",
-        )
-
-    return refuse
 
 
 def transparent(background: str) -> InvalidRequest | None:
