@@ -25,8 +25,8 @@ MAX_SCANS = 100
 
 Data = bytes | bytearray | memoryview
 
-_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
-"""What ends the coded data of a JPEG's scan."""
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
+"""What ends the coded data of a JPEG's scan, and has a length; TEM, RST and SOI have none."""
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 

@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-INTERVAL_S = 0.05
+INTERVAL_S = 0.005
+"""By so much a lag may be told too small, where it begins just after a wake."""
 WINDOW_S = 60.0
 
 

@@ -160,10 +160,11 @@ def slow_jpeg() -> bytes:
     return head + b"".join(scans) * 5 + b"\xff\xd9"
 
 
-def jpeg_of_scans(count: int) -> bytes:
-    """A small progressive JPEG of so many scans."""
+def jpeg_of_scans(count: int, *, mark: bytes = b"") -> bytes:
+    """A small progressive JPEG of so many scans, the repeated ones with *mark* before each."""
     head, scans = _progressive(noise(64, 64, "L"))
-    return head + b"".join(scans) + scans[-1] * (count - 1 - len(scans)) + b"\xff\xd9"
+    more = (mark + scans[-1]) * (count - 1 - len(scans))
+    return head + b"".join(scans) + more + b"\xff\xd9"
 
 
 def jpeg_of(width: int, height: int) -> bytes:
@@ -277,6 +278,7 @@ PICTURES: dict[str, Maker] = {
     "apng": lambda: animated("PNG"),
     "apng of four billion frames": lambda: png(chunk(b"acTL", b"\xff" * 8)),
     "jpeg of thousands of scans": lambda: many_scans(1000, 1000, 400),
+    "jpeg of hidden scans": lambda: jpeg_of_scans(2000, mark=b"\xff\x01"),
     "jpeg of a hundred scans": lambda: many_scans(1000, 1000, 19),
     "jpeg of 65500x65500": lambda: jpeg_of(65_500, 65_500),
     "jpeg of no width": lambda: jpeg_of(0, 64),

@@ -117,6 +117,14 @@ async def test_a_jpeg_has_at_most_a_hundred_scans(pool, scans):
             await decode(pool, data)
 
 
+async def test_no_scan_is_hidden_behind_a_marker_without_length(pool):
+    """After TEM comes the next marker; what stands there is no length, by which scans could be
+    skipped uncounted."""
+    with pytest.raises(InvalidRequest, match="more than 100 scans"):
+        await decode(pool, jpeg_of_scans(101, mark=b"\xff\x01"))
+    assert (await decode(pool, jpeg_of_scans(100, mark=b"\xff\x01"))).size == (64, 64)
+
+
 async def test_who_leaves_takes_his_decoder_along(pool):
     """With both at work for callers that leave, the next is served at once, by new ones."""
     leaving = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
