@@ -116,6 +116,21 @@ async def test_what_a_form_may_hold_is_counted(client, service, body):
     assert not service.tickets
 
 
+@pytest.mark.slow
+def test_broken_forms_fill_no_log(scripted_service):
+    """However many and wherever they break: the parser's own words, which repeat bytes of the form,
+    are not written."""
+    before = len(scripted_service.lines)
+    for number in range(60):
+        body = b"--B\r\n" + b"a" * number + b"\x01: b\r\n\r\n"
+        head = {"content-type": "multipart/form-data; boundary=B"}
+        assert scripted_service.request("POST", EDITS, body, **head)[0] == 400
+    scripted_service.wait_for(EDITS)
+    said = [line for line in scripted_service.lines[before:] if "answered" not in line]
+
+    assert said == []
+
+
 async def test_the_longest_prompt_fits_into_a_form(client, service):
     """Of characters that take four bytes each."""
     body = form(text_part(b"prompt", "🐻".encode() * 32_000), file_part(photo()))
