@@ -27,6 +27,9 @@ PIECE_BYTES = 64 * 1024
 _ENCODED_BYTES = PIECE_BYTES // 4 * 3
 """What becomes one piece as base64, a multiple of three."""
 
+_TURN_BYTES = 4 * PIECE_BYTES
+"""Sent in one go, where the client takes it; that is less than a millisecond."""
+
 CONNECTION = "klein.connection"
 """The ASGI extension by which a connection learns what waits for it."""
 
@@ -130,10 +133,10 @@ async def send_body(
 ) -> None:
     """Send *body* piece by piece, until *leaving* is done; it ends the answer where it *is_last*.
 
-    Each piece gives everybody else a turn, however fast the client is.
+    Every few pieces everybody else has a turn, however fast the client is.
     """
     with _taken(scope, body) as (taking, holding):
-        size_bytes, sent_bytes = body.size_bytes, 0
+        size_bytes, sent_bytes, turn_bytes = body.size_bytes, 0, 0
         for piece, ended in body.pieces():
             if leaving.done():
                 exchange_of(scope).error = Cancelled()
@@ -146,7 +149,8 @@ async def send_body(
                 taking.waiting_bytes = size_bytes - sent_bytes
                 for picture in ended:
                     taking.let_go(holding, picture)
-            if sent_bytes < size_bytes:
+            if sent_bytes < size_bytes and sent_bytes - turn_bytes >= _TURN_BYTES:
+                turn_bytes = sent_bytes
                 await asyncio.sleep(0)
 
 
