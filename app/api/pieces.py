@@ -85,17 +85,18 @@ class Body:
         """Those that are not written yet."""
         return [part.data for part in self._parts if isinstance(part, Data)]
 
-    def pieces(self) -> Iterator[tuple[bytes, list[bytes]]]:
+    def pieces(self) -> Iterator[tuple[bytes | memoryview, list[bytes]]]:
         """Take the body apart: pieces of at most `PIECE_BYTES`, each with the pictures that end in
         it."""
-        waiting, ended = b"", list[bytes]()
+        waiting: bytes | memoryview = b""
+        ended: list[bytes] = []
         while self._parts:
             part = self._parts.popleft()
             for piece in part.pieces() if isinstance(part, Data) else (part,):
                 if len(waiting) + len(piece) > PIECE_BYTES:
                     yield waiting, ended
                     waiting, ended = b"", []
-                waiting = b"".join((waiting, piece))
+                waiting = b"".join((waiting, piece)) if waiting else piece
             if isinstance(part, Data):
                 ended.append(part.data)
         yield waiting, ended
@@ -154,7 +155,7 @@ async def send_body(
                 await asyncio.sleep(0)
 
 
-def _message(piece: bytes, *, more: bool) -> Message:
+def _message(piece: bytes | memoryview, *, more: bool) -> Message:
     return {"type": "http.response.body", "body": piece, "more_body": more}
 
 
