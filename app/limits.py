@@ -1,7 +1,8 @@
 """What one picture may be: its text, size, steps, guidance and seed. One rule set for all doors.
 
 HTTP's schemas and the command line ask it before anything is loaded or decoded, the service asks it
-again. What fits, and what would fit instead; nothing is snapped in silence.
+again. What fits, and what would fit instead; nothing is snapped in silence. And the part that one
+client may have of what is there for all.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ class SizeRule:
     def _say_nearest(self, width: int, height: int) -> str:
         wide, high = self.nearest(width, height)
         return f"the nearest valid size is {wide}x{high}"
+
+
+def three_quarters(whole: int) -> int:
+    """What one client may have of *whole* while others want some too, at least one."""
+    return max(1, whole * 3 // 4)
 
 
 def check_spec(spec: ImageSpec, card: ModelCard, max_pixels: int) -> None:

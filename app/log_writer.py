@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import select
 import threading
 import time
@@ -40,6 +41,7 @@ MOST_FOREIGN = 1
 
 _MAX_KINDS = 256
 _MAX_SAMPLE = 120
+_DIGITS = re.compile(r"(?:0x[0-9a-f]+|[0-9])+")
 
 Write = Callable[[bytes], object]
 
@@ -72,8 +74,9 @@ class _Window:
 class Limiter:
     """So many lines of one kind in a window of time; the rest are counted, and told of at its end.
 
-    A kind is a logger, a level and the first line of a message. Of requests all lines are of one
-    kind, but those of pictures are never left out: the card bounds them.
+    A kind is a logger, a level and the first line of a message; of a library's without its digits,
+    or an address or a position in it would make each line another kind. Of requests all lines are
+    of one kind, but those of pictures are never left out: the card bounds them.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class Limiter:
         if record.name == ACCESS and hasattr(record, "images"):
             return True
         sample = "" if record.name == ACCESS else record.getMessage().partition("\n")[0]
+        if not _is_own(record.name):
+            sample = _DIGITS.sub("0", sample)
         with self._lock:
             window = self._window(record, sample[:_MAX_SAMPLE])
             window.seen += 1
@@ -276,7 +281,11 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _most(logger: str) -> int:
     if logger == ACCESS:
         return MOST_ACCESS
-    return MOST_OWN if logger == "app" or logger.startswith("app.") else MOST_FOREIGN
+    return MOST_OWN if _is_own(logger) else MOST_FOREIGN
+
+
+def _is_own(logger: str) -> bool:
+    return logger == "app" or logger.startswith("app.")
 
 
 def _record(logger: str, level: int, text: str) -> logging.LogRecord:

@@ -49,6 +49,8 @@ def set_up(*, style: str, level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("app").setLevel(level.upper())
+    # What it says of a broken form repeats the form's bytes, and is answered anyway.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
 
 

@@ -16,9 +16,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
 from app import images, limits, logs
 from app.domain import (
@@ -48,9 +47,6 @@ from app.jobs.rates import RateLimit
 from app.telemetry.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _WAITS = frozenset({"queue", "total"})
 
@@ -189,7 +185,6 @@ class ImageService:
         self._rates = rates
         self._clock = clock
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
-        self._writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="answer")
         self._helpers = ThreadPoolExecutor(_helper_count(), thread_name_prefix="encode helper")
         self._is_draining = False
         self.held_memory: PeakMemory | None = None
@@ -335,14 +330,8 @@ class ImageService:
         """Return once everything accepted has ended."""
         await self._queue.wait_until_empty()
 
-    async def write(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Build an answer by *work* in a thread that nothing but answers can keep busy."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writers, partial(work, *arguments, **named))
-
     def close(self) -> None:
         """Let go of the encoding threads."""
-        self._writers.shutdown(wait=True, cancel_futures=True)
         self._encoders.shutdown(wait=True, cancel_futures=True)
         self._helpers.shutdown(wait=True, cancel_futures=True)
 

@@ -161,10 +161,6 @@ class FakeService:
         with self.admit(client=client) as admission:
             return admission.submit(specs, output)
 
-    async def write(self, work: Callable[..., bytes], *arguments: object, **named: object) -> bytes:
-        """Do it at once."""
-        return work(*arguments, **named)
-
     def random_seed(self) -> int:
         """Count, so that no two are equal."""
         self._seeds += 100

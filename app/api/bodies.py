@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.exchange import exchange_of
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
+from app.limits import three_quarters
 
 BODIES_AT_ONCE = 8
 """How many of the largest bodies may be held at a time, whatever their number."""
@@ -38,7 +39,7 @@ class _Budget:
         """Count *size_bytes* more; raises `Unavailable` beyond a limit, and counts all the same."""
         self._held += size_bytes
         self._by_client[client] += size_bytes
-        if self._by_client[client] > self._max_bytes * 3 // 4:
+        if self._by_client[client] > three_quarters(self._max_bytes):
             raise _too_many("Too many of your own large requests are being read")
         if self._held > self._max_bytes:
             raise _too_many("Too many large requests are being read")

@@ -13,14 +13,15 @@ import time
 from enum import IntEnum
 from typing import Protocol
 
+from app.api.held import MAX_BYTES, HeldAnswers, Taker
 from app.api.proxies import Proxies, client_of
+from app.limits import three_quarters
 
 _log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
 OTHER_DESCRIPTORS = 128
 """What the process needs besides: pipes, files, and sockets that are on their way out."""
-SHARE = 3 / 4
 
 _SAY_EVERY_S = 60.0
 
@@ -47,7 +48,11 @@ class Connection(Protocol):
 
     @property
     def unsent_bytes(self) -> int:
-        """Written, but not taken by the client."""
+        """Of answers that are ready, what the client has not taken."""
+
+    @property
+    def taken_bytes(self) -> int:
+        """All that the client has taken so far."""
 
     def abort(self) -> None:
         """Close now."""
@@ -99,10 +104,13 @@ class ConnectionTable:
         proxies: Proxies | None = None,
         *,
         look_every_s: float = 1.0,
+        held_bytes: int = MAX_BYTES,
     ) -> None:
+        self.answers = HeldAnswers(self.cut, max_bytes=held_bytes)
+        """What the answers that are being taken keep in memory."""
         self._limit = limit
         self._proxies = proxies or Proxies(())
-        self._share = max(1, int(limit * SHARE))
+        self._share = three_quarters(limit)
         self._look_every_s = look_every_s
         self._all = _Shelf()
         self._of_client: dict[str, _Shelf] = {}
@@ -142,15 +150,17 @@ class ConnectionTable:
 
     def leave(self, connection: Connection) -> None:
         """*connection* has gone, if it was here."""
-        client, phase = self._places.pop(connection, ("", Phase.BUSY))
-        if (shelf := self._of_client.get(client)) is None:
+        place = self._places.pop(connection, None)
+        if place is None:
             return
+        client, phase = place
+        shelf = self._of_client[client]
         self._all.remove(connection, phase)
         shelf.remove(connection, phase)
         if not shelf.count:
             del self._of_client[client]
 
-    def cut(self, connection: Connection) -> None:
+    def cut(self, connection: Taker) -> None:
         """Close *connection* because its client is too slow."""
         self._cut += 1
         self._say()

@@ -11,17 +11,17 @@ it from his own.
 
 from __future__ import annotations
 
+import heapq
 import secrets
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from app.limits import three_quarters
+
 MAX_BYTES = 256 * 1024 * 1024
 MAX_COUNT = 10_000
-
-_MOST = 0.75
-"""The part of the store that one client may have while others have links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +91,42 @@ class LinkStore:
     def _make_room(self, client: str) -> None:
         """Let go of links until all limits hold after *client* has put one."""
         # Whoever was alone had the whole store; now there is somebody else.
-        for holder in (client, max(self._shares, key=self._part)):
-            while len(self._shares) > 1 and self._part(holder) > _MOST:
+        for holder in tuple(self._shares) if len(self._shares) == 2 else (client,):
+            while len(self._shares) > 1 and self._has_too_much(holder):
                 self._drop_oldest_of(holder)
-        while self._bytes > self._max_bytes or len(self._links) > self._max_count:
-            is_over = self._part(client) > 1 / len(self._shares)
-            self._drop_oldest_of(client if is_over else max(self._shares, key=self._part))
+        if self._is_over():
+            self._drop_from_the_largest(client)
+
+    def _is_over(self) -> bool:
+        return self._bytes > self._max_bytes or len(self._links) > self._max_count
+
+    def _has_too_much(self, client: str) -> bool:
+        share = self._shares[client]
+        return share.bytes > three_quarters(self._max_bytes) or len(share.names) > three_quarters(
+            self._max_count
+        )
+
+    def _drop_from_the_largest(self, client: str) -> None:
+        """Let *client* make room from its own where it has more than an equal part, but not from
+        what it has just put; else whoever has most: looked for once, and kept in order from then
+        on.
+        """
+        largest = [(-self._part(name), name) for name in self._shares if name != client]
+        heapq.heapify(largest)
+        while self._is_over():
+            if not largest or self._has_spare(client):
+                self._drop_oldest_of(client)
+                continue
+            holder = largest[0][1]
+            self._drop_oldest_of(holder)
+            if holder in self._shares:
+                heapq.heapreplace(largest, (-self._part(holder), holder))
+            else:
+                heapq.heappop(largest)
+
+    def _has_spare(self, client: str) -> bool:
+        is_one = len(self._shares[client].names) == 1
+        return not is_one and self._part(client) > 1 / len(self._shares)
 
     def _part(self, client: str) -> float:
         """Which part of the store *client* has, by bytes or by number, whichever is more."""

@@ -57,10 +57,10 @@ class MeteredTransport(asyncio.Transport):
         self._transport.write(data)
 
     def close(self) -> None:
-        """Close once everything is sent, or only say that nothing more will be."""
+        """Close once everything is sent, or only say then that nothing more will be."""
         if self.is_closing():
             return
-        if self._may_close() or self.unsent_bytes:
+        if self._may_close():
             self._transport.close()
             return
         self._is_half_closed = True
@@ -100,12 +100,14 @@ class Pace:
     """Looks at one connection again and again, and says when its client is too slow.
 
     Time counts only while something waits to be sent: a stream that says nothing for an hour is
-    not slow.
+    not slow. What is large must be taken the faster, in *most_s* at the least rate.
     """
 
-    def __init__(self, *, min_bytes_per_s: float, window_s: float) -> None:
+    def __init__(self, *, min_bytes_per_s: float, most_s: float, window_s: float) -> None:
         self._min_bytes_per_s = min_bytes_per_s
+        self._most_s = most_s
         self._window_s = window_s
+        self._most_unsent_bytes = 0
         self._window: tuple[float, int] | None = None
         self._moved: tuple[float, int] = (0.0, 0)
 
@@ -116,13 +118,16 @@ class Pace:
             return False
         if self._window is None:
             self._window = self._moved = (now, taken_bytes)
+            self._most_unsent_bytes = 0
+        self._most_unsent_bytes = max(self._most_unsent_bytes, unsent_bytes)
         if taken_bytes != self._moved[1]:
             self._moved = (now, taken_bytes)
         begun, taken_before = self._window
         if now - begun < self._window_s:
             return False
         self._window = (now, taken_bytes)
-        return taken_bytes - taken_before < self._min_bytes_per_s * (now - begun)
+        least_bytes_per_s = max(self._min_bytes_per_s, self._most_unsent_bytes / self._most_s)
+        return taken_bytes - taken_before < least_bytes_per_s * (now - begun)
 
     def stalled_s(self, now: float) -> float:
         """For how long nothing was taken of what waits."""

@@ -22,8 +22,10 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.connections import ConnectionTable, Phase
+from app.api.held import Holding
 from app.api.intake import Framing, Intake
 from app.api.pacing import MeteredTransport, Pace
+from app.api.pieces import CONNECTION
 from app.api.refusals import (
     MAX_HEAD_BYTES,
     MAX_HEADER_LINES,
@@ -72,6 +74,8 @@ class GuardedProtocol(HttpToolsProtocol):
     """Requests that are parsed and not answered."""
     min_bytes_per_s = 16 * 1024
     """An answer that is taken more slowly is cut off."""
+    max_taking_s = 120.0
+    """So is one that would take longer than this in all, if it is large."""
     pace_window_s = 30.0
     """Seconds over which that is averaged, so that a short pause costs nothing."""
 
@@ -79,7 +83,13 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._table = table
         self._metered: MeteredTransport | None = None
-        self._pace = Pace(min_bytes_per_s=self.min_bytes_per_s, window_s=self.pace_window_s)
+        self._pace = Pace(
+            min_bytes_per_s=self.min_bytes_per_s,
+            most_s=self.max_taking_s,
+            window_s=self.pace_window_s,
+        )
+        self.waiting_bytes = 0
+        """Of an answer that is ready, what is not written yet."""
         self._intake = Intake()
         self._framing = Framing()
         self._is_in_head = False
@@ -102,8 +112,13 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def unsent_bytes(self) -> int:
-        """Of answers, what the client has not taken."""
-        return self._metered.unsent_bytes if self._metered else 0
+        """Of answers that are ready, what the client has not taken."""
+        return self.waiting_bytes + (self._metered.unsent_bytes if self._metered else 0)
+
+    @property
+    def taken_bytes(self) -> int:
+        """All that the client has taken so far."""
+        return self._metered.taken_bytes if self._metered else 0
 
     # What the transport tells.
 
@@ -129,6 +144,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._intake.clear()
         self.pipeline.clear()
         self._let_go()
+        if self.scope:
+            self.scope.pop("extensions", None)  # no circle is left
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -137,16 +154,36 @@ class GuardedProtocol(HttpToolsProtocol):
             self._intake.add(data)
             self._parse()
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Go on with an answer that is being written: its client may still read. One that waits
+        for its answer has gone."""
+        if self._answering is None or not self.waiting_bytes:
+            return None
+        self._answering.keep_alive = False
+        return True
+
     def abort(self) -> None:
         """Close now; what is unsent is lost."""
         self.transport.abort()
 
+    # What an answer tells.
+
+    def hold(self, client: str, pictures: list[bytes]) -> Holding:
+        """Count the *pictures* that are kept for *client* while they are taken here."""
+        return self._table.answers.hold(client, self, pictures)
+
+    def let_go(self, holding: Holding, picture: bytes) -> None:
+        """*picture* is written."""
+        self._table.answers.let_go(holding, picture)
+
+    def end_holding(self, holding: Holding) -> None:
+        """The answer has ended."""
+        self._table.answers.end(holding)
+
     def look(self, now: float) -> None:
         """Cut the connection off if its client is too slow; else say what it is doing."""
-        metered = self._metered
-        assert metered is not None
-        unsent_bytes = metered.unsent_bytes
-        if self._pace.is_too_slow(now, taken_bytes=metered.taken_bytes, unsent_bytes=unsent_bytes):
+        unsent_bytes = self.unsent_bytes
+        if self._pace.is_too_slow(now, taken_bytes=self.taken_bytes, unsent_bytes=unsent_bytes):
             self._table.cut(self)
         elif unsent_bytes and self._pace.stalled_s(now) >= _STALLED_S:
             self._table.move(self, Phase.STALLED)
@@ -177,6 +214,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_replaying:
             return
         super().on_message_begin()
+        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
         self._framing.begin()
         self._is_in_head = True
         self._head_bytes = self._head_lines = 0

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.disconnect import until_gone
 from app.api.exchange import exchange_of
+from app.api.pieces import Body, send_body
 from app.errors import Cancelled
 
 _HEARTBEAT = b": keep-alive\n\n"
@@ -31,7 +32,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        messages: AsyncGenerator[bytes, None],
+        messages: AsyncGenerator[bytes | Body, None],
         *,
         heartbeat_s: float,
         on_close: Callable[[], None],
@@ -61,7 +62,10 @@ class EventStream(Response):
                 message = coming.result() if coming.done() else _HEARTBEAT
                 if message is None:
                     break
-                await send({"type": "http.response.body", "body": message, "more_body": True})
+                if isinstance(message, Body):
+                    await send_body(message, scope, send, leaving, is_last=False)
+                else:
+                    await send({"type": "http.response.body", "body": message, "more_body": True})
                 if coming.done():
                     coming = asyncio.ensure_future(anext(self._messages, None))
             await send({"type": "http.response.body", "body": b""})

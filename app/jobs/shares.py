@@ -18,6 +18,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from app.limits import three_quarters
+
 PRESENT_S = 30.0
 """Seconds for which a client counts as being there once it has asked, or should have come back."""
 CLAIMS_MOST = 64
@@ -37,7 +39,7 @@ class Shares:
     """Knows who asked lately and who was turned away. *capacity* is the number of places."""
 
     def __init__(self, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.most = max(1, capacity * 3 // 4)
+        self.most = three_quarters(capacity)
         """Places that one client may hold while it is not alone."""
         self._kept_most = max(1, capacity - self.most)
         self._claims_most = min(capacity, CLAIMS_MOST)

@@ -26,7 +26,7 @@ def spec(**changes) -> ImageSpec:
         (
             FakeService,
             ImageService,
-            ("admit", "submit", "check", "status", "random_seed", "write"),
+            ("admit", "submit", "check", "status", "random_seed"),
         ),
         (FakeAdmission, Admission, ("reserve", "submit")),
         (FakeTicket, Ticket, ("pictures", "events", "cancel")),

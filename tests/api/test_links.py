@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
@@ -87,6 +88,18 @@ def test_who_was_alone_makes_room_for_the_next(clock):
 
     third = [put(links, client="c") for _ in range(30)]
     assert sorted(sum(kept(links, each)) for each in (first, second, third)) == [5, 5, 6]
+
+
+def test_room_is_made_at_the_same_cost_however_many_have_links(clock):
+    """A large picture drives out thousands of small ones of thousands of clients, within a tenth
+    of a second of computing."""
+    links = LinkStore(lifetime_s=60, clock=clock, max_bytes=20_000, max_count=2_000)
+    before = time.thread_time()
+    names = [put(links, client=str(number)) for number in range(2_000)]
+    put(links, 15_000, client="a")
+
+    assert time.thread_time() - before < 0.1
+    assert sum(kept(links, names)) == 500
 
 
 def test_what_is_too_old_counts_for_nobody(clock):

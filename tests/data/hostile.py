@@ -171,7 +171,8 @@ def slow_jpeg() -> bytes:
 def jpeg_of_scans(count: int) -> bytes:
     """A small progressive JPEG of so many scans."""
     head, scans = _progressive(noise(64, 64, "L"))
-    return head + b"".join(scans) + scans[-1] * (count - 1 - len(scans)) + b"\xff\xd9"
+    more = scans[-1] * (count - 1 - len(scans))
+    return head + b"".join(scans) + more + b"\xff\xd9"
 
 
 def jpeg_of(width: int, height: int) -> bytes:

@@ -89,13 +89,24 @@ async def test_a_file_name_in_another_codec_is_not_decoded(client, service):
         form(*[text_part(b"a", b"b")] * 65),
         form(*[file_part(b"x")] * 65),
         form(text_part(b"a" * 1025, b"b")),
-        form(text_part(b"prompt", b"a" * 1_048_577)),
+        form(text_part(b"prompt", b"a" * 128_001)),
+        form(*[text_part(b"%d" % i, b"a" * 100_000) for i in range(6)]),
         form(b"a: b\r\n" * 20),
         form(b"a: " + b"b" * 5000),
         form(file_part(b"\r\n--BX" * 2000)),
         b"--B" + b" " * 40_000,
     ],
-    ids=["texts", "files", "name", "text", "headers", "header", "boundaries", "padding"],
+    ids=[
+        "texts",
+        "files",
+        "name",
+        "text",
+        "all texts",
+        "headers",
+        "header",
+        "boundaries",
+        "padding",
+    ],
 )
 async def test_what_a_form_may_hold_is_counted(client, service, body):
     """Parts, names, texts, headers, and what looks like a boundary."""
@@ -103,6 +114,29 @@ async def test_what_a_form_may_hold_is_counted(client, service, body):
 
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_multipart")
     assert not service.tickets
+
+
+@pytest.mark.slow
+def test_broken_forms_fill_no_log(scripted_service):
+    """However many and wherever they break: the parser's own words, which repeat bytes of the form,
+    are not written."""
+    before = len(scripted_service.lines)
+    for number in range(60):
+        body = b"--B\r\n" + b"a" * number + b"\x01: b\r\n\r\n"
+        head = {"content-type": "multipart/form-data; boundary=B"}
+        assert scripted_service.request("POST", EDITS, body, **head)[0] == 400
+    scripted_service.wait_for(EDITS)
+    said = [line for line in scripted_service.lines[before:] if "answered" not in line]
+
+    assert said == []
+
+
+async def test_the_longest_prompt_fits_into_a_form(client, service):
+    """Of characters that take four bytes each."""
+    body = form(text_part(b"prompt", "🐻".encode() * 32_000), file_part(photo()))
+
+    assert (await post_form(client, body)).status_code == 200
+    assert service.specs[0].prompt == "🐻" * 32_000
 
 
 async def test_a_content_type_is_short(client):

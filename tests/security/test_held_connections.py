@@ -292,7 +292,7 @@ class Seat:
     """A connection as the table sees it."""
 
     is_answering = False
-    unsent_bytes = 0
+    unsent_bytes = taken_bytes = 0
 
     def __init__(self) -> None:
         self.is_open = True
@@ -403,6 +403,40 @@ async def test_the_end_waits_for_answers_and_says_what_it_cut(is_read, caplog) -
     assert (got > LARGE_BYTES) is is_read
     assert len(said) == (not is_read)
     assert is_read or said[0].startswith("1 answers were cut, with ")
+
+
+def test_a_connection_that_was_refused_may_leave() -> None:
+    """Also one whose socket has no address, beside others without."""
+    table = ConnectionTable(1, Proxies([]))
+    first, refused = Seat(), Seat()
+    asyncio.run(_admit_busy(table, first))
+    assert not table.admit(refused, "")
+    table.leave(refused)
+
+    assert repr(table) == "<ConnectionTable 1/1, 1 clients>"
+
+
+async def _admit_busy(table: ConnectionTable, seat: Seat) -> None:
+    assert table.admit(seat, "")
+    table.move(seat, Phase.BUSY)
+
+
+async def test_an_answer_is_whole_though_its_upload_goes_on(gated) -> None:
+    """The service has answered and hangs up, the body is still coming and the answer still going:
+    all of it arrives, and then its end."""
+    _, port = gated
+    loop = asyncio.get_running_loop()
+    head = b"POST /large HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    with stingy_socket(port) as client:
+        client.sendall(head + b"Content-Length: 9999999\r\n\r\n" + b"x" * 50_000)
+        client.setblocking(False)
+        got = len(await loop.sock_recv(client, 1))
+        await loop.sock_sendall(client, b"x" * 500_000)
+        async with asyncio.timeout(5):
+            while block := await loop.sock_recv(client, 1 << 20):
+                got += len(block)
+
+    assert got > LARGE_BYTES
 
 
 class Reset(asyncio.Transport):

@@ -10,12 +10,12 @@ import pytest
 from python_multipart import multipart as parser
 
 from app import limits, log_writer, logs
-from app.api import bodies, connections, links, protocol, refusals
+from app.api import bodies, connections, held, links, pieces, protocol, refusals
 from app.api.protocol import GuardedProtocol
-from app.api.schemas import body, fields, multipart, openai_fields, scan
+from app.api.schemas import fields, multipart, openai_fields, scan
 from app.cli import serve
 from app.engine import tensorheader
-from app.images import decoder, uploads
+from app.images import decoder, pool, uploads
 from app.images.pool import DecoderPool
 from app.jobs import shares
 from app.settings import Settings
@@ -42,12 +42,15 @@ VALUES: dict[str, tuple[float, ...]] = {
     "rate at which an answer is read": (
         GuardedProtocol.min_bytes_per_s,
         GuardedProtocol.pace_window_s,
+        GuardedProtocol.max_taking_s,
     ),
+    "an answer's bytes written and not taken": (pieces.PIECE_BYTES,),
+    "pictures kept for answers that are being taken": (held.MAX_BYTES,),
     "upload after its answer": (GuardedProtocol.linger_s,),
     "one body": (Settings().max_body_bytes,),
     "its time": (Settings().body_limit_s,),
     "all bodies that are being read": (bodies.BODIES_AT_ONCE, bodies.SMALL_BYTES),
-    "JSON where no pictures belong": (body.MAX_PLAIN_BYTES,),
+    "JSON where no pictures belong": (scan.MAX_PLAIN,),
     "JSON beside its pictures": (scan.MAX_PLAIN,),
     "strings, brackets and commas in JSON": (scan.MAX_VALUES,),
     "a text": (limits.MAX_PROMPT, fields.MAX_TEXT),
@@ -57,17 +60,23 @@ VALUES: dict[str, tuple[float, ...]] = {
         multipart.MAX_FILES,
         multipart.MAX_FIELDS,
         multipart.MAX_TEXT_BYTES,
+        multipart.MAX_TEXTS_BYTES,
         multipart.MAX_NAME_BYTES,
         parser.DEFAULT_MAX_HEADER_COUNT,
     ),
     "a name that an error repeats": (fields._MAX_NAME,),
-    "requests decoded at a time": (DecoderPool()._size,),
+    "requests decoded at a time": (DecoderPool()._size, 1),
+    "silence of the process that decoders are forked from": (
+        DECODER.start_s,
+        pool._SERVER_START_S,
+    ),
     "processor time of a request's pictures": (DECODER.cpu_s,),
     "time by the clock": (DECODER.wall_s,),
     "address space": (DECODER.memory_bytes,),
     "scans of a JPEG": (uploads.MAX_SCANS,),
     "pixels": (uploads.MAX_PIXELS,),
     "no room for a process": (DECODER.start_s,),
+    "places while a body of more than 64 KiB, or of unknown length, is read": (1,),
     "images that wait": (Settings().queue_images,),
     "places kept for who was turned away": (shares.PRESENT_S,),
     "those turned away that are remembered": (shares.CLAIMS_MOST,),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 from app.telemetry.lag import LoopLag
 
 
@@ -47,3 +50,17 @@ def test_what_is_kept_is_bounded() -> None:
         lag.note(1.0 - number * 1e-6)
 
     assert len(lag._most) <= 60 / 0.05 + 1
+
+
+async def test_a_freeze_is_told_in_full_wherever_it_begins() -> None:
+    """Also right after the gauge went to sleep, when its own sleep hides most of the freeze."""
+    lag = LoopLag()
+    running = asyncio.create_task(lag.run())
+    await asyncio.sleep(0)
+    time.sleep(0.06)  # noqa: ASYNC251 - this is the freeze
+    async with asyncio.timeout(5):
+        while not lag.read():  # noqa: ASYNC110 - it measures in its own time
+            await asyncio.sleep(0)
+    running.cancel()
+
+    assert lag.read() >= 0.06

@@ -113,6 +113,15 @@ def test_a_line_is_written_where_its_format_is_wrong(capfd) -> None:
     assert capfd.readouterr().err == "A line of library is odd.\n"
 
 
+def test_a_librarys_line_is_the_same_one_with_other_numbers() -> None:
+    """A position or an address in it makes no new kind; of our own lines it does."""
+    limiter = Limiter(clock=Clock())
+    lines = [f"odd at {number} in <Task 0x{number:x}>" for number in range(100)]
+
+    assert sum(limiter.admits(record("asyncio", line, logging.ERROR)) for line in lines) == 1
+    assert sum(limiter.admits(record("app.x", line, logging.ERROR)) for line in lines) == 100
+
+
 def test_a_librarys_line_is_written_once_in_ten_seconds() -> None:
     """asyncio says that it is out of descriptors thousands of times a second: once, then a
     count."""
@@ -165,9 +174,10 @@ def test_requests_are_limited_and_pictures_are_not() -> None:
 def test_lines_that_never_repeat_fill_no_memory() -> None:
     """Kinds are forgotten, the oldest first, and what they left out is told."""
     limiter = Limiter(clock=Clock())
+    letters = str.maketrans("0123456789", "abcdefghij")  # numbers alone make no new kind
     for number in range(5000):
         for _ in range(2):
-            limiter.admits(record("library", f"line {number}"))
+            limiter.admits(record("library", f"line {number}".translate(letters)))
 
     assert len(limiter._windows) <= 256
     assert len(limiter.due(is_last=True)) == 5000

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from app.api.links import LinkStore
+from app.api.pieces import Body, Data, PieceResponse
 from app.errors import Kind, KleinError
 
 PATH = "/v1/images/files/"
@@ -24,6 +25,6 @@ def build_router(links: LinkStore) -> APIRouter:
                 kind=Kind.NOT_FOUND,
             )
         headers = {"Cache-Control": f"private, max-age={int(links.lifetime_s)}"}
-        return Response(link.data, media_type=link.media_type, headers=headers)
+        return PieceResponse(Body(Data(link.data)), media_type=link.media_type, headers=headers)
 
     return router

@@ -9,6 +9,7 @@ from app.api.config import ApiConfig
 from app.api.deps import Client, DeadlineS, IsLarge, Service, decoders_of
 from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
+from app.api.pieces import Body, Data, PieceResponse
 from app.api.schemas import native
 from app.api.schemas.body import read_json, require_json
 from app.api.schemas.sizes import SizeRule
@@ -42,7 +43,9 @@ def build_router(config: ApiConfig) -> APIRouter:
             raise native.name_sides(error) from None
         (picture,) = await pictures_of(ticket, request.receive)
         headers = native.headers(picture, exchange_of(request.scope).id)
-        return Response(picture.data, media_type=picture.media_type, headers=headers)
+        return PieceResponse(
+            Body(Data(picture.data)), media_type=picture.media_type, headers=headers
+        )
 
     return router
 

@@ -14,6 +14,7 @@ from app.api.deps import Client, DeadlineS, IsLarge, Service, decoders_of
 from app.api.disconnect import pictures_of, unless_gone
 from app.api.exchange import exchange_of
 from app.api.links import LinkStore
+from app.api.pieces import PieceResponse
 from app.api.routes import files
 from app.api.schemas import edits, native, openai, openai_fields, openai_out
 from app.api.schemas.body import content_type, read_json, require_json, unsupported_media
@@ -112,8 +113,7 @@ class _Answer:
         if self.asked.wants_stream:
             return self._stream(ticket)
         pictures = await pictures_of(ticket, self.request.receive)
-        body = await self.service.write(
-            openai_out.answer,
+        body = openai_out.answer(
             pictures,
             asked=self.asked,
             model=self.service.card.id,
@@ -121,14 +121,12 @@ class _Answer:
             references=self._references,
             links=self._keep(pictures) if self.asked.wants_links else None,
         )
-        return Response(body, media_type=_JSON, headers=_headers(pictures))
+        return PieceResponse(body, media_type=_JSON, headers=_headers(pictures))
 
     def _stream(self, ticket: Ticket) -> Response:
         (spec,) = self.specs
         verb = "image_edit" if spec.references else "image_generation"
-        writer = EventWriter(
-            verb, self.asked, (spec.width, spec.height), spec.references, self.service.write
-        )
+        writer = EventWriter(verb, self.asked, (spec.width, spec.height), spec.references)
         messages = writer.messages(ticket, exchange_of(self.request.scope))
         return EventStream(messages, heartbeat_s=self.config.heartbeat_s, on_close=ticket.cancel)
 

@@ -7,6 +7,7 @@ client has its own habit. File names and declared types are never looked at.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,9 @@ async def read_form(request: Request, table: FieldTable, max_images: int) -> Edi
     texts: dict[str, object] = {}
     images: list[Upload] = []
     masks: list[Upload] = []
-    for part in await read_parts(request):
+    parts = deque(await read_parts(request))
+    while parts:
+        part = parts.popleft()  # none is kept both as it came and as it was read
         if _IMAGE.fullmatch(part.name):
             images += _read_file(part, "image")
         elif _MASK.fullmatch(part.name):

@@ -22,13 +22,17 @@ from python_multipart.multipart import (
 
 from app.api.schemas.body import pieces
 from app.errors import InvalidRequest
+from app.limits import MAX_PROMPT
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_FILES = 64
 MAX_FIELDS = 64
-MAX_TEXT_BYTES = 1024 * 1024
+MAX_TEXT_BYTES = 4 * MAX_PROMPT
+"""Of the longest prompt, whatever its characters are."""
+MAX_TEXTS_BYTES = 4 * MAX_TEXT_BYTES
+"""Of all texts together: as strings they may be five times as large."""
 MAX_NAME_BYTES = 1024
 _MAX_TYPE_LENGTH = 1024
 _MAX_FALSE_BOUNDARIES = 1000
@@ -95,7 +99,7 @@ class _Reader:
         self._header = bytearray()
         self._value = bytearray()
         self._disposition = b""
-        self._files = self._fields = 0
+        self._files = self._fields = self._texts_bytes = 0
         self._boundary = b"\r\n--" + boundary
         self._boundaries = 0
         callbacks: MultipartCallbacks = {
@@ -170,9 +174,16 @@ class _Reader:
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         part = self._part
-        if not part.is_file and len(part.content) + end - start > MAX_TEXT_BYTES:
-            raise damaged(f"a text has more than {MAX_TEXT_BYTES:,} bytes")
+        if not part.is_file:
+            self._count_text(end - start)
         part.content += data[start:end]
+
+    def _count_text(self, size_bytes: int) -> None:
+        self._texts_bytes += size_bytes
+        if len(self._part.content) + size_bytes > MAX_TEXT_BYTES:
+            raise damaged(f"a text has more than {MAX_TEXT_BYTES:,} bytes")
+        if self._texts_bytes > MAX_TEXTS_BYTES:
+            raise damaged(f"its texts have more than {MAX_TEXTS_BYTES:,} bytes together")
 
     def _on_part_end(self) -> None:
         self.parts.append(self._part)

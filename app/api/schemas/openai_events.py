@@ -8,16 +8,16 @@ every client skips and our own page reads: `: queued 3`, `: denoise 2/4`, `: tim
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from app.api.errors import envelope, internal_error
 from app.api.exchange import Exchange
+from app.api.pieces import Body, Data
 from app.api.schemas.native import server_timing
 from app.api.schemas.openai import ImagesRequest
 from app.api.schemas.openai_out import usage
@@ -29,9 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class EventWriter:
-    """Writes the events of one request; *verb* is `image_generation` or `image_edit`, and *write*
-    runs in a thread what takes long.
-    """
+    """Writes the events of one request; *verb* is `image_generation` or `image_edit`."""
 
     def __init__(
         self,
@@ -39,11 +37,9 @@ class EventWriter:
         asked: ImagesRequest,
         size: tuple[int, int],
         references: Sequence[RawImage],
-        write: Callable[..., Awaitable[bytes]],
     ) -> None:
         self._verb = verb
         self._references = references
-        self._in_thread = write
         self._common = {
             "size": f"{size[0]}x{size[1]}",
             "quality": asked.streamed_quality,
@@ -51,16 +47,18 @@ class EventWriter:
             "output_format": asked.output.format,
         }
 
-    async def messages(self, ticket: Ticket, exchange: Exchange) -> AsyncGenerator[bytes, None]:
+    async def messages(
+        self, ticket: Ticket, exchange: Exchange
+    ) -> AsyncGenerator[bytes | Body, None]:
         """Follow *ticket* to its end; an error is told to the client and noted in *exchange*."""
         try:
             async with aclosing(ticket.events()) as events:
                 async for event in events:
                     if isinstance(event, Preview):
-                        yield await self._in_thread(self._partial, event)
+                        yield self._partial(event)
                     elif isinstance(event, Finished):
                         yield _measured(event.picture)
-                        yield await self._in_thread(self._completed, event.picture)
+                        yield self._completed(event.picture)
                     else:
                         yield _moved(event)
         except KleinError as error:
@@ -71,10 +69,10 @@ class EventWriter:
             exchange.error = internal_error()
             yield _error(exchange.error)
 
-    def _partial(self, preview: Preview) -> bytes:
+    def _partial(self, preview: Preview) -> Body:
         return self._write("partial_image", preview.picture, {"partial_image_index": preview.index})
 
-    def _completed(self, picture: Picture) -> bytes:
+    def _completed(self, picture: Picture) -> Body:
         rest: dict[str, Any] = {
             "seed": picture.seed,
             "usage": usage([picture], self._references),
@@ -83,13 +81,13 @@ class EventWriter:
             rest["warnings"] = list(picture.warnings)
         return self._write("completed", picture.data, rest)
 
-    def _write(self, what: str, data: bytes, rest: dict[str, Any]) -> bytes:
+    def _write(self, what: str, data: bytes, rest: dict[str, Any]) -> Body:
         name = f"{self._verb}.{what}"
         fields = {"created_at": int(time.time()), **self._common, **rest}
-        # As in the plain answer, base64 is joined on, since it needs no JSON encoder.
+        # As in the plain answer, base64 meets no JSON encoder.
         head = f'event: {name}\ndata: {{"type": "{name}", "b64_json": "'.encode()
         tail = json.dumps(fields).encode()[1:]
-        return head + base64.b64encode(data) + b'", ' + tail + b"\n\n"
+        return Body(head, Data(data, is_base64=True), b'", ' + tail + b"\n\n")
 
 
 def _moved(event: Queued | Stepped) -> bytes:

@@ -2,16 +2,16 @@
 accepts it.
 
 A key without a value is left out, `usage` is whole, and base64 never meets a JSON encoder: ten
-large pictures would hold up the event loop there, so the bytes are joined, and that in a thread.
+large pictures would hold up the event loop there, so it is made while the answer is sent.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from app.api.pieces import Body, Data
 from app.api.schemas.openai import ImagesRequest
 from app.domain import RawImage
 from app.service import Picture
@@ -27,7 +27,7 @@ def answer(
     created: int,
     references: Sequence[RawImage] = (),
     links: Sequence[str] | None = None,
-) -> bytes:
+) -> Body:
     """Write the answer; each picture as base64, or as the link that *links* has for it."""
     first = pictures[0]
     head: dict[str, Any] = {
@@ -42,11 +42,11 @@ def answer(
         head["quality"] = asked.echoed_quality
     if warnings := all_warnings(pictures):
         head["warnings"] = warnings
-    items = [
-        _item(picture, None if links is None else links[index])
-        for index, picture in enumerate(pictures)
-    ]
-    return json.dumps(head).encode()[:-1] + b', "data": [' + b", ".join(items) + b"]}"
+    parts: list[bytes | Data] = [json.dumps(head).encode()[:-1] + b', "data": [']
+    for index, picture in enumerate(pictures):
+        parts += [b", "] if index else []
+        parts += _item(picture, None if links is None else links[index])
+    return Body(*parts, b"]}")
 
 
 def usage(
@@ -72,8 +72,8 @@ def all_warnings(pictures: Iterable[Picture]) -> list[str]:
     return list(dict.fromkeys(warning for picture in pictures for warning in picture.warnings))
 
 
-def _item(picture: Picture, link: str | None) -> bytes:
-    seed = b'"seed": %d' % picture.seed
+def _item(picture: Picture, link: str | None) -> list[bytes | Data]:
+    seed = b'"seed": %d}' % picture.seed
     if link is not None:
-        return b'{"url": ' + json.dumps(link).encode() + b", " + seed + b"}"
-    return b'{"b64_json": "' + base64.b64encode(picture.data) + b'", ' + seed + b"}"
+        return [b'{"url": ' + json.dumps(link).encode() + b", " + seed]
+    return [b'{"b64_json": "', Data(picture.data, is_base64=True), b'", ' + seed]

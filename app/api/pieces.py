@@ -1,0 +1,175 @@
+"""Large answers, sent in small pieces: each waits until the client has taken those before it.
+
+An answer written in one go is copied by the transport, for every connection that does not read,
+and one of ten pictures holds up the event loop for as long as that takes. Here no body is ever
+whole: base64 is made piece by piece, and a picture is let go of once it is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from app.api.disconnect import until_gone
+from app.api.exchange import exchange_of
+from app.api.held import Holding
+from app.errors import Cancelled
+
+PIECE_BYTES = 64 * 1024
+_ENCODED_BYTES = PIECE_BYTES // 4 * 3
+"""What becomes one piece as base64, a multiple of three."""
+
+_TURN_BYTES = 4 * PIECE_BYTES
+"""Sent in one go, where the client takes it; that is less than a millisecond."""
+
+CONNECTION = "klein.connection"
+"""The ASGI extension by which a connection learns what waits for it."""
+
+
+class Taking(Protocol):
+    """A connection that takes an answer; *waiting_bytes* are ready, and not written to it yet."""
+
+    waiting_bytes: int
+
+    def hold(self, client: str, pictures: list[bytes]) -> Holding:
+        """Count the *pictures* that are kept for *client*."""
+
+    def let_go(self, holding: Holding, picture: bytes) -> None:
+        """*picture* is written."""
+
+    def end_holding(self, holding: Holding) -> None:
+        """The answer has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A picture's bytes as a part of a body, as they are or in base64."""
+
+    data: bytes = field(repr=False)
+    is_base64: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes are sent."""
+        size = len(self.data)
+        return (size + 2) // 3 * 4 if self.is_base64 else size
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """Make what is sent, at most `PIECE_BYTES` at a time."""
+        view = memoryview(self.data)
+        step = _ENCODED_BYTES if self.is_base64 else PIECE_BYTES
+        for at in range(0, len(view), step):
+            piece = view[at : at + step]
+            yield base64.b64encode(piece) if self.is_base64 else piece
+
+
+class Body:
+    """A body of texts and pictures, in their order, which can be sent once."""
+
+    def __init__(self, *parts: bytes | Data) -> None:
+        self._parts = deque(parts)
+        self.size_bytes = sum(
+            part.size_bytes if isinstance(part, Data) else len(part) for part in parts
+        )
+
+    @property
+    def pictures(self) -> list[bytes]:
+        """Those that are not written yet."""
+        return [part.data for part in self._parts if isinstance(part, Data)]
+
+    def pieces(self) -> Iterator[tuple[bytes | memoryview, list[bytes]]]:
+        """Take the body apart: pieces of at most `PIECE_BYTES`, each with the pictures that end in
+        it."""
+        waiting: bytes | memoryview = b""
+        ended: list[bytes] = []
+        while self._parts:
+            part = self._parts.popleft()
+            for piece in part.pieces() if isinstance(part, Data) else (part,):
+                if len(waiting) + len(piece) > PIECE_BYTES:
+                    yield waiting, ended
+                    waiting, ended = b"", []
+                waiting = b"".join((waiting, piece)) if waiting else piece
+            if isinstance(part, Data):
+                ended.append(part.data)
+        yield waiting, ended
+
+
+class PieceResponse(Response):
+    """Answers with *body*, whose length is told beforehand."""
+
+    def __init__(
+        self, body: Body, *, media_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(media_type=media_type, headers=headers)
+        self.headers["content-length"] = str(body.size_bytes)
+        self._pieces = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, or as much as the client stays for."""
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
+        leaving = asyncio.ensure_future(until_gone(receive))
+        try:
+            await send_body(self._pieces, scope, send, leaving)
+        finally:
+            leaving.cancel()
+            await asyncio.wait({leaving})
+
+
+async def send_body(
+    body: Body, scope: Scope, send: Send, leaving: asyncio.Future[None], *, is_last: bool = True
+) -> None:
+    """Send *body* piece by piece, until *leaving* is done; it ends the answer where it *is_last*.
+
+    Every few pieces everybody else has a turn, however fast the client is.
+    """
+    with _taken(scope, body) as (taking, holding):
+        size_bytes, sent_bytes, turn_bytes = body.size_bytes, 0, 0
+        for piece, ended in body.pieces():
+            if leaving.done():
+                exchange_of(scope).error = Cancelled()
+                return
+            if taking is not None:
+                taking.waiting_bytes = size_bytes - sent_bytes
+            sent_bytes += len(piece)
+            await send(_message(piece, more=not is_last or sent_bytes < size_bytes))
+            if taking is not None and holding is not None:
+                taking.waiting_bytes = size_bytes - sent_bytes
+                for picture in ended:
+                    taking.let_go(holding, picture)
+            if sent_bytes < size_bytes and sent_bytes - turn_bytes >= _TURN_BYTES:
+                turn_bytes = sent_bytes
+                await asyncio.sleep(0)
+
+
+def _message(piece: bytes | memoryview, *, more: bool) -> Message:
+    return {"type": "http.response.body", "body": piece, "more_body": more}
+
+
+@contextmanager
+def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | None]]:
+    """Let the connection know; there is none where no server is, as in tests."""
+    extensions: dict[str, Any] = scope.get("extensions") or {}
+    taking: Taking | None = extensions.get(CONNECTION)
+    if taking is None:
+        yield None, None
+        return
+    holding = taking.hold(exchange_of(scope).client, body.pictures)
+    try:
+        yield taking, holding
+    finally:
+        taking.waiting_bytes = 0
+        taking.end_holding(holding)
