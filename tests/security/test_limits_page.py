@@ -149,7 +149,7 @@ def test_every_number_is_the_codes_own() -> None:
 
 def test_three_quarters_are_the_codes_own() -> None:
     """Of connections, links and places in the queue alike."""
-    assert (connections.SHARE, links._MOST, shares.Shares(100).most) == (0.75, 0.75, 75)
+    assert (limits.three_quarters(100), shares.Shares(100).most) == (75, 75)
 
 
 def test_every_promise_has_a_test() -> None:
