@@ -102,7 +102,7 @@ class Stage(Enum):
     REFERENCE = "reference"
     DENOISE = "denoise"
     DECODE = "decode"
-    CARD_FREE = "card_free"
+    GPU_FREE = "card_free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelSpec:
     """What is known of a variant before it is loaded: its names, defaults and limits."""
 
     id: str

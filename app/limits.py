@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from app.domain import ImageSpec, ModelCard
+from app.domain import ImageSpec, ModelSpec
 from app.errors import InvalidRequest
 
 MAX_PROMPT = 32_000
@@ -38,9 +38,9 @@ class SizeRule:
     max_pixels: int
 
     @classmethod
-    def of(cls, card: ModelCard, max_pixels: int) -> SizeRule:
+    def of(cls, model: ModelSpec, max_pixels: int) -> SizeRule:
         """Join the model's limits with the operator's."""
-        return cls(card.min_side, card.max_side, min(card.max_pixels, max_pixels))
+        return cls(model.min_side, model.max_side, min(model.max_pixels, max_pixels))
 
     def parse(self, text: str) -> tuple[int, int]:
         """Read `WxH`; raises `InvalidRequest` for `size` that names the nearest valid one."""
@@ -108,20 +108,20 @@ def three_quarters(whole: int) -> int:
     return max(1, whole * 3 // 4)
 
 
-def check_spec(spec: ImageSpec, card: ModelCard, max_pixels: int) -> None:
+def check_spec(spec: ImageSpec, model: ModelSpec, max_pixels: int) -> None:
     """Refuse what the model of *card* never makes here, however much memory there is.
 
     Raises:
         InvalidRequest: with the field's name.
     """
     check_prompt(spec.prompt)
-    SizeRule.of(card, max_pixels).check(spec.width, spec.height, param="size")
-    if not 1 <= spec.num_inference_steps <= card.max_steps:
+    SizeRule.of(model, max_pixels).check(spec.width, spec.height, param="size")
+    if not 1 <= spec.num_inference_steps <= model.max_steps:
         raise InvalidRequest(
-            f"num_inference_steps must lie between 1 and {card.max_steps}.",
+            f"num_inference_steps must lie between 1 and {model.max_steps}.",
             param="num_inference_steps",
         )
-    check_guidance(spec.guidance_scale, card)
+    check_guidance(spec.guidance_scale, model)
     if not 0 <= spec.seed <= MAX_SEED:
         raise InvalidRequest(f"seed must lie between {DRAW} and {MAX_SEED}.", param="seed")
 
@@ -149,10 +149,10 @@ def check_characters(text: str, param: str) -> None:
         ) from None
 
 
-def check_guidance(scale: float, card: ModelCard) -> None:
+def check_guidance(scale: float, model: ModelSpec) -> None:
     """Refuse a guidance scale that would have no effect or is none."""
-    only = card.default_guidance
-    if card.is_distilled and scale != only:
+    only = model.default_guidance
+    if model.is_distilled and scale != only:
         raise InvalidRequest(
             f"guidance_scale must be {only:g} or left out: this model is distilled, and no other "
             "value has an effect.",
@@ -160,7 +160,7 @@ def check_guidance(scale: float, card: ModelCard) -> None:
             code="unsupported_value",
         )
     # Never true of NaN.
-    if not 1 <= scale <= card.max_guidance:
+    if not 1 <= scale <= model.max_guidance:
         raise InvalidRequest(
-            f"guidance_scale must lie between 1 and {card.max_guidance:g}.", param="guidance_scale"
+            f"guidance_scale must lie between 1 and {model.max_guidance:g}.", param="guidance_scale"
         )

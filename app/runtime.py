@@ -8,37 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from app import __version__
-from app.domain import GpuSnapshot, ModelInfo
+from app.domain import ModelInfo
 from app.engine import create_engine
-from app.engine.catalog import CATALOG, card
 from app.engine.config import EngineConfig
-from app.errors import DeadlineExceeded, Kind, StartupError, Unavailable
+from app.engine.models.registry import find_spec
+from app.errors import DeadlineExceeded, Kind, Unavailable
 from app.images.pool import DecoderPool
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
-from app.jobs.rates import RateLimit
-from app.service import ImageService, ServiceConfig, warm_up_spec
-from app.settings import Settings, complete_path
-from app.telemetry.gpu import Card
+from app.jobs.rate_limit import RateLimit
+from app.model_choice import Choice, choose_device, choose_model
+from app.service.service import ImageService, ServiceConfig, warm_up_spec
+from app.settings import Settings
+from app.telemetry.gpu import Gpu
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
-from app.telemetry.preflight import check_card, torch_cuda
 from app.worker.child import EngineFactory
 from app.worker.supervisor import Limits, Supervisor
 
 _log = logging.getLogger(__name__)
-
-KLEIN = "flux.2-klein-4b"
-DEMO = "shapes"
-SMALLEST_CARD_BYTES = 5_500_000_000
-"""A card sold with 6 GB; the smallest plan needs about 5."""
 
 DOWNLOAD_GRACE_S = 60.0
 """How much longer than `KLEIN_DOWNLOAD_SILENCE_S` the worker may say nothing of a download: unless
@@ -53,69 +46,13 @@ class Ended:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which model is served, from where, and why."""
-
-    key: str
-    path: str | None
-    reason: str
-
-
-def choose_model(settings: Settings, card_now: GpuSnapshot | None) -> Choice:
-    """Decide what `KLEIN_MODEL` means on this machine.
-
-    Raises:
-        StartupError: it is neither a catalogue key nor a path that exists.
-    """
-    name = settings.model
-    if name == "auto":
-        if settings.device == "cpu":
-            return Choice(DEMO, None, "KLEIN_DEVICE is cpu")
-        if card_now is None:
-            return Choice(DEMO, None, "no CUDA card was found")
-        if card_now.total_bytes < SMALLEST_CARD_BYTES:
-            return Choice(DEMO, None, f"{card_now.name} has less than 6 GB")
-        return Choice(KLEIN, None, f"{card_now.name} can hold it")
-    if name in CATALOG:
-        return Choice(name, None, "KLEIN_MODEL names it")
-    if "/" in name or name.startswith(".") or os.path.lexists(name):
-        try:
-            path = complete_path(Path(name))
-        except ValueError as error:
-            raise StartupError(f"KLEIN_MODEL is a path that cannot be used: {error}.") from None
-        if not os.access(path, os.F_OK):
-            raise StartupError(
-                "KLEIN_MODEL is a path at which there is nothing; correct it and start again."
-            )
-        return Choice(card(settings.variant).id, str(path.resolve()), "KLEIN_MODEL is a path")
-    return Choice(card(name).id, None, "KLEIN_MODEL names it")
-
-
-def choose_device(settings: Settings, choice: Choice, gpu: Card) -> int | None:
-    """Decide which card is used, None for the processor.
-
-    The demo model runs without a card too, unless one was asked for by number.
-
-    Raises:
-        StartupError: the card cannot be used.
-    """
-    if settings.device == "cpu":
-        return None
-    if choice.key == DEMO and choice.path is None:
-        is_asked_for = "device" in settings.model_fields_set
-        return settings.device if is_asked_for or gpu.read() is not None else None
-    check_card(gpu, settings.device, torch_cuda())
-    return settings.device
-
-
 class Runtime:
     """One service from start to close. `ended` is set when it cannot go on."""
 
-    def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Card) -> None:
+    def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Gpu) -> None:
         self.choice = choose_model(settings, gpu.read() if settings.device != "cpu" else None)
         device = choose_device(settings, self.choice, gpu)
-        self.model = card(self.choice.key)
+        self.model = find_spec(self.choice.key)
         self.metrics = Metrics(version=__version__)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.on_ready: list[Callable[[ModelInfo], None]] = []
@@ -147,7 +84,7 @@ class Runtime:
             RateLimit(settings.rate_limit_per_minute),
         )
         self.metrics.watch(self)
-        self.metrics.watch_card(gpu.read, lambda: self.service.held_memory)
+        self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -267,7 +204,7 @@ class Runtime:
 
 
 def build_runtime(
-    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Card | None = None
+    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Gpu | None = None
 ) -> Runtime:
     """Build the service for *settings*; call it inside a running event loop.
 
@@ -275,7 +212,7 @@ def build_runtime(
         StartupError: model or card cannot be used; one sentence and what to do.
     """
     index = settings.device if isinstance(settings.device, int) else 0
-    return Runtime(settings, make_engine, gpu or Card(index))
+    return Runtime(settings, make_engine, gpu or Gpu(index))
 
 
 def _engine_config(settings: Settings, choice: Choice, device: int | None) -> EngineConfig:

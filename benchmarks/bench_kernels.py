@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch.nn import functional
 
-from app.engine.blocks import WideHeadProcessor
+from app.engine.modules.vae_attention import WideHeadProcessor
 from benchmarks.rows import Bench
 from tools.random_weights import FULL, TINY
 

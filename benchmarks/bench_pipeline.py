@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from app.engine.layouts import SCHEDULER
+from app.engine.checkpoint.detect import SCHEDULER
 from benchmarks.rows import Bench, used_bytes
 from tools.random_weights import FULL, TINY
 
@@ -56,7 +56,7 @@ def _series(
             generator=torch.Generator("cpu").manual_seed(1),
         )
         seconds.append(time.perf_counter() - begun)
-    is_card = torch.cuda.is_available()
+    is_gpu = torch.cuda.is_available()
     bench.write(
         name,
         seconds[1:],
@@ -64,8 +64,8 @@ def _series(
         height=side,
         precision="bf16",
         plan="offload" if name.endswith("offload") else "resident",
-        peak_allocated_bytes=torch.cuda.max_memory_allocated() if is_card else None,
-        peak_reserved_bytes=torch.cuda.max_memory_reserved() if is_card else None,
+        peak_allocated_bytes=torch.cuda.max_memory_allocated() if is_gpu else None,
+        peak_reserved_bytes=torch.cuda.max_memory_reserved() if is_gpu else None,
         nvml_bytes=used_bytes(),
         nvml_bytes_before=before,
         seed=1,

@@ -41,7 +41,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.e2e.chaos import (
+from tests.support.byte_streams import Found, fuzz
+from tests.support.chaos import (
     GONE,
     LOST,
     Answer,
@@ -51,8 +52,7 @@ from tests.e2e.chaos import (
     port_of,
     request_bytes,
 )
-from tests.security.byte_streams import Found, fuzz
-from tests.server import Server
+from tests.support.server import Server
 
 PICTURE_S = 0.08
 QUEUE = 12
@@ -302,7 +302,7 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
 
 async def fuzzed(connections: int, seed: int) -> dict[str, Any]:
     """Let the fuzzer loose on a service of its own; what was found, as plain values."""
-    with Server(module="tests.faulty", model="shapes", device="cpu") as server:
+    with Server(module="tests.support.scripted_engine", model="shapes", device="cpu") as server:
         found: Found = await fuzz(server, seed=seed, count=connections, port=port_of(server))
     return {
         "connections": found.connections,
@@ -367,7 +367,7 @@ async def soak(minutes: float, drains: int, seed: int) -> dict[str, Any]:
         script = (f"slow={PICTURE_S}", "oom%50", "fail%70", f"trace={trace}")
         with Server(
             *script,
-            module="tests.faulty",
+            module="tests.support.scripted_engine",
             model="shapes",
             device="cpu",
             queue_images=QUEUE,

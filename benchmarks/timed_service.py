@@ -45,9 +45,10 @@ class TimedEngine:
         self._note(stage="imported", at=time.time())
         info = self._engine.load(tell)
         self._note(stage="ready", at=time.time())
-        from app.engine import pictures, stages
+        from app.engine.pipeline import image_tensors
+        from app.engine.pipeline.text import encode_text
 
-        encode_text, to_host = stages.encode_text, pictures.to_host
+        encode_text, to_host = encode_text, image_tensors.to_host
 
         def begin(*inputs: Any) -> Any:
             self._begun = self._now()
@@ -60,7 +61,7 @@ class TimedEngine:
                 self._note(idle_ms=round(self._milliseconds(before, self._begun), 3))
             return on_host
 
-        stages.encode_text, pictures.to_host = begin, end
+        encode_text, image_tensors.to_host = begin, end
         return info
 
     def generate(

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.nursery import Nursery
-from tests.server import Server
+from tests.support.fork_server import ForkServer
+from tests.support.server import Server
 
 # Before anything imports torch; what the caller has set stays.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -67,7 +67,7 @@ def _spared() -> None:
 
 def pytest_sessionstart() -> None:
     """Fork scripted services instead of starting them."""
-    Server.nursery = Nursery()
+    Server.nursery = ForkServer()
 
 
 def pytest_sessionfinish() -> None:
@@ -86,7 +86,7 @@ def tiny_klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a tiny random checkpoint of klein's shape, in diffusers layout; not to be
     changed by anybody.
     """
-    from tests.checkpoints import write_tiny_klein
+    from tests.support.checkpoints import write_tiny_klein
 
     folder = write_tiny_klein(tmp_path_factory.mktemp("klein") / "model")
     written = _listed(folder)
@@ -116,7 +116,7 @@ def scripted() -> Iterator[Callable[..., Server]]:
     def start(*script: str, **settings: object) -> Server:
         settings.setdefault("model", "shapes")
         settings.setdefault("device", "cpu")
-        servers.append(Server(*script, module="tests.faulty", **settings))
+        servers.append(Server(*script, module="tests.support.scripted_engine", **settings))
         return servers[-1]
 
     yield start

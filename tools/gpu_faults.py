@@ -5,7 +5,7 @@
 Out of memory under a cap, a real device-side assert, `kill -9` of the worker and SIGSTOP, each with
 another picture waiting behind it, which must be made. The model is random weights in klein's full
 size (16 GB on disk, written once to FOLDER) unless --size says tiny; what breaks the card stands in
-tests/broken_card.py. Prints a table for people and one JSON document as the last line.
+tests/support/broken_gpu.py. Prints a table for people and one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.server import Server
+from tests.support.server import Server
 
 NEXT_LIMIT_S = 600.0
 
@@ -133,7 +133,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "cache_dir": given.cache or folder / "cache",
     }
     picture = {"width": 64, "height": 64, "num_inference_steps": 2} if small else {}
-    with Server(f"report={report}", module="tests.broken_card", **settings) as server:
+    with Server(f"report={report}", module="tests.support.broken_gpu", **settings) as server:
         trial = Trial(server, report, picture, steps=50)
         begun = time.monotonic()
         first, _ = trial.ask("the first picture")

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.engine.bfl import Piece, rules
-from app.engine.linear import quantise_fp8
+from app.engine.checkpoint.bfl import Piece, rules
+from app.engine.quantization.linear import quantize_fp8
 from tools import random_weights
 
 _INPUT_SCALE = 12.0 / 448.0
@@ -76,7 +76,7 @@ def write_fp8(
             made[name] = value
             continue
         module = name.removesuffix(".weight")
-        weight, scale = quantise_fp8(value.to(device))
+        weight, scale = quantize_fp8(value.to(device))
         made[name], made[f"{module}.weight_scale"] = weight.cpu(), scale.cpu()
         made[f"{module}.input_scale"] = torch.tensor(_INPUT_SCALE)
         layers[module] = {"format": "float8_e4m3fn"}

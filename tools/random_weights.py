@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from app.engine.layouts import SCHEDULER
+from app.engine.checkpoint.detect import SCHEDULER
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"

@@ -13,24 +13,19 @@ from starlette.middleware import Middleware
 
 import app.images.png  # noqa: F401 - so that the first picture's file does not wait for numpy
 from app import __version__
-from app.api import errors, openapi
-from app.api.auth import KeyGate, KeyRing
-from app.api.bodies import BodyLimit
+from app.api import errors
 from app.api.config import ApiConfig
-from app.api.gates import HostGate, OriginGate
-from app.api.links import LinkStore
-from app.api.middleware import Edge
+from app.api.middleware.auth import KeyGate, KeyRing
+from app.api.middleware.body_limit import BodyLimit
+from app.api.middleware.edge import Edge
+from app.api.middleware.host import HostGate
+from app.api.middleware.origin import OriginGate
+from app.api.native import route as native_route
+from app.api.openai import files
+from app.api.openai import route as openai_route
+from app.api.openai.image_store import ImageStore
 from app.api.proxies import Proxies
-from app.api.routes import (
-    docs,
-    files,
-    generate,
-    health,
-    metrics,
-    models,
-    openai_images,
-    playground,
-)
+from app.api.system import docs, health, metrics, models, openapi, playground
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
@@ -62,7 +57,7 @@ def create_app(
             await runtime.close()
 
     config = _config(settings, heartbeat_s=heartbeat_s)
-    links = LinkStore(lifetime_s=link_lifetime_s, clock=clock)
+    links = ImageStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
         version=__version__,
@@ -75,8 +70,8 @@ def create_app(
     )
     errors.install(app)
     for router in (
-        generate.build_router(config),
-        openai_images.build_router(config, links),
+        native_route.build_router(config),
+        openai_route.build_router(config, links),
         files.build_router(links),
         models.build_router(config),
         health.router,
@@ -85,7 +80,7 @@ def create_app(
     ):
         app.include_router(router)
     if settings.docs:
-        app.include_router(docs.build_router(lambda card: openapi.describe(app, card, config)))
+        app.include_router(docs.build_router(lambda model: openapi.describe(app, model, config)))
     return app
 
 

@@ -12,12 +12,12 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import Scope
 
-from app.api.bodies import is_large
-from app.api.exchange import exchange_of
+from app.api.middleware.body_limit import is_large
+from app.api.request_context import context_of
 from app.errors import InvalidRequest
 from app.images.pool import DecoderPool
 from app.runtime import Runtime
-from app.service import ImageService
+from app.service.service import ImageService
 from app.telemetry.metrics import Metrics
 
 MIN_DEADLINE_S = 0.1
@@ -50,7 +50,7 @@ async def _metrics(request: Request) -> Metrics:
 
 
 async def _client(request: Request) -> str:
-    return exchange_of(request.scope).client
+    return context_of(request.scope).client
 
 
 async def _deadline_s(request: Request) -> float | None:

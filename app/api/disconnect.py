@@ -14,7 +14,8 @@ from typing import TypeVar
 from starlette.types import Receive
 
 from app.errors import Cancelled, DeadlineExceeded
-from app.service import Picture, Ticket
+from app.service.results import Picture
+from app.service.ticket import Ticket
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-async def pictures_of(ticket: Ticket, receive: Receive) -> list[Picture]:
+async def await_images(ticket: Ticket, receive: Receive) -> list[Picture]:
     """Wait for the pictures of *ticket*; however the wait ends, nothing of it runs on."""
     try:
         return await unless_gone(receive, ticket.pictures())

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from app.api.exchange import exchange_of
+from app.api.request_context import context_of
 from app.errors import Cancelled, InvalidRequest, Kind, KleinError
 
 _INVALID = "invalid_request_error"
@@ -109,7 +109,7 @@ def install(app: FastAPI) -> None:
 
 async def _on_error(request: Request, raised: Exception) -> Response:
     error = _as_ours(request, raised)
-    exchange_of(request.scope).keep(error)
+    context_of(request.scope).keep(error)
     headers = getattr(raised, "headers", None) or {}
     if error.kind is Kind.METHOD_NOT_ALLOWED:
         headers = {"Allow": headers.get("Allow", "GET")}

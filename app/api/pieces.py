@@ -19,8 +19,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app.api.disconnect import until_gone
-from app.api.exchange import exchange_of
-from app.api.held import Holding
+from app.api.http_limits.held import Holding
+from app.api.request_context import context_of
 from app.errors import Cancelled
 
 PIECE_BYTES = 64 * 1024
@@ -42,7 +42,7 @@ class Taking(Protocol):
     def hold(self, client: str, pictures: list[bytes]) -> Holding:
         """Count the *pictures* that are kept for *client*."""
 
-    def let_go(self, holding: Holding, picture: bytes) -> None:
+    def release_body(self, holding: Holding, picture: bytes) -> None:
         """*picture* is written."""
 
     def end_holding(self, holding: Holding) -> None:
@@ -140,7 +140,7 @@ async def send_body(
         size_bytes, sent_bytes, turn_bytes = body.size_bytes, 0, 0
         for piece, ended in body.pieces():
             if leaving.done():
-                exchange_of(scope).error = Cancelled()
+                context_of(scope).error = Cancelled()
                 return
             if taking is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
@@ -149,7 +149,7 @@ async def send_body(
             if taking is not None and holding is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
                 for picture in ended:
-                    taking.let_go(holding, picture)
+                    taking.release_body(holding, picture)
             if sent_bytes < size_bytes and sent_bytes - turn_bytes >= _TURN_BYTES:
                 turn_bytes = sent_bytes
                 await asyncio.sleep(0)
@@ -167,7 +167,7 @@ def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | 
     if taking is None:
         yield None, None
         return
-    holding = taking.hold(exchange_of(scope).client, body.pictures)
+    holding = taking.hold(context_of(scope).client, body.pictures)
     try:
         yield taking, holding
     finally:

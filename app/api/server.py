@@ -12,8 +12,8 @@ from functools import partial
 import uvicorn
 from fastapi import FastAPI
 
-from app.api.connections import ConnectionTable, accepted_at_once, connection_limit
-from app.api.protocol import GuardedProtocol
+from app.api.http_limits.connections import ConnectionTable, accepted_at_once, connection_limit
+from app.api.http_limits.protocol import GuardedProtocol
 from app.api.proxies import Proxies
 
 _log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app.domain import LoadProgress
-from app.engine import catalog
-from app.engine.catalog import Entry
-from app.engine.download import ensure, missing_bytes, verify
-from app.engine.fetch import Hub
-from app.engine.trust import close_umask
+from app.engine.hub.download import ensure, missing_bytes, verify
+from app.engine.hub.fetch import Hub
+from app.engine.hub.trust import close_umask
+from app.engine.models.entry import ModelEntry
+from app.engine.models.registry import MODELS, files_for, find_model
 from app.settings import Settings, complete_path
 
 _PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
@@ -34,17 +34,17 @@ def run(
     arguments: argparse.Namespace,
     settings: Settings,
     *,
-    find: Callable[[str], Entry] = catalog.entry,
+    find: Callable[[str], ModelEntry] = find_model,
     hub: Hub | None = None,
 ) -> int:
     """Download or check; return 0, or 1 where a check found something wrong or missing."""
-    if settings.model not in catalog.CATALOG and _is_there(settings.model):
+    if settings.model not in MODELS and _is_there(settings.model):
         print("KLEIN_MODEL is a local folder or file, there is nothing to download.")
         return 0
     is_auto = settings.model == "auto"
-    variant = find(next(iter(catalog.CATALOG)) if is_auto else settings.model)
+    variant = find(next(iter(MODELS)) if is_auto else settings.model)
     if variant.is_embedded:
-        print(f"{variant.card.title}: it comes with the package, there is nothing to download.")
+        print(f"{variant.spec.title}: it comes with the package, there is nothing to download.")
         return 0
     precision: str = settings.precision
     if precision == "auto":
@@ -63,14 +63,14 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def _download(variant: Entry, cache_dir: Path, precision: str, hub: Hub) -> int:
-    files = catalog.files_for(variant, precision)
+def _download(variant: ModelEntry, cache_dir: Path, precision: str, hub: Hub) -> int:
+    files = files_for(variant, precision)
     total = sum(file.size_bytes for file in files)
     missing = missing_bytes(variant, cache_dir, precision)
     print(
-        f"{variant.card.title} at {precision}: {len(files)} files, {total / 1e9:.2f} GB, of which "
+        f"{variant.spec.title} at {precision}: {len(files)} files, {total / 1e9:.2f} GB, of which "
         f"{missing / 1e9:.2f} GB are to be downloaded\n"
-        f"  licence  {variant.card.licence}\n"
+        f"  licence  {variant.spec.licence}\n"
         f"  from     {', '.join(dict.fromkeys(file.repository for file in files))}\n"
         f"  to       {cache_dir}",
         flush=True,
@@ -81,7 +81,7 @@ def _download(variant: Entry, cache_dir: Path, precision: str, hub: Hub) -> int:
     return 0
 
 
-def _verify(variant: Entry, cache_dir: Path, precision: str) -> int:
+def _verify(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
     with _Bar() as bar:
         found = verify(variant, cache_dir, precision, bar.show)
     words = {True: "right", False: "DAMAGED, deleted", None: "missing"}
@@ -96,12 +96,12 @@ def _precision_of_this_machine(index: int | str) -> str:
     """Ask what the service would choose here, as it would: by trying the card."""
     import torch
 
-    from app.engine.precision import choose_precision
-    from app.engine.probe import probe_card
+    from app.engine.quantization.probe import probe_gpu
+    from app.engine.quantization.select import choose_precision
 
-    has_card = isinstance(index, int) and index < torch.cuda.device_count()
-    device = torch.device("cuda", int(index)) if has_card else torch.device("cpu")
-    return choose_precision("auto", probe_card(device), is_small=False).name
+    has_gpu = isinstance(index, int) and index < torch.cuda.device_count()
+    device = torch.device("cuda", int(index)) if has_gpu else torch.device("cpu")
+    return choose_precision("auto", probe_gpu(device), is_small=False).name
 
 
 class _Bar:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 from app import logs
-from app.cli.session import check_output, choose_seed, draft, make_picture, warm_runtime
-from app.domain import ImageSpec, ModelCard
+from app.cli.warm_worker import check_output, choose_seed, draft, make_picture, warm_runtime
+from app.domain import ImageSpec, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.limits import SizeRule
-from app.service import Picture
+from app.service.results import Picture
 from app.settings import Settings
-from app.telemetry.gpu import Card
+from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
 _FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {
@@ -53,7 +53,7 @@ def run(
     settings: Settings,
     *,
     make_engine: EngineFactory = create_engine,
-    gpu: Card | None = None,
+    gpu: Gpu | None = None,
 ) -> int:
     """Make the picture; return the exit code."""
     if arguments.output.suffix.lower() not in _FORMATS:
@@ -76,10 +76,10 @@ async def _generate(
     settings: Settings,
     seed: int,
     make_engine: EngineFactory,
-    gpu: Card | None,
+    gpu: Gpu | None,
 ) -> Picture:
-    def plan(card: ModelCard) -> ImageSpec:
-        return _spec(arguments, card, settings, seed)
+    def plan(model: ModelSpec) -> ImageSpec:
+        return _spec(arguments, model, settings, seed)
 
     output = OutputFormat(_FORMATS[arguments.output.suffix.lower()])
     async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, planned=plan) as (
@@ -90,14 +90,14 @@ async def _generate(
 
 
 def _spec(
-    arguments: argparse.Namespace, card: ModelCard, settings: Settings, seed: int
+    arguments: argparse.Namespace, model: ModelSpec, settings: Settings, seed: int
 ) -> ImageSpec:
     """Fill in the model's defaults."""
-    width, height = card.default_width, card.default_height
+    width, height = model.default_width, model.default_height
     if arguments.size not in (None, "auto"):
-        width, height = SizeRule.of(card, settings.max_pixels).parse(arguments.size)
-    spec = draft(card, arguments.prompt, width, height, arguments.steps)
-    guidance = card.default_guidance if arguments.guidance is None else arguments.guidance
+        width, height = SizeRule.of(model, settings.max_pixels).parse(arguments.size)
+    spec = draft(model, arguments.prompt, width, height, arguments.steps)
+    guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
     return replace(spec, seed=seed, guidance_scale=guidance)
 
 

@@ -7,16 +7,24 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from app import __version__
-from app.cli.obstacles import check_surroundings, explain
 from app.cli.old_cache import find_old_cache
+from app.cli.system_limits import check_surroundings, explain
 from app.errors import KleinError
 from app.settings import Settings
 
-_COMMANDS = ("serve", "generate", "download", "doctor", "bench", "compare")
+_COMMANDS = {
+    "serve": "app.cli.serve",
+    "generate": "app.cli.generate",
+    "download": "app.cli.download",
+    "doctor": "app.cli.doctor.command",
+    "bench": "app.cli.bench.command",
+    "compare": "app.cli.compare.command",
+}
+"""The module of each command, imported only where it is called or all are listed."""
 _COMPUTING = {"serve", "generate", "bench", "compare"}
 _NAMING = {"serve", "doctor"}
 """Those that name an old cache in their own ways."""
@@ -97,7 +105,7 @@ def _run(words: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"klein {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in _needed(words):
-        import_module(f"app.cli.{command}").add_parser(commands)
+        import_module(_COMMANDS[command]).add_parser(commands)
     arguments = parser.parse_args(words)
     settings = Settings.read(os.environ, **arguments.settings(arguments))
     if arguments.command not in _NAMING and (old := find_old_cache(settings)) is not None:
@@ -105,7 +113,7 @@ def _run(words: Sequence[str]) -> int:
     return int(arguments.run(arguments, settings))
 
 
-def _needed(words: Sequence[str]) -> Sequence[str]:
+def _needed(words: Sequence[str]) -> Iterable[str]:
     """Return the commands to import: only the one that was called, or all, to list them."""
     first = words[0] if words else ""
     if first == "--version":

@@ -21,15 +21,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app import logs
-from app.cli.descriptors import raise_limit
-from app.cli.heap import bound_heap
+from app.cli.malloc import bound_heap
 from app.cli.old_cache import find_old_cache
+from app.cli.open_files import raise_limit
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
-from app.telemetry.gpu import Card
+from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def serve(
-    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Card | None = None
+    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Gpu | None = None
 ) -> int:
     """Serve with *settings*; *make_engine* and *gpu*, a test's own, go to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
@@ -85,7 +85,7 @@ def serve(
 
 
 async def _run(
-    settings: Settings, listener: socket.socket, make_engine: EngineFactory, gpu: Card | None
+    settings: Settings, listener: socket.socket, make_engine: EngineFactory, gpu: Gpu | None
 ) -> int:
     runtime = build_runtime(settings, make_engine=make_engine, gpu=gpu)
     _log.info("Listening at %s while the model is loaded.", address(listener))
@@ -109,7 +109,7 @@ async def _run(
 
 def _descriptors() -> int:
     """How many descriptors we may have; too few for the usual connections are worth a line."""
-    from app.api.connections import MAX_CONNECTIONS, connection_limit
+    from app.api.http_limits.connections import MAX_CONNECTIONS, connection_limit
 
     descriptors = raise_limit()
     limit = connection_limit(descriptors)

@@ -13,7 +13,7 @@ from app.engine.config import EngineConfig
 def create_engine(config: EngineConfig) -> Engine:
     """Build the engine for *config* inside the worker process."""
     from app.engine.engine import KleinEngine
-    from app.engine.trust import close_umask
+    from app.engine.hub.trust import close_umask
 
     close_umask()
     return KleinEngine(config)

@@ -10,7 +10,7 @@ class EngineConfig:
     """Everything that the engine may know of the settings."""
 
     model: str
-    """A key of `app.engine.catalog`; it decides names, defaults and limits."""
+    """A key of `app.engine.models.registry`; it decides names, defaults and limits."""
     path: str | None
     """A local folder or file given by the operator, or None for the catalogue's own files."""
     cache_dir: str
@@ -22,7 +22,7 @@ class EngineConfig:
     offload: str = "auto"
     """`auto`, `none`, `model` or `disk`."""
     plan: str = "auto"
-    """`auto`, or a name of `app.engine.memory.PLANS`."""
+    """`auto`, or a name of `app.engine.memory.planner.PLANS`."""
     memory_bytes: int | None = None
     """The most that this process may take of the card, or None for what is free."""
     prompt_cache: int = 32

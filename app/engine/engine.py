@@ -26,12 +26,20 @@ from app.domain import (
     Stage,
     StageTimings,
 )
-from app.engine import catalog, compiling, faults, pictures, stages
+from app.engine import error_mapping
 from app.engine.config import EngineConfig
-from app.engine.parts import Parts
-from app.engine.previews import preview, preview_steps
-from app.engine.start import Started, start
-from app.engine.warming import NO_PICTURE, warm_up
+from app.engine.load import LoadedModel, load
+from app.engine.models.registry import find_spec
+from app.engine.pipeline import image_tensors
+from app.engine.pipeline.components import PipelineComponents
+from app.engine.pipeline.decode import decode
+from app.engine.pipeline.denoise import denoise, draw_noise
+from app.engine.pipeline.latents import grid
+from app.engine.pipeline.preview import preview, preview_steps
+from app.engine.pipeline.references import References, Source, encode_references
+from app.engine.pipeline.text import Text, encode_text
+from app.engine.runtime import compile as compile_module
+from app.engine.warmup import NO_PICTURE, warm_up
 from app.errors import KleinError, StartupError
 
 _log = logging.getLogger(__name__)
@@ -42,26 +50,32 @@ class KleinEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._card = catalog.card(config.model)
-        self._started: Started | None = None
+        self._model = find_spec(config.model)
+        self._started: LoadedModel | None = None
         self._noise = ThreadPoolExecutor(1, "noise")
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
         """Read the weights, make one real picture, and say what came of it."""
         begun = time.perf_counter()
         try:
-            started = start(self._config, self._card, on_progress)
-            self._started = started
-            warm_up_s = warm_up(started, self._card, self._make, on_progress)
+            loaded = load(self._config, self._model, on_progress)
+            self._started = loaded
+            warm_up_s = warm_up(
+                self._model,
+                loaded.components.device,
+                self._make,
+                on_progress,
+                is_compiled=loaded.compiler.is_on,
+            )
         except KleinError:
             raise
         except Exception as error:
             _log.exception("The model could not be loaded.")
-            faults.release(error)
+            error_mapping.release(error)
             raise StartupError(_load_failure(error)) from None
         # What is there now stays: no later collection need look through the libraries again.
         gc.freeze()
-        return started.info(self._config, warm_up_s, time.perf_counter() - begun)
+        return loaded.info(self._config, warm_up_s, time.perf_counter() - begun)
 
     def generate(
         self,
@@ -89,11 +103,11 @@ class KleinEngine:
             raise StartupError("The model is not loaded; load it first.")
         try:
             # Drawn beside the text stage: on the host it takes as long as a whole encoder pass.
-            noise = self._noise.submit(stages.draw_noise, self._started.parts, spec)
-            parts = self._started.parts
-            return _Job(parts, spec, noise, on_progress, should_stop, is_trial).run()
+            noise = self._noise.submit(draw_noise, self._started.components, spec)
+            components = self._started.components
+            return _Job(components, spec, noise, on_progress, should_stop, is_trial).run()
         except Exception as error:
-            fault = faults.translate(error)
+            fault = error_mapping.translate(error)
         raise fault
 
     def _make(self, spec: ImageSpec) -> Generated:
@@ -102,18 +116,18 @@ class KleinEngine:
     def close(self) -> None:
         """Let go of the card."""
         self._noise.shutdown()
-        compiling.thaw()
+        compile_module.thaw()
         if self._started is not None:
             gc.unfreeze()
         self._started = None
-        faults.give_back()
+        error_mapping.give_back()
 
 
 @dataclass(slots=True)
 class _Job:
     """One picture being made."""
 
-    parts: Parts
+    components: PipelineComponents
     spec: ImageSpec
     noise: Future[torch.Tensor]
     on_progress: Callable[[Progress], None]
@@ -124,16 +138,16 @@ class _Job:
 
     def run(self) -> Generated:
         """Go through the stages and measure each."""
-        parts, spec = self.parts, self.spec
-        clock = _Clock(parts.device)
+        components, spec = self.components, self.spec
+        clock = _Clock(components.device)
         self._tell(Stage.TEXT, 0)
-        text = stages.encode_text(parts, spec)
+        text = encode_text(components, spec)
         text_s = clock.lap()
         references_s = 0.0
-        references = stages.References()
+        references = References()
         if spec.references:
             self._tell(Stage.REFERENCE, 0)
-            references = stages.encode_references(parts, spec)
+            references = encode_references(components, spec)
             references_s = clock.lap()
         latents, steps_s = self._denoise(text, references, clock)
         self._tell(Stage.DECODE, spec.num_inference_steps)
@@ -143,34 +157,34 @@ class _Job:
         del latents, references
         peak, held = clock.memory()
         return Generated(
-            image=pictures.to_raw(pixels),
+            image=image_tensors.to_raw(pixels),
             timings=timings,
             peak=peak,
             prompt_tokens=text.token_count,
             is_prompt_cut=text.is_cut,
-            is_prompt_cached=text.is_cached if parts.cache.is_on else None,
+            is_prompt_cached=text.is_cached if components.cache.is_on else None,
             held=held,
             latents=kept,
         )
 
     def _denoise(
         self,
-        text: stages.Text,
-        references: stages.References,
+        text: Text,
+        references: References,
         clock: _Clock,
     ) -> tuple[torch.Tensor, tuple[float, ...]]:
         shown = preview_steps(self.spec.previews, self.spec.num_inference_steps)
-        shape = stages.grid(self.spec)
+        shape = grid(self.spec)
         steps_s: list[float] = []
 
         def on_step(number: int, estimate: Callable[[], torch.Tensor]) -> None:
-            picture = preview(self.parts, estimate, shape) if number in shown else None
+            picture = preview(self.components, estimate, shape) if number in shown else None
             steps_s.append(clock.lap())
             progress = Progress(Stage.DENOISE, number, self.spec.num_inference_steps, picture)
             self.on_progress(progress)
 
-        latents = stages.denoise(
-            self.parts,
+        latents = denoise(
+            self.components,
             self.spec,
             text,
             references,
@@ -180,13 +194,13 @@ class _Job:
         )
         return latents, tuple(steps_s)
 
-    def _decode(self, latents: torch.Tensor, source: stages.Source | None) -> torch.Tensor:
-        made = stages.decode(self.parts, latents, stages.grid(self.spec))
+    def _decode(self, latents: torch.Tensor, source: Source | None) -> torch.Tensor:
+        made = decode(self.components, latents, grid(self.spec))
         if self.is_trial and not torch.isfinite(made).all():
             raise StartupError(NO_PICTURE)
-        pixels = pictures.to_host(pictures.to_bytes(made))
+        pixels = image_tensors.to_host(image_tensors.to_bytes(made))
         if source is not None:
-            pixels = pictures.paste(pixels, source.pixels, source.mask)
+            pixels = image_tensors.paste(pixels, source.pixels, source.mask)
         return pixels
 
     def _tell(self, stage: Stage, step: int) -> None:
@@ -228,7 +242,7 @@ class _Clock:
 
 
 def _load_failure(error: Exception) -> str:
-    if faults.is_out_of_memory(error):
+    if error_mapping.is_out_of_memory(error):
         return (
             "The card has too little free memory for this model; close what else uses it, "
             "or choose KLEIN_PRECISION=fp8."

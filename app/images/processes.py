@@ -42,7 +42,7 @@ _MEMORY = {
 }
 """A process touches each page of its memory for a first time, which takes ten milliseconds for a
 picture of a megapixel: so pages are large where the kernel has them, and freed ones are kept."""
-_PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from app.images.forkserver import main; "
+_PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from app.images.fork_server import main; "
 _PROGRAM += "main(*sys.argv[1:4])"
 
 

@@ -44,7 +44,7 @@ class Dispatcher:
         free = asyncio.Event()
 
         def on_progress(progress: Progress) -> None:
-            if progress.stage is Stage.CARD_FREE:
+            if progress.stage is Stage.GPU_FREE:
                 free.set()
             if not job.future.done():
                 job.on_progress(progress)

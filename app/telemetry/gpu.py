@@ -26,7 +26,7 @@ def _load_nvml() -> Any:
     return pynvml
 
 
-class Card:
+class Gpu:
     """One card by index. `read` may be called from any thread.
 
     *load_nvml* gives the `pynvml` module or, in tests, something with the same functions.
@@ -89,10 +89,10 @@ class Card:
         if nvml is None:
             return []
         try:
-            card = nvml.nvmlDeviceGetHandleByIndex(self._index)
+            gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
             found = [
                 (int(process.pid), _program(process.pid), int(process.usedGpuMemory or 0))
-                for process in nvml.nvmlDeviceGetComputeRunningProcesses(card)
+                for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
             ]
         except nvml.NVMLError:
             return []
@@ -113,16 +113,16 @@ class Card:
 
     def _snapshot(self) -> GpuSnapshot:
         nvml = self._nvml
-        card = nvml.nvmlDeviceGetHandleByIndex(self._index)
-        memory = nvml.nvmlDeviceGetMemoryInfo(card)
-        utilization = self._optional(lambda: nvml.nvmlDeviceGetUtilizationRates(card).gpu / 100)
-        power = self._optional(lambda: nvml.nvmlDeviceGetPowerUsage(card) / 1000)
+        gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
+        memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
+        utilization = self._optional(lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100)
+        power = self._optional(lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000)
         temperature = self._optional(
-            lambda: float(nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU))
+            lambda: float(nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU))
         )
         return GpuSnapshot(
-            name=_text(nvml.nvmlDeviceGetName(card)),
-            uuid=_text(nvml.nvmlDeviceGetUUID(card)),
+            name=_text(nvml.nvmlDeviceGetName(gpu)),
+            uuid=_text(nvml.nvmlDeviceGetUUID(gpu)),
             used_bytes=int(memory.used),
             total_bytes=int(memory.total),
             utilization_ratio=utilization,

@@ -207,11 +207,11 @@ class Metrics:
         self._worker_up.set_function(lambda: float(gauges.is_worker_up))
         self._estimated_wait.set_function(lambda: gauges.estimated_wait_s)
 
-    def watch_card(
+    def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
     ) -> None:
         """Read the card, and what torch holds of it, at every scrape."""
-        self.registry.register(_CardCollector(read, torch_memory))
+        self.registry.register(_GpuCollector(read, torch_memory))
 
     def model_ready(self, info: ModelInfo, load_s: float) -> None:
         """A worker answers; *load_s* seconds after its start."""
@@ -261,7 +261,7 @@ class Metrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
-class _CardCollector(Collector):
+class _GpuCollector(Collector):
     """Reads the card when scraped; without one it says nothing."""
 
     def __init__(

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 
 from app.errors import StartupError
-from app.telemetry.gpu import Card
+from app.telemetry.gpu import Gpu
 
 LEAST_FREE_BYTES = 4_500_000_000
 """The weights of the smallest plan for klein, without anything to compute in."""
 
 
-def check_card(card: Card, index: int, torch_cuda: str | None) -> None:
+def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
     """Refuse a card that cannot serve klein; *torch_cuda* is what torch was built for.
 
     Raises:
@@ -28,7 +28,7 @@ def check_card(card: Card, index: int, torch_cuda: str | None) -> None:
             "The installed torch was built without CUDA; install the one that requirements.lock "
             "names, or set KLEIN_DEVICE=cpu."
         )
-    count = card.count()
+    count = gpu.count()
     if count == 0:
         raise StartupError(
             "No NVIDIA driver answers on this machine; install one and check it with nvidia-smi "
@@ -39,8 +39,8 @@ def check_card(card: Card, index: int, torch_cuda: str | None) -> None:
             f"There is no card {index}; this machine has {count}, counted from 0. "
             "Set KLEIN_DEVICE to one of them."
         )
-    _check_driver(card, torch_cuda)
-    _check_memory(card)
+    _check_driver(gpu, torch_cuda)
+    _check_memory(gpu)
 
 
 def torch_cuda() -> str | None:
@@ -53,25 +53,25 @@ def torch_cuda() -> str | None:
     return match[1] if match else None
 
 
-def _check_driver(card: Card, torch_cuda: str) -> None:
+def _check_driver(gpu: Gpu, torch_cuda: str) -> None:
     """A driver of the same major version or a later one does (CUDA's minor version
     compatibility)."""
-    found = card.cuda_version()
+    found = gpu.cuda_version()
     wanted = int(torch_cuda.partition(".")[0])
     if found is not None and found[0] < wanted:
         raise StartupError(
-            f"The NVIDIA driver {card.driver_version()} is too old: it knows CUDA "
+            f"The NVIDIA driver {gpu.driver_version()} is too old: it knows CUDA "
             f"{found[0]}.{found[1]}, and torch here needs {wanted}.0 or later; update the driver."
         )
 
 
-def _check_memory(card: Card) -> None:
-    now = card.read()
+def _check_memory(gpu: Gpu) -> None:
+    now = gpu.read()
     if now is None:
         return
     free_bytes = now.total_bytes - now.used_bytes
     if free_bytes < LEAST_FREE_BYTES:
-        holders = card.holders()
+        holders = gpu.holders()
         who = ", ".join(
             f"{name} (process {pid}, {size / 1e9:.1f} GB)" for pid, name, size in holders
         )

@@ -35,8 +35,7 @@ from app.worker.messages import (
     Stop,
     ToWorker,
 )
-from app.worker.outbox import Message, Outbox
-from app.worker.pipe import End
+from app.worker.transport import End, Message, Outbox
 
 _log = logging.getLogger(__name__)
 
@@ -150,8 +149,8 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
     def on_progress(progress: Progress) -> None:
         outbox.put(Stepped(job_id, progress))
 
-    def on_card_free() -> None:
-        outbox.put(Stepped(job_id, Progress(Stage.CARD_FREE, steps, steps)))
+    def on_gpu_free() -> None:
+        outbox.put(Stepped(job_id, Progress(Stage.GPU_FREE, steps, steps)))
 
     hiding = logs.hidden.set((message.spec.prompt,))
     naming = logs.request_id.set(message.request_id)
@@ -168,7 +167,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
     finally:
         logs.request_id.reset(naming)
         logs.hidden.reset(hiding)
-    on_card_free()
+    on_gpu_free()
     outbox.put(Done(job_id, generated))
     return None
 

@@ -20,7 +20,6 @@ from app import logs
 from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress
 from app.errors import Kind, KleinError, Unavailable, WorkerLost
 from app.worker import child, restarts
-from app.worker.handle import WorkerHandle
 from app.worker.messages import (
     Cancel,
     Done,
@@ -35,6 +34,7 @@ from app.worker.messages import (
     Stepped,
     Stop,
 )
+from app.worker.process import WorkerProcess
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Supervisor:
         self._limits = limits or Limits()
         self._log = log
         self._clock = clock
-        self._handle: WorkerHandle | None = None
+        self._handle: WorkerProcess | None = None
         self._running: dict[str, _Running] = {}
         self._deaths: list[float] = []
         self._failed_starts = 0
@@ -242,7 +242,7 @@ class Supervisor:
         if self._handle:
             self._handle.kill()
 
-    def on_message(self, handle: WorkerHandle, message: FromWorker) -> None:
+    def on_message(self, handle: WorkerProcess, message: FromWorker) -> None:
         """Take what the worker says; anything about a job that has ended is dropped."""
         if handle is not self._handle:
             return
@@ -266,7 +266,7 @@ class Supervisor:
             case _:
                 _log.debug("Dropped what the worker said of a job that has ended.")
 
-    def on_exit(self, handle: WorkerHandle, exit_code: int | None) -> None:
+    def on_exit(self, handle: WorkerProcess, exit_code: int | None) -> None:
         """Fail what ran, and decide whether to start again."""
         if handle is not self._handle:
             return
@@ -331,7 +331,7 @@ class Supervisor:
         self._is_fetching = False
         limits = self._limits
         try:
-            self._handle = WorkerHandle(
+            self._handle = WorkerProcess(
                 self, self._make_engine, self._config, self._log, limits.close_s
             )
         except Exception as error:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from app.api.app import create_app
 from app.settings import Settings
-from tests.fakes import FakeRuntime
+from tests.support.fakes import FakeRuntime
 
 _PARAMETERS = ("heartbeat_s", "link_lifetime_s", "clock")
 

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 
 from tests.api.apps import app_on
 from tests.api.targets import BASE_URL, LIFETIME_S, MAX_BODY
-from tests.fakes import FakeRuntime, FakeService
-from tests.server import Server
+from tests.support.fakes import FakeRuntime, FakeService
+from tests.support.server import Server
 
 
 @pytest.fixture

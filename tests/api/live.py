@@ -3,7 +3,7 @@
     python -m tests.api.live heartbeat=0.2 lifetime=2 [oom@1 slow=0.2 ...]
 
 It is `klein serve` but for the app's parameters, which no setting reaches. With a script of
-`tests.faulty` its engine is the scripted one, which here shows previews, draws a texture (so that
+`tests.support.scripted_engine` its engine is the scripted one, which here shows previews, draws a texture (so that
 the quality of a JPEG can be seen in its size), and has one more fault, `late@n`: the job misses its
 deadline.
 """
@@ -30,12 +30,12 @@ from app.engine.config import EngineConfig
 from app.errors import DeadlineExceeded
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
-from tests import faulty
+from tests.support import scripted_engine
 
 _log = logging.getLogger("app.live")
 
 
-class PreviewingEngine(faulty.FaultyEngine):
+class PreviewingEngine(scripted_engine.FaultyEngine):
     """Shows all previews at the start, before any fault strikes."""
 
     def generate(
@@ -63,7 +63,7 @@ class PreviewingEngine(faulty.FaultyEngine):
 class MakePreviewing:
     """Builds the engine inside the worker process; it pickles with its script."""
 
-    script: faulty.Script
+    script: scripted_engine.Script
 
     def __call__(self, config: EngineConfig) -> PreviewingEngine:
         """Build it."""
@@ -74,7 +74,7 @@ async def serve(settings: Settings, words: list[str]) -> None:
     """Serve until SIGTERM."""
     given = dict(word.split("=") for word in words if word.startswith(("heartbeat=", "lifetime=")))
     script = [word for word in words if word.partition("=")[0] not in given]
-    make_engine = MakePreviewing(faulty.Script.parse(script)) if script else create_engine
+    make_engine = MakePreviewing(scripted_engine.Script.parse(script)) if script else create_engine
     listener = bind(settings)
     url = address(listener)
 

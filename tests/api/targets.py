@@ -14,8 +14,8 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from tests.api.apps import app_on
-from tests.fakes import FakeRuntime
-from tests.server import Server
+from tests.support.fakes import FakeRuntime
+from tests.support.server import Server
 
 BASE_URL = "http://127.0.0.1:8000"
 KEY = "acceptance-key-1234"

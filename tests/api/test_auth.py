@@ -7,8 +7,8 @@ import inspect
 
 import pytest
 
-from app.api import auth
-from app.api.auth import KeyRing
+from app.api.middleware import auth
+from app.api.middleware.auth import KeyRing
 from app.api.proxies import Proxies
 from app.errors import StartupError
 from app.settings import Settings

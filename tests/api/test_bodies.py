@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from app.api.bodies import BODIES_AT_ONCE, SMALL_BYTES, BodyLimit
-from app.api.exchange import Exchange, exchange_of, open_exchange
+from app.api.middleware.body_limit import BODIES_AT_ONCE, SMALL_BYTES, BodyLimit
+from app.api.request_context import RequestContext, context_of, open_context
 from app.errors import Kind, Unavailable
 
 LARGEST = 400_000
@@ -19,7 +19,7 @@ class Reading:
 
     def __init__(self, limit: BodyLimit, client: str) -> None:
         self.scope = {"type": "http", "headers": []}
-        open_exchange(self.scope, Exchange("req", client=client))
+        open_context(self.scope, RequestContext("req", client=client))
         self._messages: asyncio.Queue[dict[str, object]] = asyncio.Queue()
         self._is_read = asyncio.Event()
         self._task = asyncio.create_task(limit(self.scope, self._receive, None))
@@ -115,8 +115,8 @@ async def test_a_small_body_is_always_admitted(start):
 async def test_the_share_is_given_back_once_the_body_was_read(start):
     """By the route, while the request itself goes on; what comes after it counts anew."""
     first, *_ = await hold(start, "a", WHOLE * 3 // 4)
-    exchange_of(first.scope).let_go()
-    exchange_of(first.scope).let_go()
+    context_of(first.scope).release_body()
+    context_of(first.scope).release_body()
 
     await start("a").read(LARGEST)
     await refusal(start("a"), LARGEST // 2)

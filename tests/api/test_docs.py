@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from app.engine.catalog import card
+from app.engine.models.registry import find_spec
 
 
 async def test_every_route_is_described(client):
@@ -97,7 +97,7 @@ async def test_the_page_needs_no_third_party(client):
 
 async def test_limits_are_those_of_the_served_model(client, service):
     """The document is made for the model that answers."""
-    service.card = card("shapes")
+    service.model = find_spec("shapes")
     document = (await client.get("/openapi.json")).json()
     body = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
     width = body["schema"]["properties"]["width"]

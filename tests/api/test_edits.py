@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from app.domain import RawImage
-from app.engine.catalog import card
+from app.engine.models.registry import find_spec
 from app.errors import Kind
 from tests.api.conftest import error_of
 from tests.api.pictures import data_url, mask, photo, rotated_photo
@@ -521,7 +521,7 @@ async def test_n_is_counted_before_pictures_are_decoded(client, service):
 
 async def test_the_demo_model_keeps_within_its_own_limits(client, service):
     """`auto` of a large picture is brought to what it can make."""
-    service.card = card("shapes")
+    service.model = find_spec("shapes")
     await post(client, [("image", photo(1000, 500))])
 
     assert (service.specs[0].width, service.specs[0].height) == (512, 256)

@@ -10,9 +10,12 @@ import pytest
 from app.domain import ImageSpec
 from app.errors import InvalidRequest, Kind, OutOfMemory, Unavailable
 from app.images import OutputFormat
-from app.service import Admission, Finished, ImageService, Preview, Queued, Stepped, Ticket
+from app.service.admission import Admission
+from app.service.results import Finished, Preview, Queued, StepDone
+from app.service.service import ImageService
+from app.service.ticket import Ticket
 from app.telemetry.metrics import Metrics
-from tests.fakes import FakeAdmission, FakeMetrics, FakeService, FakeTicket, Script
+from tests.support.fakes import FakeAdmission, FakeMetrics, FakeService, FakeTicket, Script
 
 
 def spec(**changes) -> ImageSpec:
@@ -92,7 +95,7 @@ async def test_events_tell_the_life_of_one_picture():
     assert isinstance(events[0], Queued)
     assert isinstance(events[-1], Finished)
     assert len([event for event in events if isinstance(event, Preview)]) == 1
-    assert len([event for event in events if isinstance(event, Stepped)]) == 4
+    assert len([event for event in events if isinstance(event, StepDone)]) == 4
 
 
 async def test_a_scripted_error_comes_after_the_previews():
@@ -104,7 +107,7 @@ async def test_a_scripted_error_comes_after_the_previews():
     with pytest.raises(OutOfMemory):
         await anext(events)
 
-    assert kinds == [Queued, Stepped, Preview, Stepped]
+    assert kinds == [Queued, StepDone, Preview, StepDone]
 
 
 async def test_a_closed_stream_cancels_the_ticket():

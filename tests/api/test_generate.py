@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from app.engine.catalog import card
+from app.engine.models.registry import find_spec
 from tests.api.conftest import error_of
 
 
@@ -137,7 +137,7 @@ async def test_a_limit_of_the_plan_names_a_field_of_this_route(client, service):
 
 async def test_the_base_variant_honours_guidance(client, service):
     """50 steps and 4.0 by default, up to its card's limits."""
-    service.card = card("flux.2-klein-base-4b")
+    service.model = find_spec("flux.2-klein-base-4b")
     await client.post("/generate", json={"prompt": "a"})
     await client.post(
         "/generate", json={"prompt": "a", "guidance_scale": 2.5, "num_inference_steps": 100}

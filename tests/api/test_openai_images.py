@@ -9,7 +9,7 @@ import json
 import pytest
 from PIL import Image
 
-from app.engine.catalog import card
+from app.engine.models.registry import find_spec
 from app.errors import Kind
 from tests.api.conftest import error_of
 
@@ -333,7 +333,7 @@ async def test_unknown_query_parameters_and_accept_do_not_matter(client):
 
 async def test_the_demo_model_has_limits_of_its_own(client, service):
     """`auto` is its default size, and the nearest size lies within its limits."""
-    service.card = card("shapes")
+    service.model = find_spec("shapes")
     await post(client)
     refused = await post(client, size="1024x1024")
 

@@ -64,7 +64,7 @@ async def refusal(call) -> BadRequestError:
     return error
 
 
-async def test_case_1_a_prompt_is_enough(target):
+async def test_a_prompt_is_enough(target):
     """One PNG of 1024x1024; time, seed and request id are there."""
     result = await target.c.images.generate(prompt="a", extra_body=target.extra())
     (item,) = result.data
@@ -76,13 +76,13 @@ async def test_case_1_a_prompt_is_enough(target):
     assert result._request_id
 
 
-async def test_case_2_strict_clients_find_nothing_to_complain_of(target):
+async def test_strict_clients_find_nothing_to_complain_of(target):
     """Even with a word of quality that its own type does not know."""
     await target.s.images.generate(prompt="a", quality="hd", size=SMALL, extra_body=target.extra())
     await target.s.images.edit(image=photo(64, 64), prompt="a", extra_body=target.extra())
 
 
-async def test_case_3_n_pictures_count_their_seeds_up(target):
+async def test_n_pictures_count_their_seeds_up(target):
     """Three different ones; the second equals a single one with its seed."""
     three = await make(target, n=3, extra_body={"seed": 5})
     single = await make(target, extra_body={"seed": 6})
@@ -92,7 +92,7 @@ async def test_case_3_n_pictures_count_their_seeds_up(target):
     assert three.data[1].b64_json == single.data[0].b64_json
 
 
-async def test_case_4_a_seed_decides_the_bytes(target):
+async def test_a_seed_decides_the_bytes(target):
     """The same twice, 0 is a seed, and three without one differ."""
     same = [(await make(target, extra_body={"seed": 0})).data[0].b64_json for _ in range(2)]
     other = (await make(target, extra_body={"seed": 1})).data[0].b64_json
@@ -103,14 +103,14 @@ async def test_case_4_a_seed_decides_the_bytes(target):
 
 
 @pytest.mark.parametrize("size", ["256x256", "512x512", "1536x1024", "1024x1792", "768x1344"])
-async def test_case_5_sizes_are_made_to_the_pixel(target, size):
+async def test_sizes_are_made_to_the_pixel(target, size):
     """As asked for, as answered, as decoded."""
     result = await make(target, size=size)
 
     assert result.size == size == "{}x{}".format(*picture(result.data[0]).size)
 
 
-async def test_case_5_width_and_height_are_a_size(target):
+async def test_width_and_height_are_a_size(target):
     """As extension fields."""
     result = await target.c.images.generate(
         prompt="a", extra_body=target.extra(width=192, height=336)
@@ -122,7 +122,7 @@ async def test_case_5_width_and_height_are_a_size(target):
 @pytest.mark.parametrize(
     "size", ["1000x1000", "1920x1080", "0x0", "1024", "1024X1024", "4096x4096", "2048x512"]
 )
-async def test_case_6_other_sizes_are_refused(target, size):
+async def test_other_sizes_are_refused(target, size):
     """By the name of the field; nothing is queued."""
     before = target.count_accepted()
     error = await refusal(make(target, size=size))
@@ -131,7 +131,7 @@ async def test_case_6_other_sizes_are_refused(target, size):
     assert target.count_accepted() == before
 
 
-async def test_case_7_formats_are_what_they_are_called(target):
+async def test_formats_are_what_they_are_called(target):
     """In the bytes too; quality costs bytes; PNG has none to give up."""
     for name, magic in (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")):
         result = await make(target, output_format=name)
@@ -146,13 +146,13 @@ async def test_case_7_formats_are_what_they_are_called(target):
     assert (await refusal(make(target, output_compression=50))).param == "output_compression"
 
 
-async def test_case_8_backgrounds_are_opaque(target):
+async def test_backgrounds_are_opaque(target):
     """Transparent is refused, auto means opaque."""
     assert (await refusal(make(target, background="transparent"))).param == "background"
     assert (await make(target, background="auto")).background == "opaque"
 
 
-async def test_case_9_what_is_ignored_changes_nothing(target):
+async def test_what_is_ignored_changes_nothing(target):
     """Each accepted, and the same bytes for the same seed."""
     plain = (await make(target, extra_body={"seed": 1})).data[0].b64_json
     for extra in (
@@ -180,14 +180,14 @@ async def test_case_9_what_is_ignored_changes_nothing(target):
     ],
     ids=str,
 )
-async def test_case_10_what_cannot_be_done_is_refused(target, sent):
+async def test_what_cannot_be_done_is_refused(target, sent):
     """By the name of the field."""
     (name,) = sent
 
     assert (await refusal(make(target, extra_body=sent))).param == name
 
 
-async def test_case_11_none_is_absent_and_text_is_no_number(target):
+async def test_none_is_absent_and_text_is_no_number(target):
     """Every optional argument as None; `"2"` is no n."""
     names = ("background", "model", "moderation", "n", "output_compression", "output_format")
     names += ("partial_images", "quality", "response_format", "stream", "style", "user")
@@ -196,7 +196,7 @@ async def test_case_11_none_is_absent_and_text_is_no_number(target):
     assert (await refusal(make(target, extra_body={"n": "2"}))).code == "invalid_type"
 
 
-async def test_case_12_models_have_several_names(target):
+async def test_models_have_several_names(target):
     """Those of the served one; any other is refused at once, with 400 rather than 404."""
     names = ("flux.2-klein-4b", "black-forest-labs/FLUX.2-klein-4B", "gpt-image-1", None)
     for name in names:
@@ -211,7 +211,7 @@ async def test_case_12_models_have_several_names(target):
     assert min(seconds) < 0.05
 
 
-async def test_case_13_a_link_leads_to_the_picture_for_a_while(target):
+async def test_a_link_leads_to_the_picture_for_a_while(target):
     """Without a key; after its time a 404 as JSON."""
     result = await make(target, response_format="url")
     url = result.data[0].url
@@ -227,7 +227,7 @@ async def test_case_13_a_link_leads_to_the_picture_for_a_while(target):
     assert gone.json()["error"]["code"]
 
 
-async def test_case_13_langchains_wrapper_gets_links(target):
+async def test_langchains_wrapper_gets_links(target):
     """What `DallEAPIWrapper.run` does: `dall-e-2`, no response_format, then it joins the urls."""
     result = await target.c.images.generate(
         prompt="a", model="dall-e-2", n=1, size=SMALL, extra_body=target.extra()
@@ -236,7 +236,7 @@ async def test_case_13_langchains_wrapper_gets_links(target):
     assert "\n".join(item.url for item in result.data).startswith("http://127.0.0.1:")
 
 
-async def test_case_14_an_edit_keeps_the_shape(target):
+async def test_an_edit_keeps_the_shape(target):
     """Bare bytes come as an octet-stream called "upload"; 1000x600 becomes 992x592."""
     result = await edit(target, photo(1000, 600))
 
@@ -245,7 +245,7 @@ async def test_case_14_an_edit_keeps_the_shape(target):
     await edit(target, [photo(64, 64)])
 
 
-async def test_case_15_one_to_four_pictures(target):
+async def test_one_to_four_pictures(target):
     """Two and four do, five and none do not."""
     one = photo(64, 64)
     for count in (2, 4):
@@ -257,7 +257,7 @@ async def test_case_15_one_to_four_pictures(target):
     assert (none.param, none.code) == ("image", "missing_required_parameter")
 
 
-async def test_case_15_every_way_to_send_them_is_the_same(target):
+async def test_every_way_to_send_them_is_the_same(target):
     """Repeated, with brackets, numbered, files first, chunked: the same picture for a seed."""
     texts = [("prompt", (None, "a")), ("seed", (None, "3")), ("steps", (None, "2"))]
     files = [photo(64, 64), photo(128, 64)]
@@ -271,7 +271,7 @@ async def test_case_15_every_way_to_send_them_is_the_same(target):
     assert len({response.json()["data"][0]["b64_json"] for response in answers}) == 1
 
 
-async def test_case_16_a_mask_keeps_what_it_covers(target):
+async def test_a_mask_keeps_what_it_covers(target):
     """Seen where a model paints: the right half is the source's, the left one is not."""
     source = photo(64, 64)
     other = Image.effect_noise((64, 64), 90).convert("RGB")
@@ -291,19 +291,19 @@ async def test_case_16_a_mask_keeps_what_it_covers(target):
     [photo(64, 64), mask(128, 128), mask(64, 64, box=(0, 0, 0, 0)), photo(64, 64, "JPEG")],
     ids=["no alpha", "other size", "opaque", "jpeg"],
 )
-async def test_case_17_other_masks_are_refused(target, bad):
+async def test_other_masks_are_refused(target, bad):
     """By the name of the field."""
     assert (await refusal(edit(target, photo(64, 64), mask=bad))).param == "mask"
 
 
-async def test_case_17_a_mask_fixes_the_shape(target):
+async def test_a_mask_fixes_the_shape(target):
     """Another ratio would move what is kept."""
     call = edit(target, photo(64, 64), mask=mask(64, 64), size="128x64")
 
     assert (await refusal(call)).param == "size"
 
 
-async def test_case_18_a_turned_photo_comes_out_upright(target):
+async def test_a_turned_photo_comes_out_upright(target):
     """EXIF is obeyed."""
     assert (await edit(target, rotated_photo(128, 64))).size == "64x128"
 
@@ -313,12 +313,12 @@ async def test_case_18_a_turned_photo_comes_out_upright(target):
     [b"hello", photo()[:100], photo(format="GIF"), photo(32, 32), photo(576, 64)],
     ids=["text", "cut", "gif", "small", "9:1"],
 )
-async def test_case_18_what_is_no_picture_is_refused(target, bad):
+async def test_what_is_no_picture_is_refused(target, bad):
     """By the name of the field."""
     assert (await refusal(edit(target, bad))).param == "image"
 
 
-async def test_case_18_a_large_body_is_refused_before_its_end(target):
+async def test_a_large_body_is_refused_before_its_end(target):
     """413 though no length was given; what would follow is never asked for."""
     form = [("prompt", (None, "a")), ("image", b"x" * (MAX_BODY + 100_000))]
     response = await post(target, form, chunked=True)
@@ -327,7 +327,7 @@ async def test_case_18_a_large_body_is_refused_before_its_end(target):
     assert response.json()["error"]["code"] == "request_too_large"
 
 
-async def test_case_19_json_is_the_same_edit(target):
+async def test_json_is_the_same_edit(target):
     """A data URL instead of a file; other addresses and files of OpenAI's are refused."""
     file = photo(64, 64)
     form = await edit(target, file, extra_body={"seed": 2})
@@ -345,7 +345,7 @@ async def test_case_19_json_is_the_same_edit(target):
     assert file_id.param == "images[0].file_id"
 
 
-async def test_case_20_a_stream_shows_previews_first(target):
+async def test_a_stream_shows_previews_first(target):
     """Strict types; the last picture is the plain answer's; nothing odd on the wire."""
     fields = {"prompt": "a", "size": SMALL, "partial_images": 2}
     stream = await target.s.images.generate(**fields, stream=True, extra_body={"seed": 4})
@@ -371,7 +371,7 @@ async def test_case_20_a_stream_shows_previews_first(target):
             assert f'"type": "{name[7:]}"' in data
 
 
-async def test_case_21_a_stream_without_previews_is_one_event(target):
+async def test_a_stream_without_previews_is_one_event(target):
     """And an edit's events have names of their own."""
     stream = await target.s.images.generate(
         prompt="a", size=SMALL, stream=True, extra_body=target.extra()
@@ -399,12 +399,12 @@ async def test_case_21_a_stream_without_previews_is_one_event(target):
     ],
     ids=str,
 )
-async def test_case_22_a_stream_that_cannot_be_is_refused_at_the_call(target, sent, param):
+async def test_a_stream_that_cannot_be_is_refused_at_the_call(target, sent, param):
     """As a plain error."""
     assert (await refusal(make(target, **sent))).param == param
 
 
-async def test_case_25_models_can_be_listed_and_looked_up(target):
+async def test_models_can_be_listed_and_looked_up(target):
     """The id with a slash travels as %2F."""
     names = [model.id async for model in target.s.models.list()]
     hub = await target.s.models.retrieve("black-forest-labs/FLUX.2-klein-4B")
@@ -424,7 +424,7 @@ async def test_case_25_models_can_be_listed_and_looked_up(target):
         ("GET", "/v1/images/generations", 405, "method_not_allowed"),
     ],
 )
-async def test_case_25_the_rest_is_an_error_object(target, method, path, status, code):
+async def test_the_rest_is_an_error_object(target, method, path, status, code):
     """Unknown route, wrong method; and what `curl -d` sends."""
     response = await target.http.request(method, target.url + path)
     urlencoded = await target.http.post(f"{target.url}/v1/images/generations", data={"prompt": "a"})

@@ -20,7 +20,7 @@ from openai import (
 
 from tests.api.pictures import photo
 from tests.api.sockets import until
-from tests.server import Server
+from tests.support.server import Server
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +89,7 @@ def test_cases_23_and_24_failed_jobs_are_told_and_not_run_again(faulty):
     assert outcomes == {"oom": 2, "error": 1, "deadline": 1, "ok": 0}
 
 
-def test_case_23_a_stream_that_waits_is_kept_alive(slow):
+def test_a_stream_that_waits_is_kept_alive(slow):
     """Two comments at least, and a normal end."""
     body = {"prompt": "a", "stream": True}
     with httpx.stream("POST", slow.url + ROUTE, json=body, timeout=30) as answer:
@@ -99,7 +99,7 @@ def test_case_23_a_stream_that_waits_is_kept_alive(slow):
     assert text.count("event: image_generation.completed\n") == 1
 
 
-async def test_case_24_a_full_queue_says_when_to_come_again(slow):
+async def test_a_full_queue_says_when_to_come_again(slow):
     """503 with OpenAI's own words and a whole number of seconds; what was taken succeeds."""
     async with AsyncOpenAI(base_url=slow.url + "/v1", api_key=KEY, max_retries=0) as client:
         calls = [client.images.generate(prompt="a", size="64x64") for _ in range(6)]
@@ -116,7 +116,7 @@ async def test_case_24_a_full_queue_says_when_to_come_again(slow):
         assert error.request_id
 
 
-def test_case_25_a_wrong_key_opens_nothing(faulty):
+def test_a_wrong_key_opens_nothing(faulty):
     """On every API route."""
     with sdk(faulty, api_key="wrong-key-0000") as client:
         for call in (
@@ -135,7 +135,7 @@ def test_case_25_a_wrong_key_opens_nothing(faulty):
         assert client.models.list().data
 
 
-async def test_case_25_a_clients_timeout_ends_its_job(slow, trace):
+async def test_a_clients_timeout_ends_its_job(slow, trace):
     """Within a step, and the next job starts."""
     with sdk(slow, timeout=0.3) as client, pytest.raises(APITimeoutError):
         await asyncio.to_thread(client.images.generate, prompt="a", extra_body={"steps": 50})

@@ -85,7 +85,7 @@ def edits(client):
     return answers
 
 
-def test_case_19_a_form_and_json_give_the_same_bytes(client, edits):
+def test_a_form_and_json_give_the_same_bytes(client, edits):
     """Whichever way the reference comes."""
     from openai.types import ImagesResponse
 
@@ -97,7 +97,7 @@ def test_case_19_a_form_and_json_give_the_same_bytes(client, edits):
         assert json.data[0].b64_json == answer
 
 
-def test_case_14_edits_are_followed(edits):
+def test_edits_are_followed(edits):
     """To the judge's full satisfaction, which no picture is that ignores its reference; the demo
     follows nineteen of twenty (see docs/shapes.md), so at most one of eight is not.
     """
@@ -108,7 +108,7 @@ def test_case_14_edits_are_followed(edits):
     assert sum(bool(each) for each in faults) <= 1, faults
 
 
-def test_case_16_a_mask_keeps_its_half_and_paints_the_other(client):
+def test_a_mask_keeps_its_half_and_paints_the_other(client):
     """Pixel for pixel on the right; on the left something else than before."""
     from tools.shapes.exam import edit_questions
 
@@ -125,7 +125,7 @@ def test_case_16_a_mask_keeps_its_half_and_paints_the_other(client):
     assert (after[:, :128] != before[:, :128]).any()
 
 
-def test_case_20_previews_come_nearer_to_the_picture(client):
+def test_previews_come_nearer_to_the_picture(client):
     """They are estimates of the clean picture: each is closer to it than the one before."""
     prompt = "a large red circle on a blue background"
     events = list(

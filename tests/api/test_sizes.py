@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.schemas.sizes import SizeRule
+from app.limits import SizeRule
 
 KLEIN = SizeRule(min_side=64, max_side=4096, max_pixels=4_194_304)
 SHAPES = SizeRule(min_side=128, max_side=512, max_pixels=262_144)

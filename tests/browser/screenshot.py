@@ -10,7 +10,7 @@ import sys
 from playwright.sync_api import sync_playwright
 
 from tests.browser.conftest import Visit, find_chromium
-from tests.server import Server
+from tests.support.server import Server
 
 # The README's own examples.
 PROMPTS = (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server import Server
+from tests.support.server import Server
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,9 @@ TYPES = {
 @pytest.fixture(scope="module")
 def service() -> Iterator[Server]:
     """A service with klein's ids and limits; no picture is asked for here."""
-    with Server(module="tests.faulty", model="flux.2-klein-4b", device="cpu") as server:
+    with Server(
+        module="tests.support.scripted_engine", model="flux.2-klein-4b", device="cpu"
+    ) as server:
         yield server
 
 

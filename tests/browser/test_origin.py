@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server import Server
+from tests.support.server import Server
 
 pytestmark = pytest.mark.system
 
@@ -59,7 +59,9 @@ ATTACK = """async url => {
 @pytest.fixture(scope="module")
 def service() -> Iterator[Server]:
     """A service without keys, as most people run it at home."""
-    with Server(module="tests.faulty", model="flux.2-klein-4b", device="cpu") as server:
+    with Server(
+        module="tests.support.scripted_engine", model="flux.2-klein-4b", device="cpu"
+    ) as server:
         yield server
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from app.cli import bench
-from app.cli.charts import lines_over_time, stage_bars
+from app.cli.bench import command as bench
+from app.cli.bench.charts import lines_over_time, stage_bars
 from app.domain import ModelInfo
 from app.errors import InvalidRequest
 from app.settings import Settings
-from app.telemetry.gpu import Card
+from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 from app.worker.supervisor import Supervisor
-from tests.fake_nvml import FakeNvml
 from tests.monitoring.carded import GPU, PEAK, CardedEngine
+from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +40,7 @@ def measure(*words: str, make_engine: EngineFactory = CardedEngine) -> int:
         arguments(*words),
         Settings(model="shapes"),
         make_engine=make_engine,
-        gpu=Card(0, load_nvml=FakeNvml),
+        gpu=Gpu(0, load_nvml=FakeNvml),
     )
 
 

@@ -58,7 +58,7 @@ def test_without_a_home_folder_one_sentence_says_what_to_do(monkeypatch) -> None
 
 def test_a_model_below_an_unknown_home_is_one_sentence(monkeypatch) -> None:
     """The same for the model's path, which is no path in the settings."""
-    from app.runtime import choose_model
+    from app.model_choice import choose_model
 
     with pytest.raises(StartupError, match=r"KLEIN_MODEL .* set HOME"):
         choose_model(Settings(model="~no-such-user/model", device="cpu"), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.engine.floors import CARDS, CardSpec, floor
+from app.engine.roofline import GPUS, GpuDatasheet, roofline
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "cards.md").read_text()
@@ -18,23 +18,23 @@ ROWS = [
 ]
 
 
-def seconds(card: CardSpec, precision: str) -> str:
+def seconds(card: GpuDatasheet, precision: str) -> str:
     """The floor as the page writes it."""
     if precision == "fp8" and card.fp8 is None:
         return "-"
-    found = floor(card, precision, 1024, 1024, 4)
+    found = roofline(card, precision, 1024, 1024, 4)
     assert found is not None
     return f"{found.total_s:.2f}"
 
 
 def test_every_card_has_its_row() -> None:
     """In the order of the table that `klein doctor --card` knows."""
-    names = [card.name.removeprefix("NVIDIA ").removeprefix("GeForce ") for card in CARDS]
+    names = [card.name.removeprefix("NVIDIA ").removeprefix("GeForce ") for card in GPUS]
 
     assert [row[0] for row in ROWS] == names
 
 
-@pytest.mark.parametrize(("card", "row"), list(zip(CARDS, ROWS, strict=True)))
+@pytest.mark.parametrize(("card", "row"), list(zip(GPUS, ROWS, strict=True)))
 def test_the_floors_are_those_that_the_program_computes(card, row) -> None:
     """Seconds for 1024x1024 in four steps at int8, fp8 and bf16."""
     assert row[3:6] == [seconds(card, precision) for precision in ("int8", "fp8", "bf16")]

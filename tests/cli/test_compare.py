@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli import compare
-from app.cli.sheet import lettered, psnr
+from app.cli.compare import command as compare
+from app.cli.compare.contact_sheet import lettered, psnr
 from app.domain import RawImage
 from app.errors import InvalidRequest, StartupError
 from app.settings import Settings
-from app.telemetry.gpu import Card
+from app.telemetry.gpu import Gpu
 from app.worker.supervisor import Supervisor
 from tests.cli.rounding import RoundingEngine
-from tests.fake_nvml import FakeNvml
+from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def run(tmp_path: Path, *words: str) -> int:
         parser.parse_args(["compare", "a cat", "-o", str(tmp_path / "sheet.png"), *words]),
         Settings(model="shapes"),
         make_engine=RoundingEngine,
-        gpu=Card(0, load_nvml=FakeNvml),
+        gpu=Gpu(0, load_nvml=FakeNvml),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource
-from app.cli.descriptors import raise_limit
+from app.cli.open_files import raise_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 print(raise_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
 """

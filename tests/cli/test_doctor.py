@@ -13,24 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.cli import doctor
-from app.cli.checkup import (
-    CacheFound,
-    CardFound,
-    CompilerFound,
-    Holder,
-    HostFound,
-    TorchFound,
-)
-from app.cli.judgement import Facts, diagnose, minimum_driver
-from app.engine import catalog
-from app.runtime import Choice
+from app.cli.doctor import command
+from app.cli.doctor.checks import Facts, diagnose, minimum_driver
+from app.cli.doctor.facts import CacheFound, CompilerFound, GpuFacts, Holder, HostFound, TorchFound
+from app.engine.models.registry import find_spec
+from app.model_choice import Choice
 from app.settings import Settings
-from tests.fake_nvml import FakeNvml
+from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 1_000_000_000
-TORCH = TorchFound("2.13.0+cu130", "13.0", sees_card=True, has_fp8=False, has_int8=True)
+TORCH = TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, has_fp8=False, has_int8=True)
 
 
 class TalkingNvml(FakeNvml):
@@ -71,8 +64,8 @@ class MissingNvml:
 def ask(capsys, *words: str, nvml: object = None, torch: TorchFound = TORCH, **settings: object):
     """Run the command; the exit code and what it printed."""
     parser = argparse.ArgumentParser()
-    doctor.add_parser(parser.add_subparsers())
-    code = doctor.run(
+    command.add_parser(parser.add_subparsers())
+    code = command.run(
         parser.parse_args(["doctor", *words]),
         Settings(**settings),
         load_nvml=lambda: nvml or TalkingNvml(),
@@ -155,7 +148,7 @@ def test_a_cache_that_others_may_write_to_is_told(capsys, tmp_path) -> None:
 
 def test_a_machine_without_a_driver_is_told_what_to_install(capsys) -> None:
     """The exit code is 1, and there is a way out that needs no card."""
-    torch = TorchFound("2.13.0", "13.0", sees_card=False)
+    torch = TorchFound("2.13.0", "13.0", sees_gpu=False)
     code, said = ask(capsys, nvml=MissingNvml(), torch=torch, model="flux.2-klein-4b")
 
     assert code == 1
@@ -167,7 +160,7 @@ def test_a_machine_without_a_driver_is_told_what_to_install(capsys) -> None:
 
 def test_without_a_card_the_demo_is_what_auto_means(capsys) -> None:
     """It can be served, and the way to klein is told; a card asked for by number is missed."""
-    torch = TorchFound("2.13.0", "13.0", sees_card=False)
+    torch = TorchFound("2.13.0", "13.0", sees_gpu=False)
     code, said = ask(capsys, nvml=MissingNvml(), torch=torch)
 
     assert code == 0
@@ -178,7 +171,7 @@ def test_without_a_card_the_demo_is_what_auto_means(capsys) -> None:
 
 def test_without_a_card_the_demo_can_be_served(capsys) -> None:
     """A processor is no fault where none but it was asked for."""
-    torch = TorchFound("2.13.0+cpu", None, sees_card=False)
+    torch = TorchFound("2.13.0+cpu", None, sees_gpu=False)
     code, said = ask(capsys, nvml=MissingNvml(), torch=torch, device="cpu")
 
     assert code == 0
@@ -188,7 +181,7 @@ def test_without_a_card_the_demo_can_be_served(capsys) -> None:
 
 def test_a_card_that_is_not_there_is_told_by_number(capsys) -> None:
     """The second of one card."""
-    code, said = ask(capsys, device=1, torch=replace(TORCH, sees_card=False))
+    code, said = ask(capsys, device=1, torch=replace(TORCH, sees_gpu=False))
 
     assert code == 1
     assert "there is no card 1; this machine has 1, counted from 0" in said
@@ -211,7 +204,7 @@ def test_the_driver_must_be_new_enough_for_torchs_cuda(cuda, driver) -> None:
     assert minimum_driver(cuda) == driver
 
 
-CARD = CardFound(
+CARD = GpuFacts(
     name="NVIDIA GeForce RTX 4070",
     driver="580.65.06",
     capability=(8, 9),
@@ -220,12 +213,12 @@ CARD = CardFound(
     holders=(Holder(4711, "blender", 1_500_000_000),),
 )
 FACTS = Facts(
-    card=CARD,
-    torch=TorchFound("2.13.0+cu130", "13.0", sees_card=True, has_fp8=True),
+    gpu=CARD,
+    torch=TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, has_fp8=True),
     compiler=CompilerFound("/usr/bin/gcc", has_triton=True, has_headers=True),
     host=HostFound(32 * GB, 24 * GB),
     choice=Choice("flux.2-klein-4b", None, "it can hold it"),
-    model=catalog.card("flux.2-klein-4b"),
+    model=find_spec("flux.2-klein-4b"),
     forecast=None,
     cache=CacheFound("/models", 12_300_000_000, 0, 100 * GB, is_writable=True),
 )
@@ -245,31 +238,31 @@ def test_a_good_machine_has_no_problems() -> None:
     ("changes", "what", "remedy", "is_fatal"),
     [
         (
-            {"card": replace(CARD, driver="570.124.06")},
+            {"gpu": replace(CARD, driver="570.124.06")},
             "The driver 570.124.06 is too old for torch 2.13.0+cu130",
             "driver 580 or newer",
             True,
         ),
         (
-            {"card": replace(CARD, name="NVIDIA GeForce GTX 1080", capability=(6, 1))},
+            {"gpu": replace(CARD, name="NVIDIA GeForce GTX 1080", capability=(6, 1))},
             "older than what CUDA 13 runs on",
             "RTX",
             True,
         ),
         (
-            {"card": replace(CARD, name="NVIDIA GeForce RTX 2080", capability=(7, 5))},
+            {"gpu": replace(CARD, name="NVIDIA GeForce RTX 2080", capability=(7, 5))},
             "does not calculate in bf16 itself",
             "RTX 3000",
             False,
         ),
         (
-            {"torch": TorchFound("2.13.0+cpu", None, sees_card=False)},
+            {"torch": TorchFound("2.13.0+cpu", None, sees_gpu=False)},
             "built for processors only",
             "build for CUDA 13.0",
             True,
         ),
         (
-            {"torch": TorchFound("2.13.0+cu130", "13.0", sees_card=False)},
+            {"torch": TorchFound("2.13.0+cu130", "13.0", sees_gpu=False)},
             "NVML sees the card, but torch does not",
             "CUDA_VISIBLE_DEVICES",
             True,

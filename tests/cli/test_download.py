@@ -9,13 +9,13 @@ import pytest
 
 from app.cli import download
 from app.cli.main import main
-from app.engine.fetch import Hub as Source
+from app.engine.hub.fetch import Hub as Source
 from app.errors import StartupError
 from app.settings import Settings
-from tests.engine.download import COMMIT, ENCODER, SINGLE, VARIANT, content
-from tests.hub import Hub
+from tests.engine.hub import COMMIT, ENCODER, SINGLE, VARIANT, content
+from tests.support.hub import Hub
 
-KEY = VARIANT.card.id
+KEY = VARIANT.spec.id
 
 
 @pytest.fixture

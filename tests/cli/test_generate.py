@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from app.api.config import ApiConfig
-from app.api.schemas import native
-from app.cli import generate, session
+from app.api.native.request import read, table
+from app.cli import generate, warm_worker
 from app.cli.main import main
-from app.cli.session import warm_runtime
+from app.cli.warm_worker import warm_runtime
 from app.domain import ImageSpec
-from app.engine import catalog
+from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest
 from app.limits import check_spec
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
-from tests.faulty import MakeFaulty, Script
+from tests.support.scripted_engine import MakeFaulty, Script
 
 CONFIG = ApiConfig(
     max_pixels=4_194_304,
@@ -33,7 +33,7 @@ CONFIG = ApiConfig(
     public_url=None,
     heartbeat_s=15.0,
 )
-KLEIN = catalog.card("flux.2-klein-4b")
+KLEIN = find_spec("flux.2-klein-4b")
 GUIDED = replace(KLEIN, default_guidance=4.0, max_guidance=10.0)
 SPEC = ImageSpec("a red circle", 1024, 1024, 4, KLEIN.default_guidance, 7)
 
@@ -102,7 +102,7 @@ def test_other_commands_that_draw_refuse_as_early(unloaded, capsys, words) -> No
     assert re.fullmatch(r"klein: .*\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
 
 
-@pytest.mark.parametrize("card", [KLEIN, GUIDED, catalog.card("shapes")])
+@pytest.mark.parametrize("card", [KLEIN, GUIDED, find_spec("shapes")])
 @pytest.mark.parametrize(
     "change",
     [
@@ -123,7 +123,7 @@ def test_the_rules_are_those_of_http(card, change) -> None:
     sent = {"prompt": spec.prompt, **change}
 
     assert is_taken(lambda: check_spec(replace(spec, **change), card, CONFIG.max_pixels)) == (
-        is_taken(lambda: native.read(native.table(card, CONFIG).read(sent), card, CONFIG))
+        is_taken(lambda: read(table(card, CONFIG).read(sent), card, CONFIG))
     )
 
 
@@ -168,7 +168,7 @@ async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:
 def test_a_folder_that_may_not_be_written_to(unloaded, capsys, monkeypatch) -> None:
     """Judged before loading too; root may write everywhere, so the kernel's answer is given."""
     (unloaded / "closed").mkdir()
-    monkeypatch.setattr(session.os, "access", lambda path, mode: path != Path("closed"))
+    monkeypatch.setattr(warm_worker.os, "access", lambda path, mode: path != Path("closed"))
 
     assert main(["generate", "a", "-o", "closed/x.png"]) == 1
     assert "may not be written" in capsys.readouterr().err

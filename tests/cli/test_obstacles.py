@@ -17,7 +17,7 @@ import pytest
 
 from app.cli.main import main
 from app.errors import StartupError
-from app.worker import pipe
+from app.worker.transport import pair
 
 ROOT = Path(__file__).resolve().parents[2]
 KLEIN = (sys.executable, "-m", "app")
@@ -109,7 +109,7 @@ def test_only_what_computes_needs_a_thread_for_each_of_its_cores(
         def join(self) -> None:
             """It has ended."""
 
-    monkeypatch.setattr("app.cli.obstacles.Thread", Counted)
+    monkeypatch.setattr("app.cli.system_limits.Thread", Counted)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     with contextlib.suppress(SystemExit):
@@ -153,7 +153,7 @@ def test_memory_that_cannot_be_shared_is_named(made, number) -> None:
     )
     setattr(context, made, fail)
     with pytest.raises(StartupError, match="/dev/shm must be a tmpfs"):
-        pipe.pair(context)
+        pair(context)
 
 
 def closed_pipe() -> int:

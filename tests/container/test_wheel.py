@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import ROOT
+from tests.support.server import ROOT
 
 
 @pytest.mark.system
@@ -60,7 +60,7 @@ def _install(wheel: Path, place: Path) -> Path:
 
 def _checkpoint(wheel: Path) -> list[zipfile.ZipInfo]:
     with zipfile.ZipFile(wheel) as file:
-        found = [each for each in file.infolist() if "/checkpoints/shapes/" in each.filename]
+        found = [each for each in file.infolist() if "/models/data/shapes/" in each.filename]
     assert found
     return found
 

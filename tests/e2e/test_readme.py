@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.server import ROOT
+from tests.support.server import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 

@@ -10,11 +10,13 @@ import torch
 
 from app import errors
 from app.domain import ImageSpec, Stage
-from app.engine import faults, stages, start
+from app.engine import error_mapping
+from app.engine import load as start
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
-from app.engine.loaders import shapes
-from app.engine.prompt_cache import PromptCache
+from app.engine.models import shapes
+from app.engine.pipeline.denoise import draw_noise
+from app.engine.pipeline.prompt_cache import PromptCache
 
 pytestmark = pytest.mark.torch
 
@@ -64,7 +66,7 @@ def test_it_says_whether_the_prompt_was_kept(engine, monkeypatch):
     """A miss, then a hit with the same pixels; nothing where no cache is in use."""
     wanted = replace(SPEC, prompt="a prompt of its own")
     first, again = (engine.generate(wanted, lambda _: None, lambda: False) for _ in range(2))
-    monkeypatch.setattr(engine._started.parts, "cache", PromptCache(0, torch.device("cpu")))
+    monkeypatch.setattr(engine._started.components, "cache", PromptCache(0, torch.device("cpu")))
     without = engine.generate(wanted, lambda _: None, lambda: False)
 
     kept = [made.is_prompt_cached for made in (first, again, without)]
@@ -74,12 +76,12 @@ def test_it_says_whether_the_prompt_was_kept(engine, monkeypatch):
 
 def test_noise_hangs_on_the_seed_alone(engine):
     """It is drawn beside the text stage, and is the same as drawn here."""
-    parts = engine._started.parts
-    drawn = stages.draw_noise(parts, SPEC)
+    components = engine._started.components
+    drawn = draw_noise(components, SPEC)
     right = torch.randn(drawn.shape, generator=torch.Generator("cpu").manual_seed(SPEC.seed))
 
     assert torch.equal(drawn, right)
-    assert not torch.equal(drawn, stages.draw_noise(parts, replace(SPEC, seed=8)))
+    assert not torch.equal(drawn, draw_noise(components, replace(SPEC, seed=8)))
 
 
 def test_it_stops_between_two_steps(engine):
@@ -107,7 +109,7 @@ def test_failures_become_the_errors_callers_know(engine, monkeypatch, raised, ex
         raise raised
 
     with monkeypatch.context() as patch:
-        patch.setattr("app.engine.stages.decode", fail)
+        patch.setattr("app.engine.engine.decode", fail)
         with pytest.raises(expected) as caught:
             engine.generate(SPEC, lambda _: None, lambda: False)
 
@@ -126,8 +128,8 @@ def test_an_accelerator_error_is_fatal_unless_it_is_memory(monkeypatch):
     memory, assertion = AcceleratorError("device"), AcceleratorError("device")
     assertion.error_code = 710
 
-    assert type(faults.translate(memory)) is errors.OutOfMemory
-    assert type(faults.translate(assertion)) is errors.WorkerLost
+    assert type(error_mapping.translate(memory)) is errors.OutOfMemory
+    assert type(error_mapping.translate(assertion)) is errors.WorkerLost
 
 
 def test_a_failed_job_frees_its_tensors(engine, monkeypatch):
@@ -139,7 +141,7 @@ def test_a_failed_job_frees_its_tensors(engine, monkeypatch):
         held.append(weakref.ref(tensor))
         raise RuntimeError(str(latents.shape))
 
-    monkeypatch.setattr("app.engine.stages.decode", fail)
+    monkeypatch.setattr("app.engine.engine.decode", fail)
     with pytest.raises(errors.GenerationFailed):
         engine.generate(SPEC, lambda _: None, lambda: False)
 

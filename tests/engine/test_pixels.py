@@ -15,7 +15,7 @@ from PIL import Image
 from app.domain import Generated, ImageSpec, Mask, RawImage
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
-from tests.checkpoints import write_tiny_klein
+from tests.support.checkpoints import write_tiny_klein
 
 # The first is in every run, all of them are in .ci/run.
 pytestmark = pytest.mark.torch

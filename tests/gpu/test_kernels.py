@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app.engine import linear
-from app.engine.blocks import cudnn_attention, plain_attention
-from app.engine.compiling import choose_compiler, thaw
-from app.engine.linear import Fp8Linear, WeightOnlyLinear
-from app.engine.precision import choose_precision
-from app.engine.probe import choose_attention, probe_card
-from app.engine.stages import decode
-from app.engine.tensorfile import TensorFile
-from app.engine.tiles import decode_tiled
-from tests.checkpoints import write_tiny_klein
-from tests.engine.layout_files import build, latents_of
+from app.engine.checkpoint.safetensors_io import SafetensorsFile
+from app.engine.modules.attention import choose_attention, cudnn_attention, plain_attention
+from app.engine.pipeline.decode import decode
+from app.engine.pipeline.tiled_decode import decode_tiled
+from app.engine.quantization import linear
+from app.engine.quantization.linear import Fp8Linear, WeightOnlyLinear
+from app.engine.quantization.probe import probe_gpu
+from app.engine.quantization.select import choose_precision
+from app.engine.runtime.compile import choose_compiler, thaw
+from tests.support.checkpoints import write_tiny_klein
+from tests.support.layout_files import build, latents_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,11 +44,11 @@ def make(kind: str, weight: torch.Tensor, x: torch.Tensor) -> torch.nn.Module:
     if kind == "int8":
         return linear.rotated_int8(weight)
     if kind == "int8w":
-        return WeightOnlyLinear(*linear.quantise_int8(weight))
+        return WeightOnlyLinear(*linear.quantize_int8(weight))
     if kind == "fp8w":
-        return WeightOnlyLinear(*linear.quantise_fp8(weight))
+        return WeightOnlyLinear(*linear.quantize_fp8(weight))
     scale = x.abs().amax().float() / 448 if kind == "fp8 static" else None
-    return Fp8Linear(*linear.quantise_fp8(weight), scale)
+    return Fp8Linear(*linear.quantize_fp8(weight), scale)
 
 
 @pytest.mark.parametrize("rows", [5, 512])
@@ -76,7 +76,7 @@ def test_cudnns_attention_is_torchs(card):
 
 def test_the_probe_agrees_with_the_capability(card):
     """fp8 from sm_89 on, and the choice that follows, with a reason."""
-    facts = probe_card(card)
+    facts = probe_gpu(card)
     chosen = choose_precision("auto", facts, is_small=False)
 
     assert facts.capability == torch.cuda.get_device_capability(card)
@@ -93,7 +93,7 @@ def test_weights_come_to_the_card_as_they_lie_in_the_file(card, tmp_path):
         for size in (5 * 2**24 + 123, 0, 7, 2**24)
     }
     save_file(tensors, tmp_path / "some.safetensors")
-    with TensorFile(tmp_path / "some.safetensors") as file:
+    with SafetensorsFile(tmp_path / "some.safetensors") as file:
         for name, tensor in file.tensors.items():
             assert torch.equal(tensor.read(card).cpu(), tensors[name])
 
@@ -110,7 +110,7 @@ def test_streamed_layers_give_what_resident_ones_do(card, folder):
     resident, streamed = build(folder, **wanted), build(folder, is_streamed=True, **wanted)
     for prompt in ["a", "b", "long " * 200] * 10:
         tokens = resident.tokenizer(prompt)
-        made = [parts.encoder(tokens, card).clone() for parts in (resident, streamed)]
+        made = [components.encoder(tokens, card).clone() for components in (resident, streamed)]
         assert torch.equal(*made)
 
 
@@ -125,9 +125,11 @@ def test_compiled_networks_with_graphs_give_what_plain_ones_do(card, folder, tmp
     plain, compiled = build(folder, **wanted), build(folder, compiler=compiler, **wanted)
     try:
         for side in (128, 192, 256, 128, 192, 256, 128):
-            made = [latents_of(parts, side, f"a {side}") for parts in (plain, compiled)]
+            made = [latents_of(components, side, f"a {side}") for components in (plain, compiled)]
             assert difference(*reversed(made)) < 0.05
-            pixels = [decode(parts, made[0], (side // 16,) * 2) for parts in (plain, compiled)]
+            pixels = [
+                decode(components, made[0], (side // 16,) * 2) for components in (plain, compiled)
+            ]
             assert difference(*reversed(pixels)) < 0.05
     finally:
         thaw()
@@ -136,9 +138,9 @@ def test_compiled_networks_with_graphs_give_what_plain_ones_do(card, folder, tmp
 @torch.no_grad()
 def test_tiles_on_the_card_are_tiles_on_the_host(card, folder):
     """The same mixture of overlaps, whichever device adds it up."""
-    parts = build(folder, device=card)
+    components = build(folder, device=card)
     host = build(folder)
     plane = torch.randn(1, 8, 40, 96, generator=torch.Generator().manual_seed(0))
 
-    made = decode_tiled(parts.decode, plane.to(card))
+    made = decode_tiled(components.decode, plane.to(card))
     assert difference(made, decode_tiled(host.decode, plane)) < TOLERANCE

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.engine.memory import GB
+from app.engine.memory.planner import GB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

@@ -57,7 +57,7 @@ class ScriptedBackend:
         return generated(spec)
 
     def free(self, job_id: str) -> None:
-        self._progress[job_id](Progress(Stage.CARD_FREE, 4, 4))
+        self._progress[job_id](Progress(Stage.GPU_FREE, 4, 4))
 
     def finish(self, job_id: str, error: Exception | None = None) -> None:
         self._ends[job_id].set_result(error)

@@ -11,7 +11,7 @@ import pytest
 from app.domain import ImageSpec
 from app.errors import Cancelled, DeadlineExceeded, InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat
-from tests.inprocess import InProcess
+from tests.support.in_process import InProcess
 
 PNG = OutputFormat("png")
 SPEC = ImageSpec("x", 1024, 1024, 4, 1.0, 0)

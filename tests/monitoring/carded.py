@@ -17,7 +17,7 @@ from dataclasses import replace
 from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, PeakMemory, Progress, Stage
 from app.engine.config import EngineConfig
 from app.errors import Cancelled, GenerationFailed, OutOfMemory
-from tests.faulty import FaultyEngine, Script
+from tests.support.scripted_engine import FaultyEngine, Script
 
 GPU = "NVIDIA GeForce RTX 3060"
 PEAK = PeakMemory(allocated=7_370_000_000, reserved=7_830_000_000)
@@ -80,10 +80,10 @@ class CardedEngine(FaultyEngine):
 if __name__ == "__main__":
     from app.cli.serve import serve
     from app.settings import Settings
-    from app.telemetry.gpu import Card
-    from tests.fake_nvml import FakeNvml
+    from app.telemetry.gpu import Gpu
     from tests.monitoring import carded
+    from tests.support.fake_nvml import FakeNvml
 
     # Through the module's own name, so that the worker process finds the class under it.
-    card = Card(0, load_nvml=FakeNvml)
+    card = Gpu(0, load_nvml=FakeNvml)
     sys.exit(serve(Settings.read(os.environ), make_engine=carded.CardedEngine, gpu=card))

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.server import Server
+from tests.support.server import Server
 
 KEY = "sesame-open"
 _HEADERS = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}

@@ -14,8 +14,8 @@ import pytest
 from app.api.app import create_app
 from app.settings import Settings
 from tests.api.sockets import listening, until
-from tests.inprocess import InProcess
 from tests.reliability.test_overload import picture_form
+from tests.support.in_process import InProcess
 
 MAX_BODY = 100_000
 

@@ -18,8 +18,8 @@ from tests.worker.conftest import supervise as supervise
 
 
 @pytest.mark.slow
-async def test_row_10_who_waits_for_a_worker_that_never_comes_is_answered(supervise) -> None:
-    """Row 10: with the third death the service gives up, and a job that was to run next is refused
+async def test_who_waits_for_a_worker_that_never_comes_is_answered(supervise) -> None:
+    """With the third death the service gives up, and a job that was to run next is refused
     instead of waiting for ever."""
     async with supervise("exit@1") as (supervisor, listening):
         for _ in range(2):
@@ -41,8 +41,8 @@ async def test_row_10_who_waits_for_a_worker_that_never_comes_is_answered(superv
 
 
 @pytest.mark.slow
-async def test_row_9_a_worker_that_was_told_to_die_is_not_replaced(supervise) -> None:
-    """Row 9 and 5: whoever insists on the end does not get a fresh worker."""
+async def test_a_worker_that_was_told_to_die_is_not_replaced(supervise) -> None:
+    """Whoever insists on the end does not get a fresh worker."""
     async with supervise("slow=30") as (supervisor, listening):
         await listening.wait_for("ready")
         running = asyncio.ensure_future(supervisor.run("a", SPEC, lambda progress: None))

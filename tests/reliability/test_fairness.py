@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.e2e.chaos import Answer, ask, port_of, request_bytes
+from tests.support.chaos import Answer, ask, port_of, request_bytes
 
 KEYS = ("greedy-key-1234", "polite-key-5678")
 POLITE_S = 0.4

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import ROOT, Server
+from tests.support.server import ROOT, Server
 
 # The rules between fields (width and height against size, mask without images, stream with n) and
 # the rule about sizes cannot be stated in a schema, so what fits it may still be refused with 400.
@@ -30,8 +30,8 @@ ITS_OWN_FAULT = "Unsupported type: 'Binary'"
 
 
 @pytest.mark.full
-def test_row_12_five_thousand_cases_break_nothing(tmp_path: Path) -> None:
-    """Row 12: 5,000 cases over the whole API: no 5xx, OpenAI's error object everywhere, nothing of
+def test_five_thousand_cases_break_nothing(tmp_path: Path) -> None:
+    """5,000 cases over the whole API: no 5xx, OpenAI's error object everywhere, nothing of
     the inside in any answer, and the worker's process is the one from before. The demo model's
     limits keep the pictures small, so that the time goes into requests instead of PNG."""
     with Server("slow=0", module="tests.api.live", model="shapes", device="cpu") as server:

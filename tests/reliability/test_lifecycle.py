@@ -18,7 +18,7 @@ import pytest
 
 from app.cli.serve import END_S
 from tests.e2e.test_service import wait_until
-from tests.server import Server
+from tests.support.server import Server
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
 
@@ -35,8 +35,8 @@ def health(server: Server) -> tuple[int, int, str]:
     return live, ready, found["stage"]
 
 
-def test_row_6_health_tells_every_state(scripted, tmp_path: Path) -> None:
-    """Row 6: alive from the first moment; ready only once the worker has said so, which it does
+def test_health_tells_every_state(scripted, tmp_path: Path) -> None:
+    """Alive from the first moment; ready only once the worker has said so, which it does
     after its warm-up picture; not ready within a second of the worker's death, nor while
     draining."""
     gate = tmp_path / "gate"
@@ -63,8 +63,8 @@ def test_row_6_health_tells_every_state(scripted, tmp_path: Path) -> None:
     assert server.wait() == 0
 
 
-def test_row_5_insisting_ends_at_once(scripted) -> None:
-    """Row 5: the second SIGTERM does not wait for a picture that takes half a minute."""
+def test_insisting_ends_at_once(scripted) -> None:
+    """The second SIGTERM does not wait for a picture that takes half a minute."""
     server = scripted("slow=30")
     server.wait_until_ready()
     with ThreadPoolExecutor(1) as pool:
@@ -81,8 +81,8 @@ def test_row_5_insisting_ends_at_once(scripted) -> None:
         assert running.exception() is not None or running.result()[0] == 500
 
 
-def test_row_7_a_hundred_times_out_of_memory(scripted) -> None:
-    """Row 7: every other picture runs out of memory: 500 that is not to be repeated, the next one
+def test_a_hundred_times_out_of_memory(scripted) -> None:
+    """Every other picture runs out of memory: 500 that is not to be repeated, the next one
     is made, by the same worker, whose memory does not grow."""
     server = scripted("oom%2")
     server.wait_until_ready()
@@ -106,8 +106,8 @@ def test_row_7_a_hundred_times_out_of_memory(scripted) -> None:
     assert worker.memory_info().rss <= before * 1.01 + 1e6
 
 
-def test_row_8_a_lost_card_costs_one_job_and_keeps_the_others(scripted, tmp_path: Path) -> None:
-    """Row 8: the third job loses the card: it alone fails and is not run again, two that wait are
+def test_a_lost_card_costs_one_job_and_keeps_the_others(scripted, tmp_path: Path) -> None:
+    """The third job loses the card: it alone fails and is not run again, two that wait are
     made by the next worker, and none by the old one."""
     trace, once, gate = tmp_path / "trace", tmp_path / "once", tmp_path / "gate"
     server = scripted("sticky@3", f"trace={trace}", f"once={once}", f"gate={gate}")
@@ -135,8 +135,8 @@ def in_service(server: Server) -> float:
     return server.metric("klein_queue_size") + server.metric("klein_requests_running")
 
 
-def test_row_9_a_hung_worker_is_replaced(scripted, tmp_path: Path) -> None:
-    """Row 9: a step that does not return within the watchdog's time costs its job, not the next."""
+def test_a_hung_worker_is_replaced(scripted, tmp_path: Path) -> None:
+    """A step that does not return within the watchdog's time costs its job, not the next."""
     server = scripted("hang@1", f"once={tmp_path / 'once'}", watchdog_s=1)
     server.wait_until_ready()
 
@@ -146,8 +146,8 @@ def test_row_9_a_hung_worker_is_replaced(scripted, tmp_path: Path) -> None:
     assert server.metric("klein_worker_restarts_total", reason="hang") == 1
 
 
-def test_row_10_three_deaths_end_the_service(scripted, tmp_path: Path) -> None:
-    """Row 10: exit code 70 and one sentence; the back-off was 0 and 1 s; whoever waited was
+def test_three_deaths_end_the_service(scripted, tmp_path: Path) -> None:
+    """Exit code 70 and one sentence; the back-off was 0 and 1 s; whoever waited was
     answered, and the end did not keep anyone."""
     gate = tmp_path / "gate"
     server = scripted("exit@1", f"gate={gate}")
@@ -248,8 +248,8 @@ def answer_of(server: Server) -> int:
 
 
 @pytest.mark.full
-def test_row_9_kill_9_again_and_again(scripted) -> None:
-    """Row 9: `kill -9` half a second after each finished picture, ten times, with one picture asked
+def test_kill_9_again_and_again(scripted) -> None:
+    """`kill -9` half a second after each finished picture, ten times, with one picture asked
     for after the other: at most one is lost to each kill, and the service goes on."""
     server = scripted("slow=0.2")
     server.wait_until_ready()
@@ -281,8 +281,8 @@ def post_until_killed(server: Server) -> int:
 
 
 @pytest.mark.full
-def test_row_5_a_gateway_learns_of_the_drain_within_100_ms(scripted, tmp_path: Path) -> None:
-    """Row 5: /health/ready says 503 a tenth of a second after SIGTERM, while the port still
+def test_a_gateway_learns_of_the_drain_within_100_ms(scripted, tmp_path: Path) -> None:
+    """/health/ready says 503 a tenth of a second after SIGTERM, while the port still
     listens; in the best of three services, since others may use the machine."""
     gate, took_s = tmp_path / "gate", []
     for _ in range(3):
@@ -306,9 +306,9 @@ def test_row_5_a_gateway_learns_of_the_drain_within_100_ms(scripted, tmp_path: P
 
 
 @pytest.mark.full
-def test_row_5_ten_drains_at_random_moments_lose_nothing() -> None:
+def test_ten_drains_at_random_moments_lose_nothing() -> None:
     """Row 5, short form: a hundred in `make soak`."""
-    from tests.e2e.chaos import drain_often
+    from tests.support.chaos import drain_often
 
     found = asyncio.run(drain_often(10, seed=5))
 
@@ -316,7 +316,7 @@ def test_row_5_ten_drains_at_random_moments_lose_nothing() -> None:
 
 
 @pytest.mark.full
-def test_row_13_half_a_minute_of_soak_keeps_its_promises() -> None:
+def test_half_a_minute_of_soak_keeps_its_promises() -> None:
     """Row 13, short form: nothing lost, every 5xx explained, gauges zero, counters whole. Memory
     and descriptors need the ten minutes of `make soak` to show a slope."""
     from benchmarks.soak import broken_promises, soak
@@ -329,11 +329,11 @@ def test_row_13_half_a_minute_of_soak_keeps_its_promises() -> None:
 
 @pytest.mark.full
 @pytest.mark.torch
-def test_row_19_a_restart_needs_no_network(tmp_path: Path) -> None:
-    """Row 19: with the model there, neither the service nor its worker opens a connection, while it
+def test_a_restart_needs_no_network(tmp_path: Path) -> None:
+    """With the model there, neither the service nor its worker opens a connection, while it
     starts and while it makes a picture."""
-    from tests.checkpoints import write_tiny_klein
     from tests.security.test_attacks import WATCH
+    from tests.support.checkpoints import write_tiny_klein
 
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     folder = write_tiny_klein(tmp_path / "model")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.chaos import Answer, ask, port_of, request_bytes
 from tests.e2e.test_service import wait_until
-from tests.server import Server
+from tests.support.chaos import Answer, ask, port_of, request_bytes
+from tests.support.server import Server
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
 ROUNDS = 3
@@ -22,8 +22,8 @@ ROUNDS = 3
 
 
 @pytest.mark.slow
-def test_row_1_a_full_queue_refuses_at_once_and_keeps_its_word(scripted, tmp_path: Path) -> None:
-    """Row 1: queue 4, fifty at once: exactly 5 x 200 and 45 x 503 with a Retry-After of 1 to 60,
+def test_a_full_queue_refuses_at_once_and_keeps_its_word(scripted, tmp_path: Path) -> None:
+    """Queue 4, fifty at once: exactly 5 x 200 and 45 x 503 with a Retry-After of 1 to 60,
     all refusals while the first picture is still on the card; the gauges return to zero."""
     gate = tmp_path / "gate"
     server = scripted(f"gate={gate}", queue_images=4)
@@ -49,8 +49,8 @@ def test_row_1_a_full_queue_refuses_at_once_and_keeps_its_word(scripted, tmp_pat
 
 
 @pytest.mark.slow
-def test_row_1_and_16_a_full_queue_does_not_read_uploads(scripted, tmp_path: Path) -> None:
-    """Row 1: an upload of 60 MB gets its 503 before its first byte is sent. Row 16: the bound
+def test_a_full_queue_does_not_read_uploads(scripted, tmp_path: Path) -> None:
+    """An upload of 60 MB gets its 503 before its first byte is sent. Row 16: the bound
     counts images, so one request for four fills it, and one for five can never fit."""
     gate = tmp_path / "gate"
     server = scripted(f"gate={gate}", queue_images=4)
@@ -77,8 +77,8 @@ def test_row_1_and_16_a_full_queue_does_not_read_uploads(scripted, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_row_16_eight_pictures_do_not_make_another_client_wait(scripted, tmp_path: Path) -> None:
-    """Row 16: one client's eight are in line when another asks for one; the one comes second."""
+def test_eight_pictures_do_not_make_another_client_wait(scripted, tmp_path: Path) -> None:
+    """One client's eight are in line when another asks for one; the one comes second."""
     gate, keys = tmp_path / "gate", ("first-key-1234", "other-key-5678")
     server = scripted("slow=0.05", f"gate={gate}", api_keys=",".join(keys))
     server.wait_until_ready()
@@ -109,8 +109,8 @@ def picture_form() -> bytes:
 
 
 @pytest.mark.slow
-def test_row_3_a_queued_job_whose_caller_left_never_runs(scripted, tmp_path: Path) -> None:
-    """Row 3: on every route, edits and streams too, it leaves the queue within 250 ms (with our
+def test_a_queued_job_whose_caller_left_never_runs(scripted, tmp_path: Path) -> None:
+    """On every route, edits and streams too, it leaves the queue within 250 ms (with our
     middleware around), and only the first picture is ever made."""
     gate, trace = tmp_path / "gate", tmp_path / "trace"
     server = scripted(f"gate={gate}", f"trace={trace}")
@@ -146,8 +146,8 @@ def test_row_3_a_queued_job_whose_caller_left_never_runs(scripted, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_row_3_a_running_job_whose_caller_left_stops_within_a_step(scripted, tmp_path) -> None:
-    """Row 3: with steps of 100 ms the card is free 350 ms later at most, and the picture is never
+def test_a_running_job_whose_caller_left_stops_within_a_step(scripted, tmp_path) -> None:
+    """With steps of 100 ms the card is free 350 ms later at most, and the picture is never
     finished."""
     trace = tmp_path / "trace"
     server = scripted("slow=4", f"trace={trace}")
@@ -173,8 +173,8 @@ def test_row_3_a_running_job_whose_caller_left_stops_within_a_step(scripted, tmp
 
 
 @pytest.mark.slow
-def test_row_4_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path) -> None:
-    """Row 4: 504 within half a second of `X-Klein-Deadline-S`, not to be repeated, its place free
+def test_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path) -> None:
+    """504 within half a second of `X-Klein-Deadline-S`, not to be repeated, its place free
     again; a longer wish than the service's own changes nothing."""
     gate = tmp_path / "gate"
     server = scripted(f"gate={gate}", deadline_s=1.5)
@@ -201,8 +201,8 @@ def test_row_4_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path) 
 
 
 @pytest.mark.slow
-async def test_row_2_nothing_that_is_computed_holds_up_the_loop(monkeypatch) -> None:
-    """Row 2: with large pictures encoded, put in base64 and uploads decoded, no single turn of the
+async def test_nothing_that_is_computed_holds_up_the_loop(monkeypatch) -> None:
+    """With large pictures encoded, put in base64 and uploads decoded, no single turn of the
     event loop computes for 100 ms. What is measured is computing, which does not depend on who else
     uses the machine."""
     import base64
@@ -214,8 +214,8 @@ async def test_row_2_nothing_that_is_computed_holds_up_the_loop(monkeypatch) -> 
     from app.runtime import build_runtime
     from app.settings import Settings
     from tests.api.sockets import listening
-    from tests.faulty import MakeFaulty, Script
     from tests.images import picture, saved
+    from tests.support.scripted_engine import MakeFaulty, Script
 
     settings = Settings.read({}, device="cpu", model="shapes")
     ready = asyncio.Event()
@@ -272,8 +272,8 @@ def p99(values: list[float]) -> float:
 
 
 @pytest.mark.full
-def test_rows_1_and_2_under_full_load_refusals_and_probes_stay_fast(scripted) -> None:
-    """Row 1: p99 of a refusal below 100 ms. Row 2: p99 of /health/live below 100 ms, asked every
+def test_under_full_load_refusals_and_probes_stay_fast(scripted) -> None:
+    """P99 of a refusal below 100 ms. Row 2: p99 of /health/live below 100 ms, asked every
     50 ms, and the loop never more than 250 ms late; at five times the capacity."""
     live = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
@@ -306,8 +306,8 @@ def test_rows_1_and_2_under_full_load_refusals_and_probes_stay_fast(scripted) ->
 
 
 @pytest.mark.full
-def test_row_15_overload_costs_no_throughput(scripted) -> None:
-    """Row 15: at five times the load at least 95 % of the best throughput, and whoever was admitted
+def test_overload_costs_no_throughput(scripted) -> None:
+    """At five times the load at least 95 % of the best throughput, and whoever was admitted
     waits at most (queue + 1) pictures and 10 %."""
     picture_s, queue = 0.2, 4
     server = scripted(f"slow={picture_s}", queue_images=queue)

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from app.errors import StartupError
-from app.telemetry.gpu import Card
-from app.telemetry.preflight import check_card
-from tests.engine.spoilt_weights import not_numbers, spoil, zeroes
-from tests.fake_nvml import FakeNvml
-from tests.server import ROOT
+from app.telemetry.gpu import Gpu
+from app.telemetry.preflight import check_gpu
+from tests.support.fake_nvml import FakeNvml
+from tests.support.server import ROOT
+from tests.support.spoilt_weights import not_numbers, spoil, zeroes
 
 BUSY = 5
 """How many times as long a start may take by the clock as it computes, on a machine that others
@@ -76,8 +76,8 @@ def test_what_takes_long_is_not_imported_early(module: str, absent: set[str]) ->
 
 
 @pytest.mark.slow
-def test_row_11_a_bad_setting_is_named() -> None:
-    """Case 1: which one, and what is wrong with it."""
+def test_a_bad_setting_is_named() -> None:
+    """Which one, and what is wrong with it."""
     sentence = start(limit_s=2, queue_images="many")
 
     assert "KLEIN_QUEUE_IMAGES" in sentence
@@ -85,14 +85,14 @@ def test_row_11_a_bad_setting_is_named() -> None:
 
 
 @pytest.mark.full
-def test_row_11_a_misspelt_setting_is_named() -> None:
+def test_a_misspelt_setting_is_named() -> None:
     """Case 1 too: it would be ignored silently otherwise."""
     assert "KLEIN_QUEUE_IMAGE " in start(limit_s=2, queue_image=4)
 
 
 @pytest.mark.slow
-def test_row_11_a_taken_port_is_found_first() -> None:
-    """Case 2: before the model, which may take minutes."""
+def test_a_taken_port_is_found_first() -> None:
+    """Before the model, which may take minutes."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         sentence = start("--port", str(port), limit_s=2, device="cpu", model="shapes")
@@ -102,7 +102,7 @@ def test_row_11_a_taken_port_is_found_first() -> None:
 
 
 @pytest.mark.full
-def test_section_3_row_3_a_public_address_needs_a_key() -> None:
+def test_a_public_address_needs_a_key() -> None:
     """Section 3, row 3: three ways out are named."""
     sentence = start(limit_s=2, host="0.0.0.0")
 
@@ -111,8 +111,8 @@ def test_section_3_row_3_a_public_address_needs_a_key() -> None:
 
 
 @pytest.mark.full
-def test_row_11_a_model_that_is_not_there() -> None:
-    """Case 3: the setting that names it is named."""
+def test_a_model_that_is_not_there() -> None:
+    """The setting that names it is named."""
     assert "KLEIN_MODEL" in start(limit_s=2, model="/nowhere/at/all", device="cpu")
 
 
@@ -142,71 +142,71 @@ class FullCard(OldDriver):
     cuda = 13000
 
 
-def test_row_11_no_driver() -> None:
-    """Case 4: what to install, and how to do without."""
+def test_no_driver() -> None:
+    """What to install, and how to do without."""
 
     def load() -> None:
         raise OSError("libnvidia-ml.so.1")
 
     with pytest.raises(StartupError, match="No NVIDIA driver") as refused:
-        check_card(Card(0, load_nvml=load), 0, "13.0")
+        check_gpu(Gpu(0, load_nvml=load), 0, "13.0")
     assert "KLEIN_DEVICE=cpu" in refused.value.message
 
 
 @pytest.mark.slow
-def test_row_11_no_card_ends_the_start_at_once() -> None:
+def test_no_card_ends_the_start_at_once() -> None:
     """Case 4, as it is met: klein was asked for, and this machine cannot."""
     assert "KLEIN_DEVICE=cpu" in start(limit_s=2, model="flux.2-klein-4b")
 
 
-def test_row_11_a_driver_too_old() -> None:
-    """Case 5: found and needed are both named."""
+def test_a_driver_too_old() -> None:
+    """Found and needed are both named."""
     with pytest.raises(StartupError, match=r"580\.65\.06 is too old") as refused:
-        check_card(Card(0, load_nvml=OldDriver), 0, "13.0")
+        check_gpu(Gpu(0, load_nvml=OldDriver), 0, "13.0")
     assert "11.8" in refused.value.message
     assert "13.0" in refused.value.message
 
 
-def test_row_11_a_driver_of_the_same_major_version_will_do() -> None:
+def test_a_driver_of_the_same_major_version_will_do() -> None:
     """CUDA's minor versions fit together; a card with room is not refused."""
 
     def load() -> FullCard:
         return FullCard(used_bytes=1_000_000_000)
 
-    check_card(Card(0, load_nvml=load), 0, "13.2")
+    check_gpu(Gpu(0, load_nvml=load), 0, "13.2")
 
 
-def test_row_11_too_little_free_memory() -> None:
-    """Case 6: how much is free and needed, and who holds it, the largest first."""
+def test_too_little_free_memory() -> None:
+    """How much is free and needed, and who holds it, the largest first."""
     with pytest.raises(StartupError, match=r"3\.9 GB free of 12\.9 GB") as refused:
-        check_card(Card(0, load_nvml=FullCard), 0, "13.0")
+        check_gpu(Gpu(0, load_nvml=FullCard), 0, "13.0")
     message = refused.value.message
 
     assert "4.5 GB are needed" in message
     assert f"(process {os.getpid()}, 8.5 GB), a program outside this container" in message
 
 
-def test_row_11_a_card_that_is_not_there() -> None:
+def test_a_card_that_is_not_there() -> None:
     """The number is named, and how many there are."""
     with pytest.raises(StartupError, match="no card 3"):
-        check_card(Card(3, load_nvml=FullCard), 3, "13.0")
+        check_gpu(Gpu(3, load_nvml=FullCard), 3, "13.0")
 
 
 def remove_file(folder: Path) -> str:
-    """Case 7a: missing."""
+    """Missing."""
     next((folder / "vae").glob("*.safetensors")).unlink()
     return "vae"
 
 
 def cut_file(folder: Path) -> str:
-    """Case 7b: truncated."""
+    """Truncated."""
     file = next((folder / "transformer").glob("*.safetensors"))
     os.truncate(file, file.stat().st_size - 1000)
     return file.name
 
 
 def swap_file(folder: Path) -> str:
-    """Case 7c: another model's."""
+    """Another model's."""
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "t5"}))
     return "text_encoder"
@@ -215,8 +215,8 @@ def swap_file(folder: Path) -> str:
 @pytest.mark.full
 @pytest.mark.torch
 @pytest.mark.parametrize("damage", [remove_file, cut_file, swap_file])
-def test_row_11_missing_truncated_and_wrong_files(tiny_klein, tmp_path, damage) -> None:
-    """Case 7: within ten seconds, and the file or the part is named."""
+def test_missing_truncated_and_wrong_files(tiny_klein, tmp_path, damage) -> None:
+    """Within ten seconds, and the file or the part is named."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_klein, folder)
     name = damage(folder)
@@ -240,8 +240,8 @@ def test_a_model_that_draws_nothing_is_not_served(tiny_klein, tmp_path, damage) 
 
 @pytest.mark.full
 @pytest.mark.torch
-def test_row_11_no_network_and_no_cache(tmp_path) -> None:
-    """Case 8: which file, and what to do."""
+def test_no_network_and_no_cache(tmp_path) -> None:
+    """Which file, and what to do."""
     sentence = start(
         limit_s=10, offline=True, model="flux.2-klein-4b", device="cpu", cache_dir=tmp_path
     )
@@ -252,14 +252,14 @@ def test_row_11_no_network_and_no_cache(tmp_path) -> None:
 
 @pytest.mark.full
 @pytest.mark.torch
-def test_row_11_a_full_disk(tmp_path) -> None:
-    """Case 9: how much is needed and free, and which setting names another disk."""
-    from app.engine.catalog import CATALOG
-    from app.engine.download import ensure
+def test_a_full_disk(tmp_path) -> None:
+    """How much is needed and free, and which setting names another disk."""
+    from app.engine.hub.download import ensure
+    from app.engine.models.registry import MODELS
 
     with pytest.raises(StartupError, match="KLEIN_CACHE_DIR is too small") as refused:
         ensure(
-            CATALOG["flux.2-klein-4b"],
+            MODELS["flux.2-klein-4b"],
             tmp_path,
             "fp8",
             lambda progress: None,

@@ -9,13 +9,13 @@ from functools import partial
 
 import pytest
 
-from app.api.connections import ConnectionTable
-from app.api.protocol import GuardedProtocol
+from app.api.http_limits.connections import ConnectionTable
+from app.api.http_limits.protocol import GuardedProtocol
 from tests.api.conftest import client as client
 from tests.api.conftest import runtime as runtime
 from tests.api.conftest import serve as serve
 from tests.api.conftest import service as service
-from tests.server import Server
+from tests.support.server import Server
 
 KEY = "canary-key-31415926"
 
@@ -23,7 +23,7 @@ KEY = "canary-key-31415926"
 @pytest.fixture(scope="session")
 def scripted_service() -> Iterator[Server]:
     """One service for many tests: without keys, as most people run it at home."""
-    with Server(module="tests.faulty", model="shapes", device="cpu") as server:
+    with Server(module="tests.support.scripted_engine", model="shapes", device="cpu") as server:
         yield server
 
 

@@ -18,16 +18,16 @@ import pytest
 from fastapi.routing import APIRoute
 
 from app.api.app import create_app
-from app.engine.catalog import CATALOG
+from app.engine.models.registry import MODELS
 from app.errors import StartupError
 from app.settings import Settings
 from tests.e2e.test_service import wait_until
-from tests.fakes import FakeRuntime
 from tests.images import picture, saved
 from tests.images.test_bombs import png_bomb
 from tests.security.conftest import KEY, send_raw
 from tests.security.test_connections import peak_bytes
-from tests.server import ROOT, Server
+from tests.support.fakes import FakeRuntime
+from tests.support.server import ROOT, Server
 
 slow = pytest.mark.slow
 LEAKS = re.compile(r"0x[0-9a-f]{6,}|/home|/usr|/root|/work|site-packages|Traceback|/dev/shm|psm_")
@@ -67,7 +67,7 @@ FLOORS = {
 def locked_service() -> Iterator[Server]:
     """A service with a key."""
     with Server(
-        module="tests.faulty",
+        module="tests.support.scripted_engine",
         model="shapes",
         device="cpu",
         api_keys=KEY,
@@ -117,8 +117,8 @@ def form(fields: dict[str, str], files: list[tuple[str, str, bytes]]) -> tuple[b
         ("/static/..%2f..%2fv1/models", "localhost"),
     ],
 )
-def test_row_1_no_spelling_opens_a_door(locked_service, target, host) -> None:
-    """Row 1 (CVE-2026-48710, CVE-2026-48746): without the key neither the Host nor the target,
+def test_no_spelling_opens_a_door(locked_service, target, host) -> None:
+    """CVE-2026-48710, CVE-2026-48746: without the key neither the Host nor the target,
     also in its absolute form, gives anything away."""
     head = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
     answer = send_raw(locked_service, head.encode())
@@ -130,8 +130,8 @@ def test_row_1_no_spelling_opens_a_door(locked_service, target, host) -> None:
 
 @slow
 @pytest.mark.parametrize("key", ["wrong-key-00000", "schl\xfcssel", "", KEY[:-1], KEY + "x"])
-def test_row_2_a_wrong_key_is_401_whatever_its_bytes(locked_service, key) -> None:
-    """Row 2 (CVE-2025-59425): digests are compared in constant time (tests/api/test_auth.py), and
+def test_a_wrong_key_is_401_whatever_its_bytes(locked_service, key) -> None:
+    """CVE-2025-59425: digests are compared in constant time (tests/api/test_auth.py), and
     odd bytes do not break the comparison."""
     head = (
         f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\napi-key: {key}\r\n\r\n"
@@ -141,8 +141,8 @@ def test_row_2_a_wrong_key_is_401_whatever_its_bytes(locked_service, key) -> Non
     assert answer.split()[1] == b"401"
 
 
-def test_row_3_the_container_is_published_on_the_loopback_address_only() -> None:
-    """Row 3: inside it listens everywhere, as it must; outside only this machine reaches it."""
+def test_the_container_is_published_on_the_loopback_address_only() -> None:
+    """Inside it listens everywhere, as it must; outside only this machine reaches it."""
     text = (ROOT / "compose.yaml").read_text()
 
     assert Settings.read({}).host == "127.0.0.1"
@@ -153,8 +153,8 @@ def test_row_3_the_container_is_published_on_the_loopback_address_only() -> None
 
 @slow
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_row_4_a_web_page_cannot_drive_the_card(scripted_service, kind) -> None:
-    """Row 4 (CVE-2024-28224): what a page may send unasked is refused for its origin, and by its
+def test_a_web_page_cannot_drive_the_card(scripted_service, kind) -> None:
+    """CVE-2024-28224: what a page may send unasked is refused for its origin, and by its
     type where a browser tells no origin; no answer lets a page read it."""
     before = scripted_service.metric("klein_images_total")
     headers = {"content_type": kind, "origin": "http://evil.example"}
@@ -174,8 +174,8 @@ def test_row_4_a_web_page_cannot_drive_the_card(scripted_service, kind) -> None:
     "headers",
     [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec_fetch_site": "cross-site"}],
 )
-def test_row_4_a_form_of_another_origin_makes_no_picture(scripted_service, headers) -> None:
-    """Row 4: edits take multipart forms, which a page sends without anybody's leave: 403."""
+def test_a_form_of_another_origin_makes_no_picture(scripted_service, headers) -> None:
+    """Edits take multipart forms, which a page sends without anybody's leave: 403."""
     before = scripted_service.metric("klein_images_total")
     image = saved(picture("smooth").resize((128, 128)), "PNG")
     body, kind = form({"prompt": "x", "size": "128x128"}, [("image", "a.png", image)])
@@ -212,7 +212,7 @@ def watched_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-        server = Server(module="tests.faulty", model="shapes", device="cpu")
+        server = Server(module="tests.support.scripted_engine", model="shapes", device="cpu")
     with server:
         yield server
 
@@ -231,8 +231,8 @@ def watched(server: Server, since: int) -> list[str]:
 @pytest.mark.parametrize(
     "name", ["../../x.png", "/etc/x", "a\\0b", "C:\\\\x", "..%2f..%2fx", "a" * 3000, "con", "x\ny"]
 )
-def test_row_5_a_file_name_never_becomes_a_path(watched_service, name) -> None:
-    """Row 5 (CVE-2026-7302, CVE-2026-24486): the upload works or is refused, and no process of the
+def test_a_file_name_never_becomes_a_path(watched_service, name) -> None:
+    """CVE-2026-7302, CVE-2026-24486: the upload works or is refused, and no process of the
     service opens, makes or renames a file."""
     since = len(watched_service.lines)
     image = saved(picture("smooth").resize((128, 128)), "PNG")
@@ -247,8 +247,8 @@ def test_row_5_a_file_name_never_becomes_a_path(watched_service, name) -> None:
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "/etc/passwd", "hub:org/repo", "shapes/../x", "http://127.0.0.1/m"]
 )
-def test_row_6_a_model_name_is_a_key_not_a_path(watched_service, name) -> None:
-    """Row 6 (CVE-2024-37032): 400, asking for it 404, and neither disk nor network is touched."""
+def test_a_model_name_is_a_key_not_a_path(watched_service, name) -> None:
+    """CVE-2024-37032: 400, asking for it 404, and neither disk nor network is touched."""
     since = len(watched_service.lines)
     status, _, body = watched_service.post("/v1/images/generations", {"prompt": "x", "model": name})
     asked, _, _ = watched_service.get(f"/v1/models/{name.replace('/', '%2F')}")
@@ -258,8 +258,8 @@ def test_row_6_a_model_name_is_a_key_not_a_path(watched_service, name) -> None:
 
 
 @slow
-def test_row_7_one_socket_listens_and_the_worker_has_none(scripted_service) -> None:
-    """Row 7 (CVE-2026-3059, CVE-2026-7301): the worker is spoken to through an inherited pipe."""
+def test_one_socket_listens_and_the_worker_has_none(scripted_service) -> None:
+    """CVE-2026-3059, CVE-2026-7301: the worker is spoken to through an inherited pipe."""
     service = psutil.Process(scripted_service.process.pid)
     listening = [
         connection.laddr.ip
@@ -271,8 +271,8 @@ def test_row_7_one_socket_listens_and_the_worker_has_none(scripted_service) -> N
     assert listening == ["127.0.0.1"]
 
 
-def test_row_7_nothing_that_runs_code_while_it_reads() -> None:
-    """Row 7 (CVE-2025-27520): none of our modules imports or calls what can execute its input."""
+def test_nothing_that_runs_code_while_it_reads() -> None:
+    """CVE-2025-27520: none of our modules imports or calls what can execute its input."""
     forbidden = {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "cloudpickle"}
     calls = {"eval", "exec", "torch.load", "yaml.load", "os.system", "os.popen", "numpy.load"}
     found = []
@@ -295,10 +295,10 @@ def test_row_7_nothing_that_runs_code_while_it_reads() -> None:
 
 @pytest.mark.full
 @pytest.mark.torch
-def test_row_8_a_pickled_checkpoint_is_refused_unread(tmp_path) -> None:
-    """Row 8 (CVE-2025-32434): only safetensors are read; a canary in a .bin file never runs."""
-    from app.engine.layouts import open_checkpoint
-    from tests.checkpoints import write_tiny_klein
+def test_a_pickled_checkpoint_is_refused_unread(tmp_path) -> None:
+    """CVE-2025-32434: only safetensors are read; a canary in a .bin file never runs."""
+    from app.engine.checkpoint.detect import open_checkpoint
+    from tests.support.checkpoints import write_tiny_klein
 
     canary = tmp_path / "canary"
     folder = write_tiny_klein(tmp_path / "model")
@@ -312,7 +312,7 @@ def test_row_8_a_pickled_checkpoint_is_refused_unread(tmp_path) -> None:
     assert not canary.exists()
 
 
-def test_row_9_dependencies_are_above_their_floors() -> None:
+def test_dependencies_are_above_their_floors() -> None:
     """Row 9 and the audit: the lock never goes below a version with a known hole."""
     locked = dict(
         line.lower().split("==")
@@ -330,9 +330,9 @@ def test_row_9_dependencies_are_above_their_floors() -> None:
     assert importlib.metadata.version("starlette") == locked["starlette"]
 
 
-def test_row_9_what_is_downloaded_is_pinned_to_a_commit() -> None:
-    """Row 9 (CVE-2026-4372): repository, commit, size and hash of every file are in the code."""
-    files = [file for entry in CATALOG.values() for file in entry.files]
+def test_what_is_downloaded_is_pinned_to_a_commit() -> None:
+    """CVE-2026-4372: repository, commit, size and hash of every file are in the code."""
+    files = [file for entry in MODELS.values() for file in entry.files]
 
     assert files
     for file in files:
@@ -345,10 +345,10 @@ def test_row_9_what_is_downloaded_is_pinned_to_a_commit() -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("key", ["auto_map", "_attn_implementation_internal"])
 @pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
-def test_row_9_a_config_that_brings_code_is_refused(tmp_path, part, key) -> None:
-    """Row 9 (CVE-2026-4372, CVE-2026-5241): by the entry's name, before anything reads it."""
-    from app.engine.layouts import open_checkpoint
-    from tests.checkpoints import write_tiny_klein
+def test_a_config_that_brings_code_is_refused(tmp_path, part, key) -> None:
+    """CVE-2026-4372, CVE-2026-5241: by the entry's name, before anything reads it."""
+    from app.engine.checkpoint.detect import open_checkpoint
+    from tests.support.checkpoints import write_tiny_klein
 
     config = write_tiny_klein(tmp_path) / part / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {key: {"AutoModel": "x.Y"}}))
@@ -397,8 +397,8 @@ def canary_server() -> Iterator[tuple[str, list[str]]]:
         "DATA:image/png;base64,http://{canary}/",
     ],
 )
-def test_row_10_nothing_is_ever_fetched(watched_service, canary_server, url) -> None:
-    """Row 10 (CVE-2026-24779 and its class): every address but a picture's data URL gets 400, and
+def test_nothing_is_ever_fetched(watched_service, canary_server, url) -> None:
+    """CVE-2026-24779 and its class: every address but a picture's data URL gets 400, and
     no process of the service opens a connection."""
     address, hits = canary_server
     since = len(watched_service.lines)
@@ -412,8 +412,8 @@ def test_row_10_nothing_is_ever_fetched(watched_service, canary_server, url) -> 
 
 
 @slow
-def test_row_11_a_bomb_costs_neither_memory_nor_time(scripted_service) -> None:
-    """Row 11: 169 million pixels in half a megabyte get 400 and less than 150 MB."""
+def test_a_bomb_costs_neither_memory_nor_time(scripted_service) -> None:
+    """169 million pixels in half a megabyte get 400 and less than 150 MB."""
     before = peak_bytes(scripted_service)
     url = "data:image/png;base64," + base64.b64encode(png_bomb()).decode()
     status, _, body = scripted_service.post(
@@ -426,8 +426,8 @@ def test_row_11_a_bomb_costs_neither_memory_nor_time(scripted_service) -> None:
 
 @slow
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "EPS", "DDS", "JPEG2000", "ICO"])
-def test_row_11_other_formats_never_reach_a_decoder(scripted_service, kind) -> None:
-    """Row 11 (CVE-2026-25990): told by their first bytes, whatever they are called."""
+def test_other_formats_never_reach_a_decoder(scripted_service, kind) -> None:
+    """CVE-2026-25990: told by their first bytes, whatever they are called."""
     image = saved(picture("smooth").resize((128, 128)), kind)
     body, form_type = form({"prompt": "x"}, [("image", "a.png", image)])
     status, _, answer = scripted_service.request(
@@ -468,8 +468,8 @@ BROKEN = (
 
 
 @slow
-def test_row_12_odd_values_are_refused_before_the_card(scripted_service) -> None:
-    """Row 12 (CVE-2026-22773): 4xx each, in the form of every error, and the worker is the same."""
+def test_odd_values_are_refused_before_the_card(scripted_service) -> None:
+    """CVE-2026-22773: 4xx each, in the form of every error, and the worker is the same."""
     pid = scripted_service.worker_pid()
     for odd in ODD:
         status, _, body = scripted_service.post("/v1/images/generations", {"prompt": "x"} | odd)
@@ -485,8 +485,8 @@ def test_row_12_odd_values_are_refused_before_the_card(scripted_service) -> None
     assert scripted_service.worker_pid() == pid
 
 
-def test_row_16_the_routes_are_these_and_no_others() -> None:
-    """Row 16 (CVE-2023-48022 and its class): nothing loads, reloads, stops or executes. A new route
+def test_the_routes_are_these_and_no_others() -> None:
+    """CVE-2023-48022 and its class: nothing loads, reloads, stops or executes. A new route
     has to be added to this list by hand."""
     app = create_app(Settings.read({}), lambda settings: FakeRuntime())
     found = {
@@ -498,8 +498,8 @@ def test_row_16_the_routes_are_these_and_no_others() -> None:
     assert found == ROUTES
 
 
-def test_row_16_the_docs_can_be_turned_off() -> None:
-    """Row 16: what describes the service is not there then."""
+def test_the_docs_can_be_turned_off() -> None:
+    """What describes the service is not there then."""
     app = create_app(Settings.read({"KLEIN_DOCS": "false"}), lambda settings: FakeRuntime())
 
     assert {route.path for route in _routes(app.routes)}.isdisjoint({"/docs", "/openapi.json"})
@@ -518,8 +518,8 @@ CANARY = "Canary-Prompt-Zebra"
 
 
 @slow
-def test_row_17_prompts_keys_and_pictures_are_nowhere(scripted) -> None:
-    """Row 17: after a picture, out of memory, a failure, a library's error with the prompt in its
+def test_prompts_keys_and_pictures_are_nowhere(scripted) -> None:
+    """After a picture, out of memory, a failure, a library's error with the prompt in its
     text, a dead worker, a wrong key and bad requests: in no log line, metric or picture. Each of
     them was answered as such, and has its line."""
     script = ("oom@2", "fail@3", "leak@4", "exit@5")
@@ -602,8 +602,8 @@ def pairs_of(line: str) -> dict[str, str]:
 
 
 @slow
-def test_row_17_a_callers_words_forge_no_pair(scripted_service, locked_service) -> None:
-    """Row 17: the name of an unknown field is quoted where it could be taken for more, has at most
+def test_a_callers_words_forge_no_pair(scripted_service, locked_service) -> None:
+    """The name of an unknown field is quoted where it could be taken for more, has at most
     64 characters, and stands there once; in both formats."""
     for number, name in enumerate(FORGED_NAMES):
         body = {"prompt": "x", name: 1}
@@ -626,7 +626,7 @@ def test_row_17_a_callers_words_forge_no_pair(scripted_service, locked_service) 
 
 
 @slow
-def test_row_17_each_request_has_one_line_of_json(locked_service) -> None:
+def test_each_request_has_one_line_of_json(locked_service) -> None:
     """JSON logs: id, outcome and stage times of each request, in one object."""
     key = {"authorization": f"Bearer {KEY}"}
     small = {"prompt": "x", "width": 128, "height": 128}
@@ -651,8 +651,8 @@ def test_row_17_each_request_has_one_line_of_json(locked_service) -> None:
 
 
 @slow
-def test_row_17_a_callers_line_break_forges_no_line(scripted_service) -> None:
-    """Row 17: an id with CR and LF, whole or encoded, is replaced; a path or a field's name is not
+def test_a_callers_line_break_forges_no_line(scripted_service) -> None:
+    """An id with CR and LF, whole or encoded, is replaced; a path or a field's name is not
     repeated."""
     forged = "2026-01-01T00:00:00.000Z error   FORGED"
     for name in ("x-request-id", "x-stainless-retry-count", "user-agent"):
@@ -671,8 +671,8 @@ def test_row_17_a_callers_line_break_forges_no_line(scripted_service) -> None:
 
 @slow
 @pytest.mark.parametrize("path", ["/", "/static/playground.js", "/nowhere", "/docs"])
-def test_row_19_pages_run_no_foreign_code(scripted_service, path) -> None:
-    """Row 19: the policy lets nothing in from elsewhere, and no type is guessed."""
+def test_pages_run_no_foreign_code(scripted_service, path) -> None:
+    """The policy lets nothing in from elsewhere, and no type is guessed."""
     _, headers, _ = scripted_service.get(path)
 
     assert headers["x-content-type-options"] == "nosniff"
@@ -685,7 +685,7 @@ def test_row_19_pages_run_no_foreign_code(scripted_service, path) -> None:
 def test_a_client_above_its_rate_is_told_when_to_come_again() -> None:
     """429 with Retry-After and OpenAI's words, per key; n counts as n images."""
     with Server(
-        module="tests.faulty",
+        module="tests.support.scripted_engine",
         model="shapes",
         device="cpu",
         api_keys=f"{KEY},second-key-5678",
@@ -722,7 +722,7 @@ def test_nobody_gets_a_second_share_by_x_forwarded_for(scripted) -> None:
 @slow
 def test_nothing_outlives_the_service() -> None:
     """`kill -9` of the service: the worker sees its pipe close and leaves the card."""
-    with Server(module="tests.faulty", model="shapes", device="cpu") as server:
+    with Server(module="tests.support.scripted_engine", model="shapes", device="cpu") as server:
         worker = psutil.Process(server.worker_pid())
         os.kill(server.process.pid, 9)
         server.wait()

@@ -11,10 +11,12 @@ import time
 import pytest
 
 from app.api.config import ApiConfig
-from app.api.schemas import native, openai_fields, scan
-from app.api.schemas.fields import FieldTable, shorten
-from app.api.schemas.scan import LongText, Scanner
-from app.engine.catalog import card
+from app.api.native.request import table
+from app.api.openai import fields as openai_fields
+from app.api.schema import json_scanner
+from app.api.schema.json_scanner import LongText, Scanner
+from app.api.schema.table import FieldTable, shorten
+from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, KleinError
 from tests.api.conftest import error_of
 from tests.api.pictures import data_url, photo
@@ -147,9 +149,9 @@ async def test_a_content_type_is_short(client):
 
 
 def _tables() -> list[tuple[str, FieldTable]]:
-    served = card("flux.2-klein-4b")
+    served = find_spec("flux.2-klein-4b")
     return [
-        ("generate", native.table(served, CONFIG)),
+        ("generate", table(served, CONFIG)),
         ("generations", openai_fields.table(served, CONFIG, is_edit=False)),
         ("edits", openai_fields.table(served, CONFIG, is_edit=True)),
     ]
@@ -281,7 +283,7 @@ async def test_a_long_text_stands_only_where_a_picture_may(client, service, rout
 async def test_base64_is_read_however_a_client_escapes_it(client, service, spelt):
     """PHP escapes the slash, .NET the plus, Gson the equals sign."""
     url = data_url(photo(300, 300, "JPEG", quality=100) + b"\0" * 100_001)
-    assert len(url) > scan.LONG
+    assert len(url) > json_scanner.LONG
     assert spelt[0] in url
     sent = url.replace("data:image/png;base64,", "@").replace(*spelt)
     sent = sent.replace("@", "data:image/png;base64,")
@@ -294,7 +296,7 @@ async def test_base64_is_read_however_a_client_escapes_it(client, service, spelt
 
 def test_what_is_scanned_is_what_json_would_have_read(monkeypatch):
     """Any value, in pieces of any size, with strings cut out from ten characters on."""
-    monkeypatch.setattr(scan, "LONG", 10)
+    monkeypatch.setattr(json_scanner, "LONG", 10)
     chance = random.Random(0)
     for _ in range(300):
         value = {"a": _random_value(chance, 3)}
@@ -313,7 +315,7 @@ def test_what_is_scanned_is_what_json_would_have_read(monkeypatch):
 
 def test_damaged_json_is_refused_as_json_would_have_refused_it(monkeypatch):
     """A byte changed anywhere: both take it, or neither."""
-    monkeypatch.setattr(scan, "LONG", 10)
+    monkeypatch.setattr(json_scanner, "LONG", 10)
     chance = random.Random(1)
     for _ in range(500):
         data = bytearray(json.dumps({"a": _random_value(chance, 2)}).encode())
@@ -365,7 +367,7 @@ def _names_cut(value: object) -> object:
 @pytest.mark.parametrize("name", ["guidance_scale", "seed", "stream"])
 def test_a_number_in_a_form_is_short(name):
     """The pattern's time grows with the square of the length."""
-    table = openai_fields.table(card("flux.2-klein-4b"), CONFIG, is_edit=True)
+    table = openai_fields.table(find_spec("flux.2-klein-4b"), CONFIG, is_edit=True)
     before = time.thread_time()
     with pytest.raises(InvalidRequest):
         table.read({name: "1" * 1_000_000 + "x"}, is_form=True)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from app.engine import trust
-from app.engine.fetch import hash_file, partial_path
-from app.engine.store import Store
-from tests.engine.download import CONFIG, ENCODER, SINGLE, VARIANT, Downloads, content
-from tests.hub import Hub
-from tests.owners import OTHER, give_away
-from tests.owners import owners as owners
+from app.engine.hub import trust
+from app.engine.hub.cache import HubCache
+from app.engine.hub.fetch import hash_file, partial_path
+from tests.engine.hub import CONFIG, ENCODER, SINGLE, VARIANT, Downloads, content
+from tests.support.hub import Hub
+from tests.support.owners import OTHER, give_away
 
 FILES = (*VARIANT.shared, VARIANT.transformers["fp8"])
 
@@ -42,14 +41,14 @@ def hashed(monkeypatch):
         seen.append(path.name)
         return hash_file(path, *more)
 
-    monkeypatch.setattr("app.engine.store.hash_file", watch)
+    monkeypatch.setattr("app.engine.hub.cache.hash_file", watch)
     return seen
 
 
 def place(downloads: Downloads, path: str) -> Path:
     """Where the published file *path* lies."""
     (file,) = [file for file in FILES if file.path == path]
-    return Store(downloads.cache).path(file)
+    return HubCache(downloads.cache).path(file)
 
 
 def mark(path: Path) -> Path:
@@ -66,7 +65,7 @@ def write_as_before(cache: Path) -> None:
         target.write_bytes(content(file.path))
         stat = target.stat()
         mark(target).write_text(f"{file.sha256} {stat.st_size} {stat.st_mtime_ns}\n")
-        link = cache / "models" / VARIANT.card.id / "fp8" / file.path
+        link = cache / "models" / VARIANT.spec.id / "fp8" / file.path
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(target, link.parent))
     (cache / "hub" / ".lock").touch()
@@ -80,7 +79,7 @@ def test_a_cache_of_the_version_before_starts_with_nothing_fetched(downloads, ha
     folder = downloads.run()
     assert downloads.hub.seen == []
     assert sorted(hashed) == sorted(Path(each).name for each in (CONFIG, ENCODER, SINGLE))
-    assert folder == downloads.cache / "models" / VARIANT.card.id / "fp8"
+    assert folder == downloads.cache / "models" / VARIANT.spec.id / "fp8"
 
     hashed.clear()
     downloads.run()
@@ -257,7 +256,7 @@ def test_what_no_download_has_put_among_the_links_is_named(downloads, name) -> N
     (folder / name).unlink(missing_ok=True)
     (folder / name).write_bytes(b"evil")
 
-    assert f"models/{VARIANT.card.id}/fp8/{name}" in downloads.fails("is no file of a download")
+    assert f"models/{VARIANT.spec.id}/fp8/{name}" in downloads.fails("is no file of a download")
 
 
 @pytest.mark.parametrize(

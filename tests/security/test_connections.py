@@ -13,12 +13,12 @@ import psutil
 import pytest
 
 from app.api.app import create_app
-from app.api.protocol import GuardedProtocol
+from app.api.http_limits.protocol import GuardedProtocol
 from app.settings import Settings
 from tests.api.sockets import listening
-from tests.fakes import FakeRuntime
 from tests.security.conftest import connect, guarded, send_raw
-from tests.server import Server
+from tests.support.fakes import FakeRuntime
+from tests.support.server import Server
 
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -63,8 +63,8 @@ def status_of(answer: bytes) -> int:
     ],
     ids=["one of 1 MB", "one of 70 kB", "a hundred of 1 kB", "three hundred lines", "the address"],
 )
-def test_row_15_a_huge_head_is_refused(scripted_service, data) -> None:
-    """Row 15 (CVE-2025-48956): 431, before its end, in no time."""
+def test_a_huge_head_is_refused(scripted_service, data) -> None:
+    """CVE-2025-48956: 431, before its end, in no time."""
     before = cpu_s(scripted_service)
 
     assert status_of(send_raw(scripted_service, data)) == 431
@@ -72,8 +72,8 @@ def test_row_15_a_huge_head_is_refused(scripted_service, data) -> None:
 
 
 @pytest.mark.slow
-def test_row_15_a_head_of_sixty_kilobytes_is_fine(scripted_service) -> None:
-    """Row 15: long cookies and tokens of a gateway pass."""
+def test_a_head_of_sixty_kilobytes_is_fine(scripted_service) -> None:
+    """Long cookies and tokens of a gateway pass."""
     assert status_of(send_raw(scripted_service, HEAD + b"x: " + b"a" * 60_000 + b"\r\n\r\n")) == 200
 
 
@@ -87,8 +87,8 @@ def test_what_is_no_http_gets_an_error_object(scripted_service, data) -> None:
 
 
 @pytest.mark.slow
-def test_row_15_a_hundred_thousand_small_chunks_do_not_block(scripted_service) -> None:
-    """Row 15 (CVE-2025-23310): six bytes each; they cost less than a second."""
+def test_a_hundred_thousand_small_chunks_do_not_block(scripted_service) -> None:
+    """CVE-2025-23310: six bytes each; they cost less than a second."""
     before = cpu_s(scripted_service)
     answer = send_raw(scripted_service, CHUNKED + b"6\r\nabcdef\r\n" * 100_000 + b"0\r\n\r\n")
 
@@ -97,11 +97,11 @@ def test_row_15_a_hundred_thousand_small_chunks_do_not_block(scripted_service) -
 
 
 @pytest.mark.slow
-def test_row_14_a_body_that_grows_beyond_the_limit_is_cut_off() -> None:
-    """Row 14: 413 before the end of a body in chunks; beside what the limit lets gather, the
+def test_a_body_that_grows_beyond_the_limit_is_cut_off() -> None:
+    """413 before the end of a body in chunks; beside what the limit lets gather, the
     memory's peak grows by less than 50 MB."""
     with Server(
-        module="tests.faulty", model="shapes", device="cpu", max_body_bytes=2**23
+        module="tests.support.scripted_engine", model="shapes", device="cpu", max_body_bytes=2**23
     ) as server:
         before = peak_bytes(server)
         answer = send_raw(server, CHUNKED + (b"100000\r\n" + b" " * 0x100000 + b"\r\n") * 70)
@@ -110,8 +110,8 @@ def test_row_14_a_body_that_grows_beyond_the_limit_is_cut_off() -> None:
         assert peak_bytes(server) - before < 2**23 + 50e6
 
 
-async def test_row_14_many_large_bodies_do_not_fill_the_memory_together() -> None:
-    """Row 14: each is below the limit, but what all of them hold is limited too: 503, and the
+async def test_many_large_bodies_do_not_fill_the_memory_together() -> None:
+    """Each is below the limit, but what all of them hold is limited too: 503, and the
     places are free again once they have gone."""
     keys = ("first-key-1234", "second-key-5678")  # one client alone has three quarters only
     settings = Settings.read({}, max_body_bytes=2**20, api_keys=keys)
@@ -143,8 +143,8 @@ async def test_row_14_many_large_bodies_do_not_fill_the_memory_together() -> Non
 
 
 @pytest.mark.slow
-def test_row_14_a_body_that_says_it_is_too_large_is_not_read(scripted_service) -> None:
-    """Row 14: 413 by Content-Length alone."""
+def test_a_body_that_says_it_is_too_large_is_not_read(scripted_service) -> None:
+    """413 by Content-Length alone."""
     head = POST + b"Content-Type: application/json\r\nContent-Length: 9999999999\r\n\r\n"
 
     assert status_of(send_raw(scripted_service, head)) == 413
@@ -173,8 +173,8 @@ def test_row_14_a_body_that_says_it_is_too_large_is_not_read(scripted_service) -
         "a boundary of 60 kB",
     ],
 )
-def test_row_14_odd_multipart_bodies_cost_little(scripted_service, boundary, body) -> None:
-    """Row 14 (CVE-2024-53981, CVE-2024-9056): refused, within a second of computing."""
+def test_odd_multipart_bodies_cost_little(scripted_service, boundary, body) -> None:
+    """CVE-2024-53981, CVE-2024-9056: refused, within a second of computing."""
     before = cpu_s(scripted_service)
     length = b"\r\nContent-Length: %d\r\n\r\n" % len(body)
     answer = send_raw(scripted_service, MULTIPART + boundary + length + body)
@@ -184,15 +184,15 @@ def test_row_14_odd_multipart_bodies_cost_little(scripted_service, boundary, bod
 
 
 @pytest.mark.slow
-def test_row_14_a_boundary_of_a_megabyte_is_refused_with_the_head(scripted_service) -> None:
-    """Row 14: it is a header, and too large for one."""
+def test_a_boundary_of_a_megabyte_is_refused_with_the_head(scripted_service) -> None:
+    """It is a header, and too large for one."""
     assert status_of(send_raw(scripted_service, MULTIPART + b"b" * 1_000_000 + b"\r\n\r\n")) == 431
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["/", "/static/playground.js"])
-def test_row_14_ten_thousand_ranges_cost_little(scripted_service, path) -> None:
-    """Row 14 (CVE-2025-62727): on the playground's files, less than a second, whatever is
+def test_ten_thousand_ranges_cost_little(scripted_service, path) -> None:
+    """CVE-2025-62727: on the playground's files, less than a second, whatever is
     answered."""
     before = cpu_s(scripted_service)
     ranges = ",".join(f"{i}-{i}" for i in range(10_000))[:60_000].rpartition(",")[0]
@@ -203,8 +203,8 @@ def test_row_14_ten_thousand_ranges_cost_little(scripted_service, path) -> None:
 
 
 @pytest.mark.full
-def test_row_15_five_hundred_idle_sockets_slow_nobody_down(scripted_service) -> None:
-    """Row 15: with 500 sockets that say nothing and a body at one byte a second, p99 of
+def test_five_hundred_idle_sockets_slow_nobody_down(scripted_service) -> None:
+    """With 500 sockets that say nothing and a body at one byte a second, p99 of
     /health/live stays below 100 ms, in the best of three rounds; others may use the machine."""
     rounds = []
     with contextlib.ExitStack() as idle:
@@ -255,16 +255,16 @@ async def until_closed(port: int, *messages: bytes) -> tuple[bytes, float]:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: loc"])
-async def test_row_15_a_socket_that_never_asks_is_closed(hasty_port, said) -> None:
-    """Row 15: idle or in the middle of a header, it goes when its time is over."""
+async def test_a_socket_that_never_asks_is_closed(hasty_port, said) -> None:
+    """Idle or in the middle of a header, it goes when its time is over."""
     answer, took_s = await until_closed(hasty_port, said)
 
     assert answer == b""
     assert took_s >= 0.2
 
 
-async def test_row_15_a_body_at_a_byte_a_second_is_given_up(hasty_port) -> None:
-    """Row 15: an error object when the body's time is over, and the end of the connection."""
+async def test_a_body_at_a_byte_a_second_is_given_up(hasty_port) -> None:
+    """An error object when the body's time is over, and the end of the connection."""
     head = POST + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     answer, _ = await until_closed(hasty_port, head)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.security.byte_streams import Found, fuzz
 from tests.security.conftest import connect, read_all
-from tests.server import Server
+from tests.support.byte_streams import Found, fuzz
+from tests.support.server import Server
 
 SMALL = json.dumps({"prompt": "x", "width": 128, "height": 128})
 GET = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -40,7 +40,7 @@ def usual_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(Server, "nursery", None)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-    server = Server(module="tests.faulty", model="shapes", device="cpu")
+    server = Server(module="tests.support.scripted_engine", model="shapes", device="cpu")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     with server:
         yield server
@@ -109,7 +109,12 @@ def test_a_thousand_held_sockets_keep_nobody_out(usual_service) -> None:
 def test_requests_that_are_sent_ahead_fill_no_memory() -> None:
     """With keys set and without one: twenty connections that send requests for three seconds and
     read nothing cost less than 60 MB."""
-    server = Server(module="tests.faulty", model="shapes", device="cpu", api_keys="a-key-of-mine")
+    server = Server(
+        module="tests.support.scripted_engine",
+        model="shapes",
+        device="cpu",
+        api_keys="a-key-of-mine",
+    )
     with server, contextlib.ExitStack() as held:
         process = psutil.Process(server.process.pid)
         before = process.memory_info().rss

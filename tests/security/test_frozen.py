@@ -26,7 +26,7 @@ from tests.data.hostile import interlaced, many_scans, slow_jpeg
 from tests.e2e.test_service import wait_until
 from tests.security.conftest import connect, read_all
 from tests.security.test_connections import peak_bytes, status_of
-from tests.server import Server
+from tests.support.server import Server
 
 pytestmark = pytest.mark.system
 
@@ -117,7 +117,9 @@ BODIES: dict[str, tuple[str, bytes, Callable[[], bytes]]] = {
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """One service for all: as it comes, with a scripted engine."""
-    with Server("slow=0", module="tests.faulty", model="flux.2-klein-4b", device="cpu") as server:
+    with Server(
+        "slow=0", module="tests.support.scripted_engine", model="flux.2-klein-4b", device="cpu"
+    ) as server:
         yield server
 
 
@@ -156,7 +158,9 @@ def probed(server: Server) -> Iterator[list[float]]:
 @pytest.mark.parametrize("name", BODIES)
 def test_nobody_else_waits(name) -> None:
     """Four at once are refused, and lag and answer stay within a tenth of a second."""
-    with Server("slow=0", module="tests.faulty", model="flux.2-klein-4b", device="cpu") as server:
+    with Server(
+        "slow=0", module="tests.support.scripted_engine", model="flux.2-klein-4b", device="cpu"
+    ) as server:
         with probed(server) as worst, ThreadPoolExecutor(4) as senders:
             answers = list(senders.map(lambda _: send(server, name), range(4)))
 
@@ -170,7 +174,11 @@ def test_a_large_answer_holds_up_nobody() -> None:
     """Ten pictures of the largest size that no file format makes small: 168 MB in one answer."""
     body = {"prompt": "a", "n": 10, "size": "2048x2048"}
     with Server(
-        "slow=0", "noise=1", module="tests.faulty", model="flux.2-klein-4b", device="cpu"
+        "slow=0",
+        "noise=1",
+        module="tests.support.scripted_engine",
+        model="flux.2-klein-4b",
+        device="cpu",
     ) as server:
         with probed(server) as worst:
             status, _, answer = server.post("/v1/images/generations", body)
@@ -185,7 +193,12 @@ def test_a_hundred_unread_answers_take_little_memory() -> None:
     body = {"prompt": "a", "size": "1664x1664", "response_format": "url"}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(
-            Server("noise=1", module="tests.faulty", model="flux.2-klein-4b", device="cpu")
+            Server(
+                "noise=1",
+                module="tests.support.scripted_engine",
+                model="flux.2-klein-4b",
+                device="cpu",
+            )
         )
         answer = json.loads(server.post("/v1/images/generations", body)[2])
         path = "/" + answer["data"][0]["url"].split("/", 3)[3]
@@ -225,7 +238,9 @@ def test_a_body_takes_at_most_three_times_its_bytes(name) -> None:
     """Of memory, at its peak, whatever is in it; of one that is used as of one that is refused."""
     path, make = SHAPES[name]
     body = make()
-    with Server("slow=0", module="tests.faulty", model="flux.2-klein-4b", device="cpu") as server:
+    with Server(
+        "slow=0", module="tests.support.scripted_engine", model="flux.2-klein-4b", device="cpu"
+    ) as server:
         server.post("/generate", {"prompt": "a"})
         before = peak_bytes(server)
         kind = FORM if path.endswith("edits") else JSON
@@ -264,7 +279,9 @@ def test_a_second_sigterm_ends_while_decoders_work() -> None:
     body = slow()
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(body)
-    server = Server("slow=0", module="tests.faulty", model="flux.2-klein-4b", device="cpu")
+    server = Server(
+        "slow=0", module="tests.support.scripted_engine", model="flux.2-klein-4b", device="cpu"
+    )
     with server, contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(connect(server)).sendall(head + body)

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from app.api.connections import ConnectionTable, Phase, connection_limit
-from app.api.pacing import MeteredTransport
-from app.api.protocol import GuardedProtocol
+from app.api.http_limits.connections import ConnectionTable, Phase, connection_limit
+from app.api.http_limits.pacing import MeteredTransport
+from app.api.http_limits.protocol import GuardedProtocol
 from app.api.proxies import Proxies, client_of
 from app.api.server import make_server
 from tests.api.sockets import listening, until

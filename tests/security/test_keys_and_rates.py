@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import StartupError
-from app.jobs.rates import RateLimit
+from app.jobs.rate_limit import RateLimit
 from app.settings import Settings
 
 

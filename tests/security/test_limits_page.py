@@ -10,11 +10,15 @@ import pytest
 from python_multipart import multipart as parser
 
 from app import limits, log_writer, logs
-from app.api import bodies, connections, held, links, pieces, protocol, refusals
-from app.api.protocol import GuardedProtocol
-from app.api.schemas import fields, multipart, openai_fields, scan
+from app.api import pieces
+from app.api.http_limits import connections, held, protocol, refusals
+from app.api.http_limits.protocol import GuardedProtocol
+from app.api.middleware import body_limit
+from app.api.openai import fields as openai_fields
+from app.api.openai import image_store
+from app.api.schema import json_scanner, multipart, table
 from app.cli import serve
-from app.engine import tensorheader
+from app.engine.checkpoint import safetensors_header
 from app.images import decoder, pool, uploads
 from app.images.pool import DecoderPool
 from app.jobs import shares
@@ -49,13 +53,13 @@ VALUES: dict[str, tuple[float, ...]] = {
     "upload after its answer": (GuardedProtocol.linger_s,),
     "one body": (Settings().max_body_bytes,),
     "its time": (Settings().body_limit_s,),
-    "all bodies that are being read": (bodies.BODIES_AT_ONCE, bodies.SMALL_BYTES),
-    "JSON where no pictures belong": (scan.MAX_PLAIN,),
-    "JSON beside its pictures": (scan.MAX_PLAIN,),
-    "strings, brackets and commas in JSON": (scan.MAX_VALUES,),
-    "a text": (limits.MAX_PROMPT, fields.MAX_TEXT),
+    "all bodies that are being read": (body_limit.BODIES_AT_ONCE, body_limit.SMALL_BYTES),
+    "JSON where no pictures belong": (json_scanner.MAX_PLAIN,),
+    "JSON beside its pictures": (json_scanner.MAX_PLAIN,),
+    "strings, brackets and commas in JSON": (json_scanner.MAX_VALUES,),
+    "a text": (limits.MAX_PROMPT, table.MAX_TEXT),
     "a picture in JSON": (openai_fields.MAX_URL,),
-    "a number in a form": (fields._MAX_DIGITS,),
+    "a number in a form": (table._MAX_DIGITS,),
     "parts of a form": (
         multipart.MAX_FILES,
         multipart.MAX_FIELDS,
@@ -64,7 +68,7 @@ VALUES: dict[str, tuple[float, ...]] = {
         multipart.MAX_NAME_BYTES,
         parser.DEFAULT_MAX_HEADER_COUNT,
     ),
-    "a name that an error repeats": (fields._MAX_NAME,),
+    "a name that an error repeats": (table._MAX_NAME,),
     "requests decoded at a time": (DecoderPool()._size, 1),
     "silence of the process that decoders are forked from": (
         DECODER.start_s,
@@ -80,7 +84,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "images that wait": (Settings().queue_images,),
     "places kept for who was turned away": (shares.PRESENT_S,),
     "those turned away that are remembered": (shares.CLAIMS_MOST,),
-    "links to pictures": (links.MAX_BYTES, links.MAX_COUNT),
+    "links to pictures": (image_store.MAX_BYTES, image_store.MAX_COUNT),
     "a caller's word in a line": (logs._MAX_WORD,),
     "lines of requests that made no picture": (log_writer.MOST_ACCESS, log_writer.WINDOW_S),
     "equal lines": (log_writer.MOST_OWN, log_writer.WINDOW_S, log_writer.MOST_FOREIGN),
@@ -97,9 +101,9 @@ VALUES: dict[str, tuple[float, ...]] = {
     "silence of a download": (Settings().download_silence_s,),
     "end after SIGTERM": (serve._LAST_ANSWERS_S,),
     "header of a safetensors file": (
-        tensorheader.MAX_BYTES,
-        tensorheader.MAX_DEPTH,
-        tensorheader._MAX_TOKENS,
+        safetensors_header.MAX_BYTES,
+        safetensors_header.MAX_DEPTH,
+        safetensors_header._MAX_TOKENS,
     ),
 }
 """The numbers of a row in its order, in bytes, seconds or pieces."""

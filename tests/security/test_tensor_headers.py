@@ -9,8 +9,8 @@ import tracemalloc
 
 import pytest
 
-from app.engine import tensorheader
-from app.engine.tensorheader import HeaderError, read_header
+from app.engine.checkpoint import safetensors_header
+from app.engine.checkpoint.safetensors_header import HeaderError, read_header
 
 GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -83,7 +83,7 @@ def test_a_good_head_is_read_as_it_is() -> None:
 )
 def test_a_bad_head_is_refused_in_words_at_once(head, monkeypatch) -> None:
     """Nothing but the one error, whatever it holds."""
-    monkeypatch.setattr(tensorheader, "_MAX_TOKENS", 5_000)
+    monkeypatch.setattr(safetensors_header, "_MAX_TOKENS", 5_000)
     begun = time.process_time()
     with pytest.raises(HeaderError) as refused:
         read(head)
@@ -109,7 +109,7 @@ def test_a_head_that_is_too_long_is_not_read(monkeypatch, length) -> None:
 @pytest.mark.full
 def test_as_long_as_allowed_is_read() -> None:
     """A limit that is told is one that can be reached."""
-    head = json.dumps({"a": GOOD}).encode().ljust(tensorheader.MAX_BYTES)
+    head = json.dumps({"a": GOOD}).encode().ljust(safetensors_header.MAX_BYTES)
 
     assert list(read(head)[0]) == ["a"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.server import Server
+from tests.support.server import Server
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
 
@@ -20,7 +20,7 @@ class Unread(Server):
 
     def __init__(self, *arguments: str, **settings: object) -> None:
         self.hears = threading.Event()
-        super().__init__(*arguments, module="tests.faulty", **settings)
+        super().__init__(*arguments, module="tests.support.scripted_engine", **settings)
         # Less than a page cannot be had; the default of 16 would need more requests to fill.
         fcntl.fcntl(self._output.fileno(), fcntl.F_SETPIPE_SZ, 4096)
 

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 from diffusers import Flux2KleinPipeline  # noqa: E402 - after the check for torch
 from safetensors.torch import load_file  # noqa: E402
 
-from app.engine.loaders.shapes import locate  # noqa: E402
+from app.engine.models.shapes import locate  # noqa: E402
 from tools.shapes import attributes, linear_start, nets  # noqa: E402
 from tools.shapes.checkpoint import go_on  # noqa: E402
 from tools.shapes.codec import ordinary_images  # noqa: E402

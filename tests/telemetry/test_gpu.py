@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.telemetry.gpu import Card
-from tests.fake_nvml import FakeNvml
+from app.telemetry.gpu import Gpu
+from tests.support.fake_nvml import FakeNvml
 
 
 def test_a_card_is_read_in_base_units() -> None:
     """Bytes, a ratio, watts and degrees, under NVML's product name."""
-    snapshot = Card(0, load_nvml=FakeNvml).read()
+    snapshot = Gpu(0, load_nvml=FakeNvml).read()
 
     assert snapshot is not None
     assert snapshot.name == "NVIDIA GeForce RTX 3060"
@@ -24,7 +24,7 @@ def test_a_card_is_read_in_base_units() -> None:
 def test_it_is_read_at_most_once_a_second() -> None:
     """A storm of scrapes does not become a storm of NVML calls."""
     nvml, now = FakeNvml(), SimpleNamespace(s=10.0)
-    card = Card(0, load_nvml=lambda: nvml, clock=lambda: now.s)
+    card = Gpu(0, load_nvml=lambda: nvml, clock=lambda: now.s)
     card.read()
     card.read()
     assert nvml.reads == 1
@@ -42,7 +42,7 @@ def test_without_nvml_there_is_no_reading() -> None:
         calls.append(1)
         raise OSError("libnvidia-ml.so.1")
 
-    card = Card(0, load_nvml=load)
+    card = Gpu(0, load_nvml=load)
 
     assert card.read() is None
     assert card.read() is None
@@ -52,7 +52,7 @@ def test_without_nvml_there_is_no_reading() -> None:
 
 def test_a_question_that_the_card_does_not_answer_is_left_out() -> None:
     """Some cards report no power: the other readings stand."""
-    snapshot = Card(0, load_nvml=lambda: FakeNvml(has_power=False)).read()
+    snapshot = Gpu(0, load_nvml=lambda: FakeNvml(has_power=False)).read()
 
     assert snapshot is not None
     assert snapshot.power_watts is None
@@ -61,4 +61,4 @@ def test_a_question_that_the_card_does_not_answer_is_left_out() -> None:
 
 def test_the_driver_is_named() -> None:
     """For doctor and the start-up error."""
-    assert Card(0, load_nvml=FakeNvml).driver_version() == "580.65.06"
+    assert Gpu(0, load_nvml=FakeNvml).driver_version() == "580.65.06"

@@ -22,7 +22,7 @@ from app.log_writer import (
     _write_all,
     write_to,
 )
-from tests.server import ROOT
+from tests.support.server import ROOT
 
 
 class Clock:

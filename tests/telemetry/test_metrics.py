@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from app.domain import Generated, ModelInfo, PeakMemory, RawImage, StageTimings
-from app.telemetry.gpu import Card
+from app.telemetry.gpu import Gpu
 from app.telemetry.metrics import OUTCOMES, Metrics
-from tests.fake_nvml import FakeNvml
+from tests.support.fake_nvml import FakeNvml
 
 INFO = ModelInfo(
     model="flux.2-klein-4b",
@@ -37,7 +37,7 @@ def metrics() -> Metrics:
             estimated_wait_s=4.5, loop_lag_s=0.002,
         )
     )  # fmt: skip
-    metrics.watch_card(Card(0, load_nvml=FakeNvml).read, lambda: PEAK)
+    metrics.watch_gpu(Gpu(0, load_nvml=FakeNvml).read, lambda: PEAK)
     metrics.model_ready(INFO, 21.0)
     metrics.image_finished(
         Generated(
@@ -100,7 +100,7 @@ def test_the_card_is_scraped(metrics) -> None:
 def test_without_a_card_its_metrics_are_absent() -> None:
     """Absent, not zero."""
     metrics = Metrics(version="1")
-    metrics.watch_card(lambda: None, lambda: None)
+    metrics.watch_gpu(lambda: None, lambda: None)
 
     assert b"klein_gpu_memory" not in metrics.exposition()[0]
 

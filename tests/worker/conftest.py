@@ -12,7 +12,7 @@ import pytest
 from app.domain import ImageSpec, ModelInfo
 from app.engine.config import EngineConfig
 from app.worker.supervisor import Limits, Supervisor
-from tests.faulty import MakeFaulty, Script
+from tests.support.scripted_engine import MakeFaulty, Script
 
 CONFIG = EngineConfig(model="shapes", path=None, cache_dir="", device=None)
 SPEC = ImageSpec("a red circle", 64, 64, 4, 1.0, 7)

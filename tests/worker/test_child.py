@@ -9,7 +9,7 @@ import pytest
 
 from app.domain import Stage
 from app.errors import Kind
-from app.worker import child, pipe
+from app.worker import child
 from app.worker.messages import (
     Cancel,
     Done,
@@ -23,7 +23,8 @@ from app.worker.messages import (
     Stepped,
     Stop,
 )
-from tests.faulty import MakeFaulty, Script, draw
+from app.worker.transport import pair
+from tests.support.scripted_engine import MakeFaulty, Script, draw
 from tests.worker.conftest import CONFIG, SPEC
 
 
@@ -31,7 +32,7 @@ class Worker:
     """The child's loop in a thread, and the parent's end of its pipe."""
 
     def __init__(self, *script: str) -> None:
-        self.pipe, theirs = pipe.pair()
+        self.pipe, theirs = pair()
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, args=(theirs, script))
         self._thread.start()
@@ -84,7 +85,7 @@ def test_the_card_is_free_before_the_pixels_arrive(work) -> None:
     heard = [worker.pipe.recv() for _ in range(6)]
 
     assert [message.progress.stage for message in heard[:5]] == [Stage.DENOISE] * 4 + [
-        Stage.CARD_FREE
+        Stage.GPU_FREE
     ]
     assert heard[5].generated.image == draw(SPEC)
 

@@ -22,7 +22,7 @@ import pytest
 from app import logs
 from app.errors import GenerationFailed, InvalidRequest, Kind, Unavailable, WorkerLost
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Limits
-from tests.faulty import Unreadable, draw
+from tests.support.scripted_engine import Unreadable, draw
 from tests.worker.conftest import SPEC
 
 pytestmark = pytest.mark.slow
@@ -250,7 +250,7 @@ ABANDON = """
 import asyncio, os, signal
 from multiprocessing.context import SpawnProcess
 from app.worker.supervisor import Limits
-from tests.faulty import MakeFaulty, Script
+from tests.support.scripted_engine import MakeFaulty, Script
 from tests.worker.conftest import CONFIG, Listening, Supervisor
 
 async def main():

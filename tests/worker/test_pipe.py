@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from app.domain import Generated, ImageSpec, RawImage, StageTimings
-from app.worker import pipe
 from app.worker.messages import Done, Generate
+from app.worker.transport import pair
 
 
 def done(job_id: str, width: int, height: int) -> Done:
@@ -20,7 +20,7 @@ def done(job_id: str, width: int, height: int) -> Done:
 
 @pytest.fixture
 def ends():
-    ours, theirs = pipe.pair()
+    ours, theirs = pair()
     yield ours, theirs
     ours.close()
     theirs.close()

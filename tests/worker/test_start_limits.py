@@ -67,7 +67,7 @@ async def started(monkeypatch):
     """A supervisor whose worker has just been started, its clock, and who listens."""
     clock, listening = Clock(), Listening()
     monkeypatch.setattr(asyncio.get_running_loop(), "call_later", clock.call_later)
-    monkeypatch.setattr(module, "WorkerHandle", Handle)
+    monkeypatch.setattr(module, "WorkerProcess", Handle)
     supervisor = Supervisor(lambda _: None, CONFIG, listening, limits=LIMITS)
     supervisor.start()
     yield supervisor, clock, listening

@@ -12,7 +12,7 @@ import pytest
 from app.domain import Stage
 from app.errors import GenerationFailed, OutOfMemory, WorkerLost
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Limits
-from tests.faulty import draw
+from tests.support.scripted_engine import draw
 from tests.worker.conftest import SPEC
 
 pytestmark = pytest.mark.slow
@@ -161,7 +161,7 @@ async def test_progress_reaches_the_caller(supervise) -> None:
         await supervisor.run("a", SPEC, told.append)
 
         assert [progress.step for progress in told] == [1, 2, 3, 4, 4]
-        assert told[-1].stage is Stage.CARD_FREE
+        assert told[-1].stage is Stage.GPU_FREE
 
 
 async def test_closing_ends_the_process(supervise) -> None:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from app.engine.layouts import SCHEDULER
+from app.engine.checkpoint.detect import SCHEDULER
 from tools.shapes.linear_start import start_linear
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, SPECIAL_TOKENS, VOCABULARY_SIZE
 

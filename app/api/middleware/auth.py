@@ -1,0 +1,94 @@
+"""Who may ask: bearer keys, compared in constant time; every path but a short list is closed by
+default.
+
+The decision is made on `scope["path"]` before any routing, so a path that no route knows is closed
+too, and neither the Host header nor an odd spelling of a path can open one (CVE-2026-48710,
+CVE-2026-48746).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.errors import error_response
+from app.api.proxies import Proxies
+from app.api.request_context import context_of
+from app.errors import Kind, KleinError
+
+_OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
+_OPEN_PREFIXES = ("/static/", "/v1/images/files/")
+
+
+class KeyRing:
+    """The configured keys, kept as digests only."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = tuple(_digest(key.encode()) for key in keys)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no key is configured, so that everyone may ask."""
+        return not self._digests
+
+    def find(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+        """Name the holder of the configured key that *headers* carry, or None.
+
+        Every candidate is compared with every key, so the time says nothing about which one came
+        near.
+        """
+        holder = None
+        for candidate in _candidates(headers):
+            presented = _digest(candidate)
+            for known in self._digests:
+                if hmac.compare_digest(presented, known):
+                    holder = f"key:{known.hex()[:12]}"
+        return holder
+
+
+class KeyGate:
+    """ASGI: names the client, and refuses what has no key where one is needed."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: KeyRing, proxies: Proxies, is_metrics_open: bool
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._proxies = proxies
+        self._open_paths = _OPEN_PATHS | ({"/metrics"} if is_metrics_open else set())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401, or pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context = context_of(scope)
+        holder = self._keys.find(scope["headers"])
+        context.has_key = holder is not None
+        context.client = holder or self._proxies.client(scope)
+        if context.has_key or self._is_open(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        context.error = KleinError(
+            "This needs a valid API key; send it as `Authorization: Bearer <key>`.",
+            kind=Kind.UNAUTHORIZED,
+        )
+        await error_response(context.error)(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return self._keys.is_empty or path in self._open_paths or path.startswith(_OPEN_PREFIXES)
+
+
+def _candidates(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:
+    for name, value in headers:
+        if name == b"api-key":
+            yield value.strip()
+        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+            yield value[7:].strip()
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

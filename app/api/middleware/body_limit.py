@@ -1,0 +1,130 @@
+"""How much of a request's body is read: the size of one, the time it takes, and the sum of all.
+
+Only a reader meets the limits: a route that refuses for another reason never waits for the body.
+All bodies together are limited too, or a few dozen callers could fill the memory; of that sum no
+client has more than three quarters, or one who sends slowly would keep everybody else out. What
+counts is what has come and is still held, not what was announced. A small body is always admitted:
+what asks for a picture in words has a few hundred bytes, and as many of them as there are sockets
+do no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.request_context import context_of
+from app.errors import InvalidRequest, Kind, KleinError, Unavailable
+from app.limits import three_quarters
+
+BODIES_AT_ONCE = 8
+"""How many of the largest bodies may be held at a time, whatever their number."""
+SMALL_BYTES = 64 * 1024
+"""A body is counted from this size on, and waits for no place in the queue until it is read."""
+RETRY_S = 5
+
+
+class _Budget:
+    """What all bodies that are being read hold together, and each client's share of it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held = 0
+        self._by_client: Counter[str] = Counter()
+
+    def take(self, client: str, size_bytes: int) -> None:
+        """Count *size_bytes* more; raises `Unavailable` beyond a limit, and counts all the same."""
+        self._held += size_bytes
+        self._by_client[client] += size_bytes
+        if self._by_client[client] > three_quarters(self._max_bytes):
+            raise _too_many("Too many of your own large requests are being read")
+        if self._held > self._max_bytes:
+            raise _too_many("Too many large requests are being read")
+
+    def give_back(self, client: str, size_bytes: int) -> None:
+        """Count *size_bytes* less."""
+        self._held -= size_bytes
+        self._by_client[client] -= size_bytes
+        if not self._by_client[client]:
+            del self._by_client[client]
+
+
+class BodyLimit:
+    """ASGI: ends the reading of a body that is too large, by what it says or by what has come, of
+    one that takes too long, and of one for which there is no room now.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._limit_s = limit_s
+        self._budget = _Budget(BODIES_AT_ONCE * max_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a body that cannot exceed the limits."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context = context_of(scope)
+        expected = _content_length(scope)
+        received = counted = held = 0
+        late_at: float | None = asyncio.get_running_loop().time() + self._limit_s
+
+        async def receive_some() -> Message:
+            nonlocal received, counted, held, late_at
+            self._check(expected)
+            try:
+                async with asyncio.timeout_at(late_at):
+                    message = await receive()
+            except TimeoutError:
+                raise InvalidRequest(
+                    f"The body took longer than {self._limit_s:g} s to arrive; send it faster, "
+                    "or send less."
+                ) from None
+            if not message.get("more_body", False):
+                late_at = None  # from here on it is the client's going that is waited for
+            received += len(message.get("body", b""))
+            self._check(received)
+            if received > SMALL_BYTES:
+                more, counted = received - counted, received
+                held += more
+                self._budget.take(context.client, more)
+            return message
+
+        def release_body() -> None:
+            nonlocal counted, held
+            self._budget.give_back(context.client, held)
+            counted, held = received, 0
+
+        context.release_body = release_body
+        try:
+            await self._app(scope, receive_some, send)
+        finally:
+            release_body()
+
+    def _check(self, size_bytes: int) -> None:
+        if size_bytes > self._max_bytes:
+            raise KleinError(
+                f"The body is larger than {self._max_bytes:,} bytes; send less or smaller images.",
+                kind=Kind.TOO_LARGE,
+            )
+
+
+def is_large(scope: Scope) -> bool:
+    """Whether the body may be more than a small one: it says so, or does not say."""
+    is_chunked = "transfer-encoding" in Headers(scope=scope)
+    return is_chunked or _content_length(scope) > SMALL_BYTES
+
+
+def _too_many(what: str) -> Unavailable:
+    return Unavailable(
+        f"{what}; try again in a few seconds.", kind=Kind.QUEUE_FULL, retry_after_s=RETRY_S
+    )
+
+
+def _content_length(scope: Scope) -> int:
+    text = Headers(scope=scope).get("content-length", "")
+    return int(text) if text.isdecimal() and len(text) < 20 else 0

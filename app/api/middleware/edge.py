@@ -1,0 +1,143 @@
+"""What happens to every request, as a plain ASGI class: its id, the answer's headers, one line in
+the log.
+
+No `BaseHTTPMiddleware`: behind one, a route no longer learns that its client has gone
+(https://github.com/vllm-project/vllm/blob/main/vllm/entrypoints/utils.py, `with_cancellation`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.deps import metrics_of
+from app.api.errors import REPLIES, error_response, internal_error
+from app.api.request_context import RequestContext, open_context
+from app.errors import Cancelled, Kind, KleinError
+from app.log_writer import ACCESS
+from app.logs import clip, request_id, request_notes
+
+_access = logging.getLogger(ACCESS)
+_log = logging.getLogger(__name__)
+
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"
+    ),
+}
+
+
+class Edge:
+    """ASGI, outermost: gives the request its id, the answer its headers, and counts what became of
+    it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; whatever happens, it is answered, counted and logged once."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context = RequestContext(_adopt(Headers(scope=scope).get("x-request-id")))
+        open_context(scope, context)
+        request_id.set(context.id)
+        request_notes.set({})
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _complete(MutableHeaders(scope=message), context.id, time.perf_counter() - started)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            _log.exception("A request failed in a way that nothing expected.")
+            context.error = internal_error()
+            if status == 0:
+                await error_response(context.error)(scope, receive, send_with_headers)
+        except BaseException:
+            context.error = Cancelled()
+            raise
+        finally:
+            _record(scope, context, status, time.perf_counter() - started)
+
+
+def _adopt(asked: str | None) -> str:
+    return asked if asked and _ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
+
+
+def _complete(headers: MutableHeaders, identity: str, seconds: float) -> None:
+    headers["x-request-id"] = identity
+    headers["openai-processing-ms"] = str(round(seconds * 1000))
+    for name, value in SECURITY_HEADERS.items():
+        headers.setdefault(name, value)
+
+
+def _record(scope: Scope, context: RequestContext, status: int, seconds: float) -> None:
+    """Count the request and write its line; neither knows what was asked, or with which key."""
+    route = getattr(scope.get("route"), "path", "unmatched")
+    outcome = context.outcome or _outcome(context.error, status)
+    reason = REPLIES[context.error.kind].reason if context.error else None
+    metrics = metrics_of(scope)
+    if metrics is not None:
+        metrics.request_finished(route, outcome, seconds)
+        if reason is not None:
+            metrics.request_rejected(reason)
+    if context.error is not None and context.error.kind is Kind.CANCELLED:
+        status = REPLIES[Kind.CANCELLED].status
+    _access.info(
+        "%s %s was answered.",
+        scope["method"],
+        route,
+        extra={
+            "status": status,
+            "outcome": outcome,
+            "seconds": round(seconds, 4),
+            **_details(scope, context.error),
+            **(request_notes.get() or {}),
+        },
+    )
+
+
+def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
+    """Add why it was refused, which many clients do not show, and whether it is a retry."""
+    details: dict[str, object] = {}
+    if error is not None:
+        details = {
+            "code": error.code or REPLIES[error.kind].code,
+            "param": error.param and clip(error.param),
+            "reason": _without(error.param, error.message),
+        }
+    retries = Headers(scope=scope).get("x-stainless-retry-count", "")
+    if retries.isdecimal() and len(retries) < 4 and retries != "0":
+        details["retry"] = int(retries)
+    return details
+
+
+def _without(name: str | None, message: str) -> str:
+    """Leave out of *message* what `param` says already: a name may be the caller's own word."""
+    if not name:
+        return message
+    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<param>", message)
+
+
+def _outcome(error: KleinError | None, status: int) -> str:
+    if error is not None:
+        return REPLIES[error.kind].outcome
+    return "ok" if status < 400 else "error"

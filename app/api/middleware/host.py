@@ -1,0 +1,73 @@
+"""Under which names the service answers, so that no web page reaches the GPU by DNS rebinding."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.errors import error_response
+from app.api.request_context import context_of
+from app.errors import InvalidRequest
+
+HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::(\d{1,5}))?")
+
+
+class HostGate:
+    """ASGI: answers only under a known name, so that no web page reaches the card by DNS rebinding.
+
+    A request that carries a configured key may use any name. A name with a syntax error is refused
+    always.
+    """
+
+    def __init__(self, app: ASGIApp, *, names: Iterable[str]) -> None:
+        self._app = app
+        self._names = frozenset(name.lower().rstrip(".") for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 400, or pass the request on."""
+        if scope["type"] != "http" or self._admits(scope):
+            await self._app(scope, receive, send)
+            return
+        error = InvalidRequest(
+            "The service is not known under this Host; add it to KLEIN_ALLOWED_HOSTS."
+        )
+        context_of(scope).error = error
+        await error_response(error)(scope, receive, send)
+
+    def _admits(self, scope: Scope) -> bool:
+        asked = host_of(scope)
+        if asked is None:
+            return False
+        name = asked[0]
+        return (
+            # A link must work for whoever got it, under the name that a key made good; its own
+            # name cannot be guessed, so a web page gains nothing by it.
+            scope["path"].startswith("/v1/images/files/")
+            or context_of(scope).has_key
+            or "*" in self._names
+            or name in self._names
+            or _is_loopback(name)
+        )
+
+
+def host_of(scope: Scope) -> tuple[str, int | None] | None:
+    """Read the only Host header: the name in lower case, and the port if there is one."""
+    hosts = [value for name, value in scope["headers"] if name == b"host"]
+    match = HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
+    return (plain_name(match[1]), int(match[2]) if match[2] else None) if match else None
+
+
+def plain_name(name: str) -> str:
+    return name.strip("[]").rstrip(".")
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,78 @@
+"""From which origins the service is asked.
+
+A browser sends whatever a page tells it to, from inside the user's own network, so without keys this
+check and the one of the host's name are all that stands between a web page and the GPU.
+"""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.errors import error_response
+from app.api.middleware.host import HOST, host_of, plain_name
+from app.api.request_context import context_of
+from app.errors import Kind, KleinError
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_FOREIGN_SITES = frozenset({b"cross-site", b"same-site"})
+
+
+class OriginGate:
+    """ASGI: refuses what a page of another origin sends, whether or not the page could read the
+    answer.
+
+    A form, and a `fetch` without CORS, need no one's leave to be sent, and a picture costs the same
+    seconds of the card. A request that carries a configured key may come from anywhere: a page that
+    knows the key has it from its owner. Requests without either header come from no browser.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403, or pass the request on."""
+        if scope["type"] != "http" or self._admits(scope):
+            await self._app(scope, receive, send)
+            return
+        error = KleinError(
+            "A page of another origin may not ask this service for anything; use the service's own "
+            "page at /, or send an API key as `Authorization: Bearer <key>`. A proxy in front must "
+            "pass the Host header on.",
+            kind=Kind.ORIGIN,
+        )
+        context_of(scope).error = error
+        await error_response(error)(scope, receive, send)
+
+    def _admits(self, scope: Scope) -> bool:
+        return (
+            scope["method"] in _READING
+            or context_of(scope).has_key
+            or not any(
+                _is_foreign(name, value.strip().lower(), scope) for name, value in scope["headers"]
+            )
+        )
+
+
+def _is_foreign(name: bytes, value: bytes, scope: Scope) -> bool:
+    """Whether a header, in lower case, says that another origin's page asks."""
+    if name == b"sec-fetch-site":
+        return value in _FOREIGN_SITES
+    return name == b"origin" and not _is_own(value.decode("latin-1"), scope)
+
+
+def _is_own(origin: str, scope: Scope) -> bool:
+    """Whether *origin* has the host and port that the request was sent to, under any scheme: a
+    proxy that speaks TLS asks us in plain HTTP.
+    """
+    scheme, separator, rest = origin.partition("://")
+    match, asked = HOST.fullmatch(rest), host_of(scope)
+    if not separator or match is None or asked is None:
+        return False
+    default = _DEFAULT_PORTS.get(scheme)
+    port = int(match[2]) if match[2] else default
+    name, asked_port = asked
+    if plain_name(match[1]) != name or port is None:
+        return False
+    # A Host without a port stands for the scheme's own, and we do not know the browser's scheme.
+    return port == asked_port if asked_port is not None else port in _DEFAULT_PORTS.values()

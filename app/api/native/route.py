@@ -1,0 +1,70 @@
+"""`POST /generate`: one picture, its bytes as the answer, everything else in headers."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api.config import ApiConfig
+from app.api.deps import Client, DeadlineS, IsLarge, Service, decoders_of
+from app.api.disconnect import await_images, unless_gone
+from app.api.native.request import name_sides, read, table
+from app.api.native.response import response_headers
+from app.api.pieces import Body, Data, PieceResponse
+from app.api.request_context import context_of
+from app.api.schema.body import read_json, require_json
+from app.domain import ImageSpec
+from app.errors import InvalidRequest
+from app.images import OutputFormat
+from app.limits import SizeRule
+from app.service.admission import Admission
+from app.service.service import ImageService
+
+
+def build_router(config: ApiConfig) -> APIRouter:
+    """Make the route with its limits."""
+    router = APIRouter(tags=["native"])
+
+    @router.post("/generate", summary="Make one picture, answered as its bytes")
+    async def generate(
+        request: Request,
+        service: Service,
+        client: Client,
+        deadline_s: DeadlineS,
+        is_large: IsLarge,
+    ) -> Response:
+        require_json(request)
+        try:
+            with service.admit(
+                client=client, deadline_s=deadline_s, is_large=is_large
+            ) as admission:
+                spec, output = await _read(request, service, admission, config)
+                context_of(request.scope).release_body()
+                ticket = admission.submit([spec], output)
+        except InvalidRequest as error:
+            raise name_sides(error) from None
+        (picture,) = await await_images(ticket, request.receive)
+        headers = response_headers(picture, context_of(request.scope).id)
+        return PieceResponse(
+            Body(Data(picture.data)), media_type=picture.media_type, headers=headers
+        )
+
+    return router
+
+
+async def _read(
+    request: Request, service: ImageService, admission: Admission, config: ApiConfig
+) -> tuple[ImageSpec, OutputFormat]:
+    """Read and decode; what was uploaded is let go of before the picture waits."""
+    model = service.model
+    fields = table(model, config)
+    wish = read(fields.read(await read_json(request, has_pictures=True)), model, config)
+    edit = None
+    if wish.images:
+        admission.reserve(1)
+        rule = SizeRule.of(model, config.max_pixels)
+        work = decoders_of(request).prepare(
+            wish.images, wish.mask, wish.size, rule.nearest, client=admission.client
+        )
+        edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
+    return wish.spec(model, service.random_seed, edit), wish.output

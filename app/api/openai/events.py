@@ -1,0 +1,110 @@
+"""OpenAI's images API, out, as a stream: previews, the picture, or one error; nothing else.
+
+Two kinds of request differ in the word that starts each type. An error comes as the one form that
+the SDK raises: an object under `error`. What OpenAI has no event for is written as comments, which
+every client skips and our own page reads: `: queued 3`, `: denoise 2/4`, `: timing text;dur=21.5,
+...` in the form of Server-Timing, `: peak 9876543210` in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from app.api.errors import envelope, internal_error
+from app.api.native.response import server_timing
+from app.api.openai.request import ImagesRequest
+from app.api.openai.response import usage
+from app.api.pieces import Body, Data
+from app.api.request_context import RequestContext
+from app.domain import RawImage
+from app.errors import KleinError
+from app.service.results import Finished, Picture, Preview, Queued, StepDone
+from app.service.ticket import Ticket
+
+_log = logging.getLogger(__name__)
+
+
+class EventWriter:
+    """Writes the events of one request; *verb* is `image_generation` or `image_edit`."""
+
+    def __init__(
+        self,
+        verb: str,
+        asked: ImagesRequest,
+        size: tuple[int, int],
+        references: Sequence[RawImage],
+    ) -> None:
+        self._verb = verb
+        self._references = references
+        self._common = {
+            "size": f"{size[0]}x{size[1]}",
+            "quality": asked.streamed_quality,
+            "background": "opaque",
+            "output_format": asked.output.format,
+        }
+
+    async def messages(
+        self, ticket: Ticket, context: RequestContext
+    ) -> AsyncGenerator[bytes | Body, None]:
+        """Follow *ticket* to its end; an error is told to the client and noted in *exchange*."""
+        try:
+            async with aclosing(ticket.events()) as events:
+                async for event in events:
+                    if isinstance(event, Preview):
+                        yield self._partial(event)
+                    elif isinstance(event, Finished):
+                        yield _measured(event.picture)
+                        yield self._completed(event.picture)
+                    else:
+                        yield _moved(event)
+        except KleinError as error:
+            context.keep(error)
+            yield _error(error)
+        except Exception:
+            _log.exception("A stream failed in a way that nothing expected.")
+            context.error = internal_error()
+            yield _error(context.error)
+
+    def _partial(self, preview: Preview) -> Body:
+        return self._write("partial_image", preview.picture, {"partial_image_index": preview.index})
+
+    def _completed(self, picture: Picture) -> Body:
+        rest: dict[str, Any] = {
+            "seed": picture.seed,
+            "usage": usage([picture], self._references),
+        }
+        if picture.warnings:
+            rest["warnings"] = list(picture.warnings)
+        return self._write("completed", picture.data, rest)
+
+    def _write(self, what: str, data: bytes, rest: dict[str, Any]) -> Body:
+        name = f"{self._verb}.{what}"
+        fields = {"created_at": int(time.time()), **self._common, **rest}
+        # As in the plain answer, base64 meets no JSON encoder.
+        head = f'event: {name}\ndata: {{"type": "{name}", "b64_json": "'.encode()
+        tail = json.dumps(fields).encode()[1:]
+        return Body(head, Data(data, is_base64=True), b'", ' + tail + b"\n\n")
+
+
+def _moved(event: Queued | StepDone) -> bytes:
+    if isinstance(event, Queued):
+        return f": queued {event.position}\n\n".encode()
+    return f": {event.stage} {event.step}/{event.steps}\n\n".encode()
+
+
+def _measured(picture: Picture) -> bytes:
+    peak = "" if picture.peak is None else f": peak {picture.peak.reserved}\n"
+    return f": timing {server_timing(picture)}\n{peak}\n".encode()
+
+
+def _error(error: KleinError) -> bytes:
+    return (
+        b"event: error\ndata: "
+        + json.dumps({"type": "error", **envelope(error)}).encode()
+        + b"\n\n"
+    )

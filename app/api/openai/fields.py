@@ -1,0 +1,227 @@
+"""The fields of OpenAI's images API as one table, and which values of them are refused here.
+
+Ignored is only what cannot change the picture: quality, style, moderation, user,
+safety_identifier, complexity, input_fidelity. Such a field is still checked.
+"""
+
+from __future__ import annotations
+
+from app.api.config import ApiConfig
+from app.api.schema import unsupported_values
+from app.api.schema.fields import MAX_PROMPT, PROMPT, sampling_fields
+from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
+from app.api.schema.uploads import MAX_URL
+from app.domain import ModelSpec
+from app.limits import SizeRule
+
+MAX_IMAGES = 10
+MAX_PARTIALS = 3
+ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
+"""How the names begin that clients hard-code; any of them means the served model."""
+
+_STILL = "only still pictures are made, as png, jpeg or webp"
+_QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
+
+
+def table(model: ModelSpec, config: ApiConfig, *, is_edit: bool) -> FieldTable:
+    """List the fields of generations or edits for the model of *card*."""
+    fields = _common(model, config) + (_edit_only(config) if is_edit else _generation_only())
+    hints = {"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS
+    return FieldTable(fields, is_strict=config.is_strict, hints=hints)
+
+
+def _common(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
+    return (
+        *_subject(model, config),
+        *_shape(model, SizeRule.of(model, config.max_pixels)),
+        *_encoding(),
+        *sampling_fields(model),
+        Field(
+            "steps", Type.WHOLE, "Alias of num_inference_steps.", minimum=1, maximum=model.max_steps
+        ),
+        *_delivery(),
+        *_IGNORED,
+        *_IMPOSSIBLE,
+    )
+
+
+def _subject(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
+    return (
+        PROMPT,
+        Field(
+            "model",
+            Type.TEXT,
+            "The served model, its hub id or an OpenAI image model's name; may be left out.",
+            schema=_model_schema(model, config),
+        ),
+        Field(
+            "n",
+            Type.WHOLE,
+            "How many pictures; image i has seed+i.",
+            minimum=1,
+            maximum=MAX_IMAGES,
+            default=1,
+        ),
+    )
+
+
+def _model_schema(model: ModelSpec, config: ApiConfig) -> dict[str, object]:
+    names = [model.id, *([model.hub_id] if model.hub_id else []), "", None]
+    if not config.has_aliases:
+        return {"enum": names}
+    pattern = f"^({'|'.join(ALIASES)})"
+    return {
+        "anyOf": [{"enum": names}, {"type": "string", "pattern": pattern, "maxLength": MAX_TEXT}]
+    }
+
+
+def _shape(model: ModelSpec, rule: SizeRule) -> tuple[Field, ...]:
+    return (
+        Field(
+            "size",
+            Type.TEXT,
+            "`auto`, or WxH: multiples of 16, from 1:3 to 3:1; `auto` is "
+            f"{model.default_width}x{model.default_height}, or the first image's shape.",
+            default="auto",
+            example=f"{model.default_width}x{model.default_height}",
+        ),
+        *(_side(name, rule) for name in ("width", "height")),
+    )
+
+
+def _side(name: str, rule: SizeRule) -> Field:
+    return Field(
+        name,
+        Type.WHOLE,
+        f"The {name} in pixels, instead of `size`; both or neither.",
+        schema={
+            "type": ["integer", "null"],
+            "minimum": rule.min_side,
+            "maximum": rule.max_side,
+            "multipleOf": 16,
+        },
+    )
+
+
+def _encoding() -> tuple[Field, ...]:
+    return (
+        Field(
+            "output_format",
+            Type.TEXT,
+            "File format of the pictures.",
+            choices=("png", "jpeg", "webp", "jpg", "gif", "svg"),
+            veto=unsupported_values.other_format,
+            default="png",
+            schema={"enum": ["png", "jpeg", "webp", "jpg", None], "default": "png"},
+        ),
+        Field(
+            "background",
+            Type.TEXT,
+            "Pictures are always opaque.",
+            choices=("transparent", "opaque", "auto"),
+            veto=unsupported_values.transparent,
+            schema={"enum": ["opaque", "auto", None]},
+        ),
+    )
+
+
+def _delivery() -> tuple[Field, ...]:
+    return (
+        Field(
+            "response_format",
+            Type.TEXT,
+            "Base64 in the answer, or a link that lives for an hour.",
+            choices=("b64_json", "url"),
+        ),
+        Field("stream", Type.FLAG, "Answer with server-sent events; n must be 1.", default=False),
+        Field(
+            "partial_images",
+            Type.WHOLE,
+            "How many previews a stream carries.",
+            minimum=0,
+            maximum=MAX_PARTIALS,
+            default=0,
+        ),
+    )
+
+
+_IGNORED = (
+    Field("quality", Type.TEXT, "Without effect here.", choices=_QUALITIES),
+    Field("moderation", Type.TEXT, "Without effect here.", choices=("low", "auto")),
+    Field("user", Type.TEXT, "Without effect here; never logged."),
+    Field("safety_identifier", Type.TEXT, "Without effect here; never logged."),
+    Field("complexity", Type.TEXT, "Without effect here.", choices=("low", "medium", "high")),
+)
+
+_IMPOSSIBLE = (
+    *(
+        Field(
+            name,
+            Type.ANY,
+            "Not possible here.",
+            refusal=unsupported_values.impossible(name, _STILL),
+        )
+        for name in ("svg", "frame_count", "frame_duration_ms")
+    ),
+    Field(
+        "negative_prompt",
+        Type.TEXT,
+        "Must be empty.",
+        max_length=MAX_PROMPT,
+        veto=unsupported_values.negative_prompt,
+        schema={"enum": ["", None]},
+    ),
+)
+
+
+def _generation_only() -> tuple[Field, ...]:
+    return (Field("style", Type.TEXT, "Without effect here.", choices=("vivid", "natural")),)
+
+
+def _edit_only(config: ApiConfig) -> tuple[Field, ...]:
+    picture = {
+        "type": "object",
+        "required": ["image_url"],
+        "properties": {
+            "image_url": {
+                "type": "string",
+                "description": "A data URL: data:image/png;base64,...; jpeg and webp too.",
+                "pattern": "^data:image/(png|jpe?g|webp);base64,",
+                "maxLength": MAX_URL,
+            }
+        },
+        "additionalProperties": ABSENT,
+    }
+    return (
+        Field("input_fidelity", Type.TEXT, "Without effect here.", choices=("low", "high")),
+        Field(
+            "markup",
+            Type.ANY,
+            "Not possible here.",
+            refusal=unsupported_values.impossible("markup", "only a mask says where to paint"),
+        ),
+        Field(
+            "images",
+            Type.LIST,
+            "The pictures to edit, the first one under the mask.",
+            json_only=True,
+            schema={
+                "type": "array",
+                "minItems": 1,
+                "maxItems": config.max_references,
+                "items": picture,
+            },
+        ),
+        Field(
+            "mask",
+            Type.OBJECT,
+            "PNG or WebP of the first picture's size; where it is transparent, it is repainted.",
+            json_only=True,
+            schema={"anyOf": [picture, {"type": "null"}]},
+        ),
+    )
+
+
+_EDIT_HINTS = dict.fromkeys(
+    ("image", "images", "image[]", "mask"), "pictures go to /v1/images/edits"
+)

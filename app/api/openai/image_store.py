@@ -1,0 +1,148 @@
+"""Pictures behind links, for clients that read only `url`: in memory, bounded, and gone after a
+while.
+
+A name is 128 random bits, so knowing it is the right to read it. Only the event loop touches the
+store, and nothing of it is ever written to a disk.
+
+No client's pictures drive out everybody else's: while others have links, one client has at most
+three quarters of the store, and where there is no room, whoever has more than an equal part makes
+it from his own.
+"""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from app.limits import three_quarters
+
+MAX_BYTES = 256 * 1024 * 1024
+MAX_COUNT = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """One picture that can be fetched until *expires_at*."""
+
+    data: bytes = field(repr=False)
+    media_type: str
+    expires_at: float
+    client: str = ""
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one client has in the store, oldest first."""
+
+    names: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    bytes: int = 0
+
+
+class ImageStore:
+    """Keeps the newest pictures, each client's within its share; the oldest go first, whether for
+    age, for bytes or for number.
+    """
+
+    def __init__(
+        self,
+        *,
+        lifetime_s: float,
+        max_bytes: int = MAX_BYTES,
+        max_count: int = MAX_COUNT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lifetime_s = lifetime_s
+        self._max_bytes = max_bytes
+        self._max_count = max_count
+        self._clock = clock
+        self._links: OrderedDict[str, StoredImage] = OrderedDict()
+        self._bytes = 0
+        self._shares: defaultdict[str, _Share] = defaultdict(_Share)
+
+    def __repr__(self) -> str:
+        return f"<LinkStore: {len(self._links)} links, {self._bytes} bytes>"
+
+    def put(self, data: bytes, *, format: str, media_type: str, client: str) -> str:
+        """Keep a picture of *client*'s and return its name."""
+        self._forget_old()
+        name = f"{secrets.token_hex(16)}.{format}"
+        self._links[name] = StoredImage(data, media_type, self._clock() + self.lifetime_s, client)
+        self._bytes += len(data)
+        share = self._shares[client]
+        share.names[name] = None
+        share.bytes += len(data)
+        self._make_room(client)
+        return name
+
+    def get(self, name: str) -> StoredImage | None:
+        """Find a picture that is still there."""
+        self._forget_old()
+        return self._links.get(name)
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        while self._links and next(iter(self._links.values())).expires_at <= now:
+            self._drop(next(iter(self._links)))
+
+    def _make_room(self, client: str) -> None:
+        """Let go of links until all limits hold after *client* has put one."""
+        # Whoever was alone had the whole store; now there is somebody else.
+        for holder in tuple(self._shares) if len(self._shares) == 2 else (client,):
+            while len(self._shares) > 1 and self._has_too_much(holder):
+                self._drop_oldest_of(holder)
+        if self._is_over():
+            self._drop_from_the_largest(client)
+
+    def _is_over(self) -> bool:
+        return self._bytes > self._max_bytes or len(self._links) > self._max_count
+
+    def _has_too_much(self, client: str) -> bool:
+        share = self._shares[client]
+        return share.bytes > three_quarters(self._max_bytes) or len(share.names) > three_quarters(
+            self._max_count
+        )
+
+    def _drop_from_the_largest(self, client: str) -> None:
+        """Let *client* make room from its own where it has more than an equal part, but not from
+        what it has just put; else whoever has most: looked for once, and kept in order from then
+        on.
+        """
+        largest = [(-self._part(name), name) for name in self._shares if name != client]
+        heapq.heapify(largest)
+        while self._is_over():
+            if not largest or self._has_spare(client):
+                self._drop_oldest_of(client)
+                continue
+            holder = largest[0][1]
+            self._drop_oldest_of(holder)
+            if holder in self._shares:
+                heapq.heapreplace(largest, (-self._part(holder), holder))
+            else:
+                heapq.heappop(largest)
+
+    def _has_spare(self, client: str) -> bool:
+        is_one = len(self._shares[client].names) == 1
+        return not is_one and self._part(client) > 1 / len(self._shares)
+
+    def _part(self, client: str) -> float:
+        """Which part of the store *client* has, by bytes or by number, whichever is more."""
+        share = self._shares.get(client)
+        if share is None:
+            return 0.0
+        return max(share.bytes / self._max_bytes, len(share.names) / self._max_count)
+
+    def _drop_oldest_of(self, client: str) -> None:
+        self._drop(next(iter(self._shares[client].names)))
+
+    def _drop(self, name: str) -> None:
+        link = self._links.pop(name)
+        self._bytes -= len(link.data)
+        share = self._shares[link.client]
+        del share.names[name]
+        share.bytes -= len(link.data)
+        if not share.names:
+            del self._shares[link.client]

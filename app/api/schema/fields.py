@@ -1,0 +1,78 @@
+"""The fields that `/generate` and OpenAI's routes have in common, so that they cannot drift
+apart.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from app.api.schema.table import Field, Type
+from app.domain import ModelSpec
+from app.limits import DRAW, MAX_PROMPT, MAX_SEED, check_guidance
+
+__all__ = ["MAX_PROMPT", "MAX_SEED", "PROMPT", "sampling_fields"]
+
+PROMPT = Field(
+    "prompt",
+    Type.TEXT,
+    "What the picture should show.",
+    max_length=MAX_PROMPT,
+    schema={
+        "type": "string",
+        "minLength": 1,
+        "maxLength": MAX_PROMPT,
+        "pattern": r"\S",
+        "examples": ["a red fox in the snow"],
+    },
+)
+
+
+def sampling_fields(model: ModelSpec) -> tuple[Field, ...]:
+    """List the fields about sampling and encoding that all routes share."""
+    return (
+        Field(
+            "num_inference_steps",
+            Type.WHOLE,
+            "Denoising steps.",
+            minimum=1,
+            maximum=model.max_steps,
+            default=model.default_steps,
+        ),
+        _guidance(model),
+        Field(
+            "seed",
+            Type.WHOLE,
+            "The same seed gives the same pixels; -1 or nothing draws one. It comes back.",
+            minimum=DRAW,
+            maximum=MAX_SEED,
+            example=7,
+        ),
+        Field(
+            "output_compression",
+            Type.WHOLE,
+            "Quality of jpeg and webp; png takes only 100.",
+            minimum=0,
+            maximum=100,
+            default=100,
+        ),
+    )
+
+
+def _guidance(model: ModelSpec) -> Field:
+    if model.is_distilled:
+        only = model.default_guidance
+        return Field(
+            "guidance_scale",
+            Type.NUMBER,
+            f"This model is distilled: only {only:g} is possible.",
+            veto=partial(check_guidance, model=model),
+            schema={"enum": [only, None], "default": only},
+        )
+    return Field(
+        "guidance_scale",
+        Type.NUMBER,
+        "How closely to follow the prompt; 1 switches guidance off.",
+        minimum=1,
+        maximum=model.max_guidance,
+        default=model.default_guidance,
+    )

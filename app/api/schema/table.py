@@ -1,0 +1,261 @@
+"""Fields by hand: one table says what a request may hold, and one reader checks JSON and forms by
+it.
+
+Not pydantic, because its errors do not carry OpenAI's codes and a form's values are all text. A
+table reads its values in the order of its fields, then looks for names it does not know, so the
+same mistake gives the same answer on every route. The same table writes the OpenAPI schema. `null`
+is absent everywhere, as is an empty text in a form.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from app.api.schema.json_scanner import LongText
+from app.errors import InvalidRequest
+from app.limits import check_characters
+
+MAX_TEXT = 1_000
+"""Characters of a text for which its field sets no other limit."""
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+_MAX_NAME = 64
+_MAX_DIGITS = 100
+"""Characters of a number in a form; the pattern takes a time that grows with their square."""
+
+# JSON Schema of what counts as not sent, and so passes under any name.
+ABSENT = {"type": "null"}
+ABSENT_IN_FORM = {"const": ""}
+
+
+class Type(Enum):
+    """The types that a value may have; the value is JSON Schema's word."""
+
+    TEXT = "string"
+    WHOLE = "integer"
+    NUMBER = "number"
+    FLAG = "boolean"
+    LIST = "array"
+    OBJECT = "object"
+    ANY = "any"
+
+
+_ARTICLES = {
+    Type.TEXT: "a string",
+    Type.WHOLE: "an integer",
+    Type.NUMBER: "a number",
+    Type.FLAG: "true or false",
+    Type.LIST: "a list",
+    Type.OBJECT: "an object",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One name that a request may hold, its type, its limits, and a sentence about it."""
+
+    name: str
+    type: Type
+    about: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    max_length: int | None = None
+    default: object = None
+    example: object = None
+    refusal: str | None = None
+    """For a field that is known but cannot be honoured: why any value is refused."""
+    veto: Callable[[Any], InvalidRequest | None] | None = None
+    """For a field with values that are valid but cannot be honoured: what is wrong with one,
+    returned or raised."""
+    json_only: bool = False
+    is_picture: bool = False
+    """For a text that may be long; whoever decodes it judges its length."""
+    schema: Mapping[str, Any] | None = None
+    """The JSON Schema where it is more than type and limits."""
+
+    def read(self, value: object, *, is_form: bool) -> Any:
+        """Check *value* and give it its type; raises `InvalidRequest` with the field's name."""
+        if self.refusal is not None:
+            raise InvalidRequest(self.refusal, param=self.name, code="unsupported_parameter")
+        typed = self._from_text(value) if is_form else self._from_json(value)
+        if self.choices and typed not in self.choices:
+            raise InvalidRequest(
+                f"{self.name} must be one of {', '.join(self.choices)}.", param=self.name
+            )
+        if isinstance(typed, str | LongText):
+            typed = self._check_text(typed)
+        elif self.type in {Type.WHOLE, Type.NUMBER}:
+            self._check_range(typed)
+        if self.veto is not None and (fault := self.veto(typed)) is not None:
+            raise fault
+        return typed
+
+    def describe(self) -> dict[str, Any]:
+        """Write the field as JSON Schema, with null, which means absent."""
+        if self.schema is not None:
+            return {"description": self.about, **self.schema}
+        schema: dict[str, Any] = {"description": self.about, "type": [self.type.value, "null"]}
+        if self.type is Type.ANY or self.refusal is not None:
+            schema["type"] = "null"
+        if self.choices:
+            schema["enum"] = [*self.choices, None]
+        limits = {
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "maxLength": self._most_characters if self.type is Type.TEXT else None,
+            "default": self.default,
+        }
+        schema.update({key: limit for key, limit in limits.items() if limit is not None})
+        if self.example is not None:
+            schema["examples"] = [self.example]
+        return schema
+
+    def _from_json(self, value: object) -> object:
+        matches = {
+            Type.TEXT: isinstance(value, str | LongText),
+            Type.WHOLE: _is_whole(value),
+            Type.NUMBER: _is_number(value),
+            Type.FLAG: isinstance(value, bool),
+            Type.LIST: isinstance(value, list),
+            Type.OBJECT: isinstance(value, dict),
+            Type.ANY: True,
+        }
+        if not matches[self.type]:
+            raise self._wrong_type()
+        return int(value) if self.type is Type.WHOLE else value  # type: ignore[call-overload]
+
+    def _from_text(self, value: object) -> object:
+        if not isinstance(value, str):
+            raise self._wrong_type()
+        if self.type in {Type.TEXT, Type.ANY}:
+            return value
+        value = value.strip() if len(value) <= _MAX_DIGITS else ""
+        if self.type is Type.WHOLE and _WHOLE.fullmatch(value):
+            return int(value)
+        if self.type is Type.NUMBER and _NUMBER.fullmatch(value):
+            return float(value)
+        if self.type is Type.FLAG and value.lower() in _FLAGS:
+            return _FLAGS[value.lower()]
+        raise self._wrong_type()
+
+    @property
+    def _most_characters(self) -> int | None:
+        """The limit of a text; None where something else is one."""
+        if self.is_picture or self.choices:
+            return None
+        return MAX_TEXT if self.max_length is None else self.max_length
+
+    def _check_text(self, text: str | LongText) -> str | LongText:
+        most = self._most_characters
+        # Not made a string before: the count of a long text may be too high, each half of a pair.
+        if isinstance(text, LongText) and most is not None and text.length <= 2 * most:
+            text = text.text()
+        length = text.length if isinstance(text, LongText) else len(text)
+        if most is not None and length > most:
+            raise InvalidRequest(
+                f"{self.name} has {length:,} characters; the most is {most:,}.",
+                param=self.name,
+                code="string_above_max_length",
+            )
+        if isinstance(text, str):
+            check_characters(text, self.name)
+        return text
+
+    def _check_range(self, number: Any) -> None:
+        low = -math.inf if self.minimum is None else self.minimum
+        high = math.inf if self.maximum is None else self.maximum
+        # Compared, not converted: a whole number may be larger than any float.
+        if not low <= number <= high or not -_LARGEST <= number <= _LARGEST:
+            raise InvalidRequest(
+                f"{self.name} must lie between {low:g} and {_plain(high)}.", param=self.name
+            )
+
+    def _wrong_type(self) -> InvalidRequest:
+        return InvalidRequest(
+            f"{self.name} must be {_ARTICLES[self.type]}.", param=self.name, code="invalid_type"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FieldTable:
+    """The fields of one kind of request, in the order in which they are checked."""
+
+    fields: tuple[Field, ...]
+    is_strict: bool = True
+    """Whether a name that is not in the table is refused."""
+    hints: Mapping[str, str] | None = None
+    """What to say to a name that is unknown here but easily taken for one of ours."""
+
+    def read(self, values: Mapping[str, object], *, is_form: bool = False) -> dict[str, Any]:
+        """Check *values* and return those that are present, typed; raises `InvalidRequest`."""
+        present = {
+            name: value
+            for name, value in values.items()
+            if value is not None and not (is_form and value == "")
+        }
+        fields = [field for field in self.fields if not (is_form and field.json_only)]
+        typed = {
+            field.name: field.read(present[field.name], is_form=is_form)
+            for field in fields
+            if field.name in present
+        }
+        if self.is_strict:
+            self._refuse_unknown(set(present) - {field.name for field in fields})
+        return typed
+
+    def describe(self, *, required: Iterable[str], is_form: bool = False) -> dict[str, Any]:
+        """Write the table as JSON Schema."""
+        absent = ABSENT_IN_FORM if is_form else ABSENT
+        return {
+            "type": "object",
+            "required": list(required),
+            "properties": {
+                field.name: field.describe()
+                for field in self.fields
+                if not (is_form and field.json_only)
+            },
+            "additionalProperties": absent if self.is_strict else True,
+        }
+
+    def _refuse_unknown(self, names: set[str]) -> None:
+        if not names:
+            return
+        name = min(names)
+        hint = (self.hints or {}).get(name, "leave it out, or see /docs for the fields there are")
+        raise InvalidRequest(
+            f"{shorten(name)} is not a field of this request; {hint}.",
+            param=shorten(name),
+            code="unknown_parameter",
+        )
+
+
+def shorten(name: str) -> str:
+    """Make a name that the caller chose fit for a message: short, printable, whole characters."""
+    start = name[:_MAX_NAME]
+    clean = "".join(character if character.isprintable() else "?" for character in start)
+    return clean if len(name) <= _MAX_NAME else f"{clean}..."
+
+
+_LARGEST = sys.float_info.max
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a whole number; one of a thousand digits is, though no float can hold it."""
+    return value.is_integer() if isinstance(value, float) else _is_number(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if math.isfinite(number) and number == int(number) else str(number)

@@ -1,0 +1,77 @@
+"""Server-sent events as an ASGI answer: heartbeats while nothing happens, an end when nobody
+listens.
+
+Comments are the only heartbeat that openai-python and openai-node survive; an `id:` line or an
+event without data crashes them, and a stream that just ends is taken for success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app.api.disconnect import until_gone
+from app.api.pieces import Body, send_body
+from app.api.request_context import context_of
+from app.errors import Cancelled
+
+_HEARTBEAT = b": keep-alive\n\n"
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventStream(Response):
+    """Sends what *messages* yields, each a whole event with its blank line.
+
+    Whatever ends it, *messages* is closed and then *on_close* called, even if nothing was sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        messages: AsyncGenerator[bytes | Body, None],
+        *,
+        heartbeat_s: float,
+        on_close: Callable[[], None],
+    ) -> None:
+        super().__init__(headers=_HEADERS)
+        del self.headers["content-length"]
+        self._messages = messages
+        self._heartbeat_s = heartbeat_s
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send headers at once, then events, until the last one or until the client has gone."""
+        leaving = asyncio.ensure_future(until_gone(receive))
+        coming = asyncio.ensure_future(anext(self._messages, None))
+        try:
+            start = {"status": self.status_code, "headers": self.raw_headers}
+            await send({"type": "http.response.start", **start})
+            while True:
+                await asyncio.wait(
+                    {leaving, coming},
+                    timeout=self._heartbeat_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if leaving.done():
+                    context_of(scope).error = Cancelled()
+                    return
+                message = coming.result() if coming.done() else _HEARTBEAT
+                if message is None:
+                    break
+                if isinstance(message, Body):
+                    await send_body(message, scope, send, leaving, is_last=False)
+                else:
+                    await send({"type": "http.response.body", "body": message, "more_body": True})
+                if coming.done():
+                    coming = asyncio.ensure_future(anext(self._messages, None))
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            leaving.cancel()
+            coming.cancel()
+            await asyncio.wait({leaving, coming})
+            await self._messages.aclose()
+            self._on_close()

@@ -1,0 +1,116 @@
+"""`GET /docs` and `/openapi.json`: what the service takes, with examples that work when pasted.
+
+The page is written here, from the OpenAPI document, because the usual ones fetch their script from
+a third party: this one works without a network and under our content security policy.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from app.api.deps import Service
+from app.domain import ModelSpec
+
+_STYLE = """\
+body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}
+body{color:#1b1b1b;background:#fff}code,pre{font-family:ui-monospace,monospace}
+h2{border-top:1px solid #ccc;padding-top:1.5rem;margin-top:2.5rem}
+pre{background:#f3f3f1;padding:.8rem;white-space:pre-wrap;overflow-wrap:anywhere}
+table{border-collapse:collapse;width:100%}
+td{border-bottom:1px solid #ddd;padding:.3rem .6rem .3rem 0;vertical-align:top}
+@media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#161616}
+pre{background:#242424}td,h2{border-color:#444}}
+"""
+
+
+def build_router(describe: Callable[[ModelSpec], dict[str, Any]]) -> APIRouter:
+    """Make the routes; *describe* writes the document for a model."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/openapi.json")
+    async def document(service: Service) -> Response:
+        return JSONResponse(describe(service.model))
+
+    @router.get("/docs")
+    async def page(request: Request, service: Service) -> Response:
+        base = str(request.base_url).rstrip("/")
+        style = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+        return HTMLResponse(
+            _page(describe(service.model), base), headers={"Content-Security-Policy": style}
+        )
+
+    return router
+
+
+def _page(document: dict[str, Any], base: str) -> str:
+    info = document["info"]
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        "<meta name=viewport content='width=device-width,initial-scale=1'>",
+        f"<title>{escape(info['title'])}</title><style>{_STYLE}</style>",
+        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
+        f"<p>{escape(info['description'])}</p>",
+        "<p>Where keys are set, add <code>-H 'authorization: Bearer &lt;key&gt;'</code>. ",
+        "The same as <a href=/openapi.json>OpenAPI</a>.</p>",
+    ]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts.append(_operation(base, path, method, operation))
+    return "\n".join(parts)
+
+
+def _operation(base: str, path: str, method: str, operation: dict[str, Any]) -> str:
+    parts = [
+        f"<h2><code>{method.upper()} {escape(path)}</code></h2>",
+        f"<p>{escape(operation.get('summary', ''))}.</p>",
+    ]
+    contents = operation.get("requestBody", {}).get("content", {})
+    for media_type, content in contents.items():
+        command = _command(base + path, media_type, content["example"])
+        parts.append(f"<pre>{escape(command)}</pre>{_fields(content['schema'])}")
+    if not contents and (address := _address(path, operation)) is not None:
+        parts.append(f"<pre>{escape(f'curl {shlex.quote(base + address)}')}</pre>")
+    statuses = ", ".join(
+        f"{status} {escape(reply['description'])}"
+        for status, reply in operation["responses"].items()
+    )
+    return "\n".join([*parts, f"<p>Answers: {statuses}</p>"])
+
+
+def _command(url: str, media_type: str, example: dict[str, Any]) -> str:
+    output = " -o picture.png" if url.endswith("/generate") else ""
+    if media_type == "multipart/form-data":
+        form = " ".join(f"-F {shlex.quote(f'{name}={value}')}" for name, value in example.items())
+        return f"curl {shlex.quote(url)} {form}"
+    body = shlex.quote(json.dumps(example))
+    return f"curl {shlex.quote(url)} -H 'content-type: {media_type}' -d {body}{output}"
+
+
+def _address(path: str, operation: dict[str, Any]) -> str | None:
+    """Fill the path's parameters with their examples; None where one has no example."""
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path":
+            if "example" not in parameter:
+                return None
+            path = path.replace(f"{{{parameter['name']}}}", str(parameter["example"]))
+    return path
+
+
+def _fields(schema: dict[str, Any]) -> str:
+    rows = []
+    for name, field in schema["properties"].items():
+        limits = ", ".join(
+            f"{word} {json.dumps(field[word])}"
+            for word in ("enum", "minimum", "maximum", "multipleOf", "maxLength", "default")
+            if word in field
+        )
+        about = escape(field.get("description", ""))
+        rows.append(f"<tr><td><code>{escape(name)}</code><td>{about} {escape(limits)}")
+    return f"<table>{''.join(rows)}</table>"

@@ -1,0 +1,91 @@
+"""Alive, ready, and what the worker says. Alive is not ready: a model that loads for minutes is
+alive.
+
+None of them waits for anything. A service that is not ready answers 503 with OpenAI's error object
+beside the state, so that whatever reads either of the two finds its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from app import __version__
+from app.api.deps import Service
+from app.api.errors import envelope, retry_after
+from app.api.request_context import context_of
+from app.domain import ModelInfo
+from app.errors import Kind, KleinError
+from app.service.results import Status
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live", summary="Whether the process answers")
+async def live(request: Request, service: Service) -> Response:
+    """Say that the process answers; it says nothing of the model, unless the service has given up
+    and is ending.
+    """
+    status = service.status()
+    if status.stage == "failed":
+        return _answer(request, status, {"status": "failed"})
+    return JSONResponse({"status": "alive"})
+
+
+@router.get("/health/ready", summary="Whether a picture could be made now")
+async def ready(request: Request, service: Service) -> Response:
+    """Say whether the model has made its warm-up picture and the service takes requests."""
+    status = service.status()
+    return _answer(request, status, _readiness(status))
+
+
+@router.get("/health", summary="Model, precision, memory plan, queue")
+async def health(request: Request, service: Service) -> Response:
+    """Say all that is known; the status code is that of `/health/ready`."""
+    status = service.status()
+    details = {
+        **_readiness(status),
+        "version": __version__,
+        "model": service.model.id,
+        "queue": {
+            "size": status.queue_size,
+            "capacity": status.queue_capacity,
+            "running": status.running,
+            "estimated_wait_s": round(status.estimated_wait_s, 3),
+        },
+        "worker_restarts": status.worker_restarts,
+        **_worker(status.info),
+    }
+    return _answer(request, status, details)
+
+
+def _readiness(status: Status) -> dict[str, Any]:
+    return {
+        "ready": status.is_ready,
+        "stage": status.stage,
+        "progress": status.progress,
+        "reason": status.reason,
+    }
+
+
+def _worker(info: ModelInfo | None) -> dict[str, Any]:
+    return {} if info is None else {"worker": asdict(info)}
+
+
+def _answer(request: Request, status: Status, body: dict[str, Any]) -> Response:
+    context_of(request.scope).outcome = "ok"  # the question was answered, whatever the answer
+    if status.is_ready:
+        return JSONResponse(body)
+    error = KleinError(status.reason or "The service is not ready.", kind=_kind(status))
+    wait_s = retry_after(max(1, round(status.estimated_wait_s)))
+    return JSONResponse({**body, **envelope(error)}, 503, headers={"Retry-After": wait_s})
+
+
+def _kind(status: Status) -> Kind:
+    if status.stage == "draining":
+        return Kind.DRAINING
+    is_loading = status.info is None and status.stage != "failed"
+    return Kind.LOADING if is_loading else Kind.WORKER_DOWN

@@ -1,0 +1,44 @@
+"""`GET /v1/models`: which model is served; its card says so before anything is loaded."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.api.config import ApiConfig
+from app.api.deps import Service
+from app.api.openai.request import is_model
+from app.domain import ModelSpec
+from app.errors import Kind, KleinError
+
+# n8n's picker shows only names of this form, Open WebUI's default is the last.
+_LISTED_ALIASES = ("gpt-image-1", "dall-e-3", "dall-e-2")
+
+
+def build_router(config: ApiConfig) -> APIRouter:
+    """Make the routes for the model that is served."""
+    router = APIRouter(tags=["openai"])
+
+    @router.get("/v1/models", summary="List the served model")
+    async def models(service: Service) -> dict[str, object]:
+        names = [service.model.id]
+        if config.has_aliases and config.lists_aliases:
+            names += _LISTED_ALIASES
+        return {"object": "list", "data": [_model(name, service.model) for name in names]}
+
+    # The hub id holds a slash, which the SDK sends as %2F: hence `:path`.
+    @router.get("/v1/models/{id:path}", summary="Describe the served model under one of its names")
+    async def model(id: str, service: Service) -> dict[str, object]:
+        if not id or not is_model(id, service.model, config):
+            raise KleinError(
+                f"This model is not served here; the one that is has the id {service.model.id}.",
+                kind=Kind.NOT_FOUND,
+                param="model",
+                code="model_not_found",
+            )
+        return _model(id, service.model)
+
+    return router
+
+
+def _model(name: str, model: ModelSpec) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": model.created, "owned_by": model.owned_by}

@@ -1,0 +1,209 @@
+"""A benchmark's result for people: a table on the terminal, a page with charts to hand in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.cli.bench.charts import lines_over_time, stage_bars
+from app.cli.bench.machine import Machine
+from app.cli.bench.measure import Row
+from app.cli.bench.sampler import Reading
+from app.domain import ModelInfo
+
+_SHOWN_STAGES = ("text", "denoise", "decode", "encode")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that one run of `klein bench` found; *notes* say what could not be measured."""
+
+    machine: Machine
+    date: str
+    rows: tuple[Row, ...]
+    loaded: tuple[ModelInfo, ...]
+    notes: tuple[str, ...]
+    readings: tuple[Reading, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The document for scripts."""
+        return {
+            "name": "klein.bench",
+            "date": self.date,
+            "card": self.machine.gpu or "cpu",
+            "driver": self.machine.driver,
+            "machine": asdict(self.machine),
+            "models": [
+                {
+                    "model": info.model,
+                    "revision": info.revision,
+                    "precision": info.precision,
+                    "precision_reason": info.precision_reason,
+                    "plan": info.plan,
+                    "plan_reasons": list(info.plan_reasons),
+                    "features": list(info.features),
+                    "cuda": info.cuda,
+                    "load_s": info.load_s,
+                }
+                for info in self.loaded
+            ],
+            "rows": [row.as_json() for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("size", lambda row: f"{row.width}x{row.height}"),
+    ("steps", lambda row: str(row.steps)),
+    ("precision", lambda row: row.precision),
+    ("plan", lambda row: row.plan),
+    ("p50 s", lambda row: f"{row.seconds['total'].p50:.3f}"),
+    ("p95 s", lambda row: f"{row.seconds['total'].p95:.3f}"),
+    ("allocated GB", lambda row: _gigabytes(row.peak_allocated_bytes)),
+    ("reserved GB", lambda row: _gigabytes(row.peak_reserved_bytes)),
+    ("NVML GB", lambda row: _gigabytes(row.gpu_bytes)),
+    ("host GB", lambda row: _gigabytes(row.host_bytes)),
+    ("W", lambda row: "-" if row.power_watts is None else f"{row.power_watts:.0f}"),
+    ("floor s", lambda row: "-" if row.floor_s is None else f"{row.floor_s:.3f}"),
+    ("reached", lambda row: "-" if row.reached is None else f"{row.reached:.0%}"),
+)
+
+
+def render_table(run: Run) -> str:
+    """The result for a terminal."""
+    lines = [f"card       {run.machine.gpu_words}"]
+    lines += [
+        f"{info.precision:10} {info.model}, plan {info.plan}: {_reasons(info)}"
+        for info in run.loaded
+    ]
+    lines += ["", *_aligned([_heads(), *_cells(run.rows)]), ""]
+    lines += _aligned([["stage p50/p95 s", *_SHOWN_STAGES], *_stage_cells(run.rows)])
+    return "\n".join([*lines, "", *(f"not measured: {note}" for note in run.notes)]).rstrip()
+
+
+def write_report(run: Run, path: Path) -> list[Path]:
+    """Write the page and its charts beside it; return what was written."""
+    stages, memory = (path.with_name(f"{path.stem}-{name}.svg") for name in ("stages", "memory"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stages.write_text(
+        stage_bars(
+            {
+                row.name: {stage: row.seconds[stage].p50 for stage in _SHOWN_STAGES}
+                for row in run.rows
+            }
+        )
+    )
+    memory.write_text(_memory_chart(run))
+    path.write_text(_page(run, stages.name, memory.name))
+    return [path, stages, memory]
+
+
+def _page(run: Run, stages: str, memory: str) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in run.machine.versions.items())
+    machine = run.machine
+    sections = [
+        f"# klein on {machine.gpu or machine.processor}",
+        f"Measured by `klein bench` on {run.date}: from being accepted to the finished PNG, one "
+        "picture after the other, a new prompt each time. GB are 1e9 bytes.",
+        _markdown([_heads(), *_cells(run.rows)]),
+        _explanations(run),
+        "## Stages",
+        f"![median seconds by stage]({stages})",
+        _markdown([["p50 / p95 s", *_SHOWN_STAGES], *_stage_cells(run.rows)]),
+        "## Memory",
+        f"![memory over time]({memory})",
+        "## Machine",
+        "\n".join(
+            [
+                f"- card: {machine.gpu_words}",
+                f"- processor: {machine.processor}, {machine.host_bytes / 1e9:.0f} GB of memory",
+                f"- system: {machine.system}",
+                f"- versions: {versions}",
+                *(f"- {_loaded_words(info)}" for info in run.loaded),
+            ]
+        ),
+        "## Data",
+        f"```json\n{json.dumps(run.as_json())}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _explanations(run: Run) -> str:
+    lines = [
+        "- *allocated* and *reserved*: the most that torch's tensors took and that torch held of "
+        "the card.",
+        "- *NVML*: the card's used memory, less what was in use before the start.",
+        "- *host*: memory of both processes.",
+        "- *floor*: the work divided by the card's datasheet rates, computed; *reached* is the "
+        "floor's share of the median on the card. A dash: not known here.",
+    ]
+    lines += [f"- not measured: {note}" for note in run.notes]
+    return "\n".join(lines)
+
+
+def _loaded_words(info: ModelInfo) -> str:
+    features = f"; {', '.join(info.features)}" if info.features else ""
+    cuda = f", CUDA {info.cuda}" if info.cuda else ""
+    return (
+        f"{info.precision}: {info.model} ({info.revision}), torch {info.torch}{cuda}, loaded in "
+        f"{info.load_s:.1f} s, plan {info.plan}: {_reasons(info)}{features}"
+    )
+
+
+def _reasons(info: ModelInfo) -> str:
+    return "; ".join([info.precision_reason, *info.plan_reasons])
+
+
+def _memory_chart(run: Run) -> str:
+    curves = {
+        "host": [(reading.at_s, reading.host_bytes / 1e9) for reading in run.readings],
+        "card": [
+            (reading.at_s, reading.gpu_bytes / 1e9)
+            for reading in run.readings
+            if reading.gpu_bytes is not None
+        ],
+    }
+    marks = {"the card's memory": run.machine.gpu_bytes / 1e9} if run.machine.gpu_bytes else {}
+    drawn = {name: curve for name, curve in curves.items() if curve}
+    return lines_over_time(drawn, marks if "card" in drawn else {}, unit="GB")
+
+
+def _heads() -> list[str]:
+    return [head for head, _ in _COLUMNS]
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    return [[read(row) for _, read in _COLUMNS] for row in rows]
+
+
+def _stage_cells(rows: Sequence[Row]) -> list[list[str]]:
+    return [
+        [
+            row.name,
+            *(
+                f"{row.seconds[stage].p50:.3f} / {row.seconds[stage].p95:.3f}"
+                for stage in _SHOWN_STAGES
+            ),
+        ]
+        for row in rows
+    ]
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
+
+
+def _markdown(table: list[list[str]]) -> str:
+    head, *lines = table
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def _gigabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e9:.2f}"

@@ -1,0 +1,114 @@
+"""`klein doctor --card`: the answer for a card that is not there, from its datasheet and the
+planner."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from app.cli.doctor.checks import judge_asked_plan, tell_forecast
+from app.cli.doctor.plan_preview import (
+    DISPLAY_BYTES,
+    PlanPreview,
+    Target,
+    assume,
+    floor_seconds,
+    preview_plan,
+)
+from app.cli.doctor.report import Report
+from app.domain import ModelSpec
+from app.engine import roofline
+from app.engine.models.registry import MODELS, find_model, find_spec
+from app.errors import InvalidRequest
+from app.settings import Settings
+
+_KLEIN = next(iter(MODELS))
+
+
+def answer_for_absent_gpu(key: str, settings: Settings) -> Report:
+    """Say what klein would do on the card called *key*.
+
+    Raises:
+        InvalidRequest: the table has no such card; the message names those that it has.
+    """
+    spec = roofline.find_gpu(key)
+    if spec is None:
+        raise InvalidRequest(
+            f"There is no datasheet of {key!r} here; take one of "
+            f"{', '.join(card.key for card in roofline.GPUS)}."
+        )
+    is_named = settings.model in MODELS and not find_model(settings.model).is_embedded
+    model = find_spec(settings.model if is_named else _KLEIN)
+    target = assume(spec)
+    ahead = preview_plan(target, settings, model)
+    found = Report(data={}, computed_for=spec.name)
+    _tell_gpu(found, spec, target)
+    found.tell("model", f"{model.id}, {model.title}")
+    tell_forecast(found, ahead, model, is_computed=True)
+    _tell_otherwise(found, target, ahead, settings, model)
+    floors_s = {
+        precision: floor_seconds(spec, precision, model) for precision in ("bf16", "fp8", "int8")
+    }
+    found.tell("floors", _floors_words(spec, floors_s))
+    if ahead.plan is None:
+        found.complain(
+            f"{target.free_bytes / 1e9:.1f} GB are too little even with the text encoder in host "
+            "memory.",
+            "Take the display off the card, or a card with 8 GB or more.",
+            is_fatal=True,
+        )
+    elif settings.plan != "auto":
+        judge_asked_plan(found, ahead.plan, model)
+    else:
+        _tell_alone(found, target, ahead, settings, model)
+    found.data.update(
+        card=asdict(spec),
+        assumed=asdict(replace(target, spec=None)),
+        model=model.id,
+        forecast=asdict(ahead),
+        floors_s=floors_s,
+    )
+    return found
+
+
+def _tell_gpu(found: Report, spec: roofline.GpuDatasheet, target: Target) -> None:
+    major, minor = spec.capability
+    found.tell(
+        "card",
+        f"{spec.name}: {spec.sms} SMs at {spec.clock_ghz:.3f} GHz, "
+        f"{spec.bandwidth_bytes_s / 1e9:.0f} GB/s, compute capability {major}.{minor}",
+    )
+    found.tell(
+        "memory",
+        f"{spec.memory_bytes / 1e9:.1f} GB, of which {target.free_bytes / 1e9:.1f} GB are assumed "
+        f"to be free ({DISPLAY_BYTES / 1e9:.0f} GB for a display and what is on it)",
+    )
+
+
+def _floors_words(spec: roofline.GpuDatasheet, floors_s: dict[str, float | None]) -> str:
+    words = [
+        f"{name} {seconds:.2f} s"
+        for name, seconds in floors_s.items()
+        if seconds is not None and (name != "fp8" or spec.fp8 is not None)
+    ]
+    return ", ".join(words) + "; of linears in that precision, everything else in bf16"
+
+
+def _tell_otherwise(
+    found: Report, target: Target, ahead: PlanPreview, settings: Settings, model: ModelSpec
+) -> None:
+    """Say what is taken where the probe at the start finds the card's fast kernel not to do."""
+    slow = preview_plan(replace(target, has_fp8=False, has_int8=False), settings, model)
+    if slow.precision_reason != ahead.precision_reason:
+        seconds = "" if slow.floor_s is None else f", floor {slow.floor_s:.2f} s"
+        found.tell("otherwise", f"{slow.precision}: {slow.precision_reason}{seconds}")
+
+
+def _tell_alone(
+    found: Report, target: Target, ahead: PlanPreview, settings: Settings, model: ModelSpec
+) -> None:
+    """Say what another gigabyte or two would change, where it does."""
+    assert ahead.plan is not None
+    assert target.spec is not None
+    alone = preview_plan(replace(target, free_bytes=target.spec.memory_bytes), settings, model)
+    if alone.plan is not None and alone.plan.name != ahead.plan.name:
+        found.tell("alone", f"with nothing else on the card the plan is {alone.plan.name}")

@@ -1,0 +1,260 @@
+"""From facts to a diagnosis: pure, so that every machine can be judged on any other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from app.cli.doctor.facts import CacheFound, CompilerFound, GpuFacts, Holder, HostFound, TorchFound
+from app.cli.doctor.machine_checks import judge_cache, judge_compiler, judge_host
+from app.cli.doctor.plan_preview import PlanPreview
+from app.cli.doctor.report import Report, gigabytes
+from app.domain import ModelSpec
+from app.engine.memory.planner import MemoryPlan
+from app.engine.roofline import find_gpu
+from app.model_choice import Choice
+from app.settings import Settings
+
+PINNED_CUDA = "13.0"
+"""What the pinned torch is built for, besides its build for processors."""
+MINIMUM_DRIVERS = {"11": 450, "12": 525, "13": 580}
+"""The oldest driver for CUDA's major version, by NVIDIA's compatibility table."""
+
+_OLDEST_CAPABILITY = (7, 5)
+_NATIVE_BF16 = (8, 0)
+_SEVERAL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that was found out; a text says why something is not there. *card* is None where
+    the settings want none, *model* where none could be chosen."""
+
+    gpu: GpuFacts | str | None
+    torch: TorchFound
+    compiler: CompilerFound
+    host: HostFound
+    choice: Choice | str
+    model: ModelSpec | None
+    forecast: PlanPreview | str | None
+    cache: CacheFound | None
+
+    @property
+    def is_klein(self) -> bool:
+        """Whether it is about more than the demo model."""
+        return self.model is not None and self.model.hub_id is not None
+
+
+def diagnose(facts: Facts, settings: Settings) -> Report:
+    """Tell what was found, and what is amiss with its remedy."""
+    found = Report(data=_data(facts))
+    _judge_gpu(found, facts, settings)
+    _judge_torch(found, facts)
+    _judge_model(found, facts, settings)
+    if isinstance(facts.forecast, PlanPreview) and facts.model is not None:
+        tell_forecast(found, facts.forecast, facts.model)
+        _judge_plan(found, facts, facts.forecast, settings)
+    judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
+    if facts.cache is not None:
+        judge_cache(found, facts.cache)
+    judge_host(found, facts.host, is_klein=facts.is_klein)
+    return found
+
+
+def minimum_driver(cuda: str | None) -> int:
+    """The oldest driver for a torch built for *cuda*; the pinned one's where torch has none."""
+    return MINIMUM_DRIVERS.get((cuda or PINNED_CUDA).partition(".")[0], MINIMUM_DRIVERS["13"])
+
+
+def tell_forecast(
+    found: Report, ahead: PlanPreview, model: ModelSpec, *, is_computed: bool = False
+) -> None:
+    """Say what will be chosen and why; where *is_computed*, in words that claim no probe."""
+    reason = ahead.precision_reason
+    if is_computed:
+        reason = f"expected, where the start finds that {reason}"
+    found.tell("precision", f"{ahead.precision}: {reason}")
+    size = f"{model.default_width}x{model.default_height}"
+    if ahead.plan is not None:
+        found.tell("plan", f"{ahead.plan.name}: {'; '.join(ahead.plan.reasons)}")
+        found.tell(
+            "peak", f"{gigabytes(ahead.plan.peak_bytes)} expected at {size}, {_sizes(ahead)}"
+        )
+    if ahead.floor_s is not None:
+        found.tell(
+            "floor",
+            f"{ahead.floor_s:.2f} s for {size} in {model.default_steps} steps, computed from the "
+            "datasheet; real cards reach about half of it",
+        )
+
+
+def _sizes(ahead: PlanPreview) -> str:
+    assert ahead.plan is not None
+    alone, *beside = ahead.plan.max_pixels
+    text = f"largest picture {alone / 1e6:.1f} megapixels"
+    if not beside:
+        return text
+    if beside[0] == 0:
+        return f"{text}, no room for a reference image"
+    return f"{text}, beside a reference image {beside[0] / 1e6:.1f}"
+
+
+def _judge_gpu(found: Report, facts: Facts, settings: Settings) -> None:
+    needed = minimum_driver(facts.torch.cuda)
+    if facts.gpu is None:
+        found.tell("card", "none wanted: KLEIN_DEVICE is cpu")
+        return
+    if isinstance(facts.gpu, str):
+        found.tell("card", f"none: {facts.gpu}")
+        _judge_absence(found, facts, facts.gpu, settings)
+        return
+    gpu = facts.gpu
+    major, minor = gpu.capability
+    found.tell("card", f"{gpu.name}, compute capability {major}.{minor}")
+    found.tell("driver", f"{gpu.driver}, needed is {needed} or newer")
+    used = f"{gigabytes(gpu.total_bytes)}, of which {gigabytes(gpu.free_bytes)} are free"
+    found.tell("memory", f"{used}; {_holders(gpu)}")
+    if _driver_major(gpu.driver) < needed:
+        found.complain(
+            f"The driver {gpu.driver} is too old for torch {facts.torch.version}, which is built "
+            f"for CUDA {facts.torch.cuda or PINNED_CUDA}.",
+            f"Install NVIDIA's driver {needed} or newer and start the machine again.",
+            is_fatal=True,
+        )
+    if gpu.capability < _OLDEST_CAPABILITY:
+        found.complain(
+            f"{gpu.name} is older than what CUDA 13 runs on.",
+            "Take a card of the RTX series, or set KLEIN_DEVICE=cpu.",
+            is_fatal=True,
+        )
+    elif gpu.capability < _NATIVE_BF16:
+        found.complain(
+            f"{gpu.name} does not calculate in bf16 itself, so pictures take several times as "
+            "long as on newer cards.",
+            "Nothing can be set against that; RTX 3000 and newer do.",
+            is_fatal=False,
+        )
+
+
+def _judge_absence(found: Report, facts: Facts, reason: str, settings: Settings) -> None:
+    """Without a card the demo runs on the processor, unless a card was asked for by number."""
+    is_demo = facts.model is not None and not facts.is_klein
+    is_fatal = not is_demo or "device" in settings.model_fields_set
+    served = "" if is_fatal else " The demo model is served by the processor."
+    found.complain(
+        f"NVML finds no card that can be used: {reason}.{served}",
+        f"For klein, install NVIDIA's driver {minimum_driver(facts.torch.cuda)} or newer; in a "
+        "container, start it with the card (docker run --gpus all, or compose.yaml as it stands) "
+        "and see that nvidia-smi answers there. Without a card, set KLEIN_DEVICE=cpu.",
+        is_fatal=is_fatal,
+    )
+
+
+def _judge_torch(found: Report, facts: Facts) -> None:
+    torch = facts.torch
+    built = f"built for CUDA {torch.cuda}" if torch.cuda else "built for processors only"
+    found.tell("torch", f"{torch.version}, {built}")
+    if not isinstance(facts.gpu, GpuFacts) or torch.sees_gpu:
+        return
+    if torch.cuda is None:
+        found.complain(
+            "torch is built for processors only and cannot use the card.",
+            f"Install torch's build for CUDA {PINNED_CUDA}: pip install --force-reinstall "
+            "-r requirements.lock without an index of processor wheels.",
+            is_fatal=True,
+        )
+    elif _driver_major(facts.gpu.driver) >= minimum_driver(torch.cuda):
+        found.complain(
+            "NVML sees the card, but torch does not.",
+            "See what CUDA_VISIBLE_DEVICES says, and in a container whether the driver's compute "
+            "libraries are passed in (NVIDIA_DRIVER_CAPABILITIES=compute,utility).",
+            is_fatal=True,
+        )
+
+
+def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
+    if isinstance(facts.choice, str):
+        found.complain(facts.choice, "Set KLEIN_MODEL or --model anew.", is_fatal=True)
+        return
+    found.tell("model", f"{facts.choice.key}: {facts.choice.reason}")
+    if facts.choice.path:
+        found.tell("files", facts.choice.path)
+    if isinstance(facts.forecast, str):
+        found.complain(
+            facts.forecast, "Set KLEIN_PRECISION=auto to let the card decide.", is_fatal=True
+        )
+    if settings.device == "cpu" and facts.is_klein:
+        found.complain(
+            "klein on a processor takes minutes for a picture.",
+            "Take a card, or the demo: KLEIN_MODEL=shapes.",
+            is_fatal=False,
+        )
+
+
+def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Settings) -> None:
+    assert isinstance(facts.gpu, GpuFacts)
+    if ahead.plan is None:
+        remedy = "Close what else uses the card."
+        if facts.gpu.holders:
+            remedy = (
+                f"Close what holds it: {_names(facts.gpu)}. If that is klein, it serves already."
+            )
+        found.complain(
+            f"{gigabytes(facts.gpu.free_bytes)} of the card are free, which is too little even "
+            "with the text encoder in host memory.",
+            remedy,
+            is_fatal=True,
+        )
+    elif settings.plan != "auto":
+        judge_asked_plan(found, ahead.plan, facts.model)
+    elif ahead.plan.name != "resident" and facts.gpu.holders:
+        found.complain(
+            f"What else is on the card makes the plan {ahead.plan.name} necessary, which is "
+            "slower than resident.",
+            f"Close what can be spared: {_names(facts.gpu)}.",
+            is_fatal=False,
+        )
+
+
+def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec | None) -> None:
+    """Say where a plan that was asked for by name leaves too little room for pictures."""
+    assert model is not None
+    if plan.max_pixels[0] < model.default_width * model.default_height:
+        found.complain(
+            f"KLEIN_PLAN asks for {plan.name}, which leaves no room for a picture of "
+            f"{model.default_width}x{model.default_height}.",
+            "Set KLEIN_PLAN=auto to take the fastest plan that fits.",
+            is_fatal=plan.max_pixels[0] == 0,
+        )
+
+
+def _holders(gpu: GpuFacts) -> str:
+    if not gpu.holders:
+        return "the driver names nobody who holds the rest"
+    return f"held by {_names(gpu)}"
+
+
+def _names(gpu: GpuFacts) -> str:
+    names = [_name(holder) for holder in gpu.holders[:_SEVERAL]]
+    more = len(gpu.holders) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def _name(holder: Holder) -> str:
+    """Program, process id, and bytes where the driver tells them."""
+    size = f", {gigabytes(holder.used_bytes)}" if holder.used_bytes else ""
+    return f"{holder.name} ({holder.pid}{size})"
+
+
+def _driver_major(version: str) -> int:
+    major = version.partition(".")[0]
+    return int(major) if major.isdigit() else 0
+
+
+def _data(facts: Facts) -> dict[str, object]:
+    """The facts for scripts."""
+    data = asdict(facts)
+    data["card"] = data.pop("gpu")  # the name that scripts know
+    if isinstance(facts.gpu, GpuFacts):
+        known = find_gpu(facts.gpu.name)
+        data["card"]["key"] = known.key if known else None
+    return data

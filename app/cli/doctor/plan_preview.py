@@ -1,0 +1,134 @@
+"""What the service will do on a card: precision, memory plan, peak, floors, before it starts.
+
+The choices are the engine's own (`app.engine.quantization.select`, `app.engine.memory.planner`); here they are only
+asked, with klein's published sizes in place of a checkpoint. So the answer holds for a card that
+is not there, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.domain import ModelSpec
+from app.engine import roofline
+from app.engine.memory.planner import (
+    COMPILED,
+    CONTEXT_BYTES,
+    EAGER,
+    MemoryPlan,
+    Weights,
+    plan_memory,
+)
+from app.engine.models.registry import files_for, find_model
+from app.settings import Settings
+
+DISPLAY_BYTES = 2_000_000_000
+"""Assumed to be taken on a card that is not there: by a display, a browser and the driver."""
+
+KLEIN_WEIGHTS = Weights(
+    transformer=4_070_000_000,
+    encoder=2_730_000_000,
+    decoder=99_200_000,
+    image_encoder=68_900_000,
+)
+"""Of klein 4B in 8 bit: 3.68 G parameters in blocks at 1 byte and 0.195 G besides at 2, 27 encoder
+layers at 1 byte, the VAE's two ways at 2 bytes."""
+
+_WORKING_BYTES = 4_000_000_000
+"""What a picture takes in bf16, uncompiled; as `app.engine.memory.budget` reckons."""
+_FP8 = (8, 9)
+_INT8 = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A card to plan for: found or assumed. *has_fp8* and *has_int8*: the kernels run on it."""
+
+    capability: tuple[int, int]
+    free_bytes: int
+    has_fp8: bool
+    has_int8: bool
+    can_compile: bool = True
+    spec: roofline.GpuDatasheet | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPreview:
+    """The choices with their reasons; *plan* is None where nothing fits."""
+
+    precision: str
+    precision_reason: str
+    plan: MemoryPlan | None
+    floor_s: float | None
+    """Seconds for a picture at the model's defaults that the datasheet allows."""
+
+
+def assume(spec: roofline.GpuDatasheet) -> Target:
+    """A card of this kind with a display on it, on which the usual kernels run."""
+    return Target(
+        capability=spec.capability,
+        free_bytes=spec.memory_bytes - DISPLAY_BYTES,
+        has_fp8=spec.capability >= _FP8,
+        has_int8=_INT8 <= spec.capability < _FP8,
+        spec=spec,
+    )
+
+
+def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPreview:
+    """Ask the engine's choices for klein on *target*.
+
+    Raises:
+        StartupError: the precision that was asked for is none for this card.
+    """
+    # Names torch's dtypes, so it is imported only where a forecast is asked for.
+    from app.engine.quantization.select import GpuCapabilities, choose_precision
+
+    facts = GpuCapabilities(target.capability, target.has_fp8, target.has_int8)
+    chosen = choose_precision(settings.precision, facts, is_small=False)
+    limit = min(settings.max_pixels, model.max_pixels)
+    if chosen.linears == "exact":
+        plan: MemoryPlan | None = _plan_exact(target, settings, model, limit)
+    else:
+        plan = plan_memory(
+            target.free_bytes,
+            KLEIN_WEIGHTS,
+            COMPILED if target.can_compile else EAGER,
+            default_pixels=model.default_width * model.default_height,
+            limit_pixels=limit,
+            max_references=model.max_references,
+            asked=settings.plan,
+        )
+    kind = "bf16" if chosen.linears == "fp8w" else chosen.name
+    return PlanPreview(chosen.name, chosen.reason, plan, floor_seconds(target.spec, kind, model))
+
+
+def floor_seconds(
+    spec: roofline.GpuDatasheet | None, precision: str, model: ModelSpec
+) -> float | None:
+    """Seconds for one picture at the model's defaults; None where card or precision is unknown."""
+    if spec is None:
+        return None
+    found = roofline.roofline(
+        spec,
+        precision,
+        model.default_width,
+        model.default_height,
+        model.default_steps,
+        branches=2 if model.default_guidance > 1 else 1,
+    )
+    return found.total_s if found else None
+
+
+def _plan_exact(target: Target, settings: Settings, model: ModelSpec, limit: int) -> MemoryPlan:
+    """Without 8 bit: all networks on the card, or one at a time."""
+    files = files_for(find_model(model.id), "bf16")
+    weights = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
+    needed = weights * (2 if settings.precision == "fp32" else 1) + _WORKING_BYTES
+    sizes = (limit,) * (model.max_references + 1)
+    numbers = (
+        f"all networks need {needed / 1e9:.1f} GB, free are "
+        f"{(target.free_bytes - CONTEXT_BYTES) / 1e9:.1f} GB"
+    )
+    fits = needed <= target.free_bytes
+    is_resident = settings.offload == "none" or (settings.offload == "auto" and fits)
+    return MemoryPlan("resident" if is_resident else "offload", (numbers,), needed, sizes)

@@ -1,0 +1,87 @@
+"""What `klein doctor` tells: lines, and problems each with its remedy; for people or as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_WIDTH = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something amiss. A fatal one keeps the service from serving what it is set to."""
+
+    what: str
+    remedy: str
+    is_fatal: bool
+
+
+@dataclass(slots=True)
+class Report:
+    """Grows line by line; *data* is what scripts get besides."""
+
+    data: dict[str, Any]
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    computed_for: str | None = None
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether nothing must be mended first."""
+        return not any(problem.is_fatal for problem in self.problems)
+
+    def tell(self, subject: str, text: str) -> None:
+        """Add a line."""
+        self.lines.append((subject, text))
+
+    def complain(self, what: str, remedy: str, *, is_fatal: bool) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(what, remedy, is_fatal))
+
+    def as_json(self) -> dict[str, Any]:
+        """The document for scripts."""
+        return {
+            "can_serve": self.can_serve,
+            "computed_for": self.computed_for,
+            "problems": [asdict(problem) for problem in self.problems],
+            "told": [{"subject": subject, "text": text} for subject, text in self.lines],
+            **self.data,
+        }
+
+    def render(self) -> str:
+        """The answer for people."""
+        lines = [_wrap(f"{subject:<11}", text) for subject, text in self.lines]
+        for problem in sorted(self.problems, key=lambda problem: not problem.is_fatal):
+            lines += [
+                "",
+                _wrap("mend       " if problem.is_fatal else "mind       ", problem.what),
+                _wrap("   remedy  ", problem.remedy),
+            ]
+        return "\n".join([*lines, "", self._verdict()])
+
+    def _verdict(self) -> str:
+        fatal = sum(problem.is_fatal for problem in self.problems)
+        if self.computed_for is not None:
+            answer = "could serve" if self.can_serve else "could not serve"
+            return f"Computed, nothing was measured: {self.computed_for} {answer} it."
+        if fatal == 0:
+            return "It can serve."
+        return f"{fatal} {'thing' if fatal == 1 else 'things'} must be mended before it can serve."
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them; 1 GB is 1e9 bytes."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def _wrap(head: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )

@@ -1,0 +1,154 @@
+"""One warm worker for a command: the same runtime as the service's, with no HTTP before it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from app import logs
+from app.domain import ImageSpec, ModelInfo, ModelSpec
+from app.engine import create_engine
+from app.errors import InvalidRequest, StartupError
+from app.images import OutputFormat
+from app.limits import DRAW, MAX_SEED, SizeRule
+from app.runtime import Runtime, build_runtime
+from app.service.results import Picture
+from app.settings import Settings
+from app.telemetry.gpu import Gpu
+from app.worker.child import EngineFactory
+
+PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
+
+_PATIENCE_S = 86_400.0
+_COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "white", "black")
+_SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "ring")
+
+
+@asynccontextmanager
+async def warm_runtime(
+    settings: Settings,
+    *,
+    make_engine: EngineFactory = create_engine,
+    gpu: Gpu | None = None,
+    planned: Callable[[ModelSpec], ImageSpec] | None = None,
+) -> AsyncIterator[tuple[Runtime, ModelInfo]]:
+    """Start a worker for *settings* and give it once it is warm; close it at the end.
+
+    What is *planned* for the model is judged before anything is loaded.
+
+    Raises:
+        StartupError: it does not start; one sentence says why.
+        InvalidRequest: what is planned cannot be made by the model.
+    """
+    patient = settings.model_copy(update={"deadline_s": _PATIENCE_S})
+    runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
+    if planned is not None:
+        runtime.service.check(planned(runtime.model))
+    ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+
+    def on_ready(info: ModelInfo) -> None:
+        if not ready.done():
+            ready.set_result(info)
+
+    def on_ended(message: str) -> None:
+        if not ready.done():
+            ready.set_exception(StartupError(message))
+
+    runtime.on_ready.append(on_ready)
+    runtime.ended.add_done_callback(lambda ended: on_ended(ended.result().message))
+    await runtime.start()
+    try:
+        yield runtime, await ready
+    finally:
+        await runtime.close()
+
+
+async def make_picture(
+    runtime: Runtime, spec: ImageSpec, output: OutputFormat | None = None
+) -> Picture:
+    """Let one picture go the way that every picture goes, and wait for its file, PNG by default."""
+    output = output or OutputFormat("png")
+    ticket = runtime.service.submit([spec], client="cli", output=output)
+    (picture,) = await ticket.pictures()
+    return picture
+
+
+def new_prompts() -> Iterator[str]:
+    """Prompts that do not repeat for a long while and that every model knows, the demo too."""
+    order = random.Random(0)
+    combinations = [
+        f"a {colour} {shape} on a {ground} background"
+        for colour in _COLOURS
+        for shape in _SHAPES
+        for ground in _COLOURS
+        if ground != colour
+    ]
+    while True:
+        yield from order.sample(combinations, len(combinations))
+
+
+def draft(model: ModelSpec, prompt: str, width: int, height: int, steps: int | None) -> ImageSpec:
+    """A picture at the model's own defaults, whose seed is always the same."""
+    return ImageSpec(
+        prompt=prompt,
+        width=width,
+        height=height,
+        num_inference_steps=model.default_steps if steps is None else steps,
+        guidance_scale=model.default_guidance,
+        seed=0,
+    )
+
+
+def parse_size(text: str, model: ModelSpec, max_pixels: int) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT, or `auto` for the model's own size, by the rules of HTTP.
+
+    Raises:
+        InvalidRequest: it is none, or none that the model of *card* makes here.
+    """
+    if text == "auto":
+        return model.default_width, model.default_height
+    try:
+        return SizeRule.of(model, max_pixels).parse(text)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"{logs.clip(text)!r} is no WIDTHxHEIGHT that this model makes. {error.message}"
+        ) from None
+
+
+def parse_precisions(text: str) -> tuple[str, ...]:
+    """Read names separated by commas.
+
+    Raises:
+        InvalidRequest: one of them is no precision.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in PRECISIONS:
+            raise InvalidRequest(f"{name!r} is no precision; take of {', '.join(PRECISIONS)}.")
+    return names
+
+
+def choose_seed(given: int | None) -> int:
+    """Take the seed that was given; nothing or -1 draws one, as over HTTP."""
+    return secrets.randbelow(MAX_SEED + 1) if given is None or given == DRAW else given
+
+
+def check_output(path: Path) -> None:
+    """Refuse a place at which no file can be written, before anything is made for it.
+
+    Raises:
+        InvalidRequest: there is no such folder, it may not be written to, or *path* is a folder.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise InvalidRequest(f"{path} is a folder; give the name of a file in it.")
+    if not folder.is_dir():
+        raise InvalidRequest(f"There is no folder {folder}; make it first, or give another.")
+    # A file that is there is written to; a new one needs its folder.
+    if not (os.access(path, os.W_OK) if path.exists() else os.access(folder, os.W_OK | os.X_OK)):
+        raise InvalidRequest(f"{path} may not be written by this user; give another place.")

@@ -1,0 +1,60 @@
+"""Do the parts of a checkpoint belong together? Pure checks of configs, before any weight is read.
+
+The two mistakes that people really make are a wrong VAE (washed-out colours) and a wrong text
+encoder (shape errors in the middle of the first picture); both are told here in one sentence that
+names the part, what was found and what is needed.
+"""
+
+from __future__ import annotations
+
+from app.engine.checkpoint.files import Checkpoint
+from app.engine.models.flux2_klein import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, TEXT_LAYERS
+from app.errors import StartupError
+
+
+def check_compatibility(checkpoint: Checkpoint, *, is_klein: bool) -> None:
+    """Refuse a checkpoint whose parts do not fit; *is_klein* for files downloaded as klein's.
+
+    Raises:
+        StartupError: one sentence that names file, found and needed.
+    """
+    encoder = checkpoint.encoder.config
+    kind = (encoder.get("architectures") or [encoder.get("model_type", "nothing")])[0]
+    if encoder.get("model_type") != "qwen3":
+        raise _misfit("text_encoder", f"is a {kind}", "a Qwen3ForCausalLM")
+    layers = int(encoder.get("num_hidden_layers", 0))
+    if layers < TEXT_LAYERS[-1]:
+        raise _misfit("text_encoder", f"has {layers} layers", f"at least {TEXT_LAYERS[-1]}")
+    hidden = int(encoder["hidden_size"])
+    if is_klein and hidden != TEXT_HIDDEN_SIZE:
+        raise _misfit("text_encoder", f"has the hidden size {hidden}", f"{TEXT_HIDDEN_SIZE}")
+    transformer = checkpoint.transformer.config
+    joint = int(transformer["joint_attention_dim"])
+    if joint != len(TEXT_LAYERS) * hidden:
+        raise _misfit(
+            "text_encoder",
+            f"has the hidden size {hidden}",
+            f"{joint / len(TEXT_LAYERS):g}, a third of the transformer's joint_attention_dim",
+        )
+    _check_vae(checkpoint, is_klein=is_klein)
+
+
+def _check_vae(checkpoint: Checkpoint, *, is_klein: bool) -> None:
+    latent = int(checkpoint.vae.config["latent_channels"])
+    if is_klein and latent != LATENT_CHANNELS:
+        raise _misfit("vae", f"has {latent} latent channels", f"{LATENT_CHANNELS}")
+    channels = int(checkpoint.transformer.config["in_channels"])
+    if channels != 4 * latent:
+        raise _misfit(
+            "vae",
+            f"has {latent} latent channels",
+            f"{channels / 4:g}, a quarter of the transformer's in_channels {channels}",
+        )
+    if not {"bn.running_mean", "bn.running_var"} <= set(checkpoint.vae.slots):
+        raise _misfit(
+            "vae", "has no batch-norm statistics (bn.running_mean, bn.running_var)", "FLUX.2's VAE"
+        )
+
+
+def _misfit(part: str, found: str, needed: str) -> StartupError:
+    return StartupError(f"The model's parts do not fit: {part} {found}, needed is {needed}.")

@@ -1,0 +1,237 @@
+"""Which layout is this folder or file? Told by content, opened part by part.
+
+Known are diffusers' folder, the same with the transformer as one file at its top (as the
+catalogue's download puts it), ComfyUI's models folder as it stands, and one file beside any of
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from app.engine.checkpoint import qwen3
+from app.engine.checkpoint import vae as vae_files
+from app.engine.checkpoint.files import (
+    Checkpoint,
+    ComponentFiles,
+    read_config,
+    slots_of,
+    sources_of,
+)
+from app.engine.checkpoint.safetensors_io import OpenFiles, SafetensorsFile, Tensor
+from app.engine.checkpoint.transformer import is_bfl, read_transformer
+from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
+
+_COMFY_TRANSFORMERS = ("diffusion_models", "unet")
+_COMFY_ENCODERS = ("text_encoders", "clip")
+
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+}
+"""klein's own scheduler config, for layouts that bring none."""
+
+Elsewhere = Callable[[], Path | None]
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+"""Formats that can run code: files so named are not even opened."""
+
+
+def open_checkpoint(
+    path: Path, *, elsewhere: Elsewhere = lambda: None, is_mapped: bool = False
+) -> Checkpoint:
+    """Recognise what lies at *path* by its content and open it.
+
+    Parts that *path* lacks (a tokenizer, or all but the transformer) are looked for in what
+    *elsewhere* returns, a folder in diffusers' layout; it is asked only then. With *is_mapped*
+    weights stay in the files (`TensorFile`).
+
+    Raises:
+        StartupError: it is no layout that is known, or a file of it is damaged or unsupported.
+    """
+    if not path.exists():
+        raise StartupError(f"There is no model at {path}; correct the path and start again.")
+    if path.is_file() and path.suffix.lower() in PICKLES:
+        raise _pickled(path)
+    try:
+        return _open(path, elsewhere, is_mapped=is_mapped)
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        # Names and shapes may be anything; what they must be is asked where each is needed.
+        # It may also be a slip of our own, which the sentence would hide.
+        _log.warning("The files do not fit together.", exc_info=True)
+        raise StartupError(
+            f"{path.name} cannot be used: what its files say of themselves does not fit together "
+            f"({type(error).__name__}); it belongs to another model or is damaged."
+        ) from None
+
+
+def _open(path: Path, elsewhere: Elsewhere, *, is_mapped: bool) -> Checkpoint:
+    with OpenFiles(is_mapped=is_mapped) as files:
+        if path.is_file():
+            checkpoint = _open_file(path, elsewhere, files)
+        elif (path / "model_index.json").is_file():
+            checkpoint = _open_diffusers(path, files)
+        elif any((path / name).is_dir() for name in _COMFY_TRANSFORMERS):
+            checkpoint = _open_comfy(path, None, elsewhere, files)
+        else:
+            raise StartupError(
+                f"{path.name} is no model that is known; give a folder with a model_index.json, "
+                "ComfyUI's models folder, or a transformer in one safetensors file."
+            )
+        checkpoint.files = files.pop_all()
+        return checkpoint
+
+
+def _open_diffusers(
+    path: Path, files: OpenFiles, transformer_file: Path | None = None
+) -> Checkpoint:
+    index = read_config(path / "model_index.json")
+    config = read_config(path / "transformer" / "config.json")
+    own = sorted(path.glob("*.safetensors"))
+    is_folder = any((path / "transformer").glob("*.safetensors"))
+    layout = "diffusers folder"
+    if transformer_file is not None or (not is_folder and len(own) == 1):
+        chosen = transformer_file or own[0]
+        transformer = _read_single(files.open(chosen), config)
+        layout = f"diffusers folder with {chosen.name}"
+    else:
+        transformer = _folder_part("transformer", config, path, files)
+    encoder, vae = (
+        _folder_part(name, read_config(path / name / "config.json"), path, files)
+        for name in ("text_encoder", "vae")
+    )
+    return Checkpoint(
+        layout=layout,
+        transformer=transformer,
+        encoder=encoder,
+        vae=vae,
+        scheduler=read_config(path / "scheduler" / "scheduler_config.json"),
+        tokenizer=path / "tokenizer",
+        is_distilled=index.get("is_distilled"),
+        files=files,
+    )
+
+
+def _folder_part(
+    name: str, config: Mapping[str, Any], path: Path, files: OpenFiles
+) -> ComponentFiles:
+    tensors = _open_folder(path / name, files)
+    return ComponentFiles(name, config, slots_of(tensors), sources=sources_of(tensors))
+
+
+def _open_file(path: Path, elsewhere: Elsewhere, files: OpenFiles) -> Checkpoint:
+    """One file holds the transformer; the other parts are those of the folder it stands in."""
+    if path.parent.name in _COMFY_TRANSFORMERS:
+        return _open_comfy(path.parent.parent, path, elsewhere, files)
+    for find in (lambda: path.parent, elsewhere):
+        if (folder := find()) is not None and (folder / "model_index.json").is_file():
+            return _open_diffusers(folder, files, path)
+    raise StartupError(
+        f"{path.name} holds the transformer only; put it beside a diffusers folder's "
+        "model_index.json or into ComfyUI's models/diffusion_models, or download the model once."
+    )
+
+
+def _open_comfy(
+    path: Path, transformer_file: Path | None, elsewhere: Elsewhere, files: OpenFiles
+) -> Checkpoint:
+    transformer = transformer_file or _only(path, _COMFY_TRANSFORMERS, "klein")
+    tokenizer = next(
+        (
+            folder / "tokenizer"
+            for find in (lambda: path, elsewhere)
+            if (folder := find()) is not None
+            and (folder / "tokenizer" / "tokenizer_config.json").is_file()
+        ),
+        None,
+    )
+    if tokenizer is None:
+        raise StartupError(
+            "ComfyUI's models folder holds no tokenizer; copy the folder tokenizer of "
+            "FLUX.2-klein-4B into it."
+        )
+    encoder = files.open(_only(path, _COMFY_ENCODERS, "qwen_3_4b"))
+    vae = files.open(_only(path, ("vae",), "flux2"))
+    return Checkpoint(
+        layout="ComfyUI models folder",
+        transformer=_read_single(files.open(transformer), None),
+        encoder=qwen3.read_encoder(encoder),
+        vae=vae_files.read_vae(vae),
+        scheduler=SCHEDULER,
+        tokenizer=tokenizer,
+        is_distilled=None,
+        files=files,
+    )
+
+
+def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:
+    """Find the one file of a kind: the only one there, else the only one with *word* in its
+    name.
+    """
+    found = sorted(
+        file
+        for name in folders
+        for pattern in ("*.safetensors", "*.gguf")
+        for file in (path / name).glob(pattern)
+    )
+    if not found:
+        for name in folders:
+            for file in sorted((path / name).glob("*")):
+                if file.suffix.lower() in PICKLES:
+                    raise _pickled(file)
+    named = [file for file in found if word in file.name.lower()] if len(found) > 1 else found
+    if len(named) == 1:
+        return named[0]
+    raise StartupError(
+        f"ComfyUI's folder {folders[0]} holds {len(named)} files that could be meant"
+        f" ({', '.join(file.name for file in named[:3])}); "
+        "give the path of the transformer's file, and leave one encoder and one VAE for it."
+    )
+
+
+def _pickled(path: Path) -> StartupError:
+    return StartupError(
+        f"{path.name} is not read, since its format can run code; give the safetensors file."
+    )
+
+
+def _read_single(file: SafetensorsFile, config: Mapping[str, Any] | None) -> ComponentFiles:
+    if is_bfl(file.tensors):
+        return read_transformer(file, config)
+    raise StartupError(
+        f"{file.path.name} holds no FLUX.2 transformer in Black Forest Labs' names; "
+        "give the published fp8 or bf16 file."
+    )
+
+
+def _open_folder(folder: Path, files: OpenFiles) -> dict[str, Tensor]:
+    """Open the safetensors files of *folder*: those its index names, else the only ones there."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is not None:
+        names = sorted(set(dict(read_config(index)["weight_map"]).values()))
+        paths = [folder / Path(name).name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths or not all(each.is_file() for each in paths):
+        others = sorted(folder.glob("*")) if folder.is_dir() else []
+        found = [each.name for each in others if each.suffix.lower() in PICKLES]
+        raise StartupError(
+            f"{folder.name} holds no whole set of safetensors files"
+            f"{' but ' + found[0] if found else ''}; only safetensors are read, "
+            "since other formats can run code."
+        )
+    tensors: dict[str, Tensor] = {}
+    for each in paths:
+        tensors |= files.open(each).tensors
+    return tensors

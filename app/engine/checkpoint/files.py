@@ -1,0 +1,125 @@
+"""What lies on disk, brought to one face: parts with a config and weights under diffusers' names.
+
+A part lists its tensors before any is read, so a file with missing, extra or wrongly shaped tensors
+is refused by name and nothing is ever dropped silently. Configs are read as data; one that asks for
+code of its own is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.engine.checkpoint.safetensors_header import MAX_BYTES
+from app.engine.checkpoint.safetensors_io import Read, Tensor
+from app.errors import StartupError
+
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal")
+_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One weight under diffusers' name: its shape, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Read
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentFiles:
+    """One network on disk: *label* names its file or folder in messages."""
+
+    label: str
+    config: Mapping[str, Any]
+    slots: Mapping[str, Slot]
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """The file's own name of each module, where it differs from diffusers'."""
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+    """Layers that lie in fp8, by the file's own name: `app.engine.checkpoint.transformer.QuantizedLayer`."""
+    sources: tuple[Path, ...] = ()
+    """The files that its weights lie in."""
+
+    def check(self, expected: Mapping[str, torch.Size], optional: Iterable[str] = ()) -> None:
+        """Refuse the part unless it has exactly the *expected* tensors in their shapes."""
+        missing = sorted(set(expected) - set(self.slots))
+        if missing:
+            raise _refuse(self.label, "lacks tensors that are needed", missing)
+        extra = sorted(set(self.slots) - set(expected) - set(optional))
+        if extra:
+            raise _refuse(self.label, "has tensors that the model does not know", extra)
+        wrong = [
+            f"{name} {list(self.slots[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if self.slots[name].shape != tuple(shape)
+        ]
+        if wrong:
+            raise _refuse(self.label, "has tensors of the wrong shape", wrong)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """All parts of one model; closing it closes the files. *layout* says how it lay on disk."""
+
+    layout: str
+    transformer: ComponentFiles
+    encoder: ComponentFiles
+    vae: ComponentFiles
+    scheduler: Mapping[str, Any]
+    tokenizer: Path
+    is_distilled: bool | None
+    files: ExitStack = field(repr=False)
+
+    def close(self) -> None:
+        """Close every file."""
+        self.files.close()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON config as data; refuse one that brings code or names an implementation."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(path.name)
+        config = json.loads(path.read_text())
+        is_code = next((key for key in _CODE_KEYS if key in json.dumps(config)), None)
+    except FileNotFoundError:
+        raise StartupError(
+            f"{path.parent.name}/{path.name} is missing; download the model again."
+        ) from None
+    except (ValueError, RecursionError):
+        raise StartupError(
+            f"{path.parent.name}/{path.name} is not valid JSON; download the model again."
+        ) from None
+    if is_code is not None:
+        raise StartupError(
+            f"{path.parent.name}/{path.name} has the entry {is_code}, which would run code of the "
+            "checkpoint's own; remove it if you trust the rest of the file."
+        )
+    if not isinstance(config, dict):
+        raise StartupError(f"{path.parent.name}/{path.name} is no table of settings.")
+    return config
+
+
+def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
+    """Describe tensors that bear diffusers' names already."""
+    return {name: Slot(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
+
+
+def sources_of(tensors: Mapping[str, Tensor]) -> tuple[Path, ...]:
+    """Name the files that *tensors* lie in."""
+    return tuple(sorted({tensor.file.path for tensor in tensors.values()}))
+
+
+def _refuse(label: str, what: str, names: list[str]) -> StartupError:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return StartupError(
+        f"The file of {label} {what}: {', '.join(names[:_NAMED])}{more}; "
+        "it belongs to another model or is damaged."
+    )

@@ -1,0 +1,206 @@
+"""Reading safetensors files: what is in them first, the bytes of one tensor when they are wanted.
+
+Only this format is read, since it holds no code. The file is read with plain reads instead of a
+memory map: a map's pages count as this process's memory, and the first load must stay small on a
+machine with 16 GB. On its way to a card a tensor passes through two small pinned places: fresh host
+memory for each would take several times as long. Where weights are to wait on the disk
+(KLEIN_OFFLOAD=disk) they are mapped after all: the system then drops and reads their pages as its
+memory allows. This module knows bytes and names, no model.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from app.engine.checkpoint.safetensors_header import HeaderError, TensorEntry, read_header
+from app.errors import StartupError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""The format's names of the types."""
+
+CPU = torch.device("cpu")
+
+_SHOWN = 16
+"""Characters of a word of the file's that a message repeats."""
+_PIECE_BYTES = 1 << 24
+
+
+class Read(Protocol):
+    """Reads one tensor into memory of its own on *device*."""
+
+    def __call__(self, device: torch.device = CPU) -> torch.Tensor:
+        """Read it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies: *file* and the byte range in it."""
+
+    file: SafetensorsFile
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+    def read(self, device: torch.device = CPU) -> torch.Tensor:
+        """Read the tensor into memory of its own on *device*."""
+        return self.file.read(self, device)
+
+
+class SafetensorsFile:
+    """One open safetensors file. A context manager; reads from one thread at a time.
+
+    With *is_mapped* tensors are views of the file, which live on when it is closed.
+    """
+
+    def __init__(self, path: Path, *, is_mapped: bool = False) -> None:
+        self.path = path
+        self._is_mapped = is_mapped
+        self._map: mmap.mmap | None = None
+        self._ferry: PinnedStaging | None = None
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise StartupError(
+                    f"{path.name} is a GGUF file, which is not supported; "
+                    "use the fp8 or bf16 safetensors file."
+                )
+        self._file: FileIO = path.open("rb", buffering=0)
+        try:
+            self.tensors, self.metadata = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; a map goes with the last tensor that lies in it."""
+        self._map = self._ferry = None
+        self._file.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def read(self, tensor: Tensor, device: torch.device = CPU) -> torch.Tensor:
+        """Read the bytes of *tensor* onto *device*, or show where they lie."""
+        if self._is_mapped and tensor.size_bytes and tensor.start % tensor.dtype.itemsize == 0:
+            return self._view(tensor).to(device)
+        buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8, device=device)
+        self._file.seek(tensor.start)
+        if device.type == "cuda":
+            if self._ferry is None:
+                self._ferry = PinnedStaging()
+            self._ferry.fill(buffer, self._read_into)
+        else:
+            self._read_into(buffer)
+        return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+    def _read_into(self, place: torch.Tensor) -> None:
+        """Fill *place*, bytes on the host, with what comes next in the file."""
+        view = memoryview(place.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+        done = 0
+        while done < len(view):
+            count = self._file.readinto(view[done : done + (1 << 28)])
+            if not count:
+                raise _damaged(self.path, "it ends before its last tensor")
+            done += count
+
+    def _view(self, tensor: Tensor) -> torch.Tensor:
+        if self._map is None:
+            # Copy on write: nothing that is done to a weight can reach the file.
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(
+            self._map, dtype=torch.uint8, offset=tensor.start, count=tensor.size_bytes
+        )
+        return flat.view(tensor.dtype).reshape(tensor.shape)
+
+    def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            entries, notes = read_header(self._file, self.path.stat().st_size)
+        except HeaderError as error:
+            raise _damaged(self.path, str(error)) from None
+        return {name: self._locate(name, entry) for name, entry in entries.items()}, notes
+
+    def _locate(self, name: str, entry: TensorEntry) -> Tensor:
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise StartupError(
+                f"{self.path.name} holds tensors of the type {entry.dtype[:_SHOWN]!r}, which is "
+                "not supported; use the fp8 or bf16 safetensors file."
+            )
+        if entry.size_bytes != math.prod(entry.shape) * dtype.itemsize:
+            raise _damaged(self.path, "a tensor's bytes do not fit its shape")
+        return Tensor(self, name, dtype, entry.shape, entry.start, entry.size_bytes)
+
+
+class PinnedStaging:
+    """Two pinned places on the host that take turns: one is copied to the card while the other is
+    filled.
+    """
+
+    def __init__(self) -> None:
+        self._places = [
+            torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+        ]
+        lanes: Any = torch.cuda
+        self._copied = [lanes.Event() for _ in range(2)]
+
+    def fill(self, target: torch.Tensor, read_into: Callable[[torch.Tensor], None]) -> None:
+        """Fill *target*, bytes on a card, piece by piece by *read_into*."""
+        for number, start in enumerate(range(0, len(target), _PIECE_BYTES)):
+            turn = number % 2
+            piece = target[start : start + _PIECE_BYTES]
+            self._copied[turn].synchronize()
+            place = self._places[turn][: len(piece)]
+            read_into(place)
+            piece.copy_(place, non_blocking=True)
+            self._copied[turn].record()
+
+
+class OpenFiles(ExitStack):
+    """All files of one checkpoint, closed together."""
+
+    def __init__(self, *, is_mapped: bool = False) -> None:
+        super().__init__()
+        self._is_mapped = is_mapped
+
+    def open(self, path: Path) -> SafetensorsFile:
+        """Open *path* until all are closed."""
+        return self.enter_context(SafetensorsFile(path, is_mapped=self._is_mapped))
+
+
+def _damaged(path: Path, what: str) -> StartupError:
+    return StartupError(f"{path.name} is not a whole safetensors file: {what}; download it again.")

@@ -1,0 +1,239 @@
+"""A transformer in one file with BFL's names: bf16, or fp8 with its scales in any of their
+spellings.
+
+Spellings of a layer's scales: `.weight_scale` and `.input_scale`, or ComfyUI's older
+`.scale_weight` and `.scale_input` with a marker `scaled_fp8`; and of its notes: the header's
+`_quantization_metadata`, or a `.comfy_quant` tensor of JSON, maybe padded with NULs. Every name in
+the file is accounted for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from app.engine.checkpoint.bfl import Rule, rules
+from app.engine.checkpoint.files import ComponentFiles, Slot
+from app.engine.checkpoint.safetensors_header import parse_json
+from app.engine.checkpoint.safetensors_io import CPU, Read, SafetensorsFile, Tensor
+from app.errors import StartupError
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_SCALES = {
+    "weight_scale": "weight",
+    "scale_weight": "weight",
+    "input_scale": "input",
+    "scale_input": "input",
+}
+_FP8 = (torch.float8_e4m3fn,)
+_NOTE_BYTES = 65_536
+_SHOWN = 80
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """One layer in fp8 as it lies in the file."""
+
+    weight: Read
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    is_full_precision: bool
+    """Whether the file asks for this layer's product in full precision."""
+
+    def restored(self, device: torch.device = CPU) -> torch.Tensor:
+        """The weight with its scale multiplied in, float32."""
+        scale = self.weight_scale.float().to(device)
+        if scale.numel() > 1:
+            scale = scale.reshape(-1, 1)
+        return self.weight(device).float() * scale
+
+
+def is_bfl(names: Mapping[str, Any]) -> bool:
+    """Whether these are a FLUX.2 transformer's tensors in BFL's names."""
+    return any(name.endswith("double_blocks.0.img_attn.qkv.weight") for name in names)
+
+
+def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) -> ComponentFiles:
+    """Describe the transformer in *file*; without *config* it is told from the tensors' shapes."""
+    tensors = _without_prefix(file)
+    layers, plain = sort_tensors(file, tensors)
+    if config is None:
+        config = _config_of(file, plain)
+    slots, origin = {}, {}
+    known = set()
+    counts = [int(config[name]) for name in ("num_layers", "num_single_layers")]
+    if max(counts) > len(tensors):
+        raise _odd(file, f"it has {len(tensors)} tensors for {max(counts)} layers")
+    for rule in rules(*counts):
+        tensor = plain.get(rule.their_name)
+        known.add(rule.their_name)
+        if tensor is None:
+            continue
+        origin[rule.ours] = rule.theirs
+        read = partial(_read, rule, tensor, layers.get(rule.theirs))
+        slots[rule.our_name] = Slot(rule.shape(tensor.shape), tensor.dtype, read)
+    for name in sorted(set(plain) - known):
+        slots[name] = Slot(plain[name].shape, plain[name].dtype, plain[name].read)
+    return ComponentFiles(
+        file.path.name, config, slots, origin=origin, quantized=layers, sources=(file.path,)
+    )
+
+
+def _read(
+    rule: Rule, tensor: Tensor, layer: QuantizedLayer | None, device: torch.device = CPU
+) -> torch.Tensor:
+    return rule.take(tensor.read(device) if layer is None else layer.restored(device))
+
+
+def _without_prefix(file: SafetensorsFile) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if any(name.startswith(prefix) for name in file.tensors):
+            return {name.removeprefix(prefix): each for name, each in file.tensors.items()}
+    return dict(file.tensors)
+
+
+def sort_tensors(
+    file: SafetensorsFile, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, QuantizedLayer], dict[str, Tensor]]:
+    """Separate scales and notes from weights; return the fp8 layers and all weights."""
+    _refuse_packed(file, tensors)
+    scales: dict[tuple[str, str], torch.Tensor] = {}
+    notes = _header_notes(file)
+    plain = {}
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last in _SCALES:
+            scales[module, _SCALES[last]] = tensor.read()
+        elif last == "comfy_quant":
+            notes[module] = notes.get(module, {}) | _note(file, tensor)
+        elif name != "scaled_fp8":
+            plain[name] = tensor
+    layers = {}
+    for name, tensor in plain.items():
+        module = name.removesuffix(".weight")
+        if tensor.dtype in _FP8:
+            layers[module] = _layer(file, tensor, module, scales, notes)
+        elif (module, "weight") in scales:
+            raise _odd(file, f"{module} has a scale but is not fp8")
+    left = sorted({module for module, _ in scales} - set(layers))
+    if left:
+        raise _odd(file, f"there is a scale for {left[0]} but no such layer")
+    return layers, plain
+
+
+def _refuse_packed(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse fp4 in one sentence: two weights in a byte, scales of scales."""
+    for name, tensor in tensors.items():
+        is_packed = name.endswith(".weight") and tensor.dtype is torch.uint8
+        if is_packed or name.endswith(".weight_scale_2"):
+            raise StartupError(
+                f"{file.path.name} holds fp4 weights, which are not supported; "
+                "use the fp8 or bf16 safetensors file."
+            )
+
+
+def _layer(
+    file: SafetensorsFile,
+    tensor: Tensor,
+    module: str,
+    scales: Mapping[tuple[str, str], torch.Tensor],
+    notes: Mapping[str, Mapping[str, Any]],
+) -> QuantizedLayer:
+    scale = scales.get((module, "weight"))
+    if scale is None or scale.numel() not in (1, tensor.shape[0]):
+        # Unscaled fp8 exists, but this model's layers without their scale are silently wrong.
+        raise _odd(file, f"{module} is fp8 but its weight_scale is missing or of another shape")
+    note = notes.get(module, {})
+    kind = note.get("format", "float8_e4m3fn")
+    if kind != "float8_e4m3fn":
+        raise StartupError(
+            f"{file.path.name} is quantised as {kind}, which is not supported; "
+            "use the fp8 or bf16 safetensors file."
+        )
+    return QuantizedLayer(
+        weight=tensor.read,
+        weight_scale=scale.float(),
+        input_scale=_calibrated(scales.get((module, "input"))),
+        is_full_precision=bool(note.get("full_precision_matrix_mult", False)),
+    )
+
+
+def _calibrated(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the input's scale where it is one: 1.0 is a placeholder, as nonsense values are."""
+    if scale is None or scale.numel() != 1:
+        return None
+    value = float(scale.float())
+    return scale.float() if math.isfinite(value) and value > 0 and value != 1.0 else None
+
+
+def _header_notes(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
+    text = file.metadata.get("_quantization_metadata")
+    if not text:
+        return {}
+    try:
+        layers: dict[str, dict[str, Any]] = dict(parse_json(text)["layers"])
+    except (ValueError, KeyError, TypeError):
+        raise _odd(file, "its _quantization_metadata cannot be read") from None
+    if not all(isinstance(note, dict) for note in layers.values()):
+        raise _odd(file, "its _quantization_metadata cannot be read")
+    for prefix in _PREFIXES:
+        layers = {name.removeprefix(prefix): note for name, note in layers.items()}
+    return layers
+
+
+def _note(file: SafetensorsFile, tensor: Tensor) -> dict[str, Any]:
+    if tensor.dtype is not torch.uint8 or tensor.size_bytes > _NOTE_BYTES:
+        raise _odd(file, f"{tensor.name[:_SHOWN]} is no note")
+    text = bytes(tensor.read().reshape(-1).tolist()).strip(b"\0 ")
+    try:
+        note = parse_json(text) if text else {}
+    except ValueError:
+        note = None
+    if not isinstance(note, dict):
+        raise _odd(file, f"{tensor.name[:_SHOWN]} cannot be read")
+    return note
+
+
+def _config_of(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tell the architecture from the shapes of the weights."""
+    try:
+        width, channels = tensors["img_in.weight"].shape
+        size = tensors["single_blocks.0.norm.query_norm.scale"].shape[0]
+        joined = tensors["single_blocks.0.linear1.weight"].shape[0]
+        config = {
+            "in_channels": channels,
+            "num_layers": _count(tensors, "double_blocks"),
+            "num_single_layers": _count(tensors, "single_blocks"),
+            "attention_head_dim": size,
+            "num_attention_heads": width // size,
+            "joint_attention_dim": tensors["txt_in.weight"].shape[1],
+            "timestep_guidance_channels": tensors["time_in.in_layer.weight"].shape[1],
+            "mlp_ratio": (joined - 3 * width) / (2 * width),
+            "axes_dims_rope": [size // 4] * 4,
+            "guidance_embeds": False,
+        }
+    except KeyError as missing:
+        raise _odd(file, f"it lacks {missing}") from None
+    if any(name.startswith("guidance_in") for name in tensors):
+        raise StartupError(
+            f"{file.path.name} is FLUX.2 [dev], which is another model; give FLUX.2 klein 4B."
+        )
+    return config
+
+
+def _count(tensors: Mapping[str, Tensor], group: str) -> int:
+    count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
+    if count > len(tensors):
+        raise ValueError(group)
+    return count
+
+
+def _odd(file: SafetensorsFile, what: str) -> StartupError:
+    return StartupError(
+        f"{file.path.name} cannot be used: {what}; it belongs to another model or is damaged."
+    )

@@ -1,0 +1,172 @@
+"""The cache on disk: each published file once, and one folder of links for each way to load them.
+
+    <cache>/hub/<owner>--<name>/<revision>/<path>
+    <cache>/models/<key>/<precision>/<path>
+
+Variants share files, so the first tree holds them by where they were published and the second says
+which belong together. A file reaches its place only after its size and SHA-256 were found right; a
+record beside it then states its size, its time of change and its inode. While all hold, a start
+trusts the file without reading its gigabytes; when they do not, as after copying a cache, or where
+others may write (`app.engine.hub.trust`), it is hashed again. The device's number is not asked: it
+changes where the same volume is mounted again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO
+
+from app.engine.hub.fetch import hash_file, partial_path
+from app.engine.hub.trust import is_closed, make_folder
+from app.engine.models.entry import RemoteFile
+from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
+
+_LOADABLE = (
+    *("*.safetensors*", "*.gguf", "*.bin*", "*.ckpt", "*.pt", "*.pth", "*.pkl"),
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"),
+)
+"""Weights, configs and what tokenizers are made of: names that some loader looks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubCache:
+    """The tree of published files. Any process may read it; who adds to it holds its lock."""
+
+    cache_dir: Path
+
+    def path(self, file: RemoteFile) -> Path:
+        """Return the place of *file*."""
+        owner = file.repository.replace("/", "--")
+        return self.cache_dir / "hub" / owner / file.revision / file.path
+
+    def is_present(self, file: RemoteFile) -> bool:
+        """Whether *file* is there; what is there has been checked once."""
+        return self.path(file).is_file()
+
+    def missing_bytes(self, file: RemoteFile) -> int:
+        """Count what is still to be fetched of *file*."""
+        if self.is_present(file):
+            return 0
+        part = partial_path(self.path(file))
+        return max(0, file.size_bytes - (part.stat().st_size if part.is_file() else 0))
+
+    def is_verified(self, file: RemoteFile) -> bool:
+        """Whether *file* is as it was when its hash was found right, and nobody else can have
+        written it or the record.
+        """
+        record = self._record(file)
+        try:
+            return (
+                is_closed(self.path(file), self.cache_dir)
+                and is_closed(record, self.cache_dir)
+                and record.read_text() == self._stamp(file)
+            )
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def mark_verified(self, file: RemoteFile) -> None:
+        """Record that the hash of *file* was found right; where others may write, record nothing
+        that could be believed once the folder is closed.
+        """
+        record = self._record(file)
+        if is_closed(self.path(file), self.cache_dir):
+            _write_whole(record, self._stamp(file))
+        else:
+            record.unlink(missing_ok=True)
+
+    def check(self, file: RemoteFile, on_bytes: Callable[[int], None]) -> bool:
+        """Hash *file*; record it when it is right, delete it when it is not."""
+        path = self.path(file)
+        right = path.stat().st_size == file.size_bytes
+        right = right and hash_file(path, on_bytes) == file.sha256
+        if right:
+            # A cache that is mounted read-only is hashed at every start.
+            with contextlib.suppress(OSError):
+                self.mark_verified(file)
+        else:
+            path.unlink()
+        return right
+
+    @contextmanager
+    def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keep other processes from adding files; call *on_wait* until they let us."""
+        folder = self.cache_dir / "hub"
+        make_folder(folder, self.cache_dir)
+        # Not through a link that somebody may have laid there, and nothing is cut off.
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        with os.fdopen(descriptor, "r+") as lock:
+            while not _is_taken(lock):
+                on_wait()
+                time.sleep(0.2)
+            yield
+
+    def link(self, name: str, files: Iterable[RemoteFile]) -> Path:
+        """Lay out the *files* of one load as links; links of an earlier catalogue go.
+
+        Raises:
+            StartupError: something that a loader may read lies among them, and no download has put
+                it there.
+        """
+        folder = self.cache_dir / "models" / name
+        wanted = {folder / file.path: self.path(file) for file in files}
+        for path in list(folder.rglob("*")):
+            if path.is_symlink():
+                if path not in wanted or path.resolve() != wanted[path].resolve():
+                    path.unlink()
+            elif path in wanted or (not path.is_dir() and _is_loadable(path)):
+                raise StartupError(
+                    f"{path.relative_to(self.cache_dir)} in KLEIN_CACHE_DIR is no file of a "
+                    "download; remove it and start again."
+                )
+            elif not path.is_dir():
+                _log.warning("%s is no file of a download; no loader reads it.", path)
+        for link, target in wanted.items():
+            if not link.is_symlink():
+                make_folder(link.parent, self.cache_dir)
+                link.symlink_to(os.path.relpath(target, link.parent))
+        return folder
+
+    def _record(self, file: RemoteFile) -> Path:
+        path = self.path(file)
+        return path.with_name(path.name + ".verified")
+
+    def _stamp(self, file: RemoteFile) -> str:
+        stat = self.path(file).stat()
+        return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n"
+
+
+def _is_loadable(path: Path) -> bool:
+    return any(fnmatch(path.name.lower(), kind) for kind in _LOADABLE)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write it beside its place and move it there: nothing is written through a link."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), 0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _is_taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,223 @@
+"""Bringing a variant's files into the cache: fetched where missing, trusted only when proved right.
+
+With everything in place the network is not touched at all. What differs from the catalogue in size
+or SHA-256 is deleted and named, before any of it reaches a loader.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.domain import LoadProgress
+from app.engine.hub.cache import HubCache
+from app.engine.hub.fetch import Hub, damaged, fetch
+from app.engine.hub.trust import make_folder, remedy, why_open
+from app.engine.models.entry import ModelEntry, RemoteFile
+from app.engine.models.registry import MODELS, files_for
+from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
+
+OnProgress = Callable[[LoadProgress], None]
+
+_REPORT_EVERY_S = 0.5
+_BUSY = "another process is downloading into the same cache"
+
+
+def ensure(
+    variant: ModelEntry,
+    cache_dir: Path,
+    precision: str,
+    on_progress: OnProgress,
+    *,
+    hub: Hub | None = None,
+    free_bytes: Callable[[Path], int] | None = None,
+) -> Path:
+    """Bring all files of *variant* for *precision* into the cache; return the folder of one load.
+
+    The folder is in diffusers' layout; a transformer that is published as one file lies at its top
+    instead of in `transformer/`.
+
+    Raises:
+        StartupError: a file cannot be had, is damaged, or the disk has no room for it.
+    """
+    files = files_for(variant, precision)
+    _check_allowed(files)
+    store = HubCache(cache_dir)
+    meter = _Meter(on_progress, files)
+    with _explained_disk_errors():
+        _warn_if_open(store, files)
+        _check_present(store, files, meter)
+        if not all(store.is_present(file) for file in files):
+            with store.locked(lambda: on_progress(LoadProgress("download", None, _BUSY))):
+                _check_room(store, files, free_bytes or _free_bytes)
+                _fetch_missing(store, files, hub or Hub(), meter)
+        return store.link(f"{variant.spec.id}/{precision}", files)
+
+
+def lay_out_shared(
+    variant: ModelEntry, cache_dir: Path, folder: Path, on_progress: OnProgress
+) -> bool:
+    """Link into *folder* what *variant* needs at any precision, as an earlier download has left it.
+
+    Nothing is fetched. What others may have written is hashed first. Returns whether all was there.
+
+    Raises:
+        StartupError: a file is damaged; it is deleted.
+    """
+    store = HubCache(cache_dir)
+    if not all(store.is_present(file) for file in variant.shared):
+        return False
+    with _explained_disk_errors():
+        _warn_if_open(store, variant.shared)
+        _check_present(store, variant.shared, _Meter(on_progress, variant.shared))
+        for file in variant.shared:
+            link = folder / file.path
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(store.path(file).resolve())
+    return True
+
+
+def missing_bytes(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
+    """Count what is still to be downloaded before *variant* can be loaded at *precision*."""
+    store = HubCache(cache_dir)
+    return sum(store.missing_bytes(file) for file in files_for(variant, precision))
+
+
+def verify(
+    variant: ModelEntry, cache_dir: Path, precision: str, on_progress: OnProgress
+) -> dict[RemoteFile, bool | None]:
+    """Hash every file in the cache again and delete those that are not the published ones.
+
+    Returns, for each file, whether it was found right; None for one that is not there.
+    """
+    files = files_for(variant, precision)
+    store = HubCache(cache_dir)
+    meter = _Meter(on_progress, files)
+    meter.begin("verify")
+    found: dict[RemoteFile, bool | None] = {}
+    for file in files:
+        found[file] = store.check(file, meter.on_bytes(file)) if store.path(file).exists() else None
+        meter.add(file)
+    return found
+
+
+class _Meter:
+    """Adds up the bytes of several files and reports them, at most twice a second."""
+
+    def __init__(self, on_progress: OnProgress, files: tuple[RemoteFile, ...]) -> None:
+        self._on_progress = on_progress
+        self._total = sum(file.size_bytes for file in files)
+        self._stage, self._done, self._reported_at = "", 0, 0.0
+        self._reported: int | None = None
+
+    def begin(self, stage: str, *, done: int = 0) -> None:
+        """Start counting for *stage*."""
+        self._stage, self._done, self._reported_at = stage, done, 0.0
+
+    def on_bytes(self, file: RemoteFile) -> Callable[[int], None]:
+        """Return what to call with the bytes of *file* that are done."""
+
+        def report(done: int) -> None:
+            now = time.monotonic()
+            is_end = done == file.size_bytes and self._reported != self._done + done
+            if now - self._reported_at >= _REPORT_EVERY_S or is_end:
+                self._reported_at, self._reported = now, self._done + done
+                self._report(file, self._done + done)
+
+        return report
+
+    def add(self, file: RemoteFile) -> None:
+        """Count *file* as done."""
+        self._done += file.size_bytes
+
+    def _report(self, file: RemoteFile, done: int) -> None:
+        numbers = f"{done / 1e9:.2f} of {self._total / 1e9:.2f} GB"
+        fraction = min(1.0, done / max(1, self._total))
+        self._on_progress(LoadProgress(self._stage, fraction, f"{numbers}, {file.path}"))
+
+
+def _check_allowed(files: tuple[RemoteFile, ...]) -> None:
+    allowed = {name for entry in MODELS.values() for name in entry.repositories}
+    for file in files:
+        if file.repository not in allowed:
+            raise StartupError(
+                f"{file.repository} is not a repository of the catalogue; nothing is downloaded "
+                f"from elsewhere than {', '.join(sorted(allowed))}."
+            )
+
+
+def _warn_if_open(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
+    places = (store.path(file) if store.is_present(file) else store.cache_dir for file in files)
+    if reason := next((why for place in places if (why := why_open(place, store.cache_dir))), ""):
+        _log.warning(
+            "The files of KLEIN_CACHE_DIR are hashed at each start, because %s; to end this, %s",
+            reason,
+            remedy(store.cache_dir),
+        )
+
+
+def _check_present(store: HubCache, files: tuple[RemoteFile, ...], meter: _Meter) -> None:
+    """Hash anew what has changed since it was last found right, and refuse what is damaged."""
+    meter.begin("verify")
+    for file in files:
+        is_changed = store.is_present(file) and not store.is_verified(file)
+        if is_changed and not store.check(file, meter.on_bytes(file)):
+            raise damaged(file)
+        meter.add(file)
+
+
+def _check_room(
+    store: HubCache, files: tuple[RemoteFile, ...], free_bytes: Callable[[Path], int]
+) -> None:
+    needed = sum(store.missing_bytes(file) for file in files)
+    free = free_bytes(store.cache_dir)
+    if needed > free:
+        raise _too_small(f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _fetch_missing(store: HubCache, files: tuple[RemoteFile, ...], hub: Hub, meter: _Meter) -> None:
+    meter.begin("download")
+    for file in sorted(files, key=store.is_present, reverse=True):
+        if not store.is_present(file):
+            make_folder(store.path(file).parent, store.cache_dir)
+            fetch(file, store.path(file), hub, meter.on_bytes(file))
+            store.mark_verified(file)
+        meter.add(file)
+
+
+def _too_small(numbers: str) -> StartupError:
+    return StartupError(
+        f"The disk of KLEIN_CACHE_DIR is too small: {numbers}; make room, or set KLEIN_CACHE_DIR "
+        "to a folder on another disk."
+    )
+
+
+@contextmanager
+def _explained_disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _too_small("it filled up during the download") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StartupError(
+                "KLEIN_CACHE_DIR may not be used by this user; make the folder and what lies in it "
+                "readable and writable, or set another one."
+            ) from None
+        if error.filename is None:
+            raise
+        raise StartupError(
+            f"KLEIN_CACHE_DIR cannot be used ({error.strerror}: {error.filename}); remove what is "
+            "in the way, or set another folder."
+        ) from None

@@ -1,0 +1,251 @@
+"""From a config to a loaded model: find the files, choose precision and plan, build the parts."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from app.domain import LoadProgress, ModelInfo, ModelSpec
+from app.engine.checkpoint.compatibility import check_compatibility
+from app.engine.checkpoint.detect import open_checkpoint
+from app.engine.config import EngineConfig
+from app.engine.hub import trust
+from app.engine.memory.budget import OFFLOAD, choose_plan
+from app.engine.memory.planner import MemoryPlan
+from app.engine.models import shapes
+from app.engine.models.registry import find_model
+from app.engine.modules.attention import choose_attention
+from app.engine.pipeline import build as pipeline_build
+from app.engine.pipeline.components import PipelineComponents
+from app.engine.quantization.probe import probe_gpu
+from app.engine.quantization.select import Precision, choose_precision, vae_dtype
+from app.engine.runtime.compile import NO_COMPILER, Compiler, choose_compiler
+from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
+
+OnProgress = Callable[[LoadProgress], None]
+
+_SMALL_BYTES = 1_000_000_000
+_STACK_BYTES = 512
+_STACK_LIMIT = 0
+"""CU_LIMIT_STACK_SIZE in the CUDA driver API."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where the model lies: *is_ours* when it was downloaded by the catalogue's entry."""
+
+    path: Path
+    revision: str
+    is_ours: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready for its first picture."""
+
+    components: PipelineComponents
+    files: Files
+    precision: Precision
+    plan: MemoryPlan
+    features: tuple[str, ...]
+    compiler: Compiler
+
+    def info(self, config: EngineConfig, warm_up_s: float, load_s: float) -> ModelInfo:
+        """Say what was loaded and how."""
+        is_gpu = self.components.device.type == "cuda"
+        return ModelInfo(
+            model=config.model,
+            revision=self.files.revision,
+            device=torch.cuda.get_device_name(self.components.device) if is_gpu else "cpu",
+            precision=self.precision.name,
+            precision_reason=self.precision.reason,
+            plan=self.plan.name,
+            plan_reasons=self.plan.reasons,
+            max_pixels=self.plan.max_pixels,
+            # A plain text: the version object would bring torch into the process that reads it.
+            torch=str(torch.__version__),
+            cuda=torch.version.cuda if is_gpu else None,
+            features=(self.compiler.summary, *self.features),
+            weights_bytes=self.components.weights_bytes,
+            warm_up_s=warm_up_s,
+            load_s=load_s,
+        )
+
+
+def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> LoadedModel:
+    """Do everything up to the warm-up picture.
+
+    Raises:
+        StartupError: files, parts or card do not do; one sentence says which and what to do.
+    """
+    device = find_device(config)
+    _limit_memory(config, device)
+    precision = choose_precision(config.precision, probe_gpu(device), is_small=_is_small(config))
+    files = _find(config, precision, on_progress)
+    is_mapped = config.offload == "disk" and precision.linears == "exact"
+    with ExitStack() as stack:
+        opened = open_checkpoint(
+            files.path,
+            elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
+            is_mapped=is_mapped,
+        )
+        checkpoint = stack.enter_context(closing(opened))
+        check_compatibility(checkpoint, is_klein=files.is_ours and model.hub_id is not None)
+        is_exact = precision.linears == "exact"
+        compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
+        plan = choose_plan(
+            config,
+            model,
+            checkpoint,
+            device,
+            dtype=precision.dtype,
+            is_exact=is_exact,
+            is_compiled=compiler.is_on,
+        )
+        attention, kernel = choose_attention(device)
+        wanted = pipeline_build.BuildOptions(
+            device=device,
+            dtype=precision.dtype,
+            vae_dtype=vae_dtype(precision, device),
+            linears=precision.linears,
+            encoder_linears=precision.encoder_linears,
+            attention=attention,
+            compiler=compiler,
+            is_offloaded=plan.name == OFFLOAD,
+            is_pinned=config.offload != "disk",
+            is_streamed=plan.is_streamed,
+            is_tiled=plan.is_tiled,
+            prompt_cache=config.prompt_cache,
+            converted=Path(config.cache_dir),
+            max_sequence_length=model.max_sequence_length,
+            is_distilled=_is_distilled(checkpoint.is_distilled, model),
+        )
+        components = pipeline_build.build(checkpoint, wanted, on_progress)
+    features = (
+        *(("CUDA graphs",) if compiler.has_graphs else ()),
+        *((kernel,) if not is_exact else ()),
+        *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
+        checkpoint.layout,
+    )
+    return LoadedModel(components, files, precision, plan, features, compiler)
+
+
+def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> Files:
+    if config.path is not None:
+        return Files(Path(config.path), "local", is_ours=False)
+    entry = find_model(config.model)
+    if entry.is_embedded:
+        return Files(shapes.locate(), shapes.REVISION, is_ours=True)
+    from app.engine.hub.download import ensure
+    from app.engine.hub.fetch import Hub
+
+    hub = Hub(silence_s=config.download_silence_s)
+    path = ensure(entry, Path(config.cache_dir), precision.name, on_progress, hub=hub)
+    _end_fetching(on_progress)
+    return Files(path, entry.revision, is_ours=True)
+
+
+def _end_fetching(on_progress: OnProgress) -> None:
+    """Say that what follows hangs on neither network nor disk: it has another limit."""
+    on_progress(LoadProgress("loading"))
+
+
+def find_device(config: EngineConfig) -> torch.device:
+    """Find the card, or say in one sentence why there is none."""
+    if config.device is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise StartupError(
+            "No CUDA card can be used; check the driver with nvidia-smi, or set KLEIN_DEVICE=cpu."
+        )
+    if config.device >= torch.cuda.device_count():
+        raise StartupError(
+            f"There is no card {config.device}; this machine has {torch.cuda.device_count()}, "
+            "counted from 0. Set KLEIN_DEVICE to one of them."
+        )
+    torch.cuda.set_device(config.device)
+    return torch.device("cuda", config.device)
+
+
+def _is_small(config: EngineConfig) -> bool:
+    """Whether the weights are of test or demo size."""
+    if config.path is None:
+        return find_model(config.model).is_embedded
+    path = Path(config.path)
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file()) < _SMALL_BYTES
+
+
+@contextmanager
+def _downloaded(config: EngineConfig, on_progress: OnProgress) -> Iterator[Path | None]:
+    """A folder of an earlier download, which has the parts that other layouts lack."""
+    if config.path is None or not (entry := find_model(config.model)).files:
+        yield None
+        return
+    cache, reason = Path(config.cache_dir), ""
+    for found in sorted(cache.rglob("model_index.json")):
+        # Not hashed here, so it must be what a download has left there and nobody has changed.
+        if not (reason := trust.why_tree_open(found.parent, cache)):
+            yield found.parent
+            return
+    from app.engine.hub.download import lay_out_shared
+
+    # Among files that others may write to, only these are looked at, and nobody can add to them.
+    with TemporaryDirectory(prefix="klein-parts-") as name:
+        is_whole = lay_out_shared(entry, cache, folder := Path(name), on_progress)
+        if is_whole:
+            _end_fetching(on_progress)
+        elif reason:
+            _log.warning("No part is taken from KLEIN_CACHE_DIR, because %s.", reason)
+        yield folder if is_whole else None
+
+
+def _limit_memory(config: EngineConfig, device: torch.device) -> None:
+    """Hold torch to what this process may take, so that a wrong plan fails here and not
+    elsewhere.
+    """
+    if device.type == "cpu":
+        return
+    _shrink_stacks(device)
+    # Pieces of all sizes share memory, which a picture of another size would else fragment.
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if config.memory_bytes is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_bytes / total), device)
+
+
+def _shrink_stacks(device: torch.device) -> None:
+    """Halve what CUDA sets aside for the stacks of all threads that the card could run at once: it
+    is 138 MB less on an H200. The driver enlarges them for a kernel that says it needs more.
+    """
+    # The limit is the context's, which torch makes at the first call that needs one.
+    torch.cuda.synchronize(device)
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(
+            _STACK_LIMIT, ctypes.c_size_t(_STACK_BYTES)
+        )
+    except OSError as error:
+        _log.debug("The driver's library was not found: %s.", error)
+        return
+    if code != 0:
+        _log.debug("The driver keeps its stacks as they are, error %s.", code)
+
+
+def _is_distilled(found: bool | None, model: ModelSpec) -> bool:
+    """The catalogue decides; a folder that says otherwise is told of in the log."""
+    if found is not None and found != model.is_distilled:
+        _log.warning(
+            "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
+            found,
+            model.id,
+        )
+    return model.is_distilled

@@ -1,0 +1,62 @@
+"""The variants that can be served: names, defaults, limits, and the files they are made of.
+
+Pure data and lookups; it knows no torch, no network and no folder. A name that a caller or the
+operator gives is a key of `CATALOG` and never becomes a path. Every repository is pinned to a
+commit, every file to its size and SHA-256, so what is served is what was looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from app.domain import ModelSpec
+from app.engine.models.entry import ModelEntry, RemoteFile
+from app.engine.models.flux2_klein import KLEIN, KLEIN_BASE, KLEIN_KEY
+from app.engine.models.shapes import SHAPES
+from app.errors import StartupError
+
+
+def find_model(key: str) -> ModelEntry:
+    """Look up the variant called *key*.
+
+    Raises:
+        StartupError: there is none; the message names those that exist.
+    """
+    if key in MODELS:
+        return MODELS[key]
+    if "9b" in key.lower():
+        raise StartupError(
+            "The 9B variants of FLUX.2 klein are not served, because their licence forbids "
+            f"commercial use and they do not fit on a 12 GB card; take {KLEIN_KEY} instead."
+        )
+    raise StartupError(
+        "This model is not in the catalogue; set KLEIN_MODEL to one of "
+        f"{', '.join(MODELS)}, or to the path of a local folder or file."
+    )
+
+
+def find_spec(key: str) -> ModelSpec:
+    """Look up what is known of the variant *key* before it is loaded; raises like `entry`."""
+    return find_model(key).spec
+
+
+def files_for(variant: ModelEntry, precision: str) -> tuple[RemoteFile, ...]:
+    """Name the files that *variant* needs at *precision*: `fp8`, `int8`, `bf16` or `fp32`.
+
+    The int8 weights are made of the bf16 file, since two roundings err more than one.
+    """
+    if variant.is_embedded:
+        return ()
+    if precision not in variant.transformers:
+        raise StartupError(
+            f"{variant.spec.id} has no files for the precision {precision}; "
+            f"take one of {', '.join(variant.transformers)}."
+        )
+    return (*variant.shared, variant.transformers[precision])
+
+
+MODELS: Mapping[str, ModelEntry] = MappingProxyType(
+    {variant.spec.id: variant for variant in (KLEIN, KLEIN_BASE, SHAPES)}
+)
+"""All variants by key, the default first."""

@@ -1,0 +1,147 @@
+"""The transformer's blocks and the encoder's layers, written for speed.
+
+diffusers' and transformers' own modules serve every model and every hook; these serve klein:
+projections of the same input joined into one product, the attention kernel named, nothing that a
+compiler stumbles over. They compute the same formulas in another order, so they are used at 8 bit,
+where the last bits are gone anyway; at bf16 the libraries' own modules run and the pixels are
+theirs.
+
+Shapes: *n* tokens, *d* the width, *h* heads of 128. All sequences have the batch 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from app.engine.modules.attention import Attention
+from app.engine.modules.ops import rms_norm, split_last, swiglu
+
+
+class SingleBlock(nn.Module):
+    """`Flux2SingleTransformerBlock`: attention and feed-forward side by side."""
+
+    def __init__(
+        self,
+        joined: nn.Module,
+        out: nn.Module,
+        norms: tuple[nn.Parameter, nn.Parameter],
+        *,
+        width: int,
+        eps: float,
+        attention: Attention,
+    ) -> None:
+        super().__init__()
+        self.joined, self.out = joined, out
+        self.feed_width = _rows(joined) - 3 * width
+        self.norm_q, self.norm_k = norms
+        self.width, self.eps = width, eps
+        self.attention = attention
+
+    def forward(
+        self, hidden: torch.Tensor, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """[1, n, d] -> [1, n, d]; *modulation* is [1, 3 d]."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        normed = _modulate(hidden, scale, shift, self.eps)
+        qkv, feed = torch.split(self.joined(normed), [3 * self.width, self.feed_width], dim=-1)
+        q, k, v = _heads(qkv, self.norm_q.shape[0])
+        q, k = (
+            _norm_rotate(q, self.norm_q, cos, sin, self.eps),
+            _norm_rotate(k, self.norm_k, cos, sin, self.eps),
+        )
+        attended = _attend(self.attention, q, k, v)
+        joined: torch.Tensor = self.out(torch.cat([attended, swiglu(feed)], dim=-1))
+        return hidden + gate * joined
+
+
+class DoubleBlock(nn.Module):
+    """`Flux2TransformerBlock`: two streams with their own weights and one attention."""
+
+    def __init__(
+        self,
+        image: nn.ModuleDict,
+        text: nn.ModuleDict,
+        norms: tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter],
+        *,
+        eps: float,
+        attention: Attention,
+    ) -> None:
+        super().__init__()
+        self.image_qkv, self.image_out = image["qkv"], image["out"]
+        self.image_up, self.image_down = image["up"], image["down"]
+        self.text_qkv, self.text_out = text["qkv"], text["out"]
+        self.text_up, self.text_down = text["up"], text["down"]
+        self.norm_q, self.norm_k, self.norm_text_q, self.norm_text_k = norms
+        self.eps = eps
+        self.attention = attention
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        image_modulation: torch.Tensor,
+        text_modulation: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image [1, n, d] and text [1, m, d] in and out; the modulations are [1, 6 d]."""
+        shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
+        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
+        size, eps, length = self.norm_q.shape[0], self.eps, text.shape[1]
+        q, k, v = _heads(self.image_qkv(_modulate(image, scale, shift, eps)), size)
+        tq, tk, tv = _heads(self.text_qkv(_modulate(text, t_scale, t_shift, eps)), size)
+        q = _norm_rotate(q, self.norm_q, cos[length:], sin[length:], eps)
+        k = _norm_rotate(k, self.norm_k, cos[length:], sin[length:], eps)
+        tq = _norm_rotate(tq, self.norm_text_q, cos[:length], sin[:length], eps)
+        tk = _norm_rotate(tk, self.norm_text_k, cos[:length], sin[:length], eps)
+        attended = _attend(
+            self.attention,
+            torch.cat([tq, q], dim=1),
+            torch.cat([tk, k], dim=1),
+            torch.cat([tv, v], dim=1),
+        )
+        image = image + gate * self.image_out(attended[:, length:])
+        text = text + t_gate * self.text_out(attended[:, :length])
+        up = self.image_up(_modulate(image, scale2, shift2, eps))
+        image = image + gate2 * self.image_down(swiglu(up))
+        up = self.text_up(_modulate(text, t_scale2, t_shift2, eps))
+        text = text + t_gate2 * self.text_down(swiglu(up))
+        return image, text
+
+
+def _rows(linear: Any) -> int:
+    return int(linear.weight.shape[0])
+
+
+def _modulate(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+) -> torch.Tensor:
+    return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def _heads(qkv: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[1, n, 3 d] -> three of [1, n, h, size]."""
+    q, k, v = (split_last(each, size) for each in qkv.chunk(3, dim=-1))
+    return q, k, v
+
+
+def _norm_rotate(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Norm each head of [1, n, h, 128] and rotate its pairs of neighbours."""
+    normed = rms_norm(x, weight, eps).float()
+    even, odd = split_last(normed, 2).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (normed * cos[None, :, None] + turned * sin[None, :, None]).to(x.dtype)
+
+
+def _attend(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """[1, n, h, 128] each -> [1, n, d]."""
+    swapped = (each.transpose(1, 2) for each in (q, k, v))
+    return attention(*swapped).transpose(1, 2).flatten(2)

@@ -1,0 +1,21 @@
+"""Operations that the fused blocks and the Qwen3 layers share."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return functional.silu(gate) * value
+
+
+def split_last(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[..., n * size] -> [..., n, size]."""
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

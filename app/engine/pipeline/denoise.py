@@ -1,0 +1,130 @@
+"""The denoising loop: from noise to latents.
+
+The operations of `Flux2KleinPipeline.__call__` (and, with a mask, of `Flux2KleinInpaintPipeline` at
+strength 1) in their order, so that the pixels are the pipeline's own for the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+from app.domain import ImageSpec
+from app.engine.pipeline.components import PipelineComponents
+from app.engine.pipeline.latents import grid, pack
+from app.engine.pipeline.references import References, Source
+from app.engine.pipeline.text import Text
+from app.errors import Cancelled
+
+OnStep = Callable[[int, Callable[[], torch.Tensor]], None]
+"""Called after each step with its number and a way to the present estimate of the clean latents."""
+
+
+def draw_noise(components: PipelineComponents, spec: ImageSpec) -> torch.Tensor:
+    """Draw the starting noise on the CPU, so that a seed means the same on every card."""
+    height, width = grid(spec)
+    generator = torch.Generator("cpu").manual_seed(spec.seed)
+    channels = components.transformer.config.in_channels
+    # Drawn in float32: the values are those of a draw in bfloat16, and come in half the time.
+    noise = torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32)
+    return noise.to(components.dtype)
+
+
+def denoise(
+    components: PipelineComponents,
+    spec: ImageSpec,
+    text: Text,
+    references: References,
+    noise: torch.Tensor,
+    *,
+    on_step: OnStep,
+    should_stop: Callable[[], bool],
+) -> torch.Tensor:
+    """Turn noise into packed latents, [1, tokens, channels].
+
+    Raises:
+        Cancelled: *should_stop* said so between two steps.
+    """
+    if components.device.type == "cuda":
+        noise = noise.pin_memory()
+    latents = noise = pack(noise.to(components.device, non_blocking=True))
+    sigmas, timesteps = _schedule(components, spec, latents.shape[1])
+    with components.offloader.on_gpu(components.transformer):
+        velocity_of = _velocity(components, spec, text, references)
+        for number in range(spec.num_inference_steps):
+            if should_stop():
+                raise Cancelled
+            sigma, following = sigmas[number], sigmas[number + 1]
+            timestep = timesteps[number].expand(1).to(latents.dtype) / 1000
+            velocity = velocity_of(latents, timestep)
+            before = latents
+            latents = (latents.float() + (following - sigma) * velocity).to(velocity.dtype)
+            if references.source is not None:
+                latents = _keep_source(references.source, latents, noise, sigmas, number + 1)
+            on_step(number + 1, partial(_estimate, before, sigma, velocity))
+    return latents
+
+
+def _velocity(
+    components: PipelineComponents, spec: ImageSpec, text: Text, references: References
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Bind everything that stays the same over the steps."""
+    transformer = components.transformer
+    contexts = [transformer.context_embedder(text.embeddings)]
+    if text.negative is not None:
+        contexts.append(transformer.context_embedder(text.negative))
+    length = contexts[0].shape[1]
+    rope = components.rope.get(length, (grid(spec), *references.grids))
+
+    def velocity_of(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        tokens = latents
+        if references.latents is not None:
+            tokens = torch.cat([latents, references.latents.to(latents.dtype)], dim=1)
+        branches: Sequence[torch.Tensor] = [
+            components.predict(tokens, timestep, context, rope)[:, : latents.shape[1]]
+            for context in contexts
+        ]
+        if len(branches) == 1:
+            return branches[0]
+        wanted, unwanted = branches
+        return unwanted + spec.guidance_scale * (wanted - unwanted)
+
+    return velocity_of
+
+
+def _schedule(
+    components: PipelineComponents, spec: ImageSpec, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the noise levels, one more than the steps, and the timesteps in 0..1000."""
+    steps = spec.num_inference_steps
+    scheduler = components.make_scheduler()
+    sigmas: Any = np.linspace(1.0, 1 / steps, steps)
+    if getattr(scheduler.config, "use_flow_sigmas", False):
+        sigmas = None
+    mu = compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
+    if sigmas is None:
+        scheduler.set_timesteps(steps, device=components.device, mu=mu)
+    else:
+        scheduler.set_timesteps(sigmas=sigmas, device=components.device, mu=mu)
+    return scheduler.sigmas, scheduler.timesteps
+
+
+def _estimate(latents: torch.Tensor, sigma: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+    """Where the present velocity would lead at once: the clean latents as they look by now."""
+    return latents - sigma * velocity
+
+
+def _keep_source(
+    source: Source, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, number: int
+) -> torch.Tensor:
+    """Put the source back where the mask keeps it, noised to the level of the step that follows."""
+    kept = source.latents
+    if number < len(sigmas) - 1:
+        sigma = sigmas.to(kept.dtype)[number]
+        kept = sigma * noise + (1.0 - sigma) * kept
+    return (1 - source.weights) * kept + source.weights * latents

@@ -1,0 +1,80 @@
+"""The second stage, of edits only: from reference images to latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+from app.domain import ImageSpec
+from app.engine.modules.rope import Grid
+from app.engine.pipeline import image_tensors
+from app.engine.pipeline.components import PipelineComponents
+from app.engine.pipeline.latents import latent_statistics, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The picture under a mask: latents and weights per token, pixels and mask per pixel."""
+
+    latents: torch.Tensor
+    weights: torch.Tensor
+    pixels: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """Encoded references, one after the other: [1, tokens, channels], and the grid of each."""
+
+    latents: torch.Tensor | None = None
+    grids: tuple[Grid, ...] = ()
+    source: Source | None = None
+
+
+def encode_references(components: PipelineComponents, spec: ImageSpec) -> References:
+    """Encode the references; with a mask the first is the source, at the output's size."""
+    if not spec.references:
+        return References()
+    processor = Flux2ImageProcessor(vae_scale_factor=image_tensors.MULTIPLE)
+    images = list(spec.references)
+    if spec.mask is not None:
+        images[0] = image_tensors.fit_source(images[0], spec.width, spec.height)
+    with components.offloader.on_gpu(components.vae.encoder):
+        latents = [
+            _encode_image(
+                components,
+                image_tensors.source_tensor(image, processor)
+                if number == 0 and spec.mask is not None
+                else image_tensors.reference_tensor(image, processor),
+            )
+            for number, image in enumerate(images)
+        ]
+    packed = [pack(each) for each in latents]
+    grids = tuple((each.shape[2], each.shape[3]) for each in latents)
+    source = None
+    if spec.mask is not None:
+        weights = image_tensors.mask_weights(spec.mask, spec.width, spec.height)
+        source = Source(
+            latents=packed[0],
+            weights=image_tensors.mask_tokens(weights).to(components.device, components.dtype),
+            pixels=image_tensors.to_tensor(images[0]),
+            mask=weights,
+        )
+    return References(torch.cat([each[0] for each in packed]).unsqueeze(0), grids, source)
+
+
+def _encode_image(components: PipelineComponents, pixels: torch.Tensor) -> torch.Tensor:
+    vae = components.vae
+    pixels = pixels.to(components.device, vae.encoder.conv_in.weight.dtype)
+    latents = vae.encode(pixels).latent_dist.mode()
+    latents = _patchify(latents)
+    mean, std = latent_statistics(vae, latents)
+    normal: torch.Tensor = ((latents - mean) / std).to(components.dtype)
+    return normal
+
+
+def _patchify(latents: torch.Tensor) -> torch.Tensor:
+    """[1, c, 2h, 2w] -> [1, 4c, h, w]."""
+    return torch.pixel_unshuffle(latents, 2)

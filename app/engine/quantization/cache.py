@@ -1,0 +1,132 @@
+"""Layers rounded to 8 bit, kept on disk: a later start reads half the bytes and rounds nothing.
+
+    <cache>/converted/<part>-<kind>-<where its sources lie>.safetensors
+
+A file says what it was made of: name, size and time of change of each source. Where that no longer
+holds, where the file is damaged or where others may write to it (`app.engine.hub.trust`), it is made
+anew. It is written beside its place and renamed, so no reader ever sees half of it; a cache that
+cannot be written to costs the time and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from app.engine.checkpoint.files import ComponentFiles
+from app.engine.checkpoint.safetensors_io import NAMES, SafetensorsFile
+from app.engine.hub.trust import is_closed, make_folder, why_open
+from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
+
+_VERSION = "2"
+"""To be raised when the same sources are rounded in another way."""
+
+Layer = tuple[torch.Tensor, torch.Tensor]
+"""A weight as it was rounded, and its scale."""
+
+
+class QuantizedCache:
+    """The kept layers of *part* at *kind*. Used by one thread, while the part is loaded."""
+
+    def __init__(self, folder: Path, part: ComponentFiles, kind: str, name: str) -> None:
+        places = "\n".join(str(path.resolve()) for path in part.sources)
+        digest = hashlib.sha256(places.encode()).hexdigest()[:12]
+        self._cache = folder
+        self._path = folder / "converted" / f"{name}-{kind}-{digest}.safetensors"
+        self._sources = _describe(part.sources)
+        self._file = self._open()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether layers can be read."""
+        return self._file is not None
+
+    def read(self, name: str, device: torch.device) -> Layer | None:
+        """Read one layer onto *device*, or None where there is none."""
+        if self._file is None:
+            return None
+        weight, scale = (self._file.tensors.get(f"{name}.{each}") for each in ("weight", "scale"))
+        return (
+            None if weight is None or scale is None else (weight.read(device), scale.read(device))
+        )
+
+    def write(self, layers: Mapping[str, Layer]) -> None:
+        """Keep *layers* for later starts; one at a time passes through host memory."""
+        tensors = {
+            f"{name}.{word}": value
+            for name, layer in layers.items()
+            for word, value in zip(("weight", "scale"), layer, strict=True)
+        }
+        metadata = {"version": _VERSION, "sources": self._sources}
+        try:
+            make_folder(self._path.parent, self._cache)
+            if reason := why_open(self._path.parent, self._cache):
+                _log.warning("The 8 bit weights are rounded at each start, because %s.", reason)
+                return
+            _write_whole(self._path, tensors, metadata)
+        except OSError as error:
+            _log.warning(
+                "The 8 bit weights could not be kept in KLEIN_CACHE_DIR (%s); "
+                "the next start rounds them again.",
+                error.strerror,
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> SafetensorsFile | None:
+        try:
+            if not is_closed(self._path, self._cache):
+                return None
+            file = SafetensorsFile(self._path)
+        except (OSError, StartupError):
+            return None
+        if file.metadata == {"version": _VERSION, "sources": self._sources}:
+            return file
+        file.close()
+        return None
+
+
+def _describe(sources: tuple[Path, ...]) -> str:
+    stats = ((path.name, path.stat()) for path in sources)
+    return json.dumps([[name, each.st_size, each.st_mtime_ns] for name, each in stats])
+
+
+def _write_whole(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, value in tensors.items():
+        begin, end = end, end + value.nbytes
+        header[name] = {
+            "dtype": NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for value in tensors.values():
+                plain = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
+                file.write(plain.numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

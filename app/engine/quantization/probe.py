@@ -1,0 +1,84 @@
+"""Runs each fast kernel once and compares it with bf16: a capability number alone proves nothing.
+
+Rowwise or tensorwise fp8 may be compiled in and still be refused by a driver or a wheel's
+architecture list, so what counts is that a small product comes out right; and of int8, which comes
+from a library, that it is faster at klein's own size.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from app.engine.modules.attention import (
+    TOLERANCE,
+    relative_error,
+)
+from app.engine.quantization import int8_kernel, linear
+from app.engine.quantization.select import GpuCapabilities
+
+_log = logging.getLogger(__name__)
+# klein's widest product at a megapixel: 4096 image tokens and 512 words.
+_TOKENS = 4608
+_WIDTHS = (3072, 27648)
+_ROUNDS = 4
+
+
+def probe_gpu(device: torch.device) -> GpuCapabilities | None:
+    """Find out what the card can do; None for the processor."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if _is_right(device, lambda weight: linear.Fp8Linear(*linear.quantize_fp8(weight))):
+        return GpuCapabilities(capability, has_fp8=True, has_int8=False)
+    note = int8_fault(device)
+    return GpuCapabilities(capability, has_fp8=False, has_int8=not note, int8_note=note)
+
+
+def int8_fault(device: torch.device) -> str:
+    """Say why int8 would gain nothing on this card; nothing where it would."""
+    if int8_kernel.fused_matmul() is None:
+        return "comfy-kitchen, the extra `int8`, is not installed"
+    if not _is_right(device, linear.rotated_int8):
+        return "comfy-kitchen's product does not agree with bf16 here"
+    ours, plain = _race(device)
+    torch.cuda.empty_cache()
+    _log.info("A product in int8 takes %.2f ms, in bf16 %.2f ms", 1e3 * ours, 1e3 * plain)
+    return "" if ours < plain else f"{ours / plain:.2f} times bf16's time on this card"
+
+
+def _race(device: torch.device) -> tuple[float, float]:
+    """Time klein's widest product in int8 and in bf16, in seconds."""
+    weight = torch.randn(_WIDTHS[::-1], device=device, dtype=torch.bfloat16)
+    x = torch.randn(_TOKENS, _WIDTHS[0], device=device, dtype=torch.bfloat16)
+    layer = linear.rotated_int8(weight)
+    return _seconds(lambda: layer(x)), _seconds(lambda: x @ weight.t())
+
+
+def _is_right(device: torch.device, make: Callable[[torch.Tensor], nn.Module]) -> bool:
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(256, 512, device=device, generator=generator)
+    x = torch.randn(64, 512, device=device, generator=generator).bfloat16()
+    try:
+        layer = make(weight)
+        error = relative_error(layer(x), x @ weight.bfloat16().t())
+    except RuntimeError as failure:
+        _log.info("A product in 8 bit does not run here: %s", failure)
+        return False
+    return error < TOLERANCE
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Time a product on the card: the best of a few, after one to warm up."""
+    times: list[float] = []
+    for _ in range(_ROUNDS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])

@@ -1,0 +1,253 @@
+"""The least time a picture can take on a card: its work divided by the card's datasheet rates.
+
+Pure arithmetic, no torch, no card. A floor is not an estimate: it counts matrix products alone, at
+the full rate of the tensor cores, and leaves out everything that only moves bytes (norms, RoPE,
+softmax, quantising). Half of it is a good result on real hardware. Its use is the distance: a
+measured time beside its floor says how much there is still to gain.
+
+The work follows from klein's published shapes: 5 double and 20 single blocks of width 3072 over the
+picture's and the prompt's tokens together, 27 Qwen3 layers over the padded prompt, and the VAE's
+decoder. A multiplication with its addition is two operations. Linears of the blocks run at the rate
+of the chosen precision; attention, text encoder and decoder at bf16's.
+
+GeForce rates: tensor cores of one SM do 512 fp16 multiply-adds per clock when they accumulate in
+fp16, half of that when in fp32 (as bf16 does), and twice that with int8; fp8 with fp32
+accumulation, the only kind that torch reaches, is as fast as fp16 with fp16. Clocks are the
+published boost clocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MIB = 1 << 20
+_TERA = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDatasheet:
+    """A card as its datasheet has it; rates in operations per second, dense."""
+
+    key: str
+    """What `--card` takes: `rtx-3060`."""
+    name: str
+    """NVML's product name."""
+    memory_bytes: int
+    """As NVML counts it, near enough to tell a card's variants apart."""
+    capability: tuple[int, int]
+    bandwidth_bytes_s: float
+    bf16: float
+    int8: float
+    fp8: float | None
+    """None where the tensor cores know no fp8."""
+    sms: int
+    clock_ghz: float
+
+    def linear_rate(self, precision: str) -> float | None:
+        """The rate of the blocks' linears; None for a precision that has no rate here.
+
+        fp8 on a card without it is only stored so: the arithmetic is bf16's.
+        """
+        rates = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8 or self.bf16}
+        return rates.get(precision.partition("-")[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations for one picture, by what they run at; *rest* is the transformer's other work:
+    attention, embedders and modulation."""
+
+    text: float
+    linears: float
+    rest: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.text + self.linears + self.rest + self.decode
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Seconds by stage below which a picture cannot come."""
+
+    text_s: float
+    denoise_s: float
+    decode_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds for the picture."""
+        return self.text_s + self.denoise_s + self.decode_s
+
+
+def roofline(
+    gpu: GpuDatasheet,
+    precision: str,
+    width: int,
+    height: int,
+    steps: int,
+    *,
+    references: int = 0,
+    branches: int = 1,
+) -> Roofline | None:
+    """Compute the floor of one picture; None where *precision* has no rate in the table.
+
+    *references* are of the picture's own size; *branches* is 2 where guidance runs the transformer
+    twice a step.
+    """
+    rate = gpu.linear_rate(precision)
+    if rate is None:
+        return None
+    work = picture_work(width, height, steps, references=references, branches=branches)
+    return Roofline(
+        text_s=work.text / gpu.bf16,
+        denoise_s=work.linears / rate + work.rest / gpu.bf16,
+        decode_s=work.decode / gpu.bf16,
+    )
+
+
+def picture_work(
+    width: int, height: int, steps: int, *, references: int = 0, branches: int = 1
+) -> Work:
+    """Count the operations of one picture."""
+    tokens = (width // 16) * (height // 16) * (1 + references)
+    linears, rest = _transformer(tokens)
+    passes = steps * branches
+    return Work(
+        text=_text() * branches,
+        linears=linears * passes,
+        rest=rest * passes,
+        decode=_decode((width // 8) * (height // 8)),
+    )
+
+
+_PROMPT = 512
+"""Tokens of a prompt: it is always padded to this."""
+
+
+def _transformer(image_tokens: int) -> tuple[float, float]:
+    """One forward pass: the blocks' linears, and everything else."""
+    width, mlp, double, single = 3072, 9216, 5, 20
+    tokens = image_tokens + _PROMPT
+    block = 4 * width * width + 3 * width * mlp  # q, k, v, out; the MLP's two gates and its way out
+    fused = width * (3 * width + 2 * mlp) + (width + mlp) * width
+    linears = 2 * tokens * (double * block + single * fused)
+    attention = 4 * tokens * tokens * width * (double + single)
+    embedders = 2 * (2 * 128 * width * image_tokens + 7680 * width * _PROMPT)
+    modulation = 2 * (2 * 6 * width * width + 5 * width * width + 256 * width + width * width)
+    return float(linears), float(attention + embedders + modulation)
+
+
+def _text() -> float:
+    """27 layers of Qwen3 4B over the padded prompt."""
+    width, inner, queries, keys, layers = 2560, 9728, 32 * 128, 8 * 128, 27
+    layer = 2 * width * queries + 2 * width * keys + 3 * width * inner
+    return float(layers * (2 * layer * _PROMPT + 4 * _PROMPT * _PROMPT * queries))
+
+
+def _decode(latents: int) -> float:
+    """The VAE's decoder over *latents* positions; it doubles both sides three times."""
+    top, levels, blocks = 512, (512, 512, 256, 128), 3
+    work = _convolution(32, 32, latents, 1) + _convolution(32, top, latents)
+    work += 2 * _residual(top, top, latents)
+    work += 2 * 4 * top * top * latents + 4 * latents * latents * top
+    positions, before = latents, top
+    for level, width in enumerate(levels):
+        for _ in range(blocks):
+            work += _residual(before, width, positions)
+            before = width
+        if level < len(levels) - 1:
+            positions *= 4
+            work += _convolution(width, width, positions)
+    return float(work + _convolution(levels[-1], 3, positions))
+
+
+def _convolution(inputs: int, outputs: int, positions: int, kernel: int = 3) -> int:
+    return 2 * inputs * outputs * kernel * kernel * positions
+
+
+def _residual(inputs: int, outputs: int, positions: int) -> int:
+    shortcut = _convolution(inputs, outputs, positions, 1) if inputs != outputs else 0
+    return (
+        _convolution(inputs, outputs, positions)
+        + _convolution(outputs, outputs, positions)
+        + shortcut
+    )
+
+
+def _geforce(
+    model: str, sms: int, clock_ghz: float, gib: int, gb_s: float, capability: tuple[int, int]
+) -> GpuDatasheet:
+    """Derive a card's rates from its SMs and its boost clock."""
+    fp16 = sms * 512 * 2 * clock_ghz * 1e9
+    return GpuDatasheet(
+        key=f"rtx-{model.lower().replace(' ', '-')}",
+        name=f"NVIDIA GeForce RTX {model}",
+        memory_bytes=gib * 1024 * _MIB,
+        capability=capability,
+        bandwidth_bytes_s=gb_s * 1e9,
+        bf16=fp16 / 2,
+        int8=fp16 * 2,
+        fp8=fp16 if capability >= (8, 9) else None,
+        sms=sms,
+        clock_ghz=clock_ghz,
+    )
+
+
+GPUS: tuple[GpuDatasheet, ...] = (
+    _geforce("3060", 28, 1.777, 12, 360, (8, 6)),
+    _geforce("3060 Ti", 38, 1.665, 8, 448, (8, 6)),
+    _geforce("3070", 46, 1.725, 8, 448, (8, 6)),
+    _geforce("3080", 68, 1.710, 10, 760, (8, 6)),
+    _geforce("3090", 82, 1.695, 24, 936, (8, 6)),
+    _geforce("4060", 24, 2.460, 8, 272, (8, 9)),
+    _geforce("4060 Ti", 34, 2.535, 16, 288, (8, 9)),
+    _geforce("4070", 46, 2.475, 12, 504, (8, 9)),
+    _geforce("4070 Ti", 60, 2.610, 12, 504, (8, 9)),
+    _geforce("4080", 76, 2.505, 16, 717, (8, 9)),
+    _geforce("4090", 128, 2.520, 24, 1008, (8, 9)),
+    _geforce("5060 Ti", 36, 2.572, 16, 448, (12, 0)),
+    _geforce("5070", 48, 2.512, 12, 672, (12, 0)),
+    _geforce("5090", 170, 2.407, 32, 1792, (12, 0)),
+    GpuDatasheet(
+        key="h200",
+        name="NVIDIA H200",
+        memory_bytes=143_771 * _MIB,
+        capability=(9, 0),
+        bandwidth_bytes_s=4.8e12,
+        bf16=989 * _TERA,
+        int8=1979 * _TERA,
+        fp8=1979 * _TERA,
+        sms=132,
+        clock_ghz=1.980,
+    ),
+)
+"""Cards by capability and size; the last is the one on which the project measures."""
+
+
+def find_gpu(key: str) -> GpuDatasheet | None:
+    """Look a card up as people type it, with or without dashes, vendor and memory size."""
+    wanted = _plain(key)
+    return next((gpu for gpu in GPUS if _plain(gpu.key) == wanted), None)
+
+
+def recognise(name: str, total_bytes: int) -> GpuDatasheet | None:
+    """Find the card that NVML calls *name*; None for one that the table does not hold.
+
+    The memory must agree too, since different chips are sold under one name.
+    """
+    for gpu in GPUS:
+        if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes:
+            return gpu
+    return None
+
+
+def _plain(text: str) -> str:
+    plain = "".join(letter for letter in text.lower() if letter.isalnum())
+    for word in ("nvidia", "geforce"):
+        plain = plain.removeprefix(word)
+    for size in ("8gb", "10gb", "12gb", "16gb", "24gb", "32gb"):
+        plain = plain.removesuffix(size)
+    return plain

@@ -1,0 +1,147 @@
+"""The process that decoders are forked from, and that keeps a number of them ready.
+
+It has imported what decoders need and nothing else, so a new one is there within milliseconds and
+shares its memory. Not `multiprocessing`'s fork server, because that has each new process import the
+service's main module anew, settings and all, and because there is one of it for a whole process.
+
+On its control socket, which is its stdin, it sends, for each new decoder, the process id with the
+other end of its connection; what it receives are ids of decoders to kill. It alone may do that
+safely, since no id of its children is given to another process before it has seen the child's end.
+Its own end comes when the control socket is closed, by whatever end of the service, and it takes
+the decoders along.
+
+    python -m app.images.fork_server SIZE CPU_S MEMORY_BYTES
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import select
+import signal
+import socket
+import sys
+
+from PIL import Image
+
+from app.images.decoder import Limits, serve
+from app.images.preparing import Upload, prepare
+
+_NICE = 10
+"""Behind the service, which answers everybody, where there are fewer cores than work."""
+_RETRY_MS = 1000
+"""After a fork that the machine had no room for."""
+_MESSAGE_BYTES = 64
+
+
+class ForkServer:
+    """Keeps *size* decoders; each has one request to serve, and is replaced when it has ended."""
+
+    def __init__(self, control: socket.socket, size: int, limits: Limits) -> None:
+        self._control = control
+        self._size = size
+        self._limits = limits
+        self._children: set[int] = set()
+
+    def run(self) -> None:
+        """Serve until the other end of the control socket is closed."""
+        control = self._control.fileno()
+        woken, wakes = os.pipe()
+        for end in (woken, wakes):
+            os.set_blocking(end, False)
+        poll = select.poll()
+        for end in (control, woken):
+            poll.register(end, select.POLLIN)
+        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        try:
+            while True:
+                is_complete = self._fill()
+                ready = {number for number, _ in poll.poll(None if is_complete else _RETRY_MS)}
+                if woken in ready:
+                    os.read(woken, 4096)
+                    self._reap()
+                if control in ready and not self._obey():
+                    return
+        except ConnectionError:
+            return
+        finally:
+            # First of all, so that no picture is taken for what ended its decoder.
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)
+            for pid in self._children:
+                os.kill(pid, signal.SIGKILL)
+            # In a container nobody else might.
+            for pid in self._children:
+                os.waitpid(pid, 0)
+
+    def _fill(self) -> bool:
+        """Fork what is missing; tell whether all are there."""
+        while len(self._children) < self._size:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                try:
+                    pid = os.fork()
+                except OSError:
+                    return False
+                if pid == 0:
+                    ours.close()
+                    self._become(theirs)
+                self._children.add(pid)
+                socket.send_fds(self._control, [b"%d" % pid], [ours.fileno()])
+        return True
+
+    def _become(self, connection: socket.socket) -> None:
+        """Be a decoder, and end as one."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._control.close()
+            serve(connection, self._limits)
+            code = 0
+        finally:
+            os._exit(code)
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            self._children.discard(pid)
+
+    def _obey(self) -> bool:
+        """Kill the decoder that is named; tell whether the other end is still there."""
+        message = self._control.recv(_MESSAGE_BYTES)
+        if message and (pid := int(message)) in self._children:
+            os.kill(pid, signal.SIGKILL)
+        return bool(message)
+
+
+def _warm_up() -> None:
+    """Decode one of each kind, so that no decoder has to look for a part of Pillow on the disk."""
+    picture = Image.new("RGBA", (64, 64))
+    for kind in ("PNG", "WEBP", "JPEG", "MPO"):
+        buffer = io.BytesIO()
+        picture.convert("RGB" if kind in {"JPEG", "MPO"} else "RGBA").save(buffer, kind)
+        upload = Upload(buffer.getvalue(), "image")
+        mask = upload if kind in {"PNG", "WEBP"} else None
+        prepare([upload], mask, (64, 64), lambda width, height: (width, height))
+
+
+def main(size: str, cpu_s: str, memory_bytes: str) -> None:
+    """Run as the process; the service alone decides when it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
+    _warm_up()
+    gc.freeze()
+    limits = Limits(cpu_s=int(cpu_s), memory_bytes=int(memory_bytes))
+    with socket.socket(fileno=0) as connection:
+        ForkServer(connection, int(size), limits).run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

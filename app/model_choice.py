@@ -1,0 +1,75 @@
+"""What `KLEIN_MODEL` and `KLEIN_DEVICE` mean on this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.domain import GpuSnapshot
+from app.engine.models.registry import MODELS, find_spec
+from app.errors import StartupError
+from app.settings import Settings, complete_path
+from app.telemetry.gpu import Gpu
+from app.telemetry.preflight import check_gpu, torch_cuda
+
+KLEIN = "flux.2-klein-4b"
+DEMO = "shapes"
+SMALLEST_GPU_BYTES = 5_500_000_000
+"""A card sold with 6 GB; the smallest plan needs about 5."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which model is served, from where, and why."""
+
+    key: str
+    path: str | None
+    reason: str
+
+
+def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
+    """Decide what `KLEIN_MODEL` means on this machine.
+
+    Raises:
+        StartupError: it is neither a catalogue key nor a path that exists.
+    """
+    name = settings.model
+    if name == "auto":
+        if settings.device == "cpu":
+            return Choice(DEMO, None, "KLEIN_DEVICE is cpu")
+        if gpu_now is None:
+            return Choice(DEMO, None, "no CUDA card was found")
+        if gpu_now.total_bytes < SMALLEST_GPU_BYTES:
+            return Choice(DEMO, None, f"{gpu_now.name} has less than 6 GB")
+        return Choice(KLEIN, None, f"{gpu_now.name} can hold it")
+    if name in MODELS:
+        return Choice(name, None, "KLEIN_MODEL names it")
+    if "/" in name or name.startswith(".") or os.path.lexists(name):
+        try:
+            path = complete_path(Path(name))
+        except ValueError as error:
+            raise StartupError(f"KLEIN_MODEL is a path that cannot be used: {error}.") from None
+        if not os.access(path, os.F_OK):
+            raise StartupError(
+                "KLEIN_MODEL is a path at which there is nothing; correct it and start again."
+            )
+        return Choice(find_spec(settings.variant).id, str(path.resolve()), "KLEIN_MODEL is a path")
+    return Choice(find_spec(name).id, None, "KLEIN_MODEL names it")
+
+
+def choose_device(settings: Settings, choice: Choice, gpu: Gpu) -> int | None:
+    """Decide which card is used, None for the processor.
+
+    The demo model runs without a card too, unless one was asked for by number.
+
+    Raises:
+        StartupError: the card cannot be used.
+    """
+    if settings.device == "cpu":
+        return None
+    if choice.key == DEMO and choice.path is None:
+        is_asked_for = "device" in settings.model_fields_set
+        return settings.device if is_asked_for or gpu.read() is not None else None
+    check_gpu(gpu, settings.device, torch_cuda())
+    return settings.device

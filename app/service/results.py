@@ -1,0 +1,79 @@
+"""What the service answers with: pictures, events of a running job, and its own status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from app.domain import (
+    ModelInfo,
+    PeakMemory,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One finished picture, encoded. *seconds* has the stage words of the metrics."""
+
+    data: bytes = field(repr=False)
+    format: str
+    media_type: str
+    width: int
+    height: int
+    seed: int
+    seconds: Mapping[str, float]
+    peak: PeakMemory | None
+    prompt_tokens: int
+    warnings: tuple[str, ...]
+    latents: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the service stands, for /health and for people."""
+
+    stage: str
+    is_ready: bool
+    progress: float | None
+    reason: str
+    info: ModelInfo | None
+    queue_size: int
+    queue_capacity: int
+    running: int
+    estimated_wait_s: float
+    worker_restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """*position* jobs start before this one."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """*step* of *steps* are done; *stage* is one of the stage words."""
+
+    stage: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A picture of the running latents, perhaps smaller than the final one."""
+
+    index: int
+    picture: bytes = field(repr=False)
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The picture."""
+
+    picture: Picture
+
+
+TicketEvent = Queued | StepDone | Preview | Finished

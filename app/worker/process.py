@@ -1,0 +1,195 @@
+"""The parent's hold on one worker process: start it, talk to it, end it. It knows no policy.
+
+Whatever goes wrong between the two processes ends the worker, and its end is told once, within a
+known time: the process is killed where it does not leave, and given up where that does not help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import threading
+from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
+from typing import Protocol
+
+from app.errors import GenerationFailed
+from app.worker import child
+from app.worker.messages import Failed, FromWorker, Generate, ToWorker
+from app.worker.transport import End, Message, Outbox, pair
+
+_log = logging.getLogger(__name__)
+
+_NOT_SENT = "The request could not be handed to the worker; the service's log says why."
+
+
+class Listener(Protocol):
+    """Who is told, in the event loop's thread, what a worker says and that it has gone."""
+
+    def on_message(self, handle: WorkerProcess, message: FromWorker) -> None:
+        """A message has come."""
+
+    def on_exit(self, handle: WorkerProcess, exit_code: int | None) -> None:
+        """The process has gone, and every message that it sent has been delivered; without an exit
+        code it could not be ended, and is left to itself."""
+
+
+class WorkerProcess:
+    """One process from its start to its end. Made and used in the event loop's thread.
+
+    A thread of its own receives, so neither a large picture nor a dying process blocks the loop.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        make_engine: child.EngineFactory,
+        config: object,
+        log: tuple[str, str],
+        leave_s: float,
+    ) -> None:
+        """Start the process; one that hung up or was killed has *leave_s* seconds to be gone.
+
+        Raises:
+            Exception: it could not be started, and nothing is left of it.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._leave_s = leave_s
+        self._exited = asyncio.Event()
+        self._pipe, theirs = pair(context)
+        try:
+            self._process = _start(context, theirs, make_engine, config, log)
+        except BaseException:
+            self._pipe.close()
+            raise
+        finally:
+            # Ours must be the only end left here, or the worker's death would not be heard.
+            theirs.close()
+        self._pid = self._process.pid or 0
+        try:
+            self._start_threads()
+        except BaseException:
+            self._process.kill()
+            self._process.join(leave_s)
+            if self._process.exitcode is None:
+                self._disown()
+            self._pipe.close()
+            raise
+
+    def __repr__(self) -> str:
+        state = "gone" if self._exited.is_set() else "alive"
+        return f"<WorkerHandle pid {self.pid}, {state}>"
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._pid
+
+    def send(self, message: ToWorker) -> None:
+        """Hand *message* to the worker; one that has gone takes no notice."""
+        self._outbox.put(message)
+
+    def kill(self) -> None:
+        """End the process now; a hung kernel does not keep it."""
+        if not self._exited.is_set():
+            self._process.kill()
+            self._loop.call_later(self._leave_s, self._abandon)
+
+    async def wait(self) -> None:
+        """Return once the process has gone."""
+        await self._exited.wait()
+
+    def _start_threads(self) -> None:
+        self._outbox = Outbox(
+            self._pipe,
+            name="worker pipe, down",
+            on_unsendable=self._on_unsendable,
+            on_broken=self._on_broken,
+        )
+        try:
+            threading.Thread(target=self._receive, name="worker pipe, up", daemon=True).start()
+        except BaseException:
+            self._outbox.hang_up()
+            raise
+
+    def _receive(self) -> None:
+        """Tell what the worker says, then see it off."""
+        try:
+            while True:
+                self._tell(self._deliver, self._pipe.recv())
+        except (EOFError, OSError):
+            # It has hung up, and is leaving or dead.
+            self._process.join(self._leave_s)
+        except Exception:
+            _log.exception("What the worker sent cannot be read.")
+        self._process.kill()
+        self._process.join(self._leave_s)
+        self._tell(self._on_gone)
+
+    def _tell(self, callback: Callable[..., None], *arguments: FromWorker) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            # The loop has closed: nobody is left to be told.
+            return
+
+    def _deliver(self, message: FromWorker) -> None:
+        try:
+            self._listener.on_message(self, message)
+        except Exception:
+            _log.exception("What the worker said could not be taken in.")
+            self.kill()
+
+    def _on_unsendable(self, message: Message) -> None:
+        """Fail the job that cannot be sent; without any other message the worker is of no use."""
+        if isinstance(message, Generate):
+            error = GenerationFailed(_NOT_SENT)
+            self._tell(self._deliver, Failed.of(message.job_id, error))
+        else:
+            self._on_broken()
+
+    def _on_broken(self) -> None:
+        self._tell(self.kill)
+
+    def _abandon(self) -> None:
+        """Tell of its end though it is there: not even SIGKILL ends what waits in a driver."""
+        if not self._exited.is_set():
+            self._disown()
+            self._end(None)
+
+    def _disown(self) -> None:
+        """Let this process end without it: Python's own clean-up waits for every child it knows."""
+        _log.error("The worker, process %s, was killed and does not go.", self.pid)
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+
+    def _on_gone(self) -> None:
+        exit_code = self._process.exitcode
+        if exit_code is None:
+            self._abandon()
+            return
+        # Its descriptors, at once.
+        self._process.close()
+        self._end(exit_code)
+
+    def _end(self, exit_code: int | None) -> None:
+        if not self._exited.is_set():
+            self._outbox.hang_up()
+            self._exited.set()
+            self._listener.on_exit(self, exit_code)
+
+
+def _start(
+    context: multiprocessing.context.SpawnContext,
+    end: End,
+    make_engine: child.EngineFactory,
+    config: object,
+    log: tuple[str, str],
+) -> SpawnProcess:
+    process = context.Process(
+        target=child.main, args=(end, make_engine, config, log), name="klein worker"
+    )
+    process.start()
+    return process

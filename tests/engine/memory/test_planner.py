@@ -1,0 +1,118 @@
+"""The memory plan: which card holds what, with reasons, and the largest picture it admits."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.engine.memory.planner import (
+    COMPILED,
+    CONTEXT_BYTES,
+    EAGER,
+    EXACT_PIXELS,
+    GB,
+    PLANS,
+    Weights,
+    peak_bytes,
+    plan_memory,
+)
+
+# klein 4B's networks as they lie on the card: one byte for each weight of a block.
+KLEIN = Weights(
+    transformer=4_070_000_000,
+    encoder=2_730_000_000,
+    decoder=99_000_000,
+    image_encoder=69_000_000,
+)
+SMALL_DECODER = Weights(KLEIN.transformer, KLEIN.encoder, 56_000_000, KLEIN.image_encoder)
+MEGAPIXEL = 1024 * 1024
+LIMIT = 4 * MEGAPIXEL
+
+
+def plan(free_gb: float, weights: Weights = KLEIN, rates=COMPILED, **changes):
+    values = {"default_pixels": MEGAPIXEL, "limit_pixels": LIMIT} | changes
+    return plan_memory(int(free_gb * GB), weights, rates, **values)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "name", "largest"),
+    [
+        # What a card has free with a display on it: 24, 16, 12, 10, 8 and 6 GB.
+        (23.5, "resident", LIMIT),
+        (15.5, "resident", LIMIT),
+        (11.3, "resident", LIMIT),
+        (10.5, "resident", LIMIT),
+        (9.4, "resident", 6000 * 256),
+        (9.0, "resident tiled", 1_400_000),
+        (8.4, "resident tiled", MEGAPIXEL),
+        (7.4, "streamed", LIMIT),
+        (6.5, "streamed", MEGAPIXEL),
+        (5.7, "streamed tiled", MEGAPIXEL),
+    ],
+)
+def test_the_fastest_plan_that_fits_is_taken(free_gb, name, largest):
+    """From a 24 GB card down to one of 6 GB: the plan, and at least this size."""
+    found = plan(free_gb)
+
+    assert found.name == name
+    assert found.max_pixels[0] >= largest
+    assert found.peak_bytes <= free_gb * GB - CONTEXT_BYTES
+
+
+def test_the_reasons_name_what_was_refused():
+    """Numbers for each plan that was tried, and for the one that was taken."""
+    assert plan(9.0).reasons == (
+        "8.4 GB may be used (9.0 GB free)",
+        "resident would need 8.5 GB",
+        "resident tiled needs 7.6 GB",
+    )
+
+
+def test_a_card_that_is_too_small_gets_no_plan():
+    """Four gigabytes hold not even the transformer."""
+    assert plan(4.5) is None
+
+
+@pytest.mark.parametrize("free_gb", [6.5, 7.5, 8.5, 9.5, 10.5, 12.0, 16.0])
+@pytest.mark.parametrize("weights", [KLEIN, SMALL_DECODER])
+@pytest.mark.parametrize("rates", [COMPILED, EAGER])
+def test_no_admitted_size_needs_more_than_there_is(free_gb, weights, rates):
+    """The largest size fits, the next one does not, and references only make it smaller."""
+    found = plan(free_gb, weights, rates)
+    budget = free_gb * GB - CONTEXT_BYTES
+
+    assert list(found.max_pixels) == sorted(found.max_pixels, reverse=True)
+    assert found.max_pixels[0] >= MEGAPIXEL
+    for references, pixels in enumerate(found.max_pixels):
+        assert pixels % 4096 == 0
+        if pixels:
+            assert peak_bytes(found.name, weights, rates, pixels, references) <= budget
+        if pixels < EXACT_PIXELS - 4096 and pixels < LIMIT:
+            more = peak_bytes(found.name, weights, rates, pixels + 4096, references)
+            assert more > budget
+
+
+def test_uncompiled_arithmetic_needs_more():
+    """Without a compiler the same card may get a smaller plan, never a larger one."""
+    for free_gb in (6.5, 7.5, 8.5, 9.0, 9.5, 10.5, 12.0):
+        ranks = [PLANS.index(plan(free_gb, KLEIN, rates).name) for rates in (COMPILED, EAGER)]
+        assert ranks == sorted(ranks)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_that_is_asked_for_is_taken(name):
+    """The operator's word goes over the order; the reason says so."""
+    found = plan(24.0, asked=name)
+
+    assert found.name == name
+    assert found.reasons[-1].endswith("as asked for")
+    assert found.is_streamed == ("streamed" in name)
+    assert found.is_tiled == ("tiled" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "bar"),
+    [("resident", 8.9), ("resident tiled", 7.9), ("streamed", 6.0), ("streamed tiled", 5.0)],
+)
+def test_a_megapixel_stays_within_the_envelope(name, bar):
+    """What each plan reckons with for 1024x1024 is at most what it is meant to take."""
+    assert peak_bytes(name, KLEIN, COMPILED, MEGAPIXEL) <= bar * GB

@@ -1,0 +1,65 @@
+"""The library's fused int8 product computes what our layer says it computes.
+
+Its kernels want a card (tests/gpu has them); its own reference runs on the processor by the same
+call.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from app.engine.quantization import int8_kernel  # noqa: E402 - after the check for torch
+from app.engine.quantization.linear import Int8Linear, rotate, rotated_int8  # noqa: E402
+
+pytestmark = [pytest.mark.system, pytest.mark.torch]
+
+
+@pytest.fixture(scope="module")
+def product():
+    found = int8_kernel.fused_matmul()
+    assert found is not None, "comfy-kitchen is not installed; `make test-system` does it"
+    return found
+
+
+def layer_and_input(width: int) -> tuple[Int8Linear, torch.Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(48, width, generator=generator)
+    return rotated_int8(weight), torch.randn(2, 20, width, generator=generator)
+
+
+@pytest.mark.parametrize("width", [256, 3072, 192, 80])
+def test_the_product_is_our_own_emulation(product, width):
+    """In groups of 256, 64 and 16: same rotation, same rounding, same scales."""
+    layer, x = layer_and_input(width)
+    made = product(x, layer.weight, layer.scale, len(layer.rotation))
+
+    assert made.shape == (2, 20, 48)
+    torch.testing.assert_close(made, layer(x), rtol=1e-3, atol=0.02 * float(made.std()))
+
+
+def test_the_weights_are_the_librarys_own(product):
+    """So a file that either wrote means the same to both."""
+    import comfy_kitchen.backends.eager.quantization as reference
+
+    weight = torch.randn(48, 512, generator=torch.Generator().manual_seed(1))
+    theirs, scales = reference.quantize_int8_convrot_weight(weight, 256)
+    ours = rotated_int8(weight)
+
+    assert (ours.weight - theirs).abs().max() <= 1
+    torch.testing.assert_close(ours.scale, scales.reshape(-1))
+    turned_back = rotate(ours.weight.float() * ours.scale[:, None], ours.rotation)
+    assert float((turned_back - weight).norm() / weight.norm()) < 0.02
+
+
+def test_the_compiler_takes_it_whole(product):
+    """No break in the graph: the whole block around it stays one."""
+    layer, x = layer_and_input(256)
+    group = len(layer.rotation)
+
+    def doubled(value):
+        return 2 * product(value, layer.weight, layer.scale, group)
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), doubled(x))

@@ -1,0 +1,130 @@
+"""From a prompt to embeddings: the trimmed encoder, its layers streamed, the cache of prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+
+from app.engine.pipeline.prompt_cache import PromptCache
+from app.engine.pipeline.text import encode_text
+from app.engine.runtime.tokenizer import Tokens
+from tests.support.layout_files import SPEC, build
+
+pytestmark = pytest.mark.torch
+
+CPU = torch.device("cpu")
+PROMPTS = ("a red circle", "", "long " * 200)
+
+
+@pytest.fixture(scope="module")
+def eight_bit(tiny_klein):
+    return build(tiny_klein)
+
+
+@torch.no_grad()
+def embed(components, prompt: str) -> torch.Tensor:
+    return components.encoder(components.tokenizer(prompt), components.device)
+
+
+def test_the_trimmed_encoder_is_the_full_one(tiny_klein):
+    """In bf16, 27 layers without norm and logits: the whole model's hidden states, bit by bit."""
+    components = build(tiny_klein, linears="exact", dtype=torch.bfloat16, max_sequence_length=512)
+    loaded = Flux2KleinPipeline.from_pretrained(tiny_klein, dtype=torch.bfloat16)
+    for prompt in PROMPTS:
+        right = loaded._get_qwen3_prompt_embeds(loaded.text_encoder, loaded.tokenizer, prompt)
+        assert torch.equal(embed(components, prompt), right)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("plain", 1e-5), ("int8w", 0.05)])
+def test_our_layers_compute_what_qwens_do(tiny_klein, kind, error):
+    """Joined projections and written-out attention: the same formulas, then rounded weights."""
+    right = build(tiny_klein, linears="exact")
+    made = build(tiny_klein, encoder_linears=kind)
+    for prompt in PROMPTS:
+        one, other = embed(made, prompt), embed(right, prompt)
+        assert float((one - other).norm() / other.norm()) < error
+
+
+def test_streamed_layers_give_what_resident_ones_do(tiny_klein, eight_bit):
+    """Two places take turns with 27 layers: bit by bit the same, again and again."""
+    streamed = build(tiny_klein, is_streamed=True)
+    for prompt in (*PROMPTS, PROMPTS[0]):
+        assert torch.equal(embed(streamed, prompt), embed(eight_bit, prompt))
+
+
+def test_streamed_layers_hold_two_on_the_card(tiny_klein):
+    """All weights wait on the host; the modules that compute are two."""
+    layers = build(tiny_klein, is_streamed=True).encoder.layers
+    modules = {id(layer) for layer in layers}
+
+    assert len(list(layers)) == 27
+    assert len(modules) == 2
+    assert layers.host_bytes >= 27 * sum(each.nbytes for each in next(iter(layers)).parameters())
+
+
+def tokens(count: int) -> Tokens:
+    return Tokens(torch.zeros(1, 4), torch.ones(1, 4), count, is_cut=False)
+
+
+def value(number: int) -> torch.Tensor:
+    return torch.full((1, 4, 6), float(number))
+
+
+def test_a_prompt_that_comes_again_is_not_encoded(eight_bit, monkeypatch):
+    """The second time neither tokenizer nor encoder runs, and the embeddings are the same."""
+    with torch.no_grad():
+        first = encode_text(eight_bit, SPEC)
+        monkeypatch.setattr(type(eight_bit.tokenizer), "__call__", None)
+        again = encode_text(eight_bit, SPEC)
+
+    assert (first.is_cached, again.is_cached) == (False, True)
+    assert torch.equal(first.embeddings, again.embeddings)
+    assert (first.token_count, first.is_cut) == (again.token_count, again.is_cut)
+
+
+def test_the_cache_keeps_the_prompts_used_last():
+    """Bounded: the one that was not asked for the longest goes first."""
+    cache = PromptCache(2, CPU)
+    for number, prompt in enumerate(("a", "b")):
+        cache.put(prompt, tokens(number), value(number))
+    assert cache.get("a")[0].count == 0
+    cache.put("c", tokens(2), value(2))
+
+    assert len(cache) == 2
+    assert cache.get("b") is None
+    for prompt, number in (("a", 0), ("c", 2)):
+        found, embeddings = cache.get(prompt)
+        assert found.count == number
+        assert torch.equal(embeddings, value(number))
+
+
+def test_what_is_kept_cannot_be_changed():
+    """Both ways are copies."""
+    cache, given = PromptCache(1, CPU), value(1)
+    cache.put("a", tokens(1), given)
+    given.zero_()
+    cache.get("a")[1].zero_()
+
+    assert torch.equal(cache.get("a")[1], value(1))
+
+
+def test_a_cache_of_no_size_keeps_nothing():
+    """0 turns it off."""
+    cache = PromptCache(0, CPU)
+    cache.put("a", tokens(1), value(1))
+
+    assert cache.get("a") is None
+    assert len(cache) == 0
+
+
+def test_a_prompt_put_twice_takes_one_place():
+    """What is kept is what the encoder made the first time; nobody else's place is taken."""
+    cache = PromptCache(2, CPU)
+    cache.put("a", tokens(1), value(1))
+    cache.put("a", tokens(2), value(2))
+    cache.put("b", tokens(3), value(3))
+
+    assert len(cache) == 2
+    assert torch.equal(cache.get("a")[1], value(1))
+    assert torch.equal(cache.get("b")[1], value(3))
