@@ -1,7 +1,8 @@
-"""The words every room shares: what is asked for, what comes back, who can do it.
+"""Types that every room shares: requests, results, progress, and the engine's protocols.
 
-Frozen dataclasses and two protocols, nothing of ours imported and no behaviour beyond derived
-values. They cross the pipe between the HTTP process and the worker, so every field is plain data.
+Frozen dataclasses and two protocols, without imports from `app` and without behaviour beyond
+derived values. They cross the pipe between the HTTP process and the worker, so every field is
+plain data.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """Uncompressed pixels: *pixels* holds height x width x 3 bytes, RGB, 8 bits, rows from the
-    top."""
+    """An uncompressed image: *pixels* is uint8 [height, width, 3], RGB, rows from the top."""
 
     width: int
     height: int
@@ -24,7 +24,7 @@ class RawImage:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Where an edit may paint: *weights* holds height x width bytes; 255 repaints, 0 keeps."""
+    """Where an edit may paint: *weights* is uint8 [height, width]; 255 repaints, 0 keeps."""
 
     width: int
     height: int
@@ -33,7 +33,7 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """One picture, fully decided: every default is filled in, so equal specs give equal pixels."""
+    """One image with every default filled in, so that equal specs give equal pixels."""
 
     prompt: str = field(repr=False)
     width: int
@@ -44,13 +44,13 @@ class ImageSpec:
     references: tuple[RawImage, ...] = ()
     mask: Mask | None = None
     previews: int = 0
-    """How many pictures of the running latents to send with the progress, spread over the steps."""
+    """How many previews of the latents to send with the progress, spread over the steps."""
     wants_latents: bool = False
-    """Whether the final latents come back with the picture; no client asks for them."""
+    """Whether the final latents come back with the image; only `klein compare` asks for them."""
 
     @property
     def pixels(self) -> int:
-        """The number of pixels asked for."""
+        """The output's number of pixels."""
         return self.width * self.height
 
 
@@ -72,7 +72,10 @@ class StageTimings:
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """What torch holds on the card, or the most that it held during one job, in bytes."""
+    """Bytes that torch holds on the GPU, or their maximum during one job.
+
+    *allocated* and *reserved* as `torch.cuda.memory_allocated` and `memory_reserved` count them.
+    """
 
     allocated: int
     reserved: int
@@ -80,7 +83,7 @@ class PeakMemory:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A finished picture as it leaves the worker; *peak* is None without a card."""
+    """A finished image as it leaves the worker; *peak* is None without a GPU."""
 
     image: RawImage
     timings: StageTimings
@@ -88,15 +91,15 @@ class Generated:
     prompt_tokens: int
     is_prompt_cut: bool
     is_prompt_cached: bool | None = None
-    """Whether the prompt's embeddings came from the cache; None where no cache is in use."""
+    """Whether the prompt embeddings came from the cache; None where no cache is in use."""
     held: PeakMemory | None = None
-    """What torch holds on the card once the job is over; None without a card."""
+    """What torch holds on the GPU after the job; None without a GPU."""
     latents: bytes | None = field(default=None, repr=False)
-    """The final latents, tokens x channels in float32, row by row; None unless asked for."""
+    """The final latents, float32 [tokens, channels], row-major; None unless asked for."""
 
 
 class Stage(Enum):
-    """Where a running job is; CARD_FREE says that the card could take the next job."""
+    """Where a running job is; GPU_FREE says that the GPU can take the next job."""
 
     TEXT = "text"
     REFERENCE = "reference"
@@ -107,7 +110,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A sign of life of a running job: *step* of *steps* are done; *preview* may be smaller."""
+    """Progress of a running job: *step* of *steps* are done; *preview* may be smaller."""
 
     stage: Stage
     step: int
@@ -117,8 +120,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """A sign of life while a model is on its way: *fraction* in 0..1, or None where it is
-    unknown."""
+    """Progress of loading a model: *fraction* in 0..1, or None where it is unknown."""
 
     stage: str
     fraction: float | None = None
@@ -127,7 +129,7 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What is known of a variant before it is loaded: its names, defaults and limits."""
+    """What is known of a model before it is loaded: names, defaults and limits."""
 
     id: str
     title: str
@@ -152,41 +154,37 @@ class ModelSpec:
 
     @property
     def is_distilled(self) -> bool:
-        """Whether guidance is baked in, so that a guidance scale other than the default is
-        refused."""
+        """Whether guidance is distilled into the weights, so no other scale is accepted."""
         return self.max_guidance == self.default_guidance
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the worker says once the model answers."""
+    """What the worker reports once the model is loaded and warm."""
 
     model: str
     revision: str
     device: str
-    """NVML's product name of the card, or `cpu`."""
+    """NVML's product name of the GPU, or `cpu`."""
     precision: str
     precision_reason: str
     plan: str
     plan_reasons: tuple[str, ...]
     max_pixels: tuple[int, ...]
-    """Largest output, in pixels, that fits: entry i is the limit with i reference images; 0 is
-    none."""
+    """Largest output that fits, in pixels; entry i holds with i reference images, 0: no room."""
     torch: str
     cuda: str | None
     features: tuple[str, ...] = ()
-    """What is switched on besides, for /health: `compiled blocks`, `prompt cache`, ..."""
+    """Optimizations in use, for /health: `compiled blocks`, `prompt cache`, ..."""
     weights_bytes: int = 0
     warm_up_s: float = 0.0
-    """Seconds in the worker of the warm-up image at the default size, the first estimate of
-    speed."""
+    """Seconds of the warm-up image at the default size: the estimator's first sample."""
     load_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One reading of the card: bytes, ratio in 0..1, watts, degrees Celsius; None where NVML says
-    nothing."""
+    """One NVML reading of the GPU; the ratio is in 0..1, None is what NVML does not report."""
 
     name: str
     uuid: str
@@ -198,11 +196,14 @@ class GpuSnapshot:
 
 
 class Engine(Protocol):
-    """What the worker process drives. One thread calls it; every error it raises is one of
-    `app.errors`."""
+    """What the worker process drives, from one thread; raises only errors of `app.errors`."""
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
-        """Read the weights, make one real picture, and say what came of it."""
+        """Load the weights, warm up with one image, and return what is served.
+
+        Raises:
+            StartupError: the model cannot be loaded.
+        """
         ...
 
     def generate(
@@ -211,24 +212,28 @@ class Engine(Protocol):
         on_progress: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> Generated:
-        """Make one picture; *should_stop* is asked between steps and ends the job with
-        `Cancelled`."""
+        """Generate one image; *should_stop* is polled between denoising steps.
+
+        Raises:
+            Cancelled: *should_stop* returned True.
+            OutOfMemory: the GPU has no room for this job.
+        """
         ...
 
     def close(self) -> None:
-        """Let go of the card."""
+        """Release the GPU."""
         ...
 
 
 class Backend(Protocol):
-    """What the dispatcher needs of the worker's side: one job in, one picture or one error out."""
+    """What the dispatcher needs of a worker: one job in, one image or one error out."""
 
     async def run(
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     ) -> Generated:
-        """Make one picture. Cancelling the call stops the job and returns when the card is free."""
+        """Generate one image; cancelling stops the job and returns once the GPU is free."""
         ...
 
     async def wait_until_ready(self) -> None:
-        """Return once a job could start."""
+        """Return once a job can start."""
         ...

@@ -1,17 +1,17 @@
-"""One tree of errors, and what went wrong in words a caller can act on. No HTTP here.
+"""The tree of errors, each with a message that a client can act on. No HTTP here.
 
     KleinError                 kind, message, param, code, retry_after_s
-    ├── InvalidRequest         the caller's words; has param and code
+    ├── InvalidRequest         the request is wrong; has param and code
     ├── Unavailable            cannot take it now: QUEUE_FULL, LOADING, DRAINING, WORKER_DOWN
-    ├── Cancelled              the caller went away
+    ├── Cancelled              the client disconnected
     ├── DeadlineExceeded
     ├── GenerationFailed       this job failed, the worker lives
     │   └── OutOfMemory
-    ├── WorkerLost             the worker died or its card is unusable; the job is not run again
+    ├── WorkerLost             the worker died or its CUDA context is lost; no retry
     └── StartupError           the service cannot start: one sentence and what to do
 
-`Kind` is what crosses the pipe and what `app.api.errors` maps to a status. A message is for the
-caller: one plain sentence with the fix, never a traceback, path or address.
+`Kind` crosses the pipe, and `app.api.errors` maps it to a status code. A message is for the client:
+one plain sentence with the fix, never a traceback, path or address.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Kind(Enum):
 
 
 class KleinError(Exception):
-    """The root: *kind* decides the status, *message* is for the caller."""
+    """The base class: *kind* decides the status code, *message* is for the client."""
 
     kind = Kind.INTERNAL
 
@@ -69,8 +69,7 @@ class KleinError(Exception):
 
 
 class InvalidRequest(KleinError):
-    """The request cannot be honoured as it stands; *param* names the field, *code* is OpenAI's
-    word."""
+    """The request is invalid; *param* names the field, *code* is OpenAI's error code."""
 
     kind = Kind.INVALID
 
@@ -81,14 +80,14 @@ class InvalidRequest(KleinError):
 
 
 class Unavailable(KleinError):
-    """The service cannot take the job now; trying again after *retry_after_s* seconds may work."""
+    """The service cannot take the job now; a retry after *retry_after_s* seconds may work."""
 
     def __init__(self, message: str, *, kind: Kind, retry_after_s: int) -> None:
         super().__init__(message, kind=kind, retry_after_s=retry_after_s)
 
 
 class Cancelled(KleinError):
-    """The caller went away, or asked for the job to stop."""
+    """The client disconnected, or the job was stopped."""
 
     kind = Kind.CANCELLED
 
@@ -97,32 +96,31 @@ class Cancelled(KleinError):
 
 
 class DeadlineExceeded(KleinError):
-    """The job was not done when its deadline came."""
+    """The job was not finished at its deadline."""
 
     kind = Kind.DEADLINE
 
 
 class GenerationFailed(KleinError):
-    """This job failed; the next may well succeed."""
+    """This job failed; the worker goes on with the next."""
 
     kind = Kind.FAILED
 
 
 class OutOfMemory(GenerationFailed):
-    """The card had no room for this job; its memory has been given back."""
+    """The GPU had too little memory for this job, and the job's memory has been released."""
 
     kind = Kind.OUT_OF_MEMORY
 
 
 class WorkerLost(KleinError):
-    """The worker died, hung or lost its card while the job ran. The job is failed, never run
-    again."""
+    """The worker died, hung or lost its CUDA context; the job has failed and is not retried."""
 
     kind = Kind.FATAL
 
 
 class StartupError(KleinError):
-    """The service cannot start; the message is one sentence and what to do about it."""
+    """The service cannot start; the message says why and what to do about it."""
 
     kind = Kind.STARTUP
 
@@ -147,8 +145,7 @@ def from_kind(
     code: str | None = None,
     retry_after_s: int | None = None,
 ) -> KleinError:
-    """Build the error that these, as they came over the pipe, stand for: its own class, and all
-    that it said."""
+    """Rebuild an error from what crossed the pipe: the class of *kind*, with all attributes."""
     error: KleinError
     if kind is Kind.INVALID:
         error = InvalidRequest(message)

@@ -16,12 +16,12 @@ from app.telemetry.preflight import check_gpu, torch_cuda
 KLEIN = "flux.2-klein-4b"
 DEMO = "shapes"
 SMALLEST_GPU_BYTES = 5_500_000_000
-"""A card sold with 6 GB; the smallest plan needs about 5."""
+"""Total memory of a GPU sold with 6 GB; the smallest plan needs about 5 GB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which model is served, from where, and why."""
+    """Which model is served, from which path (None: the cache or the package), and why."""
 
     key: str
     path: str | None
@@ -29,7 +29,7 @@ class Choice:
 
 
 def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
-    """Decide what `KLEIN_MODEL` means on this machine.
+    """Choose the model that `KLEIN_MODEL` means on this machine.
 
     Raises:
         StartupError: it is neither a catalogue key nor a path that exists.
@@ -59,12 +59,12 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
 
 
 def choose_device(settings: Settings, choice: Choice, gpu: Gpu) -> int | None:
-    """Decide which card is used, None for the processor.
+    """Choose the index of the GPU; None means the CPU.
 
-    The demo model runs without a card too, unless one was asked for by number.
+    The demo model falls back to the CPU, unless KLEIN_DEVICE names a GPU.
 
     Raises:
-        StartupError: the card cannot be used.
+        StartupError: the GPU cannot be used.
     """
     if settings.device == "cpu":
         return None

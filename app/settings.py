@@ -1,8 +1,8 @@
-"""The one reader of the environment.
+"""The settings: the only code that reads the environment.
 
-Every setting is read from `KLEIN_<NAME>` and checked before anything heavy is imported. The
-docstring under a field is its reference text. Only the composition root, the app factory and the
-command line see this module.
+Every setting is read from `KLEIN_<NAME>` and validated before anything heavy is imported. The
+docstring under a field is its text in docs/settings.md. Only the composition root, the app factory
+and the command line import this module.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Settings(BaseModel):
-    """All settings, resolved once and frozen."""
+    """All settings, validated once and frozen."""
 
-    # The default values are checked and completed as those of the environment are.
+    # Defaults pass the same validators as values from the environment.
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
@@ -38,24 +38,24 @@ class Settings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65_535)
     """Port to listen on; 0 takes a free one."""
     model: str = Field(default="auto", min_length=1)
-    """A catalogue key, a local folder or file, or `auto`: klein where a card holds it, else
+    """A catalogue key, a local folder or file, or `auto`: klein where a GPU holds it, else
     `shapes`."""
     variant: str = "flux.2-klein-4b"
     """For a local path: the catalogue key whose names, defaults and limits it is served under."""
     device: int | Literal["cpu"] = 0
-    """Index of the CUDA card, or `cpu`."""
+    """Index of the CUDA GPU, or `cpu`."""
     precision: Literal["auto", "fp8", "int8", "bf16", "fp32"] = "auto"
-    """Arithmetic of the transformer; `auto` chooses by the card and a probe, and says why."""
+    """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why."""
     offload: Literal["auto", "none", "model", "disk"] = "auto"
-    """Where weights wait that do not fit on the card (bf16 only): in host memory or on disk."""
+    """Where weights wait that do not fit on the GPU (bf16 only): in host memory or on disk."""
     plan: Literal["auto", "resident", "resident tiled", "streamed", "streamed tiled"] = "auto"
-    """What stays on the card at 8 bit: `auto` takes the fastest plan that fits, and says why.
-    `resident` keeps all networks there, `streamed` passes the text encoder through from host
+    """What stays on the GPU at 8 bit: `auto` takes the fastest plan that fits, and says why.
+    `resident` keeps all networks there, `streamed` streams the text encoder from host
     memory, `tiled` decodes in tiles."""
     prompt_cache: int = Field(default=32, ge=0, le=1024)
     """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
     cache_dir: Path = Path("~/.cache/klein")
-    """Where models are downloaded to, and converted weights and compiled code are kept. A relative
+    """Where models are downloaded to, and quantized weights and compiled code are kept. A relative
     path counts from the folder that the service is started in."""
     queue_images: int = Field(default=32, ge=1, le=10_000)
     """How many images may wait; a request for n images takes n places."""
@@ -147,10 +147,10 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, environ: Mapping[str, str], **overrides: object) -> Settings:
-        """Build the settings from *environ*; *overrides* (the command line's) win where not None.
+        """Build the settings from *environ*; *overrides* (the command line's) win unless None.
 
         Raises:
-            StartupError: a value does not fit, or a variable with our prefix is none of ours.
+            StartupError: a value is invalid, or a variable with our prefix is not a setting.
         """
         values: dict[str, object] = {}
         for name, text in environ.items():
@@ -174,10 +174,10 @@ class Settings(BaseModel):
 
 
 def complete_path(path: Path) -> Path:
-    """Put the home folder in the place of `~`, and make *path* absolute.
+    """Expand `~` and make *path* absolute.
 
     Raises:
-        ValueError: the home folder, or the current one, is not known; the message says what to do.
+        ValueError: the home or the current folder is unknown; the message says what to do.
     """
     try:
         path = path.expanduser()
@@ -200,7 +200,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:
-    """Read a file of keys. One that gives none ends the start: it would leave the service open."""
+    """Read a file of keys; one without keys ends the start, else the service would be open."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError):
@@ -217,7 +217,7 @@ def _read_keys(path: Path) -> tuple[str, ...]:
 
 
 def _say(error: ValidationError) -> str:
-    """Name the first setting that does not fit, without repeating a value that may be secret."""
+    """Name the first invalid setting without repeating its value, which may be secret."""
     first = error.errors(include_input=False, include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
     message = first["msg"].removeprefix("Value error, ")

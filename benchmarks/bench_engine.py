@@ -90,8 +90,8 @@ def measure(bench: Bench) -> None:
         series(bench, engine, info, side, "klein.engine", prompt="the same", note="cache hit")
         _guarded(lambda: series(bench, engine, info, side // 2, "klein.engine", note="half"))
         _guarded(lambda: _first_of_sizes(bench, engine))
-        large = {"note": "double", "repeats": 5}
-        _guarded(lambda: series(bench, engine, info, side * 2, "klein.engine", **large))
+        large = partial(series, bench, engine, info, side * 2, "klein.engine")
+        _guarded(lambda: large(note="double", repeats=5))
         _more_than_plain(bench, engine, info)
     finally:
         engine.close()
@@ -176,14 +176,14 @@ def _first_of_sizes(bench: Bench, engine: KleinEngine) -> None:
     """The first picture of sizes never seen, against the same size warm."""
     unit = bench.side // 16
     for wide, high in ((12, 12), (20, 12), (9, 16), (5, 7), (24, 12), (15, 15)):
-        size = {"width": wide * unit, "height": high * unit}
+        width, height = wide * unit, high * unit
         seconds = []
         for number in range(4):
             begun = time.perf_counter()
-            make(engine, bench.side, f"size {number}", **size)
+            make(engine, bench.side, f"size {number}", width=width, height=height)
             seconds.append(time.perf_counter() - begun)
         text = " ".join(f"{each:.3f}" for each in seconds)
-        print(f"  first and warm {size['width']}x{size['height']}: {text}", flush=True)
+        print(f"  first and warm {width}x{height}: {text}", flush=True)
 
 
 def profile(bench: Bench) -> None:

@@ -106,7 +106,8 @@ def _series(
     connection = _connect()
     for number in range(3):
         _post(connection, side, prompt or f"warm {number} {note}")
-    seconds, timings, headers, body = [], [], {}, b""
+    headers: dict[str, str] = {}
+    seconds, timings, body = [], [], b""
     for number in range(bench.repeats):
         if not is_kept:
             connection.close()
@@ -197,7 +198,10 @@ def _host_bytes(pid: int, entry: str, below: int = 1) -> int:
     held (VmHWM). *below* 2 or more adds the compiler's processes, which share most of theirs.
     """
     status = Path(f"/proc/{pid}/status").read_text()
-    kilobytes = int(re.search(rf"{entry}:\s+(\d+)", status)[1])
+    found = re.search(rf"{entry}:\s+(\d+)", status)
+    if found is None:
+        raise RuntimeError(f"/proc/{pid}/status has no {entry}")
+    kilobytes = int(found[1])
     if below == 0:
         return 1024 * kilobytes
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def seconds(run: Callable[[], object], repeats: int = 20) -> float:
         return time.perf_counter() - begun
     best = float("inf")
     for _ in range(3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = _event(), _event()
         start.record()
         for _ in range(repeats):
             run()
@@ -46,6 +47,10 @@ def seconds(run: Callable[[], object], repeats: int = 20) -> float:
         torch.cuda.synchronize()
         best = min(best, start.elapsed_time(end) / 1000 / repeats)
     return best
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _say(name: str, taken: float, flops: float = 0.0) -> None:
@@ -81,7 +86,7 @@ def _attention(bench: Bench, device: str, dtype: torch.dtype) -> None:
         )
         for name, kernel in kernels.items():
             try:
-                taken = seconds(lambda kernel=kernel, q=q, k=k, v=v: kernel(q, k, v), 5)
+                taken = seconds(partial(kernel, q, k, v), 5)
                 _say(f"attention {length} {name}", taken, 4 * heads * size * length**2)
             except Exception as error:
                 print(f"  attention {length} {name}: {str(error)[:150]}", flush=True)
@@ -104,7 +109,7 @@ def _products(bench: Bench, device: str, dtype: torch.dtype) -> None:
         flops = 2 * length * width * out
         x = torch.randn(length, width, device=device, dtype=dtype)
         w = torch.randn(out, width, device=device, dtype=dtype)
-        taken = seconds(lambda x=x, w=w: functional.linear(x, w))
+        taken = seconds(partial(functional.linear, x, w))
         _say(f"bf16 {length}x{width}x{out}", taken, flops)
         x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
         right = x8.float() @ w8.float().t()
@@ -131,11 +136,11 @@ def _decoders(bench: Bench, device: str, dtype: torch.dtype) -> None:
     if device == "cpu":
         return
     begun = time.perf_counter()
-    compiled = torch.compile(vae.decoder)
+    compiled: Callable[..., object] = torch.compile(vae.decoder)
     _say("decode, compiled, plain attention", seconds(lambda: compiled(latents), 5))
     print(f"  compiled in {time.perf_counter() - begun:.0f} s", flush=True)
     wide = vae.decoder.to(memory_format=torch.channels_last)
     turned = latents.to(memory_format=torch.channels_last)
     _say("decode, eager, channels last", seconds(lambda: wide(turned), 3))
-    compiled = torch.compile(wide)
-    _say("decode, compiled, channels last", seconds(lambda: compiled(turned), 5))
+    compiled_wide: Callable[..., object] = torch.compile(wide)
+    _say("decode, compiled, channels last", seconds(lambda: compiled_wide(turned), 5))

@@ -67,7 +67,7 @@ async def _compare(pool: DecoderPool, data: bytes, rounds: int) -> tuple[float, 
 
 
 async def _decode(pool: DecoderPool, data: bytes) -> None:
-    await pool.prepare([Upload(data, "image")], None, None, _as_it_is)
+    await pool.prepare([Upload(data, "image")], None, None, _as_it_is, client="benchmark")
 
 
 def _files() -> dict[str, bytes]:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -118,7 +119,7 @@ def _directly(asked: argparse.Namespace) -> list[float]:
     return seconds
 
 
-def _wish(asked: argparse.Namespace, number: int) -> dict[str, object]:
+def _wish(asked: argparse.Namespace, number: int) -> dict[str, Any]:
     return {
         "prompt": f"picture number {number}",
         "width": asked.size,

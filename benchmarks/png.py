@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -57,7 +58,7 @@ def measure(name: str, runs: int) -> list[dict[str, str | float]]:
         label = f"ours, {threads} thread{'s' * (threads > 1)}"
         # Ends with the process; its threads wait, as the service's do.
         helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
-        encoders[label] = (lambda each=helpers: encode_png(image, METADATA, each), runs)
+        encoders[label] = (partial(encode_png, image, METADATA, helpers), runs)
     rows: list[dict[str, str | float]] = []
     reference = len(save(picture))
     for label, (encode, times) in encoders.items():

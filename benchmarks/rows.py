@@ -90,7 +90,7 @@ def used_bytes() -> int | None:
     return total - free
 
 
-def sha256(pixels: bytes) -> str:
+def sha256(pixels: bytes | memoryview) -> str:
     """The pixels' fingerprint."""
     return hashlib.sha256(pixels).hexdigest()
 

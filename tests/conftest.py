@@ -67,15 +67,15 @@ def _spared() -> None:
 
 def pytest_sessionstart() -> None:
     """Fork scripted services instead of starting them."""
-    Server.nursery = ForkServer()
+    Server.fork_server = ForkServer()
 
 
 def pytest_sessionfinish() -> None:
     """Look once for what nobody closed, of which pytest complains, instead of in each of its own
     last rounds.
     """
-    assert Server.nursery is not None
-    Server.nursery.close()
+    assert Server.fork_server is not None
+    Server.fork_server.close()
     gc.unfreeze()
     gc.collect()
     gc.freeze()

@@ -94,7 +94,7 @@ class Trial:
         """How far from before torch's memory was after the picture that found no room."""
         lines = [json.loads(line) for line in self.report.read_text().splitlines()]
         (found,) = [line for line in lines if line["prompt"] == "oom"]
-        return abs(found["after"] - found["before"]) / max(1, found["before"])
+        return float(abs(found["after"] - found["before"]) / max(1, found["before"]))
 
 
 def checks(trial: Trial, drift: float) -> dict[str, bool]:

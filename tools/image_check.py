@@ -27,9 +27,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import image_check_compose as compose
-from image_check_build import CheckFailed, Workshop, wait_until
-from image_check_sandbox import Place, Running
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import image_check_compose as compose
+from tools.image_check_build import CheckFailed, Workshop, wait_until
+from tools.image_check_sandbox import Place, Running
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path(os.environ.get("IMAGE_CHECK_DIR") or "/var/tmp/klein-image-check")

@@ -20,7 +20,7 @@ INSIDE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:(?P<operator>:?[-?+])(?P<word>.*)
 RESET = object()
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Safe YAML that knows the one tag our files use."""
 
 

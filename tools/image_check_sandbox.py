@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_check_build import CheckFailed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.image_check_build import CheckFailed
 
 NAMESPACES = ("--mount", "--pid", "--net", "--ipc", "--uts")
 # Docker's own options for a tmpfs.

@@ -1,0 +1,1 @@
+"""HTTP: routes, limits and errors; knows no torch and no worker process."""

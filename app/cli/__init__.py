@@ -1,0 +1,1 @@
+"""The command line: one module or package per command; knows no HTTP request."""

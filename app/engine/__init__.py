@@ -1,7 +1,7 @@
-"""Everything that knows torch. This package's head does not: the HTTP process may import it for its
-names.
+"""The inference engine: everything that imports torch; it knows no queue, process or HTTP.
 
-`create_engine` is what the worker process calls; only then is torch imported.
+This module itself does not import torch, so the HTTP process may import its names. The worker
+process calls `create_engine`, and only then is torch imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the engine is told: plain data that crosses into the worker process."""
+"""The engine's configuration: plain data that is sent to the worker process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything that the engine may know of the settings."""
+    """The settings that the engine needs."""
 
     model: str
     """A key of `app.engine.models.registry`; it decides names, defaults and limits."""
     path: str | None
-    """A local folder or file given by the operator, or None for the catalogue's own files."""
+    """A local folder or file given by the operator, or None for the registered model's files."""
     cache_dir: str
-    """Where downloads and converted weights lie."""
+    """The folder of downloads, quantized weights and compiled code."""
     device: int | None
-    """Index of the CUDA card, or None for the CPU."""
+    """Index of the CUDA device, or None for the CPU."""
     precision: str = "auto"
     """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
     offload: str = "auto"
@@ -24,10 +24,10 @@ class EngineConfig:
     plan: str = "auto"
     """`auto`, or a name of `app.engine.memory.planner.PLANS`."""
     memory_bytes: int | None = None
-    """The most that this process may take of the card, or None for what is free."""
+    """GPU memory that this process may allocate, or None for what is free."""
     prompt_cache: int = 32
-    """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
+    """Capacity of the prompt cache in host memory, in prompts of 8 MB each; 0 disables it."""
     download_silence_s: float = 120.0
-    """Seconds without a byte after which a download is given up."""
+    """Seconds without a received byte after which a download fails."""
     max_pixels: int = 4_194_304
-    """The operator's limit of one output, in pixels; the memory plan may set a lower one."""
+    """The operator's limit of an output's size, in pixels; the memory plan may set a lower one."""

@@ -1,8 +1,8 @@
-"""The engine: owns the card and the loaded model, makes one picture at a time.
+"""The engine: owns the GPU and the loaded model, and generates one image at a time.
 
-It knows specs and pixels, no queue, no process, no HTTP. One thread calls it. A picture depends on
-its spec alone: noise, scheduler and every buffer are made anew, and nothing is kept but what is a
-pure function of the spec.
+It knows specs and pixels, no queue, no process, no HTTP. It is not thread-safe. An image depends on
+its spec alone: noise, scheduler and every buffer are created per image, and only pure functions of
+the spec are cached.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class KleinEngine:
-    """Implements `app.domain.Engine` for every variant of the catalogue."""
+    """Implements `app.domain.Engine` for every registered model."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -55,7 +55,11 @@ class KleinEngine:
         self._noise = ThreadPoolExecutor(1, "noise")
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
-        """Read the weights, make one real picture, and say what came of it."""
+        """Load the weights, generate the warm-up image, and describe the loaded model.
+
+        Raises:
+            StartupError: the model cannot be loaded or does not generate.
+        """
         begun = time.perf_counter()
         try:
             loaded = load(self._config, self._model, on_progress)
@@ -73,7 +77,7 @@ class KleinEngine:
             _log.exception("The model could not be loaded.")
             error_mapping.release(error)
             raise StartupError(_load_failure(error)) from None
-        # What is there now stays: no later collection need look through the libraries again.
+        # Objects that exist now are permanent; later collections need not traverse them.
         gc.freeze()
         return loaded.info(self._config, warm_up_s, time.perf_counter() - begun)
 
@@ -83,10 +87,13 @@ class KleinEngine:
         on_progress: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> Generated:
-        """Make one picture.
+        """Generate one image.
 
         Raises:
-            Cancelled, OutOfMemory, GenerationFailed, WorkerLost
+            Cancelled: *should_stop* returned true between two steps.
+            OutOfMemory: memory did not suffice for this spec; the engine stays usable.
+            GenerationFailed: the job failed; the engine stays usable.
+            WorkerLost: the CUDA context is broken; the process has to end.
         """
         return self._generate(spec, on_progress, should_stop)
 
@@ -102,7 +109,7 @@ class KleinEngine:
         if self._started is None:
             raise StartupError("The model is not loaded; load it first.")
         try:
-            # Drawn beside the text stage: on the host it takes as long as a whole encoder pass.
+            # Concurrent with the text stage: on the CPU it takes as long as a text encoder pass.
             noise = self._noise.submit(draw_noise, self._started.components, spec)
             components = self._started.components
             return _Job(components, spec, noise, on_progress, should_stop, is_trial).run()
@@ -114,7 +121,7 @@ class KleinEngine:
         return self._generate(spec, lambda _: None, lambda: False, is_trial=True)
 
     def close(self) -> None:
-        """Let go of the card."""
+        """Release the model and the GPU's memory."""
         self._noise.shutdown()
         compile_module.thaw()
         if self._started is not None:
@@ -125,7 +132,7 @@ class KleinEngine:
 
 @dataclass(slots=True)
 class _Job:
-    """One picture being made."""
+    """The generation of one image."""
 
     components: PipelineComponents
     spec: ImageSpec
@@ -133,11 +140,10 @@ class _Job:
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
     is_trial: bool
-    """Whether the picture is looked at before its values become bytes, which hides what is wrong
-    with them."""
+    """Whether non-finite pixels are an error; the conversion to bytes would hide them."""
 
     def run(self) -> Generated:
-        """Go through the stages and measure each."""
+        """Run the stages and measure the duration of each."""
         components, spec = self.components, self.spec
         clock = _Clock(components.device)
         self._tell(Stage.TEXT, 0)
@@ -208,7 +214,7 @@ class _Job:
 
 
 class _Clock:
-    """Seconds between laps, with the card's work done, and the card's peak since the start."""
+    """Measures seconds between laps, GPU work included, and peak GPU memory since the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -217,7 +223,7 @@ class _Clock:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        """Wait for the card and return the seconds since the last lap."""
+        """Synchronize the GPU and return the seconds since the last lap."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -225,12 +231,10 @@ class _Clock:
         return passed
 
     def memory(self) -> tuple[PeakMemory | None, PeakMemory | None]:
-        """Return the most that torch held since the start, and what it holds now; None without a
-        card.
-        """
+        """Return PyTorch's peak and current GPU memory in bytes; None for both on the CPU."""
         if self._device.type != "cuda":
             return None, None
-        # Once: each of torch's functions for a single figure goes through all of them.
+        # One call: PyTorch's functions for single statistics each compute all of them.
         figures = torch.cuda.memory_stats_as_nested_dict(self._device)
         allocated, reserved = (
             figures[f"{name}_bytes"]["all"] for name in ("allocated", "reserved")

@@ -1,9 +1,9 @@
-"""Which failure was it: this job's, the card's memory, or the card itself?
+"""Maps exceptions of PyTorch to the errors of `app.errors`.
 
-The rule (the two classes are separate children of RuntimeError, and an AcceleratorError carries
-CUDA's code): out of memory fails the job and the worker lives on; any other error of the
-accelerator leaves a context that cannot be trusted, so the worker has to go; everything else is
-this job's alone. Texts for the caller are fixed; what really happened goes to the log.
+Out of memory (`torch.OutOfMemoryError`, or `torch.AcceleratorError` with CUDA's code 2) fails the
+job, and the worker stays. Any other `AcceleratorError` leaves a CUDA context that cannot be used
+further, so the worker has to end. Every other exception fails this job alone. Messages for the
+caller are fixed; the exception itself is logged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MEMORY_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether *error* says that memory, the card's or the host's, did not suffice."""
+    """Return whether *error* means that GPU or host memory did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if _is_accelerator_error(error):
@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def translate(error: Exception) -> KleinError:
-    """Log *error*, free what its traceback keeps alive, and return what the caller may be told."""
+    """Log *error*, release the tensors that its traceback holds, and return the mapped error."""
     if isinstance(error, KleinError):
         return error
     _log.error("A job failed in the engine.", exc_info=error)
@@ -48,7 +48,7 @@ def translate(error: Exception) -> KleinError:
 
 
 def release(error: BaseException) -> None:
-    """Drop the frames of *error*, which hold tensors, and give cached memory back to the card."""
+    """Clear the frames of *error* and its causes, which hold tensors, and empty the CUDA cache."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
@@ -58,7 +58,7 @@ def release(error: BaseException) -> None:
 
 
 def give_back() -> None:
-    """Collect garbage and return cached memory to the card, where that is still possible."""
+    """Collect garbage and empty PyTorch's CUDA cache, where the context still works."""
     gc.collect()
     if _has_gpu():
         try:
@@ -77,7 +77,7 @@ def _has_gpu() -> bool:
 
 
 def _gpu_answers() -> bool:
-    """Ask the card for one addition: an error may be the late news of an earlier kernel."""
+    """Return whether a kernel still runs: CUDA reports errors of earlier kernels asynchronously."""
     if not _has_gpu():
         return True
     try:

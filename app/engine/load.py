@@ -125,7 +125,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             is_streamed=plan.is_streamed,
             is_tiled=plan.is_tiled,
             prompt_cache=config.prompt_cache,
-            converted=Path(config.cache_dir),
+            quantized_cache=Path(config.cache_dir),
             max_sequence_length=model.max_sequence_length,
             is_distilled=_is_distilled(checkpoint.is_distilled, model),
         )

@@ -1,19 +1,19 @@
-"""The least time a picture can take on a card: its work divided by the card's datasheet rates.
+"""Lower bounds of an image's time on a GPU: its FLOPs divided by the datasheet's peak rates.
 
-Pure arithmetic, no torch, no card. A floor is not an estimate: it counts matrix products alone, at
-the full rate of the tensor cores, and leaves out everything that only moves bytes (norms, RoPE,
-softmax, quantising). Half of it is a good result on real hardware. Its use is the distance: a
-measured time beside its floor says how much there is still to gain.
+Pure arithmetic, no torch, no GPU. A bound is not an estimate: it counts matmuls and convolutions
+only, at the peak rate of the tensor cores, and omits memory-bound operations (norms, RoPE, softmax,
+quantization). Half the peak rate is a good result on real hardware. A measured time divided by its
+bound says how much there is still to gain.
 
-The work follows from klein's published shapes: 5 double and 20 single blocks of width 3072 over the
-picture's and the prompt's tokens together, 27 Qwen3 layers over the padded prompt, and the VAE's
-decoder. A multiplication with its addition is two operations. Linears of the blocks run at the rate
-of the chosen precision; attention, text encoder and decoder at bf16's.
+FLOPs follow from klein's published shapes: 5 double and 20 single blocks of hidden size 3072 over
+image and text tokens, 27 Qwen3 layers over the padded prompt, and the VAE decoder. A multiply-add
+counts as two. The blocks' linear layers run at the rate of the chosen precision; attention, text
+encoder and VAE decoder at that of bf16.
 
-GeForce rates: tensor cores of one SM do 512 fp16 multiply-adds per clock when they accumulate in
-fp16, half of that when in fp32 (as bf16 does), and twice that with int8; fp8 with fp32
-accumulation, the only kind that torch reaches, is as fast as fp16 with fp16. Clocks are the
-published boost clocks.
+GeForce rates: the tensor cores of one SM do 512 fp16 multiply-adds per clock with fp16
+accumulation, half of that with fp32 accumulation (as bf16 has), and twice the 512 with int8; fp8
+with fp32 accumulation, the only kind that PyTorch uses, is as fast as fp16 with fp16. Clocks are
+the published boost clocks.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _TERA = 1e12
 
 @dataclass(frozen=True, slots=True)
 class GpuDatasheet:
-    """A card as its datasheet has it; rates in operations per second, dense."""
+    """A GPU's datasheet; rates are dense, in FLOP/s (for int8, OP/s)."""
 
     key: str
-    """What `--card` takes: `rtx-3060`."""
+    """The value of `--card`, such as `rtx-3060`."""
     name: str
     """NVML's product name."""
     memory_bytes: int
-    """As NVML counts it, near enough to tell a card's variants apart."""
+    """Total memory, near enough to NVML's figure to tell variants of one name apart."""
     capability: tuple[int, int]
     bandwidth_bytes_s: float
     bf16: float
     int8: float
     fp8: float | None
-    """None where the tensor cores know no fp8."""
+    """None where the tensor cores do not support fp8."""
     sms: int
     clock_ghz: float
 
     def linear_rate(self, precision: str) -> float | None:
-        """The rate of the blocks' linears; None for a precision that has no rate here.
+        """Return the rate of the blocks' linear layers in FLOP/s; None for an unknown precision.
 
-        fp8 on a card without it is only stored so: the arithmetic is bf16's.
+        On a GPU without fp8, fp8 weights are multiplied in bf16.
         """
         rates = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8 or self.bf16}
         return rates.get(precision.partition("-")[0])
@@ -54,8 +54,11 @@ class GpuDatasheet:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Operations for one picture, by what they run at; *rest* is the transformer's other work:
-    attention, embedders and modulation."""
+    """FLOPs of one image by stage.
+
+    *linears* are the linear layers of the transformer's blocks; *rest* is attention, embedders and
+    modulation.
+    """
 
     text: float
     linears: float
@@ -64,13 +67,13 @@ class Work:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """FLOPs of all stages."""
         return self.text + self.linears + self.rest + self.decode
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Seconds by stage below which a picture cannot come."""
+    """Lower bounds of an image's time in seconds, by stage."""
 
     text_s: float
     denoise_s: float
@@ -78,7 +81,7 @@ class Roofline:
 
     @property
     def total_s(self) -> float:
-        """Seconds for the picture."""
+        """Seconds of all stages."""
         return self.text_s + self.denoise_s + self.decode_s
 
 
@@ -92,10 +95,10 @@ def roofline(
     references: int = 0,
     branches: int = 1,
 ) -> Roofline | None:
-    """Compute the floor of one picture; None where *precision* has no rate in the table.
+    """Compute the lower bound of one image; None where *precision* has no rate in the table.
 
-    *references* are of the picture's own size; *branches* is 2 where guidance runs the transformer
-    twice a step.
+    *references* have the output's size; *branches* is 2 where classifier-free guidance runs the
+    transformer twice a step.
     """
     rate = gpu.linear_rate(precision)
     if rate is None:
@@ -111,7 +114,7 @@ def roofline(
 def picture_work(
     width: int, height: int, steps: int, *, references: int = 0, branches: int = 1
 ) -> Work:
-    """Count the operations of one picture."""
+    """Count the FLOPs of one image of *width* x *height* pixels."""
     tokens = (width // 16) * (height // 16) * (1 + references)
     linears, rest = _transformer(tokens)
     passes = steps * branches
@@ -124,14 +127,14 @@ def picture_work(
 
 
 _PROMPT = 512
-"""Tokens of a prompt: it is always padded to this."""
+"""Tokens that every prompt is padded to."""
 
 
 def _transformer(image_tokens: int) -> tuple[float, float]:
-    """One forward pass: the blocks' linears, and everything else."""
+    """Count the FLOPs of a forward pass: the blocks' linear layers, and everything else."""
     width, mlp, double, single = 3072, 9216, 5, 20
     tokens = image_tokens + _PROMPT
-    block = 4 * width * width + 3 * width * mlp  # q, k, v, out; the MLP's two gates and its way out
+    block = 4 * width * width + 3 * width * mlp  # q, k, v, out; gate, up and down
     fused = width * (3 * width + 2 * mlp) + (width + mlp) * width
     linears = 2 * tokens * (double * block + single * fused)
     attention = 4 * tokens * tokens * width * (double + single)
@@ -141,14 +144,14 @@ def _transformer(image_tokens: int) -> tuple[float, float]:
 
 
 def _text() -> float:
-    """27 layers of Qwen3 4B over the padded prompt."""
+    """Count the FLOPs of 27 layers of Qwen3 4B over the padded prompt."""
     width, inner, queries, keys, layers = 2560, 9728, 32 * 128, 8 * 128, 27
     layer = 2 * width * queries + 2 * width * keys + 3 * width * inner
     return float(layers * (2 * layer * _PROMPT + 4 * _PROMPT * _PROMPT * queries))
 
 
 def _decode(latents: int) -> float:
-    """The VAE's decoder over *latents* positions; it doubles both sides three times."""
+    """Count the FLOPs of the VAE decoder for *latents* positions, upsampled by 2 three times."""
     top, levels, blocks = 512, (512, 512, 256, 128), 3
     work = _convolution(32, 32, latents, 1) + _convolution(32, top, latents)
     work += 2 * _residual(top, top, latents)
@@ -180,7 +183,7 @@ def _residual(inputs: int, outputs: int, positions: int) -> int:
 def _geforce(
     model: str, sms: int, clock_ghz: float, gib: int, gb_s: float, capability: tuple[int, int]
 ) -> GpuDatasheet:
-    """Derive a card's rates from its SMs and its boost clock."""
+    """Derive a GPU's rates from its SM count and its boost clock."""
     fp16 = sms * 512 * 2 * clock_ghz * 1e9
     return GpuDatasheet(
         key=f"rtx-{model.lower().replace(' ', '-')}",
@@ -224,19 +227,19 @@ GPUS: tuple[GpuDatasheet, ...] = (
         clock_ghz=1.980,
     ),
 )
-"""Cards by capability and size; the last is the one on which the project measures."""
+"""GPUs by compute capability and size; the last is the one that the project measures on."""
 
 
 def find_gpu(key: str) -> GpuDatasheet | None:
-    """Look a card up as people type it, with or without dashes, vendor and memory size."""
+    """Look up a GPU by key, ignoring case, dashes, vendor and memory size."""
     wanted = _plain(key)
     return next((gpu for gpu in GPUS if _plain(gpu.key) == wanted), None)
 
 
 def recognise(name: str, total_bytes: int) -> GpuDatasheet | None:
-    """Find the card that NVML calls *name*; None for one that the table does not hold.
+    """Find the GPU that NVML calls *name*; None where the table does not have it.
 
-    The memory must agree too, since different chips are sold under one name.
+    The memory must agree within 5 %, since different chips are sold under one name.
     """
     for gpu in GPUS:
         if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes:

@@ -1,7 +1,7 @@
-"""Pixels to bytes and bytes to pixels: the only room that knows image files. No HTTP, no torch.
+"""Encode and decode image files: the only room that knows their formats; no HTTP, no torch.
 
-`encode` makes the answer's file; `decode_upload` and `decode_mask` judge and read what a client
-sends, in the processes of `app.images.pool`.
+`encode` makes the response's file; `decode_upload` and `decode_mask` validate and decode what a
+client sends, in the processes of `app.images.pool`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = [
 ]
 
 _MAX_EXIF_TEXT_BYTES = 60_000
-"""JPEG gives the whole of EXIF 64 kB."""
+"""A JPEG segment, and so all of EXIF, is limited to 64 kB."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """What a picture is encoded as; *compression* is the quality of JPEG and WebP, 0 to 100."""
+    """The file format; *compression* is the quality of JPEG and WebP, 0 to 100."""
 
     format: Literal["png", "jpeg", "webp"]
     compression: int = 100
@@ -50,15 +50,14 @@ def encode(
     metadata: Mapping[str, str] | None = None,
     helpers: Executor | None = None,
 ) -> bytes:
-    """Turn pixels into a file, with *metadata* where common viewers look for it.
+    """Encode *image* as *output*, with *metadata* where common viewers look for it.
 
-    A PNG is made on this thread and those of *helpers*.
-
-    PNG gets one text chunk for each entry. JPEG and WebP get all entries as one JSON object in
-    EXIF's user comment; there, texts that are too long for EXIF are cut and end in three dots.
+    A PNG is encoded on the calling thread and those of *helpers*, with one text chunk per entry.
+    JPEG and WebP get all entries as one JSON object in EXIF's UserComment; texts too long for EXIF
+    are cut and end in three dots.
     """
     if output.format == "png":
-        # Not before: a decoder's process has no use for numpy, nor room for its threads.
+        # Imported late: the decoder processes do without numpy and its threads.
         from app.images.png import encode_png
 
         return encode_png(image, metadata or {}, helpers)
@@ -68,7 +67,7 @@ def encode(
     if output.format == "webp":
         picture.save(buffer, "WEBP", quality=output.compression, exif=exif)
     else:
-        # Pillow takes a quality of 0 for "the default one".
+        # Pillow reads a quality of 0 as "the default".
         quality = max(1, output.compression)
         subsampling = "4:4:4" if quality >= 90 else "4:2:0"
         picture.save(buffer, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
@@ -82,7 +81,7 @@ def _encode_exif(metadata: Mapping[str, str]) -> bytes:
         limit //= 2
         text = json.dumps({key: _cut(value, limit) for key, value in metadata.items()})
     exif = Image.Exif()
-    # JSON escapes what is not ASCII, so one character code does for every prompt.
+    # JSON escapes what is not ASCII, so the character code ASCII suits every prompt.
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + text.encode()
     return exif.tobytes()
 

@@ -1,19 +1,19 @@
-"""A PNG encoder for pictures that a model has made. It knows pixels and texts, no file, no HTTP.
+"""A PNG encoder for generated images: RGB pixels and text chunks in, bytes out.
 
-A picture of 1024x1024 that took a quarter of a second to make should not wait as long again for its
-file, which is what Pillow asks for. The time is gained three times over:
+Pillow takes a quarter of a second to encode 1024x1024 pixels, as long as generating them. This
+encoder is faster for three reasons:
 
-- one filter, Average, in a few numpy operations on bytes. On photograph-like pictures it leaves
-  less than Sub, Up and Paeth do, so searching for the best filter of each row buys nothing;
-- deflate by ISA-L, which looks for repetitions in a single place for each byte. What the filter
-  leaves is noise around zero, in which there are nearly none to be found. Strips that are flat for
-  the most part get zlib's run lengths, which leave less of them;
-- strips of rows on threads. numpy and ISA-L let go of the interpreter lock, and a raw deflate
-  stream that ends in a sync flush may be followed by another, so strips are joined by laying them
-  end to end.
+- one filter type, Average, in a few numpy operations on bytes. On photograph-like images its
+  residuals compress better than those of Sub, Up and Paeth, so choosing a filter per row gains
+  nothing;
+- deflate by ISA-L, which tries a single match candidate per byte. The residuals are noise around
+  zero, in which there are nearly no matches. Mostly flat strips get zlib's Z_RLE instead, which
+  compresses them better;
+- strips of rows on threads. numpy and ISA-L release the GIL, and a raw deflate stream that ends in
+  a sync flush may be followed by another, so strips are joined by concatenation.
 
-Left out: palettes, grey, interlacing, and the search that would make drawings with large flat areas
-as small as they could be. `benchmarks/png.py` measures time and size beside Pillow.
+Not supported: palettes, greyscale, interlacing, best compression of drawings with large flat areas.
+Format: https://www.w3.org/TR/png-3/. `benchmarks/png.py` compares time and size with Pillow.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ _ZLIB_HEADER = b"\x78\x01"
 _AVERAGE = 3
 _RGB = 2
 _LEVEL = 1
-"""Of ISA-L's 0 to 3: the fastest whose Huffman codes are made for the bytes at hand."""
+"""ISA-L's level, 0 to 3: the fastest with dynamic Huffman codes."""
 _STRIP_BYTES = 384 * 1024
-"""A megapixel is eight strips, whoever works on them, so that a picture's file is always the same.
-More and smaller ones take longer: threads wait for one another at the interpreter's lock."""
+"""A megapixel is eight strips for any number of threads, so equal pixels give equal bytes.
+
+Smaller strips take longer: threads contend for the GIL."""
 _FLAT_RATIO = 0.75
-"""Share of zeros after filtering from which run lengths make a strip smaller, found by trial."""
+"""Share of zero residuals above which Z_RLE makes a strip smaller, found by trial."""
 _ADLER_MODULUS = 65_521
 
 Rows = NDArray[np.uint8]
@@ -49,9 +50,9 @@ Rows = NDArray[np.uint8]
 def encode_png(
     image: RawImage, metadata: Mapping[str, str], helpers: Executor | None = None
 ) -> bytes:
-    """Turn pixels into a PNG file with one text chunk for each entry of *metadata*.
+    """Encode *image* as a PNG file with one text chunk for each entry of *metadata*.
 
-    The threads of *helpers*, of which none may wait for this one, take a part of the work.
+    The threads of *helpers* share the work; none of them may wait for the calling thread.
     """
     rows = np.frombuffer(image.pixels, np.uint8).reshape(image.height, 3 * image.width)
     strips = _deflate(rows, helpers)
@@ -74,7 +75,7 @@ def encode_png(
 
 @dataclass(frozen=True, slots=True)
 class _Strip:
-    """Some rows as a chunk of the file; *adler* and *size_bytes* are those of the filtered rows."""
+    """Rows as an IDAT chunk; *adler* and *size_bytes* are those of the filtered rows."""
 
     chunk: bytes
     adler: int
@@ -90,14 +91,14 @@ def _deflate(rows: Rows, helpers: Executor | None) -> list[_Strip]:
     waiting = iter(tops)
 
     def work() -> None:
-        # next() on a range is a single step for the interpreter, so no two threads get the same.
+        # next() on a range iterator is atomic under the GIL: no two threads get the same.
         for top in waiting:
             strips[top] = _deflate_strip(rows, top, min(top + step, height))
 
     others = [helpers.submit(work) for _ in tops[1:]] if helpers is not None else []
     work()
     for other in others:
-        # One that has not begun by now would find nothing to do.
+        # One that has not started by now would find nothing to do.
         if not other.cancel():
             other.result()
     return [strips[top] for top in tops]
@@ -112,13 +113,13 @@ def _deflate_strip(rows: Rows, top: int, bottom: int) -> _Strip:
         else isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
     )
     body = stream.compress(filtered.data)
-    # The two libraries number the ways of flushing alike.
+    # The flush modes have the same numbers in both libraries.
     body += stream.flush(zlib.Z_FINISH if bottom == len(rows) else zlib.Z_SYNC_FLUSH)
     return _Strip(_chunk(b"IDAT", body), isal_zlib.adler32(filtered.data), filtered.size)
 
 
 def _filter(rows: Rows, top: int, bottom: int) -> Rows:
-    """Predict each byte by the mean, rounded down, of the pixel to its left and the one above."""
+    """Apply PNG's Average filter: subtract floor((left + above) / 2) from each byte."""
     current = rows[top:bottom]
     if top:
         above = rows[top - 1 : bottom - 1]
@@ -126,7 +127,7 @@ def _filter(rows: Rows, top: int, bottom: int) -> Rows:
         above = np.zeros_like(current)
         above[1:] = current[:-1]
     left, up = current[:, :-3], above[:, 3:]
-    # (left + up) >> 1 without ever leaving 8 bits.
+    # (left + up) >> 1 without overflow in 8 bits.
     mean = left ^ up
     mean >>= 1
     mean += left & up
@@ -138,7 +139,7 @@ def _filter(rows: Rows, top: int, bottom: int) -> Rows:
 
 
 def _join_adler(first: int, second: int, second_bytes: int) -> int:
-    """Compute the Adler-32 of two byte strings laid end to end from that of each."""
+    """Combine the Adler-32 of two byte strings into that of their concatenation."""
     low = (first & 0xFFFF) + (second & 0xFFFF) - 1
     high = (first >> 16) + (second >> 16) + second_bytes * ((first & 0xFFFF) - 1)
     return (high % _ADLER_MODULUS) << 16 | low % _ADLER_MODULUS
@@ -150,11 +151,11 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _text_chunk(key: str, text: str) -> bytes:
-    """Write ASCII as tEXt and all else as iTXt; NUL, which neither can hold, becomes U+FFFD."""
+    """Write ASCII as tEXt and all else as iTXt; NUL, invalid in both, becomes U+FFFD."""
     text = text.replace("\0", "\ufffd")
     if text.isascii():
         return _chunk(b"tEXt", key.encode("latin-1") + b"\0" + text.encode("ascii"))
-    # JSON may bring half a surrogate pair, which UTF-8 cannot hold: the replacement is "?".
+    # JSON may contain a lone surrogate, which UTF-8 cannot encode: "?" replaces it.
     body = text.encode("utf-8", "replace")
-    # Key, not compressed, by no method, in no language, no translated key.
+    # Keyword, compression flag and method 0, empty language tag and translated keyword.
     return _chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + body)

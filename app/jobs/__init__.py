@@ -1,0 +1,1 @@
+"""Queue, fairness, prediction and dispatch in pure asyncio; knows no worker and no HTTP."""

@@ -1,7 +1,6 @@
-"""Takes a job, gives it to the backend, settles it: one on the card at a time.
+"""Take a job, run it on the backend, resolve its future: one job on the GPU at a time.
 
-The next job is taken as soon as the card is free, while the finished picture is still on its way
-here.
+The next job starts as soon as the GPU is free, while the finished image is still being transferred.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Drives one backend from one queue; `run` is its life, ended by cancelling it."""
+    """Drives one backend from one queue; cancel `run` to end it."""
 
     def __init__(self, queue: JobQueue, backend: Backend, estimator: Estimator) -> None:
         self._queue = queue
@@ -29,7 +28,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[Generated]] = set()
 
     async def run(self) -> None:
-        """Serve jobs until cancelled; what runs then is asked to stop and waited for."""
+        """Serve jobs until cancelled; then cancel the running ones and wait for them."""
         try:
             while True:
                 await self._backend.wait_until_ready()
@@ -40,7 +39,7 @@ class Dispatcher:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _start(self, job: Job) -> asyncio.Event:
-        """Put *job* on the card; the event says when the card could take the next."""
+        """Start *job* on the backend; the event is set once the GPU can take the next."""
         free = asyncio.Event()
 
         def on_progress(progress: Progress) -> None:
@@ -58,12 +57,12 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(partial(self._finish, job, free), context=job.context)
         if job.future.done():
-            # The caller left between the taking and here, when there was nothing to stop yet.
+            # The client disconnected after `take`, when there was no task to cancel yet.
             task.cancel()
         return free
 
     def _finish(self, job: Job, free: asyncio.Event, task: asyncio.Task[Generated]) -> None:
-        """Settle *job* with what came of *task*, exactly once."""
+        """Resolve *job* with the outcome of *task*, exactly once."""
         self._tasks.discard(task)
         job.stop = None
         if task.cancelled():

@@ -1,16 +1,14 @@
-"""How long a job will take, learnt from the jobs before it.
+"""Predict how long a job takes, by linear regression over finished jobs.
 
-A picture costs a fixed time and a time for each unit of work: `seconds = fixed + slope * work`,
-neither below zero. A unit of work is one pixel through one denoising step; text encoding and
-decoding count as two steps together, and a reference image makes every step longer by its own
-pixels, since its tokens run through the transformer with the picture's.
+The model is `seconds = fixed + slope * work`, both terms at least zero. A unit of work is one pixel
+through one denoising step; text encoding and decoding count as two steps together, and a reference
+image adds its own pixels to every step, since its tokens run through the transformer too.
 
-Pictures are sorted by their work into ranges, each twice as wide as the one below, and each range
-is one point of the fit: the median of its last few pictures. So a thousand tiny pictures weigh no
-more than one large one, and one that was held up (a new size is compiled, somebody else uses the
-card) is outvoted by the next. The fit minimises relative errors, and a range that has not been seen
-for long counts for less. Where the card does not follow the line, a range's own pictures are
-believed.
+Images are binned by work into ranges, each twice as wide as the one below, and each range is one
+point of the fit: the median of its last few samples. So a thousand small images weigh no more than
+one large one, and an outlier (a new size is compiled, another process uses the GPU) is outvoted by
+the next samples. The fit minimises relative errors and weighs down ranges without recent samples.
+A prediction is scaled to the point of its own range, where it has one.
 """
 
 from __future__ import annotations
@@ -23,17 +21,17 @@ from app.domain import ImageSpec
 
 _FIXED_STEPS = 2
 _REMEMBERED = 5
-"""Samples of one range; three of them outvote what was before."""
+"""Samples kept per range; three of them move the median."""
 _HALF_LIFE = 16
-"""A range counts for half as much once so many samples of others have come since."""
+"""A range's weight halves with this many samples of other ranges."""
 _LEAST_WEIGHT = 0.05
 _MOST_GROWTH = 2.0
-"""What one sample may add: at most this times what was predicted."""
+"""A sample counts as at most this many times its prediction."""
 _SHORTEST_S = 1e-4
 
 
 def work(spec: ImageSpec) -> float:
-    """Units of work of *spec*; guidance above 1 runs the transformer twice per step."""
+    """Compute the work of *spec*; guidance above 1 runs the transformer twice per step."""
     branches = 2 if spec.guidance_scale > 1 else 1
     references = sum(image.width * image.height for image in spec.references)
     steps = spec.num_inference_steps * branches
@@ -41,7 +39,7 @@ def work(spec: ImageSpec) -> float:
 
 
 class _Range:
-    """The last pictures of about the same work, and when one of them came, counted in samples."""
+    """The last samples (work, seconds) of similar work, and the count at the latest."""
 
     def __init__(self) -> None:
         self.samples: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
@@ -52,12 +50,12 @@ class _Range:
         self.samples.append((units, seconds))
         self.seen_at = at
         by_rate = sorted(self.samples, key=lambda sample: sample[1] / sample[0])
-        # The lower of two: nothing makes a picture faster than the card, much makes it slower.
+        # The lower median: noise only ever makes an image slower.
         self.point = by_rate[(len(by_rate) - 1) // 2]
 
 
 class Estimator:
-    """Learns from finished jobs; says 0 until it has seen one."""
+    """Learns from finished jobs; predicts 0 before the first."""
 
     def __init__(self) -> None:
         self._ranges: dict[int, _Range] = {}
@@ -69,9 +67,11 @@ class Estimator:
         return f"<Estimator {self._fixed_s:.3e} s and {self._slope_s:.3e} s per unit>"
 
     def learn(self, spec: ImageSpec, seconds: float) -> None:
-        """Take the *seconds* that *spec* took into account; of far more than was predicted, only
-        so much that nothing is predicted at more than twice what it was, or than a larger picture
-        took."""
+        """Add a sample: *spec* took *seconds*.
+
+        The sample is clipped to twice its prediction or to what the next larger range took,
+        whichever is more, so that one outlier changes little.
+        """
         units = work(spec)
         seconds = max(_SHORTEST_S, min(seconds, self._most_s(units)))
         self._count += 1
@@ -79,11 +79,11 @@ class Estimator:
         self._fixed_s, self._slope_s = _fit(list(self._points()))
 
     def predict(self, spec: ImageSpec) -> float:
-        """Seconds that *spec* will take on the card."""
+        """Predict the seconds of *spec* on the GPU."""
         return self._predict(work(spec))
 
     def predict_step(self, spec: ImageSpec) -> float:
-        """Seconds that one denoising step of *spec* will take, at most."""
+        """Predict an upper bound of the seconds of one denoising step of *spec*."""
         return self.predict(spec) / spec.num_inference_steps
 
     def _predict(self, units: float) -> float:
@@ -95,7 +95,7 @@ class Estimator:
         return line_s * known_s / (self._fixed_s + self._slope_s * known_units)
 
     def _most_s(self, units: float) -> float:
-        """What a picture of so much work is believed to take at most."""
+        """Return the seconds to which a sample of *units* is clipped."""
         if not self._ranges:
             return math.inf
         larger = [index for index in self._ranges if index > _range_of(units)]
@@ -103,7 +103,7 @@ class Estimator:
         return max(_MOST_GROWTH * self._predict(units), next_s)
 
     def _points(self) -> Iterator[tuple[float, float, float]]:
-        """Work, seconds and weight of each range."""
+        """Yield work, seconds and weight of each range."""
         for found in self._ranges.values():
             age = self._count - found.seen_at
             weight = max(_LEAST_WEIGHT, 0.5 ** (age / _HALF_LIFE))
@@ -115,7 +115,7 @@ def _range_of(units: float) -> int:
 
 
 def _fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """The line of the least squared relative errors, with neither term below zero."""
+    """Fit a line by weighted least squares of relative errors, both terms at least zero."""
     ones = sum(weight / y**2 for _, y, weight in points)
     x1 = sum(weight * x / y**2 for x, y, weight in points)
     x2 = sum(weight * (x / y) ** 2 for x, y, weight in points)

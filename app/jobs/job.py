@@ -1,4 +1,4 @@
-"""One picture on its way: what is asked, by whom, until when, and where it stands."""
+"""One image's job: its spec, client, deadline and state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.errors import KleinError
 
 
 class JobState(Enum):
-    """The legal moves: WAITING -> RUNNING -> ENDED, and WAITING -> ENDED."""
+    """The legal transitions: WAITING -> RUNNING -> ENDED, and WAITING -> ENDED."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -21,15 +21,15 @@ class JobState(Enum):
 
 
 def _ignore(progress: Progress) -> None:
-    """Nobody listens."""
+    """Ignore the progress."""
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One picture. Only the queue moves its state; whoever submitted it awaits *future*.
+    """One image to generate; only the queue changes *state*, and the submitter awaits *future*.
 
-    Times are seconds of the queue's clock. *on_progress* is called from the event loop while the
-    job runs.
+    Times are seconds of the queue's clock. *on_progress* is called on the event loop while the job
+    runs.
     """
 
     id: str
@@ -43,24 +43,24 @@ class Job:
     started_at: float | None = None
     predicted_s: float = 0.0
     stop: Callable[[], object] | None = field(default=None, repr=False)
-    """Set while the job runs: asks the worker to stop."""
+    """Set while the job runs: cancels it in the worker."""
     context: Context = field(default_factory=copy_context, repr=False)
-    """The request's own, in which the job runs too: the log names the request from end to end."""
+    """The request's context, in which the job runs too, so that log lines carry the request id."""
 
     @property
     def queued_s(self) -> float | None:
-        """Seconds between submission and start, once it has started."""
+        """Seconds between submission and start; None before the start."""
         return None if self.started_at is None else self.started_at - self.submitted_at
 
     def succeed(self, result: Generated) -> None:
-        """Give *result* to whoever waits, unless the job has ended otherwise."""
+        """Resolve the future with *result*, unless it is done already."""
         if not self.future.done():
             self.future.set_result(result)
 
     def fail(self, error: KleinError) -> None:
-        """Give *error* to whoever waits, unless the job has ended otherwise."""
+        """Resolve the future with *error*, unless it is done already."""
         if not self.future.done():
-            # Without the frames it came through: they hold the job, and so the job itself.
+            # Without the traceback: its frames reference the job, a cycle.
             self.future.set_exception(error.with_traceback(None))
-            # A caller who has gone never asks; without this asyncio would log the error as lost.
+            # Mark it as retrieved, or asyncio logs it where the client has disconnected.
             self.future.exception()

@@ -1,8 +1,8 @@
-"""How many images a client may ask for in a minute.
+"""Limit the images per minute and client with a token bucket.
 
-One bucket for each client: it holds a minute's worth, each accepted image takes one token, and
-tokens come back evenly. A client who has been away long enough to be full again is forgotten, so
-callers who change their address leave nothing behind. Pure but for the clock it is given.
+A bucket holds a minute's worth of tokens, each accepted image takes one, and tokens refill evenly.
+A client whose bucket is full again is forgotten, so clients that change their address take no
+memory. Pure but for the clock passed in.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 
 _FORGET_FROM = 1024
-"""Clients that are remembered before the full buckets among them are thrown away."""
+"""Number of clients at which full buckets are first dropped."""
 
 
 class RateLimit:
-    """Counts images per client; with *per_minute* 0 it lets everything pass."""
+    """One token bucket per client; *per_minute* 0 means no limit."""
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute = per_minute
@@ -28,14 +28,14 @@ class RateLimit:
         return f"<RateLimit {self.per_minute} per minute, {len(self._buckets)} clients>"
 
     def wait_s(self, client: str, images: int) -> int:
-        """Whole seconds until *client* may ask for *images* more; 0 where that is now."""
+        """Return whole seconds until *client* has tokens for *images*; 0 means now."""
         if self.per_minute == 0:
             return 0
         lacking = images - self._tokens(client)
         return math.ceil(lacking * 60 / self.per_minute) if lacking > 1e-9 else 0
 
     def take(self, client: str, images: int) -> None:
-        """Count *images* that *client* has asked for and that were accepted."""
+        """Take the tokens of *images* that were accepted from *client*."""
         if self.per_minute == 0:
             return
         self._buckets[client] = (self._tokens(client) - images, self._clock())
@@ -47,8 +47,7 @@ class RateLimit:
         return min(self.per_minute, tokens + (self._clock() - at) * self.per_minute / 60)
 
     def _forget(self) -> None:
-        """Drop who has a full bucket; look again when twice as many are left, so that it stays
-        cheap."""
+        """Drop full buckets; next at twice the number left, so the amortised cost is constant."""
         self._buckets = {
             client: bucket
             for client, bucket in self._buckets.items()

@@ -1,0 +1,1 @@
+"""Admission, tickets and results; knows no HTTP and no torch."""

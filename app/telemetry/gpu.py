@@ -1,7 +1,7 @@
-"""What NVML says of the card: one reading at a time, never more often than once a second.
+"""Read the GPU's state through NVML, at most once a second.
 
-No torch here. Without a card, a driver or NVML the answer is None, and the metrics are absent
-rather than zero.
+No torch here. Without a GPU, a driver or NVML a reading is None, and the metrics are absent rather
+than zero.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def _load_nvml() -> Any:
 
 
 class Gpu:
-    """One card by index. `read` may be called from any thread.
+    """One GPU by index; `read` may be called from any thread.
 
-    *load_nvml* gives the `pynvml` module or, in tests, something with the same functions.
+    *load_nvml* returns the `pynvml` module or, in tests, an object with the same functions.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Gpu:
         self._read_at = float("-inf")
 
     def read(self) -> GpuSnapshot | None:
-        """Read the card, or give the last reading where that is younger than a second."""
+        """Read the GPU, or return the last reading while it is younger than a second."""
         with self._lock:
             if self._is_absent:
                 return None
@@ -59,13 +59,13 @@ class Gpu:
             return self._last
 
     def driver_version(self) -> str | None:
-        """The driver's version, or None where there is none."""
+        """Return the driver's version, or None without a driver."""
         if self.read() is None:
             return None
         return _text(self._nvml.nvmlSystemGetDriverVersion())
 
     def count(self) -> int:
-        """How many cards there are; 0 without a driver."""
+        """Return the number of GPUs; 0 without a driver."""
         try:
             if self._nvml is None:
                 nvml = self._load_nvml()
@@ -77,14 +77,14 @@ class Gpu:
             return 0
 
     def cuda_version(self) -> tuple[int, int] | None:
-        """The latest CUDA that the driver knows, as major and minor; None where it is not told."""
+        """Return the latest CUDA version that the driver supports: (major, minor), or None."""
         if self._nvml is None:
             return None
         number = self._optional(lambda: self._nvml.nvmlSystemGetCudaDriverVersion())
         return None if number is None else (int(number) // 1000, int(number) % 1000 // 10)
 
     def holders(self) -> list[tuple[int, str, int]]:
-        """Who is on the card: process id, program and bytes, the largest first."""
+        """Return the GPU's compute processes: process id, program, bytes; the largest first."""
         nvml = self._nvml
         if nvml is None:
             return []
@@ -131,7 +131,7 @@ class Gpu:
         )
 
     def _optional(self, read: Callable[[], float]) -> float | None:
-        """Some cards answer NOT_SUPPORTED to some questions: no reading, not an error."""
+        """Return None where the GPU answers NOT_SUPPORTED: no reading, not an error."""
         try:
             return float(read())
         except self._nvml.NVMLError:
@@ -139,7 +139,7 @@ class Gpu:
 
 
 def _program(pid: int) -> str:
-    """The program's name alone: a command line may hold what is nobody's business."""
+    """Return the program's name without its arguments, which may be secret."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:

@@ -1,7 +1,8 @@
-"""Every metric of the service: its name, labels and buckets are here and nowhere else.
+"""Every metric of the service: names, labels and buckets are defined here and nowhere else.
 
-All in one process, so no multiprocess directory; the worker sends numbers over its pipe. Labels
-take values from fixed sets only: never a prompt, an id or anything a caller writes.
+All metrics live in one process, so there is no multiprocess directory; the worker sends its numbers
+over the pipe. Labels take values from fixed sets only: never a prompt, an id or anything else that
+a client writes.
 """
 
 from __future__ import annotations
@@ -40,26 +41,46 @@ VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
 
 
 class Gauges(Protocol):
-    """What the gauges read at the moment of a scrape."""
+    """What the gauges read at each scrape."""
 
     @property
-    def queue_size(self) -> int: ...
+    def queue_size(self) -> int:
+        """Images that wait."""
+        ...
+
     @property
-    def queue_capacity(self) -> int: ...
+    def queue_capacity(self) -> int:
+        """Images that may wait."""
+        ...
+
     @property
-    def running(self) -> int: ...
+    def running(self) -> int:
+        """Images on the GPU or on their way from it."""
+        ...
+
     @property
-    def is_ready(self) -> bool: ...
+    def is_ready(self) -> bool:
+        """Whether a request would be accepted."""
+        ...
+
     @property
-    def is_worker_up(self) -> bool: ...
+    def is_worker_up(self) -> bool:
+        """Whether a worker process is running."""
+        ...
+
     @property
-    def estimated_wait_s(self) -> float: ...
+    def estimated_wait_s(self) -> float:
+        """Seconds that a new image would wait."""
+        ...
+
     @property
-    def loop_lag_s(self) -> float: ...
+    def loop_lag_s(self) -> float:
+        """The event loop's largest lag within the last minute, in seconds."""
+        ...
 
 
 class Metrics:
-    """The service's own registry. Touched from the event loop's thread; scraped from anywhere."""
+    """The service's registry: updated on the event loop's thread, scraped from any thread."""
 
     def __init__(self, *, version: str) -> None:
         self.registry = registry = CollectorRegistry()
@@ -75,14 +96,14 @@ class Metrics:
     def _make_histograms(self, registry: CollectorRegistry) -> None:
         self._image_duration = Histogram(
             "klein_image_duration_seconds",
-            "Seconds per image by stage, on this card.",
+            "Seconds per image by stage, on this GPU.",
             ["gpu", "stage"],
             buckets=IMAGE_BUCKETS,
             registry=registry,
         )
         self._image_peak = Histogram(
             "klein_image_peak_vram_bytes",
-            "The most memory that torch held on the card during one image.",
+            "The most memory that torch held on the GPU during one image.",
             ["gpu", "kind"],
             buckets=VRAM_BUCKETS,
             registry=registry,
@@ -96,7 +117,7 @@ class Metrics:
         )
         self._queue_wait = Histogram(
             "klein_queue_wait_seconds",
-            "Seconds that an image waited for the card.",
+            "Seconds that an image waited for the GPU.",
             buckets=IMAGE_BUCKETS,
             registry=registry,
         )
@@ -127,13 +148,13 @@ class Metrics:
             "klein_image_pixels", "Pixels of finished images.", registry=registry
         )
         self._oom = Counter(
-            "klein_oom", "Images that failed for want of card memory.", registry=registry
+            "klein_oom", "Images that failed for want of GPU memory.", registry=registry
         )
         self._restarts = Counter(
             "klein_worker_restarts", "Workers lost, by reason.", ["reason"], registry=registry
         )
         self._busy = Counter(
-            "klein_gpu_busy_seconds", "Seconds that the card worked on images.", registry=registry
+            "klein_gpu_busy_seconds", "Seconds that the GPU worked on images.", registry=registry
         )
         self._cache = Counter(
             "klein_prompt_cache_requests",
@@ -153,7 +174,7 @@ class Metrics:
     def _make_gauges(self, registry: CollectorRegistry) -> None:
         self._last_peak = Gauge(
             "klein_last_image_peak_vram_bytes",
-            "The most memory that torch held on the card during the last image.",
+            "The most memory that torch held on the GPU during the last image.",
             ["gpu", "kind"],
             registry=registry,
         )
@@ -167,7 +188,7 @@ class Metrics:
         )
         self._running = Gauge(
             "klein_requests_running",
-            "Images on the card or on their way from it.",
+            "Images on the GPU or on their way from it.",
             registry=registry,
         )
         self._ready = Gauge("klein_ready", "1 where a request would be taken.", registry=registry)
@@ -210,11 +231,11 @@ class Metrics:
     def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
     ) -> None:
-        """Read the card, and what torch holds of it, at every scrape."""
+        """Read the GPU's state, and the memory that torch holds on it, at every scrape."""
         self.registry.register(_GpuCollector(read, torch_memory))
 
     def model_ready(self, info: ModelInfo, load_s: float) -> None:
-        """A worker answers; *load_s* seconds after its start."""
+        """Set the gauges of a loaded model; *load_s* counts seconds from the worker's start."""
         self._gpu = info.device
         self._load_duration.set(load_s)
         self._build_info.clear()
@@ -223,7 +244,10 @@ class Metrics:
         self._model_info.labels(info.model, info.revision, info.precision, info.plan).set(1)
 
     def image_finished(self, generated: Generated, seconds: dict[str, float], mode: str) -> None:
-        """An image is ready; *seconds* by stage word, *mode* `generate` or `edit`."""
+        """Count a finished image.
+
+        *seconds* has one entry per name in `STAGES`; *mode* is `generate` or `edit`.
+        """
         for stage, value in seconds.items():
             self._image_duration.labels(self._gpu, stage).observe(value)
         self._queue_wait.observe(seconds["queue"])
@@ -240,29 +264,32 @@ class Metrics:
         self._busy.inc(generated.timings.total)
 
     def image_out_of_memory(self) -> None:
-        """An image failed for want of card memory."""
+        """Count an image that failed for want of GPU memory."""
         self._oom.inc()
 
     def worker_lost(self, reason: str) -> None:
-        """The worker has gone, for one of `RESTARTS`."""
+        """Count a lost worker; *reason* is one of `RESTARTS`."""
         self._restarts.labels(reason).inc()
 
     def request_finished(self, route: str, outcome: str, seconds: float) -> None:
-        """A request on *route* (a template, never a caller's path) ended with one of `OUTCOMES`."""
+        """Count a finished request and its *seconds*.
+
+        *route* is a template, never a client's path; *outcome* is one of `OUTCOMES`.
+        """
         self._requests.labels(route, outcome).inc()
         self._request_duration.labels(route, outcome).observe(seconds)
 
     def request_rejected(self, reason: str) -> None:
-        """A request could not be taken, for one of `REJECTIONS`."""
+        """Count a rejected request; *reason* is one of `REJECTIONS`."""
         self._rejected.labels(reason).inc()
 
     def exposition(self) -> tuple[bytes, str]:
-        """The scrape: body and content type."""
+        """Return one scrape: the body in Prometheus' text format, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
 class _GpuCollector(Collector):
-    """Reads the card when scraped; without one it says nothing."""
+    """Reads the GPU at each scrape; yields nothing without one."""
 
     def __init__(
         self,
@@ -273,29 +300,29 @@ class _GpuCollector(Collector):
         self._torch_memory = torch_memory
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Yield one family per reading that the card gives."""
+        """Yield one metric family per value that NVML reports."""
         snapshot = self._read()
         if snapshot is None:
             return
         torch_memory = self._torch_memory()
         readings = (
-            ("memory_used_bytes", "Used memory of the card.", snapshot.used_bytes),
-            ("memory_total_bytes", "Memory of the card.", snapshot.total_bytes),
+            ("memory_used_bytes", "Used memory of the GPU.", snapshot.used_bytes),
+            ("memory_total_bytes", "Memory of the GPU.", snapshot.total_bytes),
             (
                 "utilization_ratio",
-                "Share of time that the card was busy.",
+                "Share of time that the GPU was busy.",
                 snapshot.utilization_ratio,
             ),
-            ("power_watts", "Power that the card draws.", snapshot.power_watts),
-            ("temperature_celsius", "Temperature of the card.", snapshot.temperature_celsius),
+            ("power_watts", "Power that the GPU draws.", snapshot.power_watts),
+            ("temperature_celsius", "Temperature of the GPU.", snapshot.temperature_celsius),
             (
                 "torch_allocated_bytes",
-                "Memory of the card that torch's tensors hold between images.",
+                "Memory of the GPU that torch's tensors hold between images.",
                 torch_memory.allocated if torch_memory else None,
             ),
             (
                 "torch_reserved_bytes",
-                "Memory of the card that torch keeps reserved between images.",
+                "Memory of the GPU that torch keeps reserved between images.",
                 torch_memory.reserved if torch_memory else None,
             ),
         )

@@ -1,7 +1,7 @@
-"""Can the card be used at all? Asked of NVML before anything heavy is started.
+"""Check through NVML whether the GPU can be used, before anything heavy is imported.
 
-torch would say the same, but it takes seconds to import and says it in a traceback. What NVML does
-not tell is left to the engine, which knows the model and plans its memory.
+torch would report the same, but takes seconds to import and answers with a traceback. What NVML
+does not report is left to the engine, which knows the model and plans its memory.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from app.errors import StartupError
 from app.telemetry.gpu import Gpu
 
 LEAST_FREE_BYTES = 4_500_000_000
-"""The weights of the smallest plan for klein, without anything to compute in."""
+"""Weights on the GPU in klein's smallest plan, without activations."""
 
 
 def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
-    """Refuse a card that cannot serve klein; *torch_cuda* is what torch was built for.
+    """Refuse a GPU that cannot serve klein; *torch_cuda* is the CUDA version of torch's build.
 
     Raises:
-        StartupError: no driver, one too old, no such card, or too little free memory.
+        StartupError: torch without CUDA, no driver or too old a one, no such GPU, or too little
+            free memory.
     """
     if torch_cuda is None:
         raise StartupError(
@@ -44,7 +45,7 @@ def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
 
 
 def torch_cuda() -> str | None:
-    """Read the CUDA version that torch was built for, without importing torch."""
+    """Read the CUDA version of torch's build without importing torch; None for a CPU build."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return None
@@ -54,8 +55,11 @@ def torch_cuda() -> str | None:
 
 
 def _check_driver(gpu: Gpu, torch_cuda: str) -> None:
-    """A driver of the same major version or a later one does (CUDA's minor version
-    compatibility)."""
+    """Refuse a driver whose CUDA major version is lower than that of torch's build.
+
+    The minor version does not matter (CUDA's minor version compatibility,
+    https://docs.nvidia.com/deploy/cuda-compatibility/).
+    """
     found = gpu.cuda_version()
     wanted = int(torch_cuda.partition(".")[0])
     if found is not None and found[0] < wanted:

@@ -1,5 +1,7 @@
-"""What crosses the pipe: frozen dataclasses of plain data, both ways. No exception objects, no
-tensors."""
+"""Messages over the pipe, both ways: frozen dataclasses of plain data.
+
+No exception objects, no tensors. "Down" is from the parent to the worker, "up" the reverse.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from app.errors import Kind, KleinError, from_kind
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Down: make this picture; *request_id* names the request in the worker's log."""
+    """Down: generate this image; *request_id* names the request in the worker's log."""
 
     job_id: str
     spec: ImageSpec
@@ -20,7 +22,7 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Down: nobody waits for this job any more; stop it at the next step."""
+    """Down: cancel this job at the next denoising step."""
 
     job_id: str
 
@@ -32,38 +34,38 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Down: finish the running job and leave."""
+    """Down: finish the running job and exit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Up: how far the model has come."""
+    """Up: progress of loading the model."""
 
     progress: LoadProgress
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Up: the model answers."""
+    """Up: the model is loaded and warm."""
 
     info: ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
 class StartFailed:
-    """Up: the model cannot be loaded; the worker leaves after this."""
+    """Up: the model cannot be loaded; the worker exits after this."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """Up: the thread that makes pictures, and those that receive and send, do their work."""
+    """Up: the answer to `Ping`; the engine's thread, the receiver and the sender are alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """Up: a sign of life of the running job."""
+    """Up: progress of the running job."""
 
     job_id: str
     progress: Progress
@@ -71,7 +73,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Up: the picture."""
+    """Up: the finished image."""
 
     job_id: str
     generated: Generated
@@ -79,8 +81,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Up: no picture, and why: what `app.errors.from_kind` needs. After Kind.FATAL the worker
-    leaves."""
+    """Up: the job's error, as `app.errors.from_kind` needs it; Kind.FATAL ends the worker."""
 
     job_id: str
     kind: Kind
@@ -91,11 +92,11 @@ class Failed:
 
     @classmethod
     def of(cls, job_id: str, error: KleinError) -> Failed:
-        """Say *error* without the exception object."""
+        """Convert *error* to plain data."""
         return cls(job_id, error.kind, error.message, error.param, error.code, error.retry_after_s)
 
     def error(self) -> KleinError:
-        """Build the error again."""
+        """Rebuild the error."""
         return from_kind(
             self.kind,
             self.message,

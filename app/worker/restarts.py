@@ -1,4 +1,4 @@
-"""When a dead worker is replaced, and when the service gives up. Pure: deaths in, decision out."""
+"""Restart policy of the worker: back off, then give up. Pure: no clock, no process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BACK_OFF_S = (0.0, 1.0, 2.0, 5.0)
-"""Seconds to wait before the next start, by the number of deaths without a picture between."""
+"""Seconds before the next start, by the number of deaths without a finished image between."""
 
 MAX_DEATHS = 3
 WINDOW_S = 600.0
@@ -14,7 +14,7 @@ WINDOW_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Start again after *delay_s* seconds, or give up where it is None."""
+    """Restart after *delay_s* seconds; None means give up."""
 
     delay_s: float | None
     reason: str

@@ -3,9 +3,9 @@
     python -m tests.api.live heartbeat=0.2 lifetime=2 [oom@1 slow=0.2 ...]
 
 It is `klein serve` but for the app's parameters, which no setting reaches. With a script of
-`tests.support.scripted_engine` its engine is the scripted one, which here shows previews, draws a texture (so that
-the quality of a JPEG can be seen in its size), and has one more fault, `late@n`: the job misses its
-deadline.
+`tests.support.scripted_engine` its engine is the scripted one, which here shows previews, draws a
+texture (so that the quality of a JPEG can be seen in its size), and has one more fault, `late@n`:
+the job misses its deadline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support import scripted_engine
 _log = logging.getLogger("app.live")
 
 
-class PreviewingEngine(scripted_engine.FaultyEngine):
+class PreviewingEngine(scripted_engine.ScriptedEngine):
     """Shows all previews at the start, before any fault strikes."""
 
     def generate(

@@ -27,7 +27,7 @@ MAX_BODY = 4 * 1024 * 1024
 class Target:
     """One service and the clients that speak to it.
 
-    *quick* are the fields that make a picture cheap without touching what a case is about.
+    *quick* are the fields that make a picture cheap without touching what a test is about.
     """
 
     url: str
@@ -44,12 +44,12 @@ class Target:
 
     @property
     def c(self) -> AsyncOpenAI:
-        """The contract's `c`."""
+        """The SDK's client, as an application makes it."""
         return self.client()
 
     @property
     def s(self) -> AsyncOpenAI:
-        """The contract's `s`, which checks every answer against the SDK's types."""
+        """The SDK's client that checks every answer against the SDK's types."""
         return self.client(_strict_response_validation=True)
 
     def extra(self, **fields: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The exact requests of the contract's client table, and what each client reads of the answer.
+"""The exact requests of clients in wide use, and what each client reads of the answer.
 
 Read in the clients' sources: names and order of the parts, headers, query. Each is sent to an app
 on fakes and (marker slow) to a live service. The packages themselves run in `test_packages.py`.

@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`: every field of the contract, in and out."""
+"""`POST /v1/images/generations`: every field of the request and of the answer."""
 
 from __future__ import annotations
 

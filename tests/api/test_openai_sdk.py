@@ -1,9 +1,9 @@
-"""The contract's acceptance cases with the official `openai` SDK, in their order and numbering.
+"""What the official `openai` SDK is promised, from one prompt to edits, streams and errors.
 
 Each runs on fakes in this process, (marker slow) against a live service with the scripted engine,
 and (marker full) against one with a tiny random klein checkpoint: klein's ids and limits, two
-steps, four where it streams. Cases that need a script
-of faults, or a limit of their own, are in `test_openai_sdk_live.py`.
+steps, four where it streams. What needs a script of faults, or a limit of its own, is in
+`test_openai_sdk_live.py`.
 """
 
 from __future__ import annotations

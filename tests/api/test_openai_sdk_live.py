@@ -1,4 +1,4 @@
-"""Those of the contract's acceptance cases that need faults, on a live service with a script."""
+"""What the official `openai` SDK is promised when jobs fail or wait, on a live scripted service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUTE = "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
-def faulty() -> Iterator[Server]:
+def failing() -> Iterator[Server]:
     """A service with a key, whose first four pictures fail, each in its own way."""
     with start("oom@1", "oom@2", "fail@3", "late@4", api_keys=KEY) as server:
         yield server
@@ -59,10 +59,10 @@ def sdk(server: Server, **options) -> OpenAI:
     return OpenAI(base_url=server.url + "/v1", **{"api_key": KEY, "max_retries": 0, **options})
 
 
-def test_cases_23_and_24_failed_jobs_are_told_and_not_run_again(faulty):
+def test_failed_jobs_are_told_and_not_run_again(failing):
     """In a stream after its previews, else with `x-should-retry: false`: one request each."""
     seen = []
-    with sdk(faulty, max_retries=2) as client:
+    with sdk(failing, max_retries=2) as client:
         stream = client.images.generate(prompt="a", stream=True, partial_images=2)
         with pytest.raises(APIError) as caught:
             seen.extend(stream)
@@ -82,7 +82,7 @@ def test_cases_23_and_24_failed_jobs_are_told_and_not_run_again(faulty):
             assert refused.value.request_id
 
     outcomes = {
-        outcome: faulty.metric("klein_requests_total", route=ROUTE, outcome=outcome)
+        outcome: failing.metric("klein_requests_total", route=ROUTE, outcome=outcome)
         for outcome in ("oom", "error", "deadline", "ok")
     }
 
@@ -116,22 +116,22 @@ async def test_a_full_queue_says_when_to_come_again(slow):
         assert error.request_id
 
 
-def test_a_wrong_key_opens_nothing(faulty):
+def test_a_wrong_key_opens_nothing(failing):
     """On every API route."""
-    with sdk(faulty, api_key="wrong-key-0000") as client:
+    with sdk(failing, api_key="wrong-key-0000") as client:
         for call in (
             client.models.list,
             lambda: client.models.retrieve("flux.2-klein-4b"),
             lambda: client.images.generate(prompt="a"),
             lambda: client.images.edit(image=photo(64, 64), prompt="a"),
             lambda: client.post("/images", body={"prompt": "a"}, cast_to=object),
-            lambda: client.get(f"{faulty.url}/health", cast_to=object),
+            lambda: client.get(f"{failing.url}/health", cast_to=object),
         ):
             with pytest.raises(AuthenticationError) as caught:
                 call()
 
             assert caught.value.code == "invalid_api_key"
-    with sdk(faulty) as client:
+    with sdk(failing) as client:
         assert client.models.list().data
 
 

@@ -1,7 +1,8 @@
-"""The contract's cases about pixels, on the demo model: prompts, edits and masks judged by sight.
+"""What the official `openai` SDK is promised of pixels, on the demo model: prompts, edits and
+masks, judged by sight.
 
 The judge is the one that the model was examined by; it sees nothing but pixels. Sizes are a quarter
-of the contract's, as the demo's own default is.
+of klein's, as the demo's own default is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def drawn(picture) -> bytes:
     return encode(Image.fromarray(draw(picture)))
 
 
-def test_cases_1_and_5_prompts_are_followed_at_every_size(client):
+def test_prompts_are_followed_at_every_size(client):
     """Held-out prompts; most are followed to the judge's full satisfaction."""
     from tools.shapes.exam import scene_questions
     from tools.shapes.judge import judge
@@ -62,7 +63,7 @@ def test_auto_is_the_demos_own_size(client):
     assert client.images.generate(prompt="a red circle").size == "256x256"
 
 
-def test_cases_3_and_4_seeds_decide_the_pixels(client):
+def test_seeds_decide_the_pixels(client):
     """The second of three is the single one with its seed."""
     three = client.images.generate(prompt="a red circle", n=3, extra_body={"seed": 5}).data
     single = client.images.generate(prompt="a red circle", extra_body={"seed": 6}).data[0]

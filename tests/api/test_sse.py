@@ -51,7 +51,7 @@ async def stream(client, **body) -> list[tuple[str, dict]]:
 
 
 async def test_previews_come_before_the_picture(client):
-    """Type and event agree, indexes count from 0, every field of the contract is there."""
+    """Type and event agree, indexes count from 0, every field of OpenAI's events is there."""
     events = await stream(client, partial_images=2, seed=42, size="512x256")
     plain = await client.post(ROUTE, json={"prompt": "a", "seed": 42, "size": "512x256"})
     kinds = ["partial_image", "partial_image", "completed"]

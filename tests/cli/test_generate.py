@@ -21,7 +21,7 @@ from app.errors import InvalidRequest
 from app.limits import check_spec
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
-from tests.support.scripted_engine import MakeFaulty, Script
+from tests.support.scripted_engine import MakeScriptedEngine, Script
 
 CONFIG = ApiConfig(
     max_pixels=4_194_304,
@@ -141,7 +141,7 @@ def draw(folder: Path, *words: str) -> int:
     generate.add_parser(parser.add_subparsers())
     given = parser.parse_args(["generate", "a", "-o", str(folder / "x.png"), *words])
     settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
-    return generate.run(given, settings, make_engine=MakeFaulty(Script()))
+    return generate.run(given, settings, make_engine=MakeScriptedEngine(Script()))
 
 
 def test_seed_minus_one_draws_one(tmp_path, capsys) -> None:
@@ -158,7 +158,7 @@ async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:
     """A second readiness, and an end after it, find nobody who waits."""
     settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
 
-    async with warm_runtime(settings, make_engine=MakeFaulty(Script())) as (runtime, info):
+    async with warm_runtime(settings, make_engine=MakeScriptedEngine(Script())) as (runtime, info):
         runtime.on_worker_ready(info, 1.0)
         runtime.on_fatal(70, "It died.")
         await runtime.ended

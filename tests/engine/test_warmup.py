@@ -14,7 +14,6 @@ from app.engine import warmup
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from app.engine.models.registry import find_spec
-from app.engine.runtime.compile import NO_COMPILER
 from app.errors import StartupError
 from tests.support.spoilt_weights import not_numbers, spoil, zeroes
 
@@ -84,9 +83,7 @@ def test_what_is_measured_is_making_the_picture_and_not_looking_at_it(monkeypatc
 
     monkeypatch.setattr(warmup, "_look_at", look_at)
     monkeypatch.setattr(warmup.time, "perf_counter", lambda: now)
-    loaded = SimpleNamespace(
-        components=SimpleNamespace(device=torch.device("cuda")), compiler=NO_COMPILER
-    )
-    card = find_spec("flux.2-klein-4b")
+    model = find_spec("flux.2-klein-4b")
+    device = torch.device("cuda")
 
-    assert warmup.warm_up(loaded, card, make, lambda progress: None) == 2.0
+    assert warmup.warm_up(model, device, make, lambda progress: None, is_compiled=False) == 2.0

@@ -17,14 +17,14 @@ from dataclasses import replace
 from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, PeakMemory, Progress, Stage
 from app.engine.config import EngineConfig
 from app.errors import Cancelled, GenerationFailed, OutOfMemory
-from tests.support.scripted_engine import FaultyEngine, Script
+from tests.support.scripted_engine import Script, ScriptedEngine
 
 GPU = "NVIDIA GeForce RTX 3060"
 PEAK = PeakMemory(allocated=7_370_000_000, reserved=7_830_000_000)
 HELD = PeakMemory(allocated=6_800_000_000, reserved=7_000_000_000)
 
 
-class CardedEngine(FaultyEngine):
+class CardedEngine(ScriptedEngine):
     """Makes one colour per prompt in no time, as if on a card; fails as its prompt says."""
 
     def __init__(self, config: EngineConfig) -> None:

@@ -1,4 +1,4 @@
-"""operations.md section 7, rows 8 to 10: what dies, what is kept, and when the service gives up."""
+"""What dies when a worker crashes, what is kept, and when the service gives up."""
 
 from __future__ import annotations
 

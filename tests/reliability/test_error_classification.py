@@ -1,5 +1,5 @@
-"""operations.md sections 1.6 and 7, rows 7 and 8: which failure was it? Out of memory costs one
-picture, any other error of the accelerator costs the worker, the rest costs one picture."""
+"""Which failure was it? Out of memory costs one picture, any other error of the accelerator costs
+the worker, the rest costs one picture."""
 
 from __future__ import annotations
 

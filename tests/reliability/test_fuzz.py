@@ -1,5 +1,5 @@
-"""operations.md section 7, row 12: schemathesis against the live OpenAPI document. Whatever is sent
-to any route is answered as documented, and the worker is the same afterwards."""
+"""Schemathesis against the live OpenAPI document: whatever is sent to any route is answered as
+documented, and the worker is the same afterwards."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""operations.md section 7, rows 5 to 10, 13 and 19: health, draining, faults of the card, crashes
-and restarts, seen from outside."""
+"""Health, draining, faults of the card, crashes and restarts, seen from outside."""
 
 from __future__ import annotations
 
@@ -307,7 +306,7 @@ def test_a_gateway_learns_of_the_drain_within_100_ms(scripted, tmp_path: Path) -
 
 @pytest.mark.full
 def test_ten_drains_at_random_moments_lose_nothing() -> None:
-    """Row 5, short form: a hundred in `make soak`."""
+    """Every accepted job is answered and the service exits with 0; `make soak` does a hundred."""
     from tests.support.chaos import drain_often
 
     found = asyncio.run(drain_often(10, seed=5))
@@ -317,8 +316,8 @@ def test_ten_drains_at_random_moments_lose_nothing() -> None:
 
 @pytest.mark.full
 def test_half_a_minute_of_soak_keeps_its_promises() -> None:
-    """Row 13, short form: nothing lost, every 5xx explained, gauges zero, counters whole. Memory
-    and descriptors need the ten minutes of `make soak` to show a slope."""
+    """Nothing lost, every 5xx explained, gauges zero, counters whole. Memory and file descriptors
+    need the ten minutes of `make soak` to show a slope."""
     from benchmarks.soak import broken_promises, soak
 
     found = asyncio.run(soak(0.5, 2, seed=1))

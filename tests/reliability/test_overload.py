@@ -1,5 +1,4 @@
-"""operations.md section 7, rows 1, 2, 3, 4, 15 and 16: more work than the card can do, callers who
-leave, and deadlines."""
+"""More work than the card can do, callers who leave, and deadlines."""
 
 from __future__ import annotations
 
@@ -50,8 +49,8 @@ def test_a_full_queue_refuses_at_once_and_keeps_its_word(scripted, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_full_queue_does_not_read_uploads(scripted, tmp_path: Path) -> None:
-    """An upload of 60 MB gets its 503 before its first byte is sent. Row 16: the bound
-    counts images, so one request for four fills it, and one for five can never fit."""
+    """An upload of 60 MB gets its 503 before its first byte is sent. The bound counts images, so
+    one request for four fills it, and one for five can never fit."""
     gate = tmp_path / "gate"
     server = scripted(f"gate={gate}", queue_images=4)
     server.wait_until_ready()
@@ -215,13 +214,13 @@ async def test_nothing_that_is_computed_holds_up_the_loop(monkeypatch) -> None:
     from app.settings import Settings
     from tests.api.sockets import listening
     from tests.images import picture, saved
-    from tests.support.scripted_engine import MakeFaulty, Script
+    from tests.support.scripted_engine import MakeScriptedEngine, Script
 
     settings = Settings.read({}, device="cpu", model="shapes")
     ready = asyncio.Event()
 
     def build(settings):
-        runtime = build_runtime(settings, make_engine=MakeFaulty(Script()))
+        runtime = build_runtime(settings, make_engine=MakeScriptedEngine(Script()))
         runtime.on_ready.append(lambda info: ready.set())
         return runtime
 
@@ -273,8 +272,8 @@ def p99(values: list[float]) -> float:
 
 @pytest.mark.full
 def test_under_full_load_refusals_and_probes_stay_fast(scripted) -> None:
-    """P99 of a refusal below 100 ms. Row 2: p99 of /health/live below 100 ms, asked every
-    50 ms, and the loop never more than 250 ms late; at five times the capacity."""
+    """At five times the capacity, the p99 of a refusal is below 100 ms, that of /health/live,
+    asked every 50 ms, is below 100 ms, and the event loop is never more than 250 ms late."""
     live = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
     async def both(server: Server) -> tuple[list[Answer], list[Answer]]:

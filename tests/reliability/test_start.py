@@ -1,5 +1,5 @@
-"""operations.md section 7, row 11: a service that cannot start says why in one sentence, says what
-to do, and leaves; configuration errors at once, before torch is imported."""
+"""A service that cannot start says why in one sentence, says what to do, and leaves;
+configuration errors at once, before torch is imported."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_bad_setting_is_named() -> None:
 
 @pytest.mark.full
 def test_a_misspelt_setting_is_named() -> None:
-    """Case 1 too: it would be ignored silently otherwise."""
+    """It would be ignored silently otherwise."""
     assert "KLEIN_QUEUE_IMAGE " in start(limit_s=2, queue_image=4)
 
 
@@ -103,7 +103,7 @@ def test_a_taken_port_is_found_first() -> None:
 
 @pytest.mark.full
 def test_a_public_address_needs_a_key() -> None:
-    """Section 3, row 3: three ways out are named."""
+    """Three ways out are named."""
     sentence = start(limit_s=2, host="0.0.0.0")
 
     for way_out in ("KLEIN_API_KEYS", "127.0.0.1", "KLEIN_TRUST_NETWORK"):
@@ -155,7 +155,7 @@ def test_no_driver() -> None:
 
 @pytest.mark.slow
 def test_no_card_ends_the_start_at_once() -> None:
-    """Case 4, as it is met: klein was asked for, and this machine cannot."""
+    """The model needs a card, and this machine has none."""
     assert "KLEIN_DEVICE=cpu" in start(limit_s=2, model="flux.2-klein-4b")
 
 

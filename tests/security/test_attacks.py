@@ -1,4 +1,4 @@
-"""operations.md section 3: for each row what was done to other servers, tried on this one."""
+"""Attacks that were made on other servers, tried on this one."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_a_pickled_checkpoint_is_refused_unread(tmp_path) -> None:
 
 
 def test_dependencies_are_above_their_floors() -> None:
-    """Row 9 and the audit: the lock never goes below a version with a known hole."""
+    """The lock never goes below a version with a known hole."""
     locked = dict(
         line.lower().split("==")
         for line in (ROOT / "requirements.lock").read_text().splitlines()

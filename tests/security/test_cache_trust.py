@@ -16,6 +16,7 @@ from app.engine.hub.fetch import hash_file, partial_path
 from tests.engine.hub import CONFIG, ENCODER, SINGLE, VARIANT, Downloads, content
 from tests.support.hub import Hub
 from tests.support.owners import OTHER, give_away
+from tests.support.owners import owners as owners
 
 FILES = (*VARIANT.shared, VARIANT.transformers["fp8"])
 

@@ -1,5 +1,4 @@
-"""operations.md section 3, rows 14 and 15: nothing that arrives can fill the memory, block the
-event loop or hold a socket for ever."""
+"""Nothing that arrives can fill the memory, block the event loop or hold a socket for ever."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.system
 def usual_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A service started by a shell that allows 1,024 files, as most do, while we may have more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(Server, "nursery", None)
+    monkeypatch.setattr(Server, "fork_server", None)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     server = Server(module="tests.support.scripted_engine", model="shapes", device="cpu")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))

@@ -1,12 +1,12 @@
-"""The real engine with a card that really fails, and an entry point that gives it to the service.
+"""The real engine on a GPU that really fails, and an entry point that gives it to the service.
 
     python -m tests.support.broken_gpu report=/tmp/report.jsonl
 
-The prompt says what happens: `oom` fills the card up to a cap before the picture is made, `assert`
-reads beyond a tensor's end in a kernel during the first step, anything else just makes it. Both
-errors come from CUDA itself and go through the engine's own sorting. Without a card the same two
-classes of torch are raised by hand, to rehearse. The report has a line of JSON with what torch
-holds before and after each picture. No setting of the service selects this engine.
+The prompt says what happens: `oom` fills the GPU's memory up to a cap before the picture is made,
+`assert` reads beyond a tensor's end in a kernel during the first step, anything else just makes it.
+Both errors come from CUDA itself and go through the engine's own error mapping. Without a GPU the
+same two classes of torch are raised by hand, to rehearse. The report has a line of JSON with what
+torch holds before and after each picture. No setting of the service selects this engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADROOM = 1.03
 """The cap of the memory, above the most that the warm-up picture took."""
 
 
-class BrokenCard:
+class BrokenGpu:
     """Implements `app.domain.Engine` around the real one."""
 
     def __init__(self, engine: Engine, config: EngineConfig, report: str) -> None:
@@ -53,7 +53,7 @@ class BrokenCard:
         on_progress: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> Generated:
-        """Make a picture, or break the card on the way, as the prompt says."""
+        """Make a picture, or break the GPU on the way, as the prompt says."""
         before = self._allocated()
         try:
             if spec.prompt == "oom":
@@ -68,7 +68,7 @@ class BrokenCard:
                 self._tell(prompt=spec.prompt, before=before, after=self._allocated())
 
     def close(self) -> None:
-        """Let go of the card."""
+        """Release the GPU."""
         self._engine.close()
 
     def _fill(self, spec: ImageSpec, on_progress: Any, should_stop: Any) -> Generated:
@@ -118,14 +118,14 @@ def _striking(
 
 
 @dataclass(frozen=True)
-class MakeBroken:
+class MakeBrokenGpu:
     """Builds the engine inside the worker process; it pickles with the report's path."""
 
     report: str
 
-    def __call__(self, config: EngineConfig) -> BrokenCard:
+    def __call__(self, config: EngineConfig) -> BrokenGpu:
         """Build it."""
-        return BrokenCard(create_engine(config), config, self.report)
+        return BrokenGpu(create_engine(config), config, self.report)
 
 
 if __name__ == "__main__":
@@ -135,7 +135,7 @@ if __name__ == "__main__":
     from tests.support import broken_gpu
 
     # Through the module's own name, so that the worker process finds the class under it.
-    make_engine = broken_gpu.MakeBroken(sys.argv[1].removeprefix("report="))
+    make_engine = broken_gpu.MakeBrokenGpu(sys.argv[1].removeprefix("report="))
     try:
         sys.exit(serve(Settings.read(os.environ), make_engine=make_engine))
     except KleinError as error:

@@ -1,9 +1,9 @@
 """Stand-ins for what lies below a room: scripted, and tested themselves in
 `tests/api/test_fakes.py`.
 
-`FakeService` has the face of `app.service.service.ImageService` and behaves like it towards the HTTP room,
-without a worker: pictures are flat colours made of the seed, every ending can be scripted, and what
-became of each ticket can be asked.
+`FakeService` has the interface of `app.service.service.ImageService` and behaves like it towards
+`app.api`, without a worker: pictures are flat colours made of the seed, every ending can be
+scripted, and what became of each ticket can be asked.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class InProcess:
         self._task = asyncio.create_task(self._dispatcher.run())
 
     async def close(self) -> None:
-        """Stop, and let go of the threads."""
+        """Stop, and release the threads."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -82,7 +82,7 @@ def build(path: Path, **changes) -> PipelineComponents:
         "is_streamed": False,
         "is_tiled": False,
         "prompt_cache": 2,
-        "converted": None,
+        "quantized_cache": None,
         "max_sequence_length": TOKENS,
         "is_distilled": True,
     }
@@ -93,15 +93,15 @@ def build(path: Path, **changes) -> PipelineComponents:
 
 
 def fold_scales(folder: Path, target: Path) -> Path:
-    """Copy *folder* with each block weight rounded to fp8 and its scale multiplied in again."""
+    """Copy *folder* with each block weight quantized to fp8 and dequantized again."""
     shutil.copytree(folder, target)
     path = target / "transformer" / WEIGHTS
     tensors = load_file(path)
     theirs = {}
     for name, value in to_bfl(folder).items():
         if is_block_linear(name):
-            rounded, scale = quantise(value)
-            value = rounded.float() * scale
+            quantized, scale = quantize(value)
+            value = quantized.float() * scale
         theirs[name] = value
     config = json.loads((folder / "transformer" / "config.json").read_text())
     for rule in rules(config["num_layers"], config["num_single_layers"]):
@@ -110,8 +110,8 @@ def fold_scales(folder: Path, target: Path) -> Path:
     return target
 
 
-def quantise(value: torch.Tensor, *, rows: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to fp8 with one scale, or one for each row."""
+def quantize(value: torch.Tensor, *, rows: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize to fp8 with one scale, or one for each row."""
     peak = value.abs().amax(dim=1) if rows else value.abs().amax()
     scale = peak.float() / 448
     spread = scale[:, None] if rows else scale
@@ -127,7 +127,7 @@ def spell_fp8(folder: Path, path: Path, spelling: str) -> Path:
             tensors[prefix + name] = value
             continue
         module = prefix + name.removesuffix(".weight")
-        tensors[f"{module}.weight"], scale = quantise(value, rows="rows" in spelling)
+        tensors[f"{module}.weight"], scale = quantize(value, rows="rows" in spelling)
         if spelling == "one element":
             scale = scale.reshape(1)
         elif spelling == "rows as a column":

@@ -3,7 +3,7 @@
     python -m tests.support.scripted_engine slow=0.2 oom@3 exit@5
 
 `fault@n` strikes at the n-th picture of a worker process, `fault%n` at every n-th, `slow=s` makes
-every picture take *s* seconds (split over its steps). Faults: `oom`, `sticky` (the card is lost),
+every picture take *s* seconds (split over its steps). Faults: `oom`, `sticky` (the GPU is lost),
 `hang` (a step never returns), `exit` (the process dies), `fail`, `invalid` (the caller's fault),
 `leak` (an error of no kind of ours, with the prompt in its message), `unreadable` (a sign of life
 that the other process cannot read), `unsendable` (a picture that cannot be sent). `load=s` makes
@@ -89,8 +89,8 @@ class Script:
         return script
 
 
-class FaultyEngine:
-    """Makes pictures whose pixels depend on the spec alone, and fails as told."""
+class ScriptedEngine:
+    """Make pictures whose pixels depend on the spec alone, and fail as scripted."""
 
     def __init__(self, config: EngineConfig, script: Script) -> None:
         self._config = config
@@ -158,7 +158,7 @@ class FaultyEngine:
         )
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Release nothing."""
 
     def _fault(self) -> str | None:
         for every, fault in self._script.recurring.items():
@@ -237,15 +237,15 @@ def _strike(fault: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     raise AssertionError(fault)
 
 
-class MakeFaulty:
+class MakeScriptedEngine:
     """Builds the engine inside the worker process; it pickles with its script."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
 
-    def __call__(self, config: EngineConfig) -> FaultyEngine:
+    def __call__(self, config: EngineConfig) -> ScriptedEngine:
         """Build it."""
-        return FaultyEngine(config, self.script)
+        return ScriptedEngine(config, self.script)
 
 
 if __name__ == "__main__":
@@ -255,7 +255,7 @@ if __name__ == "__main__":
     from tests.support import scripted_engine
 
     # Through the module's own name, so that the worker process finds the class under it.
-    make_engine = scripted_engine.MakeFaulty(scripted_engine.Script.parse(sys.argv[1:]))
+    make_engine = scripted_engine.MakeScriptedEngine(scripted_engine.Script.parse(sys.argv[1:]))
     try:
         sys.exit(serve(Settings.read(os.environ), make_engine=make_engine))
     except KleinError as error:

@@ -25,7 +25,7 @@ class Server:
     their prefix: `queue_images=4`.
     """
 
-    nursery: ClassVar[ForkServer | None] = None
+    fork_server: ClassVar[ForkServer | None] = None
     """Where all but the service itself are forked, which saves the second of a start."""
 
     def __init__(self, *arguments: str, module: str = "app", **settings: object) -> None:
@@ -34,8 +34,8 @@ class Server:
         environ.setdefault("KLEIN_PORT", "0")
         environ["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS", "2")
         self.process: Process
-        if module != "app" and self.nursery is not None:
-            forked = self.nursery.fork(module, arguments, environ)
+        if module != "app" and self.fork_server is not None:
+            forked = self.fork_server.fork(module, arguments, environ)
             self.process, output = forked, os.fdopen(forked.output)
         else:
             subcommand = ["serve"] if module == "app" else []

@@ -12,7 +12,7 @@ import pytest
 from app.domain import ImageSpec, ModelInfo
 from app.engine.config import EngineConfig
 from app.worker.supervisor import Limits, Supervisor
-from tests.support.scripted_engine import MakeFaulty, Script
+from tests.support.scripted_engine import MakeScriptedEngine, Script
 
 CONFIG = EngineConfig(model="shapes", path=None, cache_dir="", device=None)
 SPEC = ImageSpec("a red circle", 64, 64, 4, 1.0, 7)
@@ -63,7 +63,7 @@ def supervise() -> Supervise:
     ) -> AsyncIterator[tuple[Supervisor, Listening]]:
         listening = Listening()
         supervisor = Supervisor(
-            MakeFaulty(Script.parse(list(script))),
+            MakeScriptedEngine(Script.parse(list(script))),
             config,
             listening,
             predict_step_s=lambda spec: step_s,

@@ -24,7 +24,7 @@ from app.worker.messages import (
     Stop,
 )
 from app.worker.transport import pair
-from tests.support.scripted_engine import MakeFaulty, Script, draw
+from tests.support.scripted_engine import MakeScriptedEngine, Script, draw
 from tests.worker.conftest import CONFIG, SPEC
 
 
@@ -38,7 +38,7 @@ class Worker:
         self._thread.start()
 
     def _run(self, theirs, script) -> None:
-        self.code = child.run(theirs, MakeFaulty(Script.parse(list(script))), CONFIG)
+        self.code = child.run(theirs, MakeScriptedEngine(Script.parse(list(script))), CONFIG)
 
     def hear(self, kind):
         """The next message of *kind*; everything before it is passed over."""

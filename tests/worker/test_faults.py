@@ -250,12 +250,12 @@ ABANDON = """
 import asyncio, os, signal
 from multiprocessing.context import SpawnProcess
 from app.worker.supervisor import Limits
-from tests.support.scripted_engine import MakeFaulty, Script
+from tests.support.scripted_engine import MakeScriptedEngine, Script
 from tests.worker.conftest import CONFIG, Listening, Supervisor
 
 async def main():
     listening = Listening()
-    engine = MakeFaulty(Script.parse([]))
+    engine = MakeScriptedEngine(Script.parse([]))
     supervisor = Supervisor(engine, CONFIG, listening, limits=Limits(close_s=0.1))
     supervisor.start()
     await listening.wait_for("ready")

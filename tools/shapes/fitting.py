@@ -188,7 +188,7 @@ class Stepper:
         """Run on a side stream as capture demands, with a rate of zero: nothing is learnt twice."""
         rate = self._weights.rate.clone()
         self._weights.rate.zero_()
-        side: Any = torch.cuda.Stream()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no type there
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

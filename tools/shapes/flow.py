@@ -123,8 +123,8 @@ class Trainer:
     def _read(self, ids: Tensor) -> Tensor:
         """What klein reads of prompts [n, 64], many at a time: [n, 64, 192]."""
         rotary = self.prompt_rotary
-        parts = [text_features(self.text, some, self._pad, rotary) for some in ids.split(256)]
-        return torch.cat(parts)
+        parts = torch.split(ids, 256)
+        return torch.cat([text_features(self.text, some, self._pad, rotary) for some in parts])
 
     def learn_flow(
         self,

@@ -7,6 +7,8 @@ beside large constants, which hold the group's mean at zero and its deviation ne
 since silu(z) - silu(-z) = z the pair's difference is the colour again.
 """
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
@@ -82,15 +84,20 @@ def _start_decoder(codec: AutoencoderKLFlux2) -> None:
     _unpair(decoder, _COLOURS, constants=2)
 
 
-def _silence(layer: nn.Module) -> None:
+def _silence(layer: nn.Conv2d | nn.Linear) -> None:
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(_bias(layer))
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 def _cleared(conv: nn.Conv2d, outputs: int) -> nn.Conv2d:
     """With the first outputs silent, and the others small."""
     conv.weight[:outputs] = 0
-    conv.bias[:outputs] = 0
+    _bias(conv)[:outputs] = 0
     return conv
 
 
@@ -102,7 +109,7 @@ def _pass(conv: nn.Conv2d, channels: int) -> None:
         conv.weight[channel, channel, middle, middle] = 1
 
 
-def _pass_shortcut(block: nn.Module, channels: int) -> None:
+def _pass_shortcut(block: Any, channels: int) -> None:
     shortcut = block.resnets[0].conv_shortcut
     if shortcut is not None:
         _pass(shortcut, channels)
@@ -115,11 +122,12 @@ def _pair(shortcut: nn.Conv2d, channels: int, *, constants: int) -> None:
     for channel in range(channels):
         shortcut.weight[channel, channel] = 1
         shortcut.weight[channels + channel, channel] = -1
-    shortcut.bias[2 * channels : used] = _CONSTANT
-    shortcut.bias[2 * channels : used : 2] = -_CONSTANT
+    constant = _bias(shortcut)[2 * channels : used]
+    constant[:] = _CONSTANT
+    constant[::2] = -_CONSTANT
 
 
-def _unpair(half: nn.Module, channels: int, *, constants: int) -> None:
+def _unpair(half: Any, channels: int, *, constants: int) -> None:
     """Undo `_pair` behind the normalisation; the group must hold nothing else."""
     groups: nn.GroupNorm = half.conv_norm_out
     size = groups.num_channels // groups.num_groups
@@ -131,7 +139,7 @@ def _unpair(half: nn.Module, channels: int, *, constants: int) -> None:
     conv: nn.Conv2d = half.conv_out
     middle = conv.kernel_size[0] // 2
     conv.weight.mul_(_SMALL)
-    conv.bias.zero_()
+    _bias(conv).zero_()
     conv.weight[:channels] *= torch.arange(groups.num_channels)[None, :, None, None] >= size
     for channel in range(channels):
         conv.weight[channel, channel, middle, middle] = deviation

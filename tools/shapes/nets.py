@@ -154,7 +154,7 @@ def encode_tokens(codec: AutoencoderKLFlux2, images: Tensor) -> Tensor:
 def decode_tokens(codec: AutoencoderKLFlux2, tokens: Tensor, rows: int, columns: int) -> Tensor:
     """Normalised latent tokens as images in 0..1."""
     mean, deviation = _statistics(codec)
-    patches = tokens.transpose(1, 2).unflatten(2, (rows, columns)) * deviation + mean
+    patches = torch.unflatten(tokens.transpose(1, 2), 2, (rows, columns)) * deviation + mean
     images: Tensor = codec.decode(unpatchify(patches)).sample
     return (images / 2 + 0.5).clamp(0, 1)
 

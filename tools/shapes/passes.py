@@ -27,7 +27,7 @@ def text_open(
     """From a Qwen3 layer's input to queries, keys and values [n, heads, tokens, width]."""
     x = F.rms_norm(x, (x.shape[-1],), norm, _EPS)
     width = head_norms[0].shape[0]
-    q, k, v = (F.linear(x, weight).unflatten(-1, (-1, width)) for weight in projections)
+    q, k, v = (torch.unflatten(F.linear(x, weight), -1, (-1, width)) for weight in projections)
     q = F.rms_norm(q, (width,), head_norms[0], _EPS)
     k = F.rms_norm(k, (width,), head_norms[1], _EPS)
     q, k, v = (_half_turned(q, rotary), _half_turned(k, rotary), v)
@@ -53,7 +53,7 @@ def stream_open(
     """One stream of a double block, up to attention."""
     x = _modulated(x, change)
     width = head_norms[0].shape[0]
-    q, k, v = (F.linear(x, weight).unflatten(-1, (-1, width)) for weight in projections)
+    q, k, v = (torch.unflatten(F.linear(x, weight), -1, (-1, width)) for weight in projections)
     return _normed_turned(q, k, v, head_norms, rotary)
 
 
@@ -72,7 +72,8 @@ def single_open(
     """A single block up to attention; the fourth result is its feed-forward half."""
     inner, width = x.shape[-1], head_norms[0].shape[0]
     y = F.linear(_modulated(x, change), weight)
-    q, k, v = (part.unflatten(-1, (-1, width)) for part in y[..., : 3 * inner].chunk(3, dim=-1))
+    parts = y[..., : 3 * inner].chunk(3, dim=-1)
+    q, k, v = (torch.unflatten(part, -1, (-1, width)) for part in parts)
     first, second = y[..., 3 * inner :].chunk(2, dim=-1)
     return (*_normed_turned(q, k, v, head_norms, rotary), F.silu(first) * second)
 
@@ -104,7 +105,7 @@ def _half_turned(x: Tensor, rotary: Rotary) -> Tensor:
 
 def _pair_turned(x: Tensor, rotary: Rotary) -> Tensor:
     """Flux's rotation: neighbouring numbers against each other."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(x.float(), -1, (-1, 2))
     turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
     return (x.float() * rotary.cos[:, None] + turned * rotary.sin[:, None]).to(x.dtype)
 
@@ -133,7 +134,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # On a processor the fused kernel's backward pass takes longer than all the rest of a step.
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores: Tensor = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1) @ v

@@ -274,7 +274,7 @@ class Shelves:
         ids = torch.from_numpy(crate.ids).to(device)
         features = None
         if self.read is not None:
-            features = self.read(ids.flatten(0, 1).long()).unflatten(0, ids.shape[:2])
+            features = torch.unflatten(self.read(ids.flatten(0, 1).long()), 0, ids.shape[:2])
         return _Goods(
             F.pad(torch.cat(latents), (0, 0, *padding)).to(compute_type(device)),
             F.pad(weights, padding),

@@ -1,7 +1,7 @@
 """From which origins the service is asked.
 
-A browser sends whatever a page tells it to, from inside the user's own network, so without keys this
-check and the one of the host's name are all that stands between a web page and the GPU.
+A browser sends whatever a page tells it to, from inside the user's own network, so without keys
+this check and the one of the host's name are all that stands between a web page and the GPU.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""OpenAI's images API: fields, request, response, events; knows no queue and no worker."""

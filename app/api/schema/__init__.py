@@ -1,0 +1,1 @@
+"""Validation that both dialects share: fields, bodies, uploads; knows neither dialect."""

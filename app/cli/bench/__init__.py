@@ -1,0 +1,1 @@
+"""`klein bench`: measures the service without HTTP; knows no torch."""

@@ -1,7 +1,7 @@
-"""Two small charts as SVG, which GitHub shows beside a report: bars of stages, lines over time.
+"""Two charts as SVG, which GitHub renders beside a report: stacked bars, lines over time.
 
-Text in, text out; colours that can be told apart on a light and on a dark page, none of them
-needed to read the numbers, which stand in the report's tables as well.
+The colours can be told apart on light and dark pages, and are not needed to read the numbers: the
+report's tables have them too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GREY = "#808080"
 
 
 def stage_bars(bars: Mapping[str, Mapping[str, float]]) -> str:
-    """Draw one bar per row, made of its stages in seconds; equal stages get equal colours."""
+    """Draw one stacked bar per row from seconds by stage; a stage has one colour in all bars."""
     stages = list(dict.fromkeys(stage for parts in bars.values() for stage in parts))
     longest = max((sum(parts.values()) for parts in bars.values()), default=0.0) or 1.0
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
@@ -41,7 +41,7 @@ def stage_bars(bars: Mapping[str, Mapping[str, float]]) -> str:
 def lines_over_time(
     curves: Mapping[str, Sequence[tuple[float, float]]], marks: Mapping[str, float], *, unit: str
 ) -> str:
-    """Draw curves of (seconds, value) from zero up; *marks* are horizontal lines with a name."""
+    """Draw curves of (seconds, value) from zero up; *marks* are labelled horizontal lines."""
     points = [point for curve in curves.values() for point in curve]
     last = max((at for at, _ in points), default=0.0) or 1.0
     most = max([value for _, value in points] + list(marks.values()), default=0.0) or 1.0

@@ -1,9 +1,8 @@
-"""`klein bench`: how fast is this card, measured on the way that every picture goes.
+"""`klein bench`: measure the latency of images with `klein serve`'s worker and service, no HTTP.
 
-Warm-up, then *n* pictures one after the other for each size and precision, each with a new prompt,
-from being accepted to the finished PNG: the same worker and service as `klein serve`, no HTTP. It
-prints a table for people and, as its last line, one JSON document for scripts; `--out report.md`
-writes a report to hand in (docs/cards.md).
+After warm-up it makes *n* images per size and precision, one at a time and each with a new prompt,
+and measures from acceptance to the finished PNG. It prints a table and, as its last line, one JSON
+document; `--out report.md` writes a report to hand in (docs/cards.md).
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def run(
     make_engine: EngineFactory = create_engine,
     gpu: Gpu | None = None,
 ) -> int:
-    """Measure; return 0, or 1 where not one row came of it."""
+    """Measure and print; return 0, or 1 without a single row."""
     if arguments.n < 1:
         raise InvalidRequest("-n must be at least 1.")
     if arguments.out and arguments.out.suffix != ".md":
@@ -89,7 +88,7 @@ def run(
 
 
 class Bench:
-    """One run over all precisions and sizes; each precision has a worker of its own."""
+    """One run over all precisions and sizes; each precision starts its own worker."""
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class Bench:
         self._bytes_before = before.used_bytes if before else None
 
     async def run(self, precisions: tuple[str, ...]) -> Run:
-        """Measure each of *precisions*; what cannot be measured is noted and passed over."""
+        """Measure each of *precisions*; note and skip what cannot be measured."""
         machine = describe_machine(self._gpu)
         with Sampler(lambda: self._gpu.read() if self._has_gpu else None, self._processes) as watch:
             for precision in precisions:
@@ -193,7 +192,7 @@ class Bench:
 
 
 def _default_sizes(model: ModelSpec) -> tuple[tuple[int, int], ...]:
-    """The model's own size and the usual ones, as far as it can make them."""
+    """Return the model's default size and the usual ones within its limits."""
     sizes = {(model.default_width, model.default_height), *_USUAL_SIZES}
     return tuple(
         sorted(

@@ -1,4 +1,4 @@
-"""What this machine is, in words and versions: the head of a report."""
+"""Describe this machine for a report: GPU, driver, CPU, memory, versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "comfy-kitchen")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Card, driver and host; None where there is no card."""
+    """GPU, driver and host; *gpu*, *gpu_bytes* and *driver* are None without a GPU."""
 
     gpu: str | None
     gpu_bytes: int | None
@@ -28,14 +28,14 @@ class Machine:
 
     @property
     def gpu_words(self) -> str:
-        """The card and its driver on one line."""
+        """The GPU and its driver on one line."""
         if self.gpu is None or self.gpu_bytes is None:
             return f"none; {self.processor}"
         return f"{self.gpu}, {self.gpu_bytes / 1e9:.1f} GB, driver {self.driver or 'unknown'}"
 
 
 def describe_machine(gpu: Gpu) -> Machine:
-    """Ask the card, the kernel and the installed packages."""
+    """Ask NVML, the kernel and the installed packages."""
     snapshot = gpu.read()
     return Machine(
         gpu=snapshot.name if snapshot else None,
@@ -49,7 +49,7 @@ def describe_machine(gpu: Gpu) -> Machine:
 
 
 def host_memory(field: str) -> int:
-    """Bytes that /proc/meminfo gives for *field*; 0 where there is none."""
+    """Return *field* of /proc/meminfo in bytes; 0 where it is missing."""
     for line in _lines("/proc/meminfo"):
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

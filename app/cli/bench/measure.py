@@ -1,4 +1,4 @@
-"""Measured rows: many pictures of one size and precision, summed up without losing the spread."""
+"""Rows of measurements: the images of one size and precision as medians and p95."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from app.telemetry.metrics import STAGES
 
 ON_THE_GPU = ("text", "reference", "denoise", "decode")
 _KLEIN_BYTES = 1_000_000_000
-"""Below this a model is klein's in shape only, and klein's floors are not its own."""
+"""A model with fewer bytes of weights is not klein, so klein's roofline does not apply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Seconds: half of the pictures took less than *p50*, 95 of 100 less than *p95*."""
+    """Median and 95th percentile, in seconds."""
 
     p50: float
     p95: float
@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One size at one precision. Bytes are None without a card; the floor where it is unknown."""
+    """One size at one precision; what cannot be measured or is unknown is None."""
 
     width: int
     height: int
@@ -39,11 +39,11 @@ class Row:
     count: int
     seconds: Mapping[str, Spread]
     gpu_s: float
-    """Median seconds of the stages on the card together."""
+    """Median of the summed seconds of `ON_THE_GPU`."""
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     gpu_bytes: int | None
-    """The most in use on the card, less what was in use before the start."""
+    """Peak of NVML's used memory, less what was used before the start."""
     host_bytes: int | None
     power_watts: float | None
     temperature_celsius: float | None
@@ -51,16 +51,16 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What the row is called in a chart."""
+        """The row's label in a chart."""
         return f"{self.precision} {self.width}x{self.height}"
 
     @property
     def reached(self) -> float | None:
-        """The share of the datasheet's rate that was reached, 0..1."""
+        """Roofline seconds divided by measured seconds, 0..1."""
         return None if self.floor_s is None else self.floor_s / self.gpu_s
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, its names those of the project's other benchmarks."""
+        """Return plain data with the field names of the project's other benchmarks."""
         return {
             "name": "klein.bench",
             "width": self.width,
@@ -95,7 +95,7 @@ def sum_up(
     gpu_bytes_before: int | None,
     floor_s: float | None,
 ) -> Row:
-    """Make a row of the *pictures* of one size."""
+    """Aggregate the *pictures* of one size into a row."""
     on_gpu = (sum(one.seconds[stage] for stage in ON_THE_GPU) for one in pictures)
     taken = usage.gpu_bytes
     if taken is not None and gpu_bytes_before is not None:
@@ -120,7 +120,7 @@ def sum_up(
 
 
 def floor_of(spec: ImageSpec, info: ModelInfo, gpu: GpuSnapshot | None) -> float | None:
-    """The floor of *spec* on *card*; None for a card or a model that has none here."""
+    """Return the roofline seconds of *spec* on *gpu*; None where GPU or model is unknown."""
     if gpu is None or info.weights_bytes < _KLEIN_BYTES:
         return None
     known = roofline.recognise(gpu.name, gpu.total_bytes)

@@ -1,4 +1,4 @@
-"""A benchmark's result for people: a table on the terminal, a page with charts to hand in."""
+"""Render a benchmark's result: a table for the terminal, a Markdown page with charts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN_STAGES = ("text", "denoise", "decode", "encode")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that one run of `klein bench` found; *notes* say what could not be measured."""
+    """The result of one `klein bench`; *notes* say what could not be measured."""
 
     machine: Machine
     date: str
@@ -29,7 +29,7 @@ class Run:
     readings: tuple[Reading, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The document for scripts."""
+        """Return the result as the JSON document for scripts."""
         return {
             "name": "klein.bench",
             "date": self.date,
@@ -73,7 +73,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 
 def render_table(run: Run) -> str:
-    """The result for a terminal."""
+    """Return the result as a table for the terminal."""
     lines = [f"card       {run.machine.gpu_words}"]
     lines += [
         f"{info.precision:10} {info.model}, plan {info.plan}: {_reasons(info)}"
@@ -85,7 +85,7 @@ def render_table(run: Run) -> str:
 
 
 def write_report(run: Run, path: Path) -> list[Path]:
-    """Write the page and its charts beside it; return what was written."""
+    """Write the page, and its charts beside it; return the paths."""
     stages, memory = (path.with_name(f"{path.stem}-{name}.svg") for name in ("stages", "memory"))
     path.parent.mkdir(parents=True, exist_ok=True)
     stages.write_text(

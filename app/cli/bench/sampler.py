@@ -1,7 +1,7 @@
-"""What a run takes of the machine, seen from outside: the card by NVML, the host by /proc.
+"""Sample GPU memory, power and temperature through NVML, and host memory from /proc.
 
-A thread reads both ten times a second, so that a peak between two pictures is not missed and the
-event loop that is being measured is left alone.
+A thread reads both ten times a second: peaks between two images are seen, and the event loop under
+measurement is not disturbed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INTERVAL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One look: seconds since the start; None where there is no card or it does not tell."""
+    """One sample, *at_s* seconds after the start; None without a GPU or where NVML is silent."""
 
     at_s: float
     gpu_bytes: int | None
@@ -36,7 +36,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The most of each, and the mean power, over a stretch of readings."""
+    """Maximum of each, and mean power, over an interval of readings."""
 
     gpu_bytes: int | None
     host_bytes: int | None
@@ -45,7 +45,7 @@ class Usage:
 
 
 class Sampler:
-    """Reads from `start` to `stop`; *processes* gives the ids whose memory counts together."""
+    """A context manager that samples in a thread; *processes* returns the ids to sum up."""
 
     def __init__(
         self,
@@ -68,11 +68,11 @@ class Sampler:
         self._thread.join()
 
     def now_s(self) -> float:
-        """Seconds since the start, as in the readings."""
+        """Return seconds since the start, as in `Reading.at_s`."""
         return time.monotonic() - self._started
 
     def usage(self, since_s: float) -> Usage:
-        """Sum up what was read since *since_s*, with one more reading now."""
+        """Aggregate the readings since *since_s*, one more taken now included."""
         self._read()
         readings = [reading for reading in self.readings if reading.at_s >= since_s]
         power = [one.power_watts for one in readings if one.power_watts is not None]
@@ -101,13 +101,13 @@ class Sampler:
 
 
 def impatient_clock() -> Callable[[], float]:
-    """A clock for `Card` that has always gone on by enough for another reading."""
+    """Return a clock that makes `Gpu.read` ask NVML at each call."""
     ticks = itertools.count(step=1_000)
     return lambda: float(next(ticks))
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of the host that process *pid* holds; 0 where that cannot be known."""
+    """Return the resident set size of process *pid* in bytes; 0 where it cannot be read."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -116,5 +116,5 @@ def resident_bytes(pid: int) -> int:
 
 
 def _most(values: Iterable[Number | None]) -> Number | None:
-    """The largest of those that are known."""
+    """Return the largest value that is not None."""
     return max((value for value in values if value is not None), default=None)

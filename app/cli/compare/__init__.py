@@ -1,0 +1,1 @@
+"""`klein compare`: one image at several precisions; knows no torch and no HTTP."""

@@ -1,8 +1,8 @@
-"""`klein compare`: what 8 bit costs, answered with the user's own weights and prompt.
+"""`klein compare`: measure the error of quantization with the user's own weights and prompt.
 
-Each precision gets a worker of its own, one after the other, and makes the same picture from the
-same seed. It writes a contact sheet - the pictures, and below them their differences from the
-reference, made eight times stronger - and prints a table; its last line is one JSON document.
+Each precision makes the same image from the same seed in its own worker, one after the other. The
+command writes a contact sheet (the images, and below them their differences from the reference,
+amplified eight times), prints a table and, as its last line, one JSON document.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _BEST_FIRST = ("fp32", "bf16")
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One precision's picture; the last two against the reference, None for itself.
+    """One precision's image; *psnr_db* and *latent_error* are None for the reference itself.
 
-    *latents* are float32. *latent_error* is the length of the difference by that of the reference.
+    *latents* are float32; *latent_error* is ||latents - reference|| / ||reference||.
     """
 
     precision: str
@@ -61,13 +61,13 @@ class Compared:
 
     @property
     def likeness(self) -> str:
-        """The PSNR in words."""
+        """The PSNR as text."""
         if self.psnr_db is None:
             return "ref"
         return "equal" if math.isinf(self.psnr_db) else f"{self.psnr_db:.1f} dB"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; JSON knows no infinity, so equal pictures have no number."""
+        """Return plain data; the PSNR of equal images is None, since JSON has no infinity."""
         is_number = self.psnr_db is not None and math.isfinite(self.psnr_db)
         return {
             "precision": self.precision,
@@ -104,7 +104,7 @@ def run(
     make_engine: EngineFactory = create_engine,
     gpu: Gpu | None = None,
 ) -> int:
-    """Compare; return 0 where all precisions gave a picture, else 1."""
+    """Compare and print; return 0 where every precision made an image, else 1."""
     if arguments.output.suffix.lower() != ".png":
         raise InvalidRequest("The sheet's name must end in .png.")
     check_output(arguments.output)
@@ -126,7 +126,7 @@ def run(
 
 
 def against_reference(found: Sequence[Compared]) -> list[Compared]:
-    """Compare each with the most exact one that there is: fp32, else bf16, else the last."""
+    """Compare each with the most precise one found: fp32, else bf16, else the last."""
     order = {name: place for place, name in enumerate(_BEST_FIRST)}
     best = min(reversed(found), key=lambda one: order.get(one.precision, len(order)))
     return [one if one is best else _beside(one, best) for one in found]
@@ -139,7 +139,7 @@ def _beside(one: Compared, best: Compared) -> Compared:
 
 
 def render(found: Sequence[Compared], notes: Sequence[str]) -> str:
-    """The table for people."""
+    """Return the table for the terminal."""
     heads = ("precision", "plan", "PSNR", "latents", "seconds", "allocated GB", "reserved GB")
     table = [heads, *(_cells(one) for one in found)]
     widths = [max(len(line[column]) for line in table) for column in range(len(heads))]

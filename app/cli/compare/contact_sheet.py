@@ -1,7 +1,7 @@
-"""A contact sheet: pictures side by side, below each its difference and a line of words.
+"""A contact sheet: images side by side, below each its difference and a caption.
 
-Pixels in, pixels out. The letters are drawn from the classic 5x7 dots, as many as the lines need,
-so that the sheet looks the same on every machine and only `app.images` knows picture libraries.
+Pixels in, pixels out. Captions use a 5x7 bitmap font of only the glyphs needed, so that the sheet
+looks the same on every machine and only `app.images` imports Pillow.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from app.domain import RawImage
 Pixels = npt.NDArray[np.uint8]
 
 DIFFERENCE_GAIN = 8
-"""How much stronger than it is a difference is drawn."""
+"""Factor by which differences are amplified."""
 
 _GAP = 8
 _PAPER = 255
 _INK = 30
-# Five columns each, the lowest bit on top.
+# Five columns of one byte each, the lowest bit on top.
 _DOTS = {
     " ": "0000000000", "-": "0808080808", ".": "0060600000", "0": "3e5149453e", "1": "00427f4000",
     "2": "4261514946", "3": "2141454b31", "4": "1814127f10", "5": "2745454539", "6": "3c4a494930",
@@ -36,14 +36,14 @@ _DOTS = {
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One column of the sheet."""
+    """One column of the sheet: an image and its caption."""
 
     image: RawImage
     words: str
 
 
 def contact_sheet(entries: Sequence[Panel], reference: RawImage | None) -> RawImage:
-    """Lay *entries*, all of one size, side by side; below, how they differ from *reference*."""
+    """Lay *entries*, all of one size, side by side, above their differences from *reference*."""
     columns = [_column(entry, reference) for entry in entries]
     height = columns[0].shape[0]
     gap = np.full((height, _GAP, 3), _PAPER, np.uint8)
@@ -52,18 +52,18 @@ def contact_sheet(entries: Sequence[Panel], reference: RawImage | None) -> RawIm
 
 
 def psnr(image: RawImage, reference: RawImage) -> float:
-    """How like *reference* the picture is, in dB; infinite where they are equal."""
+    """Return the peak signal-to-noise ratio in dB; infinite where the images are equal."""
     difference = _pixels(image).astype(np.float64) - _pixels(reference)
     error = float(np.mean(difference**2))
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def lettered(words: str, width: int) -> Pixels:
-    """A strip of paper, *width* wide, with *words* on it in dots as large as fit."""
+    """Draw *words* at the largest scale that fits; return uint8 [height, *width*, 3]."""
     known = [_DOTS.get(letter, _DOTS["-"]) for letter in words]
     columns = [int(dots[at : at + 2], 16) for dots in known for at in range(0, 10, 2)]
     bits = np.array([[column >> row & 1 for column in columns] for row in range(7)], np.uint8)
-    # A blank column after each letter.
+    # A blank column after each glyph.
     spaced = np.insert(bits, range(5, bits.shape[1] + 1, 5), 0, axis=1)
     scale = max(1, min(width // 256 + 1, width // max(1, spaced.shape[1])))
     drawn = np.kron(spaced, np.ones((scale, scale), np.uint8))[:, :width]

@@ -1,0 +1,1 @@
+"""`klein doctor`: facts, checks, report; changes nothing and starts no worker."""

@@ -1,5 +1,4 @@
-"""`klein doctor --card`: the answer for a card that is not there, from its datasheet and the
-planner."""
+"""`klein doctor --card`: the report for a GPU that is not installed, from its datasheet."""
 
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ _KLEIN = next(iter(MODELS))
 
 
 def answer_for_absent_gpu(key: str, settings: Settings) -> Report:
-    """Say what klein would do on the card called *key*.
+    """Report what klein would do on the GPU called *key* in `roofline.GPUS`.
 
     Raises:
-        InvalidRequest: the table has no such card; the message names those that it has.
+        InvalidRequest: the table has no such GPU; the message names those that it has.
     """
     spec = roofline.find_gpu(key)
     if spec is None:
@@ -96,7 +95,7 @@ def _floors_words(spec: roofline.GpuDatasheet, floors_s: dict[str, float | None]
 def _tell_otherwise(
     found: Report, target: Target, ahead: PlanPreview, settings: Settings, model: ModelSpec
 ) -> None:
-    """Say what is taken where the probe at the start finds the card's fast kernel not to do."""
+    """Report the precision chosen where the start-up probe finds no working 8-bit kernel."""
     slow = preview_plan(replace(target, has_fp8=False, has_int8=False), settings, model)
     if slow.precision_reason != ahead.precision_reason:
         seconds = "" if slow.floor_s is None else f", floor {slow.floor_s:.2f} s"
@@ -106,7 +105,7 @@ def _tell_otherwise(
 def _tell_alone(
     found: Report, target: Target, ahead: PlanPreview, settings: Settings, model: ModelSpec
 ) -> None:
-    """Say what another gigabyte or two would change, where it does."""
+    """Report the plan for a GPU without a display where it differs."""
     assert ahead.plan is not None
     assert target.spec is not None
     alone = preview_plan(replace(target, free_bytes=target.spec.memory_bytes), settings, model)

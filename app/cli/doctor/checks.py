@@ -1,4 +1,4 @@
-"""From facts to a diagnosis: pure, so that every machine can be judged on any other."""
+"""Turn facts into a report: pure, so that any machine can be checked on any other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from app.model_choice import Choice
 from app.settings import Settings
 
 PINNED_CUDA = "13.0"
-"""What the pinned torch is built for, besides its build for processors."""
+"""CUDA version of the pinned torch, which also has a CPU build."""
 MINIMUM_DRIVERS = {"11": 450, "12": 525, "13": 580}
-"""The oldest driver for CUDA's major version, by NVIDIA's compatibility table."""
+"""Oldest driver per CUDA major version (https://docs.nvidia.com/deploy/cuda-compatibility/)."""
 
 _OLDEST_CAPABILITY = (7, 5)
 _NATIVE_BF16 = (8, 0)
@@ -26,8 +26,10 @@ _SEVERAL = 8
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything that was found out; a text says why something is not there. *card* is None where
-    the settings want none, *model* where none could be chosen."""
+    """Everything known of the machine; a str says why a fact is missing.
+
+    *gpu* is None where KLEIN_DEVICE is cpu, *model* where none could be chosen.
+    """
 
     gpu: GpuFacts | str | None
     torch: TorchFound
@@ -40,12 +42,12 @@ class Facts:
 
     @property
     def is_klein(self) -> bool:
-        """Whether it is about more than the demo model."""
+        """Whether the model comes from the hub, unlike the demo model."""
         return self.model is not None and self.model.hub_id is not None
 
 
 def diagnose(facts: Facts, settings: Settings) -> Report:
-    """Tell what was found, and what is amiss with its remedy."""
+    """Report the facts, and each problem with its remedy."""
     found = Report(data=_data(facts))
     _judge_gpu(found, facts, settings)
     _judge_torch(found, facts)
@@ -61,14 +63,14 @@ def diagnose(facts: Facts, settings: Settings) -> Report:
 
 
 def minimum_driver(cuda: str | None) -> int:
-    """The oldest driver for a torch built for *cuda*; the pinned one's where torch has none."""
+    """Return the oldest driver major version for CUDA *cuda*; None stands for `PINNED_CUDA`."""
     return MINIMUM_DRIVERS.get((cuda or PINNED_CUDA).partition(".")[0], MINIMUM_DRIVERS["13"])
 
 
 def tell_forecast(
     found: Report, ahead: PlanPreview, model: ModelSpec, *, is_computed: bool = False
 ) -> None:
-    """Say what will be chosen and why; where *is_computed*, in words that claim no probe."""
+    """Report precision, plan, peak and floor; *is_computed* words it as not probed."""
     reason = ahead.precision_reason
     if is_computed:
         reason = f"expected, where the start finds that {reason}"
@@ -136,7 +138,7 @@ def _judge_gpu(found: Report, facts: Facts, settings: Settings) -> None:
 
 
 def _judge_absence(found: Report, facts: Facts, reason: str, settings: Settings) -> None:
-    """Without a card the demo runs on the processor, unless a card was asked for by number."""
+    """Report a missing GPU; the demo runs on the CPU unless KLEIN_DEVICE names a GPU."""
     is_demo = facts.model is not None and not facts.is_klein
     is_fatal = not is_demo or "device" in settings.model_fields_set
     served = "" if is_fatal else " The demo model is served by the processor."
@@ -216,7 +218,7 @@ def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Setti
 
 
 def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec | None) -> None:
-    """Say where a plan that was asked for by name leaves too little room for pictures."""
+    """Report where the plan of KLEIN_PLAN leaves too little room for the default size."""
     assert model is not None
     if plan.max_pixels[0] < model.default_width * model.default_height:
         found.complain(
@@ -240,7 +242,7 @@ def _names(gpu: GpuFacts) -> str:
 
 
 def _name(holder: Holder) -> str:
-    """Program, process id, and bytes where the driver tells them."""
+    """Return program, process id, and bytes where the driver reports them."""
     size = f", {gigabytes(holder.used_bytes)}" if holder.used_bytes else ""
     return f"{holder.name} ({holder.pid}{size})"
 
@@ -251,7 +253,7 @@ def _driver_major(version: str) -> int:
 
 
 def _data(facts: Facts) -> dict[str, object]:
-    """The facts for scripts."""
+    """Return the facts as plain data for the JSON document."""
     data = asdict(facts)
     data["card"] = data.pop("gpu")  # the name that scripts know
     if isinstance(facts.gpu, GpuFacts):

@@ -1,8 +1,8 @@
-"""`klein doctor`: what this machine is, what the service will do on it, and what must be mended.
+"""`klein doctor`: what this machine is, what the service will do on it, errors and warnings.
 
-Facts come from `app.cli.doctor.facts`, choices from the engine by way of `app.cli.doctor.plan_preview`, the verdict
-from `app.cli.doctor.checks`. The exit code is 0 where the service can serve what it is set to, 1 where
-something must be mended first. `--card rtx-3060` answers for a card that is not there.
+`facts` asks the machine, `plan_preview` the engine's planner, and `checks` turns both into a
+report. The exit code is 0 where the service can serve what its settings name, else 1.
+`--card rtx-3060` answers for a GPU that is not installed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(
     load_nvml: Callable[[], Any] = facts.load_nvml,
     ask_torch: Callable[[int | None], TorchFound] = facts.ask_torch,
 ) -> int:
-    """Examine and tell; return 0 where it can serve, else 1."""
+    """Print the report; return 0 where the service can serve, else 1."""
     if arguments.card:
         found = answer_for_absent_gpu(arguments.card, settings)
     else:
@@ -59,9 +59,9 @@ def examine(
     load_nvml: Callable[[], Any],
     ask_torch: Callable[[int | None], TorchFound],
 ) -> Facts:
-    """Ask every source; nothing is changed and nothing is downloaded."""
+    """Collect all facts; change and download nothing."""
     index = settings.device if isinstance(settings.device, int) else None
-    # Asked before torch, whose own context would be counted among what is in use.
+    # Before torch is asked: its CUDA context would count as used memory.
     gpu = facts.ask_gpu(index, load_nvml) if index is not None else None
     torch = ask_torch(index)
     compiler = facts.ask_compiler()

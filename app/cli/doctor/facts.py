@@ -1,7 +1,7 @@
-"""What `klein doctor` finds out about this machine: facts only, judged elsewhere.
+"""Collect the facts that `klein doctor` reports; `checks` interprets them.
 
-Each source may be missing and says so: NVML, torch, a compiler, the cache's folder. torch is
-imported by one function alone, since it takes seconds.
+Each source may be missing and says so: NVML, torch, a compiler, the cache's folder. Only
+`ask_torch` imports torch, since that takes seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from app.engine.models.registry import files_for
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process on the card; *used_bytes* is None where the driver does not tell."""
+    """A process on the GPU; *used_bytes* is None where the driver does not report it."""
 
     pid: int
     name: str
@@ -34,7 +34,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """What NVML says."""
+    """What NVML reports of the GPU; *capability* is (major, minor)."""
 
     name: str
     driver: str
@@ -46,7 +46,7 @@ class GpuFacts:
 
 @dataclass(frozen=True, slots=True)
 class TorchFound:
-    """What torch says; *has_fp8* and *has_int8* are what its kernels really did on the card."""
+    """What torch reports; *has_fp8* and *has_int8* say whether a probe of the kernels passed."""
 
     version: str
     cuda: str | None
@@ -57,7 +57,7 @@ class TorchFound:
 
 @dataclass(frozen=True, slots=True)
 class CompilerFound:
-    """What compiling needs; None or False for what is missing."""
+    """What torch.compile needs; None or False for what is missing."""
 
     c_compiler: str | None
     has_triton: bool
@@ -65,7 +65,7 @@ class CompilerFound:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The parts that are not there, in words."""
+        """The names of what is missing."""
         parts = (
             ("a C compiler", self.c_compiler is not None),
             ("Python's headers", self.has_headers),
@@ -76,7 +76,7 @@ class CompilerFound:
 
 @dataclass(frozen=True, slots=True)
 class CacheFound:
-    """The folder of models and the disk under it."""
+    """The cache folder and the disk that holds it."""
 
     folder: str
     total_bytes: int
@@ -84,7 +84,7 @@ class CacheFound:
     disk_free_bytes: int
     is_writable: bool
     open_because: str = ""
-    """Who else may write there, in words."""
+    """Who else may write there; empty where nobody may."""
     remedy: str = ""
 
 
@@ -97,14 +97,14 @@ class HostFound:
 
 
 def load_nvml() -> Any:
-    """The real NVML."""
+    """Return the `pynvml` module."""
     import pynvml
 
     return pynvml
 
 
 def ask_gpu(index: int, load: Callable[[], Any] = load_nvml) -> GpuFacts | str:
-    """Ask NVML about card *index*; in words why not, where there is no answer."""
+    """Ask NVML about GPU *index*; return the reason as a str where it cannot tell."""
     nvml = load()
     try:
         nvml.nvmlInit()
@@ -117,11 +117,11 @@ def ask_gpu(index: int, load: Callable[[], Any] = load_nvml) -> GpuFacts | str:
 
 
 def ask_torch(index: int | None) -> TorchFound:
-    """Import torch, and let it try its kernels on card *index*, unless that is None."""
+    """Import torch, and probe its kernels on GPU *index* unless that is None."""
     import torch
 
     with warnings.catch_warnings():
-        # A driver that is too old is warned of here; the diagnosis says so in its own words.
+        # torch warns of too old a driver here; `checks` reports that itself.
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index is None or index >= count:
@@ -139,7 +139,7 @@ def ask_torch(index: int | None) -> TorchFound:
 
 
 def ask_compiler() -> CompilerFound:
-    """Look for what compiling the networks needs."""
+    """Look for what torch.compile needs."""
     found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
     return CompilerFound(
         c_compiler=next((path for path in found if path), None),
@@ -149,7 +149,7 @@ def ask_compiler() -> CompilerFound:
 
 
 def ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:
-    """Count what *variant* needs at *precision*, and what of it is not there yet."""
+    """Count the bytes that *variant* needs at *precision*, and those not downloaded yet."""
     above = folder
     while not above.exists() and above != above.parent:
         above = above.parent
@@ -165,7 +165,7 @@ def ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:
 
 
 def ask_host() -> HostFound:
-    """Ask the kernel."""
+    """Read total and available memory from /proc/meminfo."""
     return HostFound(host_memory("MemTotal"), host_memory("MemAvailable"))
 
 
@@ -183,7 +183,7 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuFacts:
 
 
 def _holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
-    """Who is on the card, the largest first; nobody where the driver does not tell."""
+    """List the processes on the GPU, the largest first; none where the driver names none."""
     found: dict[int, Holder] = {}
     for ask in (
         nvml.nvmlDeviceGetComputeRunningProcesses,
@@ -201,7 +201,7 @@ def _holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
 
 
 def _process_name(pid: int) -> str:
-    """The program's name alone: a command line may hold what is nobody's business."""
+    """Return the program's name without its arguments, which may be secret."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:

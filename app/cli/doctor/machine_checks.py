@@ -1,4 +1,4 @@
-"""The surroundings of the card, judged: compiler, cache and disk, the host's memory. Pure."""
+"""Checks of the machine around the GPU: compiler, cache, disk, host memory. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FIRST_LOAD_BYTES = 10_000_000_000
 
 
 def judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> None:
-    """Say whether the networks can be compiled; only on a card does it matter."""
+    """Report whether torch.compile can work; it is a problem only with a GPU."""
     missing = compiler.missing
     if not missing:
         found.tell("compiling", f"works: {compiler.c_compiler}, Triton")
@@ -26,7 +26,7 @@ def judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> 
 
 
 def judge_cache(found: Report, cache: CacheFound) -> None:
-    """Say what is there and what is missing, and whether the disk has room for it."""
+    """Report what is downloaded, what is missing, and whether the disk has room for it."""
     there = cache.total_bytes - cache.missing_bytes
     found.tell(
         "cache",
@@ -63,7 +63,7 @@ def judge_cache(found: Report, cache: CacheFound) -> None:
 
 
 def judge_host(found: Report, host: HostFound, *, is_klein: bool) -> None:
-    """Say what the host has; klein's first load is the most that it must carry."""
+    """Report the host's memory; klein's first load needs the most of it."""
     found.tell(
         "host",
         f"{gigabytes(host.total_bytes)}, of which {gigabytes(host.available_bytes)} available",

@@ -1,8 +1,8 @@
-"""What the service will do on a card: precision, memory plan, peak, floors, before it starts.
+"""Preview what the service will choose on a GPU: precision, memory plan, peak, roofline.
 
-The choices are the engine's own (`app.engine.quantization.select`, `app.engine.memory.planner`); here they are only
-asked, with klein's published sizes in place of a checkpoint. So the answer holds for a card that
-is not there, too.
+The choices are the engine's own (`app.engine.quantization.select`, `app.engine.memory.planner`),
+asked with klein's published sizes in place of a checkpoint, so a GPU that is not installed can be
+previewed too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from app.engine.models.registry import files_for, find_model
 from app.settings import Settings
 
 DISPLAY_BYTES = 2_000_000_000
-"""Assumed to be taken on a card that is not there: by a display, a browser and the driver."""
+"""Memory assumed in use on a GPU that is not installed: display, browser, driver."""
 
 KLEIN_WEIGHTS = Weights(
     transformer=4_070_000_000,
@@ -31,18 +31,21 @@ KLEIN_WEIGHTS = Weights(
     decoder=99_200_000,
     image_encoder=68_900_000,
 )
-"""Of klein 4B in 8 bit: 3.68 G parameters in blocks at 1 byte and 0.195 G besides at 2, 27 encoder
-layers at 1 byte, the VAE's two ways at 2 bytes."""
+"""Bytes of klein 4B at 8 bit.
+
+Transformer: 3.68 G parameters of the blocks at 1 byte and 0.195 G others at 2. Text encoder: 27
+layers at 1 byte. VAE encoder and decoder: 2 bytes.
+"""
 
 _WORKING_BYTES = 4_000_000_000
-"""What a picture takes in bf16, uncompiled; as `app.engine.memory.budget` reckons."""
+"""Activations of one image in bf16, not compiled; as in `app.engine.memory.budget`."""
 _FP8 = (8, 9)
 _INT8 = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A card to plan for: found or assumed. *has_fp8* and *has_int8*: the kernels run on it."""
+    """A GPU to plan for, found or assumed; *has_fp8* and *has_int8*: those kernels run on it."""
 
     capability: tuple[int, int]
     free_bytes: int
@@ -54,17 +57,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class PlanPreview:
-    """The choices with their reasons; *plan* is None where nothing fits."""
+    """The choices and their reasons; *plan* is None where no plan fits."""
 
     precision: str
     precision_reason: str
     plan: MemoryPlan | None
     floor_s: float | None
-    """Seconds for a picture at the model's defaults that the datasheet allows."""
+    """Roofline seconds of one image at the model's defaults; None without a datasheet."""
 
 
 def assume(spec: roofline.GpuDatasheet) -> Target:
-    """A card of this kind with a display on it, on which the usual kernels run."""
+    """Return a target of this datasheet: a display attached, the usual kernels working."""
     return Target(
         capability=spec.capability,
         free_bytes=spec.memory_bytes - DISPLAY_BYTES,
@@ -75,12 +78,12 @@ def assume(spec: roofline.GpuDatasheet) -> Target:
 
 
 def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPreview:
-    """Ask the engine's choices for klein on *target*.
+    """Return what the engine would choose for klein on *target*.
 
     Raises:
-        StartupError: the precision that was asked for is none for this card.
+        StartupError: this GPU cannot run the precision that the settings name.
     """
-    # Names torch's dtypes, so it is imported only where a forecast is asked for.
+    # Imports torch, so only where a preview is needed.
     from app.engine.quantization.select import GpuCapabilities, choose_precision
 
     facts = GpuCapabilities(target.capability, target.has_fp8, target.has_int8)
@@ -105,7 +108,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
 def floor_seconds(
     spec: roofline.GpuDatasheet | None, precision: str, model: ModelSpec
 ) -> float | None:
-    """Seconds for one picture at the model's defaults; None where card or precision is unknown."""
+    """Return roofline seconds at the model's defaults; None for an unknown GPU or precision."""
     if spec is None:
         return None
     found = roofline.roofline(
@@ -120,7 +123,7 @@ def floor_seconds(
 
 
 def _plan_exact(target: Target, settings: Settings, model: ModelSpec, limit: int) -> MemoryPlan:
-    """Without 8 bit: all networks on the card, or one at a time."""
+    """Plan without 8-bit weights: all networks on the GPU, or one at a time."""
     files = files_for(find_model(model.id), "bf16")
     weights = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
     needed = weights * (2 if settings.precision == "fp32" else 1) + _WORKING_BYTES

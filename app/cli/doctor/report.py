@@ -1,4 +1,4 @@
-"""What `klein doctor` tells: lines, and problems each with its remedy; for people or as JSON."""
+"""The report of `klein doctor`: lines, and problems with remedies, as text or JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WIDTH = 96
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something amiss. A fatal one keeps the service from serving what it is set to."""
+    """An error (*is_fatal*: the service cannot serve what its settings name) or a warning."""
 
     what: str
     remedy: str
@@ -20,7 +20,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Report:
-    """Grows line by line; *data* is what scripts get besides."""
+    """Collects lines and problems; *data* is merged into the JSON document."""
 
     data: dict[str, Any]
     lines: list[tuple[str, str]] = field(default_factory=list)
@@ -29,19 +29,19 @@ class Report:
 
     @property
     def can_serve(self) -> bool:
-        """Whether nothing must be mended first."""
+        """Whether there is no error, only warnings at most."""
         return not any(problem.is_fatal for problem in self.problems)
 
     def tell(self, subject: str, text: str) -> None:
-        """Add a line."""
+        """Add a line of *text* under *subject*."""
         self.lines.append((subject, text))
 
     def complain(self, what: str, remedy: str, *, is_fatal: bool) -> None:
-        """Add a problem."""
+        """Add an error or, where not *is_fatal*, a warning."""
         self.problems.append(Problem(what, remedy, is_fatal))
 
     def as_json(self) -> dict[str, Any]:
-        """The document for scripts."""
+        """Return the report as the JSON document for scripts."""
         return {
             "can_serve": self.can_serve,
             "computed_for": self.computed_for,
@@ -51,7 +51,7 @@ class Report:
         }
 
     def render(self) -> str:
-        """The answer for people."""
+        """Return the report as text, errors before warnings."""
         lines = [_wrap(f"{subject:<11}", text) for subject, text in self.lines]
         for problem in sorted(self.problems, key=lambda problem: not problem.is_fatal):
             lines += [
@@ -72,7 +72,7 @@ class Report:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as people read them; 1 GB is 1e9 bytes."""
+    """Format bytes in GB of 1e9 bytes."""
     return f"{size / 1e9:.1f} GB"
 
 

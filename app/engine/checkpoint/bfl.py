@@ -1,8 +1,7 @@
-"""The names that Black Forest Labs' own files use, and diffusers' names for the same weights.
+"""The mapping between Black Forest Labs' and diffusers' names of the transformer's weights.
 
-A table and nothing else: whole names are matched, never parts of them, for a rule that looks for
-`img_attn.proj.weight` inside a name also finds `img_attn.proj.weight_scale` and overwrites the
-weight.
+A table only. Whole names are matched, never substrings: a rule for the substring
+`img_attn.proj.weight` would also match `img_attn.proj.weight_scale` and overwrite the weight.
 """
 
 from __future__ import annotations
@@ -14,21 +13,19 @@ import torch
 
 
 class Piece(Enum):
-    """Which piece of BFL's tensor diffusers' tensor is."""
+    """Which part of BFL's tensor diffusers' tensor is."""
 
     WHOLE = "whole"
     QUERY = 0
     KEY = 1
     VALUE = 2
     SWAPPED = "swapped"
-    """Its halves change places: BFL says (shift, scale), diffusers (scale, shift)."""
+    """Its halves are swapped: BFL has (shift, scale), diffusers (scale, shift)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One weight: *theirs* is BFL's module, *ours* diffusers', without the last word of the
-    name.
-    """
+    """One weight: *theirs* is BFL's module name, *ours* diffusers'."""
 
     ours: str
     theirs: str
@@ -37,22 +34,22 @@ class Rule:
 
     @property
     def our_name(self) -> str:
-        """Diffusers' full name."""
+        """Diffusers' name of the tensor."""
         return f"{self.ours}.weight"
 
     @property
     def their_name(self) -> str:
-        """BFL's full name."""
+        """BFL's name of the tensor."""
         return f"{self.theirs}.{'scale' if self.is_norm else 'weight'}"
 
     def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...]:
-        """Tell the shape of diffusers' tensor from that of BFL's."""
+        """Return the shape of diffusers' tensor, given that of BFL's."""
         if self.piece in _THIRDS:
             return (theirs[0] // 3, *theirs[1:])
         return theirs
 
     def take(self, theirs: torch.Tensor) -> torch.Tensor:
-        """Cut diffusers' tensor out of BFL's."""
+        """Return diffusers' tensor, given BFL's."""
         if self.piece in _THIRDS:
             third: torch.Tensor = theirs.chunk(3)[self.piece.value]
             return third.clone()
@@ -76,7 +73,7 @@ _TOP = {
 
 
 def rules(doubles: int, singles: int) -> list[Rule]:
-    """List every weight of a transformer with so many blocks."""
+    """List the rules of all weights, for *doubles* double and *singles* single blocks."""
     found = [Rule(ours, theirs) for ours, theirs in _TOP.items()]
     found.append(Rule("norm_out.linear", "final_layer.adaLN_modulation.1", Piece.SWAPPED))
     for number in range(doubles):

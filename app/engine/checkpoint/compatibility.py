@@ -1,8 +1,8 @@
-"""Do the parts of a checkpoint belong together? Pure checks of configs, before any weight is read.
+"""Checks that a checkpoint's components fit each other: configs only, before any weight is read.
 
-The two mistakes that people really make are a wrong VAE (washed-out colours) and a wrong text
-encoder (shape errors in the middle of the first picture); both are told here in one sentence that
-names the part, what was found and what is needed.
+The usual mistakes are a wrong VAE (washed-out colours) and a wrong text encoder (shape errors in
+the first image); the error for each is one sentence that names the component, what was found and
+what is needed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from app.errors import StartupError
 
 
 def check_compatibility(checkpoint: Checkpoint, *, is_klein: bool) -> None:
-    """Refuse a checkpoint whose parts do not fit; *is_klein* for files downloaded as klein's.
+    """Check that the components of *checkpoint* fit; *is_klein* for files downloaded as klein's.
 
     Raises:
-        StartupError: one sentence that names file, found and needed.
+        StartupError: they do not; the message names the component, what was found and what is
+        needed.
     """
     encoder = checkpoint.encoder.config
     kind = (encoder.get("architectures") or [encoder.get("model_type", "nothing")])[0]

@@ -1,8 +1,8 @@
-"""What lies on disk, brought to one face: parts with a config and weights under diffusers' names.
+"""Checkpoints normalised: components with a config and weights under diffusers' names.
 
-A part lists its tensors before any is read, so a file with missing, extra or wrongly shaped tensors
-is refused by name and nothing is ever dropped silently. Configs are read as data; one that asks for
-code of its own is refused.
+A component lists its tensors before any is read, so missing, extra or wrongly shaped tensors are
+errors that name them, and none is ignored silently. Configs are read as data; one that refers to
+code is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One weight under diffusers' name: its shape, and how to read it."""
+    """One weight under diffusers' name: its shape, dtype, and the function that reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class ComponentFiles:
-    """One network on disk: *label* names its file or folder in messages."""
+    """One component on disk; *label* is its file or folder in messages."""
 
     label: str
     config: Mapping[str, Any]
@@ -43,12 +43,16 @@ class ComponentFiles:
     origin: Mapping[str, str] = field(default_factory=dict)
     """The file's own name of each module, where it differs from diffusers'."""
     quantized: Mapping[str, Any] = field(default_factory=dict)
-    """Layers that lie in fp8, by the file's own name: `app.engine.checkpoint.transformer.QuantizedLayer`."""
+    """fp8 layers (`checkpoint.transformer.QuantizedLayer`) by the file's own module name."""
     sources: tuple[Path, ...] = ()
-    """The files that its weights lie in."""
+    """The files of its weights."""
 
     def check(self, expected: Mapping[str, torch.Size], optional: Iterable[str] = ()) -> None:
-        """Refuse the part unless it has exactly the *expected* tensors in their shapes."""
+        """Check that there are exactly the *expected* tensors, in their shapes.
+
+        Raises:
+            StartupError: tensors are missing, unknown or of the wrong shape.
+        """
         missing = sorted(set(expected) - set(self.slots))
         if missing:
             raise _refuse(self.label, "lacks tensors that are needed", missing)
@@ -66,7 +70,7 @@ class ComponentFiles:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """All parts of one model; closing it closes the files. *layout* says how it lay on disk."""
+    """All components of one model, with their open files; *layout* describes the source."""
 
     layout: str
     transformer: ComponentFiles
@@ -83,7 +87,11 @@ class Checkpoint:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a JSON config as data; refuse one that brings code or names an implementation."""
+    """Read a JSON config.
+
+    Raises:
+        StartupError: it is missing, not a JSON object, or refers to code or an implementation.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(path.name)
@@ -108,12 +116,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
-    """Describe tensors that bear diffusers' names already."""
+    """Describe tensors that already have diffusers' names."""
     return {name: Slot(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
 
 
 def sources_of(tensors: Mapping[str, Tensor]) -> tuple[Path, ...]:
-    """Name the files that *tensors* lie in."""
+    """Return the files of *tensors*, sorted."""
     return tuple(sorted({tensor.file.path for tensor in tensors.values()}))
 
 

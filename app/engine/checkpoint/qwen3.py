@@ -1,4 +1,4 @@
-"""Qwen3 in one file, as ComfyUI distributes it: Hugging Face's names, bf16 or fp8 with scales."""
+"""Qwen3 in one file, as ComfyUI distributes it: transformers' names, bf16 or fp8 with scales."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from app.errors import StartupError
 
 
 def read_encoder(file: SafetensorsFile) -> ComponentFiles:
-    """Describe the encoder in *file*; its architecture is told from the shapes."""
+    """Describe the text encoder in *file*; its config is derived from the tensors' shapes.
+
+    Raises:
+        StartupError: the file is no Qwen3.
+    """
     layers, plain = sort_tensors(file, file.tensors)
     slots = {}
     for name, tensor in plain.items():
@@ -40,7 +44,7 @@ def _config_of(file: SafetensorsFile, tensors: dict[str, Tensor]) -> dict[str, A
             "num_key_value_heads": tensors[f"{first}self_attn.k_proj.weight"].shape[0] // size,
             "head_dim": size,
             "max_position_embeddings": 40_960,
-            # What a file cannot tell is what Qwen3-4B is published with.
+            # What the shapes do not determine, as in Qwen3-4B's published config.
             "rope_theta": 1_000_000.0,
             "rms_norm_eps": 1e-6,
             "tie_word_embeddings": True,

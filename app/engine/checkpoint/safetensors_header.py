@@ -1,10 +1,11 @@
-"""The head of a safetensors file: how long, how deep and how large its numbers may be.
+"""Parses and validates the header of a safetensors file.
 
-    8 bytes: length | that many bytes of JSON | the tensors' bytes
+    8 bytes: length, little-endian | that many bytes of JSON | the tensors' bytes
 
-The length is judged before anything is read and the text before it becomes objects, since a file
-may come from anyone: real heads are smaller than a megabyte. What passes is plain: names once each,
-ranges inside the file that do not overlap, shapes of a size that can be. No torch here.
+The format: https://huggingface.co/docs/safetensors. Files are untrusted, so the length is checked
+before the header is read, and the text before it is parsed; real headers are smaller than a
+megabyte. A valid header has unique names, byte ranges inside the file that do not overlap, and
+shapes of a possible size. No torch here.
 """
 
 from __future__ import annotations
@@ -18,27 +19,25 @@ from typing import Any, BinaryIO
 
 LENGTH_BYTES = 8
 MAX_BYTES = 16_000_000
-"""The longest head that is read."""
+"""The longest header that is read."""
 MAX_DEPTH = 8
-"""A head is three deep: names, a tensor's entry, its shape."""
+"""The deepest nesting; a valid header has three levels: names, a tensor's entry, its shape."""
 
 _MAX_SIDES = 16
 _MAX_ELEMENTS = 1 << 62
 _MAX_TOKENS = 2_000_000
-"""Texts and brackets together; a tensor has eleven, and each may become an object of 50 bytes."""
-# A text that does not end is taken whole too: tried from each quote in it, it would take hours.
+"""The most strings and brackets; a tensor has eleven, and each may become a 50-byte object."""
+# An unterminated string is one token too: retried from each quote in it, it would take hours.
 _TOKEN = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 class HeaderError(ValueError):
-    """The head is none, in words that complete "the file is not whole: ..."."""
+    """The header is invalid; the message completes "the file is not whole: ..."."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: the format's name of its type, its shape, and its bytes from *start* of the
-    file.
-    """
+    """One tensor: the format's name of its dtype, its shape, and its byte range in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,10 +46,10 @@ class TensorEntry:
 
 
 def read_header(file: BinaryIO, total_bytes: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Read the head of *file*, which is *total_bytes* long; return tensors and notes by name.
+    """Read the header of *file*, which is *total_bytes* long; return tensors and metadata by name.
 
     Raises:
-        HeaderError: it is none.
+        HeaderError: it is invalid.
     """
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     if length > total_bytes - LENGTH_BYTES:
@@ -68,10 +67,10 @@ def read_header(file: BinaryIO, total_bytes: int) -> tuple[dict[str, TensorEntry
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Parse JSON of a file that anyone may have made: no deeper than `MAX_DEPTH`, names once.
+    """Parse untrusted JSON, no deeper than `MAX_DEPTH` and with unique names.
 
     Raises:
-        HeaderError: it is none.
+        HeaderError: it is invalid.
     """
     raw = text.encode() if isinstance(text, str) else text
     _check_tokens(raw)
@@ -91,7 +90,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _check_tokens(raw: bytes) -> None:
-    """Refuse too many, and brackets that are nested too deeply; those in texts are no brackets."""
+    """Check the number of tokens and the nesting of brackets; brackets in strings do not count."""
     depth = 0
     for number, token in enumerate(_TOKEN.finditer(raw)):
         sign = raw[token.start()]
@@ -117,7 +116,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _entry(name: str, found: Any, base: int, total_bytes: int) -> TensorEntry:
-    """Check one tensor's numbers; its size is compared with its shape by who knows the types."""
+    """Check one tensor's numbers; `safetensors_io` compares its size with its shape and dtype."""
     odd = HeaderError("its header describes a tensor in an impossible way")
     if not isinstance(found, dict) or not isinstance(found.get("dtype"), str):
         raise odd
@@ -135,7 +134,7 @@ def _entry(name: str, found: Any, base: int, total_bytes: int) -> TensorEntry:
 
 
 def _counts(values: Any) -> list[int] | None:
-    """Give *values* back where they are whole numbers of 0 and more; True and 1.0 are none."""
+    """Return *values* where they are non-negative ints, not bools or floats; else None."""
     if not isinstance(values, list):
         return None
     are_counts = all(type(value) is int and 0 <= value <= _MAX_ELEMENTS for value in values)

@@ -1,11 +1,10 @@
-"""Reading safetensors files: what is in them first, the bytes of one tensor when they are wanted.
+"""Reads safetensors files: the header first, each tensor's bytes on demand.
 
-Only this format is read, since it holds no code. The file is read with plain reads instead of a
-memory map: a map's pages count as this process's memory, and the first load must stay small on a
-machine with 16 GB. On its way to a card a tensor passes through two small pinned places: fresh host
-memory for each would take several times as long. Where weights are to wait on the disk
-(KLEIN_OFFLOAD=disk) they are mapped after all: the system then drops and reads their pages as its
-memory allows. This module knows bytes and names, no model.
+Only this format is supported, since it contains no code. Files are read with `read` instead of
+mmap: mapped pages count as this process's memory, and the first load has to stay small on a machine
+with 16 GB. Tensors for a GPU pass through two small pinned buffers: allocating host memory for each
+would take several times as long. With KLEIN_OFFLOAD=disk files are memory-mapped, so the kernel
+evicts and reads pages as memory allows. This module knows bytes and names, no model.
 """
 
 from __future__ import annotations
@@ -38,26 +37,27 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""The format's names of the types."""
+"""The format's names of dtypes."""
 
 CPU = torch.device("cpu")
 
 _SHOWN = 16
-"""Characters of a word of the file's that a message repeats."""
+"""The most characters of a string of the file that a message repeats."""
 _PIECE_BYTES = 1 << 24
+"""Size of a pinned staging buffer."""
 
 
 class Read(Protocol):
-    """Reads one tensor into memory of its own on *device*."""
+    """Reads one tensor into newly allocated memory on a device."""
 
     def __call__(self, device: torch.device = CPU) -> torch.Tensor:
-        """Read it."""
+        """Read the tensor onto *device*."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies: *file* and the byte range in it."""
+    """One tensor of *file*: its dtype, shape, and byte range."""
 
     file: SafetensorsFile
     name: str
@@ -67,14 +67,17 @@ class Tensor:
     size_bytes: int
 
     def read(self, device: torch.device = CPU) -> torch.Tensor:
-        """Read the tensor into memory of its own on *device*."""
+        """Read the tensor onto *device*."""
         return self.file.read(self, device)
 
 
 class SafetensorsFile:
-    """One open safetensors file. A context manager; reads from one thread at a time.
+    """An open safetensors file and context manager. Not thread-safe.
 
-    With *is_mapped* tensors are views of the file, which live on when it is closed.
+    With *is_mapped* CPU tensors are views of the memory-mapped file, valid after `close` too.
+
+    Raises:
+        StartupError: the file is no complete safetensors file, or has an unsupported dtype.
     """
 
     def __init__(self, path: Path, *, is_mapped: bool = False) -> None:
@@ -107,7 +110,7 @@ class SafetensorsFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; a map goes with the last tensor that lies in it."""
+        """Close the file; a memory map is released with its last tensor."""
         self._map = self._ferry = None
         self._file.close()
 
@@ -115,7 +118,7 @@ class SafetensorsFile:
         return iter(self.tensors)
 
     def read(self, tensor: Tensor, device: torch.device = CPU) -> torch.Tensor:
-        """Read the bytes of *tensor* onto *device*, or show where they lie."""
+        """Read *tensor* onto *device*; an aligned tensor of a mapped file is a view."""
         if self._is_mapped and tensor.size_bytes and tensor.start % tensor.dtype.itemsize == 0:
             return self._view(tensor).to(device)
         buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8, device=device)
@@ -129,7 +132,7 @@ class SafetensorsFile:
         return buffer.view(tensor.dtype).reshape(tensor.shape)
 
     def _read_into(self, place: torch.Tensor) -> None:
-        """Fill *place*, bytes on the host, with what comes next in the file."""
+        """Fill *place*, uint8 on the host, from the file's current position."""
         view = memoryview(place.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
         done = 0
         while done < len(view):
@@ -140,7 +143,7 @@ class SafetensorsFile:
 
     def _view(self, tensor: Tensor) -> torch.Tensor:
         if self._map is None:
-            # Copy on write: nothing that is done to a weight can reach the file.
+            # Copy-on-write: no change of a weight can reach the file.
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         flat = torch.frombuffer(
             self._map, dtype=torch.uint8, offset=tensor.start, count=tensor.size_bytes
@@ -167,9 +170,7 @@ class SafetensorsFile:
 
 
 class PinnedStaging:
-    """Two pinned places on the host that take turns: one is copied to the card while the other is
-    filled.
-    """
+    """Two pinned host buffers: one is copied to the GPU while the other is filled."""
 
     def __init__(self) -> None:
         self._places = [
@@ -179,7 +180,7 @@ class PinnedStaging:
         self._copied = [lanes.Event() for _ in range(2)]
 
     def fill(self, target: torch.Tensor, read_into: Callable[[torch.Tensor], None]) -> None:
-        """Fill *target*, bytes on a card, piece by piece by *read_into*."""
+        """Fill *target*, uint8 on a GPU, in pieces that *read_into* reads."""
         for number, start in enumerate(range(0, len(target), _PIECE_BYTES)):
             turn = number % 2
             piece = target[start : start + _PIECE_BYTES]
@@ -191,14 +192,14 @@ class PinnedStaging:
 
 
 class OpenFiles(ExitStack):
-    """All files of one checkpoint, closed together."""
+    """The open files of one checkpoint, closed together."""
 
     def __init__(self, *, is_mapped: bool = False) -> None:
         super().__init__()
         self._is_mapped = is_mapped
 
     def open(self, path: Path) -> SafetensorsFile:
-        """Open *path* until all are closed."""
+        """Open *path*; it is closed with the others."""
         return self.enter_context(SafetensorsFile(path, is_mapped=self._is_mapped))
 
 

@@ -1,10 +1,9 @@
-"""A transformer in one file with BFL's names: bf16, or fp8 with its scales in any of their
-spellings.
+"""The transformer in one file with BFL's names: bf16, or fp8 with scales under any known name.
 
-Spellings of a layer's scales: `.weight_scale` and `.input_scale`, or ComfyUI's older
-`.scale_weight` and `.scale_input` with a marker `scaled_fp8`; and of its notes: the header's
-`_quantization_metadata`, or a `.comfy_quant` tensor of JSON, maybe padded with NULs. Every name in
-the file is accounted for.
+A layer's scales are `.weight_scale` and `.input_scale`, or ComfyUI's older `.scale_weight` and
+`.scale_input` with a marker tensor `scaled_fp8`. Its quantization metadata is in the header's
+`_quantization_metadata`, or in a `.comfy_quant` tensor of JSON, possibly padded with NULs. Every
+tensor of the file is accounted for.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ _SHOWN = 80
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """One layer in fp8 as it lies in the file."""
+    """One fp8 (e4m3) layer as stored in the file; *weight_scale* has one element or one per row."""
 
     weight: Read
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None
     is_full_precision: bool
-    """Whether the file asks for this layer's product in full precision."""
+    """Whether the file requires a matmul in full precision for this layer."""
 
     def restored(self, device: torch.device = CPU) -> torch.Tensor:
-        """The weight with its scale multiplied in, float32."""
+        """Return the dequantized weight, float32 [out, in]."""
         scale = self.weight_scale.float().to(device)
         if scale.numel() > 1:
             scale = scale.reshape(-1, 1)
@@ -54,12 +53,16 @@ class QuantizedLayer:
 
 
 def is_bfl(names: Mapping[str, Any]) -> bool:
-    """Whether these are a FLUX.2 transformer's tensors in BFL's names."""
+    """Return whether *names* are those of BFL's FLUX.2 transformer."""
     return any(name.endswith("double_blocks.0.img_attn.qkv.weight") for name in names)
 
 
 def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) -> ComponentFiles:
-    """Describe the transformer in *file*; without *config* it is told from the tensors' shapes."""
+    """Describe the transformer in *file*; a *config* of None is derived from the tensors' shapes.
+
+    Raises:
+        StartupError: the file is of another model, damaged, or in an unsupported format.
+    """
     tensors = _without_prefix(file)
     layers, plain = sort_tensors(file, tensors)
     if config is None:
@@ -100,7 +103,7 @@ def _without_prefix(file: SafetensorsFile) -> dict[str, Tensor]:
 def sort_tensors(
     file: SafetensorsFile, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, QuantizedLayer], dict[str, Tensor]]:
-    """Separate scales and notes from weights; return the fp8 layers and all weights."""
+    """Separate scales and quantization metadata from weights; return fp8 layers and all weights."""
     _refuse_packed(file, tensors)
     scales: dict[tuple[str, str], torch.Tensor] = {}
     notes = _header_notes(file)
@@ -127,7 +130,7 @@ def sort_tensors(
 
 
 def _refuse_packed(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse fp4 in one sentence: two weights in a byte, scales of scales."""
+    """Raise an error for fp4: two weights in a byte, and scales of scales."""
     for name, tensor in tensors.items():
         is_packed = name.endswith(".weight") and tensor.dtype is torch.uint8
         if is_packed or name.endswith(".weight_scale_2"):
@@ -146,7 +149,7 @@ def _layer(
 ) -> QuantizedLayer:
     scale = scales.get((module, "weight"))
     if scale is None or scale.numel() not in (1, tensor.shape[0]):
-        # Unscaled fp8 exists, but this model's layers without their scale are silently wrong.
+        # Unscaled fp8 exists, but this model's layers would be wrong without a scale.
         raise _odd(file, f"{module} is fp8 but its weight_scale is missing or of another shape")
     note = notes.get(module, {})
     kind = note.get("format", "float8_e4m3fn")
@@ -164,7 +167,7 @@ def _layer(
 
 
 def _calibrated(scale: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the input's scale where it is one: 1.0 is a placeholder, as nonsense values are."""
+    """Return the static input scale, float32; None for the placeholder 1.0 and invalid values."""
     if scale is None or scale.numel() != 1:
         return None
     value = float(scale.float())
@@ -200,7 +203,7 @@ def _note(file: SafetensorsFile, tensor: Tensor) -> dict[str, Any]:
 
 
 def _config_of(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tell the architecture from the shapes of the weights."""
+    """Derive the transformer's config from the shapes of the weights."""
     try:
         width, channels = tensors["img_in.weight"].shape
         size = tensors["single_blocks.0.norm.query_norm.scale"].shape[0]

@@ -1,6 +1,7 @@
-"""FLUX.2's VAE in one file: in diffusers' names (ComfyUI's file) or BFL's own (`ae.safetensors`).
+"""FLUX.2's VAE in one file, with diffusers' names (ComfyUI's file) or BFL's (`ae.safetensors`).
 
-The small decoder (same encoder, narrower decoder) needs no flag: widths are read from the weights.
+The small decoder (same encoder, fewer channels) needs no flag: channel counts come from the
+weights.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ _GROUPS = 32
 
 
 def read_vae(file: SafetensorsFile) -> ComponentFiles:
-    """Describe the VAE in *file*, whichever names it uses."""
+    """Describe the VAE in *file*, with diffusers' or BFL's names.
+
+    Raises:
+        StartupError: the file has no VAE of FLUX.2.
+    """
     slots = slots_of(file.tensors)
     if any(name.startswith("decoder.up.") for name in slots):
         slots = _from_bfl(file.tensors)
@@ -43,14 +48,14 @@ def read_vae(file: SafetensorsFile) -> ComponentFiles:
 
 
 def _from_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
-    """Rename BFL's tensors; its attention is written as convolutions of one pixel."""
+    """Rename BFL's tensors; its attention projections are stored as 1x1 convolutions."""
     blocks = 1 + max(int(name.split(".")[2]) for name in tensors if ".up." in name)
     slots = {}
     for name, tensor in tensors.items():
         ours = name
         for pattern, words in _WORDS:
             ours = re.sub(pattern, words, ours)
-        # BFL counts the decoder's blocks from the picture, diffusers from the latents.
+        # BFL numbers the decoder's blocks from the pixels, diffusers from the latents.
         ours = re.sub(
             r"up_blocks\.(\d+)", lambda found: f"up_blocks.{blocks - 1 - int(found[1])}", ours
         )

@@ -1,0 +1,1 @@
+"""Memory plans, offloading and layer streaming; knows no pipeline and no jobs."""

@@ -1,5 +1,6 @@
-"""From a checkpoint and a card to a memory plan: counts the bytes that `app.engine.memory.planner` reckons
-with.
+"""Chooses the memory plan for a checkpoint on a device.
+
+Counts the bytes of the weights and the free GPU memory, the inputs of `app.engine.memory.planner`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ OFFLOAD = "offload"
 HOST = "host"
 
 _WORKING_BYTES = 4_000_000_000
-"""What a picture of a megapixel takes in bf16, uncompiled, with the whole decode."""
+"""Working memory of a one-megapixel image in bf16, eager, decoded without tiles."""
 
 
 def choose_plan(
@@ -40,12 +41,12 @@ def choose_plan(
     is_exact: bool,
     is_compiled: bool,
 ) -> MemoryPlan:
-    """Decide what stays on the GPU.
+    """Choose what stays in GPU memory.
 
-    *dtype* is that of everything that is not quantized; *is_exact* where nothing is.
+    *dtype* is that of the weights that are not quantized; *is_exact* means that none are.
 
     Raises:
-        StartupError: not even the smallest plan fits.
+        StartupError: not even the plan with the smallest peak fits.
     """
     limit = min(config.max_pixels, model.max_pixels)
     if device.type == "cpu":
@@ -53,7 +54,7 @@ def choose_plan(
         return MemoryPlan(HOST, reasons, 0, (limit,) * (model.max_references + 1))
     free, total = torch.cuda.mem_get_info(device)
     if config.memory_bytes is not None:
-        # torch is held to this; what CUDA itself takes comes on top.
+        # PyTorch's allocator is limited to this; the CUDA context comes on top.
         free = min(free, config.memory_bytes + CONTEXT_BYTES)
     if is_exact:
         return _plan_exact(config, model, checkpoint, dtype, free, limit)
@@ -76,7 +77,7 @@ def choose_plan(
 
 
 def count_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
-    """Count the bytes of each network as it will lie on the card."""
+    """Count the bytes of each component in GPU memory: quantized weights one, others *dtype*'s."""
     two = dtype.itemsize
     blocks = {
         name: 1 if len(slot.shape) == 2 and "blocks." in name else two
@@ -111,7 +112,7 @@ def _plan_exact(
     free: int,
     limit: int,
 ) -> MemoryPlan:
-    """All on the card, or, where that does not fit, one network at a time."""
+    """Keep all components in GPU memory, or, where that does not fit, one at a time."""
     components = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
     counts = (math.prod(slot.shape) for part in components for slot in part.slots.values())
     needed = sum(counts) * dtype.itemsize + _WORKING_BYTES

@@ -1,9 +1,8 @@
-"""The text encoder's layers passing through the card: the next is copied while the present
-computes.
+"""Streams a network's layers from host memory: the next is copied while the current one computes.
 
-Each layer lies in host memory as one run of pinned bytes, and two places on the card take turns.
-Events keep the copy from overwriting a layer that still computes, and the layer from starting half
-copied.
+Each layer is one contiguous pinned buffer on the host; two buffers on the GPU alternate. CUDA
+events keep a copy from overwriting a layer that still computes, and a layer from starting before
+its copy has ended.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ _ALIGNMENT = 256
 
 
 class StreamedLayers:
-    """Iterating yields each layer, ready on the card. All layers have the same shapes.
+    """An iterable of the layers, each yielded when it is on *device*; all have the same shapes.
 
-    The engine's thread alone uses it, one pass at a time. On a processor the same copies are made,
-    one after the other.
+    Not thread-safe, one iteration at a time. On the CPU the same copies are made synchronously.
     """
 
     def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
@@ -39,7 +37,7 @@ class StreamedLayers:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that wait in pinned host memory."""
+        """Bytes of all layers in pinned host memory."""
         return sum(len(each) for each in self._host)
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -63,7 +61,7 @@ class StreamedLayers:
 
 
 def _flatten(layer: nn.Module, *, pin: bool) -> torch.Tensor:
-    """Copy all of a layer's weights into one run of bytes."""
+    """Copy a layer's weights into one contiguous uint8 buffer, each aligned to 256 bytes."""
     total = sum(_padded(weight) for weight in layer.parameters())
     flat = torch.empty(total, dtype=torch.uint8, pin_memory=pin)
     start = 0
@@ -74,7 +72,7 @@ def _flatten(layer: nn.Module, *, pin: bool) -> torch.Tensor:
 
 
 def _lay_out(layer: nn.Module, place: torch.Tensor) -> None:
-    """Make a layer's weights views of *place*."""
+    """Make a layer's weights views of the uint8 buffer *place*."""
     start = 0
     for weight in layer.parameters():
         piece = place[start : start + weight.nbytes]

@@ -1,8 +1,8 @@
-"""Which network is on the card now, where they do not all stay.
+"""Model offloading: which components are in GPU memory now.
 
-Weights wait in host memory and are copied in before their stage; leaving costs nothing, since the
-copy on the host was never given up. That is what `enable_model_cpu_offload` does, without the way
-back.
+Weights of an offloaded component are copied to the GPU before its stage and dropped there after it;
+the host keeps its copy, so nothing is copied back, unlike with diffusers'
+`enable_model_cpu_offload`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 
 
 class Offloader:
-    """Puts networks on the card, to stay or for a stage. The engine's thread alone uses it.
+    """Puts networks on the GPU, permanently or for a stage. Not thread-safe.
 
-    With *pin* waiting weights are kept in pinned memory: copies are three times as fast, but the
-    memory cannot be swapped out, nor be a file's.
+    With *pin*, offloaded weights are in pinned memory: copies are three times as fast, but it can
+    neither be swapped out nor be memory-mapped from a file.
     """
 
     def __init__(self, device: torch.device, *, pin: bool) -> None:
@@ -27,7 +27,7 @@ class Offloader:
         self._waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def admit(self, network: nn.Module, *, stays: bool) -> None:
-        """Take *network*, whose weights are on the host, under control."""
+        """Register *network*, whose weights are on the host; with *stays* move it to the device."""
         if stays:
             network.to(self._device)
             return
@@ -40,7 +40,7 @@ class Offloader:
 
     @contextmanager
     def on_gpu(self, network: object) -> Iterator[None]:
-        """Have *network* on the card within the block."""
+        """Keep *network* on the device within the `with` block."""
         pairs = self._waiting.get(id(network), ())
         for tensor, host in pairs:
             tensor.data = host.to(self._device, non_blocking=True)

@@ -1,14 +1,16 @@
-"""What stays on the card, and the largest picture it then admits: pure arithmetic with reasons.
+"""Memory plans: what stays in GPU memory, and the largest image that then fits.
 
-Four plans, fastest first; the first whose default picture fits is taken.
+Pure arithmetic with reasons. Four plans, fastest first; the first whose default image fits is
+taken.
 
-    resident         all networks on the card, the picture decoded whole
-    resident tiled   the same, decoded in overlapping tiles
-    streamed         the encoder's layers pass through one after the other, the rest stays
-    streamed tiled   both
+    plan             weights in GPU memory                          VAE decode
+    resident         all                                            whole
+    resident tiled   all                                            in overlapping tiles
+    streamed         all but the text encoder's, which is streamed  whole
+    streamed tiled   all but the text encoder's, which is streamed  in overlapping tiles
 
 The rates below were measured on an H200 at 1024x1024 with random weights (memory does not depend on
-their values) and hold for every card; what a card itself takes outside torch is its context's.
+their values) and hold for every GPU; memory outside PyTorch's allocator is the CUDA context's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ GB = 1_000_000_000
 PLANS = ("resident", "resident tiled", "streamed", "streamed tiled")
 
 EXACT_PIXELS = 1_310_720
-"""Larger pictures are always decoded in tiles: attention over the whole grows with its square."""
+"""Larger images are decoded in tiles: the VAE's attention scores grow with the square."""
 
 _TOKEN_PIXELS = 256
 _TEXT_TOKENS = 512
@@ -31,7 +33,7 @@ _MULTIPLE = 64 * 64
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of the networks as they will lie on the card."""
+    """Bytes of each component's weights in GPU memory."""
 
     transformer: int
     encoder: int
@@ -41,7 +43,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes of working memory."""
+    """Working memory in bytes."""
 
     token: int
     """Per token of the transformer's sequence."""
@@ -50,11 +52,11 @@ class Rates:
     encoded_pixel: int
     """Per pixel of a reference that is encoded."""
     tiles: int
-    """Of a tiled decode, whatever the size, besides the picture itself."""
+    """Of a tiled decode at any size, besides the output itself."""
     text: int
-    """Of the text encoder, its layers' staging included where they are streamed."""
+    """Of the text encoder, besides its weights."""
     margin: int
-    """What the allocator loses between differently sized pieces, and recorded graphs keep."""
+    """Fragmentation of the allocator, and memory that CUDA graphs keep."""
 
 
 COMPILED = Rates(
@@ -74,12 +76,12 @@ EAGER = Rates(
     margin=300_000_000,
 )
 CONTEXT_BYTES = 600_000_000
-"""What CUDA itself takes on the card, outside torch's count."""
+"""Memory of the CUDA context, which PyTorch's allocator does not count."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """A choice with its reasons; *max_pixels* by the number of references, 0 where none fits."""
+    """A choice with its reasons; *max_pixels* by the number of references, 0 where none fit."""
 
     name: str
     reasons: tuple[str, ...]
@@ -88,17 +90,17 @@ class MemoryPlan:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the encoder's layers wait in host memory."""
+        """Whether the text encoder's layers are streamed from host memory."""
         return self.name.startswith("streamed")
 
     @property
     def is_tiled(self) -> bool:
-        """Whether every picture is decoded in tiles."""
+        """Whether every image is decoded in tiles."""
         return self.name.endswith("tiled")
 
 
 def peak_bytes(plan: str, weights: Weights, rates: Rates, pixels: int, references: int = 0) -> int:
-    """Estimate the most that a picture of *pixels* holds on the card."""
+    """Estimate the peak GPU memory of an image of *pixels*, in bytes."""
     streamed, tiled = plan.startswith("streamed"), plan.endswith("tiled")
     resident = weights.transformer + weights.decoder + (0 if streamed else weights.encoder)
     tokens = pixels // _TOKEN_PIXELS + _TEXT_TOKENS + references * _REFERENCE_TOKENS
@@ -121,7 +123,10 @@ def plan_memory(
     max_references: int = 4,
     asked: str = "auto",
 ) -> MemoryPlan | None:
-    """Choose the first plan whose default picture fits; None where not even the smallest does."""
+    """Choose the first plan whose default image fits; None where none does.
+
+    A plan named by *asked* is returned even where its default image does not fit.
+    """
     budget = free_bytes - CONTEXT_BYTES
     reasons = [f"{budget / GB:.1f} GB may be used ({free_bytes / GB:.1f} GB free)"]
     for name in PLANS if asked == "auto" else (asked,):
@@ -143,7 +148,7 @@ def plan_memory(
 def _largest(
     budget: int, plan: str, weights: Weights, rates: Rates, limit: int, references: int
 ) -> int:
-    """Find the most pixels, in whole squares of 64x64, that fit the budget; 0 if none do."""
+    """Find the most pixels, a multiple of 64 * 64, that fit *budget* bytes; 0 where none do."""
     low, high = 0, limit // _MULTIPLE
     while low < high:
         middle = (low + high + 1) // 2

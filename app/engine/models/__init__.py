@@ -1,0 +1,1 @@
+"""The registered models as data: specifications and published files; knows no torch, no network."""

@@ -1,4 +1,4 @@
-"""What a registered model consists of: its specification and its published files. Pure data."""
+"""A registered model as data: its specification and its published files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EMBEDDED_REVISION = "embedded"
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One published file: *path* is its place in the repository and in the folder built of it."""
+    """One published file; *path* is relative, in the repository and in the model's folder."""
 
     repository: str
     revision: str
@@ -23,22 +23,22 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A variant: its card, and the files that it needs at any precision and at one of them."""
+    """A registered model: its specification, and its files by precision."""
 
     spec: ModelSpec
     shared: tuple[RemoteFile, ...] = ()
-    """Text encoder, VAE, tokenizer and configs: wanted whatever the precision."""
+    """Text encoder, VAE, tokenizer and configs, needed at every precision."""
     transformers: Mapping[str, RemoteFile] = field(default_factory=dict)
-    """The transformer's weights by precision."""
+    """The file of the transformer's weights by precision; empty for an embedded model."""
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the weights come with the package, so that there is nothing to download."""
+        """Whether the weights are part of the package, so that nothing is downloaded."""
         return not self.transformers
 
     @property
     def files(self) -> tuple[RemoteFile, ...]:
-        """Every file of the variant, at whatever precision."""
+        """Every file of the model, for all precisions."""
         return self.shared + tuple(dict.fromkeys(self.transformers.values()))
 
     @property
@@ -48,6 +48,6 @@ class ModelEntry:
 
     @property
     def revision(self) -> str:
-        """The commit of the variant's own repository."""
+        """The commit of the model's own repository."""
         found = (file.revision for file in self.files if file.repository == self.spec.hub_id)
         return next(found, EMBEDDED_REVISION)

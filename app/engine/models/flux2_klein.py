@@ -20,7 +20,7 @@ def _klein_file(path: str, size_bytes: int, sha256: str) -> RemoteFile:
     return RemoteFile(_REPOSITORY, _REVISION, path, size_bytes, sha256)
 
 
-# The repository also holds the transformer a second time, as one file of 7.75 GB: hence a list.
+# A list, since the repository also has the transformer a second time, as one file of 7.75 GB.
 _SHARED_FILES = """
 model_index.json 446
   51a76cb1cf3ed37423a1128c79c22faee8e6fbe7f5aaeb737f0a258930dbaac0
@@ -129,7 +129,7 @@ KLEIN_BASE = ModelEntry(
 )
 
 TEXT_LAYERS = (9, 18, 27)
-"""The hidden states that condition the picture; nothing above the last is ever needed."""
+"""Qwen3 layers, counted from 1, whose outputs are the prompt embeddings; later ones are unused."""
 
 TEXT_HIDDEN_SIZE = 2560
 LATENT_CHANNELS = 32

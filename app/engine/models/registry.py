@@ -1,8 +1,8 @@
-"""The variants that can be served: names, defaults, limits, and the files they are made of.
+"""The registry of models that can be served: `MODELS`, and lookups in it.
 
-Pure data and lookups; it knows no torch, no network and no folder. A name that a caller or the
-operator gives is a key of `CATALOG` and never becomes a path. Every repository is pinned to a
-commit, every file to its size and SHA-256, so what is served is what was looked at.
+It knows no torch, no network and no folder. A name given by a caller or the operator is a key of
+`MODELS` and never becomes a path. Every repository is pinned to a commit, every file to its size
+and SHA-256.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from app.errors import StartupError
 
 
 def find_model(key: str) -> ModelEntry:
-    """Look up the variant called *key*.
+    """Look up the model *key*.
 
     Raises:
-        StartupError: there is none; the message names those that exist.
+        StartupError: it is not registered; the message names those that are.
     """
     if key in MODELS:
         return MODELS[key]
@@ -37,14 +37,17 @@ def find_model(key: str) -> ModelEntry:
 
 
 def find_spec(key: str) -> ModelSpec:
-    """Look up what is known of the variant *key* before it is loaded; raises like `entry`."""
+    """Look up the specification of the model *key*; raises as `find_model` does."""
     return find_model(key).spec
 
 
 def files_for(variant: ModelEntry, precision: str) -> tuple[RemoteFile, ...]:
-    """Name the files that *variant* needs at *precision*: `fp8`, `int8`, `bf16` or `fp32`.
+    """Return the files that *variant* needs at *precision*: `fp8`, `int8`, `bf16` or `fp32`.
 
-    The int8 weights are made of the bf16 file, since two roundings err more than one.
+    int8 weights are quantized from the bf16 file, since quantizing fp8 again adds a second error.
+
+    Raises:
+        StartupError: there are no files for *precision*.
     """
     if variant.is_embedded:
         return ()
@@ -59,4 +62,4 @@ def files_for(variant: ModelEntry, precision: str) -> tuple[RemoteFile, ...]:
 MODELS: Mapping[str, ModelEntry] = MappingProxyType(
     {variant.spec.id: variant for variant in (KLEIN, KLEIN_BASE, SHAPES)}
 )
-"""All variants by key, the default first."""
+"""All models by key, the default first."""

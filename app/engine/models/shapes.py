@@ -1,6 +1,6 @@
-"""Finds the demo model `shapes`, whose weights come with the package.
+"""The demo model `shapes`, whose weights are part of the package.
 
-The demo has klein's architecture in small, so everything after finding it is klein's loader.
+It is a small model of klein's architecture, so klein's loader loads it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ REVISION = "embedded"
 
 
 def locate() -> Path:
-    """Return the folder of the model.
+    """Return the folder of the model's files.
 
     Raises:
-        StartupError: the package was installed without it.
+        StartupError: the installation lacks it.
     """
     if not (FOLDER / "model_index.json").is_file():
         raise StartupError(

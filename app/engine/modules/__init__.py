@@ -1,0 +1,1 @@
+"""Building blocks of the networks: attention, RoPE, layers; knows no files, pipeline or jobs."""

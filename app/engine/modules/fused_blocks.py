@@ -1,12 +1,13 @@
-"""The transformer's blocks and the encoder's layers, written for speed.
+"""FLUX.2's transformer blocks with fused projections.
 
-diffusers' and transformers' own modules serve every model and every hook; these serve klein:
-projections of the same input joined into one product, the attention kernel named, nothing that a
-compiler stumbles over. They compute the same formulas in another order, so they are used at 8 bit,
-where the last bits are gone anyway; at bf16 the libraries' own modules run and the pixels are
-theirs.
+The formulas are those of diffusers' `transformer_flux2.py`. Projections of the same input are
+concatenated into one matmul, the attention kernel is chosen explicitly, and nothing causes a graph
+break in `torch.compile`. The order of operations differs from diffusers', so these blocks are used
+with 8-bit weights only, where the last bits are lost anyway; at bf16 diffusers' own modules run and
+the pixels are equal to diffusers'.
 
-Shapes: *n* tokens, *d* the width, *h* heads of 128. All sequences have the batch 1.
+Shapes: n tokens, m text tokens, d the hidden size, h heads of size 128, f the MLP's hidden size.
+The batch size is always 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from app.engine.modules.ops import rms_norm, split_last, swiglu
 
 
 class SingleBlock(nn.Module):
-    """`Flux2SingleTransformerBlock`: attention and feed-forward side by side."""
+    """`Flux2SingleTransformerBlock`: attention and MLP in parallel, from one projection."""
 
     def __init__(
         self,
@@ -44,22 +45,23 @@ class SingleBlock(nn.Module):
     def forward(
         self, hidden: torch.Tensor, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """[1, n, d] -> [1, n, d]; *modulation* is [1, 3 d]."""
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        normed = _modulate(hidden, scale, shift, self.eps)
+        """Run the block: [1, n, d] -> [1, n, d]; *modulation* is [1, 3 * d], *cos* [n, 128]."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)  # [1, d] each
+        normed = _modulate(hidden, scale, shift, self.eps)  # [1, n, d]
+        # [1, n, 3 * d] and [1, n, 2 * f]
         qkv, feed = torch.split(self.joined(normed), [3 * self.width, self.feed_width], dim=-1)
-        q, k, v = _heads(qkv, self.norm_q.shape[0])
+        q, k, v = _heads(qkv, self.norm_q.shape[0])  # [1, n, h, 128] each
         q, k = (
             _norm_rotate(q, self.norm_q, cos, sin, self.eps),
             _norm_rotate(k, self.norm_k, cos, sin, self.eps),
         )
-        attended = _attend(self.attention, q, k, v)
+        attended = _attend(self.attention, q, k, v)  # [1, n, d]
         joined: torch.Tensor = self.out(torch.cat([attended, swiglu(feed)], dim=-1))
         return hidden + gate * joined
 
 
 class DoubleBlock(nn.Module):
-    """`Flux2TransformerBlock`: two streams with their own weights and one attention."""
+    """`Flux2TransformerBlock`: image and text streams with own weights and joint attention."""
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class DoubleBlock(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image [1, n, d] and text [1, m, d] in and out; the modulations are [1, 6 d]."""
+        """Run the block on image [1, n, d] and text [1, m, d]; each modulation is [1, 6 * d]."""
         shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
         size, eps, length = self.norm_q.shape[0], self.eps, text.shape[1]
@@ -98,7 +100,7 @@ class DoubleBlock(nn.Module):
         k = _norm_rotate(k, self.norm_k, cos[length:], sin[length:], eps)
         tq = _norm_rotate(tq, self.norm_text_q, cos[:length], sin[:length], eps)
         tk = _norm_rotate(tk, self.norm_text_k, cos[:length], sin[:length], eps)
-        attended = _attend(
+        attended = _attend(  # [1, m + n, d], text first
             self.attention,
             torch.cat([tq, q], dim=1),
             torch.cat([tk, k], dim=1),
@@ -106,9 +108,9 @@ class DoubleBlock(nn.Module):
         )
         image = image + gate * self.image_out(attended[:, length:])
         text = text + t_gate * self.text_out(attended[:, :length])
-        up = self.image_up(_modulate(image, scale2, shift2, eps))
+        up = self.image_up(_modulate(image, scale2, shift2, eps))  # [1, n, 2 * f]
         image = image + gate2 * self.image_down(swiglu(up))
-        up = self.text_up(_modulate(text, t_scale2, t_shift2, eps))
+        up = self.text_up(_modulate(text, t_scale2, t_shift2, eps))  # [1, m, 2 * f]
         text = text + t_gate2 * self.text_down(swiglu(up))
         return image, text
 
@@ -124,7 +126,7 @@ def _modulate(
 
 
 def _heads(qkv: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[1, n, 3 d] -> three of [1, n, h, size]."""
+    """Split fused QKV: [1, n, 3 * d] -> three of [1, n, h, size]."""
     q, k, v = (split_last(each, size) for each in qkv.chunk(3, dim=-1))
     return q, k, v
 
@@ -132,16 +134,16 @@ def _heads(qkv: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, to
 def _norm_rotate(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Norm each head of [1, n, h, 128] and rotate its pairs of neighbours."""
+    """Apply RMSNorm per head of [1, n, h, 128], then RoPE on interleaved pairs, in float32."""
     normed = rms_norm(x, weight, eps).float()
     even, odd = split_last(normed, 2).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # [1, n, h, 128]
     return (normed * cos[None, :, None] + turned * sin[None, :, None]).to(x.dtype)
 
 
 def _attend(
     attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
-    """[1, n, h, 128] each -> [1, n, d]."""
-    swapped = (each.transpose(1, 2) for each in (q, k, v))
+    """Compute attention: q, k, v of [1, n, h, 128] each -> [1, n, d]."""
+    swapped = (each.transpose(1, 2) for each in (q, k, v))  # [1, h, n, 128] each
     return attention(*swapped).transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""Operations that the fused blocks and the Qwen3 layers share."""
+"""Operations shared by the fused blocks and the Qwen3 layers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from torch.nn import functional
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * value (SwiGLU, arXiv 2002.05202): [..., 2 * f] -> [..., f]."""
     gate, value = x.chunk(2, dim=-1)
     return functional.silu(gate) * value
 
 
 def split_last(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[..., n * size] -> [..., n, size]."""
+    """Reshape [..., n * size] -> [..., n, size]."""
     return x.reshape(*x.shape[:-1], -1, size)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return RMSNorm of *x* over its last dimension (arXiv 1910.07467), normalised in float32."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

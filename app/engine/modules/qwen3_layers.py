@@ -1,6 +1,9 @@
-"""Qwen3's decoder layer with joined projections, for a prompt of a fixed length.
+"""Qwen3's decoder layer with fused projections, for a prompt of fixed length.
 
-Shapes: n tokens, d the hidden size, h heads. All sequences have batch size 1.
+The formulas are those of transformers' `modeling_qwen3.py`.
+
+Shapes: n tokens, d the hidden size, h query heads and g KV heads of size s, f the MLP's hidden
+size. The batch size is always 1.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from app.engine.modules.ops import rms_norm, split_last, swiglu
 
 
 class EncoderLayer(nn.Module):
-    """`Qwen3DecoderLayer` with joined projections, for a prompt of a fixed length."""
+    """`Qwen3DecoderLayer` with fused QKV and gate/up projections, without a KV cache."""
 
     def __init__(
         self, linears: dict[str, nn.Module], norms: dict[str, nn.Parameter], *, eps: float
@@ -31,17 +34,21 @@ class EncoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """[1, n, d] -> [1, n, d]; *mask* is [1, 1, n, n], true where a key is seen."""
+        """Run the layer: [1, n, d] -> [1, n, d].
+
+        *mask* is bool [1, 1, n, n], True where a key is attended to; *cos*, *sin* are [1, n, s].
+        """
         size = self.norm_q.shape[0]
+        # [1, n, h + 2 * g, s]
         joined = split_last(self.qkv(rms_norm(hidden, self.norm_in, self.eps)), size)
         heads = self.query_width // size
         groups = (joined.shape[2] - heads) // 2
         q, k, v = torch.split(joined, [heads, groups, groups], dim=2)
         q = _rotate_halves(rms_norm(q, self.norm_q, self.eps), cos, sin)
         k = _rotate_halves(rms_norm(k, self.norm_k, self.eps), cos, sin)
-        # Each key serves several queries; written out, since not every kernel knows the shorthand.
+        # GQA: KV heads are expanded to h here, since not every SDPA backend takes `enable_gqa`.
         k, v = (each.repeat_interleave(heads // groups, dim=2) for each in (k, v))
-        attended = functional.scaled_dot_product_attention(
+        attended = functional.scaled_dot_product_attention(  # [1, h, n, s]
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
         )
         hidden = hidden + self.out(attended.transpose(1, 2).flatten(2))
@@ -54,7 +61,7 @@ def _columns(linear: Any) -> int:
 
 
 def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate as Qwen does: the first half of each head against the second."""
+    """Apply RoPE as Qwen does, on the two halves of each head: [1, n, h, s] -> the same."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * cos[:, :, None] + turned * sin[:, :, None]

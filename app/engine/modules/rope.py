@@ -1,4 +1,4 @@
-"""Rotary position embeddings of the transformer, by shape."""
+"""The transformer's RoPE tables, cached by shape."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 import torch
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, each [text tokens + image tokens, 128]."""
+
 Grid = tuple[int, int]
+"""Rows and columns of an image's tokens."""
 
 _REFERENCE_TIME = 10
-"""References stand at the times 10, 20, ...: `Flux2KleinPipeline._prepare_image_ids`."""
+"""References have time ids 10, 20, ...: `Flux2KleinPipeline._prepare_image_ids`."""
 
 
 class RopeTable:
-    """Rotary tables by shape, the last few kept. The engine's thread alone uses it."""
+    """RoPE tables by shape in an LRU cache of *kept* entries. Not thread-safe."""
 
     def __init__(self, embed: Any, device: torch.device, *, kept: int = 8) -> None:
         self._embed = embed
@@ -24,9 +27,7 @@ class RopeTable:
         self._tables: OrderedDict[tuple[int, tuple[Grid, ...]], Rope] = OrderedDict()
 
     def get(self, text_length: int, grids: tuple[Grid, ...]) -> Rope:
-        """Return the table for a prompt of *text_length* and *grids*: picture first, then
-        references.
-        """
+        """Return the table for *text_length* tokens and *grids*, of the output, then references."""
         key = (text_length, grids)
         if key not in self._tables:
             self._tables[key] = self._compute(text_length, grids)
@@ -37,7 +38,7 @@ class RopeTable:
 
     def _compute(self, text_length: int, grids: tuple[Grid, ...]) -> Rope:
         one = torch.arange(1)
-        text = torch.cartesian_prod(one, one, one, torch.arange(text_length))
+        text = torch.cartesian_prod(one, one, one, torch.arange(text_length))  # [text_length, 4]
         pictures = [
             torch.cartesian_prod(
                 torch.tensor([number * _REFERENCE_TIME]),
@@ -47,7 +48,8 @@ class RopeTable:
             )
             for number, (height, width) in enumerate(grids)
         ]
-        # Apart, as the model's own forward does: vectorised cosines differ by where a row lies.
+        # Text and image separately, as diffusers' forward does: the last bits of a vectorised
+        # cosine depend on the row's position in the tensor.
         tables = [self._embed(ids.to(self._device)) for ids in (text, torch.cat(pictures))]
         cos, sin = (torch.cat(halves) for halves in zip(*tables, strict=True))
         return cos, sin

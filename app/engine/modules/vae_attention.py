@@ -1,4 +1,4 @@
-"""The VAE decoder's attention: one head of width 512."""
+"""Attention of the VAE decoder's mid block: one head of size 512."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 class WideHeadProcessor:
-    """Attention of the decoder's middle, one head of the width 512, for diffusers' `Attention`.
+    """A processor for diffusers' `Attention` with one head of size 512.
 
-    The fused kernels stop at 256 or crawl beyond; two products and a softmax are several times
-    faster, for the price of the whole table of scores: 0.5 GB at 1024x1024, less than the decode's
-    last layers.
+    Fused SDPA kernels support head sizes up to 256 or are slow beyond. Two matmuls and a softmax
+    are several times faster, at the cost of materialising the attention scores: 0.5 GB at
+    1024x1024, less than the decoder's last layers take.
     """
 
     def __call__(
@@ -24,12 +24,12 @@ class WideHeadProcessor:
         attention_mask: None = None,
         temb: None = None,
     ) -> torch.Tensor:
-        """[1, c, h, w] -> the same. The last three are what diffusers passes by name."""
+        """Compute attention: [1, c, h, w] -> the same; diffusers passes the other three by name."""
         module: Any = attn
         shape = hidden_states.shape
-        tokens = module.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+        tokens = module.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # [1, h * w, c]
         query = module.to_q(tokens) * module.scale
-        scores = query @ module.to_k(tokens).transpose(1, 2)
+        scores = query @ module.to_k(tokens).transpose(1, 2)  # [1, h * w, h * w]
         attended = scores.softmax(dim=-1) @ module.to_v(tokens)
         out = module.to_out[0](attended).transpose(1, 2).reshape(shape)
         result: torch.Tensor = (out + hidden_states) / module.rescale_output_factor

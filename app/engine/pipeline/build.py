@@ -1,7 +1,7 @@
-"""Builds the pipeline's parts from a checkpoint.
+"""Builds the pipeline's components from a checkpoint.
 
-The networks are made without weights (on torch's meta device) and filled tensor by tensor, so that
-no weight is ever held twice and a missing one cannot pass for a random one.
+Networks are created without weights, on PyTorch's meta device, and filled tensor by tensor, so no
+weight is in memory twice and a missing one cannot stay randomly initialised.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ OnProgress = Callable[[LoadProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How the networks are to be built."""
+    """How the components are built."""
 
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
     linears: str
-    """`exact` for the libraries' own modules, else a kind of `eight_bit.LinearMaker`."""
+    """`exact` for the libraries' own modules, else a kind of `QuantizedLinearBuilder`."""
     encoder_linears: str
     attention: Attention
     compiler: Compiler
@@ -57,60 +57,64 @@ class BuildOptions:
     is_streamed: bool
     is_tiled: bool
     prompt_cache: int
-    converted: Path | None
-    """Where rounded layers are kept, if anywhere."""
+    quantized_cache: Path | None
+    """The cache folder of quantized layers, or None for no cache."""
     max_sequence_length: int
     is_distilled: bool
 
 
 def build(
-    checkpoint: Checkpoint, wanted: BuildOptions, on_progress: OnProgress
+    checkpoint: Checkpoint, options: BuildOptions, on_progress: OnProgress
 ) -> PipelineComponents:
-    """Read every weight and put the networks together."""
-    fill = _Filler(checkpoint, wanted, on_progress)
-    offloader = Offloader(wanted.device, pin=wanted.is_pinned)
-    vae = _build_vae(checkpoint.vae, fill, wanted.vae_dtype)
-    _admit_vae(vae, offloader, wanted)
+    """Read every weight and build the components.
+
+    Raises:
+        StartupError: the checkpoint is of another model or damaged.
+    """
+    fill = _Filler(checkpoint, options, on_progress)
+    offloader = Offloader(options.device, pin=options.is_pinned)
+    vae = _build_vae(checkpoint.vae, fill, options.vae_dtype)
+    _admit_vae(vae, offloader, options)
     encoder: TextEncoder | FusedTextEncoder
-    if wanted.linears == "exact":
+    if options.linears == "exact":
         encoder = _build_encoder(checkpoint.encoder, fill)
         transformer = _build_transformer(checkpoint.transformer, fill)
-        offloader.admit(encoder, stays=not wanted.is_offloaded)
-        offloader.admit(transformer, stays=not wanted.is_offloaded)
+        offloader.admit(encoder, stays=not options.is_offloaded)
+        offloader.admit(transformer, stays=not options.is_offloaded)
         predict: Predict = partial(transformer_forward, transformer)
     else:
         pool = GraphPool()
-        encoder = _build_fast_encoder(checkpoint.encoder, fill, wanted, pool)
-        transformer = _build_shell(checkpoint.transformer, fill, wanted)
-        predict = FusedTransformer(transformer, wanted.compiler, pool).predict
+        encoder = _build_fast_encoder(checkpoint.encoder, fill, options, pool)
+        transformer = _build_shell(checkpoint.transformer, fill, options)
+        predict = FusedTransformer(transformer, options.compiler, pool).predict
     transformer.eval()
     return PipelineComponents(
-        tokenizer=_read_tokenizer(checkpoint.tokenizer, wanted.max_sequence_length),
+        tokenizer=_read_tokenizer(checkpoint.tokenizer, options.max_sequence_length),
         encoder=encoder,
-        cache=PromptCache(wanted.prompt_cache, wanted.device),
+        cache=PromptCache(options.prompt_cache, options.device),
         transformer=transformer,
         predict=predict,
         vae=vae,
-        decode=_decoder(vae, wanted),
+        decode=_decoder(vae, options),
         make_scheduler=lambda: FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler),
-        device=wanted.device,
-        dtype=wanted.dtype,
-        is_distilled=wanted.is_distilled,
-        is_tiled=wanted.is_tiled,
+        device=options.device,
+        dtype=options.dtype,
+        is_distilled=options.is_distilled,
+        is_tiled=options.is_tiled,
         offloader=offloader,
-        rope=RopeTable(transformer.pos_embed, wanted.device),
+        rope=RopeTable(transformer.pos_embed, options.device),
         layout=checkpoint.layout,
         weights_bytes=fill.done_bytes,
     )
 
 
 class _Filler:
-    """Reads weights at the arithmetic's precision and counts the bytes for the progress."""
+    """Reads weights in the options' dtype and reports the load's progress."""
 
     def __init__(
-        self, checkpoint: Checkpoint, wanted: BuildOptions, on_progress: OnProgress
+        self, checkpoint: Checkpoint, options: BuildOptions, on_progress: OnProgress
     ) -> None:
-        self._wanted = wanted
+        self._options = options
         self._on_progress = on_progress
         components = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
         self._total = sum(len(part.slots) for part in components)
@@ -124,18 +128,18 @@ class _Filler:
         device: torch.device = CPU,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Read one weight of *part*; *dtype* is for what differs from the rest."""
+        """Read one weight of *part*; a *dtype* overrides the options'."""
         value = part.slots[name].read(device)
         if value.is_floating_point():
-            value = value.to(dtype or self._wanted.dtype)
+            value = value.to(dtype or self._options.dtype)
         self.count(part.label, 1, value.nbytes)
         return value
 
     def norm(self, part: ComponentFiles) -> Callable[[str], nn.Parameter]:
-        """Return what reads a small weight of *part* onto the card."""
+        """Return a function that reads a small weight of *part* onto the device."""
 
         def read(name: str) -> nn.Parameter:
-            value = self.read(part, name, self._wanted.device)
+            value = self.read(part, name, self._options.device)
             return nn.Parameter(value, requires_grad=False)
 
         return read
@@ -147,13 +151,13 @@ class _Filler:
         names: Mapping[str, str],
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Give *network* its weights; *names* maps its own names to those of *part*."""
+        """Load the weights of *network*; *names* maps its names to those of *part*."""
         state = {own: self.read(part, name, dtype=dtype) for own, name in names.items()}
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
 
     def count(self, label: str, tensors: int, size_bytes: int) -> None:
-        """Count what was read."""
+        """Count tensors and bytes that were read, and report progress every 16 tensors."""
         before = self._count
         self._count += tensors
         self.done_bytes += size_bytes
@@ -181,7 +185,7 @@ def _build_vae(part: ComponentFiles, fill: _Filler, dtype: torch.dtype) -> Any:
 
 
 def _build_encoder(part: ComponentFiles, fill: _Filler) -> TextEncoder:
-    """Build the layers that are read; the file may hold more, which is checked to be the rest."""
+    """Build the layers up to the last of `TEXT_LAYERS`; those above are only checked."""
     config = _encoder_config(part)
     layers = _check_encoder(part, config)
     kept = layers[: TEXT_LAYERS[-1]]
@@ -191,44 +195,49 @@ def _build_encoder(part: ComponentFiles, fill: _Filler) -> TextEncoder:
 
 
 def _build_fast_encoder(
-    part: ComponentFiles, fill: _Filler, wanted: BuildOptions, pool: GraphPool
+    part: ComponentFiles, fill: _Filler, options: BuildOptions, pool: GraphPool
 ) -> FusedTextEncoder:
     config = _encoder_config(part)
     _check_encoder(part, config)
     make = QuantizedLinearBuilder(
         part,
-        wanted.encoder_linears,
-        device=wanted.device,
-        dtype=wanted.dtype,
+        options.encoder_linears,
+        device=options.device,
+        dtype=options.dtype,
         on_read=fill.count,
-        converted=_converted(part, wanted, wanted.encoder_linears, "encoder"),
+        quantized_cache=_quantized_cache(part, options, options.encoder_linears, "encoder"),
     )
     layers = nn.ModuleList(
         encoder_layer(number, make, fill.norm(part), eps=config.rms_norm_eps)
         for number in range(TEXT_LAYERS[-1])
     )
     make.keep()
-    rotary = Qwen3RotaryEmbedding(config).to(wanted.device)
+    rotary = Qwen3RotaryEmbedding(config).to(options.device)
     table = fill.read(part, "model.embed_tokens.weight")
     return FusedTextEncoder(
-        layers, rotary, table, wanted.compiler, pool, wanted.device if wanted.is_streamed else None
+        layers,
+        rotary,
+        table,
+        options.compiler,
+        pool,
+        options.device if options.is_streamed else None,
     )
 
 
-def _build_shell(part: ComponentFiles, fill: _Filler, wanted: BuildOptions) -> Any:
-    """Build the transformer with our blocks; everything outside the blocks stays as it is."""
+def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> Any:
+    """Build the transformer with fused blocks; the modules outside the blocks are diffusers'."""
     with torch.device("meta"):
         shell = _from_config(Flux2Transformer2DModel, part)
     part.check(_shapes(shell))
     make = QuantizedLinearBuilder(
         part,
-        wanted.linears,
-        device=wanted.device,
-        dtype=wanted.dtype,
+        options.linears,
+        device=options.device,
+        dtype=options.dtype,
         on_read=fill.count,
-        converted=_converted(part, wanted, wanted.linears, "transformer"),
+        quantized_cache=_quantized_cache(part, options, options.linears, "transformer"),
     )
-    replace_blocks(shell, make, fill.norm(part), wanted.attention)
+    replace_blocks(shell, make, fill.norm(part), options.attention)
     make.keep()
     for name, parameter in list(shell.named_parameters()):
         if parameter.is_meta:
@@ -237,10 +246,14 @@ def _build_shell(part: ComponentFiles, fill: _Filler, wanted: BuildOptions) -> A
     return shell
 
 
-def _converted(
-    part: ComponentFiles, wanted: BuildOptions, kind: str, name: str
+def _quantized_cache(
+    part: ComponentFiles, options: BuildOptions, kind: str, name: str
 ) -> QuantizedCache | None:
-    return None if wanted.converted is None else QuantizedCache(wanted.converted, part, kind, name)
+    return (
+        None
+        if options.quantized_cache is None
+        else QuantizedCache(options.quantized_cache, part, kind, name)
+    )
 
 
 def _check_encoder(part: ComponentFiles, config: Any) -> nn.ModuleList:
@@ -255,26 +268,29 @@ def _check_encoder(part: ComponentFiles, config: Any) -> nn.ModuleList:
     return layers
 
 
-def _admit_vae(vae: Any, offloader: Offloader, wanted: BuildOptions) -> None:
-    """The way in waits on the host unless all is exact and resident: only edits need it."""
-    is_exact = wanted.linears == "exact"
-    offloader.admit(vae.encoder, stays=is_exact and not wanted.is_offloaded)
-    offloader.admit(vae.decoder, stays=not wanted.is_offloaded)
+def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
+    """Register the VAE: its encoder is offloaded unless all is exact and resident.
+
+    Only edits use the VAE encoder.
+    """
+    is_exact = options.linears == "exact"
+    offloader.admit(vae.encoder, stays=is_exact and not options.is_offloaded)
+    offloader.admit(vae.decoder, stays=not options.is_offloaded)
     for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
         if small is not None:
             offloader.admit(small, stays=True)
 
 
-def _decoder(vae: Any, wanted: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
-    if wanted.linears == "exact":
+def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
+    if options.linears == "exact":
         return partial(_decode, vae)
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())
-    return partial(wanted.compiler.compile(_decode, whole=False, convolves=True), vae)
+    return partial(options.compiler.compile(_decode, whole=False, convolves=True), vae)
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """`AutoencoderKLFlux2._decode` without its tiling."""
+    """Decode as `AutoencoderKLFlux2._decode` does, without its tiling."""
     if vae.post_quant_conv is not None:
         latents = vae.post_quant_conv(latents)
     pixels: torch.Tensor = vae.decoder(latents)
@@ -288,7 +304,7 @@ def _encoder_config(part: ComponentFiles) -> Any:
 
 
 def _from_config(kind: Any, part: ComponentFiles) -> Any:
-    """Make *kind* from its config; entries that begin with an underscore are the writer's notes."""
+    """Create *kind* from its config; keys with a leading underscore are metadata."""
     arguments = {key: value for key, value in part.config.items() if not key.startswith("_")}
     try:
         return kind(**arguments)

@@ -1,4 +1,4 @@
-"""The loaded pieces of one model, as the stages use them."""
+"""The loaded components of one model, as the stages use them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.runtime.tokenizer import Tokenizer, Tokens
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rope], torch.Tensor]
+"""Predicts the velocity from tokens, timestep, context and RoPE table: `transformer_forward`."""
 
 
 @dataclass(slots=True)
 class PipelineComponents:
-    """Everything a picture is made with. The engine's thread owns it; nobody else touches it."""
+    """Everything that generates an image. Not thread-safe: the engine's thread alone uses it."""
 
     tokenizer: Tokenizer
     encoder: Callable[[Tokens, torch.device], torch.Tensor]
     cache: PromptCache
     transformer: Any
-    """diffusers' model, whole or as the shell of our blocks."""
+    """`Flux2Transformer2DModel`, with diffusers' own blocks or with fused ones."""
     predict: Predict
     vae: Any
     decode: Callable[[torch.Tensor], torch.Tensor]
-    """The VAE's decoder, compiled or not: [1, c, h, w] -> [1, 3, 8 h, 8 w]."""
+    """The VAE decoder, compiled or not: [1, c, h, w] -> [1, 3, 8 * h, 8 * w]."""
     make_scheduler: Callable[[], Any]
-    """A fresh scheduler for each picture, so that no picture leaves anything for the next."""
+    """Creates a scheduler per image, so that no state is kept between images."""
     device: torch.device
     dtype: torch.dtype
     is_distilled: bool

@@ -1,4 +1,4 @@
-"""The last stage: from latents to pixels."""
+"""The decode stage: from latents to pixels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _log = logging.getLogger(__name__)
 
 
 def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -> torch.Tensor:
-    """Turn packed latents of *shape* into the VAE's pixels, [1, 3, h, w] in [-1, 1].
+    """Decode packed latents of *shape*, [1, tokens, 4 * c], to pixels [1, 3, h, w] in [-1, 1].
 
-    In tiles where the plan or the size asks for it, or, once, where the whole finds no room.
+    In tiles where the memory plan or the size needs it, or after a whole decode ran out of memory.
     """
     vae = components.vae
     with components.offloader.on_gpu(vae.decoder):
-        packed = latents.permute(0, 2, 1).reshape(1, -1, *shape)
+        packed = latents.permute(0, 2, 1).reshape(1, -1, *shape)  # [1, 4 * c, h, w]
         mean, std = latent_statistics(vae, packed)
         clean = _unpatchify(packed * std + mean).to(vae.decoder.conv_in.weight.dtype)
         if components.is_tiled or _pixels(shape) > EXACT_PIXELS:
@@ -42,5 +42,5 @@ def _pixels(shape: Grid) -> int:
 
 
 def _unpatchify(latents: torch.Tensor) -> torch.Tensor:
-    """[1, 4c, h, w] -> [1, c, 2h, 2w]."""
+    """Reshape [1, 4 * c, h, w] -> [1, c, 2 * h, 2 * w]."""
     return torch.pixel_shuffle(latents, 2)

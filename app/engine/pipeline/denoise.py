@@ -1,7 +1,7 @@
-"""The denoising loop: from noise to latents.
+"""The denoise stage: from noise to latents.
 
-The operations of `Flux2KleinPipeline.__call__` (and, with a mask, of `Flux2KleinInpaintPipeline` at
-strength 1) in their order, so that the pixels are the pipeline's own for the same noise.
+The operations and their order are those of `Flux2KleinPipeline.__call__` and, with a mask, of
+`Flux2KleinInpaintPipeline` at strength 1, so the same noise gives the same pixels.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from app.engine.pipeline.text import Text
 from app.errors import Cancelled
 
 OnStep = Callable[[int, Callable[[], torch.Tensor]], None]
-"""Called after each step with its number and a way to the present estimate of the clean latents."""
+"""Called after each denoising step with its number and a function that estimates x0."""
 
 
 def draw_noise(components: PipelineComponents, spec: ImageSpec) -> torch.Tensor:
-    """Draw the starting noise on the CPU, so that a seed means the same on every card."""
+    """Draw the initial noise [1, c, h, w] on the CPU, so that it is the same on every device."""
     height, width = grid(spec)
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     channels = components.transformer.config.in_channels
-    # Drawn in float32: the values are those of a draw in bfloat16, and come in half the time.
+    # float32, then cast: the same values as a draw in bfloat16, in half the time.
     noise = torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32)
     return noise.to(components.dtype)
 
@@ -45,10 +45,10 @@ def denoise(
     on_step: OnStep,
     should_stop: Callable[[], bool],
 ) -> torch.Tensor:
-    """Turn noise into packed latents, [1, tokens, channels].
+    """Denoise *noise*, [1, c, h, w], to packed latents, [1, h * w, c].
 
     Raises:
-        Cancelled: *should_stop* said so between two steps.
+        Cancelled: *should_stop* returned true between two steps.
     """
     if components.device.type == "cuda":
         noise = noise.pin_memory()
@@ -73,7 +73,7 @@ def denoise(
 def _velocity(
     components: PipelineComponents, spec: ImageSpec, text: Text, references: References
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Bind everything that stays the same over the steps."""
+    """Return the velocity as a function of latents and timestep; the rest is computed once."""
     transformer = components.transformer
     contexts = [transformer.context_embedder(text.embeddings)]
     if text.negative is not None:
@@ -100,7 +100,7 @@ def _velocity(
 def _schedule(
     components: PipelineComponents, spec: ImageSpec, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the noise levels, one more than the steps, and the timesteps in 0..1000."""
+    """Return the sigmas, one more than the steps, and the timesteps in 0..1000."""
     steps = spec.num_inference_steps
     scheduler = components.make_scheduler()
     sigmas: Any = np.linspace(1.0, 1 / steps, steps)
@@ -115,14 +115,14 @@ def _schedule(
 
 
 def _estimate(latents: torch.Tensor, sigma: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
-    """Where the present velocity would lead at once: the clean latents as they look by now."""
+    """Estimate the clean latents (x0) from *latents* at *sigma*: x - sigma * velocity."""
     return latents - sigma * velocity
 
 
 def _keep_source(
     source: Source, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, number: int
 ) -> torch.Tensor:
-    """Put the source back where the mask keeps it, noised to the level of the step that follows."""
+    """Restore the source latents outside the mask, noised to the next step's sigma."""
     kept = source.latents
     if number < len(sigmas) - 1:
         sigma = sigmas.to(kept.dtype)[number]

@@ -1,4 +1,4 @@
-"""Shapes and statistics of latents that several stages need."""
+"""Shapes and statistics of latents that several stages use."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from app.engine.pipeline import image_tensors
 
 
 def grid(spec: ImageSpec) -> Grid:
-    """The picture's tokens: rows and columns."""
+    """Return the rows and columns of the output's tokens."""
     return spec.height // image_tensors.MULTIPLE, spec.width // image_tensors.MULTIPLE
 
 
 def latent_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the batch-norm mean and standard deviation, [1, 4 * c, 1, 1], as *like* is placed."""
     mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like.device, like.dtype)
     variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
     return mean, torch.sqrt(variance).to(like.device, like.dtype)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[1, channels, h, w] -> [1, h * w, channels]."""
+    """Reshape [1, c, h, w] -> [1, h * w, c]."""
     return latents.flatten(2).permute(0, 2, 1)

@@ -1,7 +1,7 @@
-"""Pictures of a job on its way: the present estimate of the clean latents, decoded small.
+"""Previews of a running job: the current estimate of the clean latents, decoded small.
 
-A preview may cost little, for it delays the picture itself: the latents are averaged down to at
-most 256 pixels a side before they are decoded, a sixteenth of the work at 1024x1024.
+A preview delays the image itself, so it has to be cheap: the latents are average-pooled to at most
+256 pixels a side before the decode, a sixteenth of the work at 1024x1024.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LONGEST_TOKENS = 16
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:
-    """Choose after which of *steps* to show one of *previews*, evenly and never after the last."""
+    """Return the steps after which a preview is made: evenly spaced, never the last."""
     wanted = {round(steps * number / (previews + 1)) for number in range(1, previews + 1)}
     return frozenset(step for step in wanted if 0 < step < steps)
 
@@ -30,7 +30,7 @@ def preview_steps(previews: int, steps: int) -> frozenset[int]:
 def preview(
     components: PipelineComponents, estimate: Callable[[], torch.Tensor], shape: Grid
 ) -> RawImage:
-    """Decode a small picture of what is there now."""
+    """Decode the current estimate of the clean latents as a small image."""
     height, width = shape
     scale = min(1.0, _LONGEST_TOKENS / max(height, width))
     small = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -40,5 +40,5 @@ def preview(
         plane = functional.adaptive_avg_pool2d(plane, small)
         latents = plane.flatten(2).permute(0, 2, 1)
     image = image_tensors.to_raw(image_tensors.to_bytes(decode(components, latents, small)).cpu())
-    # Its way out is the pickler, which takes no views.
+    # Previews are pickled, and a memoryview cannot be.
     return replace(image, pixels=bytes(image.pixels))

@@ -1,8 +1,8 @@
-"""Embeddings of recent prompts, in host memory.
+"""An LRU cache of prompt embeddings in host memory.
 
-A prompt that comes again (n pictures of one request, a user who tries seeds) skips the encoder. An
-entry is what the encoder made, bit by bit, so a hit changes no pixel. The cache lives and dies with
-one loaded encoder at one precision, so the prompt alone is its key.
+A repeated prompt (n images of one request, a user who tries seeds) skips the text encoder. An entry
+is bit-identical to the encoder's output, so a hit changes no pixel. A cache belongs to one loaded
+encoder at one precision, so the prompt alone is the key.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from app.engine.runtime.tokenizer import Tokens
 
 @dataclass(frozen=True, slots=True)
 class CachedPrompt:
-    """One prompt: its tokens, and the place of its embeddings."""
+    """The tokens of a prompt, and the index of its embeddings in the store."""
 
     tokens: Tokens
     place: int
 
 
 class PromptCache:
-    """Keeps *size* prompts, forgetting the least recently used. The engine's thread alone uses it.
+    """Keeps the embeddings of the *size* most recently used prompts. Not thread-safe.
 
-    Its memory is taken once, at the first prompt, and pinned where there is a card: pinning anew
-    for each entry would take longer than the encoder.
+    Its memory is allocated once, at the first prompt, and pinned for a GPU: pinning memory for each
+    entry would take longer than the encoder.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -38,26 +38,24 @@ class PromptCache:
 
     @property
     def is_on(self) -> bool:
-        """Whether it keeps anything."""
+        """Whether prompts are cached at all."""
         return self._size > 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, prompt: str) -> tuple[Tokens, torch.Tensor] | None:
-        """Return the tokens and embeddings of *prompt*, on the card, or None."""
+        """Return the tokens and a copy of the embeddings of *prompt* on the device, or None."""
         entry = self._entries.get(prompt)
         if entry is None or self._store is None:
             return None
         self._entries.move_to_end(prompt)
-        # A copy, on a processor too: nobody may change what is kept.
+        # A copy on the CPU too, so that no caller can change the entry.
         value = torch.empty_like(self._store[entry.place], device=self._device)
         return entry.tokens, value.copy_(self._store[entry.place], non_blocking=True)
 
     def put(self, prompt: str, tokens: Tokens, embeddings: torch.Tensor) -> None:
-        """Keep the *embeddings* of *prompt*, unless they are kept; the copy runs beside what comes
-        next.
-        """
+        """Store the *embeddings* of *prompt*, unless it is cached; the copy is asynchronous."""
         if self._size == 0 or prompt in self._entries:
             return
         if self._store is None:

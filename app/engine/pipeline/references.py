@@ -1,4 +1,4 @@
-"""The second stage, of edits only: from reference images to latents."""
+"""The reference stage, of edits only: from reference images to latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from app.engine.pipeline.latents import latent_statistics, pack
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The picture under a mask: latents and weights per token, pixels and mask per pixel."""
+    """The source image of a masked edit.
+
+    *latents* [1, tokens, c] and *weights* [1, tokens, 1] are per token; *pixels*, uint8 [h, w, 3],
+    and *mask*, uint8 [h, w], are per pixel.
+    """
 
     latents: torch.Tensor
     weights: torch.Tensor
@@ -26,7 +30,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Encoded references, one after the other: [1, tokens, channels], and the grid of each."""
+    """The latents of all references, concatenated to [1, tokens, c], and the grid of each."""
 
     latents: torch.Tensor | None = None
     grids: tuple[Grid, ...] = ()
@@ -34,7 +38,7 @@ class References:
 
 
 def encode_references(components: PipelineComponents, spec: ImageSpec) -> References:
-    """Encode the references; with a mask the first is the source, at the output's size."""
+    """Encode the references; with a mask the first is the source, scaled to the output's size."""
     if not spec.references:
         return References()
     processor = Flux2ImageProcessor(vae_scale_factor=image_tensors.MULTIPLE)
@@ -76,5 +80,5 @@ def _encode_image(components: PipelineComponents, pixels: torch.Tensor) -> torch
 
 
 def _patchify(latents: torch.Tensor) -> torch.Tensor:
-    """[1, c, 2h, 2w] -> [1, 4c, h, w]."""
+    """Reshape [1, c, 2 * h, 2 * w] -> [1, 4 * c, h, w]."""
     return torch.pixel_unshuffle(latents, 2)

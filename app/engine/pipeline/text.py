@@ -1,4 +1,4 @@
-"""The first stage: from a prompt to its embeddings."""
+"""The text stage: from a prompt to its embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from app.engine.runtime.tokenizer import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """An encoded prompt; *negative* is the empty prompt's, where guidance needs it."""
+    """The prompt embeddings, [1, tokens, 3 * hidden size], and how they were made.
+
+    *negative* is the empty prompt's embeddings, where classifier-free guidance needs them.
+    """
 
     embeddings: torch.Tensor
     negative: torch.Tensor | None
@@ -23,19 +26,19 @@ class Text:
 
 
 def encode_text(components: PipelineComponents, spec: ImageSpec) -> Text:
-    """Encode the prompt, and the empty one where guidance is real."""
+    """Encode the prompt, and the empty prompt where classifier-free guidance runs."""
     tokens, embeddings, is_cached = _embed(components, spec.prompt)
     negative = _embed(components, "")[1] if is_guided(components, spec) else None
     return Text(embeddings, negative, tokens.count, tokens.is_cut, is_cached)
 
 
 def is_guided(components: PipelineComponents, spec: ImageSpec) -> bool:
-    """Whether both branches run: only a model that is not distilled knows guidance."""
+    """Return whether classifier-free guidance runs: never for a distilled model."""
     return spec.guidance_scale > 1 and not components.is_distilled
 
 
 def _embed(components: PipelineComponents, prompt: str) -> tuple[Tokens, torch.Tensor, bool]:
-    """Encode *prompt* or take it from the cache; say which."""
+    """Return tokens and embeddings of *prompt*, and whether they came from the cache."""
     found = components.cache.get(prompt)
     if found is not None:
         return *found, True

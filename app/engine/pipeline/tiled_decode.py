@@ -1,8 +1,8 @@
-"""Decoding in overlapping tiles, so that the memory of a decode does not grow with the picture.
+"""VAE decode in overlapping tiles, so that its memory does not grow with the image.
 
-All tiles of a picture have the same size: the last row and column are moved inwards instead of cut,
-so a compiled decoder meets one shape. Overlaps are mixed with weights that rise linearly from each
-edge. `AutoencoderKLFlux2.enable_tiling()` alone does nothing up to 1024x1024 and cuts the last
+All tiles of an image have the same size: the last row and column are moved inwards instead of
+cropped, so a compiled decoder sees one shape. Overlaps are blended with weights that rise linearly
+from each edge. `AutoencoderKLFlux2.enable_tiling()` does nothing up to 1024x1024 and crops the last
 tiles.
 """
 
@@ -13,14 +13,16 @@ from collections.abc import Callable
 import torch
 
 TILE = 72
-"""Side of a tile in latents, 576 pixels: at 1024x1024 four tiles do, with 27 % more work."""
+"""Side of a tile in latents, 576 pixels: four tiles at 1024x1024, with 27 % more work."""
 
 OVERLAP = 16
+"""Overlap of adjacent tiles in latents."""
+
 _SCALE = 8
 
 
 def starts(length: int, tile: int = TILE, overlap: int = OVERLAP) -> list[int]:
-    """Place tiles along *length*: the first at 0, the last at the end, the others evenly."""
+    """Return the tiles' starts along *length*: the first at 0, the last flush, others evenly."""
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
@@ -30,7 +32,7 @@ def starts(length: int, tile: int = TILE, overlap: int = OVERLAP) -> list[int]:
 def decode_tiled(
     decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor
 ) -> torch.Tensor:
-    """Decode [1, c, h, w] tile by tile into [1, 3, 8 h, 8 w], in the input's precision."""
+    """Decode [1, c, h, w] in tiles to [1, 3, 8 * h, 8 * w], in the input's dtype."""
     height, width = latents.shape[2:]
     tile_h, tile_w = min(TILE, height), min(TILE, width)
     rows, columns = starts(height), starts(width)
@@ -55,7 +57,7 @@ def _window(top: int, left: int, height: int, width: int) -> tuple[slice, slice]
 
 
 def _ramp(tile: int, count: int) -> torch.Tensor:
-    """Weights along a tile: rising over the overlap at both ends; flat for a single tile."""
+    """Return weights along a tile: rising over the overlap at both ends, 1 for a single tile."""
     side = tile * _SCALE
     if count == 1:
         return torch.ones(side)

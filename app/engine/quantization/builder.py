@@ -1,8 +1,7 @@
-"""Builds the networks at 8 bit from a checkpoint of any precision.
+"""Builds quantized linear layers and fused blocks from a checkpoint of any precision.
 
-Weights that lie in fp8 are taken as they are; all others are rounded here, on the card if there is
-one, one layer at a time. Projections that read the same input are joined first, so they share one
-product.
+fp8 weights of the checkpoint are used as they are; all others are quantized here on the device, one
+layer at a time. Projections of the same input are concatenated first, so they share one matmul.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from app.engine.quantization.linear import (
 )
 
 Make = Callable[..., nn.Module]
-"""Builds one linear layer from the names of the modules that it joins."""
+"""Builds one linear layer from the names of the modules that it concatenates."""
 
 
 class QuantizedLinearBuilder:
-    """Reads linear layers of *part* and makes them of *kind*, on *device*.
+    """Reads linear layers of *part* and builds them as *kind*, on *device*.
 
-    *kind*: `fp8`, `fp8w`, `int8`, `int8w` (see `app.engine.quantization.linear`), or `plain` for no rounding.
-    *on_read* is told the bytes that were taken from the file. Layers that *converted* holds are
-    taken from there.
+    *kind* is `fp8`, `fp8w`, `int8` or `int8w` (see `app.engine.quantization.linear`), or `plain`
+    for no quantization. *on_read* gets the label of *part*, the number of modules and the bytes of
+    each built layer. Layers that *quantized_cache* holds are read from there.
     """
 
     def __init__(
@@ -48,18 +47,18 @@ class QuantizedLinearBuilder:
         device: torch.device,
         dtype: torch.dtype,
         on_read: Callable[[str, int, int], None],
-        converted: QuantizedCache | None = None,
+        quantized_cache: QuantizedCache | None = None,
     ) -> None:
         self._part = part
         self._kind = kind
         self._device = device
         self._dtype = dtype
         self._on_read = on_read
-        self._converted = converted
+        self._cache = quantized_cache
         self._made: dict[str, nn.Module] = {}
 
     def __call__(self, *modules: str) -> nn.Module:
-        """Make one layer of *modules*, joined in this order."""
+        """Build one layer of *modules*, concatenated in this order."""
         origins = {self._part.origin.get(module, module) for module in modules}
         layer = self._part.quantized.get(next(iter(origins))) if len(origins) == 1 else None
         if layer is not None:
@@ -72,18 +71,18 @@ class QuantizedLinearBuilder:
         return made
 
     def keep(self) -> None:
-        """Keep what was rounded for later starts, unless it came from there."""
-        if self._converted is None:
+        """Write the quantized layers to the cache, unless they were read from it, and close it."""
+        if self._cache is None:
             return
-        if not self._converted.is_there and self._kind != "plain" and self._made:
-            self._converted.write({name: _layer_of(made) for name, made in self._made.items()})
-        self._converted.close()
+        if not self._cache.is_there and self._kind != "plain" and self._made:
+            self._cache.write({name: _layer_of(made) for name, made in self._made.items()})
+        self._cache.close()
         self._made.clear()
 
     def _recall(self, name: str) -> nn.Module | None:
-        if self._converted is None:
+        if self._cache is None:
             return None
-        found = self._converted.read(name, self._device)
+        found = self._cache.read(name, self._device)
         if found is None:
             return None
         weight, scale = found
@@ -94,7 +93,7 @@ class QuantizedLinearBuilder:
         return WeightOnlyLinear(weight, scale)
 
     def _take(self, layer: QuantizedLayer) -> nn.Module:
-        """Use a layer as it lies in the file, where its scales allow it."""
+        """Build a layer from the file's fp8 weight, not requantized where the kind allows it."""
         if self._kind == "plain" or self._kind.startswith("int8"):
             return self._make(layer.restored(self._device))
         weight = layer.weight(self._device)
@@ -131,7 +130,7 @@ def _layer_of(made: Any) -> Layer:
 def replace_blocks(
     shell: Any, make: Make, norm: Callable[[str], nn.Parameter], attention: Attention
 ) -> None:
-    """Put our blocks in the place of the shell's."""
+    """Replace the blocks of *shell*, a `Flux2Transformer2DModel`, with fused ones."""
     width, eps = shell.inner_dim, shell.transformer_blocks[0].norm1.eps
     shell.transformer_blocks = nn.ModuleList(
         _double(f"transformer_blocks.{number}", make, norm, eps=eps, attention=attention)
@@ -204,7 +203,7 @@ def _single(
 def encoder_layer(
     number: int, make: Make, norm: Callable[[str], nn.Parameter], *, eps: float
 ) -> EncoderLayer:
-    """Build one of the encoder's layers."""
+    """Build one of the text encoder's layers."""
     name = f"model.layers.{number}"
     attn = f"{name}.self_attn"
     linears = {

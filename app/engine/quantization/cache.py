@@ -1,11 +1,10 @@
-"""Layers rounded to 8 bit, kept on disk: a later start reads half the bytes and rounds nothing.
+"""A cache of quantized layers on disk: a later start reads half the bytes and quantizes nothing.
 
-    <cache>/converted/<part>-<kind>-<where its sources lie>.safetensors
+    <cache>/converted/<component>-<kind>-<hash of the sources' paths>.safetensors
 
-A file says what it was made of: name, size and time of change of each source. Where that no longer
-holds, where the file is damaged or where others may write to it (`app.engine.hub.trust`), it is made
-anew. It is written beside its place and renamed, so no reader ever sees half of it; a cache that
-cannot be written to costs the time and nothing else.
+A file's metadata names its sources with size and modification time. A file whose sources changed,
+that is damaged, or that others may write to (`app.engine.hub.trust`) is replaced. It is written to
+a temporary file and renamed, so no reader sees a partial one; a failed write costs time only.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from app.errors import StartupError
 _log = logging.getLogger(__name__)
 
 _VERSION = "2"
-"""To be raised when the same sources are rounded in another way."""
+"""Has to be raised when the quantization of the same sources changes."""
 
 Layer = tuple[torch.Tensor, torch.Tensor]
-"""A weight as it was rounded, and its scale."""
+"""A quantized weight and its scale."""
 
 
 class QuantizedCache:
-    """The kept layers of *part* at *kind*. Used by one thread, while the part is loaded."""
+    """The cached layers of *part* at *kind*. Not thread-safe."""
 
     def __init__(self, folder: Path, part: ComponentFiles, kind: str, name: str) -> None:
         places = "\n".join(str(path.resolve()) for path in part.sources)
@@ -47,11 +46,11 @@ class QuantizedCache:
 
     @property
     def is_there(self) -> bool:
-        """Whether layers can be read."""
+        """Whether there is a valid file to read."""
         return self._file is not None
 
     def read(self, name: str, device: torch.device) -> Layer | None:
-        """Read one layer onto *device*, or None where there is none."""
+        """Read one layer onto *device*; None where it is not cached."""
         if self._file is None:
             return None
         weight, scale = (self._file.tensors.get(f"{name}.{each}") for each in ("weight", "scale"))
@@ -60,7 +59,7 @@ class QuantizedCache:
         )
 
     def write(self, layers: Mapping[str, Layer]) -> None:
-        """Keep *layers* for later starts; one at a time passes through host memory."""
+        """Write *layers*, one at a time through host memory; a failure is logged."""
         tensors = {
             f"{name}.{word}": value
             for name, layer in layers.items()
@@ -70,18 +69,18 @@ class QuantizedCache:
         try:
             make_folder(self._path.parent, self._cache)
             if reason := why_open(self._path.parent, self._cache):
-                _log.warning("The 8 bit weights are rounded at each start, because %s.", reason)
+                _log.warning("The 8 bit weights are quantized at each start, because %s.", reason)
                 return
             _write_whole(self._path, tensors, metadata)
         except OSError as error:
             _log.warning(
                 "The 8 bit weights could not be kept in KLEIN_CACHE_DIR (%s); "
-                "the next start rounds them again.",
+                "the next start quantizes them again.",
                 error.strerror,
             )
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, if there is one."""
         if self._file is not None:
             self._file.close()
 

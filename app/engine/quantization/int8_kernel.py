@@ -1,7 +1,7 @@
-"""The fused int8 product of comfy-kitchen, where that library is installed (extra `int8`).
+"""The fused int8 matmul of comfy-kitchen, where that library is installed (extra `int8`).
 
-Rotating and rounding the input, the product and its scaling are two kernels there. By torch alone
-they are eight, and an int32 product goes to memory and back. Knows no layers.
+Rotation and quantization of the input, the matmul and its scaling are two kernels there. With
+PyTorch alone they are eight, and the int32 result goes to memory and back. It knows no layers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 _log = logging.getLogger(__name__)
 
 Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""From x [..., K], int8 weight [N, K], float32 scales [N] and a rotation group to [..., N]."""
+"""Maps x [..., K], int8 weight [N, K], float32 scales [N] and a rotation group to [..., N]."""
 
 _PACKAGE = "comfy_kitchen"
-# The library's numbers for the type of its answer.
+# The library's codes of the output's dtype.
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def is_installed() -> bool:
-    """Whether the library is there; it is not imported for this."""
+    """Return whether the library is installed, without importing it."""
     return importlib.util.find_spec(_PACKAGE) is not None
 
 
 @functools.cache
 def fused_matmul() -> Matmul | None:
-    """Import the library's product; None where it is missing or does not load."""
+    """Return the library's matmul; None where it is not installed or cannot be imported."""
     if not is_installed():
         return None
     try:

@@ -1,8 +1,8 @@
-"""Runs each fast kernel once and compares it with bf16: a capability number alone proves nothing.
+"""Probes: run each 8-bit kernel once and compare it with bf16.
 
-Rowwise or tensorwise fp8 may be compiled in and still be refused by a driver or a wheel's
-architecture list, so what counts is that a small product comes out right; and of int8, which comes
-from a library, that it is faster at klein's own size.
+A compute capability is not enough: fp8 may be compiled in and still be refused by a driver or a
+wheel's architecture list, so a small matmul has to be correct. int8, which comes from a library,
+also has to be faster than bf16 at klein's own size.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from app.engine.quantization import int8_kernel, linear
 from app.engine.quantization.select import GpuCapabilities
 
 _log = logging.getLogger(__name__)
-# klein's widest product at a megapixel: 4096 image tokens and 512 words.
+# klein's widest matmul at one megapixel: 4096 image tokens and 512 text tokens.
 _TOKENS = 4608
 _WIDTHS = (3072, 27648)
 _ROUNDS = 4
 
 
 def probe_gpu(device: torch.device) -> GpuCapabilities | None:
-    """Find out what the card can do; None for the processor."""
+    """Return which 8-bit kernels run on *device*; None for the CPU."""
     if device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(device)
@@ -40,19 +40,19 @@ def probe_gpu(device: torch.device) -> GpuCapabilities | None:
 
 
 def int8_fault(device: torch.device) -> str:
-    """Say why int8 would gain nothing on this card; nothing where it would."""
+    """Return why int8 is not faster on *device*; an empty string where it is."""
     if int8_kernel.fused_matmul() is None:
         return "comfy-kitchen, the extra `int8`, is not installed"
     if not _is_right(device, linear.rotated_int8):
         return "comfy-kitchen's product does not agree with bf16 here"
     ours, plain = _race(device)
     torch.cuda.empty_cache()
-    _log.info("A product in int8 takes %.2f ms, in bf16 %.2f ms", 1e3 * ours, 1e3 * plain)
+    _log.info("A matmul in int8 takes %.2f ms, in bf16 %.2f ms", 1e3 * ours, 1e3 * plain)
     return "" if ours < plain else f"{ours / plain:.2f} times bf16's time on this card"
 
 
 def _race(device: torch.device) -> tuple[float, float]:
-    """Time klein's widest product in int8 and in bf16, in seconds."""
+    """Return the seconds of klein's widest matmul in int8 and in bf16."""
     weight = torch.randn(_WIDTHS[::-1], device=device, dtype=torch.bfloat16)
     x = torch.randn(_TOKENS, _WIDTHS[0], device=device, dtype=torch.bfloat16)
     layer = linear.rotated_int8(weight)
@@ -67,13 +67,13 @@ def _is_right(device: torch.device, make: Callable[[torch.Tensor], nn.Module]) -
         layer = make(weight)
         error = relative_error(layer(x), x @ weight.bfloat16().t())
     except RuntimeError as failure:
-        _log.info("A product in 8 bit does not run here: %s", failure)
+        _log.info("A matmul in 8 bit does not run here: %s", failure)
         return False
     return error < TOLERANCE
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Time a product on the card: the best of a few, after one to warm up."""
+    """Return the least seconds of a few synchronized runs on the GPU, after a warm-up run."""
     times: list[float] = []
     for _ in range(_ROUNDS):
         torch.cuda.synchronize()

@@ -1,6 +1,4 @@
-"""Which arithmetic, and why: a pure choice over what is known of the card and what its probes
-said.
-"""
+"""Selects the precision, with a reason: a pure function of the request and the GPU's probes."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ import torch
 class Precision:
     """A choice with its reason.
 
-    *dtype* is that of everything that is not quantised, *linears* and *encoder_linears* are kinds
-    of `app.engine.quantization.builder.QuantizedLinearBuilder`, or `exact` for the libraries' own modules.
+    *dtype* is that of everything that is not quantized. *linears* and *encoder_linears* are kinds
+    of `app.engine.quantization.builder.QuantizedLinearBuilder`, or `exact` for the libraries' own
+    modules.
     """
 
     name: str
@@ -26,24 +25,19 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class GpuCapabilities:
-    """What the choice depends on: *capability* as (major, minor), and what really ran on the
-    card.
-    """
+    """A GPU's compute capability (major, minor), and which kernels passed their probes."""
 
     capability: tuple[int, int]
     has_fp8: bool
     has_int8: bool
     int8_note: str = ""
-    """Why *has_int8* is false, where that was looked into."""
+    """Why *has_int8* is false, where it was probed."""
 
 
 def choose_precision(asked: str, facts: GpuCapabilities | None, *, is_small: bool) -> Precision:
-    """Choose for a model on a card, or on the processor where *facts* is None.
+    """Choose for a model on a GPU, or on the CPU where *facts* is None.
 
     *is_small*: below a gigabyte of weights, as the demo and the tests' models are.
-
-    Raises:
-        StartupError: the card cannot do what was asked for.
     """
     if asked in ("bf16", "fp32"):
         return Precision(asked, _DTYPES[asked], "as asked for")
@@ -65,10 +59,10 @@ def choose_precision(asked: str, facts: GpuCapabilities | None, *, is_small: boo
 
 
 def vae_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the VAE's arithmetic: float32 on a processor.
+    """Return the VAE's dtype: float32 on a CPU, else the precision's.
 
-    Most have no convolution in bfloat16, and what stands in for it takes 80 times as long; the VAE
-    is small enough to do without.
+    Most CPUs have no bfloat16 convolution, and its emulation takes 80 times as long; the VAE is
+    small enough for float32.
     """
     return torch.float32 if device.type == "cpu" else precision.dtype
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: one recorded pass per input shape, the last few kept."""
+"""CUDA graphs of a function, one per input shape, in an LRU cache."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _COUNTED_SHAPES = 64
 
 
 class GraphPool:
-    """The memory that all graphs of a model share, since no two of them ever run at once."""
+    """The memory pool that a model's graphs share, since no two of them run at the same time."""
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def handle(self) -> Any:
-        """Return torch's name for it, made at the first graph."""
+        """Return PyTorch's handle of the pool, created at the first call."""
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
 
 
 class CudaGraphs:
-    """CUDA graphs of one function by the shapes of its inputs, the last few kept.
+    """CUDA graphs of one function by the shapes of its inputs, in an LRU cache.
 
-    A shape is recorded once it was used *after* times: the first picture must not wait, and a shape
-    whose graph had to go does not push out another's at once. Results are copies, for the next
-    replay of any graph of *pool* overwrites the graph's own.
+    A shape is captured after *after* eager calls: the first image does not wait for a capture, and
+    a shape whose graph was evicted does not evict another at once. Results are copies, since the
+    next replay of any graph in *pool* overwrites the graph's output.
     """
 
     def __init__(self, pool: GraphPool, *, is_on: bool, after: int) -> None:
@@ -44,7 +44,7 @@ class CudaGraphs:
     def run(
         self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """Call *function*, or replay what it did."""
+        """Return function(*inputs), replayed from a graph where one exists for these shapes."""
         key = tuple(each.shape for each in inputs)
         graph = self._graphs.pop(key, None)
         if graph is None:
@@ -57,7 +57,7 @@ class CudaGraphs:
         return graph.replay(inputs)
 
     def _is_due(self, key: tuple[torch.Size, ...]) -> bool:
-        """Count a use of a shape without a graph."""
+        """Count an eager call of a shape; return whether the shape is to be captured now."""
         count = self._uses.pop(key, 0)
         if count >= self._after:
             return True
@@ -67,12 +67,12 @@ class CudaGraphs:
         return False
 
     def clear(self) -> None:
-        """Forget all graphs and give their memory back."""
+        """Delete all graphs and release their memory."""
         self._graphs.clear()
 
 
 class _Graph:
-    """One recorded pass."""
+    """One captured graph with its static inputs and output."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class _Graph:
             self._output = function(*self._inputs)
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Run the recorded pass on *inputs*."""
+        """Copy *inputs* into the static inputs, replay, and return a copy of the output."""
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()

@@ -1,7 +1,9 @@
-"""One pass of the transformer, with what does not change between steps taken out of it.
+"""Forward passes of diffusers' and transformers' own modules, bit-identical to the pipeline's.
 
-diffusers' own forward computes the rotary table in float64 at every step and embeds the prompt
-anew; here both are given. The rest is the same operations in the same order, so the same bits.
+`Flux2Transformer2DModel.forward` computes the RoPE table in float64 and applies the context
+embedder at every step; here both are inputs. The other operations are the same in the same order.
+
+Shapes: n image and reference tokens, m text tokens, d the hidden size.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ def transformer_forward(
     context: torch.Tensor,
     rope: Rope,
 ) -> torch.Tensor:
-    """Predict the velocity of *tokens* (picture first, then references) at *timestep* in 0..1.
+    """Predict the velocity of *tokens*, output image first, then references: [1, n, channels].
 
-    *context* is the prompt after the transformer's context embedder, *rope* from `RopeTable`.
+    *timestep* is [1] in 0..1, *context* [1, m, d] the prompt embeddings after the context embedder,
+    *rope* comes from `RopeTable`.
     """
     embedding = transformer.time_guidance_embed(timestep.to(tokens.dtype) * 1000, None)
     image_modulation = transformer.double_stream_modulation_img(embedding)
     text_modulation = transformer.double_stream_modulation_txt(embedding)
     single_modulation = transformer.single_stream_modulation(embedding)
-    hidden = transformer.x_embedder(tokens)
+    hidden = transformer.x_embedder(tokens)  # [1, n, d]
     text_length = context.shape[1]
     for block in transformer.transformer_blocks:
         context, hidden = block(
@@ -42,7 +45,7 @@ def transformer_forward(
             temb_mod_txt=text_modulation,
             image_rotary_emb=rope,
         )
-    hidden = torch.cat([context, hidden], dim=1)
+    hidden = torch.cat([context, hidden], dim=1)  # [1, m + n, d]
     for block in transformer.single_transformer_blocks:
         hidden = block(
             hidden_states=hidden,
@@ -56,7 +59,7 @@ def transformer_forward(
 
 
 class TextEncoder(nn.Module):
-    """The first 27 layers of Qwen3. *table* is the embedding table, which stays on the host."""
+    """The first 27 layers of Qwen3; *table*, the token embedding, stays in host memory."""
 
     def __init__(self, layers: nn.ModuleList, rotary: nn.Module, table: torch.Tensor) -> None:
         super().__init__()
@@ -65,7 +68,7 @@ class TextEncoder(nn.Module):
         self.table = table
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
-        """Return the embeddings, of shape [1, tokens, 3 x hidden]."""
+        """Return the prompt embeddings, [1, m, 3 * hidden size]."""
         hidden = functional.embedding(tokens.ids, self.table).to(device, non_blocking=True)
         mask = attention_mask(tokens.mask)
         if mask is not None:
@@ -79,7 +82,7 @@ class TextEncoder(nn.Module):
         mask: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Pass *hidden* through the layers and join the three states that are read."""
+        """Run the layers on *hidden* and concatenate the hidden states of `TEXT_LAYERS`."""
         states = []
         for number, layer in enumerate(self.layers, start=1):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
@@ -89,10 +92,10 @@ class TextEncoder(nn.Module):
 
 
 def attention_mask(mask: torch.Tensor) -> torch.Tensor | None:
-    """Build the causal mask with padding, [1, 1, n, n]; None where plain causality is the same.
+    """Return the causal mask with padding, bool [1, 1, m, m], or None for a prompt without padding.
 
-    transformers leaves the mask out for a prompt without padding, which picks another kernel; doing
-    the same keeps the result equal to the last bit.
+    transformers omits the mask there too, which selects another SDPA kernel; doing the same keeps
+    the result bit-identical.
     """
     if bool(mask.all()):
         return None

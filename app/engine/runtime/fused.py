@@ -1,11 +1,12 @@
-"""The transformer and the text encoder at 8 bit: compiled, and replayed as CUDA graphs where that
-pays.
+"""Forward passes of the 8-bit transformer and text encoder, compiled and as CUDA graphs.
 
-A block is compiled once and serves all blocks of its kind, since weights are inputs of the compiled
-code. It is compiled twice, at the default size and for every other size; after the warm-up nothing
-is compiled any more (`app.engine.runtime.compile`). Small pictures and the text encoder do so little work
-per kernel that the card waits for the processor: there the whole pass is recorded once per shape
-and replayed.
+All blocks of a kind share their compiled code, since weights are inputs of it. It is compiled
+twice, with static shapes for the default size and with dynamic shapes for every other; nothing is
+compiled after the warm-up (`app.engine.runtime.compile`). Small images and the text encoder do so
+little work per kernel that launches on the CPU are the bottleneck: there the whole pass is captured
+as a CUDA graph per shape and replayed.
+
+Shapes: n image and reference tokens, m text tokens, d the hidden size.
 """
 
 from __future__ import annotations
@@ -25,16 +26,14 @@ from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
 from app.engine.runtime.tokenizer import Tokens
 
 _GRAPH_TOKENS = 2560
-"""Up to so many tokens, prompt included, a pass waits for its launches rather than for its kernels.
-
-"""
+"""Up to so many tokens, prompt included, a pass is bound by kernel launches, not by kernels."""
 
 _PICTURE_STEPS = 4
-"""A pass of the transformer is recorded in the second picture of its size."""
+"""Eager steps before a capture: a default image's, so the second image of a size is captured."""
 
 
 class FusedTransformer:
-    """Predicts velocities. *shell* is diffusers' model with its blocks replaced by ours."""
+    """Predicts velocities; *shell* is diffusers' model with its blocks replaced by fused ones."""
 
     def __init__(self, shell: Any, compiler: Compiler, pool: GraphPool) -> None:
         self.shell = shell
@@ -45,7 +44,7 @@ class FusedTransformer:
     def predict(
         self, tokens: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, rope: Rope
     ) -> torch.Tensor:
-        """As `network.predict`."""
+        """Predict the velocity, as `app.engine.runtime.exact.transformer_forward` does."""
         inputs = (tokens, timestep, context, *rope)
         if tokens.shape[1] + context.shape[1] > _GRAPH_TOKENS:
             return self._run(*inputs)
@@ -64,12 +63,12 @@ class FusedTransformer:
         image_modulation = shell.double_stream_modulation_img(embedding)
         text_modulation = shell.double_stream_modulation_txt(embedding)
         single_modulation = shell.single_stream_modulation(embedding)
-        image, text = shell.x_embedder(tokens), context
+        image, text = shell.x_embedder(tokens), context  # [1, n, d], [1, m, d]
         for block in shell.transformer_blocks:
             image, text = self._double(
                 block, image, text, image_modulation, text_modulation, cos, sin
             )
-        hidden = torch.cat([text, image], dim=1)
+        hidden = torch.cat([text, image], dim=1)  # [1, m + n, d]
         for block in shell.single_transformer_blocks:
             hidden = self._single(block, hidden, single_modulation, cos, sin)
         hidden = shell.norm_out(hidden[:, context.shape[1] :], embedding)
@@ -78,7 +77,7 @@ class FusedTransformer:
 
 
 class FusedTextEncoder(nn.Module):
-    """The encoder's layers at 8 bit; the same face as `text_encoder.TextEncoder`."""
+    """The 8-bit text encoder, with the interface of `app.engine.runtime.exact.TextEncoder`."""
 
     def __init__(
         self,
@@ -100,7 +99,7 @@ class FusedTextEncoder(nn.Module):
         self._graphs = CudaGraphs(pool, is_on=has_graphs, after=1)
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
-        """Return the embeddings, of shape [1, tokens, 3 x hidden]."""
+        """Return the prompt embeddings, [1, m, 3 * hidden size]."""
         hidden, mask = prepare(tokens, self.table, device)
         return self._graphs.run(self._run, (hidden, mask))
 
@@ -118,7 +117,11 @@ class FusedTextEncoder(nn.Module):
 def prepare(
     tokens: Tokens, table: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Look the prompt's rows up on the host and bring them and the mask to the card."""
+    """Embed *tokens* on the host and copy the result and the mask to *device*.
+
+    Returns:
+        The hidden states [1, m, hidden size] and the causal mask with padding, bool [1, 1, m, m].
+    """
     length = tokens.ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     mask = (causal & tokens.mask.bool()[:, None, :]).unsqueeze(1)
@@ -128,7 +131,7 @@ def prepare(
     return hidden.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
 
-# Plain functions: one code object per kind of block is what the compiler keys its work by.
+# Plain functions, since torch.compile caches by code object: one for each kind of block.
 
 
 def _call(block: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Qwen's tokenizer with the chat template that the model was trained with."""
+"""Qwen's tokenizer and the chat template that the model was trained with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A prompt in the encoder's words: *mask* is 1 for real tokens, 0 for padding."""
+    """A tokenized prompt, padded to the maximum sequence length.
+
+    *ids* and *mask* are int64 [1, n]; the attention mask is 1 for tokens, 0 for padding. *count* is
+    the number of tokens without padding, *is_cut* whether the prompt was truncated.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -19,14 +23,14 @@ class Tokens:
 
 
 class Tokenizer:
-    """Qwen's tokenizer with the chat template that the model was trained with."""
+    """Applies the chat template, then tokenizes, truncates and pads to *max_length*."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
 
     def __call__(self, prompt: str) -> Tokens:
-        """Turn *prompt* into padded tokens, cut as the pipeline cuts it."""
+        """Tokenize *prompt*, truncated and padded as `Flux2KleinPipeline` does."""
         text = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             tokenize=False,

@@ -169,10 +169,10 @@ def test_a_converted_file_that_is_damaged_in_its_head_is_made_anew(tiny_klein, t
     from tests.support.layout_files import build
 
     folder = Path(shutil.copytree(tiny_klein, tmp_path / "model"))
-    build(folder, converted=tmp_path / "cache")
+    build(folder, quantized_cache=tmp_path / "cache")
     for path in (tmp_path / "cache" / "converted").iterdir():
         write(path, b"[" * 100_000)
-    build(folder, converted=tmp_path / "cache")
+    build(folder, quantized_cache=tmp_path / "cache")
 
     for path in (tmp_path / "cache" / "converted").iterdir():
         assert load_file(path)

@@ -22,6 +22,7 @@ from tests.engine.hub import CONFIG, ENCODER, VARIANT, content
 from tests.security.test_cache_trust import write_as_before
 from tests.support.layout_files import build
 from tests.support.owners import give_away
+from tests.support.owners import owners as owners
 
 pytestmark = pytest.mark.torch
 
@@ -172,18 +173,18 @@ def test_rounded_weights_of_somebody_elses_are_made_anew(tiny_klein, tmp_path, c
     """They decide the pictures, and nothing hashes them."""
     folder = Path(shutil.copytree(tiny_klein, tmp_path / "model"))
     cache = tmp_path / "cache"
-    build(folder, converted=cache)
+    build(folder, quantized_cache=cache)
     kept = list((cache / "converted").iterdir())
     for path in kept:
         give_away(path)
-    build(folder, converted=cache)
+    build(folder, quantized_cache=cache)
     assert {path.stat().st_uid for path in kept} == {os.geteuid()}
 
     before = [path.stat().st_ino for path in kept]
     cache.chmod(0o777)
-    build(folder, converted=cache)
+    build(folder, quantized_cache=cache)
     assert [path.stat().st_ino for path in kept] == before
-    assert "rounded at each start" in caplog.text
+    assert "quantized at each start" in caplog.text
 
 
 class TestPartsOfAnEarlierDownload:

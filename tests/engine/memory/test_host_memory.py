@@ -92,7 +92,7 @@ from tests.support.layout_files import build
 folder, linears = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
-parts = build(folder, linears=linears, dtype=torch.bfloat16, converted=folder / "cache")
+parts = build(folder, linears=linears, dtype=torch.bfloat16, quantized_cache=folder / "cache")
 """
 
 

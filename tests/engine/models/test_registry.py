@@ -133,7 +133,10 @@ def test_unknown_precision():
 
 def test_no_torch():
     """The HTTP process may read the catalogue: it brings neither torch nor a client of the hub."""
-    code = "import sys, app.engine.models.registry; print({'torch', 'huggingface_hub'} & set(sys.modules))"
+    code = (
+        "import sys, app.engine.models.registry;"
+        "print({'torch', 'huggingface_hub'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "set()\n"

@@ -57,10 +57,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("kind", ["fp8", "fp8w", "int8"])
 def test_a_later_start_gets_the_same_layers_without_the_large_files(folder, cache, read, kind):
     """Bit by bit the same, and of the sources only norms, tables and what stays as it is."""
-    first = state(build(folder, converted=cache, linears=kind))
+    first = state(build(folder, quantized_cache=cache, linears=kind))
     assert any("proj" in name for name in read["text_encoder"])
     read.clear()
-    again = state(build(folder, converted=cache, linears=kind))
+    again = state(build(folder, quantized_cache=cache, linears=kind))
 
     assert same(first, again)
     assert not any("proj" in name for name in read["text_encoder"])
@@ -70,7 +70,7 @@ def test_a_later_start_gets_the_same_layers_without_the_large_files(folder, cach
 
 def test_it_is_a_plain_safetensors_file(folder, cache):
     """Others can read it; 27 layers with four joined products each, in one byte."""
-    build(folder, converted=cache)
+    build(folder, quantized_cache=cache)
     (path,) = (cache / "converted").glob("encoder-int8w-*.safetensors")
     tensors = load_file(path)
 
@@ -81,31 +81,31 @@ def test_it_is_a_plain_safetensors_file(folder, cache):
 
 def test_layers_that_lie_in_8_bit_are_not_kept_again(folder, cache):
     """The published fp8 file is read as it is; only the encoder is converted."""
-    build(write_fp8(folder, folder / "fp8.safetensors"), converted=cache)
+    build(write_fp8(folder, folder / "fp8.safetensors"), quantized_cache=cache)
 
     assert [path.name.split("-")[0] for path in (cache / "converted").iterdir()] == ["encoder"]
 
 
 def test_changed_sources_are_converted_anew(folder, cache):
     """Another size or time of change: what was kept is not believed."""
-    build(folder, converted=cache)
+    build(folder, quantized_cache=cache)
     write_tiny_klein(folder, seed=1)
-    right, made = state(build(folder)), state(build(folder, converted=cache))
+    right, made = state(build(folder)), state(build(folder, quantized_cache=cache))
 
     assert same(right, made)
-    assert same(right, state(build(folder, converted=cache)))
+    assert same(right, state(build(folder, quantized_cache=cache)))
     assert len(list((cache / "converted").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "nonsense", "empty"])
 def test_a_damaged_file_is_made_anew(folder, cache, damage):
     """Whatever happened to it, the next start neither fails nor believes it."""
-    right = state(build(folder, converted=cache))
+    right = state(build(folder, quantized_cache=cache))
     for path in (cache / "converted").iterdir():
         whole = path.read_bytes()
         path.write_bytes({"cut": whole[:-100], "nonsense": b"x" * 500, "empty": b""}[damage])
 
-    assert same(right, state(build(folder, converted=cache)))
+    assert same(right, state(build(folder, quantized_cache=cache)))
     for path in (cache / "converted").iterdir():
         assert load_file(path)
 
@@ -119,6 +119,6 @@ def test_a_full_disk_costs_time_and_nothing_else(folder, cache, monkeypatch, cap
     right = state(build(folder))
     monkeypatch.setattr(quantized_cache.os, "fsync", fail)
 
-    assert same(right, state(build(folder, converted=cache)))
+    assert same(right, state(build(folder, quantized_cache=cache)))
     assert list((cache / "converted").iterdir()) == []
     assert "No space left on device" in caplog.text
