@@ -1,4 +1,4 @@
-"""The app factory: order of middleware and routers, and the life of what they use. Nothing else."""
+"""The app factory: the order of middleware and routers, and the lifespan of what they use."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def create_app(
     link_lifetime_s: float = LINK_LIFETIME_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """Make the app; *build* makes what it serves when it starts, the other parameters are for
-    tests.
+    """Make the app.
+
+    *build* makes the runtime when the lifespan starts; the other parameters are for tests.
     """
 
     @asynccontextmanager
@@ -85,7 +86,7 @@ def create_app(
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
-    """Outermost first. The key is looked at before host and origin, since it makes any good."""
+    """List the middleware, outermost first; a valid key is checked first: it permits any host."""
     return [
         Middleware(Edge),
         Middleware(
@@ -101,7 +102,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
 
 
 def _hosts(settings: Settings) -> tuple[str, ...]:
-    """The operator's names: those listed, and those in the addresses that he gave besides."""
+    """Collect the host names: those listed, and those of the public URL and the bind address."""
     names = list(settings.allowed_hosts)
     if settings.public_url is not None:
         names.append(urlsplit(settings.public_url).hostname or "")

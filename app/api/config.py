@@ -1,4 +1,4 @@
-"""What the routes are told of the settings: small frozen values, made once by the app factory."""
+"""The settings that the routes read: frozen values, made once by the app factory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
-    """Limits and habits of the HTTP room."""
+    """Limits and switches of the HTTP API."""
 
     max_pixels: int
     max_references: int
@@ -19,6 +19,6 @@ class ApiConfig:
     has_links: bool
     """Whether `response_format=url` is possible."""
     public_url: str | None
-    """What a link starts with; None takes the request's own scheme and host."""
+    """Base of an image's URL; None takes the request's own scheme and host."""
     heartbeat_s: float
     """Seconds of silence after which a stream sends a comment."""

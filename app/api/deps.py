@@ -1,7 +1,7 @@
-"""How a route finds its objects. The only reader of `app.state.runtime`.
+"""FastAPI dependencies of the routes. The only reader of `app.state.runtime`.
 
-What a lifespan yields never reaches `request.state` under `httpx.ASGITransport`, what it puts on
-`app.state` does; hence that one attribute.
+Under `httpx.ASGITransport` the state that a lifespan yields never reaches `request.state`, but what
+it sets on `app.state` does; hence that one attribute.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _DEADLINE = "X-Klein-Deadline-S"
 
 
 def runtime_of(scope: Scope) -> Runtime | None:
-    """Find what the lifespan built, or None before it has and after it has gone."""
+    """Return the runtime that the lifespan built; None outside of the lifespan."""
     runtime: Runtime | None = getattr(scope["app"].state, "runtime", None)
     return runtime
 
 
 def metrics_of(scope: Scope) -> Metrics | None:
-    """Find the metrics, for the middleware that counts every request."""
+    """Return the metrics, for the middleware that counts every request; None outside of the lifespan."""
     runtime = runtime_of(scope)
     return None if runtime is None else runtime.metrics
 
 
 def decoders_of(request: Request) -> DecoderPool:
-    """Find the decoders."""
+    """Return the pool of image decoders."""
     return _runtime(request).decoders
 
 
@@ -54,8 +54,10 @@ async def _client(request: Request) -> str:
 
 
 async def _deadline_s(request: Request) -> float | None:
-    """Read how long the client is willing to wait; the service only ever shortens its own limit by
-    it.
+    """Read the client's deadline in seconds; it can only shorten the service's own limit.
+
+    Raises:
+        InvalidRequest: the header is no finite number from `MIN_DEADLINE_S`.
     """
     text = request.headers.get(_DEADLINE)
     if text is None:

@@ -1,4 +1,4 @@
-"""Work that ends when nobody waits for it any more.
+"""Work that is cancelled when its client disconnects.
 
 `http.disconnect` is awaited beside the work instead of polling `request.is_disconnected()`, which
 never fires behind some middleware (vLLM's `with_cancellation`). The body must have been read
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 async def until_gone(receive: Receive) -> None:
-    """Return when the client has gone."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def await_images(ticket: Ticket, receive: Receive) -> list[Picture]:
-    """Wait for the pictures of *ticket*; however the wait ends, nothing of it runs on."""
+    """Wait for the images of *ticket*; however the wait ends, the ticket is cancelled."""
     try:
         return await unless_gone(receive, ticket.pictures())
     finally:
@@ -37,12 +37,13 @@ async def await_images(ticket: Ticket, receive: Receive) -> list[Picture]:
 async def unless_gone(
     receive: Receive, work: Coroutine[None, None, T], *, limit_s: float | None = None
 ) -> T:
-    """Await *work*; when the client goes first, or *limit_s* seconds do, cancel it and wait for it
-    to end.
+    """Await *work*; cancel it when the client disconnects, or after *limit_s* seconds.
+
+    A cancelled *work* is awaited to its end.
 
     Raises:
-        Cancelled: the client has gone.
-        DeadlineExceeded: the time is over.
+        Cancelled: the client has disconnected.
+        DeadlineExceeded: *limit_s* is over.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(until_gone(receive))

@@ -1,8 +1,8 @@
-"""From what went wrong to what the caller reads: one table, one envelope, on every route.
+"""The mapping of errors to responses: one table of status codes and one envelope for all routes.
 
-Nothing below this room knows a status. A message is passed on as it is, because `app.errors`
-promises that it is written for the caller; anything else that is raised is logged and answered with
-a fixed sentence.
+Nothing outside of `app.api` knows an HTTP status. A message is passed on as it is, because
+`app.errors` promises that it is written for the caller; any other exception is logged and answered
+with a fixed sentence.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MAX_RETRY_AFTER_S = 60  # openai-python gives up on more than 120 s, the AI SDK 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """How one kind of error is answered, and the words under which it is counted."""
+    """The response to one kind of error, and the labels under which it is counted."""
 
     status: int
     type: str
     code: str
     outcome: str
     reason: str | None = None
-    """For what the service will not take now: the label of `klein_requests_rejected_total`."""
+    """For rejected requests: the label of `klein_requests_rejected_total`."""
 
 
 REPLIES: Mapping[Kind, Reply] = MappingProxyType(
@@ -80,7 +80,7 @@ def envelope(error: KleinError) -> dict[str, dict[str, str | None]]:
 
 
 def error_response(error: KleinError, headers: Mapping[str, str] | None = None) -> Response:
-    """Answer with *error*; the headers say whether, and when, trying again makes sense."""
+    """Make the response to *error*; its headers say whether and when to retry."""
     return JSONResponse(
         envelope(error),
         status_code=REPLIES[error.kind].status,
@@ -89,18 +89,18 @@ def error_response(error: KleinError, headers: Mapping[str, str] | None = None) 
 
 
 def retry_after(seconds: int | None) -> str:
-    """Put a wait into the range that every client we know honours."""
+    """Clamp a Retry-After in seconds to the range that every known client honours."""
     wanted = DEFAULT_RETRY_AFTER_S if seconds is None else seconds
     return str(max(1, min(MAX_RETRY_AFTER_S, wanted)))
 
 
 def internal_error() -> KleinError:
-    """Stand in for an exception that is none of ours: nothing of it reaches the caller."""
+    """Replace an unexpected exception: nothing of it reaches the caller."""
     return KleinError("The service failed to answer; tell its operator the request id.")
 
 
 def install(app: FastAPI) -> None:
-    """Give every error that a route or the router raises this room's form."""
+    """Install the exception handlers, so that every error is answered with the envelope."""
     app.add_exception_handler(KleinError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(RequestValidationError, _on_error)

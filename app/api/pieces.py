@@ -1,8 +1,8 @@
-"""Large answers, sent in small pieces: each waits until the client has taken those before it.
+"""Large responses, sent in small pieces with back-pressure from the client.
 
-An answer written in one go is copied by the transport, for every connection that does not read,
-and one of ten pictures holds up the event loop for as long as that takes. Here no body is ever
-whole: base64 is made piece by piece, and a picture is let go of once it is written.
+A response written in one call is copied by the transport, for every connection that does not read,
+and one of ten images blocks the event loop for as long as that takes. Here no body is ever whole:
+base64 is encoded piece by piece, and an image is released once it is written.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ from app.errors import Cancelled
 
 PIECE_BYTES = 64 * 1024
 _ENCODED_BYTES = PIECE_BYTES // 4 * 3
-"""What becomes one piece as base64, a multiple of three."""
+"""Bytes that become one piece as base64; a multiple of three."""
 
 _TURN_BYTES = 4 * PIECE_BYTES
-"""Sent in one go, where the client takes it; that is less than a millisecond."""
+"""Bytes sent before yielding to the event loop; that takes less than a millisecond."""
 
 CONNECTION = "klein.connection"
-"""The ASGI extension by which a connection learns what waits for it."""
+"""The ASGI extension by which a response reports to its connection what is unsent."""
 
 
 class Taking(Protocol):
-    """A connection that takes an answer; *waiting_bytes* are ready, and not written to it yet."""
+    """A connection that sends a response; *waiting_bytes* are ready but not written to it yet."""
 
     waiting_bytes: int
 
     def hold(self, client: str, pictures: list[bytes]) -> Holding:
-        """Count the *pictures* that are kept for *client*."""
+        """Count the *pictures*, encoded images, that are held for *client*."""
 
     def release_body(self, holding: Holding, picture: bytes) -> None:
-        """*picture* is written."""
+        """Count *picture* as written and released."""
 
     def end_holding(self, holding: Holding) -> None:
-        """The answer has ended."""
+        """Count the response as ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A picture's bytes as a part of a body, as they are or in base64."""
+    """An encoded image as a part of a body, sent raw or in base64."""
 
     data: bytes = field(repr=False)
     is_base64: bool = False
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes are sent."""
+        """How many bytes are sent, after base64."""
         size = len(self.data)
         return (size + 2) // 3 * 4 if self.is_base64 else size
 
     def pieces(self) -> Iterator[bytes | memoryview]:
-        """Make what is sent, at most `PIECE_BYTES` at a time."""
+        """Yield the bytes to send, at most `PIECE_BYTES` at a time."""
         view = memoryview(self.data)
         step = _ENCODED_BYTES if self.is_base64 else PIECE_BYTES
         for at in range(0, len(view), step):
@@ -72,7 +72,7 @@ class Data:
 
 
 class Body:
-    """A body of texts and pictures, in their order, which can be sent once."""
+    """A body of text and images, in order, which can be sent once."""
 
     def __init__(self, *parts: bytes | Data) -> None:
         self._parts = deque(parts)
@@ -82,12 +82,11 @@ class Body:
 
     @property
     def pictures(self) -> list[bytes]:
-        """Those that are not written yet."""
+        """The images that are not written yet."""
         return [part.data for part in self._parts if isinstance(part, Data)]
 
     def pieces(self) -> Iterator[tuple[bytes | memoryview, list[bytes]]]:
-        """Take the body apart: pieces of at most `PIECE_BYTES`, each with the pictures that end in
-        it."""
+        """Yield pieces of at most `PIECE_BYTES`, each with the images that end in it."""
         waiting: bytes | memoryview = b""
         ended: list[bytes] = []
         while self._parts:
@@ -103,7 +102,7 @@ class Body:
 
 
 class PieceResponse(Response):
-    """Answers with *body*, whose length is told beforehand."""
+    """A response that sends *body* in pieces, with its Content-Length."""
 
     def __init__(
         self, body: Body, *, media_type: str, headers: Mapping[str, str] | None = None
@@ -113,7 +112,7 @@ class PieceResponse(Response):
         self._pieces = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, or as much as the client stays for."""
+        """Send it, until the client disconnects."""
         await send(
             {
                 "type": "http.response.start",
@@ -132,9 +131,9 @@ class PieceResponse(Response):
 async def send_body(
     body: Body, scope: Scope, send: Send, leaving: asyncio.Future[None], *, is_last: bool = True
 ) -> None:
-    """Send *body* piece by piece, until *leaving* is done; it ends the answer where it *is_last*.
+    """Send *body* piece by piece, until *leaving* is done; it ends the response if it *is_last*.
 
-    Every few pieces everybody else has a turn, however fast the client is.
+    Every few pieces it yields to the event loop, however fast the client is.
     """
     with _taken(scope, body) as (taking, holding):
         size_bytes, sent_bytes, turn_bytes = body.size_bytes, 0, 0
@@ -161,7 +160,7 @@ def _message(piece: bytes | memoryview, *, more: bool) -> Message:
 
 @contextmanager
 def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | None]]:
-    """Let the connection know; there is none where no server is, as in tests."""
+    """Tell the connection of *body*; without a server, as in tests, there is none."""
     extensions: dict[str, Any] = scope.get("extensions") or {}
     taking: Taking | None = extensions.get(CONNECTION)
     if taking is None:

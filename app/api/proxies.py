@@ -1,10 +1,9 @@
-"""Whose address a request comes from: the peer's, or what a declared proxy says of its own.
+"""The client address of a request: the peer's, or the one that a trusted proxy forwards.
 
-`X-Forwarded-For` is a list to which each proxy appends the address that it was asked from; what
-stands to the left of the first entry by a proxy that we trust was written by whoever asked it. So
-the list is read from the right, and only behind peers that the operator named. Anybody else,
-loopback callers too, would choose an address for each request and so be no one's neighbour in the
-queue.
+`X-Forwarded-For` is a list to which each proxy appends the address of its peer; entries to the left
+of the first one that a trusted proxy appended may be forged. So the list is read from the right,
+and only from declared proxies. Any other peer, loopback included, could send another
+address with each request and so escape the limits per client.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ UNKNOWN = "address:unknown"
 _MAX_HOPS = 32
 _MAX_PEERS = 64
 _IPV6_CLIENT_BITS = 64
-"""What one subscriber is given at least; the addresses in it are his to choose."""
+"""The smallest prefix that a provider assigns; its subscriber may use any address in it."""
 
 
 def client_of(address: str) -> str:
-    """Name the client behind *address*: the IPv4 address, or the /64 of an IPv6 one; a text that is
-    no address stands for itself.
+    """Name the client behind *address*: the IPv4 address, or the /64 network of an IPv6 one.
+
+    A text that is no address is returned as it is.
     """
     found = _address(address)
     return address if found is None else _named(found)
@@ -44,7 +44,7 @@ class Proxies:
         self._has_warned = False
 
     def are(self, address: str) -> bool:
-        """Whether *address* is one of them: behind it are many clients."""
+        """Whether *address* is a trusted proxy, behind which are many clients."""
         found = _address(address)
         return found is not None and self._trusts(found)
 
@@ -61,7 +61,7 @@ class Proxies:
         return f"address:{_named(peer)}"
 
     def _first_untrusted(self, peer: Address, said: str) -> Address:
-        """Go from proxy to proxy, as long as each is trusted; stop at what is no address."""
+        """Walk the list from the right past trusted proxies; stop at what is no address."""
         hop = peer
         for text in said.split(",")[: -_MAX_HOPS - 1 : -1]:
             before = _address(_without_port(text.strip()))
@@ -76,8 +76,9 @@ class Proxies:
         return any(address in network for network in self._networks)
 
     def _watch(self, peer: Address, said: bytes) -> None:
-        """Warn once of a peer that looks like a proxy nobody declared: all behind it are one client
-        to us.
+        """Warn once of a peer that looks like an undeclared proxy.
+
+        All clients behind it count as one.
         """
         if self._has_warned:
             return
@@ -95,7 +96,7 @@ class Proxies:
 
 
 def _address(text: str) -> Address | None:
-    """Read an address; IPv4 in IPv6's clothes is IPv4, and a zone is left out."""
+    """Parse an address; an IPv4-mapped IPv6 one becomes IPv4, and a zone is removed."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -104,7 +105,7 @@ def _address(text: str) -> Address | None:
 
 
 def _without_port(text: str) -> str:
-    """Some proxies write `192.0.2.7:4711`, or `[2001:db8::7]:4711`."""
+    """Remove the port that some proxies add: `192.0.2.7:4711`, `[2001:db8::7]:4711`."""
     if text.startswith("["):
         return text[1:].partition("]")[0]
     return text.partition(":")[0] if text.count(":") == 1 else text

@@ -1,7 +1,7 @@
-"""What is known of one request while it is answered, for the room's own parts to share.
+"""The context of one request while it is answered, shared by middleware and routes.
 
-The edge middleware makes it, whatever answers adds to it, the edge reads it once at the end. One
-task at a time touches it.
+The edge middleware makes it, middleware and routes write to it, the edge reads it once at the end.
+Only one task at a time uses it.
 """
 
 from __future__ import annotations
@@ -18,38 +18,40 @@ Scope = MutableMapping[str, Any]
 
 
 def _nothing() -> None:
-    """Nobody counts."""
+    """Do nothing: no middleware counts the body."""
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request and what became of it; *client* is whom the queue is fair to."""
+    """One request and its outcome; *client* is the unit of the queue's fairness."""
 
     id: str
     client: str = ""
-    """`key:<digest>`, `address:<IPv4>` or `address:<IPv6 network>`; of whom limits are counted."""
+    """`key:<digest>`, `address:<IPv4>` or `address:<IPv6 network>`; limits are per client."""
     has_key: bool = False
     """Whether the request carried one of the configured keys."""
     error: KleinError | None = None
     release_body: Callable[[], None] = _nothing
     """Called by a route that has read the body and keeps nothing of it."""
     outcome: str | None = None
-    """Set where the status does not tell it, as with a health answer."""
+    """Set where the status does not tell it, as in a health response."""
 
     def keep(self, error: KleinError) -> None:
-        """Keep *error*, without the frames it came through and what it came from: they hold the
-        exchange, and with it in a circle whatever the request has read and made.
+        """Keep *error* without its traceback, cause and context.
+
+        They refer to the request context, and so form a reference cycle that keeps whatever the
+        request has read and made.
         """
         error.__traceback__ = error.__context__ = None
         self.error = error
 
 
 def open_context(scope: Scope, context: RequestContext) -> None:
-    """Attach *exchange* to the request."""
+    """Attach *context* to the request."""
     scope[_KEY] = context
 
 
 def context_of(scope: Scope) -> RequestContext:
-    """Read the exchange of the request."""
+    """Return the context of the request."""
     context: RequestContext = scope[_KEY]
     return context

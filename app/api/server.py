@@ -19,7 +19,7 @@ from app.api.proxies import Proxies
 _log = logging.getLogger(__name__)
 
 BACKLOG = 2048
-"""Connections that the kernel keeps for us."""
+"""The listen backlog: connections that the kernel holds until they are accepted."""
 _SHUTDOWN_S = 30
 
 
@@ -35,22 +35,22 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the process's signals alone."""
+        """Install no signal handlers."""
         yield
 
     def end(self, *, answers_s: float = _SHUTDOWN_S) -> None:
-        """End; answers that are not taken after *answers_s* are cut."""
+        """Shut down; responses that are not sent after *answers_s* seconds are cut off."""
         self.config.timeout_graceful_shutdown = max(1, math.ceil(answers_s))
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, with the kernel's queue as long as it was: uvicorn has one number for both."""
+        """Listen with our own backlog: uvicorn uses one number for it and for accepts at once."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the answers, then say which were cut."""
+        """Wait for the responses, then log how many were cut off."""
         await super().shutdown(sockets)
         answers, left_bytes = self._table.close()
         if answers:
@@ -64,8 +64,10 @@ class Server(uvicorn.Server):
 def make_server(
     app: FastAPI, *, descriptors: int = 2048, trusted_proxies: Iterable[str] = ()
 ) -> Server:
-    """Make the server for *app*, in a process that may have so many *descriptors*, behind
-    *trusted_proxies*, each an address or a network.
+    """Make the server for *app*.
+
+    *descriptors* is the process's limit of file descriptors; each of *trusted_proxies* is an
+    address or a network.
     """
     table = ConnectionTable(connection_limit(descriptors), Proxies(trusted_proxies))
     config = uvicorn.Config(
@@ -73,7 +75,7 @@ def make_server(
         log_config=None,
         access_log=False,
         server_header=False,
-        # Whose X-Forwarded-For counts, `app.api.proxies` decides; uvicorn trusts 127.0.0.1.
+        # `app.api.proxies` decides whose X-Forwarded-For is trusted; uvicorn trusts 127.0.0.1.
         proxy_headers=False,
         http=partial(GuardedProtocol, table=table),  # type: ignore[arg-type]
         ws="none",

@@ -1,8 +1,7 @@
-"""Server-sent events as an ASGI answer: heartbeats while nothing happens, an end when nobody
-listens.
+"""Server-sent events as an ASGI response, with heartbeats and an end when the client disconnects.
 
 Comments are the only heartbeat that openai-python and openai-node survive; an `id:` line or an
-event without data crashes them, and a stream that just ends is taken for success.
+event without data crashes them, and a stream that ends without an error event is taken for success.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(Response):
-    """Sends what *messages* yields, each a whole event with its blank line.
+    """A response that sends what *messages* yields, each a whole event with its blank line.
 
     Whatever ends it, *messages* is closed and then *on_close* called, even if nothing was sent.
     """
@@ -44,7 +43,7 @@ class EventStream(Response):
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send headers at once, then events, until the last one or until the client has gone."""
+        """Send headers at once, then events, until the last one or until the client disconnects."""
         leaving = asyncio.ensure_future(until_gone(receive))
         coming = asyncio.ensure_future(anext(self._messages, None))
         try:

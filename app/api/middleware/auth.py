@@ -1,5 +1,4 @@
-"""Who may ask: bearer keys, compared in constant time; every path but a short list is closed by
-default.
+"""Authentication by bearer keys, compared in constant time; all but a few paths need a key.
 
 The decision is made on `scope["path"]` before any routing, so a path that no route knows is closed
 too, and neither the Host header nor an odd spelling of a path can open one (CVE-2026-48710,
@@ -24,21 +23,20 @@ _OPEN_PREFIXES = ("/static/", "/v1/images/files/")
 
 
 class KeyRing:
-    """The configured keys, kept as digests only."""
+    """The configured API keys, kept as SHA-256 digests only."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple(_digest(key.encode()) for key in keys)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no key is configured, so that everyone may ask."""
+        """Whether no key is configured, so that no request needs one."""
         return not self._digests
 
     def find(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-        """Name the holder of the configured key that *headers* carry, or None.
+        """Return the client name of the configured key that *headers* carry, or None.
 
-        Every candidate is compared with every key, so the time says nothing about which one came
-        near.
+        Every candidate is compared with every key, so the time reveals nothing about the keys.
         """
         holder = None
         for candidate in _candidates(headers):
@@ -50,7 +48,7 @@ class KeyRing:
 
 
 class KeyGate:
-    """ASGI: names the client, and refuses what has no key where one is needed."""
+    """ASGI middleware: names the client, and refuses a request without a key that needs one."""
 
     def __init__(
         self, app: ASGIApp, *, keys: KeyRing, proxies: Proxies, is_metrics_open: bool

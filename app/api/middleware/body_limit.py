@@ -1,11 +1,10 @@
-"""How much of a request's body is read: the size of one, the time it takes, and the sum of all.
+"""Limits on request bodies: the size of one, the time to receive it, and the sum of all.
 
-Only a reader meets the limits: a route that refuses for another reason never waits for the body.
-All bodies together are limited too, or a few dozen callers could fill the memory; of that sum no
-client has more than three quarters, or one who sends slowly would keep everybody else out. What
-counts is what has come and is still held, not what was announced. A small body is always admitted:
-what asks for a picture in words has a few hundred bytes, and as many of them as there are sockets
-do no harm.
+The limits apply only when a body is read: a route that refuses for another reason never waits for
+it. All bodies together are limited too, or a few dozen clients could fill the memory; no client has
+more than three quarters of that sum, or one slow sender would keep all others out. Bytes received
+and still held are counted, not the announced length. A small body is always admitted: a text-only
+request has a few hundred bytes, and one for each socket does no harm.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.limits import three_quarters
 
 BODIES_AT_ONCE = 8
-"""How many of the largest bodies may be held at a time, whatever their number."""
+"""The memory for all bodies, in bodies of the largest size."""
 SMALL_BYTES = 64 * 1024
 """A body is counted from this size on, and waits for no place in the queue until it is read."""
 RETRY_S = 5
 
 
 class _Budget:
-    """What all bodies that are being read hold together, and each client's share of it."""
+    """Bytes that all bodies being read hold together, and each client's share of them."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -36,7 +35,11 @@ class _Budget:
         self._by_client: Counter[str] = Counter()
 
     def take(self, client: str, size_bytes: int) -> None:
-        """Count *size_bytes* more; raises `Unavailable` beyond a limit, and counts all the same."""
+        """Count *size_bytes* more.
+
+        Raises:
+            Unavailable: a limit is exceeded; the bytes are counted all the same.
+        """
         self._held += size_bytes
         self._by_client[client] += size_bytes
         if self._by_client[client] > three_quarters(self._max_bytes):
@@ -53,8 +56,9 @@ class _Budget:
 
 
 class BodyLimit:
-    """ASGI: ends the reading of a body that is too large, by what it says or by what has come, of
-    one that takes too long, and of one for which there is no room now.
+    """ASGI middleware: refuses a body that is too large, takes too long, or finds no room.
+
+    A body is too large by its Content-Length or by the bytes received.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
@@ -85,7 +89,7 @@ class BodyLimit:
                     "or send less."
                 ) from None
             if not message.get("more_body", False):
-                late_at = None  # from here on it is the client's going that is waited for
+                late_at = None  # from here on `receive` waits for the disconnect
             received += len(message.get("body", b""))
             self._check(received)
             if received > SMALL_BYTES:
@@ -114,7 +118,7 @@ class BodyLimit:
 
 
 def is_large(scope: Scope) -> bool:
-    """Whether the body may be more than a small one: it says so, or does not say."""
+    """Whether the body may exceed `SMALL_BYTES`: by its Content-Length, or because it is chunked."""
     is_chunked = "transfer-encoding" in Headers(scope=scope)
     return is_chunked or _content_length(scope) > SMALL_BYTES
 

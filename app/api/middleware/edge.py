@@ -1,7 +1,6 @@
-"""What happens to every request, as a plain ASGI class: its id, the answer's headers, one line in
-the log.
+"""The outermost middleware: the request id, the response's common headers, one access log line.
 
-No `BaseHTTPMiddleware`: behind one, a route no longer learns that its client has gone
+No `BaseHTTPMiddleware`: behind one, a route does not learn that its client has disconnected
 (https://github.com/vllm-project/vllm/blob/main/vllm/entrypoints/utils.py, `with_cancellation`).
 """
 
@@ -38,9 +37,7 @@ SECURITY_HEADERS = {
 
 
 class Edge:
-    """ASGI, outermost: gives the request its id, the answer its headers, and counts what became of
-    it.
-    """
+    """ASGI middleware, outermost: sets request id and headers, counts and logs the outcome."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -90,7 +87,7 @@ def _complete(headers: MutableHeaders, identity: str, seconds: float) -> None:
 
 
 def _record(scope: Scope, context: RequestContext, status: int, seconds: float) -> None:
-    """Count the request and write its line; neither knows what was asked, or with which key."""
+    """Count the request and log it; neither holds the prompt or the key."""
     route = getattr(scope.get("route"), "path", "unmatched")
     outcome = context.outcome or _outcome(context.error, status)
     reason = REPLIES[context.error.kind].reason if context.error else None
@@ -116,7 +113,7 @@ def _record(scope: Scope, context: RequestContext, status: int, seconds: float) 
 
 
 def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
-    """Add why it was refused, which many clients do not show, and whether it is a retry."""
+    """Return why it was refused, which many clients do not show, and the retry count."""
     details: dict[str, object] = {}
     if error is not None:
         details = {
@@ -131,7 +128,7 @@ def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
 
 
 def _without(name: str | None, message: str) -> str:
-    """Leave out of *message* what `param` says already: a name may be the caller's own word."""
+    """Remove *name* from *message*: a parameter's name may be the caller's own text."""
     if not name:
         return message
     return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<param>", message)

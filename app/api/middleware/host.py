@@ -1,4 +1,4 @@
-"""Under which names the service answers, so that no web page reaches the GPU by DNS rebinding."""
+"""Allowed host names, so that no web page reaches the GPU by DNS rebinding."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::(
 
 
 class HostGate:
-    """ASGI: answers only under a known name, so that no web page reaches the card by DNS rebinding.
+    """ASGI middleware: refuses a Host header whose name is not allowed.
 
-    A request that carries a configured key may use any name. A name with a syntax error is refused
-    always.
+    A request that carries a configured key may use any name. A malformed name is always refused.
     """
 
     def __init__(self, app: ASGIApp, *, names: Iterable[str]) -> None:
@@ -43,8 +42,8 @@ class HostGate:
             return False
         name = asked[0]
         return (
-            # A link must work for whoever got it, under the name that a key made good; its own
-            # name cannot be guessed, so a web page gains nothing by it.
+            # An image's URL must work for whoever got it, under the host name that a key permitted;
+            # its file name cannot be guessed, so a web page gains nothing by it.
             scope["path"].startswith("/v1/images/files/")
             or context_of(scope).has_key
             or "*" in self._names
@@ -54,7 +53,7 @@ class HostGate:
 
 
 def host_of(scope: Scope) -> tuple[str, int | None] | None:
-    """Read the only Host header: the name in lower case, and the port if there is one."""
+    """Parse the only Host header: the name in lower case and the port; None if malformed."""
     hosts = [value for name, value in scope["headers"] if name == b"host"]
     match = HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
     return (plain_name(match[1]), int(match[2]) if match[2] else None) if match else None

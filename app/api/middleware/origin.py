@@ -1,7 +1,7 @@
-"""From which origins the service is asked.
+"""The check of the Origin header, against cross-site requests.
 
 A browser sends whatever a page tells it to, from inside the user's own network, so without keys
-this check and the one of the host's name are all that stands between a web page and the GPU.
+this check and the one of the host name are all that protects the GPU from a web page.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ _FOREIGN_SITES = frozenset({b"cross-site", b"same-site"})
 
 
 class OriginGate:
-    """ASGI: refuses what a page of another origin sends, whether or not the page could read the
-    answer.
+    """ASGI middleware: refuses cross-origin requests, even if the page cannot read the response.
 
-    A form, and a `fetch` without CORS, need no one's leave to be sent, and a picture costs the same
-    seconds of the card. A request that carries a configured key may come from anywhere: a page that
-    knows the key has it from its owner. Requests without either header come from no browser.
+    A form, and a `fetch` without CORS, are sent without a preflight, and an image costs the same
+    GPU time. A request that carries a configured key may have any origin: a page that knows the key
+    has it from its owner. Requests without either header come from no browser.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -55,15 +54,16 @@ class OriginGate:
 
 
 def _is_foreign(name: bytes, value: bytes, scope: Scope) -> bool:
-    """Whether a header, in lower case, says that another origin's page asks."""
+    """Whether the header *name*, in lower case, says that the request is cross-origin."""
     if name == b"sec-fetch-site":
         return value in _FOREIGN_SITES
     return name == b"origin" and not _is_own(value.decode("latin-1"), scope)
 
 
 def _is_own(origin: str, scope: Scope) -> bool:
-    """Whether *origin* has the host and port that the request was sent to, under any scheme: a
-    proxy that speaks TLS asks us in plain HTTP.
+    """Whether *origin* has the host and port that the request was sent to.
+
+    The scheme is ignored: a proxy that terminates TLS forwards plain HTTP.
     """
     scheme, separator, rest = origin.partition("://")
     match, asked = HOST.fullmatch(rest), host_of(scope)
@@ -74,5 +74,5 @@ def _is_own(origin: str, scope: Scope) -> bool:
     name, asked_port = asked
     if plain_name(match[1]) != name or port is None:
         return False
-    # A Host without a port stands for the scheme's own, and we do not know the browser's scheme.
+    # A Host without a port means the scheme's default, and the browser's scheme is unknown.
     return port == asked_port if asked_port is not None else port in _DEFAULT_PORTS.values()
