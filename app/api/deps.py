@@ -31,7 +31,7 @@ def runtime_of(scope: Scope) -> Runtime | None:
 
 
 def metrics_of(scope: Scope) -> Metrics | None:
-    """Return the metrics, for the middleware that counts every request; None outside of the lifespan."""
+    """Return the metrics, for the edge middleware; None outside of the lifespan."""
     runtime = runtime_of(scope)
     return None if runtime is None else runtime.metrics
 

@@ -1,8 +1,8 @@
-"""Which connections are open, to whom they belong, and which of them has to go for a new one.
+"""The table of open connections by client, and the choice of one to close for a new one.
 
-A socket is a descriptor, of which a process has few, and a client may open thousands for nothing.
-So their number is limited, and one client's share of it; a new connection takes the place of the
-one that has done nothing for longest.
+A socket takes a file descriptor, of which a process has few, and a client can open thousands at no
+cost. So their number is limited, and each client's share of it; a new connection replaces the one
+that has been idle for longest.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
 OTHER_DESCRIPTORS = 128
-"""What the process needs besides: pipes, files, and sockets that are on their way out."""
+"""File descriptors reserved for pipes, files and sockets that are closing."""
 
 _SAY_EVERY_S = 60.0
 
 
 class Phase(IntEnum):
-    """What a connection does. The lower, the sooner it goes."""
+    """What a connection does; those of a lower value are closed first."""
 
     IDLE = 0
-    """Nothing between two messages."""
+    """Idle between two requests."""
     ASKING = 1
-    """It has not finished its request, and nobody waits for the rest."""
+    """Its request is incomplete, and no route waits for the rest."""
     STALLED = 2
-    """Its client takes nothing of its answer."""
+    """Its client reads nothing of its response."""
     BUSY = 3
-    """A request is read or answered: it stays."""
+    """A request is read or answered: it is not closed for another."""
 
 
 class Connection(Protocol):
@@ -44,31 +44,32 @@ class Connection(Protocol):
 
     @property
     def is_answering(self) -> bool:
-        """Whether an answer is not written yet."""
+        """Whether a response is not completely written."""
 
     @property
     def unsent_bytes(self) -> int:
-        """Of answers that are ready, what the client has not taken."""
+        """Bytes of responses that are ready but not taken by the client."""
 
     @property
     def taken_bytes(self) -> int:
-        """All that the client has taken so far."""
+        """Bytes that the client has taken so far."""
 
     def abort(self) -> None:
         """Close now."""
 
     def look(self, now: float) -> None:
-        """Whatever has to be looked at from time to time; *now* is a monotonic clock's."""
+        """Check the pace and the phase; *now* is in seconds of a monotonic clock."""
 
 
 def connection_limit(descriptors: int) -> int:
-    """How many connections a process that may have *descriptors* can afford."""
+    """Return the limit of connections for a process with so many file *descriptors*."""
     return min(MAX_CONNECTIONS, max(descriptors - OTHER_DESCRIPTORS, descriptors // 4))
 
 
 def accepted_at_once(descriptors: int) -> int:
-    """How many connections may be accepted before any of them is counted: a quarter of the
-    descriptors that are left for them to exceed the limit with.
+    """Return how many connections may be accepted before any of them is counted.
+
+    That is a quarter of the file descriptors above the limit of connections, at most 256.
     """
     return max(1, min(256, (descriptors - connection_limit(descriptors)) // 4))
 
@@ -94,8 +95,10 @@ class _Shelf:
 
 
 class ConnectionTable:
-    """Used from the event loop's thread only. Every operation takes the same time, however many
-    connections there are, but for the look at all of them once in *look_every_s*.
+    """The open connections, by client and phase; used from the event loop's thread only.
+
+    Every operation is O(1) in the number of connections, except the check of all of them every
+    *look_every_s* seconds.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class ConnectionTable:
         held_bytes: int = MAX_BYTES,
     ) -> None:
         self.answers = HeldAnswers(self.cut, max_bytes=held_bytes)
-        """What the answers that are being taken keep in memory."""
+        """The memory held by responses that are being sent."""
         self._limit = limit
         self._proxies = proxies or Proxies(())
         self._share = three_quarters(limit)
@@ -123,8 +126,9 @@ class ConnectionTable:
         return f"<ConnectionTable {self._all.count}/{self._limit}, {len(self._of_client)} clients>"
 
     def admit(self, connection: Connection, address: str) -> bool:
-        """Give *connection*, which comes from *address*, a place, another's if need be; False where
-        there is none. A proxy of the operator's may have all, since many clients are behind it.
+        """Admit *connection* from *address*, in place of another if need be; else return False.
+
+        A trusted proxy may have all connections, since many clients are behind it.
         """
         client = client_of(address)
         shelf = None if self._proxies.are(address) else self._of_client.get(client)
@@ -142,14 +146,14 @@ class ConnectionTable:
         return True
 
     def move(self, connection: Connection, phase: Phase) -> None:
-        """*connection* is in *phase* now; the same one again changes nothing."""
+        """Move *connection* to *phase*; has no effect if it is in it already."""
         place = self._places.get(connection)
         if place is not None and place[1] is not phase:
             self.leave(connection)
             self._put(connection, place[0], phase)
 
     def leave(self, connection: Connection) -> None:
-        """*connection* has gone, if it was here."""
+        """Remove *connection*, if it is in the table."""
         place = self._places.pop(connection, None)
         if place is None:
             return
@@ -167,7 +171,7 @@ class ConnectionTable:
         connection.abort()
 
     def close(self) -> tuple[int, int]:
-        """Close what is left; return how many answers were cut, and the bytes left of them."""
+        """Close what is left; return how many responses were cut off, and their unsent bytes."""
         cut = [each for each in self._places if each.is_answering or each.unsent_bytes]
         left_bytes = sum(each.unsent_bytes for each in cut)
         for connection in list(self._places):
@@ -204,7 +208,7 @@ class ConnectionTable:
             self._look_later()
 
     def _say(self) -> None:
-        """One line a minute at most: whoever opens thousands would fill the disk else."""
+        """Log one line a minute at most: a client that opens thousands would fill the disk else."""
         now = time.monotonic()
         if now - self._said_at < _SAY_EVERY_S:
             return

@@ -1,9 +1,8 @@
-"""What the answers that clients are taking keep in memory: a limit for all of it, and each client's
-share.
+"""Limits on the memory of responses that are being sent: of all, and of each client.
 
-A picture is let go of once it is written, so whoever reads slowly keeps it for longer, and whoever
-has many sockets keeps many. Beyond the limit, the slowest connection of the client that keeps most
-is cut.
+An image is released once it is written, so a client that reads slowly holds it for longer, and one
+with many sockets holds many. Beyond the limit, the slowest connection of the client that holds most
+is closed.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from app.limits import three_quarters
 
 MAX_BYTES = 512 * 1024 * 1024
 _HEAD_START_BYTES = 1024 * 1024
-"""As if taken before, so that who has only begun is not the slowest."""
+"""Counted as taken from the start, so that a new response is not the slowest."""
 
 
 class Taker(Protocol):
-    """A connection, as far as it takes an answer."""
+    """A connection, as far as it sends a response."""
 
     @property
     def taken_bytes(self) -> int:
-        """All that its client has taken so far."""
+        """Bytes that its client has taken so far."""
 
     def abort(self) -> None:
         """Close now."""
 
 
 class Holding:
-    """One answer that is being taken: the pictures of *client* that are kept for it."""
+    """One response that is being sent: the images of *client* that are held for it."""
 
     def __init__(self, client: str, taker: Taker, pictures: Iterable[bytes], now: float) -> None:
         self.client = client
@@ -42,16 +41,16 @@ class Holding:
         self._taken_before = taker.taken_bytes
 
     def bytes_per_s(self, now: float) -> float:
-        """How fast it has been taken so far."""
+        """Return the mean rate so far, in bytes per second."""
         taken = self.taker.taken_bytes - self._taken_before
         return (taken + _HEAD_START_BYTES) / max(now - self._began, 1e-3)
 
 
 class HeldAnswers:
-    """Used from the event loop's thread only. *cut* closes a connection, whose answer ends then.
+    """The responses that are being sent; used from the event loop's thread only.
 
-    A client's only answer is never cut for its own share, nor the only one of all: however large
-    it is, it was allowed to be asked for.
+    *cut* closes a connection, and so ends its response. A client's only response is never cut off
+    for the client's share, nor the only one of all: however large, its request was accepted.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class HeldAnswers:
         self._max_bytes = max_bytes
         self._clock = clock
         self._holdings: dict[str, dict[Holding, None]] = {}
-        # A picture behind a link may be fetched by many sockets, and is there once.
+        # An image in the image store may be sent to many sockets, and is in memory once.
         self._keepers: Counter[tuple[str, int]] = Counter()
         self._by_client: Counter[str] = Counter()
         self._bytes = 0
@@ -75,7 +74,7 @@ class HeldAnswers:
         return f"<HeldAnswers: {count} of {len(self._holdings)} clients, {self._bytes} bytes>"
 
     def hold(self, client: str, taker: Taker, pictures: Iterable[bytes]) -> Holding:
-        """Count *pictures* for an answer that *taker* begins to take, and make room for them."""
+        """Count *pictures* for a response that *taker* begins to send, and make room for them."""
         holding = Holding(client, taker, pictures, self._clock())
         self._holdings.setdefault(client, {})[holding] = None
         for picture in holding.pictures:
@@ -87,7 +86,7 @@ class HeldAnswers:
         return holding
 
     def release_body(self, holding: Holding, picture: bytes) -> None:
-        """*picture* is written."""
+        """Count *picture* as written and released."""
         at = next((at for at, each in enumerate(holding.pictures) if each is picture), None)
         if at is None:
             return
@@ -99,7 +98,7 @@ class HeldAnswers:
             self._count(holding.client, -len(picture))
 
     def end(self, holding: Holding) -> None:
-        """The answer is written, or nobody takes it any more; has no effect twice."""
+        """Count the response as ended, sent or not; has no effect twice."""
         for picture in tuple(holding.pictures):
             self.release_body(holding, picture)
         holdings = self._holdings.get(holding.client, {})

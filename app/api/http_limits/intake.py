@@ -1,4 +1,4 @@
-"""What has come on a connection and was not parsed yet, and how the next message's body ends.
+"""The bytes received on a connection and not parsed yet, and the framing of the next message.
 
 llhttp cannot be stopped in the middle of what it is fed, and one read may hold ten thousand
 requests. So it is fed in pieces that end where a message may end: at a blank line, or with the last
@@ -11,12 +11,14 @@ from app.api.http_limits.refusals import Unreadable
 
 PIECE_BYTES = 16 * 1024
 _CHUNKED_PIECE_BYTES = 64
-"""At least so much of a body in chunks at a time: a body of blank lines must not cost a call for
-each three bytes."""
+"""The least size of a piece of a chunked body.
+
+A body of blank lines must not cost a call for each three bytes.
+"""
 
 
 class Intake:
-    """Bytes in the order of their arrival. Used from the event loop's thread only."""
+    """A buffer of received bytes, in order; used from the event loop's thread only."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -25,20 +27,21 @@ class Intake:
         return len(self._rest)
 
     def add(self, data: bytes) -> None:
-        """Put *data* behind what is there."""
+        """Append *data*."""
         self._rest += data
 
     def put_back(self, data: bytes) -> None:
-        """Put *data*, which was taken too much, before what is there."""
+        """Prepend *data*, which was taken but not parsed."""
         self._rest[:0] = data
 
     def clear(self) -> None:
-        """Throw everything away."""
+        """Discard all bytes."""
         self._rest.clear()
 
     def take(self, framing: Framing) -> bytes:
-        """The next piece, in which at most one message ends, or two at a read's edge; empty where
-        nothing is left.
+        """Return the next piece; empty where nothing is left.
+
+        At most one message ends in it, or two at the edge of a read.
         """
         if framing.is_between:
             self._skip_line_ends()
@@ -54,21 +57,22 @@ class Intake:
         return piece
 
     def _skip_line_ends(self) -> None:
-        """Line ends between messages belong to none (RFC 9112 2.2): they are no sign of life."""
+        """Skip line ends between messages (RFC 9112 2.2): they do not extend a time limit."""
         count = len(self._rest) - len(self._rest.lstrip(b"\r\n"))
         del self._rest[:count]
 
 
 class Framing:
-    """Where the message that is being parsed ends: one for each connection, begun anew with each
-    message.
+    """The framing of the message that is being parsed: where its body ends (RFC 9112 6).
+
+    There is one for each connection, reset with each message.
     """
 
     is_between: bool
-    """Whether no message has begun since the last one's end."""
+    """Whether no message has begun since the end of the last one."""
     is_chunked: bool
     left_bytes: int
-    """Of a body whose length is known: what has not come yet."""
+    """Bytes not received yet of a body with a Content-Length."""
 
     _length: int
     _has_coding: bool
@@ -77,17 +81,18 @@ class Framing:
         self.end()
 
     def begin(self) -> None:
-        """A message's first byte has come."""
+        """Begin a message, at its first byte."""
         self.is_between = False
 
     def add_header(self, name: bytes, value: bytes) -> None:
-        """Learn from one header, its name in lower case.
+        """Take one header, its name in lower case.
 
         Raises:
-            Unreadable: a coding besides `chunked`, whose end we would guess, or a second one.
+            Unreadable: a transfer coding other than `chunked`, whose end is unknown, or a second
+                one.
         """
         if name == b"content-length":
-            self._length = int(value)  # digits and in range, or llhttp had refused it
+            self._length = int(value)  # llhttp refuses any but digits in range
         elif name == b"transfer-encoding":
             if self._has_coding or value.strip().lower() != b"chunked":
                 raise Unreadable(
@@ -97,10 +102,10 @@ class Framing:
             self._has_coding = True
 
     def end_head(self, http_version: str) -> None:
-        """The head is whole.
+        """End the head, and take the body's framing from its headers.
 
         Raises:
-            Unreadable: chunks in a version that does not know them.
+            Unreadable: a chunked body in another version than HTTP/1.1.
         """
         if self._has_coding and http_version != "1.1":
             raise Unreadable("Transfer-Encoding needs HTTP/1.1; send a Content-Length.")
@@ -108,7 +113,7 @@ class Framing:
         self.left_bytes = self._length
 
     def head_again(self) -> bytes:
-        """A small head with the same framing; empty where no body follows."""
+        """Return a minimal head with the same framing; empty where no body follows."""
         if self.is_chunked:
             return b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
         if self.left_bytes:
@@ -116,7 +121,7 @@ class Framing:
         return b""
 
     def end(self) -> None:
-        """The message is whole."""
+        """End the message."""
         self.is_between = True
         self.is_chunked = self._has_coding = False
         self.left_bytes = self._length = 0

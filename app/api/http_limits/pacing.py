@@ -1,7 +1,7 @@
-"""How fast a client takes its answers.
+"""The rate at which a client takes its responses.
 
-What it has taken is what was written less what still waits in the transport; the kernel is told to
-keep little unsent, or megabytes would look taken that nobody has read.
+Bytes taken are the bytes written less those still in the transport's buffer; the kernel's send
+buffer is kept small, or megabytes would count as taken that the client has not read.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ _READ_BYTES = 64 * 1024
 
 
 class MeteredTransport(asyncio.Transport):
-    """A connection's transport that knows how much was written to it, and is not closed in the
-    middle of an upload: the kernel would reset the connection, and a client that is still sending
-    might never read why. Event loop's thread only.
+    """A transport that counts bytes, and is not closed in the middle of an upload.
 
-    *may_close*, asked at the first `close`, says whether nothing more will come.
+    Otherwise the kernel would reset the connection, and a client that is still sending might never
+    read the error. Used from the event loop's thread only.
+
+    *may_close*, called at the first `close`, tells whether nothing more will be received.
     """
 
     def __init__(self, transport: asyncio.Transport, may_close: Callable[[], bool]) -> None:
@@ -30,7 +31,7 @@ class MeteredTransport(asyncio.Transport):
         self._may_close = may_close
         self._is_half_closed = False
         self._written_bytes = 0
-        # Known to asyncio's own transport only; elsewhere it is a name that nobody reads.
+        # An attribute of asyncio's own transport; others ignore it.
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         connection = transport.get_extra_info("socket")
         if connection is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
@@ -41,23 +42,23 @@ class MeteredTransport(asyncio.Transport):
 
     @property
     def unsent_bytes(self) -> int:
-        """Written, but not taken by the kernel yet."""
+        """Bytes written, but not taken by the kernel yet."""
         return self._transport.get_write_buffer_size()
 
     @property
     def taken_bytes(self) -> int:
-        """All that the kernel has taken so far."""
+        """Bytes that the kernel has taken so far."""
         return self._written_bytes - self.unsent_bytes
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send *data*, now or as soon as the client takes it; nothing once it is closed."""
+        """Send *data* as soon as the client takes it; has no effect once it is closed."""
         if self.is_closing():
             return
         self._written_bytes += len(data)
         self._transport.write(data)
 
     def close(self) -> None:
-        """Close once everything is sent, or only say then that nothing more will be."""
+        """Close once everything is sent, or during an upload only shut down the sending side."""
         if self.is_closing():
             return
         if self._may_close():
@@ -66,41 +67,41 @@ class MeteredTransport(asyncio.Transport):
         self._is_half_closed = True
         try:
             self._transport.write_eof()
-        except OSError:  # the client has gone meanwhile
+        except OSError:  # the client has disconnected
             self._transport.abort()
         else:
             self._transport.resume_reading()
 
     def finish(self) -> None:
-        """Close once everything is sent, whatever is still coming."""
+        """Close once everything is sent, whatever is still to be received."""
         self._transport.close()
 
     def abort(self) -> None:
-        """Close now; what is unsent is lost."""
+        """Close now; unsent bytes are lost."""
         self._transport.abort()
 
     def is_closing(self) -> bool:
-        """Whether it is closed or about to be."""
+        """Whether it is closed or closing."""
         return self._is_half_closed or self._transport.is_closing()
 
     def pause_reading(self) -> None:
-        """Read nothing; has no effect twice."""
+        """Pause reading; has no effect twice."""
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read again; has no effect twice."""
+        """Resume reading; has no effect twice."""
         self._transport.resume_reading()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """What the transport knows about its socket."""
+        """Return the transport's extra information *name*, such as `peername`."""
         return self._transport.get_extra_info(name, default)
 
 
 class Pace:
-    """Looks at one connection again and again, and says when its client is too slow.
+    """The pace of one connection, checked repeatedly, to find clients that are too slow.
 
-    Time counts only while something waits to be sent: a stream that says nothing for an hour is
-    not slow. What is large must be taken the faster, in *most_s* at the least rate.
+    Time counts only while bytes are unsent: a stream that sends nothing for an hour is not slow.
+    The more is unsent, the higher is the minimum rate: everything must be taken in *most_s*.
     """
 
     def __init__(self, *, min_bytes_per_s: float, most_s: float, window_s: float) -> None:
@@ -112,7 +113,7 @@ class Pace:
         self._moved: tuple[float, int] = (0.0, 0)
 
     def is_too_slow(self, now: float, *, taken_bytes: int, unsent_bytes: int) -> bool:
-        """Whether a whole window has gone by in which less than the minimum was taken."""
+        """Return whether less than the minimum was taken in a whole window."""
         if not unsent_bytes:
             self._window = None
             return False
@@ -130,5 +131,5 @@ class Pace:
         return taken_bytes - taken_before < least_bytes_per_s * (now - begun)
 
     def stalled_s(self, now: float) -> float:
-        """For how long nothing was taken of what waits."""
+        """Return for how many seconds nothing was taken of the unsent bytes."""
         return 0.0 if self._window is None else now - self._moved[0]

@@ -1,14 +1,14 @@
-"""One HTTP connection, with the limits that uvicorn's own lacks: how large a request's head may be,
-how long it may take to arrive, how many requests are read ahead of their answers, how long nothing
-may happen, and how slowly an answer may be taken.
+"""One HTTP connection, with limits that uvicorn's own protocol lacks.
 
-Without them a header of any size is gathered in memory (CVE-2025-48956), ten thousand pipelined
-requests are, and a socket that says nothing, or only line ends, is kept for ever. h11 would limit
-the head, but parses in Python, and small chunks are the next attack.
+They are on the size of a request's head, the time to receive it, the number of pipelined requests,
+the idle time, and the rate at which a response is taken. Without them a header of any size is
+buffered (CVE-2025-48956), as are ten thousand pipelined requests, and a socket that sends nothing,
+or only line ends, is never closed. h11 would limit the head, but parses in Python, and small chunks
+are the next attack.
 
 `Upgrade` is ignored, as RFC 9110 7.8 allows, and the request answered as any other. llhttp has no
-such mode: after the head it takes everything for another protocol. So a fresh parser goes on with
-the body, fed before with a small head of the same framing.
+such mode: after the head it takes all bytes for another protocol. So a new parser continues with
+the body, after a minimal head of the same framing.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from app.api.pieces import CONNECTION
 
 _MAX_UNPARSED_BYTES = 64 * 1024
 _MAX_AHEAD_BYTES = 64 * 1024
-"""Of requests that wait behind another one's answer."""
+"""Bytes parsed of requests that wait for an earlier response."""
 _TURN_BYTES = 64 * 1024
-"""Parsed in one go; then others have their turn."""
+"""Bytes parsed before yielding to the event loop."""
 _STALLED_S = 1.0
 
 
 class _ReadControl(FlowControl):
-    """Uvicorn's wishes about reading, left to the connection, which knows what waits unparsed.
+    """Uvicorn's flow control of reading, left to the connection, which has a buffer of its own.
 
-    It goes on reading while a request is answered, or nobody would learn that the client has gone.
+    The connection reads on while a request is answered, or a disconnect would not be noticed.
     """
 
     def __init__(self, transport: asyncio.Transport, on_resume: Callable[[], None]) -> None:
@@ -53,31 +53,33 @@ class _ReadControl(FlowControl):
         self._on_resume = on_resume
 
     def pause_reading(self) -> None:
-        """Nothing: what comes is left unparsed."""
+        """Do nothing: what is received stays unparsed."""
 
     def resume_reading(self) -> None:
-        """Somebody wants more."""
+        """Resume parsing."""
         self._on_resume()
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """Used from the event loop's thread only, one for each connection."""
+    """The HTTP/1.1 protocol of one connection; used from the event loop's thread only."""
 
     head_limit_s = 20.0
     """Seconds from the connection, or from a request's first byte, to the end of its head."""
     idle_limit_s = 5.0
-    """Seconds from an answer to the next request's first byte; line ends are none."""
+    """Seconds from a response to the next request's first byte; line ends do not count."""
     linger_s = 10.0
-    """Seconds that an upload may go on once it has been answered, or once the service ends; its
-    bytes are thrown away."""
+    """Seconds that an upload may go on after its response, or after the shutdown begins.
+
+    Its bytes are discarded.
+    """
     max_pipelined = 8
-    """Requests that are parsed and not answered."""
+    """Requests that are parsed and not answered, at most."""
     min_bytes_per_s = 16 * 1024
-    """An answer that is taken more slowly is cut off."""
+    """The least rate at which a response must be taken; a slower one is cut off."""
     max_taking_s = 120.0
-    """So is one that would take longer than this in all, if it is large."""
+    """The longest time in which a large response must be taken; a slower one is cut off."""
     pace_window_s = 30.0
-    """Seconds over which that is averaged, so that a short pause costs nothing."""
+    """Seconds over which the rate is averaged, so that a short pause is harmless."""
 
     def __init__(self, *arguments: Any, table: ConnectionTable, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -89,7 +91,7 @@ class GuardedProtocol(HttpToolsProtocol):
             window_s=self.pace_window_s,
         )
         self.waiting_bytes = 0
-        """Of an answer that is ready, what is not written yet."""
+        """Bytes of a response that are ready but not written yet."""
         self._intake = Intake()
         self._framing = Framing()
         self._is_in_head = False
@@ -107,23 +109,23 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def is_answering(self) -> bool:
-        """Whether a request has no whole answer yet."""
+        """Whether a request's response is not complete."""
         return self._answering is not None
 
     @property
     def unsent_bytes(self) -> int:
-        """Of answers that are ready, what the client has not taken."""
+        """Bytes of responses that are ready but not taken by the client."""
         return self.waiting_bytes + (self._metered.unsent_bytes if self._metered else 0)
 
     @property
     def taken_bytes(self) -> int:
-        """All that the client has taken so far."""
+        """Bytes that the client has taken so far."""
         return self._metered.taken_bytes if self._metered else 0
 
-    # What the transport tells.
+    # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request, unless there is no place."""
+        """Begin to wait for a request, or answer 503 if there are too many connections."""
         peer = transport.get_extra_info("peername")
         if not self._table.admit(self, str(peer[0]) if peer else ""):
             self.transport = transport
@@ -136,7 +138,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._close_in(self.head_limit_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget everything, and tell the app."""
+        """Release everything, and tell the app."""
         self._table.leave(self)
         self._stop_limit()
         if self._parsing is not None:
@@ -145,43 +147,45 @@ class GuardedProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         self._let_go()
         if self.scope:
-            self.scope.pop("extensions", None)  # no circle is left
+            self.scope.pop("extensions", None)  # breaks a reference cycle
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse *data*, as far as there is room for what it holds."""
+        """Buffer *data*, and parse as much as there is room for."""
         if not self._is_over:
             self._intake.add(data)
             self._parse()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Go on with an answer that is being written: its client may still read. One that waits
-        for its answer has gone."""
+        """Continue a response that is being written: its client may still read.
+
+        A client that waits for its response has disconnected.
+        """
         if self._answering is None or not self.waiting_bytes:
             return None
         self._answering.keep_alive = False
         return True
 
     def abort(self) -> None:
-        """Close now; what is unsent is lost."""
+        """Close now; unsent bytes are lost."""
         self.transport.abort()
 
-    # What an answer tells.
+    # Calls by a response.
 
     def hold(self, client: str, pictures: list[bytes]) -> Holding:
-        """Count the *pictures* that are kept for *client* while they are taken here."""
+        """Count the *pictures* that are held for *client* while they are sent."""
         return self._table.answers.hold(client, self, pictures)
 
     def release_body(self, holding: Holding, picture: bytes) -> None:
-        """*picture* is written."""
+        """Count *picture* as written and released."""
         self._table.answers.release_body(holding, picture)
 
     def end_holding(self, holding: Holding) -> None:
-        """The answer has ended."""
+        """Count the response as ended."""
         self._table.answers.end(holding)
 
     def look(self, now: float) -> None:
-        """Cut the connection off if its client is too slow; else say what it is doing."""
+        """Cut the connection off if its client is too slow; else update its phase."""
         unsent_bytes = self.unsent_bytes
         if self._pace.is_too_slow(now, taken_bytes=self.taken_bytes, unsent_bytes=unsent_bytes):
             self._table.cut(self)
@@ -191,7 +195,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._settle_phase()
 
     def shutdown(self) -> None:
-        """The service ends: what is being answered is answered to its end, nothing else."""
+        """Begin the shutdown: finish the current response, and answer nothing else."""
         if self._is_lingering:
             return
         if self._answering is None:
@@ -203,14 +207,14 @@ class GuardedProtocol(HttpToolsProtocol):
             self._intake.clear()
             self.pipeline.clear()
             self.cycle = self._answering
-        else:  # it is still coming
+        else:  # its body is still being received
             self._stop_limit()
             self._limit = self.loop.call_later(self.linger_s, self.abort)
 
-    # What the parser tells.
+    # Callbacks of the parser.
 
     def on_message_begin(self) -> None:
-        """A request's first byte has come."""
+        """Begin a request, at its first byte."""
         if self._is_replaying:
             return
         super().on_message_begin()
@@ -223,7 +227,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._settle_phase()
 
     def on_url(self, url: bytes) -> None:
-        """Count a part of the address."""
+        """Count a part of the request target."""
         if self._is_replaying:
             return
         self._count(len(url))
@@ -240,7 +244,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is whole: the app answers, and its own limits hold for the body."""
+        """Start the app; the app's own limits apply to the body."""
         if self._is_replaying:
             return
         self._framing.end_head(self.parser.get_http_version())
@@ -252,16 +256,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self._settle_phase()
 
     def on_body(self, body: bytes) -> None:
-        """Pass a part of the body on."""
+        """Pass a part of the body to the app."""
         self._fed_bytes = 0
         if self._framing.left_bytes:
             self._framing.left_bytes -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The body is whole too."""
+        """End the request."""
         if self.parser.should_upgrade():
-            return  # llhttp takes the body for another protocol; it is still to come
+            return  # llhttp takes the body for another protocol; it is still to be received
         super().on_message_complete()
         self._framing.end()
         self._fed_bytes = 0
@@ -271,17 +275,17 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._answering is None:
             self._wait_for_more()
 
-    # What the app's side tells.
+    # Callbacks of the app's side.
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        """An answer is written; the next request's turn, or the client's."""
+        """Continue with the next pipelined request, or wait for the client."""
         self._answering = None
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # any byte would stop uvicorn's own limit
+        self._unset_keepalive_if_required()  # any byte would stop uvicorn's own timer
         if not self.pipeline:
             self._ahead_bytes = 0
         if self._answering is not None or self.transport.is_closing():
@@ -340,7 +344,7 @@ class GuardedProtocol(HttpToolsProtocol):
             cause = error.__context__
             self._refuse(cause if isinstance(cause, Unreadable) else Unreadable())
         else:
-            # A header, a trailer or a chunk's extension that does not end.
+            # A header, a trailer or a chunk extension without an end.
             if self._fed_bytes > MAX_HEAD_BYTES:
                 self._refuse(head_too_large())
 
@@ -355,11 +359,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self.on_message_complete()
 
     def _refuse(self, why: Unreadable) -> None:
-        """Say what cannot be read, in its turn, and close; what came before it is answered."""
+        """Answer earlier requests, then answer with the error *why* and close."""
         self._is_over = True
         self._intake.clear()
         if not self._framing.is_between and not self._is_in_head:
-            # It is in the newest request's body.
+            # The error is in the newest request's body.
             if not self.pipeline:
                 if self._answering is not None and not self.cycle.response_started:
                     self.transport.write(why.answer())
@@ -378,7 +382,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._head_bytes > MAX_HEAD_BYTES or self._head_lines > MAX_HEADER_LINES:
             raise head_too_large()
 
-    # Time.
+    # Time limits.
 
     def _settle_phase(self) -> None:
         if self._answering is not None or self.unsent_bytes:
@@ -390,7 +394,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._table.move(self, phase)
 
     def _wait_for_more(self) -> None:
-        """Nothing is to be answered: give the client its time for what comes next."""
+        """Set the time limit for what the client sends next; no response is pending."""
         if self._framing.is_between:
             self._close_in(self.idle_limit_s)
         elif not self._is_in_head:
@@ -422,8 +426,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._metered.finish()
 
     def _let_go(self) -> None:
-        """Tell the app that nobody waits for its answer; uvicorn tells the newest request only,
-        which may wait behind this one.
+        """Tell the app that the client of the current request has disconnected.
+
+        Uvicorn tells the newest request only, which may wait behind this one.
         """
         if self._answering is not None:
             self._answering.disconnected = True

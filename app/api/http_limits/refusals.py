@@ -1,6 +1,7 @@
-"""Answers that are written by hand, because what they refuse never reaches the app: a head that
-cannot be read, a body without a clear end, a connection too many. OpenAI's error object, as
-everywhere.
+"""Error responses written as bytes, because what they refuse never reaches the app.
+
+They refuse a malformed head, a body of unknown length and a connection beyond the limit, with
+OpenAI's error object as everywhere.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ _RETRY_S = 5
 
 
 class Unreadable(Exception):
-    """Raised through the parser by its callbacks; *status* and the text are what the client
-    reads.
+    """A request that cannot be parsed; *status* and *text* are for the client.
+
+    The parser's callbacks raise it through the parser.
     """
 
     def __init__(
@@ -30,12 +32,12 @@ class Unreadable(Exception):
         self.status = status
 
     def answer(self) -> bytes:
-        """The whole answer; the connection is closed behind it."""
+        """Return the whole response; the connection is closed after it."""
         return _answer(self.status, InvalidRequest(str(self)))
 
 
 def head_too_large() -> Unreadable:
-    """431: more bytes or lines than any client of ours needs."""
+    """Make the error for a head beyond `MAX_HEAD_BYTES` or `MAX_HEADER_LINES`: 431."""
     return Unreadable(
         f"The request's head has more than {MAX_HEAD_BYTES:,} bytes or {MAX_HEADER_LINES} lines; "
         "send fewer or shorter headers and a shorter address.",
@@ -44,7 +46,7 @@ def head_too_large() -> Unreadable:
 
 
 def too_many_connections() -> bytes:
-    """503 for a connection that finds no place."""
+    """Return the response to a connection beyond the limit: 503 with Retry-After."""
     error = Unavailable(
         "Too many connections are open; close those that you do not use and try again in "
         f"{_RETRY_S} seconds.",

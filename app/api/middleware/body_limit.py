@@ -118,7 +118,7 @@ class BodyLimit:
 
 
 def is_large(scope: Scope) -> bool:
-    """Whether the body may exceed `SMALL_BYTES`: by its Content-Length, or because it is chunked."""
+    """Whether the body may exceed `SMALL_BYTES`, by Content-Length or because it is chunked."""
     is_chunked = "transfer-encoding" in Headers(scope=scope)
     return is_chunked or _content_length(scope) > SMALL_BYTES
 
