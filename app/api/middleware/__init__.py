@@ -1,1 +1,1 @@
-"""ASGI middleware that every request passes; knows no dialect and no body's content."""
+"""ASGI middleware that every request passes; knows no route's fields."""

@@ -60,6 +60,7 @@ def host_of(scope: Scope) -> tuple[str, int | None] | None:
 
 
 def plain_name(name: str) -> str:
+    """Return *name* without an IPv6 address's brackets and a final dot."""
     return name.strip("[]").rstrip(".")
 
 

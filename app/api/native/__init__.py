@@ -1,1 +1,1 @@
-"""The dialect of `POST /generate`: request, response, route; knows no queue and no worker."""
+"""The native API, `POST /generate`: request, response, route; knows no queue and no worker."""

@@ -1,4 +1,4 @@
-"""`POST /generate`, in: its fields and what a valid request asks for."""
+"""The request of `POST /generate`: its fields and its validation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from app.limits import SizeRule
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a valid request asks for."""
+    """A valid request."""
 
     prompt: str
     size: tuple[int, int] | None
-    """None where it follows from the model or from the first picture."""
+    """(width, height) in pixels; None takes the model's default or the first image's size."""
     steps: int
     guidance_scale: float
     seed: int | None
@@ -36,7 +36,7 @@ class GenerateRequest:
     def spec(
         self, model: ModelSpec, random_seed: Callable[[], int], edit: Edit | None = None
     ) -> ImageSpec:
-        """Write the spec of the one picture."""
+        """Make the spec of the one image."""
         width, height = self.size or (model.default_width, model.default_height)
         if edit is not None:
             width, height = edit.size
@@ -53,7 +53,7 @@ class GenerateRequest:
 
 
 def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
-    """List the fields for the model of *card*."""
+    """Make the table of fields for *model*."""
     rule = SizeRule.of(model, config.max_pixels)
     return FieldTable(
         (
@@ -91,7 +91,11 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
 
 
 def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> GenerateRequest:
-    """Apply the rules that a table cannot state to its typed *values*; raises `InvalidRequest`."""
+    """Apply the rules that a table cannot state to its typed *values*.
+
+    Raises:
+        InvalidRequest: a value breaks a rule.
+    """
     images = _read_images(values, min(config.max_references, model.max_references))
     mask = values.get("mask")
     if mask is not None and not images:
@@ -149,7 +153,7 @@ def _read_size(
 
 
 def name_sides(error: InvalidRequest) -> InvalidRequest:
-    """Give a fault of the size to `width`: this route has no `size`."""
+    """Change an error's `param` from `size` to `width`: this route has no `size`."""
     if error.param != "size":
         return error
     return InvalidRequest(error.message, param="width", code=error.code or "invalid_value")

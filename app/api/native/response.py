@@ -1,4 +1,4 @@
-"""`POST /generate`, out: headers beside the picture's bytes."""
+"""The response of `POST /generate`: the headers that come with the image's bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from app.service.results import Picture
 
 
 def response_headers(picture: Picture, request_id: str) -> dict[str, str]:
-    """Say beside the bytes what was made and where the time went."""
+    """Return the headers that describe the image and its timing."""
     found = {
         "X-Request-Id": request_id,
         "X-Klein-Seed": str(picture.seed),
@@ -22,7 +22,7 @@ def response_headers(picture: Picture, request_id: str) -> dict[str, str]:
 
 
 def server_timing(picture: Picture) -> str:
-    """Write the stages in milliseconds, as browsers show them."""
+    """Format the stages' durations in milliseconds as Server-Timing, which browsers show."""
     return ", ".join(
         f"{stage};dur={seconds * 1000:.3f}"
         for stage, seconds in picture.seconds.items()

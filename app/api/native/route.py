@@ -1,4 +1,4 @@
-"""`POST /generate`: one picture, its bytes as the answer, everything else in headers."""
+"""`POST /generate`: one image, its bytes as the response, everything else in headers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from app.service.service import ImageService
 
 
 def build_router(config: ApiConfig) -> APIRouter:
-    """Make the route with its limits."""
+    """Make the router with the limits of *config*."""
     router = APIRouter(tags=["native"])
 
     @router.post("/generate", summary="Make one picture, answered as its bytes")
@@ -55,7 +55,7 @@ def build_router(config: ApiConfig) -> APIRouter:
 async def _read(
     request: Request, service: ImageService, admission: Admission, config: ApiConfig
 ) -> tuple[ImageSpec, OutputFormat]:
-    """Read and decode; what was uploaded is let go of before the picture waits."""
+    """Read and decode the body; uploads are released before the image is queued."""
     model = service.model
     fields = table(model, config)
     wish = read(fields.read(await read_json(request, has_pictures=True)), model, config)

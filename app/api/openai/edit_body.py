@@ -1,7 +1,7 @@
-"""What an edit sends, as a form or as JSON: the same fields, and the pictures wherever they are.
+"""The body of an edit, as a form or as JSON: the same fields, and its images.
 
-`image`, `image[]`, `image[0]` and repetitions of them are one list in order of arrival, since every
-client has its own habit. File names and declared types are never looked at.
+`image`, `image[]`, `image[0]` and repetitions of them are one list in order of arrival, since
+clients differ. File names and declared types are never looked at.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MASK = re.compile(r"mask(\[[0-9]*\])?")
 
 @dataclass(frozen=True, slots=True)
 class EditBody:
-    """The typed fields, the pictures and the mask of one request."""
+    """The typed fields, the uploaded images and the mask of one request."""
 
     values: Mapping[str, Any]
     images: tuple[Upload, ...]
@@ -42,7 +42,7 @@ async def read_form(request: Request, table: FieldTable, max_images: int) -> Edi
     masks: list[Upload] = []
     parts = deque(await read_parts(request))
     while parts:
-        part = parts.popleft()  # none is kept both as it came and as it was read
+        part = parts.popleft()  # no part is held both raw and read
         if _IMAGE.fullmatch(part.name):
             images += _read_file(part, "image")
         elif _MASK.fullmatch(part.name):
@@ -64,7 +64,7 @@ async def read_form(request: Request, table: FieldTable, max_images: int) -> Edi
 
 
 async def read_object(request: Request, table: FieldTable, max_images: int) -> EditBody:
-    """Read OpenAI's JSON form, in which pictures are data URLs."""
+    """Read OpenAI's JSON body, in which images are data URLs."""
     values = table.read(await read_json(request, has_pictures=True))
     sent = values.pop("images", [])
     mask = values.pop("mask", None)
@@ -74,7 +74,7 @@ async def read_object(request: Request, table: FieldTable, max_images: int) -> E
 
 
 def _has_file(part: Part) -> bool:
-    """Whether it is a file; an input that nobody filled is as absent as an empty text."""
+    """Whether it is a file; an empty file input is as absent as an empty text."""
     return part.is_file and bool(part.content or part.has_file_name)
 
 

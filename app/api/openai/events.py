@@ -1,8 +1,8 @@
-"""OpenAI's images API, out, as a stream: previews, the picture, or one error; nothing else.
+"""The streamed response of OpenAI's images API: previews, the image, or one error.
 
-Two kinds of request differ in the word that starts each type. An error comes as the one form that
-the SDK raises: an object under `error`. What OpenAI has no event for is written as comments, which
-every client skips and our own page reads: `: queued 3`, `: denoise 2/4`, `: timing text;dur=21.5,
+Generations and edits differ in the prefix of each event's type. An error is sent in the one form
+that the SDK raises: an object under `error`. What OpenAI has no event for is sent as comments,
+which every client skips and the playground reads: `: queued 3`, `: denoise 2/4`, `: timing text;dur=21.5,
 ...` in the form of Server-Timing, `: peak 9876543210` in bytes.
 """
 
@@ -51,7 +51,7 @@ class EventWriter:
     async def messages(
         self, ticket: Ticket, context: RequestContext
     ) -> AsyncGenerator[bytes | Body, None]:
-        """Follow *ticket* to its end; an error is told to the client and noted in *exchange*."""
+        """Yield the events of *ticket* to its end; an error is sent, and kept in *context*."""
         try:
             async with aclosing(ticket.events()) as events:
                 async for event in events:
@@ -85,7 +85,7 @@ class EventWriter:
     def _write(self, what: str, data: bytes, rest: dict[str, Any]) -> Body:
         name = f"{self._verb}.{what}"
         fields = {"created_at": int(time.time()), **self._common, **rest}
-        # As in the plain answer, base64 meets no JSON encoder.
+        # As in the plain response, base64 passes no JSON encoder.
         head = f'event: {name}\ndata: {{"type": "{name}", "b64_json": "'.encode()
         tail = json.dumps(fields).encode()[1:]
         return Body(head, Data(data, is_base64=True), b'", ' + tail + b"\n\n")

@@ -1,7 +1,7 @@
-"""The fields of OpenAI's images API as one table, and which values of them are refused here.
+"""The fields of OpenAI's images API as one table, and the values of them that are refused here.
 
-Ignored is only what cannot change the picture: quality, style, moderation, user,
-safety_identifier, complexity, input_fidelity. Such a field is still checked.
+Only fields that cannot change the image are ignored: quality, style, moderation, user,
+safety_identifier, complexity, input_fidelity. They are still validated.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from app.limits import SizeRule
 MAX_IMAGES = 10
 MAX_PARTIALS = 3
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
-"""How the names begin that clients hard-code; any of them means the served model."""
+"""Prefixes of model names that clients hard-code; such a name means the served model."""
 
 _STILL = "only still pictures are made, as png, jpeg or webp"
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 
 def table(model: ModelSpec, config: ApiConfig, *, is_edit: bool) -> FieldTable:
-    """List the fields of generations or edits for the model of *card*."""
+    """Make the table of fields of generations or edits for *model*."""
     fields = _common(model, config) + (_edit_only(config) if is_edit else _generation_only())
     hints = {"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS
     return FieldTable(fields, is_strict=config.is_strict, hints=hints)

@@ -1,4 +1,4 @@
-"""`GET /v1/images/files/{name}`: the pictures behind the links that `response_format=url` gives."""
+"""`GET /v1/images/files/{name}`: the images whose URLs `response_format=url` returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATH = "/v1/images/files/"
 
 
 def build_router(links: ImageStore) -> APIRouter:
-    """Make the route to what *links* holds."""
+    """Make the router that serves the image store *links*."""
     router = APIRouter(tags=["openai"])
 
     @router.get(PATH + "{name}", summary="Fetch a picture behind a link", response_class=Response)

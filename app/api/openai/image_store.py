@@ -1,12 +1,10 @@
-"""Pictures behind links, for clients that read only `url`: in memory, bounded, and gone after a
-while.
+"""The image store for clients that read only `url`: in memory, bounded, with expiry.
 
-A name is 128 random bits, so knowing it is the right to read it. Only the event loop touches the
-store, and nothing of it is ever written to a disk.
+A name is 128 random bits, so knowing it is the permission to read. The store is used from the event
+loop's thread only, and never written to a disk.
 
-No client's pictures drive out everybody else's: while others have links, one client has at most
-three quarters of the store, and where there is no room, whoever has more than an equal part makes
-it from his own.
+No client evicts all images of the others: while others have images, one client has at most three
+quarters of the store, and when it is full, a client with more than an equal share evicts its own.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ MAX_COUNT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """One picture that can be fetched until *expires_at*."""
+    """One encoded image that can be fetched until *expires_at*."""
 
     data: bytes = field(repr=False)
     media_type: str
@@ -36,15 +34,16 @@ class StoredImage:
 
 @dataclass(slots=True)
 class _Share:
-    """What one client has in the store, oldest first."""
+    """The images of one client in the store, oldest first."""
 
     names: OrderedDict[str, None] = field(default_factory=OrderedDict)
     bytes: int = 0
 
 
 class ImageStore:
-    """Keeps the newest pictures, each client's within its share; the oldest go first, whether for
-    age, for bytes or for number.
+    """A bounded store of encoded images, each client's within its share.
+
+    The oldest are evicted first, by age, by bytes and by number.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class ImageStore:
         return f"<LinkStore: {len(self._links)} links, {self._bytes} bytes>"
 
     def put(self, data: bytes, *, format: str, media_type: str, client: str) -> str:
-        """Keep a picture of *client*'s and return its name."""
+        """Store an encoded image of *client* and return its name."""
         self._forget_old()
         name = f"{secrets.token_hex(16)}.{format}"
         self._links[name] = StoredImage(data, media_type, self._clock() + self.lifetime_s, client)
@@ -79,7 +78,7 @@ class ImageStore:
         return name
 
     def get(self, name: str) -> StoredImage | None:
-        """Find a picture that is still there."""
+        """Return an image that is still stored, or None."""
         self._forget_old()
         return self._links.get(name)
 
@@ -89,8 +88,8 @@ class ImageStore:
             self._drop(next(iter(self._links)))
 
     def _make_room(self, client: str) -> None:
-        """Let go of links until all limits hold after *client* has put one."""
-        # Whoever was alone had the whole store; now there is somebody else.
+        """Evict images until all limits hold after *client* has stored one."""
+        # A client alone had the whole store; now there is another one.
         for holder in tuple(self._shares) if len(self._shares) == 2 else (client,):
             while len(self._shares) > 1 and self._has_too_much(holder):
                 self._drop_oldest_of(holder)
@@ -107,9 +106,9 @@ class ImageStore:
         )
 
     def _drop_from_the_largest(self, client: str) -> None:
-        """Let *client* make room from its own where it has more than an equal part, but not from
-        what it has just put; else whoever has most: looked for once, and kept in order from then
-        on.
+        """Evict from *client* where it has more than an equal share, else from the largest client.
+
+        The image just stored is never evicted. The largest is found with one heap.
         """
         largest = [(-self._part(name), name) for name in self._shares if name != client]
         heapq.heapify(largest)
@@ -129,7 +128,7 @@ class ImageStore:
         return not is_one and self._part(client) > 1 / len(self._shares)
 
     def _part(self, client: str) -> float:
-        """Which part of the store *client* has, by bytes or by number, whichever is more."""
+        """Return the fraction of the store that *client* has, by bytes or number, the larger."""
         share = self._shares.get(client)
         if share is None:
             return 0.0

@@ -1,8 +1,7 @@
-"""OpenAI's images API, in: every field honoured, mapped, ignored from a closed list, or refused.
+"""The request of OpenAI's images API: each field is honoured, mapped, ignored or refused.
 
-The table of the contract, field by field. Ignored is only what cannot change the picture: quality,
-style, moderation, user, safety_identifier, complexity, input_fidelity. Nothing is clamped and
-nothing is dropped.
+Only fields that cannot change the image are ignored: quality, style, moderation, user,
+safety_identifier, complexity, input_fidelity. Nothing is clamped and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _STREAM_ECHOED = _ECHOED | {"auto"}
 
 @dataclass(frozen=True, slots=True)
 class ImagesRequest:
-    """What a valid request asks for; *size* is None for `auto`, *seed* None for a random one."""
+    """A valid request; *size* is None for `auto`, *seed* None for a random one."""
 
     prompt: str
     n: int
@@ -48,7 +47,7 @@ class ImagesRequest:
         references: Sequence[RawImage] = (),
         mask: Mask | None = None,
     ) -> list[ImageSpec]:
-        """Write one spec per image; image i has seed+i."""
+        """Make one spec per image; image i has seed+i."""
         return [
             ImageSpec(
                 prompt=self.prompt,
@@ -65,24 +64,26 @@ class ImagesRequest:
         ]
 
     def draw_seed(self, random_seed: Callable[[], int]) -> int:
-        """Take the seed asked for, or a random one that leaves room for seed+n-1."""
+        """Return the requested seed, or a random one with seed+n-1 still in range."""
         return min(random_seed(), MAX_SEED - self.n + 1) if self.seed is None else self.seed
 
     @property
     def echoed_quality(self) -> str | None:
-        """The quality as a plain answer may repeat it: openai-python's strict mode knows only
-        these.
-        """
+        """The quality for a plain response; None if openai-python's strict mode rejects it."""
         return self.quality if self.quality in _ECHOED else None
 
     @property
     def streamed_quality(self) -> str:
-        """The quality as an event must repeat it."""
+        """The quality for an event, which must have one."""
         return self.quality if self.quality in _STREAM_ECHOED else "auto"
 
 
 def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> ImagesRequest:
-    """Apply the rules that a table cannot state to its typed *values*; raises `InvalidRequest`."""
+    """Apply the rules that a table cannot state to its typed *values*.
+
+    Raises:
+        InvalidRequest: a value breaks a rule.
+    """
     check_model(values.get("model", ""), model, config)
     n = values.get("n", 1)
     stream = values.get("stream", False)
@@ -104,7 +105,7 @@ def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> Imag
 
 
 def read_prompt(values: Mapping[str, Any]) -> str:
-    """Take the prompt, which must say something."""
+    """Read the prompt, which must not be blank."""
     if "prompt" not in values:
         raise InvalidRequest(
             "prompt is missing; say what the picture should show.",
@@ -117,7 +118,7 @@ def read_prompt(values: Mapping[str, Any]) -> str:
 
 
 def read_output(values: Mapping[str, Any]) -> OutputFormat:
-    """Take format and compression; PNG has no quality to give up."""
+    """Read format and compression; PNG is lossless, and takes only compression 100."""
     name = FORMATS[values.get("output_format", "png")]
     compression = values.get("output_compression", 100)
     if name == "png" and compression != 100:
@@ -130,8 +131,9 @@ def read_output(values: Mapping[str, Any]) -> OutputFormat:
 
 
 def check_model(name: str, model: ModelSpec, config: ApiConfig) -> None:
-    """Refuse a name that does not mean the served model; with 400, since Nextcloud takes 404 for no
-    API.
+    """Refuse a name that does not mean the served model.
+
+    The status is 400, since Nextcloud takes 404 for a missing API.
     """
     if not is_model(name, model, config):
         raise InvalidRequest(
@@ -142,7 +144,7 @@ def check_model(name: str, model: ModelSpec, config: ApiConfig) -> None:
 
 
 def is_model(name: str, model: ModelSpec, config: ApiConfig) -> bool:
-    """Tell whether *name* means the served model: its id, its hub id, an alias, or nothing."""
+    """Return whether *name* means the served model: its id, its hub id, an alias, or empty."""
     hub_id = (model.hub_id or model.id).lower()
     is_alias = config.has_aliases and name.startswith(ALIASES)
     return name in {"", model.id} or name.lower() == hub_id or is_alias
@@ -157,7 +159,7 @@ def _wants_links(values: Mapping[str, Any], config: ApiConfig, *, stream: bool) 
             code="unsupported_value",
         )
     if asked is None:
-        # What OpenAI did for DALL-E; LangChain's wrapper asks for nothing and reads only `url`.
+        # OpenAI's default for DALL-E; LangChain's wrapper sets no format and reads only `url`.
         return config.has_links and not stream and values.get("model", "").startswith("dall-e-")
     return bool(asked == "url")
 

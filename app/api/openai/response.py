@@ -1,8 +1,7 @@
-"""OpenAI's images API, out: the answer of a plain request, made so that the SDK's strict mode
-accepts it.
+"""The plain response of OpenAI's images API, in a form that the SDK's strict mode accepts.
 
-A key without a value is left out, `usage` is whole, and base64 never meets a JSON encoder: ten
-large pictures would hold up the event loop there, so it is made while the answer is sent.
+A key without a value is left out, `usage` is complete, and base64 never passes a JSON encoder: ten
+large images would block the event loop there, so it is encoded while the response is sent.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def answer(
     references: Sequence[RawImage] = (),
     links: Sequence[str] | None = None,
 ) -> Body:
-    """Write the answer; each picture as base64, or as the link that *links* has for it."""
+    """Make the body; each image as base64, or as its URL in *links*."""
     first = pictures[0]
     head: dict[str, Any] = {
         "created": created,
@@ -52,7 +51,7 @@ def answer(
 def usage(
     pictures: Sequence[Picture], references: Iterable[RawImage] = (), *, is_whole: bool = False
 ) -> dict[str, Any]:
-    """Count tokens: the prompt's, and one per 16x16 pixels of what went in and came out."""
+    """Count tokens: the prompt's, and one per 16x16 pixels of input and output images."""
     text = pictures[0].prompt_tokens
     seen = sum(image.width * image.height // _TOKEN_PIXELS for image in references)
     made = sum(picture.width * picture.height // _TOKEN_PIXELS for picture in pictures)
@@ -68,7 +67,7 @@ def usage(
 
 
 def all_warnings(pictures: Iterable[Picture]) -> list[str]:
-    """Collect what the pictures warn of, each sentence once."""
+    """Collect the images' warnings, each sentence once."""
     return list(dict.fromkeys(warning for picture in pictures for warning in picture.warnings))
 
 

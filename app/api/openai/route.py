@@ -1,4 +1,4 @@
-"""OpenAI's images API: `/v1/images/generations` and, the same, `/v1/images`; `/v1/images/edits`."""
+"""OpenAI's images API: `/v1/images/generations`, its alias `/v1/images`, `/v1/images/edits`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FORM, _JSON = "multipart/form-data", "application/json"
 
 
 def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
-    """Make the routes with their limits and habits; pictures behind links go to *links*."""
+    """Make the router; images that are returned by URL go to the image store *links*."""
     router = APIRouter(tags=["openai"])
 
     @router.post("/v1/images", summary="The same as /v1/images/generations")
@@ -88,7 +88,7 @@ async def _read_edit(
     admission: Admission,
     config: ApiConfig,
 ) -> tuple[ImagesRequest, list[ImageSpec]]:
-    """Read and decode; what was uploaded is let go of before the pictures wait."""
+    """Read and decode the body; uploads are released before the images are queued."""
     model = service.model
     fields = openai_fields.table(model, config, is_edit=True)
     body = await read(request, fields, min(config.max_references, model.max_references))
@@ -105,7 +105,7 @@ async def _read_edit(
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """How one accepted request is answered: as JSON when all is done, or as events meanwhile."""
+    """The response to one accepted request: JSON at the end, or a stream of events."""
 
     request: Request
     service: ImageService
@@ -115,7 +115,7 @@ class _Answer:
     specs: Sequence[ImageSpec]
 
     async def make(self, ticket: Ticket) -> Response:
-        """Wait for the pictures, or start the stream that will."""
+        """Wait for the images, or start the stream that does."""
         if self.asked.wants_stream:
             return self._stream(ticket)
         pictures = await await_images(ticket, self.request.receive)

@@ -1,1 +1,1 @@
-"""Validation that both dialects share: fields, bodies, uploads; knows neither dialect."""
+"""Validation that both APIs share: fields, bodies, uploads; knows neither API."""

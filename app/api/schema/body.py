@@ -1,4 +1,4 @@
-"""From bytes on the wire to values: JSON bodies, and the content types that routes accept."""
+"""Reading of JSON bodies, and the content types that routes accept."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fastapi import Request
 from app.api.schema.json_scanner import MAX_PLAIN, Scanner, too_large
 from app.errors import InvalidRequest, Kind, KleinError
 
-_PIECE_BYTES = 16_384  # of which the worst that a reader may find takes a few milliseconds
+_PIECE_BYTES = 16_384  # the worst input of this size takes a reader a few milliseconds
 _TURN_S = 0.002
 
 
 def content_type(request: Request) -> str:
-    """Name the media type of the body, without parameters."""
+    """Return the media type of the body in lower case, without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def require_json(request: Request) -> None:
-    """Refuse any body but JSON; a web page cannot send that type to us unasked, a form it could."""
+    """Refuse any body but JSON: a web page needs a CORS preflight for it, but not for a form."""
     if content_type(request) != "application/json":
         raise unsupported_media("application/json")
 
 
 def unsupported_media(*accepted: str) -> KleinError:
-    """Say which types would do; `curl -d` alone sends a form, so the message says what to add."""
+    """Make the error that names the types; `curl -d` sends a form, so it says what to add."""
     return KleinError(
         f"The body must be {' or '.join(accepted)}; with curl add "
         "-H 'content-type: application/json'.",
@@ -40,7 +40,7 @@ def unsupported_media(*accepted: str) -> KleinError:
 async def read_json(request: Request, *, has_pictures: bool = False) -> dict[str, Any]:
     """Read the body as one JSON object.
 
-    Only where it *has_pictures* may it be large; each long string comes as `LongText`.
+    Only a body that *has_pictures* may be large; each long string is returned as `LongText`.
     """
     scanner = Scanner()
     received_bytes = 0
@@ -57,10 +57,10 @@ async def read_json(request: Request, *, has_pictures: bool = False) -> dict[str
 
 
 async def pieces(request: Request) -> AsyncGenerator[memoryview, None]:
-    """Give the body in small pieces, and way to others whenever their reader has taken long."""
+    """Yield the body in small pieces, and yield to the event loop if their reader takes long."""
     clock = time.perf_counter
     since = clock()
-    # `request.body()` would keep the bytes for as long as the request waits for its pictures.
+    # `request.body()` would keep the bytes for as long as the request waits for its images.
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
             view = memoryview(chunk)

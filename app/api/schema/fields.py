@@ -1,6 +1,4 @@
-"""The fields that `/generate` and OpenAI's routes have in common, so that they cannot drift
-apart.
-"""
+"""The fields that `/generate` and OpenAI's routes share, so that they cannot diverge."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ PROMPT = Field(
 
 
 def sampling_fields(model: ModelSpec) -> tuple[Field, ...]:
-    """List the fields about sampling and encoding that all routes share."""
+    """Return the fields for sampling and encoding that all routes share."""
     return (
         Field(
             "num_inference_steps",

@@ -1,13 +1,13 @@
-"""A JSON text read as it arrives, so that none can hold up the event loop or fill the memory.
+"""An incremental JSON reader that can neither block the event loop nor fill the memory.
 
-`json.loads` holds the interpreter for as long as it runs, also in a thread: a body of 60 MB takes
-seconds, and one of empty objects twenty times its size. What makes a body large here is pictures
-in base64, and those need no parsing. So the text is searched for quotes piece by piece, each long
+`json.loads` holds the GIL for as long as it runs, also in a thread: a body of 60 MB takes seconds,
+and one of empty objects twenty times its size in memory. Bodies are large because of images in
+base64, and those need no parsing. So the text is searched for quotes piece by piece, each long
 string is cut out and kept as bytes, and only what is left, which is small and bounded in its number
 of values, goes to `json.loads`. There each string that was cut out is a placeholder, which carries
 a random number since a caller could write any fixed one.
 
-A long string is still checked as JSON checks it: UTF-8, escapes, no control characters.
+A long string is still validated as JSON: UTF-8, escapes, no control characters.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 from app.errors import InvalidRequest, Kind, KleinError
 
 MAX_PLAIN = 2_000_000
-"""Characters of a JSON body beside the long strings in it; bytes of one that has no pictures."""
+"""Characters of a JSON body besides its long strings; bytes of one that has no images."""
 MAX_VALUES = 10_000
-"""Strings, openings and commas of a JSON body."""
+"""Strings, opening brackets and commas of a JSON body."""
 LONG = 65_536
-"""Characters, as they are written, from which a string is cut out."""
+"""Characters, escapes unparsed, above which a string is cut out."""
 
 _STRING = re.compile(r'(?:[^"\\]++|\\(?:u[0-9a-fA-F]{4}|[^u]))*+', re.DOTALL)
 _CONTROL = re.compile("[\0-\x1f]")
@@ -36,25 +36,25 @@ _NAME_BYTES = 400
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LongText:
-    """A long string of a body: its UTF-8, and how many characters that is."""
+    """A long string of a body: its UTF-8 bytes, and its length in characters."""
 
     content: bytearray = field(repr=False)
     length: int
 
     def text(self) -> str:
-        """Make it a string; half pairs that stood in two pieces of the body become whole."""
+        """Decode it; surrogate pairs that were split between pieces of the body are joined."""
         text = self.content.decode("utf-8", "surrogatepass")
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
     def start(self) -> str:
-        """Give its first hundred characters or so."""
+        """Return its first characters, at least a hundred."""
         return bytes(self.content[:_NAME_BYTES]).decode("utf-8", "ignore")
 
 
 class Scanner:
-    """Takes one body in pieces. Its work is proportional to a piece's bytes, whatever they are.
+    """The reader of one body, in time linear in its bytes, whatever they are.
 
-    Every method raises `InvalidRequest` or `KleinError` for what is no JSON, or too much of it.
+    Every method raises `InvalidRequest` or `KleinError` for invalid JSON, or too much of it.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Scanner:
         self._longs: list[LongText] = []
 
     def feed(self, piece: bytes | memoryview) -> None:
-        """Take the next bytes."""
+        """Read the next bytes."""
         text = self._tail + self._decode(piece)
         self._tail = ""
         at = 0
@@ -95,7 +95,7 @@ class Scanner:
             raise _invalid() from None
 
     def _read_plain(self, text: str, at: int) -> int:
-        """Take what stands before the next string, its quote included."""
+        """Read up to the next string, its opening quote included."""
         end = text.find('"', at) + 1
         self._is_in_string = end > 0
         part = text[at : end or len(text)]
@@ -110,7 +110,7 @@ class Scanner:
         return end or len(text)
 
     def _read_string(self, text: str, at: int) -> int:
-        """Take what the text has of the current string."""
+        """Read what *text* holds of the current string."""
         end = _end_of_string(text, at)
         self._add(text[at:end])
         if end < len(text) and text[end] == '"':
@@ -158,7 +158,7 @@ class Scanner:
         self._kept.append(part)
 
     def _put_back(self, root: Any) -> Any:
-        """Replace every placeholder; a long name, which is none of ours, by its start."""
+        """Replace every placeholder by its string; in a key, by the string's start."""
         box = [root]
         waiting: list[Any] = [box]
         while waiting:
@@ -184,7 +184,11 @@ class Scanner:
 
 
 def parse(text: str) -> Any:
-    """Parse a short text; raises `InvalidRequest`."""
+    """Parse a short text.
+
+    Raises:
+        InvalidRequest: it is not valid JSON.
+    """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # overlong integers are ValueErrors too
@@ -192,12 +196,12 @@ def parse(text: str) -> Any:
 
 
 def too_large(fault: str) -> KleinError:
-    """Refuse a body for its size."""
+    """Make the error for a body that is too large."""
     return KleinError(f"The body {fault}; send less.", kind=Kind.TOO_LARGE)
 
 
 def _end_of_string(text: str, at: int) -> int:
-    """Find the quote that ends the string, or else the end of what is whole of it."""
+    """Find the closing quote, or else the end of the last complete character or escape."""
     quote = text.find('"', at)
     limit = len(text) if quote < 0 else quote
     escape = text.find("\\", at, limit)
@@ -214,4 +218,4 @@ def _invalid() -> InvalidRequest:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are no JSON
+    raise ValueError(name)  # NaN and Infinity are not JSON

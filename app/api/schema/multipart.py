@@ -1,9 +1,9 @@
-"""`multipart/form-data` as it arrives: texts and files, kept in memory, always in UTF-8.
+"""An incremental reader of `multipart/form-data`: texts and files in memory, always in UTF-8.
 
-Starlette's own reader lets the sender choose a codec, and some of Python's take minutes for a
-megabyte; it keeps files in spooled ones, which are copied twice. Here is only what a form for
-pictures needs, on the same parser. The parser is fed small pieces, so a turn of the event loop
-takes milliseconds whatever is in them.
+Starlette's own reader lets the client choose a codec, and some of Python's take minutes for a
+megabyte; it keeps files in spooled temporary files, which are copied twice. This one has only what
+a form with images needs, on the same parser. The parser is fed small pieces, so it blocks the event
+loop for milliseconds at most.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 MAX_FILES = 64
 MAX_FIELDS = 64
 MAX_TEXT_BYTES = 4 * MAX_PROMPT
-"""Of the longest prompt, whatever its characters are."""
+"""Bytes of one text: of the longest prompt in UTF-8."""
 MAX_TEXTS_BYTES = 4 * MAX_TEXT_BYTES
-"""Of all texts together: as strings they may be five times as large."""
+"""Bytes of all texts together; as Python strings they may be five times as large."""
 MAX_NAME_BYTES = 1024
 _MAX_TYPE_LENGTH = 1024
 _MAX_FALSE_BOUNDARIES = 1000
@@ -40,7 +40,7 @@ _MAX_FALSE_BOUNDARIES = 1000
 
 @dataclass(slots=True)
 class Part:
-    """One part, whole; a file that has neither name nor bytes is an input that nobody filled."""
+    """One complete part; a file that has neither name nor bytes is an empty file input."""
 
     name: str
     is_file: bool = False
@@ -48,7 +48,7 @@ class Part:
     content: bytearray = field(default_factory=bytearray, repr=False)
 
     def text(self) -> str:
-        """Read a text.
+        """Decode a text.
 
         Raises:
             InvalidRequest: it is not UTF-8.
@@ -77,7 +77,7 @@ async def read_parts(request: Request) -> list[Part]:
 
 
 def damaged(fault: str) -> InvalidRequest:
-    """Say why a form cannot be read, never in the words of a parser, which may quote the body."""
+    """Make the error for a malformed form; a parser's own message may quote the body."""
     return InvalidRequest(f"The form cannot be read: {fault}.", code="invalid_multipart")
 
 
@@ -91,7 +91,7 @@ def _boundary(content_type: str) -> bytes:
 
 
 class _Reader:
-    """Collects parts; *parts* are those that have ended."""
+    """The callbacks of the parser; *parts* are those that are complete."""
 
     def __init__(self, boundary: bytes) -> None:
         self.parts: list[Part] = []
@@ -118,7 +118,7 @@ class _Reader:
 
     def feed(self, piece: bytes) -> None:
         """Parse the next bytes."""
-        # What looks like a boundary and is none costs the parser microseconds, each time.
+        # Each false start of a boundary costs the parser microseconds.
         self._boundaries += piece.count(self._boundary)
         if self._boundaries > MAX_FILES + MAX_FIELDS + _MAX_FALSE_BOUNDARIES:
             raise damaged("it has too many parts")
@@ -126,13 +126,14 @@ class _Reader:
             self._parser.write(piece)
         except FormParserError:
             raise damaged("it is damaged or cut short") from None
-        # Padding is read byte by byte.
+        # The parser reads padding byte by byte.
         if self._parser.state is MultipartState.BOUNDARY_PADDING and not piece.strip(b" \t"):
             raise damaged("it is damaged or cut short")
 
     def close(self) -> None:
-        """Let go of everything, at once and not at the collector's next round: reader and parser
-        know each other.
+        """Release everything at once.
+
+        Reader and parser form a reference cycle, which else waits for the garbage collector.
         """
         self._parser.callbacks = {}
         self.parts = []

@@ -1,10 +1,9 @@
-"""Fields by hand: one table says what a request may hold, and one reader checks JSON and forms by
-it.
+"""Validation by tables of fields: one reader for JSON and forms, and one OpenAPI schema.
 
 Not pydantic, because its errors do not carry OpenAI's codes and a form's values are all text. A
-table reads its values in the order of its fields, then looks for names it does not know, so the
-same mistake gives the same answer on every route. The same table writes the OpenAPI schema. `null`
-is absent everywhere, as is an empty text in a form.
+table validates its values in the order of its fields, then looks for unknown names, so the same
+mistake gives the same error on every route. `null` means absent everywhere, as does an empty text
+in a form.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_NAME = 64
 _MAX_DIGITS = 100
-"""Characters of a number in a form; the pattern takes a time that grows with their square."""
+"""Characters of a number in a form; the pattern takes quadratic time."""
 
-# JSON Schema of what counts as not sent, and so passes under any name.
+# JSON Schema of values that mean absent, and so are valid for any name.
 ABSENT = {"type": "null"}
 ABSENT_IN_FORM = {"const": ""}
 
 
 class Type(Enum):
-    """The types that a value may have; the value is JSON Schema's word."""
+    """The types of a value; each member's value is JSON Schema's type."""
 
     TEXT = "string"
     WHOLE = "integer"
@@ -60,7 +59,7 @@ _ARTICLES = {
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One name that a request may hold, its type, its limits, and a sentence about it."""
+    """One field of a request: name, type, limits and description."""
 
     name: str
     type: Type
@@ -72,18 +71,21 @@ class Field:
     default: object = None
     example: object = None
     refusal: str | None = None
-    """For a field that is known but cannot be honoured: why any value is refused."""
+    """For an unsupported field: why any value is refused."""
     veto: Callable[[Any], InvalidRequest | None] | None = None
-    """For a field with values that are valid but cannot be honoured: what is wrong with one,
-    returned or raised."""
+    """For a field with unsupported values: returns or raises the error of one."""
     json_only: bool = False
     is_picture: bool = False
-    """For a text that may be long; whoever decodes it judges its length."""
+    """For a text that may be long; its length is checked when it is decoded."""
     schema: Mapping[str, Any] | None = None
-    """The JSON Schema where it is more than type and limits."""
+    """The JSON Schema, where it is more than type and limits."""
 
     def read(self, value: object, *, is_form: bool) -> Any:
-        """Check *value* and give it its type; raises `InvalidRequest` with the field's name."""
+        """Validate *value* and convert it to its type.
+
+        Raises:
+            InvalidRequest: it is not valid; `param` is the field's name.
+        """
         if self.refusal is not None:
             raise InvalidRequest(self.refusal, param=self.name, code="unsupported_parameter")
         typed = self._from_text(value) if is_form else self._from_json(value)
@@ -100,7 +102,7 @@ class Field:
         return typed
 
     def describe(self) -> dict[str, Any]:
-        """Write the field as JSON Schema, with null, which means absent."""
+        """Return the field's JSON Schema, with null, which means absent."""
         if self.schema is not None:
             return {"description": self.about, **self.schema}
         schema: dict[str, Any] = {"description": self.about, "type": [self.type.value, "null"]}
@@ -149,14 +151,14 @@ class Field:
 
     @property
     def _most_characters(self) -> int | None:
-        """The limit of a text; None where something else is one."""
+        """Return the limit of a text in characters; None for an image or a choice."""
         if self.is_picture or self.choices:
             return None
         return MAX_TEXT if self.max_length is None else self.max_length
 
     def _check_text(self, text: str | LongText) -> str | LongText:
         most = self._most_characters
-        # Not made a string before: the count of a long text may be too high, each half of a pair.
+        # A `LongText` may count both halves of a surrogate pair; only decoding it counts right.
         if isinstance(text, LongText) and most is not None and text.length <= 2 * most:
             text = text.text()
         length = text.length if isinstance(text, LongText) else len(text)
@@ -173,7 +175,7 @@ class Field:
     def _check_range(self, number: Any) -> None:
         low = -math.inf if self.minimum is None else self.minimum
         high = math.inf if self.maximum is None else self.maximum
-        # Compared, not converted: a whole number may be larger than any float.
+        # Compared, not converted: an integer may be larger than any float.
         if not low <= number <= high or not -_LARGEST <= number <= _LARGEST:
             raise InvalidRequest(
                 f"{self.name} must lie between {low:g} and {_plain(high)}.", param=self.name
@@ -191,12 +193,16 @@ class FieldTable:
 
     fields: tuple[Field, ...]
     is_strict: bool = True
-    """Whether a name that is not in the table is refused."""
+    """Whether an unknown name is refused."""
     hints: Mapping[str, str] | None = None
-    """What to say to a name that is unknown here but easily taken for one of ours."""
+    """Advice for unknown names that are easily taken for known ones."""
 
     def read(self, values: Mapping[str, object], *, is_form: bool = False) -> dict[str, Any]:
-        """Check *values* and return those that are present, typed; raises `InvalidRequest`."""
+        """Validate *values* and return those that are present, converted to their types.
+
+        Raises:
+            InvalidRequest: a value is not valid, or a name is unknown and refused.
+        """
         present = {
             name: value
             for name, value in values.items()
@@ -213,7 +219,7 @@ class FieldTable:
         return typed
 
     def describe(self, *, required: Iterable[str], is_form: bool = False) -> dict[str, Any]:
-        """Write the table as JSON Schema."""
+        """Return the table's JSON Schema."""
         absent = ABSENT_IN_FORM if is_form else ABSENT
         return {
             "type": "object",
@@ -239,7 +245,7 @@ class FieldTable:
 
 
 def shorten(name: str) -> str:
-    """Make a name that the caller chose fit for a message: short, printable, whole characters."""
+    """Make a caller's name fit for a message: short, printable, whole characters."""
     start = name[:_MAX_NAME]
     clean = "".join(character if character.isprintable() else "?" for character in start)
     return clean if len(name) <= _MAX_NAME else f"{clean}..."
@@ -249,7 +255,7 @@ _LARGEST = sys.float_info.max
 
 
 def _is_whole(value: object) -> bool:
-    """Whether it is a whole number; one of a thousand digits is, though no float can hold it."""
+    """Whether it is an integer; one of a thousand digits is, though no float can hold it."""
     return value.is_integer() if isinstance(value, float) else _is_number(value)
 
 

@@ -1,4 +1,4 @@
-"""Values that are valid for OpenAI and cannot be honoured by this model: why, in one sentence."""
+"""Errors for values that are valid for OpenAI but not supported by this model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = {
 
 
 def impossible(name: str, why: str) -> str:
-    """Say why no value of the field *name* can be honoured."""
+    """Make the sentence that says why the field *name* is not supported."""
     return f"{name} is not possible here, since {why}; leave it out."
 
 

@@ -1,6 +1,4 @@
-"""A picture in a text: what stands around its base64, and how long it may be. It is decoded
-elsewhere.
-"""
+"""Images in text: data URLs and plain base64, and their limit of length; decodes nothing."""
 
 from __future__ import annotations
 
@@ -11,15 +9,15 @@ from app.errors import InvalidRequest
 from app.images.preparing import Upload
 
 MAX_URL = 20_971_520
-"""Characters of a picture in JSON; OpenAI's own limit."""
+"""Characters of an image in JSON; OpenAI's own limit."""
 
 _DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
 _HEAD = 64
-"""Characters in which the start of a data URL ends."""
+"""Characters within which the prefix of a data URL must end."""
 
 
 def data_url(text: str | LongText, param: str) -> Upload:
-    """Take the base64 out of a data URL; any other URL is refused without being looked at."""
+    """Take the base64 out of a data URL; any other URL is refused and never fetched."""
     _check_length(text, param)
     head = _DATA_URL.match(_start(text))
     if head is None:
@@ -32,7 +30,7 @@ def data_url(text: str | LongText, param: str) -> Upload:
 
 
 def base64_or_data_url(text: str | LongText, param: str) -> Upload:
-    """Take plain base64 too, which no URL is: a colon is not in its alphabet."""
+    """Take a data URL or plain base64, which has no colon in its alphabet."""
     if ":" in _start(text):
         return data_url(text, param)
     _check_length(text, param)
@@ -54,6 +52,6 @@ def _start(text: str | LongText) -> str:
 
 
 def _bytes(text: str | LongText) -> memoryview:
-    """Give the characters as bytes; what is no ASCII is no base64 either."""
+    """Return the characters as bytes; what is not ASCII is not base64 either."""
     content = text.content if isinstance(text, LongText) else text.encode("utf-8", "surrogatepass")
     return memoryview(content)

@@ -1,7 +1,7 @@
-"""`GET /docs` and `/openapi.json`: what the service takes, with examples that work when pasted.
+"""`GET /docs` and `/openapi.json`: the API's reference, with examples that work when pasted.
 
-The page is written here, from the OpenAPI document, because the usual ones fetch their script from
-a third party: this one works without a network and under our content security policy.
+The page is generated from the OpenAPI document, because the usual ones load scripts from a third
+party: this one works offline and under our content security policy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pre{background:#242424}td,h2{border-color:#444}}
 
 
 def build_router(describe: Callable[[ModelSpec], dict[str, Any]]) -> APIRouter:
-    """Make the routes; *describe* writes the document for a model."""
+    """Make the router; *describe* returns the OpenAPI document for a model."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/openapi.json")
@@ -94,7 +94,7 @@ def _command(url: str, media_type: str, example: dict[str, Any]) -> str:
 
 
 def _address(path: str, operation: dict[str, Any]) -> str | None:
-    """Fill the path's parameters with their examples; None where one has no example."""
+    """Fill the path's parameters with their examples; return None where one has none."""
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "path":
             if "example" not in parameter:

@@ -1,8 +1,7 @@
-"""Alive, ready, and what the worker says. Alive is not ready: a model that loads for minutes is
-alive.
+"""The health routes: liveness, readiness and details; a service that loads its model is alive.
 
-None of them waits for anything. A service that is not ready answers 503 with OpenAI's error object
-beside the state, so that whatever reads either of the two finds its own.
+None of them waits for anything. A service that is not ready answers 503 with both OpenAI's error
+object and the state, so that clients of either find theirs.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ router = APIRouter(tags=["health"])
 
 @router.get("/health/live", summary="Whether the process answers")
 async def live(request: Request, service: Service) -> Response:
-    """Say that the process answers; it says nothing of the model, unless the service has given up
-    and is ending.
+    """Say that the process answers.
+
+    It says nothing of the model, unless the service has given up and is ending.
     """
     status = service.status()
     if status.stage == "failed":
@@ -76,7 +76,7 @@ def _worker(info: ModelInfo | None) -> dict[str, Any]:
 
 
 def _answer(request: Request, status: Status, body: dict[str, Any]) -> Response:
-    context_of(request.scope).outcome = "ok"  # the question was answered, whatever the answer
+    context_of(request.scope).outcome = "ok"  # a health request succeeds, whatever the state
     if status.is_ready:
         return JSONResponse(body)
     error = KleinError(status.reason or "The service is not ready.", kind=_kind(status))

@@ -1,4 +1,4 @@
-"""`GET /metrics`: Prometheus' exposition; what is in it only `app.telemetry.metrics` knows."""
+"""`GET /metrics`: the Prometheus exposition; `app.telemetry.metrics` defines its content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: which model is served; its card says so before anything is loaded."""
+"""`GET /v1/models`: the served model, known from its spec before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from app.api.openai.request import is_model
 from app.domain import ModelSpec
 from app.errors import Kind, KleinError
 
-# n8n's picker shows only names of this form, Open WebUI's default is the last.
+# n8n's picker shows only names of this form; Open WebUI's default is the last one.
 _LISTED_ALIASES = ("gpt-image-1", "dall-e-3", "dall-e-2")
 
 
 def build_router(config: ApiConfig) -> APIRouter:
-    """Make the routes for the model that is served."""
+    """Make the router for the served model."""
     router = APIRouter(tags=["openai"])
 
     @router.get("/v1/models", summary="List the served model")

@@ -1,6 +1,6 @@
-"""The OpenAPI document, with request schemas written by the same tables that check the requests.
+"""The OpenAPI document, with request schemas from the same tables that validate requests.
 
-It depends on the served model (its limits and defaults are in it), so it is made when asked for.
+It holds the served model's limits and defaults, so it is made when requested.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ABOUT = (
 
 
 def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> dict[str, Any]:
-    """Write the document for the model of *card*."""
+    """Return the OpenAPI document for *model*."""
     document = get_openapi(
         title=app.title, version=app.version, description=_ABOUT, routes=app.routes
     )
@@ -118,7 +118,7 @@ def _fill_edits(operation: dict[str, Any], model: ModelSpec, config: ApiConfig) 
 
 def _images_replies() -> dict[str, Any]:
     reply = _reply("The pictures.", ["application/json"], _images_schema())
-    reply["content"][_EVENTS] = {}  # OpenAPI 3.1 has no words for a stream of events
+    reply["content"][_EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events
     return {"200": reply, **_errors(_GENERATES)}
 
 

@@ -1,8 +1,8 @@
-"""`GET /`: a page to try the model in, with its parts under `/static/`.
+"""`GET /`: a page to try the model in, with its static files under `/static/`.
 
-All of it comes from the package and nothing from elsewhere: no build step, no third party, no
-inline script. It is open without a key, since it holds nothing but the limits of a published model;
-what it asks the API for needs the key. The files are read once and sent whole: a Range is ignored.
+All files are in the package: no build step, no third party, no inline script. The page needs no
+key, since it holds only the limits of a published model; its API requests need one. The files are
+read once and sent whole: a Range is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TYPES = {
 }
 _MODEL = b'<script type="application/json" id="model">null</script>'
 _HEADERS = {
-    # Revalidated each time: a new version of the service never meets an old script.
+    # Revalidated each time: a new version of the service never runs with an old script.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
@@ -43,13 +43,13 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class StaticFile:
-    """One file of the page, as it is sent."""
+    """One static file and its media type."""
 
     body: bytes
     media_type: str
 
     def answer(self, request: Request) -> Response:
-        """Send it, or say that the browser has it already."""
+        """Return the file, or 304 if its ETag matches."""
         tag = f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
         headers = {**_HEADERS, "ETag": tag}
         if tag in request.headers.get("if-none-match", ""):
@@ -58,7 +58,7 @@ class StaticFile:
 
 
 def build_router(config: ApiConfig) -> APIRouter:
-    """Make the routes; the files are read here, so a package without them does not start."""
+    """Make the router; the files are read here, so a package without them does not start."""
     files = {
         path.name: StaticFile(path.read_bytes(), _TYPES[path.suffix])
         for path in sorted(_FOLDER.iterdir())
@@ -82,7 +82,7 @@ def build_router(config: ApiConfig) -> APIRouter:
 
 
 def _describe(model: ModelSpec, config: ApiConfig) -> bytes:
-    """Write what the page must know before it may ask: names, defaults and limits of the model."""
+    """Return the model's names, defaults and limits for the page, as JSON."""
     facts = {
         "id": model.id,
         "title": model.title,
