@@ -2,8 +2,8 @@
 
 Generations and edits differ in the prefix of each event's type. An error is sent in the one form
 that the SDK raises: an object under `error`. What OpenAI has no event for is sent as comments,
-which every client skips and the playground reads: `: queued 3`, `: denoise 2/4`, `: timing text;dur=21.5,
-...` in the form of Server-Timing, `: peak 9876543210` in bytes.
+which every client skips and the playground reads: `: queued 3`, `: denoise 2/4`,
+`: timing text;dur=21.5, ...` in the form of Server-Timing, `: peak 9876543210` in bytes.
 """
 
 from __future__ import annotations
