@@ -119,8 +119,7 @@ class HubCache:
         """Link the *files* of one load into its folder; remove links of an earlier catalogue.
 
         Raises:
-            StartupError: among them is something that a loader may read and that no download has put
-                there.
+            StartupError: a file among them that a loader may read comes from no download.
         """
         folder = self.cache_dir / "models" / name
         wanted = {folder / file.path: self.path(file) for file in files}
