@@ -189,7 +189,7 @@ class LineHandler(logging.Handler):
             self._queue(data)
 
     def flush(self) -> None:
-        """Wait until all lines are written, `flush_s` at most; do not wait again after a timeout."""
+        """Wait until all lines are written, `flush_s` at most; after one timeout, do not wait."""
         with self._changed:
             if self._is_stuck:
                 return

@@ -157,7 +157,7 @@ class WorkerProcess:
         self._tell(self.kill)
 
     def _abandon(self) -> None:
-        """Report its end though it exists: SIGKILL does not end a process that waits in a driver."""
+        """Report its end though it exists: SIGKILL cannot end a process blocked in a driver."""
         if not self._exited.is_set():
             self._disown()
             self._end(None)
