@@ -17,13 +17,13 @@ from app.errors import InvalidRequest
 MAX_PROMPT = 32_000
 """Characters."""
 MAX_SEED = 2**53 - 1
-"""The largest seed: JavaScript's numbers must carry it."""
+"""The largest seed that JavaScript's numbers represent exactly."""
 STEP = 16
-"""Sides are multiples of this: the VAE halves three times, the transformer takes patches of two."""
+"""Sides are multiples of this: the VAE halves three times, the transformer takes 2x2 patches."""
 MAX_RATIO = 3
 
 DRAW = -1
-"""As a seed: draw one."""
+"""The seed that stands for a random one."""
 
 _SIZE = re.compile(r"([0-9]{2,5})x([0-9]{2,5})")
 _NEARLY = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")

@@ -25,18 +25,18 @@ from dataclasses import dataclass
 from typing import TextIO
 
 ACCESS = "app.api.access"
-"""The logger of the one line that each request gets."""
+"""The logger of the one line per request."""
 
 MAX_WAITING_BYTES = 4 * 1024 * 1024
 MAX_LINE_CHARACTERS = 64 * 1024
 FLUSH_S = 2.0
-"""Seconds that an ending process waits for its lines to be read."""
+"""Seconds that a process waits at its exit for its lines to be read."""
 
 WINDOW_S = 10.0
 MOST_ACCESS = 250
-"""Lines of requests that made no picture, in one window."""
+"""Lines of requests without an image, in one window."""
 MOST_OWN = 50
-"""Equal lines of one of our own loggers, in one window."""
+"""Equal lines of one of this program's loggers, in one window."""
 MOST_FOREIGN = 1
 """Equal lines of a library's logger, in one window."""
 

@@ -18,13 +18,13 @@ from datetime import UTC, datetime
 from app.log_writer import LineHandler, write_to
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""The id of the request that is being answered, for every line logged on its way."""
+"""The id of the current request, for every line logged while it is handled."""
 
 request_notes: ContextVar[dict[str, float] | None] = ContextVar("request_notes", default=None)
-"""What is added to the one line of the request that is being answered: numbers, no words."""
+"""Fields added to the current request's one line: numbers, no strings."""
 
 hidden: ContextVar[tuple[str, ...]] = ContextVar("hidden", default=())
-"""Texts of a caller's that no line may hold, should a library put one into an error's message."""
+"""A client's texts that no line may contain, should a library put one into an error's message."""
 
 _SHORTEST_HIDDEN = 4
 _MAX_WORD = 64

@@ -34,8 +34,10 @@ from app.worker.supervisor import Limits, Supervisor
 _log = logging.getLogger(__name__)
 
 DOWNLOAD_GRACE_S = 60.0
-"""How much longer than `KLEIN_DOWNLOAD_SILENCE_S` the worker may say nothing of a download: unless
-it hangs, it gives up by itself and says why."""
+"""Seconds beyond `KLEIN_DOWNLOAD_SILENCE_S` for which a downloading worker may be silent.
+
+Unless it hangs, it gives up by itself and reports why.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,10 @@ _COMMANDS = {
 """The module of each command, imported only where it is called or all are listed."""
 _COMPUTING = {"serve", "generate", "bench", "compare"}
 _NAMING = {"serve", "doctor"}
-"""Those that name an old cache in their own ways."""
+"""Commands that report an old cache in their own ways."""
 
 EXIT_BROKEN_PIPE = 141
-"""What a shell says of a program that SIGPIPE ended, as it does when `head` has read enough."""
+"""A shell's exit code for a program that SIGPIPE ended, as when `head` has read enough."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,13 +40,16 @@ _log = logging.getLogger("app.serve")
 
 EXIT_SECOND_SIGNAL = 143
 _INSISTED_S = 2.0
-"""After the second signal: what has not ended by then, a thread above all, is not waited for."""
+"""After the second signal: what has not ended by then, a thread above all, is not awaited."""
 _LAST_ANSWERS_S = 25.0
-"""For answers that are still being taken when the last deadline is over. With the five seconds that
-a worker may take to leave, these are the 30 s which the grace period has besides."""
+"""For responses still being read after the last deadline.
+
+With the five seconds that a worker may take to exit, these are the 30 s by which the grace period
+is longer than the deadline.
+"""
 
 END_S = 5.0
-"""Seconds that the service may take to end once it has given up, answers under way included."""
+"""Seconds that the service may take to exit once it has given up, responses in flight included."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -16,7 +16,7 @@ from threading import Event, Thread
 from app.errors import StartupError
 
 _SPARE_FILES = 32
-"""Descriptors that any command needs besides those that are open: pipes, sockets, libraries."""
+"""File descriptors that any command needs besides those open: pipes, sockets, libraries."""
 _SPARE_THREADS = 8
 """Threads and processes that a command which computes needs besides one for each core."""
 _LIMITS = {errno.EMFILE, errno.ENFILE}

@@ -38,9 +38,9 @@ class Limits:
 
     cpu_s: int = 5
     wall_s: float = 60.0
-    """For a machine on which five seconds of processor time take longer."""
+    """For a machine on which five seconds of CPU time take longer."""
     memory_bytes: int = 2**30
-    """Of address space; the kernel counts nothing else well."""
+    """Address space in bytes; the kernel limits no other measure of memory reliably."""
     start_s: float = 10.0
 
 
@@ -59,7 +59,7 @@ def serve(connection: socket.socket, limits: Limits) -> None:
         size = asked["size"] and (asked["size"][0], asked["size"][1])
         wire.answer(images, mask, size)
     except (EOFError, OSError):
-        return  # nobody waits any more
+        return  # the client has disconnected
 
 
 def restrict(limits: Limits) -> None:

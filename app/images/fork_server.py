@@ -29,9 +29,9 @@ from app.images.decoder import Limits, serve
 from app.images.preparing import Upload, prepare
 
 _NICE = 10
-"""Behind the service, which answers everybody, where there are fewer cores than work."""
+"""Niceness: behind the service, which answers every client, where CPU cores are short."""
 _RETRY_MS = 1000
-"""After a fork that the machine had no room for."""
+"""Until the next try after a fork failed for lack of resources."""
 _MESSAGE_BYTES = 64
 
 

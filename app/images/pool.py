@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _SERVER_START_S = 30.0
-"""Until the fork server's first decoder comes: it runs behind all else, on a busy machine too."""
+"""Until the fork server's first decoder comes: it has low priority, on a busy machine too."""
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
 
@@ -40,15 +40,15 @@ class DecoderPool:
         self._limits = limits or Limits()
         self._turns = Turns(size)
         self._idle: asyncio.Queue[Decoder | None] = asyncio.Queue()
-        """None for each that may still wait when the pool is closed."""
+        """Has one None per place, for requests that still wait when the pool is closed."""
         self._busy: set[Decoder] = set()
         self._server: Server | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._starting: asyncio.TimerHandle | None = None
-        """Runs while no decoder has come from the fork server yet."""
+        """Runs until the fork server has sent its first decoder."""
         self._retry_s = _FIRST_RETRY_S
         self._is_down = False
-        """Whether somebody has waited for a decoder in vain; whoever comes next is told at once."""
+        """Whether a request has waited for a decoder in vain; the next ones fail at once."""
         self._is_closed = False
 
     def __repr__(self) -> str:

@@ -24,24 +24,27 @@ from app.images.decoder import LENGTH_BYTES, Limits, pack
 from app.images.preparing import Edit, Size, Upload
 
 ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
-"""What comes of a decoder that has gone, or talks nonsense, or takes too long."""
+"""Errors of a decoder that has exited, sends invalid messages, or takes too long."""
 
 _MAX_MESSAGE_BYTES = 65_536
 _MAX_PIXELS = 64_000_000
 _TURN_BYTES = 2**20
-"""Received at a time before others have their turn."""
+"""Bytes received before other tasks have their turn."""
 _END_S = 1.0
-"""For the fork server to end by itself once its control socket is closed."""
+"""For the fork server to exit by itself once its control socket is closed."""
 _LOOK_S = 0.05
-"""From one look whether it has ended to the next."""
+"""Between two polls whether it has exited."""
 _ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
-"""How the names begin of what a decoder's process is told: no keys, no tokens."""
+"""Prefixes of the environment variables that a decoder gets: no keys, no tokens."""
 _MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432"
     ":glibc.malloc.trim_threshold=268435456"
 }
-"""A process touches each page of its memory for a first time, which takes ten milliseconds for a
-picture of a megapixel: so pages are large where the kernel has them, and freed ones are kept."""
+"""Huge pages where the kernel has them, and freed memory is kept.
+
+A process faults in each page of its memory, which takes ten milliseconds for an image of one
+megapixel.
+"""
 _PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from app.images.fork_server import main; "
 _PROGRAM += "main(*sys.argv[1:4])"
 
@@ -145,9 +148,9 @@ class Decoder:
     pid: int
     connection: socket.socket
     began: tuple[str, str] | None = None
-    """Param and code of the file that it was at last; None before the first."""
+    """Param and code of the file that it began last; None before the first."""
     is_orphan: bool = False
-    """Whether the fork server has gone, and may have taken it along."""
+    """Whether the fork server has exited, and may have killed it."""
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)

@@ -19,7 +19,7 @@ class Turns:
         self._free = size
         self._held: Counter[str] = Counter()
         self._lines: dict[str, dict[asyncio.Future[None], None]] = {}
-        """Who waits, a line for each client; the client whose turn is next first."""
+        """Waiting requests, one queue per client; the client whose turn is next first."""
 
     def __repr__(self) -> str:
         waiting = sum(map(len, self._lines.values()))

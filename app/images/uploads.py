@@ -21,12 +21,12 @@ MIN_SIDE = 64
 MAX_RATIO = 8
 REFERENCE_PIXELS = 1024 * 1024
 MAX_SCANS = 100
-"""Of a JPEG. Each goes through the whole picture; an encoder makes about ten."""
+"""Limit of scans of a JPEG. Each covers the whole image; an encoder makes about ten."""
 
 Data = bytes | bytearray | memoryview
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
-"""A marker that has a length or ends the picture: TEM, the restarts and the start have none."""
+"""A marker that has a length or ends the image: TEM, the restarts and the start have none."""
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 

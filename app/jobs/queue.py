@@ -25,9 +25,9 @@ class Places:
         self.client = client
         self.images = 0
         self.is_early = is_early
-        """Whether it is not known yet what will be asked for. The queue's end waits for no such."""
+        """Whether the number of images is still unknown. `wait_until_empty` ignores such places."""
         self.error: KleinError | None = None
-        """Why no job may come any more, once that is so."""
+        """Why the places cannot be filled any more, once that is so."""
         self._queue = queue
 
     def give_back(self) -> None:

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from app.limits import three_quarters
 
 PRESENT_S = 30.0
-"""Seconds for which a client counts as being there once it has asked, or should have come back."""
+"""Seconds for which a client counts as present once it has asked, or should have come back."""
 CLAIMS_MOST = 64
-"""Claims at a time: each request looks at all that come before its own."""
+"""Limit of claims: each request looks at all that come before its own."""
 
 
 @dataclass(frozen=True, slots=True)

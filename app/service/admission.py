@@ -41,7 +41,7 @@ class Admission:
         self.client = client
         self.arrived_at = arrived_at
         self.deadline_s = deadline_s
-        """What the client allows, in seconds."""
+        """The client's own limit, in seconds."""
 
     def __enter__(self) -> Admission:
         return self

@@ -117,7 +117,7 @@ class ImageService:
         self._helpers = ThreadPoolExecutor(_helper_count(), thread_name_prefix="encode helper")
         self._is_draining = False
         self.held_memory: PeakMemory | None = None
-        """What torch held on the card after the last picture."""
+        """PyTorch's GPU memory after the last image."""
         self._longest_deadline = 0.0
 
     def status(self) -> Status:

@@ -40,15 +40,15 @@ from app.worker.transport import End, Message, Outbox
 _log = logging.getLogger(__name__)
 
 EXIT_FATAL = 13
-"""The worker's own word for: the card is unusable in this process, start another."""
+"""Exit code: the GPU is unusable in this process, start another."""
 
 EXIT_START_FAILED = 14
 
 EXIT_PIPE = 15
-"""The pipe to the parent cannot be used any more, or nobody foresaw what happened."""
+"""Exit code: the pipe to the parent is broken, or an exception was unexpected."""
 
 _REMEMBERED = 64
-"""Jobs that are known to have ended, so that a late cancellation of one is dropped."""
+"""Jobs that have ended, so that a late cancellation of one is dropped."""
 
 _FAILED = "The picture could not be made; the service's log says why."
 

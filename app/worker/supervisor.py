@@ -56,7 +56,7 @@ _SILENT = (
 
 EXIT_START_FAILED = 1
 EXIT_CRASH_LOOP = 70
-"""sysexits.h: EX_SOFTWARE; whatever started the service may start it afresh."""
+"""EX_SOFTWARE of sysexits.h; whatever started the service may restart it."""
 
 
 class Events(Protocol):
@@ -79,16 +79,16 @@ class Limits:
     load_s: float = 1800.0
     """From the start to ready, or from the end of a download to ready."""
     download_s: float = 180.0
-    """Between two signs of life of a download, for which `load_s` does not count."""
+    """Between two progress messages of a download, for which `load_s` does not count."""
     silence_s: float = 60.0
     silence_steps: float = 20.0
     """A running job may be silent for this many of its predicted steps, if that is longer."""
     beat_s: float = 5.0
-    """How often a worker that has nothing to do is asked whether it is there."""
+    """Between two pings of an idle worker."""
     silence_idle_s: float = 30.0
-    """How long it may be silent then."""
+    """How long an idle worker may leave pings unanswered."""
     close_s: float = 5.0
-    """How long it may take to leave: when told to, and of itself after its last word."""
+    """How long it may take to exit: after `Stop`, and by itself after its last message."""
 
 
 @dataclass(eq=False, slots=True)

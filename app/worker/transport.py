@@ -27,7 +27,7 @@ from app.worker.messages import Done, FromWorker, Generate, ToWorker
 _log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 2**24
-"""2048x2048 pixels and some; what is larger goes through the pipe."""
+"""A little more than 2048x2048 pixels; larger images go through the pipe."""
 
 
 class UnsendableError(Exception):

@@ -40,12 +40,12 @@ SCHEDULER: dict[str, Any] = {
     "max_image_seq_len": 4096,
     "time_shift_type": "exponential",
 }
-"""klein's own scheduler config, for layouts that bring none."""
+"""klein's own scheduler config, for layouts without one."""
 
 Elsewhere = Callable[[], Path | None]
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-"""Formats that can run code: files so named are not even opened."""
+"""Formats that can run code: files with these names are not opened."""
 
 
 def open_checkpoint(
@@ -55,7 +55,7 @@ def open_checkpoint(
 
     Components that *path* lacks (a tokenizer, or all but the transformer) are looked for in what
     *elsewhere* returns, a folder in diffusers' layout; it is called only then. With *is_mapped*
-    weights stay in the files (`TensorFile`).
+    weights stay in the files (`SafetensorsFile`).
 
     Raises:
         StartupError: the layout is unknown, or a file of it is damaged or unsupported.

@@ -37,7 +37,7 @@ _LOADABLE = (
     *("*.safetensors*", "*.gguf", "*.bin*", "*.ckpt", "*.pt", "*.pth", "*.pkl"),
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"),
 )
-"""Weights, configs and what tokenizers are made of: names that some loader looks for."""
+"""Weights, configs and tokenizer files: names that some loader looks for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,10 @@ OnBytes = Callable[[int], None]
 _HASH_BLOCK_BYTES = 8 * 1024 * 1024
 _TIMEOUT_S = 30.0
 _SHORT_ANSWERS = 5
-"""So many in a row that bring nothing of what is missing, and the hub does not have it."""
+"""After so many responses in a row without a missing byte, the hub does not have the file."""
 _LONGEST_WAIT_S = 10.0
 _SYNC_BYTES = 256 * 1024 * 1024
-"""Written to the disk each time, so that no wait for it grows to minutes."""
+"""Bytes between calls of fsync, so that none of them takes minutes."""
 SILENCE_S = 120.0
 
 
@@ -43,7 +43,7 @@ class Hub:
     token: str | None = None
     wait: Callable[[float], None] = time.sleep
     silence_s: float = SILENCE_S
-    """Seconds without a byte after which a download is given up, however often it was tried."""
+    """Seconds without a byte after which a download fails, however many tries there were."""
     clock: Callable[[], float] = time.monotonic
 
     @property

@@ -44,7 +44,7 @@ class Compiler:
     reason: str
     backend: str | Callable[..., Any] = field(default="inductor", repr=False)
     failures: list[str] = field(default_factory=list, repr=False)
-    """What the compiler said of the functions that it could not compile."""
+    """The compiler's errors for the functions that it could not compile."""
 
     @property
     def summary(self) -> str:
@@ -244,5 +244,5 @@ def _private_folders() -> Iterator[Path]:
         yield kept
     new = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     yield new
-    # Asked for another one, so this did not do.
+    # The caller asked for another folder, so this one was unfit.
     new.rmdir()
