@@ -1,8 +1,8 @@
-"""What one picture may be: its text, size, steps, guidance and seed. One rule set for all doors.
+"""The limits of one request: prompt, size, steps, guidance and seed; one set for HTTP and commands.
 
-HTTP's schemas and the command line ask it before anything is loaded or decoded, the service asks it
-again. What fits, and what would fit instead; nothing is snapped in silence. And the part that one
-client may have of what is there for all.
+HTTP's schemas and the command line check them before anything is loaded or decoded, and the service
+checks them again. An error names the valid range or the nearest valid value; no value is rounded
+silently. Also the share of a common resource that one client may hold.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from app.errors import InvalidRequest
 MAX_PROMPT = 32_000
 """Characters."""
 MAX_SEED = 2**53 - 1
-"""The largest seed: JavaScript's numbers must carry it."""
+"""The largest seed that JavaScript's numbers represent exactly."""
 STEP = 16
-"""Sides are multiples of this: the VAE halves three times, the transformer takes patches of two."""
+"""Sides are multiples of this: the VAE halves three times, the transformer takes 2x2 patches."""
 MAX_RATIO = 3
 
 DRAW = -1
-"""As a seed: draw one."""
+"""The seed that stands for a random one."""
 
 _SIZE = re.compile(r"([0-9]{2,5})x([0-9]{2,5})")
 _NEARLY = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")
@@ -31,7 +31,7 @@ _NEARLY = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")
 
 @dataclass(frozen=True, slots=True)
 class SizeRule:
-    """What sizes one model takes here: multiples of 16, within these limits, from 1:3 to 3:1."""
+    """The sizes a model generates here: multiples of 16 within these limits, from 1:3 to 3:1."""
 
     min_side: int
     max_side: int
@@ -39,11 +39,11 @@ class SizeRule:
 
     @classmethod
     def of(cls, model: ModelSpec, max_pixels: int) -> SizeRule:
-        """Join the model's limits with the operator's."""
+        """Combine the model's limits with the operator's."""
         return cls(model.min_side, model.max_side, min(model.max_pixels, max_pixels))
 
     def parse(self, text: str) -> tuple[int, int]:
-        """Read `WxH`; raises `InvalidRequest` for `size` that names the nearest valid one."""
+        """Parse `WxH`; raises `InvalidRequest` for `size` that names the nearest valid one."""
         match = _SIZE.fullmatch(text)
         if match is not None:
             width, height = int(match[1]), int(match[2])
@@ -61,7 +61,7 @@ class SizeRule:
         )
 
     def check(self, width: int, height: int, *, param: str | None = None) -> None:
-        """Judge a size; the fault is given to *param*, or to the side that has it."""
+        """Check a size; an error names *param*, or the side that is wrong."""
         for name, side in (("width", width), ("height", height)):
             if not self.min_side <= side <= self.max_side or side % STEP:
                 raise self._refuse(
@@ -77,7 +77,7 @@ class SizeRule:
             )
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
-        """Find a valid size near *width* x *height*, keeping the ratio where it may be kept."""
+        """Return a valid size near *width* x *height*, keeping the aspect ratio if valid."""
         wide = float(min(max(width, self.min_side), 10 * self.max_side))
         high = float(min(max(height, self.min_side), 10 * self.max_side))
         wide, high = min(wide, MAX_RATIO * high), min(high, MAX_RATIO * wide)
@@ -104,12 +104,12 @@ class SizeRule:
 
 
 def three_quarters(whole: int) -> int:
-    """What one client may have of *whole* while others want some too, at least one."""
+    """Return what one client may hold of *whole* while others want some too, at least one."""
     return max(1, whole * 3 // 4)
 
 
 def check_spec(spec: ImageSpec, model: ModelSpec, max_pixels: int) -> None:
-    """Refuse what the model of *card* never makes here, however much memory there is.
+    """Refuse a spec that *model* never generates here, however much memory there is.
 
     Raises:
         InvalidRequest: with the field's name.
@@ -127,7 +127,7 @@ def check_spec(spec: ImageSpec, model: ModelSpec, max_pixels: int) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse a text that says nothing, is too long, or is no text."""
+    """Refuse a prompt that is blank, too long, or not valid Unicode."""
     if not prompt.strip():
         raise InvalidRequest("prompt is blank; say what the picture should show.", param="prompt")
     if len(prompt) > MAX_PROMPT:
@@ -140,7 +140,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_characters(text: str, param: str) -> None:
-    """Refuse half of a surrogate pair, which JSON may bring and UTF-8 cannot hold."""
+    """Refuse a lone surrogate, which JSON may contain and UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -150,7 +150,7 @@ def check_characters(text: str, param: str) -> None:
 
 
 def check_guidance(scale: float, model: ModelSpec) -> None:
-    """Refuse a guidance scale that would have no effect or is none."""
+    """Refuse a guidance scale that has no effect or is out of range."""
     only = model.default_guidance
     if model.is_distilled and scale != only:
         raise InvalidRequest(
@@ -159,7 +159,7 @@ def check_guidance(scale: float, model: ModelSpec) -> None:
             param="guidance_scale",
             code="unsupported_value",
         )
-    # Never true of NaN.
+    # False for NaN.
     if not 1 <= scale <= model.max_guidance:
         raise InvalidRequest(
             f"guidance_scale must lie between 1 and {model.max_guidance:g}.", param="guidance_scale"

@@ -1,13 +1,14 @@
-"""Where log lines go: a bounded queue and one thread that writes it out.
+"""Where log lines go: a bounded queue and one thread that writes them.
 
-Whoever logs never waits. A standard error that nobody reads, such as a full pipe or a stopped
-terminal, would otherwise stop the event loop at its next line, and with it the service. What finds
-no room is dropped, counted, and told of once lines flow again. `O_NONBLOCK` would not do: it holds
-for everyone who shares the descriptor, the shell that started us among them.
+Logging never blocks. A standard error that nobody reads, such as a full pipe or a stopped terminal,
+would otherwise block the event loop at its next line, and with it the service. Lines that find the
+queue full are dropped and counted, and the count is logged once lines flow again. `O_NONBLOCK`
+would not do: it holds for every process that shares the file descriptor, the parent shell among
+them.
 
-Lines that repeat themselves are limited too, or whoever can provoke one fills the disk: asyncio
-says that it is out of descriptors thousands of times a second, and a refused request of 19 bytes
-costs a line of 265.
+Repeated lines are rate-limited too, or whoever can provoke one fills the disk: asyncio logs that it
+is out of file descriptors thousands of times a second, and a refused request of 19 bytes costs a
+line of 265.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from dataclasses import dataclass
 from typing import TextIO
 
 ACCESS = "app.api.access"
-"""The logger of the one line that each request gets."""
+"""The logger of the one line per request."""
 
 MAX_WAITING_BYTES = 4 * 1024 * 1024
 MAX_LINE_CHARACTERS = 64 * 1024
 FLUSH_S = 2.0
-"""Seconds that an ending process waits for its lines to be read."""
+"""Seconds that a process waits at its exit for its lines to be read."""
 
 WINDOW_S = 10.0
 MOST_ACCESS = 250
-"""Lines of requests that made no picture, in one window."""
+"""Lines of requests without an image, in one window."""
 MOST_OWN = 50
-"""Equal lines of one of our own loggers, in one window."""
+"""Equal lines of one of this program's loggers, in one window."""
 MOST_FOREIGN = 1
 """Equal lines of a library's logger, in one window."""
 
@@ -59,7 +60,7 @@ class _Window:
     left_out: int = 0
 
     def told(self, now: float) -> logging.LogRecord:
-        """What to say of those left out."""
+        """Return the line that counts those left out."""
         seconds = max(1, round(now - self.began))
         if self.logger == ACCESS:
             text = f"{self.left_out} requests more were answered in the last {seconds} s."
@@ -72,11 +73,11 @@ class _Window:
 
 
 class Limiter:
-    """So many lines of one kind in a window of time; the rest are counted, and told of at its end.
+    """Limits lines of one kind in a window of time; counts the rest, for a line at its end.
 
-    A kind is a logger, a level and the first line of a message; of a library's without its digits,
-    or an address or a position in it would make each line another kind. Of requests all lines are
-    of one kind, but those of pictures are never left out: the card bounds them.
+    A kind is a logger, a level and the first line of a message; for a library's message without its
+    digits, or an address or a position in it would make each line another kind. All lines about
+    requests are of one kind, but those of images are never left out: the GPU limits their rate.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Limiter:
         self._lock = threading.Lock()
 
     def admits(self, record: logging.LogRecord) -> bool:
-        """Whether *record* is to be written; it is counted where not."""
+        """Return whether *record* is to be written; count it where not."""
         if record.name == ACCESS and hasattr(record, "images"):
             return True
         sample = "" if record.name == ACCESS else record.getMessage().partition("\n")[0]
@@ -104,7 +105,7 @@ class Limiter:
             return False
 
     def due(self, *, is_last: bool = False) -> list[logging.LogRecord]:
-        """What is to be said of windows that are over, or of all where it *is_last* to be asked."""
+        """Return the counts of windows that have ended, or of all where *is_last* is set."""
         now = self._clock()
         with self._lock:
             for key, window in list(self._windows.items()):
@@ -114,7 +115,7 @@ class Limiter:
         return [window.told(now) for window in over if window.left_out]
 
     def wait_s(self) -> float | None:
-        """Seconds until something may be due, None where nothing will be."""
+        """Return the seconds until a window ends, None where there is none."""
         with self._lock:
             began = [window.began for window in self._windows.values() if window.left_out]
         return max(0.0, min(began) + self._window_s - self._clock()) if began else None
@@ -136,7 +137,7 @@ class Limiter:
 
 
 class LineHandler(logging.Handler):
-    """Formats at once, in the caller's thread and context, and writes in a thread of its own."""
+    """Formats in the caller's thread and context, and writes in a thread of its own."""
 
     def __init__(
         self,
@@ -162,7 +163,7 @@ class LineHandler(logging.Handler):
         threading.Thread(target=self._run, name="log writer", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue the line, or count it."""
+        """Queue the line; count it where the queue is full."""
         try:
             if self._limiter.admits(record):
                 self.say(self.format(record))
@@ -172,13 +173,14 @@ class LineHandler(logging.Handler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say that a line could not be formatted; logging itself would write a traceback, and wait
-        until it is read.
+        """Log that a line could not be formatted.
+
+        logging's own method would write a traceback, and block until it is read.
         """
         self.say(self.format(_record(__name__, logging.ERROR, f"A line of {record.name} is odd.")))
 
     def say(self, line: str) -> None:
-        """Queue *line* as it is."""
+        """Queue *line* unchanged."""
         data = line[:MAX_LINE_CHARACTERS].encode(errors="backslashreplace") + b"\n"
         with self._changed:
             if self._waiting_bytes + len(data) > self._max_bytes:
@@ -187,7 +189,7 @@ class LineHandler(logging.Handler):
             self._queue(data)
 
     def flush(self) -> None:
-        """Wait until everything is written, for `flush_s` at most, and only once for nothing."""
+        """Wait until all lines are written, `flush_s` at most; after one timeout, do not wait."""
         with self._changed:
             if self._is_stuck:
                 return
@@ -197,7 +199,7 @@ class LineHandler(logging.Handler):
                 self._is_stuck = not self._changed.wait_for(self._is_idle, self._flush_s)
 
     def close(self) -> None:
-        """Write out what waits, and end the thread once it has."""
+        """Write the queued lines, then end the thread."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -219,7 +221,7 @@ class LineHandler(logging.Handler):
         while (data := self._next()) is not None:
             try:
                 self._write(data)
-            except (OSError, ValueError):  # the reader has gone, the disk is full, it is closed
+            except (OSError, ValueError):  # the reader has gone, the disk is full, or it is closed
                 self._is_broken = True
                 with self._changed:
                     self._dropped += 1
@@ -242,7 +244,7 @@ class LineHandler(logging.Handler):
                 self._changed.wait(self._limiter.wait_s())
 
     def _tell(self, *, is_last: bool = False) -> None:
-        """Queue what is to be said of lines that are missing, once there is room again."""
+        """Queue the counts of dropped lines, once there is room again."""
         if self._lines or self._is_broken:
             return
         records = self._limiter.due(is_last=is_last)
@@ -255,8 +257,9 @@ class LineHandler(logging.Handler):
 
 
 def write_to(stream: TextIO | None) -> Write:
-    """How to write to *stream*: past its buffer, whose lock a writer that is stuck would hold while
-    the interpreter ends.
+    """Return a function that writes to *stream*, past its buffer.
+
+    A writer that blocks would hold the buffer's lock while the interpreter ends.
     """
     if stream is None:
         return lambda data: None
@@ -272,7 +275,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
     while rest:
         try:
             rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:  # somebody who shares the descriptor made it so
+        except BlockingIOError:  # a process that shares the file descriptor made it non-blocking
             ready = select.poll()
             ready.register(descriptor, select.POLLOUT)
             ready.poll()

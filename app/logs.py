@@ -1,9 +1,8 @@
-"""Logging, set up once per process by `serve` or the worker; the request id travels in a
-contextvar.
+"""Logging, set up once per process by `serve` or the worker; a contextvar holds the request id.
 
-Lines go to standard error, for people or as one JSON object each. Prompts, keys and pictures are in
-none of them. What a caller wrote, such as the name of a field, stands in a value of its own: quoted
-where it could be taken for anything else, so that no text forges a pair or a line.
+Lines go to standard error, as text or as one JSON object each. They contain no prompts, keys or
+images. What a client wrote, such as the name of a field, is a value of its own: quoted where it is
+ambiguous, so that no text forges a pair or a line.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from datetime import UTC, datetime
 from app.log_writer import LineHandler, write_to
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""The id of the request that is being answered, for every line logged on its way."""
+"""The id of the current request, for every line logged while it is handled."""
 
 request_notes: ContextVar[dict[str, float] | None] = ContextVar("request_notes", default=None)
-"""What is added to the one line of the request that is being answered: numbers, no words."""
+"""Fields added to the current request's one line: numbers, no strings."""
 
 hidden: ContextVar[tuple[str, ...]] = ContextVar("hidden", default=())
-"""Texts of a caller's that no line may hold, should a library put one into an error's message."""
+"""A client's texts that no line may contain, should a library put one into an error's message."""
 
 _SHORTEST_HIDDEN = 4
 _MAX_WORD = 64
@@ -38,8 +37,8 @@ _FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "r
 def set_up(*, style: str, level: str) -> None:
     """Send all logging of this process to standard error in *style*, `text` or `json`.
 
-    Nothing that logs waits for it to be read; call `flush` before the process ends in a way that
-    skips Python's own end.
+    Logging does not wait for a reader; call `flush` before the process ends in a way that skips
+    Python's finalisation.
     """
     handler = LineHandler(write_to(sys.stderr))
     handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
@@ -49,7 +48,8 @@ def set_up(*, style: str, level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("app").setLevel(level.upper())
-    # What it says of a broken form repeats the form's bytes, and is answered anyway.
+    # Its messages about a malformed form repeat the form's bytes, and the request is answered
+    # anyway.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
 
@@ -61,7 +61,7 @@ def flush() -> None:
 
 
 def say(text: str) -> None:
-    """Write *text* to standard error as it is, after all lines so far."""
+    """Write *text* to standard error unchanged, after all lines so far."""
     if handlers := _handlers():
         handlers[0].say(text)
     else:
@@ -69,7 +69,7 @@ def say(text: str) -> None:
 
 
 def clip(word: str) -> str:
-    """Cut a caller's word to what a line may hold of it: 64 characters."""
+    """Truncate a client's word to 64 characters for a log line."""
     return word if len(word) <= _MAX_WORD else word[: _MAX_WORD - 3] + "..."
 
 
@@ -80,7 +80,7 @@ class _TextFormatter(logging.Formatter):
         line = f"{when}Z {record.levelname.lower():7} {_visible(_hide(record.getMessage()))}"
         line = f"{line} {extra}".rstrip()
         if record.exc_info:
-            # Indented, so that no line of an error's message can pass for one of ours.
+            # Indented, so that no line of an error's message can be taken for a log line.
             lines = _hide(self.formatException(record.exc_info)).splitlines()
             line += "\n" + textwrap.indent("\n".join(map(_visible, lines)), "  ", _always)
         return line
@@ -105,7 +105,7 @@ def _handlers() -> list[LineHandler]:
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    """What a call gave as `extra=`, and the request id where there is one."""
+    """Return what a call passed as `extra=`, and the request id where there is one."""
     extras = {key: _cut(value) for key, value in vars(record).items() if key not in _FIELDS}
     if current := request_id.get():
         extras.setdefault("request_id", current)
@@ -120,7 +120,7 @@ def _cut(value: object) -> object:
 
 
 def _hide(text: str) -> str:
-    """Take out what is hidden, as it is and as Python would write it."""
+    """Redact the secrets in *text*, as they are and as `repr` writes them."""
     for secret in hidden.get():
         if len(secret) >= _SHORTEST_HIDDEN:
             text = text.replace(secret, "[hidden]").replace(repr(secret)[1:-1], "[hidden]")
@@ -128,9 +128,7 @@ def _hide(text: str) -> str:
 
 
 def _bare(value: object) -> str:
-    """Write a value after `key=`: in double quotes, unless it is one word that nobody could take
-    for more.
-    """
+    """Format a value after `key=`: in double quotes, unless it is one unambiguous word."""
     text = str(value)
     if _BARE.fullmatch(text) and text.isprintable():
         return text
@@ -142,8 +140,10 @@ def _always(line: str) -> bool:
 
 
 def _visible(text: str) -> str:
-    """Escape, as JSON does, what a terminal would obey or nobody would see: line breaks, escape
-    sequences, marks that turn the direction of writing.
+    """Escape control and invisible characters as JSON does.
+
+    These are line breaks, terminal escape sequences, and marks that change the direction of
+    writing.
     """
     if text.isprintable():
         return text

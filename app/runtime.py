@@ -1,6 +1,6 @@
-"""The composition root: settings in, a running service out; started in order, closed in reverse.
+"""The composition root: build the service from settings; start it in order, close it in reverse.
 
-Nothing else builds these objects and nothing here decides for them. Tests pass another
+Only this module builds these objects, and it makes no decisions for them. Tests pass another
 *make_engine*; no setting selects one.
 """
 
@@ -34,20 +34,22 @@ from app.worker.supervisor import Limits, Supervisor
 _log = logging.getLogger(__name__)
 
 DOWNLOAD_GRACE_S = 60.0
-"""How much longer than `KLEIN_DOWNLOAD_SILENCE_S` the worker may say nothing of a download: unless
-it hangs, it gives up by itself and says why."""
+"""Seconds beyond `KLEIN_DOWNLOAD_SILENCE_S` for which a downloading worker may be silent.
+
+Unless it hangs, it gives up by itself and reports why.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why the service cannot go on: the process's exit code and one sentence."""
+    """Why the service ends: the process's exit code and one sentence."""
 
     exit_code: int
     message: str
 
 
 class Runtime:
-    """One service from start to close. `ended` is set when it cannot go on."""
+    """One service from start to close. `ended` is set when it cannot continue."""
 
     def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Gpu) -> None:
         self.choice = choose_model(settings, gpu.read() if settings.device != "cpu" else None)
@@ -93,9 +95,7 @@ class Runtime:
         return self._worker.pid
 
     async def start(self) -> None:
-        """Start the worker and everything that serves it, once; return before the model is
-        loaded.
-        """
+        """Start the worker and all tasks, once; return before the model is loaded."""
         if self._tasks:
             return
         _log.info("Model %s: %s.", self.model.id, self.choice.reason)
@@ -107,7 +107,7 @@ class Runtime:
         ]
 
     def drain(self) -> float:
-        """Take nothing new; return the seconds until the last accepted job's deadline."""
+        """Accept nothing new; return the seconds until the last accepted job's deadline."""
         return self.service.drain()
 
     async def wait_until_drained(self, budget_s: float) -> None:
@@ -118,14 +118,14 @@ class Runtime:
                     await self.service.wait_until_idle()
                 return
             except TimeoutError:
-                # What had places only may have become jobs with a later deadline meanwhile.
+                # Reserved places may have become jobs with a later deadline meanwhile.
                 budget_s = self.drain()
             if budget_s == 0:
                 break
         _log.error("Jobs were still running when the drain's time was over.")
 
     async def close(self) -> None:
-        """Stop in reverse order; what still waits is failed by name."""
+        """Stop in reverse order; jobs that still wait fail with an error."""
         self._queue.fail_waiting(DeadlineExceeded("The service was stopped before the job ran."))
         for task in self._tasks:
             task.cancel()
@@ -135,25 +135,25 @@ class Runtime:
         self.service.close()
 
     def kill(self) -> None:
-        """End the worker and the decoders now, with what runs in them; `close` is still wanted."""
+        """Kill the worker and the decoders now, with their jobs; `close` must still be called."""
         self._worker.kill()
         self.decoders.kill()
 
-    # What the supervisor tells.
+    # The supervisor's events.
 
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
-        """Learn the speed of the warm-up image and say what is served."""
+        """Learn the speed of the warm-up image and log what is served."""
         self._estimator.learn(warm_up_spec(self.model), info.warm_up_s)
         self.metrics.model_ready(info, seconds)
         for callback in self.on_ready:
             callback(info)
 
     def on_worker_lost(self, reason: str) -> None:
-        """Count it."""
+        """Count the lost worker."""
         self.metrics.worker_lost(reason)
 
     def on_fatal(self, exit_code: int, message: str) -> None:
-        """Answer who waits, and let whoever runs the service end it."""
+        """Fail the waiting jobs, and set `ended`."""
         self.service.drain()
         self._queue.fail_waiting(
             Unavailable(
@@ -165,7 +165,7 @@ class Runtime:
         if not self.ended.done():
             self.ended.set_result(Ended(exit_code, message))
 
-    # What a scrape reads.
+    # Read by a scrape.
 
     @property
     def queue_size(self) -> int:
@@ -179,17 +179,17 @@ class Runtime:
 
     @property
     def running(self) -> int:
-        """Images on the card or on their way from it."""
+        """Images on the GPU or being transferred from it."""
         return self._queue.running
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be taken."""
+        """Whether a request would be accepted."""
         return self.service.status().is_ready
 
     @property
     def is_worker_up(self) -> bool:
-        """Whether a worker process is there."""
+        """Whether a worker process exists."""
         return self._worker.pid is not None
 
     @property
@@ -199,7 +199,7 @@ class Runtime:
 
     @property
     def loop_lag_s(self) -> float:
-        """How late the event loop woke, the most in the last minute, in seconds."""
+        """The event loop's largest lag in the last minute, in seconds."""
         return self._lag.read()
 
 
@@ -209,7 +209,7 @@ def build_runtime(
     """Build the service for *settings*; call it inside a running event loop.
 
     Raises:
-        StartupError: model or card cannot be used; one sentence and what to do.
+        StartupError: model or GPU cannot be used; one sentence and what to do.
     """
     index = settings.device if isinstance(settings.device, int) else 0
     return Runtime(settings, make_engine, gpu or Gpu(index))

@@ -1,4 +1,4 @@
-"""`klein download`: bring a model into the cache ahead of time, or check what lies there."""
+"""`klein download`: download a model into the cache ahead of time, or verify the cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     find: Callable[[str], ModelEntry] = find_model,
     hub: Hub | None = None,
 ) -> int:
-    """Download or check; return 0, or 1 where a check found something wrong or missing."""
+    """Download or verify; return 0, or 1 where a file is wrong or missing."""
     if settings.model not in MODELS and _is_there(settings.model):
         print("KLEIN_MODEL is a local folder or file, there is nothing to download.")
         return 0
@@ -93,7 +93,7 @@ def _verify(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
 
 
 def _precision_of_this_machine(index: int | str) -> str:
-    """Ask what the service would choose here, as it would: by trying the card."""
+    """Return the precision that the service would choose here, by testing the GPU as it does."""
     import torch
 
     from app.engine.quantization.probe import probe_gpu
@@ -105,7 +105,7 @@ def _precision_of_this_machine(index: int | str) -> str:
 
 
 class _Bar:
-    """One line on standard error that is written over; on a terminal only."""
+    """A progress bar on standard error; on a terminal only."""
 
     def __init__(self) -> None:
         self._is_shown = sys.stderr.isatty()

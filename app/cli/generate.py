@@ -1,4 +1,4 @@
-"""`klein generate`: one picture into a file, by the same worker and service as over HTTP."""
+"""`klein generate`: one image into a file, by the same worker and service as over HTTP."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(
     make_engine: EngineFactory = create_engine,
     gpu: Gpu | None = None,
 ) -> int:
-    """Make the picture; return the exit code."""
+    """Generate the image; return the exit code."""
     if arguments.output.suffix.lower() not in _FORMATS:
         raise InvalidRequest("The output's name must end in .png, .jpg, .jpeg or .webp.")
     check_output(arguments.output)
@@ -92,7 +92,7 @@ async def _generate(
 def _spec(
     arguments: argparse.Namespace, model: ModelSpec, settings: Settings, seed: int
 ) -> ImageSpec:
-    """Fill in the model's defaults."""
+    """Build the spec from the arguments and the model's defaults."""
     width, height = model.default_width, model.default_height
     if arguments.size not in (None, "auto"):
         width, height = SizeRule.of(model, settings.max_pixels).parse(arguments.size)
@@ -102,7 +102,7 @@ def _spec(
 
 
 def _in_our_words(error: InvalidRequest) -> InvalidRequest:
-    """Give HTTP's fields the names that they have here."""
+    """Replace HTTP's field names by the command's options."""
     message = error.message
     for field, option in _OPTIONS.items():
         if message.startswith(field):

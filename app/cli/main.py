@@ -27,10 +27,10 @@ _COMMANDS = {
 """The module of each command, imported only where it is called or all are listed."""
 _COMPUTING = {"serve", "generate", "bench", "compare"}
 _NAMING = {"serve", "doctor"}
-"""Those that name an old cache in their own ways."""
+"""Commands that report an old cache in their own ways."""
 
 EXIT_BROKEN_PIPE = 141
-"""What a shell says of a program that SIGPIPE ended, as it does when `head` has read enough."""
+"""A shell's exit code for a program that SIGPIPE ended, as when `head` has read enough."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,20 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _told(argv)
     except BrokenPipeError:
-        # Nobody reads any more, on standard output or, with `2>&1 | head`, on either.
+        # The reader has closed standard output or, with `2>&1 | head`, standard error too.
         _drop_output()
         return EXIT_BROKEN_PIPE
 
 
 def _told(argv: Sequence[str] | None) -> int:
-    """Run it; what keeps it from running is one sentence on standard error."""
+    """Run the command; report what prevents it as one sentence on standard error."""
     try:
         try:
             words = sys.argv[1:] if argv is None else argv
             check_surroundings(is_computing=not _COMPUTING.isdisjoint(words[:1]))
             return _run(words)
         finally:
-            # Here, and not when Python ends: there nobody could catch that it is a broken pipe.
+            # Here, and not when Python exits: a broken pipe could not be caught there.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KleinError as error:
@@ -74,7 +74,7 @@ def _say(sentence: str) -> int:
 
 
 def _is_unread() -> bool:
-    """Whether it is our own output that nobody reads, and not a pipe to another process."""
+    """Return whether the broken pipe is this process's own output, not one to another process."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -83,7 +83,7 @@ def _is_unread() -> bool:
 
 
 def _drop_output() -> None:
-    """Let what cannot be written go nowhere: Python would try again when it ends, and complain."""
+    """Redirect the output to the null device: Python would flush again at exit, and complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
@@ -97,7 +97,7 @@ def _drop_output() -> None:
 
 def _run(words: Sequence[str]) -> int:
     if "serve" in words:
-        # A bad setting is told before anything that takes long to import.
+        # An invalid setting is reported before slow imports.
         Settings.read(os.environ)
     parser = argparse.ArgumentParser(
         prog="klein", description="Serve one warm FLUX.2 klein pipeline over HTTP."

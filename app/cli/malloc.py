@@ -1,8 +1,8 @@
-"""Gives memory back to the system: what glibc's `malloc` would keep of large pictures.
+"""Make glibc's `malloc` return the memory of freed images to the system.
 
-A freed block of some megabytes raises glibc's threshold for blocks of their own up to 32 MB; from
-then on pictures lie in the arenas, of which each thread may have one and none shrinks. So the
-threshold is fixed, below the smallest picture that matters, and the arenas are few.
+A freed block of some megabytes raises glibc's mmap threshold up to 32 MB; from then on images are
+allocated in the arenas, of which each thread may have one and none shrinks. So the threshold is
+fixed below the smallest image that matters, and the number of arenas is limited.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ _LIMITS = {
 
 
 def bound_heap() -> bool:
-    """Set the limits for this process; whether its C library knows them. Others, such as musl's
-    and macOS's, are left as they are."""
+    """Set the limits for this process; return whether its C library supports them.
+
+    Other C libraries, such as musl and macOS's, are left as they are.
+    """
     try:
         library = ctypes.CDLL(None)
         set_option, _ = library.mallopt, library.gnu_get_libc_version

@@ -1,7 +1,7 @@
-"""A cache in the place where it lay by mistake: in `./~/.cache/klein`, below a folder called `~`.
+"""A cache that an earlier release put in `./~/.cache/klein`, below a folder called `~`.
 
 Until the default of `KLEIN_CACHE_DIR` was expanded, that folder was made wherever the service was
-started. It is named, with the command that moves it; nothing is moved unasked.
+started. It is reported, with the command that moves it; nothing is moved automatically.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ _WRONG = Path("~", ".cache", "klein")
 
 @dataclass(frozen=True, slots=True)
 class OldCache:
-    """Where it lies, and the shell's command that brings it to the right place."""
+    """The old cache's path, and the shell command that moves it to the right place."""
 
     folder: Path
     command: str
 
     @property
     def what(self) -> str:
-        """What is amiss, one sentence."""
+        """What is wrong, one sentence."""
         return f"A cache of an earlier version lies in {shlex.quote(str(self.folder))}, unused."
 
     @property
     def sentence(self) -> str:
-        """What is amiss, and what to do."""
+        """What is wrong, and what to do."""
         return f"{self.what} This moves it to where it is looked for: {self.command}"
 
 
 def find_old_cache(settings: Settings) -> OldCache | None:
-    """Look below the current folder."""
+    """Look for it below the current folder."""
     try:
         folder = Path.cwd() / _WRONG
         if not folder.is_dir() or (right := settings.cache_dir) == folder:
@@ -52,6 +52,6 @@ def _command(folder: Path, right: Path, *, is_empty: bool, can_link: bool) -> st
         move = f"mkdir -p {above} && mv -T {old} {new}"
     else:
         move = f"cp {'-alf' if can_link else '-af'} {old}/. {new}/ && rm -r {old}"
-    # What is left of it has a name that is dangerous to type.
+    # The name of the empty folder that is left is dangerous to type.
     left = " ".join(shlex.quote(str(path)) for path in (folder.parent, folder.parent.parent))
     return f"{move} && rmdir --ignore-fail-on-non-empty {left}"

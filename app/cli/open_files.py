@@ -1,4 +1,4 @@
-"""How many files the process may open: as many as its connections need, where it may decide."""
+"""The limit of open files: as many as the process's connections need, where it may raise it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WANTED = 2048
 
 
 def raise_limit(wanted: int = WANTED) -> int:
-    """Raise the soft limit to *wanted*, as far as the hard one allows; return what holds now.
+    """Raise the soft limit to *wanted*, within the hard limit; return the resulting limit.
 
     Shells and containers often start with 1,024 or 256, far below what they would allow.
     """

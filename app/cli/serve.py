@@ -1,8 +1,9 @@
-"""`klein serve`: bind the port, run the service, end it as it deserves.
+"""`klein serve`: bind the port, run the service, drain it at its end.
 
 Uvicorn closes its socket at the first SIGTERM; a load balancer would then see refused connections
-while jobs are still running. So the signals are ours: the first makes /health/ready say 503 while
-the port still listens and everything accepted is finished and taken; the second ends at once.
+while jobs are still running. So the signals are handled here: the first makes /health/ready return
+503 while the port still listens and every accepted job is finished and its response sent; the
+second ends the process at once.
 """
 
 from __future__ import annotations
@@ -39,13 +40,16 @@ _log = logging.getLogger("app.serve")
 
 EXIT_SECOND_SIGNAL = 143
 _INSISTED_S = 2.0
-"""After the second signal: what has not ended by then, a thread above all, is not waited for."""
+"""After the second signal: what has not ended by then, a thread above all, is not awaited."""
 _LAST_ANSWERS_S = 25.0
-"""For answers that are still being taken when the last deadline is over. With the five seconds that
-a worker may take to leave, these are the 30 s which the grace period has besides."""
+"""For responses still being read after the last deadline.
+
+With the five seconds that a worker may take to exit, these are the 30 s by which the grace period
+is longer than the deadline.
+"""
 
 END_S = 5.0
-"""Seconds that the service may take to end once it has given up, answers under way included."""
+"""Seconds that the service may take to exit once it has given up, responses in flight included."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,14 +67,14 @@ _OPTIONS = ("host", "port", "model")
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Serve until told to stop; return the exit code."""
+    """Serve until a signal ends it; return the exit code."""
     return serve(settings)
 
 
 def serve(
     settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Gpu | None = None
 ) -> int:
-    """Serve with *settings*; *make_engine* and *gpu*, a test's own, go to the composition root."""
+    """Serve with *settings*; tests pass *make_engine* and *gpu* to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
     bound_heap()
     _check_exposure(settings)
@@ -80,7 +84,7 @@ def serve(
         with contextlib.closing(bind(settings)) as listener:
             return asyncio.run(_run(settings, listener, make_engine, gpu))
     finally:
-        # Before anything else is said at the end.
+        # Before anything else is logged at the end.
         logs.flush()
 
 
@@ -91,7 +95,7 @@ async def _run(
     _log.info("Listening at %s while the model is loaded.", address(listener))
     await runtime.start()
     try:
-        # Not before: it takes up to a second, in which the worker is at its own imports already.
+        # Not earlier: it takes up to a second, in which the worker runs its own imports already.
         from app.api.app import create_app
         from app.api.server import make_server
 
@@ -99,7 +103,8 @@ async def _run(
         server = make_server(
             app, descriptors=_descriptors(), trusted_proxies=settings.trusted_proxies
         )
-        # What is there stays; going through it would stop every request for a tenth of a second.
+        # Existing objects are permanent; traversing them would stop every request for a tenth of a
+        # second.
         gc.freeze()
         return await _Service(listener, runtime, server, settings.deadline_s).run()
     finally:
@@ -108,7 +113,7 @@ async def _run(
 
 
 def _descriptors() -> int:
-    """How many descriptors we may have; too few for the usual connections are worth a line."""
+    """Return the limit of file descriptors; log one too low for the usual connections."""
     from app.api.http_limits.connections import MAX_CONNECTIONS, connection_limit
 
     descriptors = raise_limit()
@@ -161,8 +166,9 @@ class _Service:
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Finish every accepted job, then let its caller take the answer: as long as one that was
-        accepted at the last moment might have taken.
+        """Finish every accepted job, then wait for its client to read the response.
+
+        The wait is as long as a job that was accepted at the last moment might have taken.
         """
         loop = asyncio.get_running_loop()
         budget_s = self._runtime.drain()
@@ -179,15 +185,17 @@ class _Service:
 
 
 def _leave_within(seconds: float, exit_code: int) -> None:
-    """End this process after *seconds*, whatever it waits for then: a service that has given up is
-    to be replaced. A timer of the kernel's, since threads and descriptors may be what is lacking.
+    """End this process after *seconds*, whatever it waits for then.
+
+    A service that has given up is to be replaced. The kernel's timer is used, since threads and
+    file descriptors may be what is exhausted.
     """
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(exit_code))
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def address(listener: socket.socket) -> str:
-    """The URL under which *listener* can be reached from this machine."""
+    """Return the URL at which *listener* can be reached from this machine."""
     host, port = listener.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = "127.0.0.1"
@@ -214,7 +222,7 @@ def _say_ready(url: str, note: str, info: ModelInfo) -> None:
 
 
 def _check_exposure(settings: Settings) -> None:
-    """Refuse to serve everyone by accident."""
+    """Refuse to serve other machines without authentication by accident."""
     if settings.api_keys or settings.trust_network or _is_loopback(settings.host):
         return
     raise StartupError(

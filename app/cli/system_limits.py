@@ -1,8 +1,8 @@
 """What this machine denies a command: one sentence each, with what to do.
 
-Errors of the system (no descriptors, no processes, no space, no permission) are the operator's to
-mend and told without a traceback, which `KLEIN_LOG_LEVEL=debug` brings back. Any other exception is
-a fault of this program and keeps its traceback.
+Errors of the system (no file descriptors, no processes, no space, no permission) are the operator's
+to resolve and are reported without a traceback, which `KLEIN_LOG_LEVEL=debug` brings back. Any
+other exception is a bug of this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from threading import Event, Thread
 from app.errors import StartupError
 
 _SPARE_FILES = 32
-"""Descriptors that any command needs besides those that are open: pipes, sockets, libraries."""
+"""File descriptors that any command needs besides those open: pipes, sockets, libraries."""
 _SPARE_THREADS = 8
 """Threads and processes that a command which computes needs besides one for each core."""
 _LIMITS = {errno.EMFILE, errno.ENFILE}
 
 
 def check_surroundings(*, is_computing: bool) -> None:
-    """See that the current folder is there, and that some files can be opened and, for a command
-    that computes, some threads started: libraries take that for granted, and end the process in
-    their own ways.
+    """Check that the current folder exists, and that files can be opened and threads started.
+
+    Threads are checked for commands that compute. Libraries take all of this for granted, and end
+    the process in their own ways where it fails.
 
     Raises:
-        StartupError: one of them is not so.
+        StartupError: one of the checks failed.
     """
     try:
         Path.cwd()
@@ -69,8 +70,9 @@ def _try_threads() -> None:
 
 
 def explain(error: BaseException) -> str:
-    """Say in one sentence what the system denied and what to do; empty where *error* is a fault of
-    the program.
+    """Return one sentence on what the system denied and what to do.
+
+    It is empty where *error* is a bug of the program.
     """
     if isinstance(error, MemoryError):
         return "This machine has too little free memory; close other programs and start again."
@@ -98,7 +100,7 @@ def explain(error: BaseException) -> str:
 
 
 def is_about_processes(error: BaseException) -> bool:
-    """Whether a process or a thread could not be started."""
+    """Return whether a process or a thread could not be started."""
     return isinstance(error, BlockingIOError) or (
         isinstance(error, RuntimeError) and "can't start new thread" in str(error)
     )

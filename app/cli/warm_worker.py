@@ -1,4 +1,4 @@
-"""One warm worker for a command: the same runtime as the service's, with no HTTP before it."""
+"""One warm worker for a command: the same runtime as the service's, without HTTP."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ async def warm_runtime(
     gpu: Gpu | None = None,
     planned: Callable[[ModelSpec], ImageSpec] | None = None,
 ) -> AsyncIterator[tuple[Runtime, ModelInfo]]:
-    """Start a worker for *settings* and give it once it is warm; close it at the end.
+    """Start a worker for *settings* and yield it once it is warm; close it at the end.
 
-    What is *planned* for the model is judged before anything is loaded.
+    The *planned* specs are checked against the model before anything is loaded.
 
     Raises:
-        StartupError: it does not start; one sentence says why.
-        InvalidRequest: what is planned cannot be made by the model.
+        StartupError: the worker does not start; one sentence says why.
+        InvalidRequest: the model cannot generate a planned spec.
     """
     patient = settings.model_copy(update={"deadline_s": _PATIENCE_S})
     runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
@@ -71,7 +71,7 @@ async def warm_runtime(
 async def make_picture(
     runtime: Runtime, spec: ImageSpec, output: OutputFormat | None = None
 ) -> Picture:
-    """Let one picture go the way that every picture goes, and wait for its file, PNG by default."""
+    """Generate one image as the service does, and return its encoded file, PNG by default."""
     output = output or OutputFormat("png")
     ticket = runtime.service.submit([spec], client="cli", output=output)
     (picture,) = await ticket.pictures()
@@ -79,7 +79,7 @@ async def make_picture(
 
 
 def new_prompts() -> Iterator[str]:
-    """Prompts that do not repeat for a long while and that every model knows, the demo too."""
+    """Yield prompts that do not repeat for long and that every model knows, the demo too."""
     order = random.Random(0)
     combinations = [
         f"a {colour} {shape} on a {ground} background"
@@ -93,7 +93,7 @@ def new_prompts() -> Iterator[str]:
 
 
 def draft(model: ModelSpec, prompt: str, width: int, height: int, steps: int | None) -> ImageSpec:
-    """A picture at the model's own defaults, whose seed is always the same."""
+    """Return the spec of an image at the model's defaults, with a fixed seed."""
     return ImageSpec(
         prompt=prompt,
         width=width,
@@ -105,10 +105,10 @@ def draft(model: ModelSpec, prompt: str, width: int, height: int, steps: int | N
 
 
 def parse_size(text: str, model: ModelSpec, max_pixels: int) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT, or `auto` for the model's own size, by the rules of HTTP.
+    """Parse WIDTHxHEIGHT, or `auto` for the model's default size, by the rules of HTTP.
 
     Raises:
-        InvalidRequest: it is none, or none that the model of *card* makes here.
+        InvalidRequest: it is no size, or none that *model* generates here.
     """
     if text == "auto":
         return model.default_width, model.default_height
@@ -121,7 +121,7 @@ def parse_size(text: str, model: ModelSpec, max_pixels: int) -> tuple[int, int]:
 
 
 def parse_precisions(text: str) -> tuple[str, ...]:
-    """Read names separated by commas.
+    """Parse names of precisions separated by commas.
 
     Raises:
         InvalidRequest: one of them is no precision.
@@ -134,21 +134,21 @@ def parse_precisions(text: str) -> tuple[str, ...]:
 
 
 def choose_seed(given: int | None) -> int:
-    """Take the seed that was given; nothing or -1 draws one, as over HTTP."""
+    """Return the given seed; draw one for None or -1, as over HTTP."""
     return secrets.randbelow(MAX_SEED + 1) if given is None or given == DRAW else given
 
 
 def check_output(path: Path) -> None:
-    """Refuse a place at which no file can be written, before anything is made for it.
+    """Refuse a path at which no file can be written, before anything is generated for it.
 
     Raises:
-        InvalidRequest: there is no such folder, it may not be written to, or *path* is a folder.
+        InvalidRequest: its folder is missing or not writable, or *path* is a folder.
     """
     folder = path.parent
     if path.is_dir():
         raise InvalidRequest(f"{path} is a folder; give the name of a file in it.")
     if not folder.is_dir():
         raise InvalidRequest(f"There is no folder {folder}; make it first, or give another.")
-    # A file that is there is written to; a new one needs its folder.
+    # An existing file is overwritten; a new one needs a writable folder.
     if not (os.access(path, os.W_OK) if path.exists() else os.access(folder, os.W_OK | os.X_OK)):
         raise InvalidRequest(f"{path} may not be written by this user; give another place.")

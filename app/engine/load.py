@@ -1,4 +1,4 @@
-"""From a config to a loaded model: find the files, choose precision and plan, build the parts."""
+"""From a config to a loaded model: find the files, choose precision and plan, build components."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _STACK_LIMIT = 0
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Where the model lies: *is_ours* when it was downloaded by the catalogue's entry."""
+    """Where the model's files are; *is_ours* where the catalogue's entry was downloaded."""
 
     path: Path
     revision: str
@@ -50,7 +50,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready for its first picture."""
+    """A model ready for its first image."""
 
     components: PipelineComponents
     files: Files
@@ -60,7 +60,7 @@ class LoadedModel:
     compiler: Compiler
 
     def info(self, config: EngineConfig, warm_up_s: float, load_s: float) -> ModelInfo:
-        """Say what was loaded and how."""
+        """Describe what was loaded and how."""
         is_gpu = self.components.device.type == "cuda"
         return ModelInfo(
             model=config.model,
@@ -71,7 +71,7 @@ class LoadedModel:
             plan=self.plan.name,
             plan_reasons=self.plan.reasons,
             max_pixels=self.plan.max_pixels,
-            # A plain text: the version object would bring torch into the process that reads it.
+            # A plain string: the version object would import torch in the process that reads it.
             torch=str(torch.__version__),
             cuda=torch.version.cuda if is_gpu else None,
             features=(self.compiler.summary, *self.features),
@@ -82,10 +82,11 @@ class LoadedModel:
 
 
 def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> LoadedModel:
-    """Do everything up to the warm-up picture.
+    """Load the model, up to but without the warm-up image.
 
     Raises:
-        StartupError: files, parts or card do not do; one sentence says which and what to do.
+        StartupError: files, components or GPU cannot be used; one sentence says which and what
+            to do.
     """
     device = find_device(config)
     _limit_memory(config, device)
@@ -155,12 +156,12 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
 
 
 def _end_fetching(on_progress: OnProgress) -> None:
-    """Say that what follows hangs on neither network nor disk: it has another limit."""
+    """Report the end of the download: what follows has another time limit."""
     on_progress(LoadProgress("loading"))
 
 
 def find_device(config: EngineConfig) -> torch.device:
-    """Find the card, or say in one sentence why there is none."""
+    """Return the device, or raise an error that says why there is none."""
     if config.device is None:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -177,7 +178,7 @@ def find_device(config: EngineConfig) -> torch.device:
 
 
 def _is_small(config: EngineConfig) -> bool:
-    """Whether the weights are of test or demo size."""
+    """Return whether the weights are of test or demo size."""
     if config.path is None:
         return find_model(config.model).is_embedded
     path = Path(config.path)
@@ -187,19 +188,19 @@ def _is_small(config: EngineConfig) -> bool:
 
 @contextmanager
 def _downloaded(config: EngineConfig, on_progress: OnProgress) -> Iterator[Path | None]:
-    """A folder of an earlier download, which has the parts that other layouts lack."""
+    """Return the folder of an earlier download, with the components that others lack."""
     if config.path is None or not (entry := find_model(config.model)).files:
         yield None
         return
     cache, reason = Path(config.cache_dir), ""
     for found in sorted(cache.rglob("model_index.json")):
-        # Not hashed here, so it must be what a download has left there and nobody has changed.
+        # Not hashed here, so the download's record must be valid and the file unchanged.
         if not (reason := trust.why_tree_open(found.parent, cache)):
             yield found.parent
             return
     from app.engine.hub.download import lay_out_shared
 
-    # Among files that others may write to, only these are looked at, and nobody can add to them.
+    # Where others may write to the folder, only these files are read, and nobody can add to them.
     with TemporaryDirectory(prefix="klein-parts-") as name:
         is_whole = lay_out_shared(entry, cache, folder := Path(name), on_progress)
         if is_whole:
@@ -210,13 +211,11 @@ def _downloaded(config: EngineConfig, on_progress: OnProgress) -> Iterator[Path 
 
 
 def _limit_memory(config: EngineConfig, device: torch.device) -> None:
-    """Hold torch to what this process may take, so that a wrong plan fails here and not
-    elsewhere.
-    """
+    """Limit PyTorch's memory to this process's share: a wrong plan fails here, not elsewhere."""
     if device.type == "cpu":
         return
     _shrink_stacks(device)
-    # Pieces of all sizes share memory, which a picture of another size would else fragment.
+    # Segments of all sizes share memory, which an image of another size would else fragment.
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if config.memory_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -224,8 +223,9 @@ def _limit_memory(config: EngineConfig, device: torch.device) -> None:
 
 
 def _shrink_stacks(device: torch.device) -> None:
-    """Halve what CUDA sets aside for the stacks of all threads that the card could run at once: it
-    is 138 MB less on an H200. The driver enlarges them for a kernel that says it needs more.
+    """Halve the stack memory that CUDA reserves for all threads that can be resident on the GPU.
+
+    This saves 138 MB on an H200. The driver enlarges the stacks for a kernel that needs more.
     """
     # The limit is the context's, which torch makes at the first call that needs one.
     torch.cuda.synchronize(device)
@@ -241,7 +241,7 @@ def _shrink_stacks(device: torch.device) -> None:
 
 
 def _is_distilled(found: bool | None, model: ModelSpec) -> bool:
-    """The catalogue decides; a folder that says otherwise is told of in the log."""
+    """Return whether the model is distilled, as the catalogue says; log a folder that differs."""
     if found is not None and found != model.is_distilled:
         _log.warning(
             "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",

@@ -1,10 +1,10 @@
-"""The pictures made before the service is ready: the proof that the model works, and the compiler's
-time.
+"""The images generated before the service is ready: a check of the model, and time to compile.
 
-They are looked at: a picture of one colour, or one that holds anything but numbers, ends the start.
+They are checked: an image of one colour, or with a value that is not finite, ends the start.
 
-Where things are compiled, a picture at the default size compiles for that size, one at another size
-for all others, and one more of the default size measures. After that nothing is compiled any more.
+Where functions are compiled, an image at the default size compiles for that size, one at another
+size for dynamic shapes, and one more of the default size is timed. After that nothing is compiled
+any more.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def warm_up(
     *,
     is_compiled: bool,
 ) -> float:
-    """Make pictures until all is warm; return the seconds of one at the default size.
+    """Generate images until all is warm; return the seconds of one at the default size.
 
     Raises:
-        StartupError: the card has no room even for a small picture, or what it made is none.
+        StartupError: the GPU has no memory even for a small image, or the output is not an image.
     """
     if device.type == "cpu":
         return _warm_processor(model, make, on_progress)
@@ -55,7 +55,7 @@ def warm_up(
         on_progress(LoadProgress("warm-up", 0.5, "all other sizes"))
         _make_others(model, size, make)
         compile_module.freeze()
-    # What compiling and the other sizes took and left behind in pieces.
+    # Free the fragmented memory that compilation and the other sizes left cached.
     error_mapping.give_back()
     on_progress(LoadProgress("warm-up", 0.9, "measuring"))
     begun = time.perf_counter()
@@ -69,15 +69,16 @@ def warm_up(
 def _warm_processor(
     model: ModelSpec, make: Make, on_progress: Callable[[LoadProgress], None]
 ) -> float:
-    """A whole picture where it is small; of a large one, for which a processor may need minutes,
-    one step at a quarter of the side.
+    """Generate a small model's image in full, a large one's with one step at a quarter size.
+
+    The side is divided by four. A full image of a large model may take minutes on a CPU.
     """
     pixels = model.default_width * model.default_height
     scale, steps = (1, model.default_steps) if pixels <= _SMALL_PIXELS else (4, 1)
     on_progress(LoadProgress("warm-up", 0.0, f"{steps} steps"))
     size = (_side(model.default_width // scale), _side(model.default_height // scale))
     spec = _spec(model, size, "a warm-up picture", steps=steps)
-    # The first picture pays for what is made once; the second says how fast this is.
+    # The first image pays for lazy initialisation; the second is timed.
     _look_at(make(spec).image)
     error_mapping.give_back()
     begun = time.perf_counter()
@@ -86,7 +87,7 @@ def _warm_processor(
 
 
 def _make_first(model: ModelSpec, make: Make) -> tuple[int, int]:
-    """Make the default picture, or the largest of two smaller ones that finds room."""
+    """Generate the default image, or the largest of two smaller ones that fits in memory."""
     for scale in (1, 2, 4):
         size = (_side(model.default_width // scale), _side(model.default_height // scale))
         try:
@@ -101,16 +102,16 @@ def _make_first(model: ModelSpec, make: Make) -> tuple[int, int]:
 
 
 def _look_at(image: RawImage) -> None:
-    """Refuse a picture of one colour: no whole model draws one for these prompts."""
+    """Refuse an image of one colour: no intact model draws one for these prompts."""
     pixels = np.frombuffer(image.pixels, np.uint8).reshape(-1, 3)
     if (pixels == pixels[0]).all():
         raise StartupError(NO_PICTURE)
 
 
 def _make_others(model: ModelSpec, size: tuple[int, int], make: Make) -> None:
-    """Another shape both ways makes the compiled code general; an edit warms the way in."""
+    """Change both sides to compile with dynamic shapes; an edit warms the VAE encoder."""
     # Both sides differ from the default's and from one another: the compiler takes equal numbers
-    # for the same unknown.
+    # for the same symbol.
     other = (_side(size[0] * 3 // 4), _side(size[1] // 2))
     make(_spec(model, other, "another shape", steps=2))
     reference = RawImage(128, 192, bytes(128 * 192 * 3))

@@ -1,12 +1,12 @@
-"""A decoder: a process that prepares the pictures of one request, within limits, and ends.
+"""A decoder: a process that decodes the images of one request, within limits, and exits.
 
-What a stranger sent is decoded by C code, of which every now and then a file is found that makes it
-run for hours, take all memory, or do what the file says. So that happens in a process with limits
-that the kernel keeps, which has nothing worth taking, and which serves nobody else afterwards.
+Clients' files are decoded by C libraries, for which now and then a file is found that makes them
+run for hours, take all memory, or execute the file's code. So they are decoded in a process with
+limits that the kernel enforces, which holds no secrets and serves no other request afterwards.
 
 Both directions carry plain data: a message is its length in four bytes and JSON; pixels and files
-follow as they are. A picture that takes a decoder over cannot reach further by what it answers,
-which unpickling would allow. In order:
+follow as they are. Unlike unpickling, this gives a decoder that an image has taken over no way to
+run code in the service. In order:
 
     to the decoder    {"images": [[bytes, is_base64, param], ...], "mask": ..., "size": ...}, files
     from it           {"begin": [param, code]}                before each file
@@ -34,20 +34,18 @@ WARM_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request's pictures may cost, and how long a decoder may take to start."""
+    """What one request's images may cost, and how long a decoder may take to start."""
 
     cpu_s: int = 5
     wall_s: float = 60.0
-    """For a machine on which five seconds of processor time take longer."""
+    """For a machine on which five seconds of CPU time take longer."""
     memory_bytes: int = 2**30
-    """Of address space; the kernel counts nothing else well."""
+    """Address space in bytes; the kernel limits no other measure of memory reliably."""
     start_s: float = 10.0
 
 
 def serve(connection: socket.socket, limits: Limits) -> None:
-    """Prepare the pictures of the one request that comes; return when it is answered, or when the
-    other end has gone.
-    """
+    """Decode the images of one request; return once it is answered or the other end has closed."""
     restrict(limits)
     gc.disable()
     _touch()
@@ -61,23 +59,23 @@ def serve(connection: socket.socket, limits: Limits) -> None:
         size = asked["size"] and (asked["size"][0], asked["size"][1])
         wire.answer(images, mask, size)
     except (EOFError, OSError):
-        return  # nobody waits any more
+        return  # the client has disconnected
 
 
 def restrict(limits: Limits) -> None:
-    """Set the limits for this process; beyond its processor time the kernel ends it."""
+    """Set the limits for this process; beyond its CPU time the kernel kills it."""
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _touch() -> None:
-    """Have the kernel give what a picture of a megapixel needs while nobody waits for it."""
+    """Have the kernel allocate the memory of a one-megapixel image while no request waits."""
     bytearray(b"\1") * WARM_BYTES
 
 
 def pack(message: object) -> bytes:
-    """Write one message."""
+    """Encode one message."""
     text = json.dumps(message).encode()
     return len(text).to_bytes(LENGTH_BYTES, "big") + text
 
@@ -93,7 +91,7 @@ class _Wire:
         self._connection = connection
 
     def receive(self, size_bytes: int) -> memoryview:
-        """Wait for so many bytes; raises `EOFError` when the other end has gone."""
+        """Wait for *size_bytes* bytes; raises `EOFError` when the other end has closed."""
         data = memoryview(bytearray(size_bytes))
         at = 0
         while at < size_bytes:
@@ -109,7 +107,7 @@ class _Wire:
         return json.loads(bytes(self.receive(length)))
 
     def answer(self, images: list[Upload], mask: Upload | None, size: Size | None) -> None:
-        """Prepare, and send what came of it."""
+        """Decode, and send the result."""
         try:
             edit = prepare(images, mask, size, self._nearest, self._begin)
         except InvalidRequest as error:

@@ -1,14 +1,13 @@
 """The process that decoders are forked from, and that keeps a number of them ready.
 
-It has imported what decoders need and nothing else, so a new one is there within milliseconds and
+It has imported what decoders need and nothing else, so a new one starts within milliseconds and
 shares its memory. Not `multiprocessing`'s fork server, because that has each new process import the
-service's main module anew, settings and all, and because there is one of it for a whole process.
+service's main module anew, settings and all, and because there is one of it per process.
 
 On its control socket, which is its stdin, it sends, for each new decoder, the process id with the
-other end of its connection; what it receives are ids of decoders to kill. It alone may do that
-safely, since no id of its children is given to another process before it has seen the child's end.
-Its own end comes when the control socket is closed, by whatever end of the service, and it takes
-the decoders along.
+other end of its connection; it receives ids of decoders to kill. Only it can do that safely, since
+no id of its children is reused before it has reaped the child. It exits when the control socket is
+closed, however the service ends, and kills its decoders.
 
     python -m app.images.fork_server SIZE CPU_S MEMORY_BYTES
 """
@@ -30,14 +29,14 @@ from app.images.decoder import Limits, serve
 from app.images.preparing import Upload, prepare
 
 _NICE = 10
-"""Behind the service, which answers everybody, where there are fewer cores than work."""
+"""Niceness: behind the service, which answers every client, where CPU cores are short."""
 _RETRY_MS = 1000
-"""After a fork that the machine had no room for."""
+"""Until the next try after a fork failed for lack of resources."""
 _MESSAGE_BYTES = 64
 
 
 class ForkServer:
-    """Keeps *size* decoders; each has one request to serve, and is replaced when it has ended."""
+    """Keeps *size* decoders; each serves one request, and is replaced when it has exited."""
 
     def __init__(self, control: socket.socket, size: int, limits: Limits) -> None:
         self._control = control
@@ -68,17 +67,17 @@ class ForkServer:
         except ConnectionError:
             return
         finally:
-            # First of all, so that no picture is taken for what ended its decoder.
+            # First, so that the service sees EOF here before a decoder exits, and blames no image.
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_RDWR)
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
-            # In a container nobody else might.
+            # In a container there may be no other process that reaps them.
             for pid in self._children:
                 os.waitpid(pid, 0)
 
     def _fill(self) -> bool:
-        """Fork what is missing; tell whether all are there."""
+        """Fork the missing decoders; return whether all exist."""
         while len(self._children) < self._size:
             ours, theirs = socket.socketpair()
             with ours, theirs:
@@ -94,7 +93,7 @@ class ForkServer:
         return True
 
     def _become(self, connection: socket.socket) -> None:
-        """Be a decoder, and end as one."""
+        """Run as a decoder, and exit."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -113,7 +112,7 @@ class ForkServer:
             self._children.discard(pid)
 
     def _obey(self) -> bool:
-        """Kill the decoder that is named; tell whether the other end is still there."""
+        """Kill the decoder that a message names; return whether the other end is still open."""
         message = self._control.recv(_MESSAGE_BYTES)
         if message and (pid := int(message)) in self._children:
             os.kill(pid, signal.SIGKILL)
@@ -121,7 +120,7 @@ class ForkServer:
 
 
 def _warm_up() -> None:
-    """Decode one of each kind, so that no decoder has to look for a part of Pillow on the disk."""
+    """Decode one image of each format, so that no decoder has to import a plug-in of Pillow."""
     picture = Image.new("RGBA", (64, 64))
     for kind in ("PNG", "WEBP", "JPEG", "MPO"):
         buffer = io.BytesIO()
@@ -132,7 +131,7 @@ def _warm_up() -> None:
 
 
 def main(size: str, cpu_s: str, memory_bytes: str) -> None:
-    """Run as the process; the service alone decides when it ends."""
+    """Run as the process; the service alone decides when it exits."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)

@@ -1,10 +1,10 @@
-"""The service's side of the decoders: a place, a decoder, one request, and away with it.
+"""The service's side of the decoders: one decoder per request, killed afterwards.
 
-Everything here runs on the event loop, and nothing in it waits for a process but `kill`, which is
-the end. A decoder serves one request. When that has ended, well or not, or when its caller has
-gone, the decoder is killed and the fork server puts another in its place, so no place is given on
-before the process that held it has ended, and nobody waits for a picture that nobody wants. Clients
-take turns, so nobody waits for all the pictures of another.
+All of this runs on the event loop, and only `kill`, at the service's end, waits for a process. A
+decoder serves one request. When that has ended, in success or failure, or when its client has
+disconnected, the decoder is killed and the fork server forks another, so a place is free only once
+its process has exited, and nothing waits for an image of a disconnected client. Clients take turns,
+so none waits for all the images of another.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _SERVER_START_S = 30.0
-"""Until the fork server's first decoder comes: it runs behind all else, on a busy machine too."""
+"""Until the fork server's first decoder comes: it has low priority, on a busy machine too."""
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
 
 
 class DecoderPool:
-    """Prepares the pictures of *size* requests at a time.
+    """Decodes the images of *size* requests at a time.
 
     Made and used on the event loop. `start` returns at once, `kill` within milliseconds, or within
-    a second where the fork server stands still; both may be called again.
+    a second where the fork server hangs; both may be called again.
     """
 
     def __init__(self, *, size: int = 2, limits: Limits | None = None) -> None:
@@ -40,15 +40,15 @@ class DecoderPool:
         self._limits = limits or Limits()
         self._turns = Turns(size)
         self._idle: asyncio.Queue[Decoder | None] = asyncio.Queue()
-        """None for each that may still wait when the pool is closed."""
+        """Has one None per place, for requests that still wait when the pool is closed."""
         self._busy: set[Decoder] = set()
         self._server: Server | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._starting: asyncio.TimerHandle | None = None
-        """Runs while no decoder has come from the fork server yet."""
+        """Runs until the fork server has sent its first decoder."""
         self._retry_s = _FIRST_RETRY_S
         self._is_down = False
-        """Whether somebody has waited for a decoder in vain; whoever comes next is told at once."""
+        """Whether a request has waited for a decoder in vain; the next ones fail at once."""
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -61,11 +61,11 @@ class DecoderPool:
 
     @property
     def busy_pids(self) -> list[int]:
-        """The ids of the decoders that work."""
+        """The process ids of the busy decoders."""
         return [decoder.pid for decoder in self._busy]
 
     def start(self) -> None:
-        """Start the processes, unless they are there; they will be ready in a moment."""
+        """Start the processes, unless they exist; they are ready in a moment."""
         if self._server is not None or self._is_closed:
             return
         self._retry = None
@@ -87,12 +87,11 @@ class DecoderPool:
         *,
         client: str,
     ) -> Edit:
-        """Do what `app.images.preparing.prepare` does, in a process with limits, when it is the
-        turn of *client*.
+        """Call `app.images.preparing.prepare` in a decoder, when it is the turn of *client*.
 
         Raises:
-            InvalidRequest: a picture cannot be used, or not within the limits.
-            Unavailable: no decoder can be started, or what it was forked from has ended.
+            InvalidRequest: an image cannot be used, or not within the limits.
+            Unavailable: no decoder can be started, or the fork server has exited.
         """
         self.start()
         async with self._turns.of(client):
@@ -103,16 +102,16 @@ class DecoderPool:
                         return await decoder.prepare(images, mask, size, nearest)
                 except ENDED_EARLY:
                     if self._is_closed or self._is_orphan(decoder):
-                        break  # whatever it was at is not to blame
+                        break  # the image being decoded is not to blame
                     if decoder.began is not None:
                         raise self._beyond_limits(*decoder.began) from None
-                    # It had not looked at any picture, so none is to blame.
+                    # It had not begun with any image, so none is to blame.
                 finally:
                     self._end(decoder)
         raise _unavailable()
 
     def kill(self) -> None:
-        """End all processes now; what still waits for them fails."""
+        """Kill all processes now; requests that wait for them fail."""
         self._is_closed = True
         if self._retry is not None:
             self._retry.cancel()
@@ -131,7 +130,7 @@ class DecoderPool:
         self._idle.put_nowait(decoder)
 
     async def _take(self) -> Decoder:
-        """Wait for a decoder that lives; one is on its way unless the machine has no room."""
+        """Wait for a live decoder; one is being forked unless resources are short."""
         if self._is_down or self._is_closed:
             raise _unavailable()
         try:
@@ -164,19 +163,19 @@ class DecoderPool:
         )
 
     def _is_orphan(self, decoder: Decoder) -> bool:
-        """Whether the fork server ended before *decoder*, and perhaps took it along."""
+        """Return whether the fork server ended before *decoder*, and perhaps killed it."""
         if self._server is not None:
             self._server.receive()
         return decoder.is_orphan
 
     def _on_server_lost(self) -> None:
-        """Start another."""
+        """Start another server."""
         self._let_go_of_server()
         _log.error("The decoders' fork server has ended; another is started.")
         self._try_again()
 
     def _replace_server(self) -> None:
-        """Start another for one from which no decoder comes: it stands still, or has no room."""
+        """Replace a server that forks no decoder: it hangs, or resources are short."""
         if self._server is not None:
             self._server.kill()
             self._let_go_of_server()
@@ -184,7 +183,7 @@ class DecoderPool:
             self._try_again()
 
     def _let_go_of_server(self) -> None:
-        """Forget the server and what is idle, which would not be replaced any more."""
+        """Drop the server and its idle decoders, which would not be replaced any more."""
         self._server = None
         self._end_start()
         for decoder in self._busy:

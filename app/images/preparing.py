@@ -1,8 +1,7 @@
-"""From what was sent to what an edit works on: references, a mask, and the size of the result.
+"""From uploads to the inputs of an edit: references, a mask, and the size of the output.
 
-Judging and decoding one file is `app.images.uploads`' business; here it is decided which picture
-plays which part. Runs in a decoder process. Nothing is ever fetched: a picture comes with the
-request or not at all.
+`app.images.uploads` validates and decodes one file; this module decides the role of each image. It
+runs in a decoder process. Nothing is ever fetched: images are part of the request.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One picture as it came; *param* is what an error calls it."""
+    """One uploaded image; errors name it by *param*."""
 
     content: bytes | bytearray | memoryview = field(repr=False)
     param: str
     is_base64: bool = False
 
     def read(self, code: str) -> bytes | bytearray | memoryview:
-        """Give the bytes of the file; raises `InvalidRequest` with *code*."""
+        """Return the bytes of the file; raises `InvalidRequest` with *code*."""
         data = self.content
         if self.is_base64:
             try:
@@ -53,7 +52,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What an edit works on, ready for a spec."""
+    """The inputs of an edit, ready for a spec."""
 
     references: tuple[RawImage, ...]
     mask: Mask | None
@@ -67,15 +66,15 @@ def prepare(
     nearest: Callable[[int, int], Size],
     begin: Callable[[Upload, str], None] = lambda upload, code: None,
 ) -> Edit:
-    """Decode all, and decide the size: the one asked for, or the first picture's own as *nearest*
-    allows it.
+    """Decode all images, and choose the output's size.
 
-    The picture under a mask is scaled to the result's size, so that what the mask keeps comes back
-    pixel for pixel; the others are brought to what the model reads. *begin* is told before each
-    file is read, with the code of the errors about it.
+    The size is the requested one, or what *nearest* returns for the first image's own. The image
+    under a mask is scaled to the output's size, so that unmasked pixels are returned unchanged; the
+    others are scaled to what the model reads. *begin* is called before each file is read, with the
+    code of errors about it.
 
     Raises:
-        InvalidRequest: one of them cannot be used.
+        InvalidRequest: an image cannot be used.
     """
     begin(images[0], "invalid_image")
     first = _decode(images[0], 0)

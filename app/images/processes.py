@@ -1,7 +1,7 @@
-"""The service's hold on the decoders' processes: their fork server, and one decoder at its work.
+"""The service's handles of the fork server and of one busy decoder.
 
-Nothing here waits but for the event loop, except `Server.end`, which is for the service's own end.
-What a decoder says is judged before it is believed.
+All of this waits on the event loop only, except `Server.end`, which is for the service's own end. A
+decoder's messages are validated before they are used.
 """
 
 from __future__ import annotations
@@ -24,30 +24,33 @@ from app.images.decoder import LENGTH_BYTES, Limits, pack
 from app.images.preparing import Edit, Size, Upload
 
 ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
-"""What comes of a decoder that has gone, or talks nonsense, or takes too long."""
+"""Errors of a decoder that has exited, sends invalid messages, or takes too long."""
 
 _MAX_MESSAGE_BYTES = 65_536
 _MAX_PIXELS = 64_000_000
 _TURN_BYTES = 2**20
-"""Received at a time before others have their turn."""
+"""Bytes received before other tasks have their turn."""
 _END_S = 1.0
-"""For the fork server to end by itself once its control socket is closed."""
+"""For the fork server to exit by itself once its control socket is closed."""
 _LOOK_S = 0.05
-"""From one look whether it has ended to the next."""
+"""Between two polls whether it has exited."""
 _ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
-"""How the names begin of what a decoder's process is told: no keys, no tokens."""
+"""Prefixes of the environment variables that a decoder gets: no keys, no tokens."""
 _MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432"
     ":glibc.malloc.trim_threshold=268435456"
 }
-"""A process touches each page of its memory for a first time, which takes ten milliseconds for a
-picture of a megapixel: so pages are large where the kernel has them, and freed ones are kept."""
+"""Huge pages where the kernel has them, and freed memory is kept.
+
+A process faults in each page of its memory, which takes ten milliseconds for an image of one
+megapixel.
+"""
 _PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from app.images.fork_server import main; "
 _PROGRAM += "main(*sys.argv[1:4])"
 
 
 class Server:
-    """The fork server as its parent sees it. Raises `OSError` where there is no room for it."""
+    """The fork server as its parent sees it. Raises `OSError` where it cannot be started."""
 
     def __init__(
         self,
@@ -61,8 +64,8 @@ class Server:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                # As its stdin, or it would have our number, which may be any. A group of its own,
-                # to kill it with its decoders.
+                # As its stdin, since its own file descriptor number could be any. In a process
+                # group of its own, to kill it with its decoders.
                 self._process = subprocess.Popen(
                     _command(size, limits),
                     stdin=theirs.fileno(),
@@ -85,12 +88,12 @@ class Server:
         return self._process.pid
 
     def kill_decoder(self, pid: int) -> None:
-        """Have the decoder *pid* killed; one that has ended is none any more."""
+        """Have the decoder *pid* killed; no effect on one that has exited."""
         with contextlib.suppress(OSError):
             self._control.send(b"%d" % pid)
 
     def end(self) -> None:
-        """End it, with the decoders, and wait: milliseconds, or a second where it stands still."""
+        """Kill it, with the decoders, and wait: milliseconds, or a second where it hangs."""
         self._hang_up()
         try:
             self._process.wait(_END_S)
@@ -105,7 +108,7 @@ class Server:
         self._reap()
 
     def receive(self) -> None:
-        """Take what it has sent, up to its end."""
+        """Receive the messages sent so far, up to EOF."""
         while True:
             try:
                 message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
@@ -125,12 +128,12 @@ class Server:
         self._control.close()
 
     def _kill_group(self) -> None:
-        # It has not been waited for, so its number is nobody else's.
+        # It has not been reaped, so its process id is not reused.
         with contextlib.suppress(OSError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def _reap(self, looks: int = -1) -> None:
-        """Look now and again whether it has ended; kill it after so many *looks*."""
+        """Poll whether it has exited; kill it after *looks* polls."""
         if self._process.poll() is not None:
             return
         if looks == 0:
@@ -145,15 +148,15 @@ class Decoder:
     pid: int
     connection: socket.socket
     began: tuple[str, str] | None = None
-    """Param and code of the file that it was at last; None before the first."""
+    """Param and code of the file that it began last; None before the first."""
     is_orphan: bool = False
-    """Whether the fork server has gone, and may have taken it along."""
+    """Whether the fork server has exited, and may have killed it."""
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)
 
     def is_alive(self) -> bool:
-        """Tell whether it is there; it says nothing before it is asked."""
+        """Return whether it is alive; an idle decoder sends nothing."""
         try:
             self.connection.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -163,12 +166,12 @@ class Decoder:
         return False
 
     def hang_up(self) -> None:
-        """End the connection under whoever uses it."""
+        """Shut the connection down while it is in use."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection."""
         self.connection.close()
 
     async def prepare(
@@ -178,11 +181,11 @@ class Decoder:
         size: Size | None,
         nearest: Callable[[int, int], Size],
     ) -> Edit:
-        """Send the files and receive what became of them.
+        """Send the files and receive the result.
 
         Raises:
-            ENDED_EARLY: the process has gone, or talks nonsense.
-            InvalidRequest: as it says.
+            ENDED_EARLY: the process has exited, or its messages are invalid.
+            InvalidRequest: as the decoder reports it.
         """
         described = {"images": [_describe(each) for each in images], "size": size}
         await self._send(pack(described | {"mask": mask and _describe(mask)}))
@@ -232,7 +235,7 @@ class Decoder:
                 raise EOFError
             at += count
             turn += count
-            if turn > _TURN_BYTES:  # data that is there already comes without a turn for others
+            if turn > _TURN_BYTES:  # buffered data is read without yielding to other tasks
                 await asyncio.sleep(0)
                 turn = 0
         return bytes(data)
@@ -240,7 +243,7 @@ class Decoder:
 
 def _command(size: int, limits: Limits) -> list[str]:
     numbers = (size, limits.cpu_s, limits.memory_bytes)
-    # With this process's own path, as a spawned one would have, and never the current folder's.
+    # With this process's own path, as a spawned one would have, and never the current folder.
     return [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers), *sys.path]
 
 

@@ -1,4 +1,4 @@
-"""A few places that clients take in turns, however many of one client wait for them."""
+"""A fixed number of places that clients take in turns, however many requests of one client wait."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Gives *size* places. One that comes free goes to the client that holds the fewest, of equals
-    to the one served longest ago: while another waits without any, nobody gets a second.
+    """Gives *size* places; a freed one goes to the client that holds the fewest.
 
-    Used from the event loop's thread only.
+    Of equals it goes to the client served longest ago: while another waits without any, no client
+    gets a second. Used from the event loop's thread only.
     """
 
     def __init__(self, size: int) -> None:
         self._free = size
         self._held: Counter[str] = Counter()
         self._lines: dict[str, dict[asyncio.Future[None], None]] = {}
-        """Who waits, a line for each client; the client whose turn is next first."""
+        """Waiting requests, one queue per client; the client whose turn is next first."""
 
     def __repr__(self) -> str:
         waiting = sum(map(len, self._lines.values()))
@@ -61,7 +61,7 @@ class Turns:
             self._lines.pop(client, None)
 
     def _settle(self) -> None:
-        """Give what is free to whoever waits."""
+        """Give the free places to waiting clients."""
         while self._free and self._lines:
             client = min(self._lines, key=self._held.__getitem__)
             line = self._lines.pop(client)

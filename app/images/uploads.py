@@ -1,7 +1,7 @@
-"""What clients send: judged by its first bytes, then by its header, and only then decoded.
+"""Uploads: checked by their first bytes, then by their header, and only then decoded.
 
-A file of half a megabyte can hold 169 million pixels, so the size is checked before any is made.
-What is wrong is said in words of our own: those of a decoder may hold addresses and paths.
+A file of half a megabyte can hold 169 million pixels, so the size is checked before pixels are
+decoded. Error messages are fixed texts: those of a decoder may contain addresses and paths.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ MIN_SIDE = 64
 MAX_RATIO = 8
 REFERENCE_PIXELS = 1024 * 1024
 MAX_SCANS = 100
-"""Of a JPEG. Each goes through the whole picture; an encoder makes about ten."""
+"""Limit of scans of a JPEG. Each covers the whole image; an encoder makes about ten."""
 
 Data = bytes | bytearray | memoryview
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
-"""A marker that has a length or ends the picture: TEM, the restarts and the start have none."""
+"""A marker that has a length or ends the image: TEM, the restarts and the start have none."""
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
 def decode_upload(
     data: Data, *, what: str, index: int = 0, max_pixels: int = MAX_PIXELS
 ) -> RawImage:
-    """Read a reference image: PNG, JPEG or still WebP; upright, 8 bits, transparency on white.
+    """Decode a reference image: PNG, JPEG or still WebP; upright, 8 bits, transparency on white.
 
     Raises:
         InvalidRequest: it cannot be used; `param` is *what*, and the message names *index*.
@@ -54,7 +54,7 @@ def decode_upload(
 
 
 def decode_mask(data: Data, width: int, height: int) -> Mask:
-    """Read the mask for a first image of *width* x *height*: what is transparent is repainted.
+    """Decode the mask for a first image of *width* x *height*: transparent areas are repainted.
 
     Raises:
         InvalidRequest: it cannot be used; `param` is `mask`.
@@ -78,9 +78,9 @@ def decode_mask(data: Data, width: int, height: int) -> Mask:
 
 
 def prepare_reference(image: RawImage) -> RawImage:
-    """Bring a reference to the size at which klein reads it, pixel for pixel as diffusers does.
+    """Scale a reference to the size at which klein reads it, pixel for pixel as diffusers does.
 
-    Above one megapixel it is scaled down to that; then its middle is cut to multiples of 16.
+    Above one megapixel it is scaled down to that; then it is centre-cropped to multiples of 16.
     """
     picture = to_pillow(image)
     pixels = image.width * image.height
@@ -94,12 +94,12 @@ def prepare_reference(image: RawImage) -> RawImage:
 
 
 def resize(image: RawImage, width: int, height: int) -> RawImage:
-    """Scale *image* to *width* x *height*, whatever its own ratio."""
+    """Scale *image* to *width* x *height*, whatever its aspect ratio."""
     return _from_pillow(to_pillow(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def to_pillow(image: RawImage) -> Image.Image:
-    """Wrap pixels for Pillow."""
+    """Convert pixels to a Pillow image."""
     return Image.frombytes("RGB", (image.width, image.height), image.pixels)
 
 
@@ -126,18 +126,18 @@ class _Refusal:
 
 
 def _open(data: Data, formats: tuple[str, ...], refuse: _Refusal, max_pixels: int) -> Image.Image:
-    """Read the header, and refuse what must not be decoded."""
+    """Read the header, and refuse files that must not be decoded."""
     kind = _kind(bytes(data[:12]))
     if kind not in formats:
         raise refuse(f"is none of {', '.join(formats)}; save it as one of these")
     if kind == "JPEG" and _count_scans(data) > MAX_SCANS:
         raise refuse(f"has more than {MAX_SCANS} scans; save it as a baseline JPEG")
-    # Pillow's own limit lies far above ours and, up to twice its value, only warns.
+    # Pillow's own limit lies far above this one and, up to twice its value, only warns.
     Image.MAX_IMAGE_PIXELS = None
     try:
         picture = Image.open(io.BytesIO(data), formats=(kind,))
     except Exception:
-        # Hostile bytes make decoders raise anything; none of it may reach the caller.
+        # Hostile bytes make decoders raise any exception; none of it may reach the client.
         raise refuse.as_damaged() from None
     # The further frames of an MPO file are views from other lenses, not an animation.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
@@ -148,14 +148,14 @@ def _open(data: Data, formats: tuple[str, ...], refuse: _Refusal, max_pixels: in
 
 
 def _count_scans(data: Data) -> int:
-    """Count the scans of a JPEG's first picture, at most one too many."""
+    """Count the scans of a JPEG's first image, at most one above the limit."""
     scans, at = 0, 2
     while scans <= MAX_SCANS and (marker := _MARKER.search(data, at)) is not None:
         code = marker[1][0]
         if code == _END_OF_IMAGE:
             break
         scans += code == _START_OF_SCAN
-        # Its own length comes first, so that nothing within it is taken for a marker.
+        # The segment's length comes first, so nothing within it is taken for a marker.
         at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
     return scans
 
@@ -169,9 +169,9 @@ def _kind(data: bytes) -> str | None:
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
-    """Bring any mode to RGB of 8 bits; what is transparent becomes white."""
+    """Convert any mode to 8-bit RGB; transparent pixels become white."""
     if picture.mode.startswith("I"):
-        # Grey of 16 bits, which `convert` would clip to white.
+        # 16-bit greyscale, which `convert` would clip to white.
         grey = picture.convert("I").point(lambda level: level * (1 / 256))
         return grey.convert("L").convert("RGB")
     if not picture.has_transparency_data:

@@ -1,8 +1,8 @@
-"""Which job is next: fair between clients, first come first served for each of them.
+"""The order of jobs: fair between clients, first come first served for each of them.
 
-A client who asks for eight pictures at once takes eight places, but another client's single picture
-comes right after the first of them. The clients take turns, the one served longest ago first. No
-step here looks at more than one entry for each client, however many jobs wait.
+A client who asks for eight images at once takes eight places, but another client's single image
+comes right after the first of them. The clients are served round-robin, the one served longest ago
+first. No operation looks at more than one entry for each client, however many jobs wait.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from app.jobs.job import Job
 
 
 class FairOrder:
-    """The waiting jobs, a line for each client. *remembered* clients who have no job waiting may
-    keep their turn before they are forgotten."""
+    """The waiting jobs, one queue per client.
+
+    *remembered* clients without a waiting job keep their turn before they are forgotten.
+    """
 
     def __init__(self, remembered: int) -> None:
         self._remembered = remembered
@@ -35,36 +37,36 @@ class FairOrder:
 
     @property
     def work_s(self) -> float:
-        """Seconds that all of them will take, by the predictions given with them."""
+        """The predicted seconds of all waiting jobs together."""
         return self._work_s
 
     def of(self, client: str) -> int:
-        """How many jobs of *client* wait."""
+        """Return how many jobs of *client* wait."""
         return len(self._lines.get(client, ()))
 
     def add(self, job: Job) -> None:
-        """Let *job* wait behind its client's others."""
+        """Append *job* to its client's queue."""
         self._last += 1
         self._enter(job, self._last)
 
     def put_back(self, job: Job) -> None:
-        """Let *job* wait again, before all others of its client."""
+        """Put *job* back in front of its client's queue."""
         self._first -= 1
         self._enter(job, self._first)
         self._lines[job.client].move_to_end(job, last=False)
 
     def remove(self, job: Job) -> None:
-        """Take *job* out; it waits."""
+        """Remove *job*, which waits."""
         line = self._lines[job.client]
         del line[job]
         if not line:
             del self._lines[job.client]
         self._count -= 1
-        # Sums and differences of many sizes leave a rest.
+        # Sums and differences of floats leave a remainder.
         self._work_s = max(0.0, self._work_s - job.predicted_s) if self._count else 0.0
 
     def take(self) -> Job:
-        """Take out the next job, which ends its client's turn; at least one waits."""
+        """Remove and return the next job, which ends its client's turn; at least one waits."""
         client = min(self._lines, key=self._place)
         job = next(iter(self._lines[client]))
         self.remove(job)
@@ -77,9 +79,9 @@ class FairOrder:
         return job
 
     def position(self, job: Job) -> int:
-        """How many start before *job*, which waits, if nobody else comes.
+        """Return how many jobs start before *job*, which waits, if no others are added.
 
-        The order of the clients stays the same from round to round: whoever was served is last.
+        The order of the clients stays the same from round to round: the client just served is last.
         """
         rounds = 0
         for other in self._lines[job.client]:
@@ -94,7 +96,7 @@ class FairOrder:
         )
 
     def _place(self, client: str) -> tuple[int, int]:
-        """Whose turn is when: the least is next."""
+        """Return the sort key of a client's turn: the smallest is next."""
         first = next(iter(self._lines[client].values()))
         return self._last_served.get(client, -1), first
 

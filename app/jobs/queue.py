@@ -1,9 +1,9 @@
-"""The bounded queue of images. Pure asyncio: no card, no HTTP.
+"""The bounded queue of images. Pure asyncio: no GPU, no HTTP.
 
-A request takes its places first, perhaps long before its jobs are known, and fills them with jobs
-or gives them back. Every change of state happens in `_settle` or in the synchronous methods that
-call it; coroutines only wait. The bound counts images that wait or have a place; running ones hold
-none. The queue's `repr` is its state.
+A request reserves its places first, perhaps long before its jobs are known, and fills them with
+jobs or gives them back. Every change of state happens in `_settle` or in the synchronous methods
+that call it; coroutines only wait. The bound counts images that wait or have a place; running ones
+hold none. The queue's `repr` is its state.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from app.jobs.shares import Shares
 
 
 class Places:
-    """Room for *images* jobs of *client*, until it is filled or given back."""
+    """Places reserved for *images* jobs of *client*, until they are filled or given back."""
 
     def __init__(self, queue: JobQueue, client: str, *, is_early: bool) -> None:
         self.client = client
         self.images = 0
         self.is_early = is_early
-        """Whether it is not known yet what will be asked for. The queue's end waits for no such."""
+        """Whether the number of images is still unknown. `wait_until_empty` ignores such places."""
         self.error: KleinError | None = None
-        """Why no job may come any more, once that is so."""
+        """Why the places cannot be filled any more, once that is so."""
         self._queue = queue
 
     def give_back(self) -> None:
@@ -36,8 +36,7 @@ class Places:
 
 
 class JobQueue:
-    """Holds the waiting jobs and knows the running ones. Touched from the event loop's thread
-    only."""
+    """Holds the waiting and the running jobs. Used from the event loop's thread only."""
 
     def __init__(self, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.capacity = capacity
@@ -64,19 +63,19 @@ class JobQueue:
 
     @property
     def size(self) -> int:
-        """How many places are taken, by images that wait or by requests that are being read."""
+        """The places taken, by images that wait or by requests that are being read."""
         return len(self._waiting) + self._reserved_count
 
     @property
     def running(self) -> int:
-        """How many images are on the card or on their way from it."""
+        """The images on the GPU or being transferred from it."""
         return len(self._running)
 
     def check_room(self, client: str, images: int, *, retry_after_s: int) -> None:
         """Refuse *images* more of *client* if there is no room for them now.
 
         Raises:
-            Unavailable: there is none, or what there is, is for others.
+            Unavailable: the queue is full, or its free places are kept for others.
         """
         self._shares.note(client)
         is_over_share = self._held(client) + images > self._shares.most
@@ -88,7 +87,7 @@ class JobQueue:
                 retry_after_s,
             )
         free = self.capacity + self._idle_places - self.size
-        # Nothing is kept of an idle card.
+        # While the GPU is idle, nothing is kept.
         if images <= max(free - self._shares.kept(client), min(free, self._idle_places)):
             return
         if not is_over_share:
@@ -103,11 +102,12 @@ class JobQueue:
     def check_time(
         self, client: str, work_s: float, left_s: float, *, retry_after_s: int, has_claim: bool
     ) -> None:
-        """Refuse *work_s* seconds of the card if they would not be over in *left_s*. With
-        *has_claim*, they are kept for *client* as soon as there are as many.
+        """Refuse *work_s* seconds of GPU time that could not be finished in *left_s*.
+
+        With *has_claim*, *client* gets a claim to that time once it is refused.
 
         Raises:
-            Unavailable: there is too much to do before, or it is for others.
+            Unavailable: too much work is queued, or the time is kept for others.
         """
         kept_s = self._shares.kept_s(client, left_s - work_s)
         if self.expected_wait_s() + kept_s + work_s <= left_s:
@@ -119,7 +119,7 @@ class JobQueue:
     def reserve(
         self, client: str, images: int, *, retry_after_s: int, is_early: bool = False
     ) -> Places:
-        """Take places for all *images* of *client*, or none.
+        """Reserve places for all *images* of *client*, or none.
 
         Raises:
             Unavailable: there is no room for all of them.
@@ -132,7 +132,7 @@ class JobQueue:
         return places
 
     def widen(self, places: Places, images: int, *, retry_after_s: int) -> None:
-        """Take as many more as are missing to *images* in all, or none. They are early no more.
+        """Extend *places* to *images* in all, or not at all; they are no longer early.
 
         Raises:
             Unavailable: there is no room for all of them.
@@ -169,7 +169,7 @@ class JobQueue:
         return self._waiting.of(client) + self._reserved.get(client, 0)
 
     def _is_alone(self, client: str) -> bool:
-        """Whether nobody else holds a place, is on the card, or has asked lately."""
+        """Return whether no other client holds a place, is on the GPU, or has asked lately."""
         return (
             self.size == self._held(client)
             and all(job.client == client for job in self._running)
@@ -178,12 +178,11 @@ class JobQueue:
 
     @property
     def _idle_places(self) -> int:
-        """One that could start at once needs no place."""
+        """1 while the taker waits, since a job that starts at once needs no place."""
         return 1 if self._taker is not None and not self._taker.done() else 0
 
     def expected_wait_s(self) -> float:
-        """Seconds until everything that is here now has run, by the predictions given with the
-        jobs."""
+        """Return the predicted seconds until all waiting and running jobs have ended."""
         now = self._clock()
         left = sum(
             max(0.0, job.predicted_s - (now - (job.started_at or now))) for job in self._running
@@ -191,11 +190,11 @@ class JobQueue:
         return left + self._waiting.work_s
 
     def position(self, job: Job) -> int:
-        """How many jobs start before *job*; 0 for the next one and for one that runs."""
+        """Return how many jobs start before *job*; 0 for the next one and for one that runs."""
         return self._waiting.position(job) if job.state is JobState.WAITING else 0
 
     def submit(self, jobs: Sequence[Job], *, retry_after_s: int) -> None:
-        """Let all of *jobs*, which are one client's, wait, or none.
+        """Queue all of *jobs*, which are one client's, or none.
 
         Raises:
             Unavailable: there is no room for all of them.
@@ -203,10 +202,10 @@ class JobQueue:
         self.fill(self.reserve(jobs[0].client, len(jobs), retry_after_s=retry_after_s), jobs)
 
     def fill(self, places: Places, jobs: Sequence[Job]) -> None:
-        """Let *jobs*, one for each of *places*, wait for the card.
+        """Queue *jobs*, one for each of *places*.
 
         Raises:
-            KleinError: the service has come to its end meanwhile.
+            KleinError: the service has ended meanwhile.
         """
         if places.error is not None:
             raise places.error
@@ -221,8 +220,10 @@ class JobQueue:
         self._settle()
 
     def cancel(self, job: Job) -> None:
-        """The caller has gone: a waiting job never runs, a running one is asked to stop. What is
-        kept for a client whose every caller has gone is kept no more."""
+        """Cancel *job*: a waiting one never runs, a running one is asked to stop.
+
+        The claim of a client that has no other request is dropped.
+        """
         if job.future.done():
             return
         self._abandon(job, Cancelled())
@@ -233,7 +234,7 @@ class JobQueue:
             self._shares.end_claim(client)
 
     async def take(self) -> Job:
-        """Wait for the next job and mark it as running. One taker at a time."""
+        """Wait for the next job and mark it as running. Only one task may take at a time."""
         taker: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
         self._taker = taker
         self._settle()
@@ -247,7 +248,7 @@ class JobQueue:
             self._taker = None
 
     def _put_back(self, job: Job) -> None:
-        """The taker was cancelled in the moment it was served: *job* is first in line again."""
+        """Put *job* back at the head: the taker was cancelled in the moment it was served."""
         self._running.remove(job)
         if job.future.done():
             self._end(job)
@@ -258,18 +259,18 @@ class JobQueue:
         self._settle()
 
     def finish(self, job: Job) -> None:
-        """The card is done with *job*, whatever came of it."""
+        """Record that *job* is off the GPU, whatever its outcome."""
         if job.state is JobState.RUNNING:
             self._running.remove(job)
             self._end(job)
         self._settle()
 
     async def wait_until_empty(self) -> None:
-        """Return once nothing waits, nothing but what is early has a place and nothing runs."""
+        """Return once nothing waits or runs, and no places but early ones are reserved."""
         await self._empty.wait()
 
     def fail_waiting(self, error: KleinError) -> None:
-        """Give *error* to every job that waits, and to every request that has places for some."""
+        """Fail every waiting job, and every request that has reserved places, with *error*."""
         for places in self._places:
             places.error = error
         for job in tuple(self._waiting):
@@ -285,7 +286,7 @@ class JobQueue:
         )
 
     def _abandon(self, job: Job, error: KleinError) -> None:
-        """Answer the caller now; the card is freed as soon as the worker looks up."""
+        """Fail *job* now; a running one leaves the GPU when the worker sees that it is to stop."""
         if job.future.done():
             return
         job.fail(error)

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class Admission:
-    """One request from its arrival until its pictures wait for the card.
+    """One request from its arrival until its images wait for the GPU.
 
-    Where a large body must be read or something decoded first, its places are taken before: they,
+    Where a large body must be read or an image decoded first, its places are reserved before: they,
     and the tokens of the client's rate, are its own from then on. Leaving the `with` block gives
-    back the places that no picture took, but no token. The deadline counts from the arrival.
+    back the places that no image took, but no token. The deadline counts from the arrival.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Admission:
         self.client = client
         self.arrived_at = arrived_at
         self.deadline_s = deadline_s
-        """What the client allows, in seconds."""
+        """The client's own limit, in seconds."""
 
     def __enter__(self) -> Admission:
         return self
@@ -57,29 +57,28 @@ class Admission:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the deadline of a request that takes no time on the card."""
+        """Return the seconds until the deadline of a request that takes no GPU time."""
         return self._service.seconds_left(self)
 
     def reserve(self, images: int) -> None:
-        """Take a place for each of *images*, beside the one that it may have, once.
+        """Reserve a place for each of *images*, including the one that it may have, once.
 
         Raises:
             InvalidRequest: they would not fit into the empty queue either.
-            Unavailable: they cannot be taken now.
+            Unavailable: there is no room for them now.
             DeadlineExceeded: the request took too long to arrive.
-            KleinError: the client has asked for too many of late.
+            KleinError: the client has exceeded its rate.
         """
         self._places = self._service.reserve(self, self._places, images)
 
     def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> Ticket:
-        """Let all of *specs* wait for the card, or none: in the places that were taken for them,
-        or in others.
+        """Queue all of *specs*, or none, in the places that were reserved for them or in others.
 
         Raises:
             InvalidRequest: a spec is beyond the limits, or the deadline shorter than the work.
             Unavailable: there is no room, or the deadline would pass before the last is done.
             DeadlineExceeded: the request took too long to arrive.
-            KleinError: the client has asked for too many of late.
+            KleinError: the client has exceeded its rate.
         """
         if self._places is not None and self._places.is_early:
             self.reserve(len(specs))
@@ -87,6 +86,7 @@ class Admission:
 
 
 def too_slow() -> DeadlineExceeded:
+    """Return the error for a request that took too long to arrive."""
     return DeadlineExceeded(
         "The request took so long to arrive and to be read that its deadline cannot be met; send "
         "it faster, send less, or allow more time."

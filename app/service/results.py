@@ -1,4 +1,4 @@
-"""What the service answers with: pictures, events of a running job, and its own status."""
+"""What the service returns: images, events of a running job, and its own status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.domain import (
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One finished picture, encoded. *seconds* has the stage words of the metrics."""
+    """One finished image, encoded. The keys of *seconds* are the stages of the metrics."""
 
     data: bytes = field(repr=False)
     format: str
@@ -30,7 +30,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where the service stands, for /health and for people."""
+    """The service's state, for /health and for people."""
 
     stage: str
     is_ready: bool
@@ -53,7 +53,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """*step* of *steps* are done; *stage* is one of the stage words."""
+    """*step* of *steps* are done; *stage* is one of the metrics' stages."""
 
     stage: str
     step: int
@@ -62,7 +62,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A picture of the running latents, perhaps smaller than the final one."""
+    """An image decoded from the running latents, perhaps smaller than the final one."""
 
     index: int
     picture: bytes = field(repr=False)
@@ -71,7 +71,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The picture."""
+    """The finished image."""
 
     picture: Picture
 

@@ -1,7 +1,7 @@
-"""The one door: check a spec against the limits, let it wait, encode what comes back, count it.
+"""The service: check a spec against the limits, queue it, encode the image, count it.
 
 It knows no HTTP and no torch. A request becomes a `Ticket` of one job per image; a ticket is
-accepted whole or not at all, and ends once: with every picture, or with the first error.
+accepted whole or not at all, and ends once: with every image, or with the first error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _WAITS = frozenset({"queue", "total"})
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """What the service is told: limits and manners, in seconds and pixels."""
+    """The service's limits and timeouts, in seconds and pixels."""
 
     deadline_s: float
     max_pixels: int
@@ -56,7 +56,7 @@ class ServiceConfig:
 
 
 class WorkerState(Protocol):
-    """What the service wants to know of the worker's side."""
+    """What the service reads of the worker's state."""
 
     stage: str
     info: ModelInfo | None
@@ -68,7 +68,7 @@ class WorkerState(Protocol):
 
     @property
     def load_progress(self) -> float | None:
-        """How far the model has come, 0..1, where that is known."""
+        """The progress of loading the model, 0..1, where it is known."""
 
     @property
     def reason(self) -> str:
@@ -76,7 +76,7 @@ class WorkerState(Protocol):
 
 
 def warm_up_spec(model: ModelSpec) -> ImageSpec:
-    """The picture that a worker makes before it is ready: the model's defaults, always the same."""
+    """Return the spec of the worker's warm-up image: the model's defaults, always the same."""
     return ImageSpec(
         prompt="a red circle on a blue background",
         width=model.default_width,
@@ -88,8 +88,10 @@ def warm_up_spec(model: ModelSpec) -> ImageSpec:
 
 
 class ImageService:
-    """Used from the event loop's thread only. `drain` closes the door; what is inside is
-    finished."""
+    """Accepts, queues and encodes images; used from the event loop's thread only.
+
+    `drain` ends acceptance; what was accepted is finished.
+    """
 
     def __init__(
         self,
@@ -115,11 +117,11 @@ class ImageService:
         self._helpers = ThreadPoolExecutor(_helper_count(), thread_name_prefix="encode helper")
         self._is_draining = False
         self.held_memory: PeakMemory | None = None
-        """What torch held on the card after the last picture."""
+        """PyTorch's GPU memory after the last image."""
         self._longest_deadline = 0.0
 
     def status(self) -> Status:
-        """Where the service stands now."""
+        """Return the service's current state."""
         worker = self._worker
         is_leaving = self._is_draining and worker.stage != "failed"
         return Status(
@@ -138,13 +140,14 @@ class ImageService:
     def admit(
         self, *, client: str, deadline_s: float | None = None, is_large: bool = False
     ) -> Admission:
-        """Take note of a request that arrives now, before anything of it is read; *deadline_s* may
-        only shorten the deadline. One whose body *is_large*, and so takes its time, has the place
-        and the token of its first image from here on.
+        """Register a request that arrives now, before anything of it is read.
+
+        *deadline_s* may only shorten the deadline. A request whose body *is_large*, and so takes
+        its time to read, holds the place and the token of its first image from here on.
 
         Raises:
-            Unavailable: not one image more can be taken now.
-            KleinError: *client* has asked for too many of late.
+            Unavailable: there is no room for one image more now.
+            KleinError: *client* has exceeded its rate.
         """
         self._check_open(1, client)
         places = None
@@ -155,12 +158,12 @@ class ImageService:
         return Admission(self, client, self._clock(), deadline_s, places)
 
     def _check_open(self, images: int, client: str, *, held: int = 0) -> None:
-        """Refuse *images*, of which so many have their place already, if they cannot be taken.
+        """Refuse *images*, of which *held* have their place already, if there is no room for them.
 
         Raises:
             InvalidRequest: they would not fit into the empty queue either.
-            Unavailable: they cannot be taken now.
-            KleinError: *client* has asked for too many of late.
+            Unavailable: there is no room for them now.
+            KleinError: *client* has exceeded its rate.
         """
         self._check_rate(client, images, held)
         if images > self._queue.capacity:
@@ -196,7 +199,7 @@ class ImageService:
             )
 
     def check(self, spec: ImageSpec) -> None:
-        """Refuse what the model or the memory plan cannot do, naming what it can.
+        """Refuse what the model or the memory plan does not support, naming what they do.
 
         Raises:
             InvalidRequest: with the field's name.
@@ -224,7 +227,7 @@ class ImageService:
             )
 
     def max_pixels(self, references: int) -> int:
-        """The largest output, in pixels, beside so many reference images; 0 where none fits."""
+        """Return the largest output, in pixels, beside so many references; 0 where none fits."""
         limit = min(self.model.max_pixels, self._config.max_pixels)
         info = self._worker.info
         if info is None or not info.max_pixels:
@@ -232,15 +235,15 @@ class ImageService:
         return min(limit, info.max_pixels[min(references, len(info.max_pixels) - 1)])
 
     def predict_s(self, specs: Sequence[ImageSpec]) -> float:
-        """Seconds that *specs* will take on the card, one after the other."""
+        """Return the predicted seconds of *specs* on the GPU, one after the other."""
         return sum(self._estimator.predict(spec) for spec in specs)
 
     def random_seed(self) -> int:
-        """A seed nobody chose."""
+        """Draw a random seed."""
         return secrets.randbelow(limits.MAX_SEED + 1)
 
     def submit(self, specs: Sequence[ImageSpec], *, client: str, output: OutputFormat) -> Ticket:
-        """Let all of *specs*, which have just been asked for, wait for the card, or none.
+        """Queue all of *specs*, which arrive now, or none.
 
         Raises:
             KleinError: as `admit` and `Admission.submit`.
@@ -249,7 +252,7 @@ class ImageService:
             return admission.submit(specs, output)
 
     def drain(self) -> float:
-        """Take nothing new; return the seconds until the last accepted job's deadline."""
+        """Accept nothing new; return the seconds until the last accepted job's deadline."""
         self._is_draining = True
         return max(0.0, self._longest_deadline - self._clock())
 
@@ -258,15 +261,17 @@ class ImageService:
         await self._queue.wait_until_empty()
 
     def close(self) -> None:
-        """Let go of the encoding threads."""
+        """End the encoding threads."""
         self._encoders.shutdown(wait=True, cancel_futures=True)
         self._helpers.shutdown(wait=True, cancel_futures=True)
 
     # For Admission.
 
     def reserve(self, admission: Admission, places: Places | None, images: int) -> Places:
-        """Take the places and tokens of a request before its pictures are looked at, beside those
-        that it has."""
+        """Reserve the places and tokens of a request before its images are decoded.
+
+        *places* are those that it has already.
+        """
         client, held = admission.client, 0 if places is None else places.images
         self._check_open(images, client, held=held)
         left_s = self.seconds_left(admission)
@@ -282,7 +287,7 @@ class ImageService:
         return places
 
     def seconds_left(self, admission: Admission, predicted_s: float = 0.0) -> float:
-        """Seconds from now to the deadline of a request whose work takes *predicted_s*."""
+        """Return the seconds to the deadline of a request whose work takes *predicted_s*."""
         allowed_s = self._config.deadline_s + 4 * predicted_s
         if admission.deadline_s is not None:
             allowed_s = min(allowed_s, admission.deadline_s)
@@ -295,7 +300,7 @@ class ImageService:
         specs: Sequence[ImageSpec],
         output: OutputFormat,
     ) -> Ticket:
-        """Make jobs of *specs* and let them wait: in *places*, or in any."""
+        """Make jobs of *specs* and queue them, in *places* or in any."""
         for spec in specs:
             self.check(spec)
         if places is None:
@@ -322,7 +327,7 @@ class ImageService:
         return Ticket(self, jobs, output)
 
     def _checked_seconds_left(self, admission: Admission, predicted_s: float) -> float:
-        """Seconds to the deadline, which the request can meet."""
+        """Return the seconds to the deadline; raise an error where the request cannot meet it."""
         asked_s = admission.deadline_s
         if asked_s is not None and asked_s < predicted_s:
             raise InvalidRequest(
@@ -338,7 +343,7 @@ class ImageService:
             predicted_s,
             left_s,
             retry_after_s=self._retry_after_s(),
-            # A deadline of the client's own may never be met.
+            # A deadline that the client chose may be one that can never be met.
             has_claim=asked_s is None,
         )
         return left_s
@@ -346,16 +351,16 @@ class ImageService:
     # For Ticket.
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Nobody waits for *jobs* any more."""
+        """Cancel *jobs*, whose client has disconnected."""
         for job in jobs:
             self._queue.cancel(job)
 
     def position(self, job: Job) -> int:
-        """How many jobs start before *job*."""
+        """Return how many jobs start before *job*."""
         return self._queue.position(job)
 
     async def encode(self, image: RawImage, output: OutputFormat, note: dict[str, str]) -> bytes:
-        """Encode in a thread, while the card and the event loop go on."""
+        """Encode in a thread, while the GPU and the event loop continue."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._encoders,
@@ -367,7 +372,7 @@ class ImageService:
         )
 
     async def finish(self, job: Job, output: OutputFormat) -> Picture:
-        """Wait for *job*, encode what it made, and count it."""
+        """Wait for *job*, encode its image, and count it."""
         try:
             # Shielded: cancelling this wait must leave the job to the queue, which alone ends it.
             generated = await asyncio.shield(job.future)
@@ -411,7 +416,7 @@ class ImageService:
         return ()
 
     def _note(self, spec: ImageSpec) -> dict[str, str]:
-        """What is written into the picture; references and masks are not."""
+        """Return the metadata written into the image; references and masks are not."""
         info = self._worker.info
         return {
             "prompt": spec.prompt,
@@ -427,7 +432,7 @@ class ImageService:
         return Unavailable(f"{what}; try again in {retry_s} s.", kind=kind, retry_after_s=retry_s)
 
     def _retry_after_s(self) -> int:
-        """When to come again: the wait that is expected now, with jitter, within 1..60."""
+        """Return the `Retry-After`: the expected wait, with jitter, within 1..60 s."""
         wait_s = math.ceil(self._queue.expected_wait_s())
         if not self._worker.is_ready:
             wait_s = max(wait_s, 5)
@@ -436,14 +441,19 @@ class ImageService:
 
 
 def _helper_count() -> int:
-    """Threads beside the one that encodes: as many as there are cores, which leaves none idle where
-    two share one at first; more than seven find no strip of a megapixel's file left."""
+    """Return the number of threads beside the one that encodes, by the number of cores.
+
+    As many as cores leave none idle where two threads share one at first; more than seven find no
+    strip left in the file of one megapixel.
+    """
     return min(7, os.cpu_count() or 1)
 
 
 def _note(seconds: Mapping[str, float]) -> None:
-    """Add an image's stage times to its request's line: of several, the sum on the card and the
-    longest wait."""
+    """Add an image's stage times to its request's log line.
+
+    Of several images, the line has the sum of GPU times and the longest wait.
+    """
     notes = logs.request_notes.get()
     if notes is None:
         return

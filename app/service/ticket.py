@@ -1,4 +1,4 @@
-"""One accepted request of n images, from submission to its pictures or its first error."""
+"""One accepted request of n images, from submission to its images or its first error."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Ticket:
         self._output = output
 
     def cancel(self) -> None:
-        """The caller has gone: what waits never runs, what runs stops at its next step."""
+        """Cancel its jobs: waiting ones never run, running ones stop at the next denoising step."""
         self._service.cancel(self._jobs)
 
     async def pictures(self) -> list[Picture]:
-        """Wait for all, in the order of the specs.
+        """Wait for all images, in the order of the specs.
 
         Cancelling the call cancels the jobs.
 
         Raises:
             KleinError: the first error; the other jobs are cancelled.
         """
-        # No task group: its frame and the error that cancels it hold one another, and with them
-        # every picture made so far, until the garbage collector comes.
+        # No task group: its frame and the error that cancels it reference one another, and with
+        # them every image so far, until the garbage collector runs.
         finishing = [
             asyncio.create_task(self._service.finish(job, self._output)) for job in self._jobs
         ]
@@ -58,10 +58,10 @@ class Ticket:
             await _end(finishing)
 
     async def events(self) -> AsyncGenerator[TicketEvent, None]:
-        """Yield what happens to the only job, `Finished` last; closing the iterator cancels it.
+        """Yield the events of the only job, `Finished` last; closing the iterator cancels it.
 
         Raises:
-            KleinError: where there is no picture.
+            KleinError: the job failed.
         """
         (job,) = self._jobs
         moved: asyncio.Queue[Progress | None] = asyncio.Queue()
@@ -89,14 +89,14 @@ class Ticket:
 
 
 def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None:
-    """The error that ended the first of *tasks* to fail; those that followed are `Cancelled`."""
+    """Return the error of the first of *tasks* to fail; those that followed are `Cancelled`."""
     errors = [task.exception() for task in tasks if task.done() and not task.cancelled()]
     own = [error for error in errors if error is not None and not isinstance(error, Cancelled)]
     return next(iter(own), next(filter(None, errors), None))
 
 
 async def _end(tasks: list[asyncio.Task[Picture]]) -> None:
-    """Cancel all of *tasks*, wait until they have ended, and forget them and their errors."""
+    """Cancel all of *tasks*, wait until they have ended, and drop them and their errors."""
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)

@@ -1,4 +1,4 @@
-"""How late the event loop wakes: the first sign that something blocks it."""
+"""Lag of the event loop: the first sign that something blocks it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ WINDOW_S = 60.0
 
 
 class LoopLag:
-    """Measures in `run`; `read` gives the most within a window that slides, and changes nothing: a
-    scrape hides nothing from the next one.
+    """Measures the event loop's lag in `run`; `read` returns the maximum of a sliding window.
+
+    Reading changes nothing, so a scrape hides nothing from the next one.
     """
 
     def __init__(
@@ -21,7 +22,7 @@ class LoopLag:
     ) -> None:
         self._window_s = window_s
         self._clock = clock
-        # Only what is later than all that follows it can ever be the most.
+        # Decreasing: only a value larger than all that follow it can become the maximum.
         self._most: deque[tuple[float, float]] = deque()
 
     async def run(self) -> None:
@@ -30,13 +31,13 @@ class LoopLag:
             started = self._clock()
             await asyncio.sleep(INTERVAL_S)
             took_s = self._clock() - started
-            # What begins just after a wake is hidden by the sleep; what counts is told in full,
-            # so up to one interval too large and never too small.
+            # A block that begins just after a wake is hidden by the sleep, so the whole interval
+            # counts: the lag is up to one interval too large and never too small.
             is_lag = took_s > 2 * INTERVAL_S
             self.note(took_s if is_lag else took_s - INTERVAL_S)
 
     def note(self, lag_s: float) -> None:
-        """Take one measurement, in seconds, of now."""
+        """Record one measurement, in seconds, at the current time."""
         while self._most and self._most[-1][1] <= lag_s:
             self._most.pop()
         self._most.append((self._clock(), lag_s))
@@ -44,6 +45,6 @@ class LoopLag:
             self._most.popleft()
 
     def read(self) -> float:
-        """The longest lag of the window, in seconds; 0 where nothing was measured."""
+        """Return the largest lag of the window, in seconds; 0 where nothing was measured."""
         since = self._clock() - self._window_s
         return next((max(0.0, lag_s) for when, lag_s in tuple(self._most) if when > since), 0.0)

@@ -1,9 +1,9 @@
 """The worker's side of the pipe: receive, call the engine, always answer.
 
-Three threads: one receives (so that a cancellation is seen between two steps), one sends (so that
-the card goes on with the next job while three megabytes of pixels leave), and the caller's own,
-which alone touches the engine. `run` is free of process matters, so tests run the very same loop in
-a thread.
+Three threads: one receives (so that a cancellation is seen between two denoising steps), one sends
+(so that the GPU starts the next job while three megabytes of pixels are sent), and the caller's
+own, which alone uses the engine. `run` does not depend on its process, so tests run the same loop
+in a thread.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from app.worker.transport import End, Message, Outbox
 _log = logging.getLogger(__name__)
 
 EXIT_FATAL = 13
-"""The worker's own word for: the card is unusable in this process, start another."""
+"""Exit code: the GPU is unusable in this process, start another."""
 
 EXIT_START_FAILED = 14
 
 EXIT_PIPE = 15
-"""The pipe to the parent cannot be used any more, or nobody foresaw what happened."""
+"""Exit code: the pipe to the parent is broken, or an exception was unexpected."""
 
 _REMEMBERED = 64
-"""Jobs that are known to have ended, so that a late cancellation of one is dropped."""
+"""Jobs that have ended, so that a late cancellation of one is dropped."""
 
 _FAILED = "The picture could not be made; the service's log says why."
 
@@ -56,8 +56,7 @@ EngineFactory = Callable[[Any], Engine]
 
 
 def main(pipe: End, make_engine: EngineFactory, config: object, log: tuple[str, str]) -> None:
-    """Run as the worker process: the parent alone decides when to stop, and its death ends this
-    one."""
+    """Run as the worker process: the parent alone stops it, and the parent's end ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(style=log[0], level=log[1])
@@ -66,12 +65,12 @@ def main(pipe: End, make_engine: EngineFactory, config: object, log: tuple[str, 
         code = run(pipe, make_engine, config, leave=_leave)
     except BaseException:
         _log.exception("The worker failed in a way nobody foresaw.")
-    # Not sys.exit: a card that is lost may hang its library's clean-up.
+    # Not sys.exit: a lost GPU may hang its library's clean-up.
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process at once, but for its last lines in the log."""
+    """End the process at once, after flushing the log."""
     logs.flush()
     os._exit(code)
 
@@ -85,7 +84,7 @@ def run(
 ) -> int:
     """Load, then answer every message until told to stop; return the process's exit code.
 
-    *leave* is called from another thread where nothing can be said or heard any more.
+    *leave* is called from another thread when the pipe is broken.
     """
     inbox = _Inbox(pipe, leave)
     outbox = Outbox(
@@ -112,7 +111,7 @@ def run(
 
 
 def _on_unsendable(message: Message, outbox: Outbox, leave: Callable[[int], object]) -> None:
-    """Answer the job without its picture; a parent that is told nothing else is of no use."""
+    """Fail the job whose image cannot be sent; exit where it is a message that the parent needs."""
     if isinstance(message, Done):
         outbox.put(Failed.of(message.job_id, GenerationFailed(_FAILED)))
     elif not isinstance(message, Stepped):
@@ -123,8 +122,8 @@ def _load(make_engine: EngineFactory, config: object, outbox: Outbox) -> Engine 
     def on_progress(progress: LoadProgress) -> None:
         outbox.put(Loading(progress))
 
-    # Importing and compiling make millions of objects that stay; looking through them for garbage
-    # again and again takes a tenth of a start.
+    # Importing and compiling make millions of permanent objects; traversing them for garbage again
+    # and again takes a tenth of a start.
     gc.disable()
     try:
         engine = make_engine(config)
@@ -143,7 +142,7 @@ def _load(make_engine: EngineFactory, config: object, outbox: Outbox) -> Engine 
 
 
 def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> Kind | None:
-    """Make one picture and answer, whatever happens; return the kind of error, if any."""
+    """Generate one image and answer, whatever happens; return the kind of error, if any."""
     job_id, steps = message.job_id, message.spec.num_inference_steps
 
     def on_progress(progress: Progress) -> None:
@@ -173,7 +172,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
 
 
 class _Inbox:
-    """Receives in a thread of its own; jobs wait in order, cancellations are known at once."""
+    """Receives in a thread of its own; jobs wait in order, cancellations are seen at once."""
 
     def __init__(self, pipe: End, leave: Callable[[int], object]) -> None:
         self._pipe = pipe
@@ -186,7 +185,7 @@ class _Inbox:
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
 
     def work(self) -> Iterator[Generate | Ping]:
-        """Yield what there is to do as it comes, until told to stop."""
+        """Yield messages to handle as they arrive, until told to stop."""
         while not isinstance(message := self._waiting.get(), Stop):
             yield message
             if isinstance(message, Generate):
@@ -195,7 +194,7 @@ class _Inbox:
                     self._ended.append(message.job_id)
 
     def is_cancelled(self, job_id: str) -> bool:
-        """Whether nobody waits for *job_id* any more."""
+        """Return whether *job_id* was cancelled."""
         return self._is_orphaned or job_id in self._cancelled
 
     def _receive(self) -> None:
@@ -219,7 +218,7 @@ class _Inbox:
             self._waiting.put(message)
 
     def _cancel(self, job_id: str) -> None:
-        """Note it, unless the job has just ended: nobody would ever forget it again."""
+        """Record the cancellation, unless the job has ended: nothing would remove the record."""
         with self._lock:
             if job_id not in self._ended:
                 self._cancelled.add(job_id)

@@ -1,7 +1,7 @@
-"""The parent's hold on one worker process: start it, talk to it, end it. It knows no policy.
+"""The parent's handle of one worker process: start it, exchange messages, end it. No policy.
 
-Whatever goes wrong between the two processes ends the worker, and its end is told once, within a
-known time: the process is killed where it does not leave, and given up where that does not help.
+Any failure between the two processes ends the worker, and its end is reported once, within a known
+time: the process is killed where it does not exit, and abandoned where that does not help.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ _NOT_SENT = "The request could not be handed to the worker; the service's log sa
 
 
 class Listener(Protocol):
-    """Who is told, in the event loop's thread, what a worker says and that it has gone."""
+    """Receives a worker's messages and its exit, in the event loop's thread."""
 
     def on_message(self, handle: WorkerProcess, message: FromWorker) -> None:
-        """A message has come."""
+        """Handle a message."""
 
     def on_exit(self, handle: WorkerProcess, exit_code: int | None) -> None:
-        """The process has gone, and every message that it sent has been delivered; without an exit
-        code it could not be ended, and is left to itself."""
+        """Handle the exit, after every message that the process sent has been delivered.
+
+        Without an exit code the process could not be ended, and is abandoned.
+        """
 
 
 class WorkerProcess:
     """One process from its start to its end. Made and used in the event loop's thread.
 
-    A thread of its own receives, so neither a large picture nor a dying process blocks the loop.
+    A thread of its own receives, so neither a large image nor a dying process blocks the loop.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class WorkerProcess:
         log: tuple[str, str],
         leave_s: float,
     ) -> None:
-        """Start the process; one that hung up or was killed has *leave_s* seconds to be gone.
+        """Start the process; it has *leave_s* seconds to exit after it hung up or was killed.
 
         Raises:
             Exception: it could not be started, and nothing is left of it.
@@ -66,7 +68,7 @@ class WorkerProcess:
             self._pipe.close()
             raise
         finally:
-            # Ours must be the only end left here, or the worker's death would not be heard.
+            # The worker must hold the only copy of its end, or its death would not be seen as EOF.
             theirs.close()
         self._pid = self._process.pid or 0
         try:
@@ -89,17 +91,17 @@ class WorkerProcess:
         return self._pid
 
     def send(self, message: ToWorker) -> None:
-        """Hand *message* to the worker; one that has gone takes no notice."""
+        """Send *message* to the worker; without effect where it has exited."""
         self._outbox.put(message)
 
     def kill(self) -> None:
-        """End the process now; a hung kernel does not keep it."""
+        """Kill the process now; a hung kernel does not prevent it."""
         if not self._exited.is_set():
             self._process.kill()
             self._loop.call_later(self._leave_s, self._abandon)
 
     async def wait(self) -> None:
-        """Return once the process has gone."""
+        """Return once the process has exited."""
         await self._exited.wait()
 
     def _start_threads(self) -> None:
@@ -116,12 +118,12 @@ class WorkerProcess:
             raise
 
     def _receive(self) -> None:
-        """Tell what the worker says, then see it off."""
+        """Deliver the worker's messages, then wait for its exit."""
         try:
             while True:
                 self._tell(self._deliver, self._pipe.recv())
         except (EOFError, OSError):
-            # It has hung up, and is leaving or dead.
+            # It has closed the pipe, and is exiting or dead.
             self._process.join(self._leave_s)
         except Exception:
             _log.exception("What the worker sent cannot be read.")
@@ -133,7 +135,7 @@ class WorkerProcess:
         try:
             self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
-            # The loop has closed: nobody is left to be told.
+            # The loop has closed: there is no listener left.
             return
 
     def _deliver(self, message: FromWorker) -> None:
@@ -144,7 +146,7 @@ class WorkerProcess:
             self.kill()
 
     def _on_unsendable(self, message: Message) -> None:
-        """Fail the job that cannot be sent; without any other message the worker is of no use."""
+        """Fail the job that cannot be sent; kill the worker where it is any other message."""
         if isinstance(message, Generate):
             error = GenerationFailed(_NOT_SENT)
             self._tell(self._deliver, Failed.of(message.job_id, error))
@@ -155,13 +157,13 @@ class WorkerProcess:
         self._tell(self.kill)
 
     def _abandon(self) -> None:
-        """Tell of its end though it is there: not even SIGKILL ends what waits in a driver."""
+        """Report its end though it exists: SIGKILL cannot end a process blocked in a driver."""
         if not self._exited.is_set():
             self._disown()
             self._end(None)
 
     def _disown(self) -> None:
-        """Let this process end without it: Python's own clean-up waits for every child it knows."""
+        """Let this process exit without it: Python's clean-up joins every child it knows."""
         _log.error("The worker, process %s, was killed and does not go.", self.pid)
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
 
@@ -170,7 +172,7 @@ class WorkerProcess:
         if exit_code is None:
             self._abandon()
             return
-        # Its descriptors, at once.
+        # Close its file descriptors at once.
         self._process.close()
         self._end(exit_code)
 

@@ -21,10 +21,10 @@ class Decision:
 
 
 def decide(deaths: Sequence[float], now: float, failed_starts: int) -> Decision:
-    """Decide after a death; *deaths* are the times of those without a finished picture between.
+    """Decide after a death; *deaths* are the times of those without a finished image between.
 
-    *failed_starts* are those in a row that did not become ready. They count however long ago they
-    were: one start may take longer than the window.
+    *failed_starts* are those in a row that did not become ready. They count regardless of their
+    time: one start may take longer than the window.
     """
     recent = sum(now - death <= WINDOW_S for death in deaths)
     if recent >= MAX_DEATHS:

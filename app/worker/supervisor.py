@@ -1,10 +1,10 @@
-"""Keeps one worker alive, and fails what a dead one was doing. Implements `domain.Backend`.
+"""Keeps one worker alive, and fails the jobs of a dead one. Implements `domain.Backend`.
 
-The policy stands here, the process in `handle`. A worker that dies, whenever and of whatever, or
-cannot be started is replaced with back-off, until the service gives up. One that says why it cannot
-load the model the first time ends the service, since trying again would only hide the reason. A job
-whose worker died is failed and never run again: it may be what killed it. Ready is not alive:
-`stage` says which it is.
+This module has the policy, `app.worker.process` the process. A worker that dies, at any time and
+for any reason, or cannot be started is restarted with back-off, until the service gives up. A
+worker that reports why it cannot load the model at the first start ends the service, since another
+try would only hide the reason. A job whose worker died fails and is never run again: it may be the
+cause. Ready and alive differ: `stage` tells them apart.
 """
 
 from __future__ import annotations
@@ -56,39 +56,39 @@ _SILENT = (
 
 EXIT_START_FAILED = 1
 EXIT_CRASH_LOOP = 70
-"""sysexits.h: EX_SOFTWARE; whatever started the service may start it afresh."""
+"""EX_SOFTWARE of sysexits.h; whatever started the service may restart it."""
 
 
 class Events(Protocol):
-    """Who is told of the worker's fate, in the event loop's thread."""
+    """Receives the worker's events, in the event loop's thread."""
 
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
-        """The model answers, *seconds* after the start of its process."""
+        """Handle a loaded model, *seconds* after the start of its process."""
 
     def on_worker_lost(self, reason: str) -> None:
-        """The worker has gone: `fatal_cuda`, `killed`, `hang`, `heartbeat` or `startup`."""
+        """Handle a lost worker: `fatal_cuda`, `killed`, `hang`, `heartbeat` or `startup`."""
 
     def on_fatal(self, exit_code: int, message: str) -> None:
-        """The service cannot go on."""
+        """Handle the end of the service."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a worker may be silent, or take to leave, in seconds."""
+    """How long a worker may be silent, or take to exit, in seconds."""
 
     load_s: float = 1800.0
     """From the start to ready, or from the end of a download to ready."""
     download_s: float = 180.0
-    """Between two signs of life of a download, for which `load_s` does not count."""
+    """Between two progress messages of a download, for which `load_s` does not count."""
     silence_s: float = 60.0
     silence_steps: float = 20.0
     """A running job may be silent for this many of its predicted steps, if that is longer."""
     beat_s: float = 5.0
-    """How often a worker that has nothing to do is asked whether it is there."""
+    """Between two pings of an idle worker."""
     silence_idle_s: float = 30.0
-    """How long it may be silent then."""
+    """How long an idle worker may leave pings unanswered."""
     close_s: float = 5.0
-    """How long it may take to leave: when told to, and of itself after its last word."""
+    """How long it may take to exit: after `Stop`, and by itself after its last message."""
 
 
 @dataclass(eq=False, slots=True)
@@ -153,14 +153,14 @@ class Supervisor:
 
     @property
     def load_progress(self) -> float | None:
-        """How far the model has come, 0..1, where that is known."""
+        """The progress of loading the model, 0..1, where it is known."""
         return self.progress.fraction
 
     @property
     def reason(self) -> str:
-        """Why no job could start now, in words that any caller may read; empty where one could."""
+        """Why no job could start now, in words that any client may read; empty where one could."""
         if self.stage == "failed":
-            # What the operator is told (`Events.on_fatal`) may name paths.
+            # The operator's message (`Events.on_fatal`) may name paths.
             return _FAILED
         return "" if self.is_ready else self.progress.detail or f"The worker is {self.stage}."
 
@@ -181,14 +181,15 @@ class Supervisor:
     async def run(
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     ) -> Generated:
-        """Make one picture in the worker.
+        """Generate one image in the worker.
 
-        Cancelling the call stops the job at its next step and returns when the card is free.
+        Cancelling the call stops the job at its next denoising step and returns when the GPU is
+        free.
 
         Raises:
             KleinError: as the worker reported it, or WorkerLost where it died.
         """
-        # Again and again: a worker may have gone between its being ready and our being woken.
+        # In a loop: a worker may have exited between its being ready and this task's wake-up.
         while not self.is_ready:
             if self.stage == "failed":
                 raise Unavailable(_OVER, kind=Kind.WORKER_DOWN, retry_after_s=_OVER_RETRY_S)
@@ -222,7 +223,7 @@ class Supervisor:
                 running.watch.cancel()
 
     async def close(self) -> None:
-        """End the worker: politely first, then surely; at once where it has said its last word."""
+        """Stop the worker, then kill it after a while; kill it at once after its last message."""
         self._stop_watching()
         handle, self._is_closing = self._handle, True
         self._wake()
@@ -236,14 +237,14 @@ class Supervisor:
         await handle.wait()
 
     def kill(self) -> None:
-        """End the worker's process now, and start no other."""
+        """Kill the worker's process now, and start no other."""
         self._stop_watching()
         self._is_closing = True
         if self._handle:
             self._handle.kill()
 
     def on_message(self, handle: WorkerProcess, message: FromWorker) -> None:
-        """Take what the worker says; anything about a job that has ended is dropped."""
+        """Handle the worker's message; drop those about a job that has ended."""
         if handle is not self._handle:
             return
         match message:
@@ -267,7 +268,7 @@ class Supervisor:
                 _log.debug("Dropped what the worker said of a job that has ended.")
 
     def on_exit(self, handle: WorkerProcess, exit_code: int | None) -> None:
-        """Fail what ran, and decide whether to start again."""
+        """Fail the running job, and decide whether to restart."""
         if handle is not self._handle:
             return
         self._is_ready.clear()
@@ -295,7 +296,7 @@ class Supervisor:
 
     def _on_failed(self, running: _Running, error: KleinError) -> None:
         if isinstance(error, WorkerLost):
-            # Nothing may start on a card that is lost; the worker is leaving.
+            # Nothing may start on a lost GPU; the worker is exiting.
             self._is_ready.clear()
             self._lost_because = "fatal_cuda"
             self._await_leave()
@@ -340,24 +341,24 @@ class Supervisor:
         self._watch_start()
 
     def _on_unstartable(self, error: Exception) -> None:
-        """Try again, except at the first start where the error says what must be mended first."""
+        """Try again, except at the first start where the error says what must be fixed first."""
         if self.info is None and isinstance(error, KleinError):
             self._give_up(EXIT_START_FAILED, error.message)
             return
-        # Of what the machine lacks its name says enough; of anything else, where it came from.
+        # For a lack of resources the error's name suffices; for any other, log the traceback.
         trace = None if isinstance(error, OSError | MemoryError) else error
         _log.error("The worker could not be started: %r.", error, exc_info=trace)
         self._plan_restart("startup")
 
     def _on_loading(self, progress: LoadProgress) -> None:
-        """A download may take as long as it likes, while it says something; the rest may not."""
+        """Restart the limit of silence: a download may take any time while it reports progress."""
         was_fetching, self._is_fetching = self._is_fetching, progress.stage in _FETCHING
         self.stage, self.progress = progress.stage, progress
         if was_fetching or self._is_fetching:
             self._watch_start()
 
     def _watch_start(self) -> None:
-        """Let the limit of what the start is at run from now on."""
+        """Apply the time limit of the start's current stage from now on."""
         if self._load_watch:
             self._load_watch.cancel()
         limit_s = self._limits.download_s if self._is_fetching else self._limits.load_s
@@ -397,7 +398,7 @@ class Supervisor:
         self._wake()
 
     def _wake(self) -> None:
-        """Let those who wait for a worker see that none will come."""
+        """Wake the tasks that wait for a worker, since none will come."""
         self._is_ready.set()
         self._is_ready.clear()
 
@@ -412,8 +413,7 @@ class Supervisor:
                 )
 
     def _watch(self, running: _Running) -> None:
-        """Look again when *running* would have been silent for too long; end the worker if it
-        was."""
+        """End the worker if *running* has been silent for too long; else check again later."""
         silent_s = self._clock() - running.step_started
         if silent_s >= running.silence_s:
             _log.error("The worker was silent for %.0f s within one step.", silent_s)
@@ -424,10 +424,10 @@ class Supervisor:
         )
 
     def _beat(self) -> None:
-        """Ask an idle worker whether it is there; end it if too many questions went unanswered.
+        """Ping an idle worker; end it if too many pings went unanswered.
 
-        Questions are counted, not seconds: when this process itself stood still, nobody asked. A
-        running job has a watch of its own.
+        Pings are counted, not seconds: while this process itself was stopped, none were sent. A
+        running job has a time limit of its own.
         """
         if self._running:
             self._unanswered = 0
@@ -441,7 +441,7 @@ class Supervisor:
         self._beat_watch = asyncio.get_running_loop().call_later(self._limits.beat_s, self._beat)
 
     def _await_leave(self) -> None:
-        """Let the worker leave by itself, for a while."""
+        """Wait a while for the worker to exit by itself."""
         if self._handle and not self._leave_watch:
             self._leave_watch = asyncio.get_running_loop().call_later(
                 self._limits.close_s, self._handle.kill
@@ -461,7 +461,7 @@ class Supervisor:
 
 
 def _tell(running: _Running, progress: Progress) -> None:
-    """Pass *progress* on; whoever listens badly costs neither the job nor the worker."""
+    """Pass *progress* on; an error of the listener costs neither the job nor the worker."""
     try:
         running.on_progress(progress)
     except Exception:

@@ -1,8 +1,8 @@
 """The pipe between the two processes and the threads that send through it.
 
-A finished picture's pixels take another way: through shared memory, which takes a fifth of the time
-that three megabytes take through a pipe. Whoever puts a message into an outbox never waits for the
-other end to read it.
+A finished image's pixels go through shared memory, which takes a fifth of the time that three
+megabytes take through a pipe. Putting a message into an outbox never waits for the other end to
+read it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from app.worker.messages import Done, FromWorker, Generate, ToWorker
 _log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 2**24
-"""2048x2048 pixels and some; what is larger goes through the pipe."""
+"""A little more than 2048x2048 pixels; larger images go through the pipe."""
 
 
 class UnsendableError(Exception):
-    """The message cannot be written down. Nothing of it was sent, and the pipe is as it was."""
+    """The message cannot be pickled. Nothing of it was sent, and the pipe is unchanged."""
 
 
 def pair(context: BaseContext | None = None) -> tuple[End, End]:
-    """Make both ends, one to keep and one to give to a process at its start.
+    """Make both ends, one to keep and one to pass to a process at its start.
 
     Raises:
         StartupError: there is no memory that two processes can share.
-        OSError: no descriptors are left.
+        OSError: no file descriptors are left.
     """
     context = context or multiprocessing.get_context()
     ours, theirs = context.Pipe()
@@ -63,7 +63,7 @@ def pair(context: BaseContext | None = None) -> tuple[End, End]:
 class End:
     """One end: one thread sends, another receives.
 
-    *memory* holds the pixels of one picture, from its sending until it is received.
+    *memory* holds the pixels of one image, from its sending until it is received.
     """
 
     connection: Connection
@@ -71,11 +71,11 @@ class End:
     is_empty: Semaphore
 
     def send(self, message: FromWorker | ToWorker) -> None:
-        """Send *message*; returns once the other end has taken all but what the pipe holds.
+        """Send *message*; return once the other end has read all but what the pipe buffers.
 
         Raises:
             UnsendableError: *message* was not sent; the next one can be.
-            Exception: the other end has gone (OSError), or the pipe cannot be used any more.
+            Exception: the other end has closed (OSError), or the pipe is broken.
         """
         if not isinstance(message, Done):
             self.connection.send_bytes(_write_down(message))
@@ -86,7 +86,7 @@ class End:
             self.connection.send_bytes(words)
             self.connection.send_bytes(pixels)
             return
-        # Waits as long as the other end does not read: there it is killed that does not.
+        # Blocks while the other end does not read: the process that does not read is killed there.
         self.is_empty.acquire()
         memoryview(self.memory).cast("B")[: len(pixels)] = pixels
         self.connection.send_bytes(words)
@@ -95,8 +95,8 @@ class End:
         """Wait for the other end's next message.
 
         Raises:
-            EOFError, OSError: the other end has gone.
-            Exception: what came makes no sense, and what comes after it would make none either.
+            EOFError, OSError: the other end has closed.
+            Exception: the message is malformed, and so is everything after it.
         """
         message = self.connection.recv()
         if not isinstance(message, Done):
@@ -118,7 +118,7 @@ def _write_down(message: FromWorker | ToWorker) -> memoryview:
     try:
         return ForkingPickler.dumps(message)
     except Exception as error:
-        # Any: what an object does when it is pickled is its own affair.
+        # Any: an object's own pickling may raise anything.
         raise UnsendableError(f"{type(message).__name__} cannot be written down") from error
 
 
@@ -135,8 +135,8 @@ Message = FromWorker | ToWorker
 class Outbox:
     """Sends in order, in a thread of its own, which closes the pipe when it is told to hang up.
 
-    *on_unsendable* gets a message that cannot be written down; the pipe is whole. After *on_broken*
-    it is not, and nothing more is sent. Both are called in the sending thread.
+    *on_unsendable* gets a message that cannot be pickled; the pipe still works. After *on_broken*
+    it does not, and nothing more is sent. Both are called in the sending thread.
     """
 
     def __init__(
@@ -156,15 +156,15 @@ class Outbox:
         self._thread.start()
 
     def put(self, message: Message) -> None:
-        """Send *message* after those before it."""
+        """Queue *message*."""
         self._messages.put(message)
 
     def hang_up(self) -> None:
-        """Send nothing more, then close the pipe; do not wait for what is under way."""
+        """Send nothing more, then close the pipe; do not wait for the message being sent."""
         self._messages.put(None)
 
     def close(self) -> None:
-        """Wait until all is sent and the pipe is closed."""
+        """Wait until all messages are sent and the pipe is closed."""
         self.hang_up()
         self._thread.join()
 
@@ -174,11 +174,11 @@ class Outbox:
                 if not self._is_broken:
                     self._send(message)
         finally:
-            # Here and nowhere else: a number that is closed while it is written to may by then be
+            # Only here: a file descriptor that is closed while it is written to may by then be
             # another file's.
             self._pipe.close()
-            # Who owns this owns the memory of a whole picture too: it is not to wait for a round of
-            # the garbage collector.
+            # This references the memory of a whole image too: it must not wait for the garbage
+            # collector.
             del self._on_unsendable, self._on_broken
 
     def _send(self, message: Message) -> None:
@@ -188,7 +188,7 @@ class Outbox:
             _log_unsendable(message)
             self._on_unsendable(message)
         except (BrokenPipeError, ConnectionResetError):
-            # The other end has gone; whoever receives here sees it too.
+            # The other end has closed; the receiving thread sees it too.
             self._is_broken = True
         except Exception:
             _log.exception("The pipe to the other process cannot be written to any more.")
@@ -197,7 +197,7 @@ class Outbox:
 
 
 def _log_unsendable(message: Message) -> None:
-    """Name what it was about: the job, and the request where the message knows it."""
+    """Log what it was about: the job, and the request where the message knows it."""
     request_id = message.request_id if isinstance(message, Generate) else ""
     naming = logs.request_id.set(request_id)
     _log.exception(

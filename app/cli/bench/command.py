@@ -149,7 +149,7 @@ class Bench:
         self._worker_pid = None
 
     def _plan(self, model: ModelSpec) -> ImageSpec:
-        """One picture for all, which differ in size alone; every size has been judged then."""
+        """Return specs that differ in size alone, each checked before anything is generated."""
         return draft(model, "a plan", *self._read_sizes(model)[0], self._steps)
 
     def _read_sizes(self, model: ModelSpec) -> tuple[tuple[int, int], ...]:

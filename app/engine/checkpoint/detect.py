@@ -1,4 +1,4 @@
-"""Which layout is this folder or file? Told by content, opened part by part.
+"""Detect the layout of a checkpoint by its content, and open it component by component.
 
 Known are diffusers' folder, the same with the transformer as one file at its top (as the
 catalogue's download puts it), ComfyUI's models folder as it stands, and one file beside any of
@@ -40,25 +40,25 @@ SCHEDULER: dict[str, Any] = {
     "max_image_seq_len": 4096,
     "time_shift_type": "exponential",
 }
-"""klein's own scheduler config, for layouts that bring none."""
+"""klein's own scheduler config, for layouts without one."""
 
 Elsewhere = Callable[[], Path | None]
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-"""Formats that can run code: files so named are not even opened."""
+"""Formats that can run code: files with these names are not opened."""
 
 
 def open_checkpoint(
     path: Path, *, elsewhere: Elsewhere = lambda: None, is_mapped: bool = False
 ) -> Checkpoint:
-    """Recognise what lies at *path* by its content and open it.
+    """Detect the layout of *path* by its content and open it.
 
-    Parts that *path* lacks (a tokenizer, or all but the transformer) are looked for in what
-    *elsewhere* returns, a folder in diffusers' layout; it is asked only then. With *is_mapped*
-    weights stay in the files (`TensorFile`).
+    Components that *path* lacks (a tokenizer, or all but the transformer) are looked for in what
+    *elsewhere* returns, a folder in diffusers' layout; it is called only then. With *is_mapped*
+    weights stay in the files (`SafetensorsFile`).
 
     Raises:
-        StartupError: it is no layout that is known, or a file of it is damaged or unsupported.
+        StartupError: the layout is unknown, or a file of it is damaged or unsupported.
     """
     if not path.exists():
         raise StartupError(f"There is no model at {path}; correct the path and start again.")
@@ -67,8 +67,8 @@ def open_checkpoint(
     try:
         return _open(path, elsewhere, is_mapped=is_mapped)
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-        # Names and shapes may be anything; what they must be is asked where each is needed.
-        # It may also be a slip of our own, which the sentence would hide.
+        # Names and shapes may be anything; they are validated where each is needed.
+        # It may also be a bug of this program, which the sentence would hide.
         _log.warning("The files do not fit together.", exc_info=True)
         raise StartupError(
             f"{path.name} cannot be used: what its files say of themselves does not fit together "
@@ -131,7 +131,7 @@ def _folder_part(
 
 
 def _open_file(path: Path, elsewhere: Elsewhere, files: OpenFiles) -> Checkpoint:
-    """One file holds the transformer; the other parts are those of the folder it stands in."""
+    """Open one file as the transformer; the other components are those of the folder it is in."""
     if path.parent.name in _COMFY_TRANSFORMERS:
         return _open_comfy(path.parent.parent, path, elsewhere, files)
     for find in (lambda: path.parent, elsewhere):
@@ -176,9 +176,7 @@ def _open_comfy(
 
 
 def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:
-    """Find the one file of a kind: the only one there, else the only one with *word* in its
-    name.
-    """
+    """Find the one file of a kind: the only one, else the only one with *word* in its name."""
     found = sorted(
         file
         for name in folders

@@ -1,0 +1,1 @@
+"""The catalogue's files on disk: download, verification, trust; knows no tensors and no GPU."""

@@ -4,11 +4,11 @@
     <cache>/models/<key>/<precision>/<path>
 
 Variants share files, so the first tree holds them by where they were published and the second says
-which belong together. A file reaches its place only after its size and SHA-256 were found right; a
-record beside it then states its size, its time of change and its inode. While all hold, a start
-trusts the file without reading its gigabytes; when they do not, as after copying a cache, or where
-others may write (`app.engine.hub.trust`), it is hashed again. The device's number is not asked: it
-changes where the same volume is mounted again.
+which belong together. A file is moved to its place only after its size and SHA-256 were verified; a
+record beside it then states its size, mtime and inode. While all three match, a start trusts the
+file without reading its gigabytes; when they do not, as after copying a cache, or where others may
+write (`app.engine.hub.trust`), it is hashed again. The device number is not compared: it changes
+where the same volume is mounted again.
 """
 
 from __future__ import annotations
@@ -37,34 +37,35 @@ _LOADABLE = (
     *("*.safetensors*", "*.gguf", "*.bin*", "*.ckpt", "*.pt", "*.pth", "*.pkl"),
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"),
 )
-"""Weights, configs and what tokenizers are made of: names that some loader looks for."""
+"""Weights, configs and tokenizer files: names that some loader looks for."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubCache:
-    """The tree of published files. Any process may read it; who adds to it holds its lock."""
+    """The tree of published files. Any process may read it; one that adds to it holds its lock."""
 
     cache_dir: Path
 
     def path(self, file: RemoteFile) -> Path:
-        """Return the place of *file*."""
+        """Return the path of *file*."""
         owner = file.repository.replace("/", "--")
         return self.cache_dir / "hub" / owner / file.revision / file.path
 
     def is_present(self, file: RemoteFile) -> bool:
-        """Whether *file* is there; what is there has been checked once."""
+        """Return whether *file* exists; an existing file has been verified once."""
         return self.path(file).is_file()
 
     def missing_bytes(self, file: RemoteFile) -> int:
-        """Count what is still to be fetched of *file*."""
+        """Return the bytes of *file* that are still to be downloaded."""
         if self.is_present(file):
             return 0
         part = partial_path(self.path(file))
         return max(0, file.size_bytes - (part.stat().st_size if part.is_file() else 0))
 
     def is_verified(self, file: RemoteFile) -> bool:
-        """Whether *file* is as it was when its hash was found right, and nobody else can have
-        written it or the record.
+        """Return whether *file* is unchanged since its hash was verified.
+
+        False too where another user may write the file or its record.
         """
         record = self._record(file)
         try:
@@ -77,8 +78,10 @@ class HubCache:
             return False
 
     def mark_verified(self, file: RemoteFile) -> None:
-        """Record that the hash of *file* was found right; where others may write, record nothing
-        that could be believed once the folder is closed.
+        """Record that the hash of *file* was verified.
+
+        Where other users may write, nothing is recorded that would be trusted once the folder is
+        closed.
         """
         record = self._record(file)
         if is_closed(self.path(file), self.cache_dir):
@@ -87,7 +90,7 @@ class HubCache:
             record.unlink(missing_ok=True)
 
     def check(self, file: RemoteFile, on_bytes: Callable[[int], None]) -> bool:
-        """Hash *file*; record it when it is right, delete it when it is not."""
+        """Hash *file*; record it where it matches, delete it where it does not."""
         path = self.path(file)
         right = path.stat().st_size == file.size_bytes
         right = right and hash_file(path, on_bytes) == file.sha256
@@ -101,10 +104,10 @@ class HubCache:
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes from adding files; call *on_wait* until they let us."""
+        """Hold the lock on adding files; call *on_wait* until it is acquired."""
         folder = self.cache_dir / "hub"
         make_folder(folder, self.cache_dir)
-        # Not through a link that somebody may have laid there, and nothing is cut off.
+        # Do not follow a link that another user may have put there, and do not truncate.
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         with os.fdopen(descriptor, "r+") as lock:
             while not _is_taken(lock):
@@ -113,11 +116,10 @@ class HubCache:
             yield
 
     def link(self, name: str, files: Iterable[RemoteFile]) -> Path:
-        """Lay out the *files* of one load as links; links of an earlier catalogue go.
+        """Link the *files* of one load into its folder; remove links of an earlier catalogue.
 
         Raises:
-            StartupError: something that a loader may read lies among them, and no download has put
-                it there.
+            StartupError: a file among them that a loader may read comes from no download.
         """
         folder = self.cache_dir / "models" / name
         wanted = {folder / file.path: self.path(file) for file in files}
@@ -152,7 +154,7 @@ def _is_loadable(path: Path) -> bool:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write it beside its place and move it there: nothing is written through a link."""
+    """Write *text* beside *path* and rename it: nothing is written through a link."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     try:
         with os.fdopen(handle, "w") as file:

@@ -1,7 +1,7 @@
-"""Bringing a variant's files into the cache: fetched where missing, trusted only when proved right.
+"""Downloads a variant's files into the cache: missing ones only, trusted once verified.
 
-With everything in place the network is not touched at all. What differs from the catalogue in size
-or SHA-256 is deleted and named, before any of it reaches a loader.
+With every file in place the network is not used at all. A file that differs from the catalogue in
+size or SHA-256 is deleted and named, before a loader reads it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def ensure(
     hub: Hub | None = None,
     free_bytes: Callable[[Path], int] | None = None,
 ) -> Path:
-    """Bring all files of *variant* for *precision* into the cache; return the folder of one load.
+    """Download the missing files of *variant* for *precision*; return the folder of one load.
 
     The folder is in diffusers' layout; a transformer that is published as one file lies at its top
     instead of in `transformer/`.
 
     Raises:
-        StartupError: a file cannot be had, is damaged, or the disk has no room for it.
+        StartupError: a file cannot be downloaded, is damaged, or the disk is full.
     """
     files = files_for(variant, precision)
     _check_allowed(files)
@@ -64,9 +64,10 @@ def ensure(
 def lay_out_shared(
     variant: ModelEntry, cache_dir: Path, folder: Path, on_progress: OnProgress
 ) -> bool:
-    """Link into *folder* what *variant* needs at any precision, as an earlier download has left it.
+    """Link an earlier download's files that every precision of *variant* needs into *folder*.
 
-    Nothing is fetched. What others may have written is hashed first. Returns whether all was there.
+    Nothing is downloaded. Files that others may have written are hashed first. Return whether all
+    files exist.
 
     Raises:
         StartupError: a file is damaged; it is deleted.
@@ -85,7 +86,7 @@ def lay_out_shared(
 
 
 def missing_bytes(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
-    """Count what is still to be downloaded before *variant* can be loaded at *precision*."""
+    """Return the bytes to download before *variant* can be loaded at *precision*."""
     store = HubCache(cache_dir)
     return sum(store.missing_bytes(file) for file in files_for(variant, precision))
 
@@ -95,7 +96,7 @@ def verify(
 ) -> dict[RemoteFile, bool | None]:
     """Hash every file in the cache again and delete those that are not the published ones.
 
-    Returns, for each file, whether it was found right; None for one that is not there.
+    Return, for each file, whether it matches; None for a missing one.
     """
     files = files_for(variant, precision)
     store = HubCache(cache_dir)
@@ -109,7 +110,7 @@ def verify(
 
 
 class _Meter:
-    """Adds up the bytes of several files and reports them, at most twice a second."""
+    """Sums the bytes of several files and reports them, at most twice a second."""
 
     def __init__(self, on_progress: OnProgress, files: tuple[RemoteFile, ...]) -> None:
         self._on_progress = on_progress
@@ -122,7 +123,7 @@ class _Meter:
         self._stage, self._done, self._reported_at = stage, done, 0.0
 
     def on_bytes(self, file: RemoteFile) -> Callable[[int], None]:
-        """Return what to call with the bytes of *file* that are done."""
+        """Return the callback for the bytes done of *file*."""
 
         def report(done: int) -> None:
             now = time.monotonic()
@@ -164,7 +165,7 @@ def _warn_if_open(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
 
 
 def _check_present(store: HubCache, files: tuple[RemoteFile, ...], meter: _Meter) -> None:
-    """Hash anew what has changed since it was last found right, and refuse what is damaged."""
+    """Hash files that have changed since they were verified, and refuse damaged ones."""
     meter.begin("verify")
     for file in files:
         is_changed = store.is_present(file) and not store.is_verified(file)

@@ -1,10 +1,10 @@
-"""One published file over HTTP: continued where it stopped, measured, and hashed before it counts.
+"""Downloads one published file over HTTP: resumed, with a stall timeout, and verified by hash.
 
 huggingface_hub gives the address, the headers with the user's token, and the client with its
-proxies and certificates. The transfer is ours, because `hf_hub_download` throws a partial file away
-when the process ends (https://github.com/huggingface/huggingface_hub/pull/4228), and whoever loses
-the connection after four of five gigabytes must not start over. The hub's answers are not trusted
-for what a file is: size and SHA-256 come from the catalogue.
+proxies and certificates. The transfer is our own, because `hf_hub_download` deletes a partial file
+when the process ends (https://github.com/huggingface/huggingface_hub/pull/4228), and a connection
+lost after four of five gigabytes must not start the download over. The hub's responses are not
+trusted for the content: size and SHA-256 come from the catalogue.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OnBytes = Callable[[int], None]
 _HASH_BLOCK_BYTES = 8 * 1024 * 1024
 _TIMEOUT_S = 30.0
 _SHORT_ANSWERS = 5
-"""So many in a row that bring nothing of what is missing, and the hub does not have it."""
+"""After so many responses in a row without a missing byte, the hub does not have the file."""
 _LONGEST_WAIT_S = 10.0
 _SYNC_BYTES = 256 * 1024 * 1024
-"""Written to the disk each time, so that no wait for it grows to minutes."""
+"""Bytes between calls of fsync, so that none of them takes minutes."""
 SILENCE_S = 120.0
 
 
@@ -43,23 +43,23 @@ class Hub:
     token: str | None = None
     wait: Callable[[float], None] = time.sleep
     silence_s: float = SILENCE_S
-    """Seconds without a byte after which a download is given up, however often it was tried."""
+    """Seconds without a byte after which a download fails, however many tries there were."""
     clock: Callable[[], float] = time.monotonic
 
     @property
     def host(self) -> str:
-        """The hub's name for messages."""
+        """The hub's host name for messages."""
         from huggingface_hub import constants
 
         return urlsplit(self.endpoint or constants.ENDPOINT).hostname or "the hub"
 
 
 class _Interrupted(Exception):
-    """The transfer ended early for a reason that may pass."""
+    """The transfer ended early for a reason that may be temporary."""
 
 
 class _Line:
-    """Passes on what has come, and knows how long nothing has."""
+    """Reports progress, and measures how long no bytes have come."""
 
     def __init__(self, hub: Hub, on_bytes: OnBytes) -> None:
         self._hub = hub
@@ -67,27 +67,27 @@ class _Line:
         self._heard_at = hub.clock()
 
     def on_bytes(self, done: int) -> None:
-        """More has come."""
+        """Record progress and report it."""
         self._heard_at = self._hub.clock()
         self._on_bytes(done)
 
     @property
     def left_s(self) -> float:
-        """Seconds until the silence counts as the end."""
+        """The seconds until the silence counts as a failure."""
         return self._heard_at + self._hub.silence_s - self._hub.clock()
 
 
 def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
-    """Download *file* to *target*, beginning with what an earlier run left.
+    """Download *file* to *target*, resuming what an earlier run left.
 
-    *on_bytes* is called while it is hashed too, so that it is never silent for long.
+    *on_bytes* is called during hashing too, so that it is never silent for long.
 
     Raises:
-        StartupError: it cannot be had, or what came is not the published file.
+        StartupError: the file cannot be downloaded, or is not the published one.
     """
     part = partial_path(target)
     if os.path.lexists(part) and not may_go_on(part):
-        # Whoever put it there could go on changing it, or lets us write elsewhere.
+        # Its owner could go on changing it, or make this process write elsewhere.
         part.unlink()
     reason, idle, short, line = "", 0, 0, _Line(hub, on_bytes)
     while (have := _size(part)) < file.size_bytes:
@@ -114,7 +114,7 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
 
 
 def partial_path(target: Path) -> Path:
-    """Return the place where *target* grows while it is downloaded."""
+    """Return the path of the partial file while *target* is downloaded."""
     return target.with_name(target.name + ".part")
 
 
@@ -138,7 +138,7 @@ def damaged(file: RemoteFile) -> StartupError:
 
 
 def _append(file: RemoteFile, part: Path, hub: Hub, line: _Line) -> None:
-    """Add to *part* what one answer brings, up to one block more than belongs there."""
+    """Append the body of one response to *part*, up to one block more than belongs there."""
     from huggingface_hub import get_session, get_token, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -154,7 +154,7 @@ def _append(file: RemoteFile, part: Path, hub: Hub, line: _Line) -> None:
         with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
             reason = "broke the connection off"
             _check_status(response, file, part, hub.host, has_token=bool(token))
-            # Blocks as they come: gathering them would lose the last ones when the line breaks.
+            # Blocks as they come: buffering would lose the last ones when the connection breaks.
             _write(response.iter_bytes(), part, _start(response, have), file, line.on_bytes)
     except OfflineModeIsEnabled:
         raise StartupError(
@@ -169,7 +169,7 @@ def _append(file: RemoteFile, part: Path, hub: Hub, line: _Line) -> None:
 
 
 def _start(response: Any, have: int) -> int:
-    """Return the place in the file at which the answer begins: 0 where no range was honoured."""
+    """Return the offset at which the response begins: 0 where the range was ignored."""
     found = response.headers.get("Content-Range", "")
     return have if response.status_code == 206 and found.startswith(f"bytes {have}-") else 0
 
@@ -190,7 +190,7 @@ def _write(
                     synced = start
                     _sync(sink)
         finally:
-            # A crash of the machine must not leave a file of the right size full of zeros.
+            # fsync: a crash of the machine must not leave a file of the right size full of zeros.
             _sync(sink)
 
 
@@ -202,12 +202,12 @@ def _sync(sink: IO[bytes]) -> None:
 def _check_status(
     response: Any, file: RemoteFile, part: Path, host: str, *, has_token: bool
 ) -> None:
-    """Tell what may pass from what the operator has to settle."""
+    """Tell temporary errors from those that the operator has to resolve."""
     status, name = response.status_code, file.repository
     if status in (200, 206):
         return
     if status == 416:
-        # What lies there is longer than what the hub has.
+        # The partial file is longer than the hub's file.
         part.unlink(missing_ok=True)
     if status == 416 or status >= 500:
         raise _Interrupted(f"answers {status}")
@@ -239,8 +239,8 @@ def _gave_up(file: RemoteFile, have: int, hub: Hub, reason: str) -> StartupError
 
 
 def _wait_s(idle: int) -> float:
-    """Seconds before the next try after *idle* ones that brought nothing."""
-    # A long silence has thousands of tries, whose power of two no float holds.
+    """Return the seconds before the next try after *idle* ones without progress."""
+    # A long silence has thousands of tries, whose power of two overflows a float.
     return min(2.0 ** min(idle - 1, 10), _LONGEST_WAIT_S)
 
 

@@ -1,10 +1,10 @@
-"""Whose files they are: what lies in the cache is believed only where nobody else can have put it.
+"""Whether the cache can be trusted: only where no other user can have written to it.
 
-A mark that says "hashed and right", weights rounded on an earlier start, and compiled code, which
-is run, are believed where each of them and every folder from the cache's own down to it belongs to
-this user or to root, and nobody else may write there. For compiled code the folders above the cache
-are asked too: whoever may rename one of them can put another cache there. root may do anything
-anyway. What an operator names by KLEIN_MODEL is not asked: it may belong to anyone.
+A record that a file was verified, weights quantized on an earlier start, and compiled code, which
+is executed, are trusted where each of them and every folder from the cache's own down to it belongs
+to this user or to root, and nobody else may write there. For compiled code the folders above the
+cache are checked too: whoever may rename one of them can replace the cache. root may do anything
+anyway. The path that an operator names by KLEIN_MODEL is not checked: it may belong to anyone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ ANOTHER_FOLDER = "set KLEIN_CACHE_DIR to a folder of this user's own"
 
 
 def why_open(path: Path, root: Path) -> str:
-    """Say in words who else may write to *path* or to a folder above it, up to *root*; empty where
-    nobody may, or where *path* is not there.
+    """Describe who else may write to *path* or to a folder above it, up to *root*.
+
+    Empty where nobody may, or where *path* does not exist.
     """
     try:
         return next((fault for each in _chain(path, root) if (fault := _fault(each))), "")
@@ -33,14 +34,12 @@ def why_open(path: Path, root: Path) -> str:
 
 
 def is_closed(path: Path, root: Path) -> bool:
-    """Whether *path* is there, and nobody else may write to it or to a folder above, up to
-    *root*.
-    """
+    """Return whether *path* exists and nobody else may write to it or above it, up to *root*."""
     return path.exists() and not why_open(path, root)
 
 
 def why_tree_open(folder: Path, root: Path) -> str:
-    """Say who else may write to *folder*, to what lies in it, or to a folder above it."""
+    """Describe who else may write to *folder*, to its contents, or to a folder above it."""
     if fault := why_open(folder, root):
         return fault
     for above, folders, files in os.walk(folder):
@@ -54,15 +53,17 @@ def why_tree_open(folder: Path, root: Path) -> str:
 
 
 def why_swappable(path: Path) -> str:
-    """Say who else may put another thing in the place of *path*: who may write to a folder on the
-    way to it, from / down and through links. In a sticky one only owners may rename.
+    """Describe who else may replace *path*.
+
+    That is whoever may write to a folder on the way to it, from / down and through links. In a
+    sticky folder only owners may rename.
     """
     ways = (_fault(each, may_be_sticky=True) for each in _passed(path))
     return next((fault for fault in ways if fault), "")
 
 
 def make_folder(folder: Path, root: Path, mode: int = _SHARED_MODE) -> None:
-    """Make *folder* and what is missing above it; from *root* down nobody else may write there.
+    """Make *folder* and its missing parents; from *root* down nobody else may write there.
 
     Raises:
         OSError: it cannot be made.
@@ -73,14 +74,16 @@ def make_folder(folder: Path, root: Path, mode: int = _SHARED_MODE) -> None:
 
 
 def close_umask() -> None:
-    """Let nothing that this process makes be open to others for writing."""
+    """Set the umask so that no file of this process is writable by others."""
     os.umask(os.umask(_OTHERS) | _OTHERS)
 
 
 def remedy(root: Path) -> str:
-    """Say how an operator ends it: the folder is closed, then what others may have left there to
-    be believed goes. What is published stays, and is hashed once more. Where the file system gives
-    every file the same owner and rights, only another folder helps.
+    """Return the commands with which an operator makes *root* trusted.
+
+    The folder is closed to others, then what others may have left there to be trusted is removed.
+    Published files stay, and are hashed once more. Where the file system gives every file the same
+    owner and mode, only another folder helps.
     """
     if not _keeps_rights(root):
         return f"{ANOTHER_FOLDER}, on a file system that keeps owners and rights"
@@ -93,20 +96,23 @@ def remedy(root: Path) -> str:
 
 
 def is_own(path: Path) -> bool:
-    """Whether *path* itself, not what a link leads to, belongs to this user or to root."""
+    """Return whether *path* itself, not the target of a link, belongs to this user or to root."""
     return path.lstat().st_uid in (0, os.geteuid())
 
 
 def may_go_on(part: Path) -> bool:
-    """Whether the partial file *part* may be continued: it is hashed when it is whole, and root on
-    another user's volume would else begin anew at each start.
+    """Return whether the download of the partial file *part* may be resumed.
+
+    It is hashed when it is complete, and root on another user's volume would else begin anew at
+    each start.
     """
     return not part.is_symlink() and (is_own(part) or os.geteuid() == 0)
 
 
 def _keeps_rights(folder: Path) -> bool:
-    """Whether a file that is made in *folder* has the owner and rights that it is made with, unlike
-    on a Windows drive in WSL2, FAT or some network drives.
+    """Return whether files made in *folder* keep their owner and mode.
+
+    They do not on a Windows drive in WSL2, FAT or some network drives.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -117,7 +123,7 @@ def _keeps_rights(folder: Path) -> bool:
 
 
 def _passed(path: Path) -> Iterator[Path]:
-    """Each folder and link on the way from / to *path*, without what lies at its end."""
+    """Yield each folder and link on the way from / to *path*, without its last target."""
     path.stat()  # links that lead in a circle end here
     here, left = Path("/"), list(reversed(path.absolute().parts[1:]))
     yield here
@@ -136,7 +142,7 @@ def _passed(path: Path) -> Iterator[Path]:
 
 
 def _chain(path: Path, root: Path) -> Iterator[Path]:
-    """*root*, and each folder on the way down to *path*."""
+    """Return *root*, and each folder on the way down to *path*."""
     yield root
     for part in path.relative_to(root).parts:
         root = root / part
@@ -144,8 +150,10 @@ def _chain(path: Path, root: Path) -> Iterator[Path]:
 
 
 def _fault(path: Path, *, may_be_sticky: bool = False) -> str:
-    """What is wrong with one file or folder. Links are followed: who may write decides what they
-    lead to."""
+    """Describe what is wrong with one file or folder; empty where nothing is.
+
+    Links are followed: whoever may write to the link's target decides its content.
+    """
     found = path.stat()
     if found.st_uid not in (0, os.geteuid()) or not is_own(path):
         return f"{path} belongs to another user"

@@ -1,12 +1,12 @@
-"""Whether and how things are compiled, and that nothing is once the service is ready.
+"""Whether and how functions are compiled, and that none is once the service is ready.
 
-Each function is compiled twice: for the sizes of its first call, which are the default picture's,
-and for all others together. The two are kept apart. Left to itself the compiler tries its newest
-code first, so the default size too would run the general code from the warm-up on; and general code
-leaves convolutions in the layout that the card must turn around before each, which takes a sixth
-more time and 0.8 GB at 1024x1024.
+Each function is compiled twice: for the sizes of its first call, which are the default image's, and
+with dynamic shapes for all others. The two are kept apart. Left to itself torch.compile tries its
+newest code first, so the default size too would run the dynamic code from the warm-up on; and
+dynamic code leaves convolutions in a memory format that the GPU must transpose before each, which
+takes a sixth more time and 0.8 GB at 1024x1024.
 
-Compilers fail, on a card or driver that nobody tried: then that function runs as it is written.
+Compilation can fail on a GPU or driver that nobody tried: then that function runs eagerly.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _RECOMPILES = 64
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """What is switched on, with the reason. Without a compiler everything runs as it is written."""
+    """What is enabled, with the reason. Without a compiler every function runs eagerly."""
 
     is_on: bool
     has_graphs: bool
     reason: str
     backend: str | Callable[..., Any] = field(default="inductor", repr=False)
     failures: list[str] = field(default_factory=list, repr=False)
-    """What the compiler said of the functions that it could not compile."""
+    """The compiler's errors for the functions that it could not compile."""
 
     @property
     def summary(self) -> str:
-        """Whether things are compiled, in words."""
+        """Return whether functions are compiled, in words."""
         if not self.is_on:
             return f"not compiled: {self.reason}"
         if self.failures:
@@ -58,17 +58,17 @@ class Compiler:
     def compile(
         self, function: Callable[..., Any], *, whole: bool = True, convolves: bool = False
     ) -> Callable[..., Any]:
-        """Compile *function* at its first call; a second size makes it ready for all others.
+        """Compile *function* at its first call; a second size compiles it with dynamic shapes.
 
-        With *whole* it must compile in one piece; foreign code may be cut into several. With
-        *convolves* images keep their channels together, in general code too.
+        With *whole* it must compile as one graph; third-party code may have graph breaks. With
+        *convolves* images keep the channels_last memory format, with dynamic shapes too.
         """
         if not self.is_on:
             return function
         options: dict[str, Any] | None = None
         if self.backend == "inductor":
-            # With "dynamic_scale_rblock" every load halves the kept block sizes of reductions once
-            # more and compiles them: a second start then takes 6 s longer than a third.
+            # With "dynamic_scale_rblock" every load halves the stored block sizes of reductions
+            # once more and compiles them: a second start then takes 6 s longer than a third.
             options = {"dynamic_scale_rblock": False, "force_layout_optimization": convolves}
         first, general = (
             torch.compile(each, fullgraph=whole, backend=self.backend, options=options)
@@ -78,9 +78,9 @@ class Compiler:
 
 
 class _Compiled:
-    """Calls *first* with the sizes that it was first called with, *general* with all others.
+    """Calls *first* with the sizes of its first call, *general* with all others.
 
-    Once the compiler failed, *function* itself; what it said goes to *failures*.
+    Once compilation has failed, *function* itself is called; the error goes to *failures*.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class _Compiled:
 
 
 def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Copy *function*, code included: compiled code is kept by the code object it came from.
+    """Copy *function*, code included: compiled code is cached by the code object it came from.
 
-    Name and place remain, by which the compiler remembers the sizes it has seen; so the twin's
-    first code is general already.
+    Name and file remain, by which the compiler remembers the sizes it has seen; so the twin's first
+    code has dynamic shapes already.
     """
     assert isinstance(function, FunctionType)
     code = function.__code__.replace()
@@ -131,7 +131,7 @@ NO_COMPILER = Compiler(
 
 
 def choose_compiler(device: torch.device, cache: Path) -> Compiler:
-    """Compile on a card where Triton and a C compiler are found; keep the results in *cache*."""
+    """Compile on a GPU where Triton and a C compiler are found; cache the results in *cache*."""
     if device.type != "cuda":
         return Compiler(is_on=False, has_graphs=False, reason="the processor needs none")
     missing = [
@@ -156,13 +156,14 @@ def choose_compiler(device: torch.device, cache: Path) -> Compiler:
 
 
 def freeze() -> None:
-    """From now on a size that was not foreseen runs uncompiled instead of waiting for a
-    compiler, and the compiler's processes, one for each core, give their memory back.
+    """Run sizes that were not compiled eagerly from now on, instead of waiting for a compiler.
+
+    The compiler's processes, one for each core, are ended.
     """
     torch.compiler.set_stance("eager_on_recompile")
     workers = sys.modules.get("torch._inductor.async_compile")
     if workers is not None:
-        # Their end is nothing that a picture has to wait for.
+        # An image need not wait for their end.
         Thread(target=workers.shutdown_compile_workers, name="compilers' end", daemon=True).start()
 
 
@@ -172,9 +173,9 @@ def thaw() -> None:
 
 
 def _keep_results(cache: Path) -> str:
-    """Let both compilers keep their work beside the weights, so that a second start is warm.
+    """Have both compilers cache their results beside the weights, so that a second start is warm.
 
-    Returns why there is no folder for it, empty where there is one.
+    Return why there is no folder for it, empty where there is one.
     """
     own = cache / "compiled"
     folder, reason = own, _why_unfit(own, cache)
@@ -198,18 +199,19 @@ def _keep_results(cache: Path) -> str:
             reason,
             remedy,
         )
-    # The environment is the only way in: torch._inductor.runtime.cache_dir_utils. Triton's own goes
-    # before the other.
+    # Only the environment sets it: torch._inductor.runtime.cache_dir_utils. Triton's own setting
+    # takes precedence over Inductor's.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return ""
 
 
 def _why_unfit(folder: Path, root: Path) -> str:
-    """Say why code cannot be kept in *folder* and run from there; make it where it is missing.
+    """Return why code cannot be kept in *folder* and executed; make the folder where it is missing.
 
-    What lies there is run, so nobody else may write to it. Refusing to start instead would take the
-    service from those whose only volume is open to others, and compiling again costs them a minute.
+    Its contents are executed, so nobody else may write to it. Refusing to start instead would take
+    the service from those whose only volume is open to others, and compiling again costs them a
+    minute.
     """
     try:
         trust.make_folder(folder, root, trust.PRIVATE_MODE)
@@ -225,7 +227,7 @@ def _why_unfit(folder: Path, root: Path) -> str:
 
 
 def _is_open(folder: Path, root: Path) -> bool:
-    """Whether closing *root* and what lies in it may help."""
+    """Return whether closing *root* and its contents may help."""
     try:
         return bool(trust.why_tree_open(folder, root))
     except OSError:
@@ -233,7 +235,7 @@ def _is_open(folder: Path, root: Path) -> bool:
 
 
 def _private_folders() -> Iterator[Path]:
-    """Name others, the best first: what lies in the home outlasts a restart of the machine."""
+    """Yield other folders, the best first: the home folder outlasts a restart of the machine."""
     name = "klein-compiled"
     with contextlib.suppress(RuntimeError):  # this user has no home
         yield Path.home() / ".cache" / name
@@ -242,5 +244,5 @@ def _private_folders() -> Iterator[Path]:
         yield kept
     new = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     yield new
-    # Asked for another one, so this did not do.
+    # The caller asked for another folder, so this one was unfit.
     new.rmdir()
