@@ -194,7 +194,8 @@ async def fuzz(server: Server, *, seed: int, count: int, port: int) -> Found:
     # Made at the first request, in a tenth of a second.
     await asyncio.to_thread(server.get, "/openapi.json")
     await asyncio.to_thread(server.metric, "klein_event_loop_lag_seconds")
-    before = process.num_fds(), process.memory_info().rss, _peak_bytes(process.pid)
+    descriptors = await _steady_descriptors(process)
+    before = descriptors, process.memory_info().rss, _peak_bytes(process.pid)
     loaded = time.monotonic()
     crowd = _Crowd(port, talks(seed, count))
     lags = [0.0]
@@ -288,6 +289,17 @@ async def _honest(port: int) -> bool:
         answer = await reader.read()
         writer.close()
     return answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def _steady_descriptors(process: psutil.Process) -> int:
+    """Return how many there are once they have not changed for a second: the decoders, each of
+    which has a connection, start beside the model.
+    """
+    seen: list[int] = []
+    while len(seen) < 10 or len(set(seen[-10:])) > 1:
+        seen.append(process.num_fds())
+        await asyncio.sleep(0.1)
+    return seen[-1]
 
 
 async def _settled_descriptors(process: psutil.Process, wanted: int) -> int:
