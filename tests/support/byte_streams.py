@@ -133,7 +133,7 @@ def _chunks(chance: random.Random, body: bytes) -> bytes:
     size = chance.choice((1, 7, 1000, 100_000)) if len(body) < 10_000 else 5000
     extension = chance.choice((b"", b"", b"", b";a=b", b";" + b"x" * 3000, b' ; q="\\"'))
     extension = extension if size > 7 else extension[:4]
-    components = [
+    parts = [
         b"%x%s\r\n%s\r\n" % (len(piece), extension, piece)
         for piece in (body[at : at + size] for at in range(0, len(body), size))
     ]
@@ -141,7 +141,7 @@ def _chunks(chance: random.Random, body: bytes) -> bytes:
         (b"", b"", b"A: b\r\n", b"Content-Length: 3\r\nHost: x\r\n", b"bad\r\n")
     )
     last = chance.choice((b"0", b"0", b"0", b"00", b"-1", b"g", b"fffffffffffffffff", b""))
-    return b"".join(components) + last + b"\r\n" + trailers + b"\r\n"
+    return b"".join(parts) + last + b"\r\n" + trailers + b"\r\n"
 
 
 def _mutated(chance: random.Random, stream: bytes) -> bytes:
@@ -196,12 +196,12 @@ async def fuzz(server: Server, *, seed: int, count: int, port: int) -> Found:
     await asyncio.to_thread(server.metric, "klein_event_loop_lag_seconds")
     descriptors = await _steady_descriptors(process)
     before = descriptors, process.memory_info().rss, _peak_bytes(process.pid)
-    loaded = time.monotonic()
+    started = time.monotonic()
     crowd = _Crowd(port, talks(seed, count))
     lags = [0.0]
     watching = asyncio.create_task(_watch(server, lags))
     await asyncio.gather(*(crowd.run() for _ in range(AT_ONCE)))
-    took_s = time.monotonic() - loaded
+    took_s = time.monotonic() - started
     crowd.leave()
     is_served = await _honest(port)
     watching.cancel()

@@ -47,7 +47,7 @@ async def ask(
     port: int, data: bytes, *, leave_after_s: float | None = None, limit_s: float = 120.0
 ) -> Answer:
     """Send *data* and read the whole answer; with *leave_after_s*, hang up before it."""
-    loaded = time.monotonic()
+    started = time.monotonic()
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
@@ -63,7 +63,7 @@ async def ask(
         return Answer(LOST)
     finally:
         writer.transport.abort()
-    return _read(answer, time.monotonic() - loaded)
+    return _read(answer, time.monotonic() - started)
 
 
 def _read(answer: bytes, seconds: float) -> Answer:
@@ -116,7 +116,9 @@ async def drain_at(server: Server, moment_s: float, *, requests: int = 6) -> Dra
         server.process.send_signal(signal.SIGTERM)
 
     delays = [0.25 * number / requests for number in range(requests)]
-    *found, _ = await asyncio.gather(*(later(delay_s) for delay_s in delays), stop())
+    stopping = asyncio.create_task(stop())
+    found = await asyncio.gather(*(later(delay_s) for delay_s in delays))
+    await stopping
     exit_code = await asyncio.to_thread(server.wait)
     idle = max((ended for answer, ended in found if answer.status == 200), default=0.0)
     closed = max(idle, time.monotonic() - CLOSING_S)

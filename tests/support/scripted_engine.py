@@ -132,7 +132,7 @@ class ScriptedEngine:
         fault = self._fault()
         if fault and not self._is_due():
             fault = None
-        loaded = time.monotonic()
+        started = time.monotonic()
         steps = []
         for step in range(spec.num_inference_steps):
             if should_stop():
@@ -149,7 +149,7 @@ class ScriptedEngine:
         self._trace("finished")
         return Generated(
             image=draw(spec) if not self._script.noise else draw_noise(spec),
-            timings=StageTimings(0.0, 0.0, time.monotonic() - loaded, 0.0, tuple(steps)),
+            timings=StageTimings(0.0, 0.0, time.monotonic() - started, 0.0, tuple(steps)),
             peak=PeakMemory(1, 2),
             prompt_tokens=512,
             is_prompt_cut=False,

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from types import TracebackType
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from tests.support.fork_server import ROOT, ForkServer, Process
 
@@ -34,12 +34,13 @@ class Server:
         environ.setdefault("KLEIN_PORT", "0")
         environ["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS", "2")
         self.process: Process
+        output: IO[str]
         if module != "app" and self.fork_server is not None:
             forked = self.fork_server.fork(module, arguments, environ)
             self.process, output = forked, os.fdopen(forked.output)
         else:
             subcommand = ["serve"] if module == "app" else []
-            loaded = subprocess.Popen(
+            started = subprocess.Popen(
                 [sys.executable, "-m", module, *subcommand, *arguments],
                 cwd=ROOT,
                 env=environ,
@@ -47,8 +48,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            assert loaded.stdout is not None
-            self.process, output = loaded, loaded.stdout
+            assert started.stdout is not None
+            self.process, output = started, started.stdout
         self._output = output
         self.lines: list[str] = []
         self._changed = threading.Condition()
@@ -101,7 +102,7 @@ class Server:
 
     def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
         """GET *path*: status, headers (lower case), body."""
-        return self.request("GET", path, **headers)
+        return self.request("GET", path, None, **headers)
 
     def post(self, path: str, body: object, **headers: str) -> tuple[int, dict[str, str], bytes]:
         """POST *body* as JSON: status, headers (lower case), body."""
