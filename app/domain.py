@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Protocol
 
 
@@ -118,11 +118,27 @@ class Progress:
     preview: RawImage | None = None
 
 
+class WorkerStage(StrEnum):
+    """What a worker is at, from its start on; `/health` shows the value."""
+
+    STARTING = "starting"
+    DOWNLOAD = "download"
+    VERIFY = "verify"
+    LOADING = "loading"
+    WEIGHTS = "weights"
+    WARM_UP = "warm-up"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    DRAINING = "draining"
+    """The service takes nothing new; a worker is never at this."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """Progress of loading a model: *fraction* in 0..1, or None where it is unknown."""
 
-    stage: str
+    stage: WorkerStage
     fraction: float | None = None
     detail: str = ""
 

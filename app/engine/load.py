@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from app.domain import LoadProgress, ModelInfo, ModelSpec
+from app.domain import LoadProgress, ModelInfo, ModelSpec, WorkerStage
 from app.engine.checkpoint.compatibility import check_compatibility
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
 from app.engine.hub import trust
-from app.engine.memory.budget import OFFLOAD, choose_plan
-from app.engine.memory.planner import MemoryPlan
+from app.engine.memory.budget import choose_plan
+from app.engine.memory.planner import MemoryPlan, Plan
 from app.engine.models import shapes
 from app.engine.models.registry import find_model
 from app.engine.modules.attention import choose_attention
@@ -68,7 +68,7 @@ class LoadedModel:
             device=torch.cuda.get_device_name(self.components.device) if is_gpu else "cpu",
             precision=self.precision.name,
             precision_reason=self.precision.reason,
-            plan=self.plan.name,
+            plan=self.plan.name.value,
             plan_reasons=self.plan.reasons,
             max_pixels=self.plan.max_pixels,
             # A plain string: the version object would import torch in the process that reads it.
@@ -121,7 +121,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             encoder_linears=precision.encoder_linears,
             attention=attention,
             compiler=compiler,
-            is_offloaded=plan.name == OFFLOAD,
+            is_offloaded=plan.name is Plan.OFFLOAD,
             is_pinned=config.offload != "disk",
             is_streamed=plan.is_streamed,
             is_tiled=plan.is_tiled,
@@ -157,7 +157,7 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
 
 def _end_fetching(on_progress: OnProgress) -> None:
     """Report the end of the download: what follows has another time limit."""
-    on_progress(LoadProgress("loading"))
+    on_progress(LoadProgress(WorkerStage.LOADING))
 
 
 def find_device(config: EngineConfig) -> torch.device:

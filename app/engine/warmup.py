@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from app.domain import Generated, ImageSpec, LoadProgress, ModelSpec, RawImage
+from app.domain import Generated, ImageSpec, LoadProgress, ModelSpec, RawImage, WorkerStage
 from app.engine import error_mapping
 from app.engine.runtime import compile as compile_module
 from app.errors import OutOfMemory, StartupError
@@ -49,15 +49,15 @@ def warm_up(
     """
     if device.type == "cpu":
         return _warm_processor(model, make, on_progress)
-    on_progress(LoadProgress("warm-up", 0.0, "the default size"))
+    on_progress(LoadProgress(WorkerStage.WARM_UP, 0.0, "the default size"))
     size = _make_first(model, make)
     if is_compiled:
-        on_progress(LoadProgress("warm-up", 0.5, "all other sizes"))
+        on_progress(LoadProgress(WorkerStage.WARM_UP, 0.5, "all other sizes"))
         _make_others(model, size, make)
         compile_module.freeze()
     # Free the fragmented memory that compilation and the other sizes left cached.
     error_mapping.give_back()
-    on_progress(LoadProgress("warm-up", 0.9, "measuring"))
+    on_progress(LoadProgress(WorkerStage.WARM_UP, 0.9, "measuring"))
     begun = time.perf_counter()
     spec = _spec(model, size, "a second warm-up picture")
     made = make(spec)
@@ -75,7 +75,7 @@ def _warm_processor(
     """
     pixels = model.default_width * model.default_height
     scale, steps = (1, model.default_steps) if pixels <= _SMALL_PIXELS else (4, 1)
-    on_progress(LoadProgress("warm-up", 0.0, f"{steps} steps"))
+    on_progress(LoadProgress(WorkerStage.WARM_UP, 0.0, f"{steps} steps"))
     size = (_side(model.default_width // scale), _side(model.default_height // scale))
     spec = _spec(model, size, "a warm-up picture", steps=steps)
     # The first image pays for lazy initialisation; the second is timed.

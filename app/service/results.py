@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from app.domain import (
     ModelInfo,
     PeakMemory,
+    WorkerStage,
 )
 
 
@@ -32,7 +33,7 @@ class Picture:
 class Status:
     """The service's state, for /health and for people."""
 
-    stage: str
+    stage: WorkerStage
     is_ready: bool
     progress: float | None
     reason: str

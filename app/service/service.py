@@ -25,6 +25,7 @@ from app.domain import (
     ModelSpec,
     PeakMemory,
     RawImage,
+    WorkerStage,
 )
 from app.errors import (
     InvalidRequest,
@@ -58,7 +59,7 @@ class ServiceConfig:
 class WorkerState(Protocol):
     """What the service reads of the worker's state."""
 
-    stage: str
+    stage: WorkerStage
     info: ModelInfo | None
     restart_count: int
 
@@ -123,9 +124,9 @@ class ImageService:
     def status(self) -> Status:
         """Return the service's current state."""
         worker = self._worker
-        is_leaving = self._is_draining and worker.stage != "failed"
+        is_leaving = self._is_draining and worker.stage != WorkerStage.FAILED
         return Status(
-            stage="draining" if is_leaving else worker.stage,
+            stage=WorkerStage.DRAINING if is_leaving else worker.stage,
             is_ready=worker.is_ready and not self._is_draining,
             progress=worker.load_progress,
             reason="The service is shutting down." if is_leaving else worker.reason,

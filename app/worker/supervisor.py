@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app import logs
-from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress
+from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress, WorkerStage
 from app.errors import Kind, KleinError, Unavailable, WorkerLost
 from app.worker import child, restarts
 from app.worker.messages import (
@@ -43,7 +43,7 @@ _CLOSING = "The service is shutting down; try again in a while."
 _OVER_RETRY_S = 30
 _FAILED = "The service could not be started or kept alive and is ending; the log says why."
 
-_FETCHING = frozenset({"download", "verify"})
+_FETCHING = frozenset({WorkerStage.DOWNLOAD, WorkerStage.VERIFY})
 """Stages of a start whose length depends on the network and the disk."""
 _SLOW = (
     "Loading, compiling and warming up took longer than {:g} s; see the log above, and raise "
@@ -138,8 +138,8 @@ class Supervisor:
         self._started_at = 0.0
         self._is_ready = asyncio.Event()
         self._is_closing = False
-        self.stage = "starting"
-        self.progress = LoadProgress("starting")
+        self.stage = WorkerStage.STARTING
+        self.progress = LoadProgress(WorkerStage.STARTING)
         self.info: ModelInfo | None = None
         self.restart_count = 0
 
@@ -159,7 +159,7 @@ class Supervisor:
     @property
     def reason(self) -> str:
         """Why no job could start now, in words that any client may read; empty where one could."""
-        if self.stage == "failed":
+        if self.stage == WorkerStage.FAILED:
             # The operator's message (`Events.on_fatal`) may name paths.
             return _FAILED
         return "" if self.is_ready else self.progress.detail or f"The worker is {self.stage}."
@@ -171,7 +171,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start the first worker."""
-        self._start_worker("starting")
+        self._start_worker(WorkerStage.STARTING)
 
     async def wait_until_ready(self) -> None:
         """Return once a job could start."""
@@ -191,7 +191,7 @@ class Supervisor:
         """
         # In a loop: a worker may have exited between its being ready and this task's wake-up.
         while not self.is_ready:
-            if self.stage == "failed":
+            if self.stage == WorkerStage.FAILED:
                 raise Unavailable(_OVER, kind=Kind.WORKER_DOWN, retry_after_s=_OVER_RETRY_S)
             if self._is_closing:
                 raise Unavailable(_CLOSING, kind=Kind.DRAINING, retry_after_s=_OVER_RETRY_S)
@@ -229,7 +229,7 @@ class Supervisor:
         self._wake()
         if handle is None:
             return
-        if self.stage != "failed":
+        if self.stage != WorkerStage.FAILED:
             handle.send(Stop())
             self._await_leave()
         else:
@@ -278,7 +278,7 @@ class Supervisor:
         if self._is_closing:
             return
         because, self._lost_because = self._lost_because, None
-        reason = because or ("killed" if self.stage == "ready" else "startup")
+        reason = because or ("killed" if self.stage == WorkerStage.READY else "startup")
         _log.error("The worker has gone (%s), exit code %s.", reason, exit_code)
         if self.info is None and because == "startup":
             self._give_up(
@@ -306,7 +306,7 @@ class Supervisor:
         self._events.on_worker_lost(reason)
         now = self._clock()
         self._deaths.append(now)
-        if self.stage != "ready":
+        if self.stage != WorkerStage.READY:
             self._failed_starts += 1
         decision = restarts.decide(self._deaths, now, self._failed_starts)
         if decision.delay_s is None:
@@ -316,14 +316,14 @@ class Supervisor:
             )
             return
         self.restart_count += 1
-        self.stage = "restarting"
-        self.progress = LoadProgress("restarting")
+        self.stage = WorkerStage.RESTARTING
+        self.progress = LoadProgress(WorkerStage.RESTARTING)
         _log.warning("A new worker starts in %.0f s: %s.", decision.delay_s, decision.reason)
         self._restart = asyncio.get_running_loop().call_later(
-            decision.delay_s, self._start_worker, "restarting"
+            decision.delay_s, self._start_worker, WorkerStage.RESTARTING
         )
 
-    def _start_worker(self, stage: str) -> None:
+    def _start_worker(self, stage: WorkerStage) -> None:
         if self._is_closing:
             return
         self.stage = stage
@@ -375,8 +375,8 @@ class Supervisor:
     def _on_ready(self, info: ModelInfo) -> None:
         if self._load_watch:
             self._load_watch.cancel()
-        self.stage, self.info, self._failed_starts = "ready", info, 0
-        self.progress = LoadProgress("ready", 1.0)
+        self.stage, self.info, self._failed_starts = WorkerStage.READY, info, 0
+        self.progress = LoadProgress(WorkerStage.READY, 1.0)
         self._is_ready.set()
         self._unanswered = 0
         self._beat()
@@ -392,8 +392,8 @@ class Supervisor:
             _log.error("The new worker could not load the model: %s", text)
 
     def _give_up(self, exit_code: int, message: str) -> None:
-        self.stage = "failed"
-        self.progress = LoadProgress("failed", None, message)
+        self.stage = WorkerStage.FAILED
+        self.progress = LoadProgress(WorkerStage.FAILED, None, message)
         self._events.on_fatal(exit_code, message)
         self._wake()
 

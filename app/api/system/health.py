@@ -16,7 +16,7 @@ from app import __version__
 from app.api.deps import Service
 from app.api.errors import envelope, retry_after
 from app.api.request_context import context_of
-from app.domain import ModelInfo
+from app.domain import ModelInfo, WorkerStage
 from app.errors import Kind, KleinError
 from app.service.results import Status
 
@@ -30,7 +30,7 @@ async def live(request: Request, service: Service) -> Response:
     It says nothing of the model, unless the service has given up and is ending.
     """
     status = service.status()
-    if status.stage == "failed":
+    if status.stage == WorkerStage.FAILED:
         return _answer(request, status, {"status": "failed"})
     return JSONResponse({"status": "alive"})
 
@@ -85,7 +85,7 @@ def _answer(request: Request, status: Status, body: dict[str, Any]) -> Response:
 
 
 def _kind(status: Status) -> Kind:
-    if status.stage == "draining":
+    if status.stage == WorkerStage.DRAINING:
         return Kind.DRAINING
-    is_loading = status.info is None and status.stage != "failed"
+    is_loading = status.info is None and status.stage != WorkerStage.FAILED
     return Kind.LOADING if is_loading else Kind.WORKER_DOWN

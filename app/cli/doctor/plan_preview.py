@@ -16,6 +16,7 @@ from app.engine.memory.planner import (
     CONTEXT_BYTES,
     EAGER,
     MemoryPlan,
+    Plan,
     Weights,
     plan_memory,
 )
@@ -134,4 +135,4 @@ def _plan_exact(target: Target, settings: Settings, model: ModelSpec, limit: int
     )
     fits = needed <= target.free_bytes
     is_resident = settings.offload == "none" or (settings.offload == "auto" and fits)
-    return MemoryPlan("resident" if is_resident else "offload", (numbers,), needed, sizes)
+    return MemoryPlan(Plan.RESIDENT if is_resident else Plan.OFFLOAD, (numbers,), needed, sizes)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.domain import LoadProgress
+from app.domain import LoadProgress, WorkerStage
 from app.engine.hub.cache import HubCache
 from app.engine.hub.fetch import Hub, damaged, fetch
 from app.engine.hub.trust import make_folder, remedy, why_open
@@ -55,7 +55,7 @@ def ensure(
         _warn_if_open(store, files)
         _check_present(store, files, meter)
         if not all(store.is_present(file) for file in files):
-            with store.locked(lambda: on_progress(LoadProgress("download", None, _BUSY))):
+            with store.locked(lambda: on_progress(LoadProgress(WorkerStage.DOWNLOAD, None, _BUSY))):
                 _check_room(store, files, free_bytes or _free_bytes)
                 _fetch_missing(store, files, hub or Hub(), meter)
         return store.link(f"{variant.spec.id}/{precision}", files)
@@ -101,7 +101,7 @@ def verify(
     files = files_for(variant, precision)
     store = HubCache(cache_dir)
     meter = _Meter(on_progress, files)
-    meter.begin("verify")
+    meter.begin(WorkerStage.VERIFY)
     found: dict[RemoteFile, bool | None] = {}
     for file in files:
         found[file] = store.check(file, meter.on_bytes(file)) if store.path(file).exists() else None
@@ -115,10 +115,10 @@ class _Meter:
     def __init__(self, on_progress: OnProgress, files: tuple[RemoteFile, ...]) -> None:
         self._on_progress = on_progress
         self._total = sum(file.size_bytes for file in files)
-        self._stage, self._done, self._reported_at = "", 0, 0.0
+        self._stage, self._done, self._reported_at = WorkerStage.VERIFY, 0, 0.0
         self._reported: int | None = None
 
-    def begin(self, stage: str, *, done: int = 0) -> None:
+    def begin(self, stage: WorkerStage, *, done: int = 0) -> None:
         """Start counting for *stage*."""
         self._stage, self._done, self._reported_at = stage, done, 0.0
 
@@ -166,7 +166,7 @@ def _warn_if_open(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
 
 def _check_present(store: HubCache, files: tuple[RemoteFile, ...], meter: _Meter) -> None:
     """Hash files that have changed since they were verified, and refuse damaged ones."""
-    meter.begin("verify")
+    meter.begin(WorkerStage.VERIFY)
     for file in files:
         is_changed = store.is_present(file) and not store.is_verified(file)
         if is_changed and not store.check(file, meter.on_bytes(file)):
@@ -188,7 +188,7 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _fetch_missing(store: HubCache, files: tuple[RemoteFile, ...], hub: Hub, meter: _Meter) -> None:
-    meter.begin("download")
+    meter.begin(WorkerStage.DOWNLOAD)
     for file in sorted(files, key=store.is_present, reverse=True):
         if not store.is_present(file):
             make_folder(store.path(file).parent, store.cache_dir)

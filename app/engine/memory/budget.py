@@ -18,14 +18,12 @@ from app.engine.memory.planner import (
     EAGER,
     GB,
     MemoryPlan,
+    Plan,
     Weights,
     plan_memory,
 )
 from app.engine.models.flux2_klein import TEXT_LAYERS
 from app.errors import StartupError
-
-OFFLOAD = "offload"
-HOST = "host"
 
 _WORKING_BYTES = 4_000_000_000
 """Working memory of a one-megapixel image in bf16, eager, decoded without tiles."""
@@ -51,7 +49,7 @@ def choose_plan(
     limit = min(config.max_pixels, model.max_pixels)
     if device.type == "cpu":
         reasons = ("the model runs on the processor",)
-        return MemoryPlan(HOST, reasons, 0, (limit,) * (model.max_references + 1))
+        return MemoryPlan(Plan.HOST, reasons, 0, (limit,) * (model.max_references + 1))
     free, total = torch.cuda.mem_get_info(device)
     if config.memory_bytes is not None:
         # PyTorch's allocator is limited to this; the CUDA context comes on top.
@@ -119,7 +117,7 @@ def _plan_exact(
     sizes = (limit,) * (model.max_references + 1)
     numbers = f"all networks need {needed / GB:.1f} GB, free are {free / GB:.1f} GB"
     if config.offload in ("model", "disk"):
-        return MemoryPlan(OFFLOAD, ("as asked for", numbers), needed, sizes)
+        return MemoryPlan(Plan.OFFLOAD, ("as asked for", numbers), needed, sizes)
     if config.offload == "none" or needed <= free:
-        return MemoryPlan("resident", (numbers,), needed, sizes)
-    return MemoryPlan(OFFLOAD, (f"one network at a time: {numbers}",), needed, sizes)
+        return MemoryPlan(Plan.RESIDENT, (numbers,), needed, sizes)
+    return MemoryPlan(Plan.OFFLOAD, (f"one network at a time: {numbers}",), needed, sizes)

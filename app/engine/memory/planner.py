@@ -16,10 +16,36 @@ their values) and hold for every GPU; memory outside PyTorch's allocator is the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 GB = 1_000_000_000
 
-PLANS = ("resident", "resident tiled", "streamed", "streamed tiled")
+
+class Plan(StrEnum):
+    """Where the networks are and how images are decoded; the value is the name that users see."""
+
+    RESIDENT = "resident"
+    RESIDENT_TILED = "resident tiled"
+    STREAMED = "streamed"
+    STREAMED_TILED = "streamed tiled"
+    OFFLOAD = "offload"
+    """Not quantized: one network at a time on the GPU."""
+    HOST = "host"
+    """Everything on the CPU."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the text encoder's layers pass through the GPU."""
+        return self in {Plan.STREAMED, Plan.STREAMED_TILED}
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether every image is decoded in tiles."""
+        return self in {Plan.RESIDENT_TILED, Plan.STREAMED_TILED}
+
+
+PLANS = (Plan.RESIDENT, Plan.RESIDENT_TILED, Plan.STREAMED, Plan.STREAMED_TILED)
+"""The plans of quantized models, the fastest first."""
 
 EXACT_PIXELS = 1_310_720
 """Larger images are decoded in tiles: the VAE's attention scores grow with the square."""
@@ -83,7 +109,7 @@ CONTEXT_BYTES = 600_000_000
 class MemoryPlan:
     """A choice with its reasons; *max_pixels* by the number of references, 0 where none fit."""
 
-    name: str
+    name: Plan
     reasons: tuple[str, ...]
     peak_bytes: int
     max_pixels: tuple[int, ...]
@@ -91,17 +117,17 @@ class MemoryPlan:
     @property
     def is_streamed(self) -> bool:
         """Whether the text encoder's layers are streamed from host memory."""
-        return self.name.startswith("streamed")
+        return self.name.is_streamed
 
     @property
     def is_tiled(self) -> bool:
         """Whether every image is decoded in tiles."""
-        return self.name.endswith("tiled")
+        return self.name.is_tiled
 
 
-def peak_bytes(plan: str, weights: Weights, rates: Rates, pixels: int, references: int = 0) -> int:
+def peak_bytes(plan: Plan, weights: Weights, rates: Rates, pixels: int, references: int = 0) -> int:
     """Estimate the peak GPU memory of an image of *pixels*, in bytes."""
-    streamed, tiled = plan.startswith("streamed"), plan.endswith("tiled")
+    streamed, tiled = plan.is_streamed, plan.is_tiled
     resident = weights.transformer + weights.decoder + (0 if streamed else weights.encoder)
     tokens = pixels // _TOKEN_PIXELS + _TEXT_TOKENS + references * _REFERENCE_TOKENS
     picture = 12 * pixels
@@ -129,7 +155,7 @@ def plan_memory(
     """
     budget = free_bytes - CONTEXT_BYTES
     reasons = [f"{budget / GB:.1f} GB may be used ({free_bytes / GB:.1f} GB free)"]
-    for name in PLANS if asked == "auto" else (asked,):
+    for name in PLANS if asked == "auto" else (Plan(asked),):
         peak = peak_bytes(name, weights, rates, default_pixels)
         if peak > budget and asked == "auto":
             reasons.append(f"{name} would need {peak / GB:.1f} GB")
@@ -146,7 +172,7 @@ def plan_memory(
 
 
 def _largest(
-    budget: int, plan: str, weights: Weights, rates: Rates, limit: int, references: int
+    budget: int, plan: Plan, weights: Weights, rates: Rates, limit: int, references: int
 ) -> int:
     """Find the most pixels, a multiple of 64 * 64, that fit *budget* bytes; 0 where none do."""
     low, high = 0, limit // _MULTIPLE

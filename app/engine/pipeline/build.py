@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
-from app.domain import LoadProgress
+from app.domain import LoadProgress, WorkerStage
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config
 from app.engine.checkpoint.safetensors_io import CPU
 from app.engine.memory.offload import Offloader
@@ -163,7 +163,7 @@ class _Filler:
         self.done_bytes += size_bytes
         if self._count // 16 != before // 16:
             fraction = min(self._count / self._total, 1.0)
-            self._on_progress(LoadProgress("weights", fraction, label))
+            self._on_progress(LoadProgress(WorkerStage.WEIGHTS, fraction, label))
 
 
 def _build_transformer(part: ComponentFiles, fill: _Filler) -> Any:

@@ -11,6 +11,7 @@ from app.engine.memory.planner import (
     EXACT_PIXELS,
     GB,
     PLANS,
+    Plan,
     Weights,
     peak_bytes,
     plan_memory,
@@ -115,4 +116,4 @@ def test_a_plan_that_is_asked_for_is_taken(name):
 )
 def test_a_megapixel_stays_within_the_envelope(name, bar):
     """What each plan reckons with for 1024x1024 is at most what it is meant to take."""
-    assert peak_bytes(name, KLEIN, COMPILED, MEGAPIXEL) <= bar * GB
+    assert peak_bytes(Plan(name), KLEIN, COMPILED, MEGAPIXEL) <= bar * GB
