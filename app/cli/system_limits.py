@@ -94,7 +94,7 @@ def explain(error: BaseException) -> str:
     place = f" ({error.filename})" if error.filename else ""
     reason = error.strerror or type(error).__name__
     return (
-        f"The system refused what was needed: {reason}{place}; mend that and start again, or set "
+        f"The system refused what was needed: {reason}{place}; fix that and start again, or set "
         "KLEIN_LOG_LEVEL=debug to see where it happened."
     )
 

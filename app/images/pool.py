@@ -117,7 +117,7 @@ class DecoderPool:
             self._retry.cancel()
         if self._server is not None:
             self._server.end()
-            self._let_go_of_server()
+            self._release_server()
         for decoder in tuple(self._busy):
             decoder.hang_up()
         for _ in range(self._size):
@@ -170,7 +170,7 @@ class DecoderPool:
 
     def _on_server_lost(self) -> None:
         """Start another server."""
-        self._let_go_of_server()
+        self._release_server()
         _log.error("The decoders' fork server has ended; another is started.")
         self._try_again()
 
@@ -178,11 +178,11 @@ class DecoderPool:
         """Replace a server that forks no decoder: it hangs, or resources are short."""
         if self._server is not None:
             self._server.kill()
-            self._let_go_of_server()
+            self._release_server()
             _log.error("No decoder comes from their fork server; another is started.")
             self._try_again()
 
-    def _let_go_of_server(self) -> None:
+    def _release_server(self) -> None:
         """Drop the server and its idle decoders, which would not be replaced any more."""
         self._server = None
         self._end_start()

@@ -155,7 +155,7 @@ def test_a_machine_without_a_driver_is_told_what_to_install(capsys) -> None:
     assert "nvml shared library not found" in said
     assert "driver 580 or newer" in said
     assert "KLEIN_DEVICE=cpu" in said
-    assert said.rstrip().endswith("1 thing must be mended before it can serve.")
+    assert said.rstrip().endswith("1 thing must be fixed before it can serve.")
 
 
 def test_without_a_card_the_demo_is_what_auto_means(capsys) -> None:

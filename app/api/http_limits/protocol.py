@@ -145,7 +145,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._parsing.cancel()
         self._intake.clear()
         self.pipeline.clear()
-        self._let_go()
+        self._disconnect()
         if self.scope:
             self.scope.pop("extensions", None)  # breaks a reference cycle
         super().connection_lost(exc)
@@ -417,7 +417,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return True
         self._is_over = self._is_lingering = True
         self._intake.clear()
-        self._let_go()
+        self._disconnect()
         self._close_in(self.linger_s)
         return False
 
@@ -425,7 +425,7 @@ class GuardedProtocol(HttpToolsProtocol):
         assert self._metered is not None
         self._metered.finish()
 
-    def _let_go(self) -> None:
+    def _disconnect(self) -> None:
         """Tell the app that the client of the current request has disconnected.
 
         Uvicorn tells the newest request only, which may wait behind this one.

@@ -58,13 +58,13 @@ async def _read(
     """Read and decode the body; uploads are released before the image is queued."""
     model = service.model
     fields = table(model, config)
-    wish = read(fields.read(await read_json(request, has_pictures=True)), model, config)
+    asked = read(fields.read(await read_json(request, has_pictures=True)), model, config)
     edit = None
-    if wish.images:
+    if asked.images:
         admission.reserve(1)
         rule = SizeRule.of(model, config.max_pixels)
         work = decoders_of(request).prepare(
-            wish.images, wish.mask, wish.size, rule.nearest, client=admission.client
+            asked.images, asked.mask, asked.size, rule.nearest, client=admission.client
         )
         edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
-    return wish.spec(model, service.random_seed, edit), wish.output
+    return asked.spec(model, service.random_seed, edit), asked.output

@@ -56,7 +56,7 @@ class Report:
         for problem in sorted(self.problems, key=lambda problem: not problem.is_fatal):
             lines += [
                 "",
-                _wrap("mend       " if problem.is_fatal else "mind       ", problem.what),
+                _wrap("error      " if problem.is_fatal else "warning    ", problem.what),
                 _wrap("   remedy  ", problem.remedy),
             ]
         return "\n".join([*lines, "", self._verdict()])
@@ -68,7 +68,7 @@ class Report:
             return f"Computed, nothing was measured: {self.computed_for} {answer} it."
         if fatal == 0:
             return "It can serve."
-        return f"{fatal} {'thing' if fatal == 1 else 'things'} must be mended before it can serve."
+        return f"{fatal} {'thing' if fatal == 1 else 'things'} must be fixed before it can serve."
 
 
 def gigabytes(size: int) -> str:

@@ -35,11 +35,6 @@ class StreamedLayers:
             _lay_out(module, place)
         self._copied, self._used = ([self._lanes.Event() for _ in range(2)] for _ in range(2))
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of all layers in pinned host memory."""
-        return sum(len(each) for each in self._host)
-
     def __iter__(self) -> Iterator[nn.Module]:
         for event in self._used:
             event.record()

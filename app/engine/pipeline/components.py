@@ -40,4 +40,3 @@ class PipelineComponents:
     rope: RopeTable
     layout: str
     weights_bytes: int
-    features: tuple[str, ...] = ()

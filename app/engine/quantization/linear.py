@@ -92,10 +92,10 @@ class Fp8Linear(nn.Module):
             inverse = 1 / scale
         else:
             scale, inverse = self.input_scale, self.input_inverse
-        rounded = (flat * inverse).clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
+        quantized = (flat * inverse).clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
         if x.is_cuda:
             product = torch._scaled_mm(
-                rounded,
+                quantized,
                 self.weight.t(),
                 scale_a=scale,
                 scale_b=self.weight_scale,
@@ -103,7 +103,7 @@ class Fp8Linear(nn.Module):
                 use_fast_accum=True,
             )
         else:
-            exact = rounded.float() @ self.weight.float().t()
+            exact = quantized.float() @ self.weight.float().t()
             product = (exact * (scale * self.weight_scale)).to(x.dtype)
         return product.view(*x.shape[:-1], -1)
 
@@ -155,23 +155,23 @@ class Int8Linear(nn.Module):
             return self._product(x, self.weight, self.scale, self._group)
         flat = rotate(x.reshape(-1, x.shape[-1]).float(), self.rotation)
         scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / _INT8_LIMIT
-        rounded = (flat / scale).round().to(torch.int8)
-        product = _int_mm(rounded, self.weight).float()
+        quantized = (flat / scale).round().to(torch.int8)
+        product = _int_mm(quantized, self.weight).float()
         return (product * scale * self.scale).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize *weight* to fp8 (e4m3); return it and its float32 scale, []."""
     scale = weight.abs().amax().float().clamp(min=_TINY) / FP8_LIMIT
-    rounded = (weight.float() / scale).clamp(-FP8_LIMIT, FP8_LIMIT)
-    return rounded.to(torch.float8_e4m3fn), scale
+    quantized = (weight.float() / scale).clamp(-FP8_LIMIT, FP8_LIMIT)
+    return quantized.to(torch.float8_e4m3fn), scale
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize *weight* to int8 by rows; return it and its float32 scales, [out]."""
     scale = weight.abs().amax(dim=1).float().clamp(min=_TINY) / _INT8_LIMIT
-    rounded = (weight.float() / scale[:, None]).round()
-    return rounded.to(torch.int8), scale
+    quantized = (weight.float() / scale[:, None]).round()
+    return quantized.to(torch.int8), scale
 
 
 def rotated_int8(weight: torch.Tensor) -> Int8Linear:

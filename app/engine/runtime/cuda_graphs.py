@@ -66,10 +66,6 @@ class CudaGraphs:
             self._uses.popitem(last=False)
         return False
 
-    def clear(self) -> None:
-        """Delete all graphs and release their memory."""
-        self._graphs.clear()
-
 
 class _Graph:
     """One captured graph with its static inputs and output."""
