@@ -226,12 +226,12 @@ class Engine(Protocol):
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
-        """Generate one image; *should_stop* is polled between denoising steps.
+        """Generate one image; *is_cancelled* is polled between denoising steps.
 
         Raises:
-            Cancelled: *should_stop* returned True.
+            Cancelled: *is_cancelled* returned True.
             OutOfMemory: the GPU has no room for this job.
         """
         ...

@@ -69,10 +69,10 @@ class TimedEngine:
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
         """Make a picture."""
-        return self._engine.generate(spec, on_progress, should_stop)
+        return self._engine.generate(spec, on_progress, is_cancelled)
 
     def close(self) -> None:
         """Let go of the card."""

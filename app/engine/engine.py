@@ -85,24 +85,24 @@ class KleinEngine:
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
         """Generate one image.
 
         Raises:
-            Cancelled: *should_stop* returned true between two steps.
+            Cancelled: *is_cancelled* returned true between two steps.
             OutOfMemory: memory did not suffice for this spec; the engine stays usable.
             GenerationFailed: the job failed; the engine stays usable.
             WorkerLost: the CUDA context is broken; the process has to end.
         """
-        return self._generate(spec, on_progress, should_stop)
+        return self._generate(spec, on_progress, is_cancelled)
 
     @torch.no_grad()
     def _generate(
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
         *,
         is_trial: bool = False,
     ) -> Generated:
@@ -112,7 +112,7 @@ class KleinEngine:
             # Concurrent with the text stage: on the CPU it takes as long as a text encoder pass.
             noise = self._noise.submit(draw_noise, self._started.components, spec)
             components = self._started.components
-            return _Job(components, spec, noise, on_progress, should_stop, is_trial).run()
+            return _Job(components, spec, noise, on_progress, is_cancelled, is_trial).run()
         except Exception as error:
             fault = error_mapping.translate(error)
         raise fault
@@ -138,7 +138,7 @@ class _Job:
     spec: ImageSpec
     noise: Future[torch.Tensor]
     on_progress: Callable[[Progress], None]
-    should_stop: Callable[[], bool]
+    is_cancelled: Callable[[], bool]
     is_trial: bool
     """Whether non-finite pixels are an error; the conversion to bytes would hide them."""
 
@@ -196,7 +196,7 @@ class _Job:
             references,
             self.noise.result(),
             on_step=on_step,
-            should_stop=self.should_stop,
+            is_cancelled=self.is_cancelled,
         )
         return latents, tuple(steps_s)
 

@@ -53,7 +53,7 @@ class Dispatcher:
             name=f"job {job.id}",
             context=job.context,
         )
-        job.stop = task.cancel
+        job.cancel_running = task.cancel
         self._tasks.add(task)
         task.add_done_callback(partial(self._finish, job, free), context=job.context)
         if job.future.done():
@@ -64,7 +64,7 @@ class Dispatcher:
     def _finish(self, job: Job, free: asyncio.Event, task: asyncio.Task[Generated]) -> None:
         """Resolve *job* with the outcome of *task*, exactly once."""
         self._tasks.discard(task)
-        job.stop = None
+        job.cancel_running = None
         if task.cancelled():
             job.fail(Cancelled())
         elif error := task.exception():

@@ -42,7 +42,7 @@ class Job:
     submitted_at: float = 0.0
     started_at: float | None = None
     predicted_s: float = 0.0
-    stop: Callable[[], object] | None = field(default=None, repr=False)
+    cancel_running: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: cancels it in the worker."""
     context: Context = field(default_factory=copy_context, repr=False)
     """The request's context, in which the job runs too, so that log lines carry the request id."""

@@ -226,7 +226,7 @@ class JobQueue:
         """
         if job.future.done():
             return
-        self._abandon(job, Cancelled())
+        self._cancel(job, Cancelled())
         client = job.client
         if not self._held(client) and not any(
             other.client == client and not other.future.done() for other in self._running
@@ -274,10 +274,10 @@ class JobQueue:
         for places in self._places:
             places.error = error
         for job in tuple(self._waiting):
-            self._abandon(job, error)
+            self._cancel(job, error)
 
     def _expire(self, job: Job) -> None:
-        self._abandon(
+        self._cancel(
             job,
             DeadlineExceeded(
                 "The picture was not ready when the request's deadline came; "
@@ -285,7 +285,7 @@ class JobQueue:
             ),
         )
 
-    def _abandon(self, job: Job, error: KleinError) -> None:
+    def _cancel(self, job: Job, error: KleinError) -> None:
         """Fail *job* now; a running one leaves the GPU when the worker sees that it is to stop."""
         if job.future.done():
             return
@@ -293,8 +293,8 @@ class JobQueue:
         if job.state is JobState.WAITING:
             self._waiting.remove(job)
             self._end(job)
-        elif job.stop is not None:
-            job.stop()
+        elif job.cancel_running is not None:
+            job.cancel_running()
         self._settle()
 
     def _end(self, job: Job) -> None:

@@ -42,7 +42,7 @@ class PreviewingEngine(scripted_engine.ScriptedEngine):
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
         """Do as scripted, with previews."""
         steps = spec.num_inference_steps
@@ -52,7 +52,7 @@ class PreviewingEngine(scripted_engine.ScriptedEngine):
         if self._script.faults.get(self._count + 1) == "late":
             self._count += 1
             raise DeadlineExceeded("The picture was not done when its time was over.")
-        made = super().generate(spec, on_progress, should_stop)
+        made = super().generate(spec, on_progress, is_cancelled)
         grain = hashlib.sha512(f"{spec.prompt}|{spec.seed}".encode()).digest()
         size = 3 * spec.width * spec.height
         pixels = (grain * (size // len(grain) + 1))[:size]

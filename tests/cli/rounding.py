@@ -32,9 +32,9 @@ class RoundingEngine(CardedEngine):
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
-        made = super().generate(spec, on_progress, should_stop)
+        made = super().generate(spec, on_progress, is_cancelled)
         error = 2 if self._precision == "fp8" else 0
         pixels = np.frombuffer(made.image.pixels, np.uint8) // 2 + error
         latents = np.array([3, 5 if error else 4], np.float32)

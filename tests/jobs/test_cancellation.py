@@ -28,7 +28,7 @@ async def test_a_running_job_is_asked_to_stop_once(make_jobs) -> None:
     queue.submit([job], retry_after_s=1)
     await queue.take()
     stops = []
-    job.stop = lambda: stops.append(1)
+    job.cancel_running = lambda: stops.append(1)
 
     queue.cancel(job)
     queue.cancel(job)

@@ -47,7 +47,7 @@ class CardedEngine(ScriptedEngine):
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
         """Do what the prompt says."""
         if spec.prompt == "oom":
@@ -57,8 +57,8 @@ class CardedEngine(ScriptedEngine):
         if spec.prompt == "hang":
             time.sleep(3600)
         if spec.prompt == "slow":
-            self._linger(spec, on_progress, should_stop)
-        made = super().generate(spec, on_progress, should_stop)
+            self._linger(spec, on_progress, is_cancelled)
+        made = super().generate(spec, on_progress, is_cancelled)
         is_cached = spec.prompt in self._seen
         self._seen.add(spec.prompt)
         timings = replace(made.timings, text=0.02, decode=0.03)
@@ -68,10 +68,10 @@ class CardedEngine(ScriptedEngine):
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> None:
         for _ in range(20):
-            if should_stop():
+            if is_cancelled():
                 raise Cancelled
             time.sleep(0.05)
             on_progress(Progress(Stage.DENOISE, 0, spec.num_inference_steps))

@@ -51,18 +51,18 @@ class BrokenGpu:
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
         """Make a picture, or break the GPU on the way, as the prompt says."""
         before = self._allocated()
         try:
             if spec.prompt == "oom":
-                return self._fill(spec, on_progress, should_stop)
+                return self._fill(spec, on_progress, is_cancelled)
             if spec.prompt == "assert":
                 return self._engine.generate(
-                    spec, _striking(on_progress, self._device), should_stop
+                    spec, _striking(on_progress, self._device), is_cancelled
                 )
-            return self._engine.generate(spec, on_progress, should_stop)
+            return self._engine.generate(spec, on_progress, is_cancelled)
         finally:
             if spec.prompt != "assert":
                 self._tell(prompt=spec.prompt, before=before, after=self._allocated())
@@ -71,7 +71,7 @@ class BrokenGpu:
         """Release the GPU."""
         self._engine.close()
 
-    def _fill(self, spec: ImageSpec, on_progress: Any, should_stop: Any) -> Generated:
+    def _fill(self, spec: ImageSpec, on_progress: Any, is_cancelled: Any) -> Generated:
         """Leave no room below the cap, so that the picture's own work finds none."""
         import torch
 
@@ -80,12 +80,12 @@ class BrokenGpu:
             def strike(progress: Progress) -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory (rehearsed)")
 
-            return self._engine.generate(spec, strike, should_stop)
+            return self._engine.generate(spec, strike, is_cancelled)
         torch.cuda.empty_cache()
         free = self._cap - torch.cuda.memory_reserved(self._device) - 2**25
         ballast = torch.empty(max(0, free), dtype=torch.uint8, device=f"cuda:{self._device}")
         try:
-            return self._engine.generate(spec, on_progress, should_stop)
+            return self._engine.generate(spec, on_progress, is_cancelled)
         finally:
             del ballast
             torch.cuda.empty_cache()

@@ -63,7 +63,7 @@ def _latents(components: PipelineComponents, spec: ImageSpec) -> torch.Tensor:
         References(),
         draw_noise(components, spec),
         on_step=lambda *_: None,
-        should_stop=lambda: False,
+        is_cancelled=lambda: False,
     )
 
 

@@ -125,7 +125,7 @@ class ScriptedEngine:
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        is_cancelled: Callable[[], bool],
     ) -> Generated:
         """Step through the spec; strike where the script says so."""
         self._count += 1
@@ -135,13 +135,13 @@ class ScriptedEngine:
         started = time.monotonic()
         steps = []
         for step in range(spec.num_inference_steps):
-            if should_stop():
+            if is_cancelled():
                 self._trace(f"stopped {step}")
                 raise Cancelled
             if step == spec.num_inference_steps // 2 and fault:
                 self._trace(f"struck {fault}")
                 _strike(fault, spec, on_progress)
-            self._wait_at_gate(should_stop)
+            self._wait_at_gate(is_cancelled)
             begun = time.monotonic()
             time.sleep(self._script.slow_s / spec.num_inference_steps)
             steps.append(time.monotonic() - begun)
@@ -175,8 +175,8 @@ class ScriptedEngine:
         Path(self._script.once).touch()
         return True
 
-    def _wait_at_gate(self, should_stop: Callable[[], bool]) -> None:
-        while self._script.gate and not Path(self._script.gate).exists() and not should_stop():
+    def _wait_at_gate(self, is_cancelled: Callable[[], bool]) -> None:
+        while self._script.gate and not Path(self._script.gate).exists() and not is_cancelled():
             time.sleep(0.005)
 
     def _trace(self, line: str) -> None:

@@ -43,12 +43,12 @@ def denoise(
     noise: torch.Tensor,
     *,
     on_step: OnStep,
-    should_stop: Callable[[], bool],
+    is_cancelled: Callable[[], bool],
 ) -> torch.Tensor:
     """Denoise *noise*, [1, c, h, w], to packed latents, [1, h * w, c].
 
     Raises:
-        Cancelled: *should_stop* returned true between two steps.
+        Cancelled: *is_cancelled* returned true between two steps.
     """
     if components.device.type == "cuda":
         noise = noise.pin_memory()
@@ -57,7 +57,7 @@ def denoise(
     with components.offloader.on_gpu(components.transformer):
         velocity_of = _velocity(components, spec, text, references)
         for number in range(spec.num_inference_steps):
-            if should_stop():
+            if is_cancelled():
                 raise Cancelled
             sigma, following = sigmas[number], sigmas[number + 1]
             timestep = timesteps[number].expand(1).to(latents.dtype) / 1000
