@@ -48,7 +48,7 @@ def test_a_link_is_found_until_its_time_is_over(clock):
     clock.now = 60.0
 
     assert links.get(name) is None
-    assert repr(links) == "<LinkStore: 0 links, 0 bytes>"
+    assert repr(links) == "<ImageStore: 0 links, 0 bytes>"
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": 25}, {"max_count": 2}])
@@ -58,7 +58,7 @@ def test_the_oldest_goes_when_there_is_no_room(clock, limits):
     names = [put(links) for _ in range(3)]
 
     assert [links.get(name) is not None for name in names] == [False, True, True]
-    assert repr(links) == "<LinkStore: 2 links, 20 bytes>"
+    assert repr(links) == "<ImageStore: 2 links, 20 bytes>"
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": 256}, {"max_count": 25}])
@@ -110,7 +110,7 @@ def test_what_is_too_old_counts_for_nobody(clock):
     names = [put(links, client="a") for _ in range(4)]
 
     assert all(kept(links, names))
-    assert repr(links) == "<LinkStore: 4 links, 40 bytes>"
+    assert repr(links) == "<ImageStore: 4 links, 40 bytes>"
 
 
 async def test_links_are_counted_by_who_asked(serve):

@@ -63,7 +63,7 @@ class ImageStore:
         self._shares: defaultdict[str, _Share] = defaultdict(_Share)
 
     def __repr__(self) -> str:
-        return f"<LinkStore: {len(self._links)} links, {self._bytes} bytes>"
+        return f"<ImageStore: {len(self._links)} links, {self._bytes} bytes>"
 
     def put(self, data: bytes, *, format: str, media_type: str, client: str) -> str:
         """Store an encoded image of *client* and return its name."""
