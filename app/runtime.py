@@ -22,6 +22,7 @@ from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
+from app.limits import Limits
 from app.model_choice import Choice, choose_device, choose_model
 from app.service.service import ImageService, ServiceConfig, warm_up_spec
 from app.settings import Settings
@@ -29,7 +30,7 @@ from app.telemetry.gpu import Gpu
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
-from app.worker.supervisor import Limits, Supervisor
+from app.worker.supervisor import Supervisor, TimeLimits
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Runtime:
             _engine_config(settings, self.choice, device),
             self,
             predict_step_s=self._estimator.predict_step,
-            limits=Limits(
+            limits=TimeLimits(
                 load_s=settings.load_limit_s,
                 download_s=settings.download_silence_s + DOWNLOAD_GRACE_S,
                 silence_s=settings.watchdog_s,
@@ -78,7 +79,8 @@ class Runtime:
         self._dispatcher = Dispatcher(self._queue, self._worker, self._estimator)
         self.service = ImageService(
             self.model,
-            ServiceConfig(settings.deadline_s, settings.max_pixels, settings.png_metadata),
+            Limits.of(self.model, settings.max_pixels, settings.max_references),
+            ServiceConfig(settings.deadline_s, settings.png_metadata),
             self._queue,
             self._estimator,
             self._worker,

@@ -15,7 +15,7 @@ from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
-from app.limits import DRAW, MAX_SEED, SizeRule
+from app.limits import DRAW, MAX_SEED, Limits
 from app.runtime import Runtime, build_runtime
 from app.service.results import Picture
 from app.settings import Settings
@@ -113,7 +113,7 @@ def parse_size(text: str, model: ModelSpec, max_pixels: int) -> tuple[int, int]:
     if text == "auto":
         return model.default_width, model.default_height
     try:
-        return SizeRule.of(model, max_pixels).parse(text)
+        return Limits.of(model, max_pixels).parse_size(text)
     except InvalidRequest as error:
         raise InvalidRequest(
             f"{logs.clip(text)!r} is no WIDTHxHEIGHT that this model makes. {error.message}"
