@@ -61,11 +61,8 @@ async def warm_runtime(
 
     runtime.on_ready.append(on_ready)
     runtime.ended.add_done_callback(lambda ended: on_ended(ended.result().message))
-    await runtime.start()
-    try:
+    async with runtime:
         yield runtime, await ready
-    finally:
-        await runtime.close()
 
 
 async def make_picture(

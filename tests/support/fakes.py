@@ -326,6 +326,13 @@ class FakeRuntime:
     calls: list[str] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
 
+    async def __aenter__(self) -> FakeRuntime:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
     async def start(self) -> None:
         """Note it."""
         self.calls.append("start")

@@ -82,6 +82,13 @@ class InProcess:
         self._dispatcher = Dispatcher(self.queue, self.worker, self.estimator)
         self._task: asyncio.Task[None] | None = None
 
+    async def __aenter__(self) -> InProcess:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
     async def start(self) -> None:
         """Begin to take jobs."""
         self._task = asyncio.create_task(self._dispatcher.run())
