@@ -31,11 +31,14 @@ class Worker:
 
     def __init__(self) -> None:
         self.made = 0
+        self.is_prompt_cut = False
         self.errors: dict[int, Exception] = {}
         """What happens instead of the so-many-th picture, counted from 1."""
         self.release = asyncio.Event()
         """Pictures wait for it."""
         self.release.set()
+        self.started = asyncio.Event()
+        """Set once a picture has been begun."""
 
     async def wait_until_ready(self) -> None:
         """It is."""
@@ -44,12 +47,13 @@ class Worker:
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     ) -> Generated:
         """Make one picture that took a tenth of a second, as it says."""
+        self.started.set()
         await self.release.wait()
         self.made += 1
         if self.made in self.errors:
             raise self.errors.pop(self.made)
         image = RawImage(spec.width, spec.height, bytes([spec.seed % 251]) * (3 * spec.pixels))
-        return Generated(image, StageTimings(0.0, 0.0, 0.1, 0.0), None, 12, False)
+        return Generated(image, StageTimings(0.0, 0.0, 0.1, 0.0), None, 12, self.is_prompt_cut)
 
 
 class InProcess:
@@ -61,6 +65,7 @@ class InProcess:
         capacity: int = 8,
         per_minute: int = 0,
         deadline_s: float = 120.0,
+        has_metadata: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = Worker()
@@ -71,7 +76,7 @@ class InProcess:
         self.service = ImageService(
             find_spec("flux.2-klein-4b"),
             Limits.of(find_spec("flux.2-klein-4b"), 4_194_304),
-            ServiceConfig(deadline_s, has_metadata=False),
+            ServiceConfig(deadline_s, has_metadata=has_metadata),
             self.queue,
             self.estimator,
             self.worker,
