@@ -26,7 +26,7 @@ from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.model_choice import Choice, choose_device, choose_model
-from app.service.service import ImageService, ServiceConfig, warm_up_spec
+from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.telemetry.lag import LoopLag
@@ -82,12 +82,13 @@ class Runtime:
         self.service = ImageService(
             self.model,
             Limits.of(self.model, settings.max_pixels, settings.max_references),
-            ServiceConfig(settings.deadline_s, settings.png_metadata),
             self._queue,
             self._estimator,
             self._worker,
             self.metrics,
             RateLimit(settings.rate_limit_per_minute),
+            deadline_s=settings.deadline_s,
+            has_metadata=settings.png_metadata,
         )
         self.metrics.watch(self._gauges)
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)

@@ -14,7 +14,7 @@ from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
-from app.service.service import ImageService, ServiceConfig
+from app.service.service import ImageService
 from app.telemetry.metrics import Metrics
 from tests.support.fakes import INFO, FakeDecoders
 
@@ -76,12 +76,13 @@ class InProcess:
         self.service = ImageService(
             find_spec("flux.2-klein-4b"),
             Limits.of(find_spec("flux.2-klein-4b"), 4_194_304),
-            ServiceConfig(deadline_s, has_metadata=has_metadata),
             self.queue,
             self.estimator,
             self.worker,
             self.metrics,
             RateLimit(per_minute, clock=clock),
+            deadline_s=deadline_s,
+            has_metadata=has_metadata,
             clock=clock,
         )
         self._dispatcher = Dispatcher(self.queue, self.worker, self.estimator)

@@ -18,8 +18,8 @@ from app.domain import ImageSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.limits import Limits
-from app.service.admission import Admission
 from app.service.service import ImageService
+from app.service.ticket import Admission
 
 _OWN_NAMES = {"references": "images", "deadline_s": DEADLINE}
 

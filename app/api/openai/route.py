@@ -29,10 +29,9 @@ from app.api.schema.table import FieldTable
 from app.api.sse import EventStream
 from app.domain import ImageSpec, RawImage
 from app.limits import Limits
-from app.service.admission import Admission
 from app.service.results import Picture
 from app.service.service import ImageService
-from app.service.ticket import Ticket
+from app.service.ticket import Admission, Ticket
 
 _FORM, _JSON = "multipart/form-data", "application/json"
 _OWN_NAMES = {**SIDES, "references": "image", "images": "n", "deadline_s": DEADLINE}
