@@ -134,6 +134,16 @@ class WorkerStage(StrEnum):
     """The service takes nothing new; a worker is never at this."""
 
 
+class Loss(StrEnum):
+    """Why a worker was lost: the values are those of the metric."""
+
+    FATAL_CUDA = "fatal_cuda"
+    KILLED = "killed"
+    HANG = "hang"
+    HEARTBEAT = "heartbeat"
+    STARTUP = "startup"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """Progress of loading a model: *fraction* in 0..1, or None where it is unknown."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from app import __version__
-from app.domain import ModelInfo
+from app.domain import Loss, ModelInfo
 from app.engine import create_engine
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_spec
@@ -171,7 +171,7 @@ class Runtime:
         for callback in self.on_ready:
             callback(info)
 
-    def on_worker_lost(self, reason: str) -> None:
+    def on_worker_lost(self, reason: Loss) -> None:
         """Count the lost worker."""
         self.metrics.worker_lost(reason)
 

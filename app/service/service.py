@@ -19,6 +19,7 @@ from typing import Protocol
 from app import images, logs
 from app.domain import (
     ImageSpec,
+    LoadProgress,
     ModelInfo,
     ModelSpec,
     PeakMemory,
@@ -54,17 +55,13 @@ left in the file of one megapixel.
 class WorkerState(Protocol):
     """What the service reads of the worker's state."""
 
-    stage: WorkerStage
+    progress: LoadProgress
     info: ModelInfo | None
     restart_count: int
 
     @property
     def is_ready(self) -> bool:
         """Whether a job could start."""
-
-    @property
-    def load_progress(self) -> float | None:
-        """The progress of loading the model, 0..1, where it is known."""
 
     @property
     def reason(self) -> str:
@@ -123,11 +120,11 @@ class ImageService:
     def status(self) -> Status:
         """Return the service's current state."""
         worker = self._worker
-        is_leaving = self._is_draining and worker.stage != WorkerStage.FAILED
+        is_leaving = self._is_draining and worker.progress.stage != WorkerStage.FAILED
         return Status(
-            stage=WorkerStage.DRAINING if is_leaving else worker.stage,
+            stage=WorkerStage.DRAINING if is_leaving else worker.progress.stage,
             is_ready=worker.is_ready and not self._is_draining,
-            progress=worker.load_progress,
+            progress=worker.progress.fraction,
             reason="The service is shutting down." if is_leaving else worker.reason,
             info=worker.info,
             queue_size=self._queue.size,

@@ -24,14 +24,13 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from app.domain import Generated, GpuSnapshot, ModelInfo, PeakMemory
+from app.domain import Generated, GpuSnapshot, Loss, ModelInfo, PeakMemory
 
 STAGES = ("queue", "text", "reference", "denoise", "decode", "encode", "total")
 OUTCOMES = (
     "ok", "invalid", "unauthorized", "rejected", "cancelled", "deadline", "oom", "error",
 )  # fmt: skip
 REJECTIONS = ("queue_full", "loading", "draining", "worker_down", "rate_limit")
-RESTARTS = ("fatal_cuda", "killed", "hang", "heartbeat", "startup")
 
 IMAGE_BUCKETS = (
     .005, .01, .02, .05, .1, .2, .35, .5, .75, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 30, 60, 120, 300,
@@ -145,7 +144,7 @@ class Metrics:
         )
         for reason in REJECTIONS:
             self._rejected.labels(reason)
-        for reason in RESTARTS:
+        for reason in Loss:
             self._restarts.labels(reason)
         for mode in ("generate", "edit"):
             self._images.labels(mode)
@@ -248,8 +247,8 @@ class Metrics:
         """Count an image that failed for want of GPU memory."""
         self._oom.inc()
 
-    def worker_lost(self, reason: str) -> None:
-        """Count a lost worker; *reason* is one of `RESTARTS`."""
+    def worker_lost(self, reason: Loss) -> None:
+        """Count a lost worker."""
         self._restarts.labels(reason).inc()
 
     def request_finished(self, route: str, outcome: str, seconds: float) -> None:

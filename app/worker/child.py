@@ -16,10 +16,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from app import logs
 from app.domain import Engine, LoadProgress, Progress, Stage
+from app.engine.config import EngineConfig
 from app.errors import GenerationFailed, Kind, KleinError
 from app.worker.messages import (
     Cancel,
@@ -33,7 +34,6 @@ from app.worker.messages import (
     StartFailed,
     Stepped,
     Stop,
-    ToWorker,
 )
 from app.worker.transport import End, Message, Outbox
 
@@ -52,10 +52,10 @@ _REMEMBERED = 64
 
 _FAILED = "The picture could not be made; the service's log says why."
 
-EngineFactory = Callable[[Any], Engine]
+EngineFactory = Callable[[EngineConfig], Engine]
 
 
-def main(pipe: End, make_engine: EngineFactory, config: object, log: tuple[str, str]) -> None:
+def main(pipe: End, make_engine: EngineFactory, config: EngineConfig, log: tuple[str, str]) -> None:
     """Run as the worker process: the parent alone stops it, and the parent's end ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -78,7 +78,7 @@ def _leave(code: int) -> NoReturn:
 def run(
     pipe: End,
     make_engine: EngineFactory,
-    config: object,
+    config: EngineConfig,
     *,
     leave: Callable[[int], object] = lambda code: None,
 ) -> int:
@@ -118,7 +118,7 @@ def _on_unsendable(message: Message, outbox: Outbox, leave: Callable[[int], obje
         leave(EXIT_PIPE)
 
 
-def _load(make_engine: EngineFactory, config: object, outbox: Outbox) -> Engine | None:
+def _load(make_engine: EngineFactory, config: EngineConfig, outbox: Outbox) -> Engine | None:
     def on_progress(progress: LoadProgress) -> None:
         outbox.put(Loading(progress))
 
@@ -148,9 +148,6 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
     def on_progress(progress: Progress) -> None:
         outbox.put(Stepped(job_id, progress))
 
-    def on_gpu_free() -> None:
-        outbox.put(Stepped(job_id, Progress(Stage.GPU_FREE, steps, steps)))
-
     hiding = logs.hidden.set((message.spec.prompt,))
     naming = logs.request_id.set(message.request_id)
     try:
@@ -166,7 +163,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
     finally:
         logs.request_id.reset(naming)
         logs.hidden.reset(hiding)
-    on_gpu_free()
+    outbox.put(Stepped(job_id, Progress(Stage.GPU_FREE, steps, steps)))
     outbox.put(Done(job_id, generated))
     return None
 
@@ -201,7 +198,11 @@ class _Inbox:
         code = 0
         try:
             while True:
-                self._take(self._pipe.recv())
+                message = self._pipe.recv()
+                if isinstance(message, Cancel):
+                    self._cancel(message.job_id)
+                else:
+                    self._waiting.put(message)
         except (EOFError, OSError):
             _log.debug("The parent has gone.")
         except Exception:
@@ -210,12 +211,6 @@ class _Inbox:
         self._is_orphaned = True
         self._waiting.put(Stop())
         self._leave(code)
-
-    def _take(self, message: ToWorker) -> None:
-        if isinstance(message, Cancel):
-            self._cancel(message.job_id)
-        else:
-            self._waiting.put(message)
 
     def _cancel(self, job_id: str) -> None:
         """Record the cancellation, unless the job has ended: nothing would remove the record."""

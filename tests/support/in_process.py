@@ -7,7 +7,16 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from app.domain import Generated, ImageSpec, ModelInfo, Progress, RawImage, StageTimings
+from app.domain import (
+    Generated,
+    ImageSpec,
+    LoadProgress,
+    ModelInfo,
+    Progress,
+    RawImage,
+    StageTimings,
+    WorkerStage,
+)
 from app.engine.models.registry import find_spec
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
@@ -22,10 +31,9 @@ from tests.support.fakes import INFO, FakeDecoders
 class Worker:
     """The worker's side as the service sees it, and a backend that makes grey pictures."""
 
-    stage = "ready"
+    progress = LoadProgress(WorkerStage.READY)
     restart_count = 0
     is_ready = True
-    load_progress = None
     reason = ""
     info: ModelInfo | None = INFO
 
