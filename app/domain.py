@@ -211,6 +211,27 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Status:
+    """The service's state, for /health, the metrics and people."""
+
+    stage: WorkerStage
+    is_ready: bool
+    progress: float | None
+    reason: str
+    info: ModelInfo | None
+    queue_size: int
+    """Images that wait."""
+    queue_capacity: int
+    running: int
+    """Images on the GPU or being transferred from it."""
+    estimated_wait_s: float
+    """How long a new image would wait."""
+    worker_restarts: int
+    is_worker_up: bool = True
+    """Whether a worker process exists."""
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSnapshot:
     """One NVML reading of the GPU; the ratio is in 0..1, None is what NVML does not report."""
 

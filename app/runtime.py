@@ -30,7 +30,7 @@ from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.telemetry.lag import LoopLag
-from app.telemetry.metrics import Gauges, Metrics
+from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
 from app.worker.supervisor import Supervisor, TimeLimits
 
@@ -90,7 +90,7 @@ class Runtime:
             deadline_s=settings.deadline_s,
             has_metadata=settings.png_metadata,
         )
-        self.metrics.watch(self._gauges)
+        self.metrics.watch(self.service.status, self._lag.read)
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
@@ -131,10 +131,6 @@ class Runtime:
                 started.callback(task.cancel)
             self._started = started.pop_all()
 
-    def drain(self) -> float:
-        """Accept nothing new; return the seconds until the last accepted job's deadline."""
-        return self.service.drain()
-
     async def wait_until_drained(self, budget_s: float) -> None:
         """Return once everything accepted has ended, or after *budget_s*."""
         while True:
@@ -144,7 +140,7 @@ class Runtime:
                 return
             except TimeoutError:
                 # Reserved places may have become jobs with a later deadline meanwhile.
-                budget_s = self.drain()
+                budget_s = self.service.drain()
             if budget_s == 0:
                 break
         _log.error("Jobs were still running when the drain's time was over.")
@@ -187,18 +183,6 @@ class Runtime:
         )
         if not self.ended.done():
             self.ended.set_result(Ended(exit_code, message))
-
-    def _gauges(self) -> Gauges:
-        status = self.service.status()
-        return Gauges(
-            queue_size=status.queue_size,
-            queue_capacity=status.queue_capacity,
-            running=status.running,
-            is_ready=status.is_ready,
-            is_worker_up=self._worker.pid is not None,
-            estimated_wait_s=status.estimated_wait_s,
-            loop_lag_s=self._lag.read(),
-        )
 
 
 def build_runtime(

@@ -167,7 +167,7 @@ async def test_a_drain_waits_for_what_was_accepted(runtime, processes) -> None:
         processes[0].say(Ready(INFO))
         asked = asyncio.ensure_future(_ask(runtime))
         await processes[0].asked.wait()
-        drained = asyncio.ensure_future(runtime.wait_until_drained(runtime.drain()))
+        drained = asyncio.ensure_future(runtime.wait_until_drained(runtime.service.drain()))
         await asyncio.sleep(0)
         assert not drained.done()
         processes[0].say(Done(processes[0].generates[0], generated(SPEC)))

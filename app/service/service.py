@@ -24,6 +24,7 @@ from app.domain import (
     ModelSpec,
     PeakMemory,
     RawImage,
+    Status,
     WorkerStage,
 )
 from app.errors import (
@@ -39,7 +40,7 @@ from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
-from app.service.results import Picture, Status
+from app.service.results import Picture
 from app.service.ticket import Admission, Ticket, too_slow
 from app.telemetry.metrics import Metrics
 
@@ -58,6 +59,10 @@ class WorkerState(Protocol):
     progress: LoadProgress
     info: ModelInfo | None
     restart_count: int
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id, None while there is none."""
 
     @property
     def is_ready(self) -> bool:
@@ -132,6 +137,7 @@ class ImageService:
             running=self._queue.running,
             estimated_wait_s=self._queue.expected_wait_s(),
             worker_restarts=worker.restart_count,
+            is_worker_up=worker.pid is not None,
         )
 
     def admit(
@@ -405,8 +411,7 @@ class ImageService:
         wait_s = math.ceil(self._queue.expected_wait_s())
         if not self._worker.is_ready:
             wait_s = max(wait_s, 5)
-        jitter_s = random.randint(0, 1 + wait_s // 4)
-        return max(1, min(60, wait_s + jitter_s))
+        return max(1, min(60, wait_s + random.randint(0, 1 + wait_s // 4)))
 
 
 def _note(seconds: Mapping[str, float]) -> None:

@@ -14,7 +14,6 @@ import os
 import queue
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -34,6 +33,7 @@ from app.worker.messages import (
     StartFailed,
     Stepped,
     Stop,
+    ToWorker,
 )
 from app.worker.transport import End, Message, Outbox
 
@@ -46,9 +46,6 @@ EXIT_START_FAILED = 14
 
 EXIT_PIPE = 15
 """Exit code: the pipe to the parent is broken, or an exception was unexpected."""
-
-_REMEMBERED = 64
-"""Jobs that have ended, so that a late cancellation of one is dropped."""
 
 _FAILED = "The picture could not be made; the service's log says why."
 
@@ -175,9 +172,8 @@ class _Inbox:
         self._pipe = pipe
         self._leave = leave
         self._waiting: queue.SimpleQueue[Generate | Ping | Stop] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._cancelled: set[str] = set()
-        self._ended: deque[str] = deque(maxlen=_REMEMBERED)
+        self._cancelled: dict[str, threading.Event] = {}
+        """For each job that has not ended whether it was cancelled."""
         self._is_orphaned = False
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
 
@@ -186,23 +182,17 @@ class _Inbox:
         while not isinstance(message := self._waiting.get(), Stop):
             yield message
             if isinstance(message, Generate):
-                with self._lock:
-                    self._cancelled.discard(message.job_id)
-                    self._ended.append(message.job_id)
+                del self._cancelled[message.job_id]
 
     def is_cancelled(self, job_id: str) -> bool:
-        """Return whether *job_id* was cancelled."""
-        return self._is_orphaned or job_id in self._cancelled
+        """Return whether *job_id*, which has not ended, was cancelled."""
+        return self._is_orphaned or self._cancelled[job_id].is_set()
 
     def _receive(self) -> None:
         code = 0
         try:
             while True:
-                message = self._pipe.recv()
-                if isinstance(message, Cancel):
-                    self._cancel(message.job_id)
-                else:
-                    self._waiting.put(message)
+                self._take(self._pipe.recv())
         except (EOFError, OSError):
             _log.debug("The parent has gone.")
         except Exception:
@@ -212,8 +202,12 @@ class _Inbox:
         self._waiting.put(Stop())
         self._leave(code)
 
-    def _cancel(self, job_id: str) -> None:
-        """Record the cancellation, unless the job has ended: nothing would remove the record."""
-        with self._lock:
-            if job_id not in self._ended:
-                self._cancelled.add(job_id)
+    def _take(self, message: ToWorker) -> None:
+        if isinstance(message, Cancel):
+            # None where the job has ended meanwhile.
+            if cancelled := self._cancelled.get(message.job_id):
+                cancelled.set()
+            return
+        if isinstance(message, Generate):
+            self._cancelled[message.job_id] = threading.Event()
+        self._waiting.put(message)

@@ -11,7 +11,7 @@ import logging
 import multiprocessing
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Protocol
 
 from app.engine.config import EngineConfig
@@ -123,11 +123,9 @@ class WorkerProcess:
         self._tell(self._on_gone)
 
     def _tell(self, callback: Callable[..., None], *arguments: FromWorker) -> None:
-        try:
+        # The loop may have closed: then there is no listener left.
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *arguments)
-        except RuntimeError:
-            # The loop has closed: there is no listener left.
-            return
 
     def _deliver(self, message: FromWorker) -> None:
         try:

@@ -131,7 +131,6 @@ class Supervisor:
         self._load_watch: asyncio.TimerHandle | None = None
         self._beat_watch: asyncio.TimerHandle | None = None
         self._leave_watch: asyncio.TimerHandle | None = None
-        self._is_fetching = False
         self._overdue = ""
         self._restart: asyncio.TimerHandle | None = None
         self._unanswered = 0
@@ -197,13 +196,12 @@ class Supervisor:
             await self._is_ready.wait()
         handle = self._handle
         assert handle is not None
-        now = self._clock()
         steps_s = self._limits.silence_steps * self._predict_step_s(spec)
         running = _Running(
             answer=asyncio.get_running_loop().create_future(),
             on_progress=on_progress,
             silence_s=max(self._limits.silence_s, steps_s),
-            step_started=now,
+            step_started=self._clock(),
         )
         self._running[job_id] = running
         self._watch(running)
@@ -324,7 +322,6 @@ class Supervisor:
             return
         self._started_at = self._clock()
         self._overdue = ""
-        self._is_fetching = False
         try:
             self._handle = self._launch()
         except Exception as error:
@@ -344,17 +341,17 @@ class Supervisor:
 
     def _on_loading(self, progress: LoadProgress) -> None:
         """Restart the limit of silence: a download may take any time while it reports progress."""
-        was_fetching, self._is_fetching = self._is_fetching, progress.stage in _FETCHING
-        self.progress = progress
-        if was_fetching or self._is_fetching:
+        before, self.progress = self.stage, progress
+        if not _FETCHING.isdisjoint((before, progress.stage)):
             self._watch_start()
 
     def _watch_start(self) -> None:
         """Apply the time limit of the start's current stage from now on."""
         if self._load_watch:
             self._load_watch.cancel()
-        limit_s = self._limits.download_s if self._is_fetching else self._limits.load_s
-        sentence = _SILENT if self._is_fetching else _SLOW
+        is_fetching = self.stage in _FETCHING
+        limit_s = self._limits.download_s if is_fetching else self._limits.load_s
+        sentence = _SILENT if is_fetching else _SLOW
         self._load_watch = asyncio.get_running_loop().call_later(
             limit_s, self._end_start, sentence.format(limit_s)
         )

@@ -32,6 +32,7 @@ class Worker:
     """The worker's side as the service sees it, and a backend that makes grey pictures."""
 
     progress = LoadProgress(WorkerStage.READY)
+    pid: int | None = 1
     restart_count = 0
     is_ready = True
     reason = ""
