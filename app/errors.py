@@ -137,7 +137,7 @@ class StartupError(KleinError):
 
 
 _UNAVAILABLE = (Kind.QUEUE_FULL, Kind.LOADING, Kind.DRAINING, Kind.WORKER_DOWN)
-_CLASSES: dict[Kind, type[KleinError]] = {
+CLASSES: dict[Kind, type[KleinError]] = {
     Kind.INVALID: InvalidRequest,
     Kind.CANCELLED: Cancelled,
     Kind.DEADLINE: DeadlineExceeded,
@@ -147,18 +147,4 @@ _CLASSES: dict[Kind, type[KleinError]] = {
     Kind.STARTUP: StartupError,
     **dict.fromkeys(_UNAVAILABLE, Unavailable),
 }
-
-
-def from_kind(
-    kind: Kind,
-    message: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    retry_after_s: int | None = None,
-) -> KleinError:
-    """Rebuild an error from what crossed the pipe: the class of *kind*, with all attributes."""
-    error = _CLASSES.get(kind, KleinError)(message)
-    error.kind, error.param, error.code = kind, param, code
-    error.retry_after_s = retry_after_s
-    return error
+"""The class of an error that crossed the pipe, by its kind; of all others it is `KleinError`."""

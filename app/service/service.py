@@ -37,7 +37,7 @@ from app.errors import (
 from app.images import OutputFormat
 from app.jobs.estimate import Estimator
 from app.jobs.job import Job
-from app.jobs.queue import JobQueue, Places
+from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.service.results import Picture
@@ -256,24 +256,21 @@ class ImageService:
 
     # For Admission.
 
-    def reserve(self, admission: Admission, places: Places | None, images: int) -> Places:
-        """Reserve the places and tokens of a request before its images are decoded.
-
-        *places* are those that it has already.
-        """
-        client, held = admission.client, 0 if places is None else places.images
+    def reserve(self, admission: Admission, images: int) -> None:
+        """Reserve the places and tokens of a request before its images are decoded."""
+        client, places = admission.client, admission.places
+        held = 0 if places is None else places.images
         self._check_open(images, client, held=held)
         left_s = self.seconds_left(admission)
         if left_s <= 0:
             raise too_slow()
         retry_s = self._retry_after_s()
         if places is None:
-            places = self._queue.reserve(client, images, retry_after_s=retry_s)
+            admission.places = self._queue.reserve(client, images, retry_after_s=retry_s)
         else:
             self._queue.widen(places, images, retry_after_s=retry_s)
         self._rates.take(client, images - held)
         self._longest_deadline = max(self._longest_deadline, self._clock() + left_s)
-        return places
 
     def seconds_left(self, admission: Admission, predicted_s: float = 0.0) -> float:
         """Return the seconds to the deadline of a request whose work takes *predicted_s*."""
@@ -283,13 +280,10 @@ class ImageService:
         return admission.arrived_at + allowed_s - self._clock()
 
     def start(
-        self,
-        admission: Admission,
-        places: Places | None,
-        specs: Sequence[ImageSpec],
-        output: OutputFormat,
+        self, admission: Admission, specs: Sequence[ImageSpec], output: OutputFormat
     ) -> Ticket:
-        """Make jobs of *specs* and queue them, in *places* or in any."""
+        """Make jobs of *specs* and queue them, in the places that were reserved or in any."""
+        places = admission.places
         for spec in specs:
             self.check(spec)
         if places is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.domain import ImageSpec, Progress, Stage
@@ -20,40 +21,33 @@ if TYPE_CHECKING:
     from app.service.service import ImageService
 
 
+@dataclass(eq=False)
 class Admission:
     """One request from its arrival until its images wait for the GPU.
 
-    Where a large body must be read or an image decoded first, its places are reserved before: they,
-    and the tokens of the client's rate, are its own from then on. Leaving the `with` block gives
-    back the places that no image took, but no token. The deadline counts from the arrival.
+    Where a large body must be read or an image decoded first, its *places* are reserved before:
+    they, and the tokens of the client's rate, are its own from then on. Leaving the `with` block
+    gives back the places that no image took, but no token. The deadline counts from the arrival.
     """
 
-    def __init__(
-        self,
-        service: ImageService,
-        client: str,
-        arrived_at: float,
-        deadline_s: float | None,
-        places: Places | None,
-    ) -> None:
-        self._service = service
-        self._places = places
-        self.client = client
-        self.arrived_at = arrived_at
-        self.deadline_s = deadline_s
-        """The client's own limit, in seconds."""
+    service: ImageService = field(repr=False)
+    client: str
+    arrived_at: float
+    deadline_s: float | None
+    """The client's own limit, in seconds."""
+    places: Places | None
 
     def __enter__(self) -> Admission:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._places is not None:
-            self._places.give_back()
+        if self.places is not None:
+            self.places.give_back()
 
     @property
     def seconds_left(self) -> float:
         """Return the seconds until the deadline of a request that takes no GPU time."""
-        return self._service.seconds_left(self)
+        return self.service.seconds_left(self)
 
     def reserve(self, images: int) -> None:
         """Reserve a place for each of *images*, including the one that it may have, once.
@@ -64,7 +58,7 @@ class Admission:
             DeadlineExceeded: the request took too long to arrive.
             KleinError: the client has exceeded its rate.
         """
-        self._places = self._service.reserve(self, self._places, images)
+        self.service.reserve(self, images)
 
     def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> Ticket:
         """Queue all of *specs*, or none, in the places that were reserved for them or in others.
@@ -75,9 +69,9 @@ class Admission:
             DeadlineExceeded: the request took too long to arrive.
             KleinError: the client has exceeded its rate.
         """
-        if self._places is not None and self._places.is_early:
+        if self.places is not None and self.places.is_early:
             self.reserve(len(specs))
-        return self._service.start(self, self._places, specs, output)
+        return self.service.start(self, specs, output)
 
 
 def too_slow() -> DeadlineExceeded:
@@ -88,21 +82,19 @@ def too_slow() -> DeadlineExceeded:
     )
 
 
+@dataclass(eq=False)
 class Ticket:
     """One accepted request of n images. Await `pictures`, or read `events` where n is 1."""
 
-    def __init__(
-        self, service: ImageService, queue: JobQueue, jobs: Sequence[Job], output: OutputFormat
-    ) -> None:
-        self._service = service
-        self._queue = queue
-        self._jobs = jobs
-        self._output = output
+    service: ImageService = field(repr=False)
+    queue: JobQueue
+    jobs: Sequence[Job]
+    output: OutputFormat
 
     def cancel(self) -> None:
         """Cancel its jobs: waiting ones never run, running ones stop at the next denoising step."""
-        for job in self._jobs:
-            self._queue.cancel(job)
+        for job in self.jobs:
+            self.queue.cancel(job)
 
     async def pictures(self) -> list[Picture]:
         """Wait for all images, in the order of the specs.
@@ -115,7 +107,7 @@ class Ticket:
         # No task group: its frame and the error that cancels it reference one another, and with
         # them every image so far, until the garbage collector runs.
         finishing = [
-            asyncio.create_task(self._service.finish(job, self._output)) for job in self._jobs
+            asyncio.create_task(self.service.finish(job, self.output)) for job in self.jobs
         ]
         try:
             await asyncio.wait(finishing, return_when=asyncio.FIRST_EXCEPTION)
@@ -133,20 +125,20 @@ class Ticket:
         Raises:
             KleinError: the job failed.
         """
-        (job,) = self._jobs
+        (job,) = self.jobs
         moved: asyncio.Queue[Progress | None] = asyncio.Queue()
         job.on_progress = moved.put_nowait
-        finishing = asyncio.ensure_future(self._service.finish(job, self._output))
+        finishing = asyncio.ensure_future(self.service.finish(job, self.output))
         finishing.add_done_callback(lambda task: moved.put_nowait(None))
         previews = 0
         try:
-            yield Queued(self._queue.position(job))
+            yield Queued(self.queue.position(job))
             while (progress := await moved.get()) is not None:
                 if progress.stage is not Stage.GPU_FREE:
                     yield StepDone(progress.stage, progress.step, progress.steps)
                 if progress.preview is not None:
-                    data = await self._service.encode(progress.preview, self._output, {})
-                    yield Preview(previews, data, self._output.media_type)
+                    data = await self.service.encode(progress.preview, self.output, {})
+                    yield Preview(previews, data, self.output.media_type)
                     previews += 1
             yield Finished(await finishing)
         finally:

@@ -128,7 +128,7 @@ async def test_leaving_cancels_what_waits(at) -> None:
     await at.service.wait_until_idle()
 
     assert at.worker.made == 0
-    assert all(isinstance(job.future.exception(), Cancelled) for job in ticket._jobs)
+    assert all(isinstance(job.future.exception(), Cancelled) for job in ticket.jobs)
 
 
 async def test_draining_finishes_what_was_accepted_and_takes_nothing(at) -> None:
