@@ -19,7 +19,6 @@ MAX_PROMPT = 32_000
 """Characters."""
 MAX_SEED = 2**53 - 1
 """The largest seed that JavaScript's numbers represent exactly."""
-MAX_RATIO = 3
 
 DRAW = -1
 """The seed that stands for a random one."""
@@ -42,7 +41,7 @@ class Limits:
     """Equal to *max_guidance* for a distilled model: no other value has an effect."""
     max_guidance: float
     max_references: int
-    max_ratio: int = MAX_RATIO
+    max_ratio: int = 3
     """Of the longer side to the shorter one."""
     max_seed: int = MAX_SEED
     max_prompt_characters: int = MAX_PROMPT

@@ -28,6 +28,7 @@ from app.domain import (
     WorkerStage,
 )
 from app.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     Kind,
     KleinError,
@@ -41,9 +42,13 @@ from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.service.results import Picture
-from app.service.ticket import Admission, Ticket, too_slow
+from app.service.ticket import Admission, Ticket
 from app.telemetry.metrics import Metrics
 
+_TOO_SLOW = (
+    "The request took so long to arrive and to be read that its deadline cannot be met; send "
+    "it faster, send less, or allow more time."
+)
 _WAITS = frozenset({"queue", "total"})
 _HELPERS = min(7, os.cpu_count() or 1)
 """Threads beside the one that encodes, by the number of cores.
@@ -209,7 +214,9 @@ class ImageService:
         """
         self.limits.check(spec)
         count = len(spec.references)
-        limit = self.max_pixels(count)
+        info, limit = self._worker.info, self.limits.max_pixels
+        if info is not None and info.max_pixels:
+            limit = min(limit, info.max_pixels[min(count, len(info.max_pixels) - 1)])
         if spec.pixels > limit:
             side = math.isqrt(limit) // self.limits.multiple * self.limits.multiple
             beside = f" with {count} reference images" if count else ""
@@ -218,14 +225,6 @@ class ImageService:
                 f"the most is {limit} pixels, for example {side}x{side}.",
                 param="width",
             )
-
-    def max_pixels(self, references: int) -> int:
-        """Return the largest output, in pixels, beside so many references; 0 where none fits."""
-        info = self._worker.info
-        if info is None or not info.max_pixels:
-            return self.limits.max_pixels
-        planned = info.max_pixels[min(references, len(info.max_pixels) - 1)]
-        return min(self.limits.max_pixels, planned)
 
     def random_seed(self) -> int:
         """Draw a random seed."""
@@ -263,7 +262,7 @@ class ImageService:
         self._check_open(images, client, held=held)
         left_s = self.seconds_left(admission)
         if left_s <= 0:
-            raise too_slow()
+            raise DeadlineExceeded(_TOO_SLOW)
         retry_s = self._retry_after_s()
         if places is None:
             admission.places = self._queue.reserve(client, images, retry_after_s=retry_s)
@@ -321,7 +320,7 @@ class ImageService:
             )
         left_s = self.seconds_left(admission, predicted_s)
         if left_s < predicted_s:
-            raise too_slow()
+            raise DeadlineExceeded(_TOO_SLOW)
         self._queue.check_time(
             admission.client,
             predicted_s,

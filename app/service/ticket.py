@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.domain import ImageSpec, Progress, Stage
-from app.errors import Cancelled, DeadlineExceeded
+from app.errors import Cancelled
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
@@ -72,14 +72,6 @@ class Admission:
         if self.places is not None and self.places.is_early:
             self.reserve(len(specs))
         return self.service.start(self, specs, output)
-
-
-def too_slow() -> DeadlineExceeded:
-    """Return the error for a request that took too long to arrive."""
-    return DeadlineExceeded(
-        "The request took so long to arrive and to be read that its deadline cannot be met; send "
-        "it faster, send less, or allow more time."
-    )
 
 
 @dataclass(eq=False)
