@@ -15,6 +15,7 @@ from app.api.schema.uploads import MAX_URL, base64_or_data_url
 from app.domain import ImageSpec, ModelSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
+from app.images.formats import OUTPUT_FORMATS
 from app.images.preparing import Edit, Upload
 from app.limits import SizeRule
 
@@ -65,7 +66,7 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
                 "output_format",
                 Type.TEXT,
                 "File format of the answer.",
-                choices=("png", "jpeg", "webp"),
+                choices=tuple(OUTPUT_FORMATS),
                 default="png",
             ),
             Field(

@@ -12,6 +12,7 @@ from app.api.schema.fields import MAX_PROMPT, PROMPT, sampling_fields
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
+from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import SizeRule
 
 MAX_IMAGES = 10
@@ -19,7 +20,6 @@ MAX_PARTIALS = 3
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 """Prefixes of model names that clients hard-code; such a name means the served model."""
 
-_STILL = "only still pictures are made, as png, jpeg or webp"
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 
@@ -41,7 +41,7 @@ def _common(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
         ),
         *_delivery(),
         *_IGNORED,
-        *_IMPOSSIBLE,
+        *_impossible(),
     )
 
 
@@ -109,10 +109,10 @@ def _encoding() -> tuple[Field, ...]:
             "output_format",
             Type.TEXT,
             "File format of the pictures.",
-            choices=("png", "jpeg", "webp", "jpg", "gif", "svg"),
+            choices=(*format_names(), *unsupported_values.OTHER_FORMATS),
             veto=unsupported_values.other_format,
             default="png",
-            schema={"enum": ["png", "jpeg", "webp", "jpg", None], "default": "png"},
+            schema={"enum": [*format_names(), None], "default": "png"},
         ),
         Field(
             "background",
@@ -153,25 +153,28 @@ _IGNORED = (
     Field("complexity", Type.TEXT, "Without effect here.", choices=("low", "medium", "high")),
 )
 
-_IMPOSSIBLE = (
-    *(
+
+def _impossible() -> tuple[Field, ...]:
+    still = f"only still pictures are made, as {list_words(OUTPUT_FORMATS)}"
+    return (
+        *(
+            Field(
+                name,
+                Type.ANY,
+                "Not possible here.",
+                refusal=unsupported_values.impossible(name, still),
+            )
+            for name in ("svg", "frame_count", "frame_duration_ms")
+        ),
         Field(
-            name,
-            Type.ANY,
-            "Not possible here.",
-            refusal=unsupported_values.impossible(name, _STILL),
-        )
-        for name in ("svg", "frame_count", "frame_duration_ms")
-    ),
-    Field(
-        "negative_prompt",
-        Type.TEXT,
-        "Must be empty.",
-        max_length=MAX_PROMPT,
-        veto=unsupported_values.negative_prompt,
-        schema={"enum": ["", None]},
-    ),
-)
+            "negative_prompt",
+            Type.TEXT,
+            "Must be empty.",
+            max_length=MAX_PROMPT,
+            veto=unsupported_values.negative_prompt,
+            schema={"enum": ["", None]},
+        ),
+    )
 
 
 def _generation_only() -> tuple[Field, ...]:

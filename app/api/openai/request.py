@@ -13,10 +13,10 @@ from typing import Any
 from app.api.config import ApiConfig
 from app.api.openai.fields import ALIASES
 from app.api.schema.fields import MAX_SEED
-from app.api.schema.unsupported_values import FORMATS
 from app.domain import ImageSpec, Mask, ModelSpec, RawImage
 from app.errors import InvalidRequest
 from app.images import OutputFormat
+from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import SizeRule, check_prompt
 
 _ECHOED = frozenset({"low", "medium", "high", "xhigh", "max"})
@@ -118,14 +118,15 @@ def read_prompt(values: Mapping[str, Any]) -> str:
 
 
 def read_output(values: Mapping[str, Any]) -> OutputFormat:
-    """Read format and compression; PNG is lossless, and takes only compression 100."""
-    name = FORMATS[values.get("output_format", "png")]
+    """Read format and compression; a lossless format takes only compression 100."""
+    name = format_names()[values.get("output_format", "png")]
     compression = values.get("output_compression", 100)
-    if name == "png" and compression != 100:
+    if not OUTPUT_FORMATS[name].has_quality and compression != 100:
+        lossy = list_words(each.name for each in OUTPUT_FORMATS.values() if each.has_quality)
         raise InvalidRequest(
-            "output_compression must be 100 or left out with png; or take jpeg or webp.",
+            f"output_compression must be 100 or left out with {name}; or take {lossy}.",
             param="output_compression",
-            code="invalid_png_output_compression",
+            code=f"invalid_{name}_output_compression",
         )
     return OutputFormat(name, compression)
 

@@ -6,6 +6,7 @@ from functools import partial
 
 from app.api.schema.table import Field, Type
 from app.domain import ModelSpec
+from app.images.formats import OUTPUT_FORMATS, list_words
 from app.limits import DRAW, MAX_PROMPT, MAX_SEED, check_guidance
 
 __all__ = ["MAX_PROMPT", "MAX_SEED", "PROMPT", "sampling_fields"]
@@ -48,12 +49,19 @@ def sampling_fields(model: ModelSpec) -> tuple[Field, ...]:
         Field(
             "output_compression",
             Type.WHOLE,
-            "Quality of jpeg and webp; png takes only 100.",
+            _about_quality(),
             minimum=0,
             maximum=100,
             default=100,
         ),
     )
+
+
+def _about_quality() -> str:
+    lossy = [name for name, each in OUTPUT_FORMATS.items() if each.has_quality]
+    lossless = [name for name in OUTPUT_FORMATS if name not in lossy]
+    takes = "takes" if len(lossless) == 1 else "take"
+    return f"Quality of {list_words(lossy, 'and')}; {list_words(lossless, 'and')} {takes} only 100."
 
 
 def _guidance(model: ModelSpec) -> Field:

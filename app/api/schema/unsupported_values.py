@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
-
 from app.errors import InvalidRequest
+from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 
-FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = {
-    "png": "png",
-    "jpeg": "jpeg",
-    "jpg": "jpeg",
-    "webp": "webp",
-}
+OTHER_FORMATS = ("gif", "svg")
+"""OpenAI's output formats that are not made here."""
 
 
 def impossible(name: str, why: str) -> str:
@@ -44,10 +38,10 @@ def negative_prompt(prompt: str) -> InvalidRequest | None:
 
 def other_format(name: str) -> InvalidRequest | None:
     """Refuse OpenAI's formats that are not made here."""
-    if name in FORMATS:
+    if name in format_names():
         return None
     return InvalidRequest(
-        f"output_format {name} cannot be made here; take png, jpeg or webp.",
+        f"output_format {name} cannot be made here; take {list_words(OUTPUT_FORMATS)}.",
         param="output_format",
         code="unsupported_value",
     )

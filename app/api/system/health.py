@@ -18,6 +18,7 @@ from app.api.errors import envelope, retry_after
 from app.api.request_context import context_of
 from app.domain import ModelInfo, WorkerStage
 from app.errors import Kind, KleinError
+from app.images.formats import OUTPUT_FORMATS
 from app.service.results import Status
 
 router = APIRouter(tags=["health"])
@@ -57,6 +58,7 @@ async def health(request: Request, service: Service) -> Response:
             "estimated_wait_s": round(status.estimated_wait_s, 3),
         },
         "worker_restarts": status.worker_restarts,
+        "output_formats": list(OUTPUT_FORMATS),
         **_worker(status.info),
     }
     return _answer(request, status, details)

@@ -17,8 +17,8 @@ from app.api.errors import REPLIES
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
 from app.domain import ModelSpec
+from app.images.formats import OUTPUT_FORMATS
 
-_PICTURES = ("image/png", "image/jpeg", "image/webp")
 _EVENTS = "text/event-stream"
 _FORM = "multipart/form-data"
 _SMALL_PICTURE = (
@@ -55,7 +55,7 @@ def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> dict[str, Any
         _fill_generations(paths[path]["post"], model, config)
     _fill_edits(paths["/v1/images/edits"]["post"], model, config)
     picture = paths["/v1/images/files/{name}"]["get"]
-    picture["responses"] = {"200": _reply("The picture.", _PICTURES, _BYTES), **_errors((404, 500))}
+    picture["responses"] = {"200": _picture_reply(), **_errors((404, 500))}
     picture["security"] = [{}]
     lookup = paths["/v1/models/{id}"]["get"]
     lookup["responses"].update(_errors((404,)))
@@ -74,10 +74,7 @@ def _fill_generate(operation: dict[str, Any], model: ModelSpec, config: ApiConfi
     example = {"prompt": "a red fox in the snow", "seed": 7}
     operation["requestBody"] = _body({"application/json": (schema, example)})
     operation["parameters"] = [_deadline()]
-    operation["responses"] = {
-        "200": _reply("The picture.", _PICTURES, _BYTES),
-        **_errors(_GENERATES),
-    }
+    operation["responses"] = {"200": _picture_reply(), **_errors(_GENERATES)}
 
 
 def _fill_generations(operation: dict[str, Any], model: ModelSpec, config: ApiConfig) -> None:
@@ -114,6 +111,10 @@ def _fill_edits(operation: dict[str, Any], model: ModelSpec, config: ApiConfig) 
     )
     operation["parameters"] = [_deadline()]
     operation["responses"] = _images_replies()
+
+
+def _picture_reply() -> dict[str, Any]:
+    return _reply("The picture.", [each.media_type for each in OUTPUT_FORMATS.values()], _BYTES)
 
 
 def _images_replies() -> dict[str, Any]:
@@ -196,7 +197,7 @@ def _images_schema() -> dict[str, Any]:
             "model": {"type": "string"},
             "data": {"type": "array", "items": item, "minItems": 1},
             "background": {"const": "opaque"},
-            "output_format": {"enum": ["png", "jpeg", "webp"]},
+            "output_format": {"enum": list(OUTPUT_FORMATS)},
             "quality": {"type": "string"},
             "size": {"type": "string", "pattern": r"^\d+x\d+$"},
             "usage": {"type": "object"},
