@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import Protocol
 
 
@@ -98,7 +98,7 @@ class Generated:
     """The final latents, float32 [tokens, channels], row-major; None unless asked for."""
 
 
-class Stage(Enum):
+class Stage(StrEnum):
     """Where a running job is; GPU_FREE says that the GPU can take the next job."""
 
     TEXT = "text"
@@ -165,6 +165,8 @@ class ModelSpec:
     max_pixels: int
     max_references: int
     max_sequence_length: int
+    size_multiple: int = 16
+    """Of sides: the VAE halves three times, and the transformer takes patches of 2x2."""
     note: str = ""
     """A sentence for the start-up line and the README, where the model needs one."""
 
@@ -220,7 +222,6 @@ class Engine(Protocol):
         Raises:
             StartupError: the model cannot be loaded.
         """
-        ...
 
     def generate(
         self,
@@ -234,11 +235,9 @@ class Engine(Protocol):
             Cancelled: *is_cancelled* returned True.
             OutOfMemory: the GPU has no room for this job.
         """
-        ...
 
     def close(self) -> None:
         """Release the GPU."""
-        ...
 
 
 class Backend(Protocol):
@@ -248,8 +247,6 @@ class Backend(Protocol):
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     ) -> Generated:
         """Generate one image; cancelling stops the job and returns once the GPU is free."""
-        ...
 
     async def wait_until_ready(self) -> None:
         """Return once a job can start."""
-        ...

@@ -14,7 +14,7 @@ from app.engine import create_engine
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.images.formats import OUTPUT_FORMATS, list_words
-from app.limits import SizeRule
+from app.limits import Limits
 from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
@@ -60,7 +60,7 @@ def run(
     try:
         picture = asyncio.run(_generate(arguments, settings, seed, output, make_engine, gpu))
     except InvalidRequest as error:
-        raise _in_our_words(error) from None
+        raise error.renamed(_OPTIONS) from None
     arguments.output.write_bytes(picture.data)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in picture.seconds.items())
     print(f"{arguments.output}: {picture.width}x{picture.height}, seed {picture.seed}, {stages}")
@@ -91,16 +91,7 @@ def _spec(
     """Build the spec from the arguments and the model's defaults."""
     width, height = model.default_width, model.default_height
     if arguments.size not in (None, "auto"):
-        width, height = SizeRule.of(model, settings.max_pixels).parse(arguments.size)
+        width, height = Limits.of(model, settings.max_pixels).parse_size(arguments.size)
     spec = draft(model, arguments.prompt, width, height, arguments.steps)
     guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
     return replace(spec, seed=seed, guidance_scale=guidance)
-
-
-def _in_our_words(error: InvalidRequest) -> InvalidRequest:
-    """Replace HTTP's field names by the command's options."""
-    message = error.message
-    for field, option in _OPTIONS.items():
-        if message.startswith(field):
-            message = option + message.removeprefix(field)
-    return InvalidRequest(message)

@@ -93,8 +93,8 @@ async def _run(
 ) -> int:
     runtime = build_runtime(settings, make_engine=make_engine, gpu=gpu)
     _log.info("Listening at %s while the model is loaded.", address(listener))
-    await runtime.start()
-    try:
+    # The app, once there is one, closes it first.
+    async with runtime:
         # Not earlier: it takes up to a second, in which the worker runs its own imports already.
         from app.api.app import create_app
         from app.api.server import make_server
@@ -107,9 +107,6 @@ async def _run(
         # second.
         gc.freeze()
         return await _Service(listener, runtime, server, settings.deadline_s).run()
-    finally:
-        # The app has closed it, unless there was none yet.
-        await runtime.close()
 
 
 def _descriptors() -> int:

@@ -15,7 +15,7 @@ from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
-from app.limits import DRAW, MAX_SEED, SizeRule
+from app.limits import DRAW, MAX_SEED, Limits
 from app.runtime import Runtime, build_runtime
 from app.service.results import Picture
 from app.settings import Settings
@@ -61,11 +61,8 @@ async def warm_runtime(
 
     runtime.on_ready.append(on_ready)
     runtime.ended.add_done_callback(lambda ended: on_ended(ended.result().message))
-    await runtime.start()
-    try:
+    async with runtime:
         yield runtime, await ready
-    finally:
-        await runtime.close()
 
 
 async def make_picture(
@@ -113,7 +110,7 @@ def parse_size(text: str, model: ModelSpec, max_pixels: int) -> tuple[int, int]:
     if text == "auto":
         return model.default_width, model.default_height
     try:
-        return SizeRule.of(model, max_pixels).parse(text)
+        return Limits.of(model, max_pixels).parse_size(text)
     except InvalidRequest as error:
         raise InvalidRequest(
             f"{logs.clip(text)!r} is no WIDTHxHEIGHT that this model makes. {error.message}"

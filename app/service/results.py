@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from app.domain import (
     ModelInfo,
     PeakMemory,
+    Stage,
     WorkerStage,
 )
 
@@ -54,9 +55,9 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """*step* of *steps* are done; *stage* is one of the metrics' stages."""
+    """*step* of *steps* are done; *stage* is never `GPU_FREE`."""
 
-    stage: str
+    stage: Stage
     step: int
     steps: int
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from app import images, limits, logs
+from app import images, logs
 from app.domain import (
     Generated,
     ImageSpec,
@@ -39,6 +39,7 @@ from app.jobs.estimate import Estimator
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
 from app.jobs.rate_limit import RateLimit
+from app.limits import Limits
 from app.service.admission import Admission, too_slow
 from app.service.results import Picture, Status
 from app.service.ticket import Ticket
@@ -49,10 +50,9 @@ _WAITS = frozenset({"queue", "total"})
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """The service's limits and timeouts, in seconds and pixels."""
+    """What the operator decides: seconds that a request may take, metadata in the files."""
 
     deadline_s: float
-    max_pixels: int
     has_metadata: bool
 
 
@@ -97,6 +97,7 @@ class ImageService:
     def __init__(
         self,
         model: ModelSpec,
+        limits: Limits,
         config: ServiceConfig,
         queue: JobQueue,
         estimator: Estimator,
@@ -107,6 +108,7 @@ class ImageService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
+        self.limits = limits
         self._config = config
         self._queue = queue
         self._estimator = estimator
@@ -169,9 +171,9 @@ class ImageService:
         self._check_rate(client, images, held)
         if images > self._queue.capacity:
             raise InvalidRequest(
-                f"n is {images}, but at most {self._queue.capacity} images may wait here; "
+                f"images is {images}, but at most {self._queue.capacity} images may wait here; "
                 "ask for fewer at a time.",
-                param="n",
+                param="images",
             )
         retry_s = self._retry_after_s()
         if self._is_draining:
@@ -187,9 +189,9 @@ class ImageService:
         limit = self._rates.per_minute
         if limit and images > limit:
             raise InvalidRequest(
-                f"n is {images}, but at most {limit} images in a minute may be asked for here; "
-                "ask for fewer at a time.",
-                param="n",
+                f"images is {images}, but at most {limit} images in a minute may be asked for "
+                "here; ask for fewer at a time.",
+                param="images",
             )
         if wait_s := self._rates.wait_s(client, images - held):
             raise KleinError(
@@ -205,35 +207,25 @@ class ImageService:
         Raises:
             InvalidRequest: with the field's name.
         """
-        limits.check_spec(spec, self.model, self._config.max_pixels)
-        self._check_memory(spec)
-
-    def _check_memory(self, spec: ImageSpec) -> None:
+        self.limits.check(spec)
         count = len(spec.references)
-        if count > self.model.max_references:
-            raise InvalidRequest(
-                f"{count} reference images were sent, but {self.model.id} takes at most "
-                f"{self.model.max_references}.",
-                param="image",
-                code="array_above_max_length",
-            )
         limit = self.max_pixels(count)
         if spec.pixels > limit:
-            side = math.isqrt(limit) // 16 * 16
+            side = math.isqrt(limit) // self.limits.multiple * self.limits.multiple
             beside = f" with {count} reference images" if count else ""
             raise InvalidRequest(
                 f"{spec.width}x{spec.height} is more than this service can make{beside}; "
                 f"the most is {limit} pixels, for example {side}x{side}.",
-                param="size",
+                param="width",
             )
 
     def max_pixels(self, references: int) -> int:
         """Return the largest output, in pixels, beside so many references; 0 where none fits."""
-        limit = min(self.model.max_pixels, self._config.max_pixels)
         info = self._worker.info
         if info is None or not info.max_pixels:
-            return limit
-        return min(limit, info.max_pixels[min(references, len(info.max_pixels) - 1)])
+            return self.limits.max_pixels
+        planned = info.max_pixels[min(references, len(info.max_pixels) - 1)]
+        return min(self.limits.max_pixels, planned)
 
     def predict_s(self, specs: Sequence[ImageSpec]) -> float:
         """Return the predicted seconds of *specs* on the GPU, one after the other."""
@@ -241,7 +233,7 @@ class ImageService:
 
     def random_seed(self) -> int:
         """Draw a random seed."""
-        return secrets.randbelow(limits.MAX_SEED + 1)
+        return secrets.randbelow(self.limits.max_seed + 1)
 
     def submit(self, specs: Sequence[ImageSpec], *, client: str, output: OutputFormat) -> Ticket:
         """Queue all of *specs*, which arrive now, or none.
@@ -334,7 +326,7 @@ class ImageService:
             raise InvalidRequest(
                 f"The deadline of {asked_s:g} s is shorter than the {predicted_s:.1f} s "
                 "that this takes here; allow more, or ask for fewer steps or a smaller size.",
-                param="X-Klein-Deadline-S",
+                param="deadline_s",
             )
         left_s = self.seconds_left(admission, predicted_s)
         if left_s < predicted_s:

@@ -73,7 +73,7 @@ class Ticket:
             yield Queued(self._service.position(job))
             while (progress := await moved.get()) is not None:
                 if progress.stage is not Stage.GPU_FREE:
-                    yield StepDone(progress.stage.value, progress.step, progress.steps)
+                    yield StepDone(progress.stage, progress.step, progress.steps)
                 if progress.preview is not None:
                     yield await self._preview(progress.preview, previews)
                     previews += 1

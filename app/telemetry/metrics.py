@@ -8,7 +8,7 @@ a client writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -40,43 +40,24 @@ STEP_BUCKETS = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5)  # fmt: skip
 VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
 
 
-class Gauges(Protocol):
-    """What the gauges read at each scrape."""
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What the gauges show at one scrape."""
 
-    @property
-    def queue_size(self) -> int:
-        """Images that wait."""
-        ...
-
-    @property
-    def queue_capacity(self) -> int:
-        """Images that may wait."""
-        ...
-
-    @property
-    def running(self) -> int:
-        """Images on the GPU or on their way from it."""
-        ...
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request would be accepted."""
-        ...
-
-    @property
-    def is_worker_up(self) -> bool:
-        """Whether a worker process is running."""
-        ...
-
-    @property
-    def estimated_wait_s(self) -> float:
-        """Seconds that a new image would wait."""
-        ...
-
-    @property
-    def loop_lag_s(self) -> float:
-        """The event loop's largest lag within the last minute, in seconds."""
-        ...
+    queue_size: int
+    """Images that wait."""
+    queue_capacity: int
+    """Images that may wait."""
+    running: int
+    """Images on the GPU or on their way from it."""
+    is_ready: bool
+    """Whether a request would be accepted."""
+    is_worker_up: bool
+    """Whether a worker process is running."""
+    estimated_wait_s: float
+    """Seconds that a new image would wait."""
+    loop_lag_s: float
+    """The event loop's largest lag within the last minute, in seconds."""
 
 
 class Metrics:
@@ -218,15 +199,15 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, gauges: Gauges) -> None:
-        """Read *gauges* at every scrape."""
-        self._loop_lag.set_function(lambda: gauges.loop_lag_s)
-        self._queue_size.set_function(lambda: gauges.queue_size)
-        self._queue_capacity.set_function(lambda: gauges.queue_capacity)
-        self._running.set_function(lambda: gauges.running)
-        self._ready.set_function(lambda: float(gauges.is_ready))
-        self._worker_up.set_function(lambda: float(gauges.is_worker_up))
-        self._estimated_wait.set_function(lambda: gauges.estimated_wait_s)
+    def watch(self, read: Callable[[], Gauges]) -> None:
+        """Call *read* at every scrape."""
+        self._loop_lag.set_function(lambda: read().loop_lag_s)
+        self._queue_size.set_function(lambda: read().queue_size)
+        self._queue_capacity.set_function(lambda: read().queue_capacity)
+        self._running.set_function(lambda: read().running)
+        self._ready.set_function(lambda: read().is_ready)
+        self._worker_up.set_function(lambda: read().is_worker_up)
+        self._estimated_wait.set_function(lambda: read().estimated_wait_s)
 
     def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]

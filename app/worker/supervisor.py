@@ -73,7 +73,7 @@ class Events(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TimeLimits:
     """How long a worker may be silent, or take to exit, in seconds."""
 
     load_s: float = 1800.0
@@ -112,7 +112,7 @@ class Supervisor:
         events: Events,
         *,
         predict_step_s: Callable[[ImageSpec], float] = lambda spec: 0.0,
-        limits: Limits | None = None,
+        limits: TimeLimits | None = None,
         log: tuple[str, str] = ("text", "info"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -120,7 +120,7 @@ class Supervisor:
         self._config = config
         self._events = events
         self._predict_step_s = predict_step_s
-        self._limits = limits or Limits()
+        self._limits = limits or TimeLimits()
         self._log = log
         self._clock = clock
         self._handle: WorkerProcess | None = None

@@ -13,6 +13,7 @@ from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
+from app.limits import Limits
 from app.service.service import ImageService, ServiceConfig
 from app.telemetry.metrics import Metrics
 from tests.support.fakes import INFO, FakeDecoders
@@ -69,7 +70,8 @@ class InProcess:
         self.decoders = FakeDecoders()
         self.service = ImageService(
             find_spec("flux.2-klein-4b"),
-            ServiceConfig(deadline_s, 4_194_304, has_metadata=False),
+            Limits.of(find_spec("flux.2-klein-4b"), 4_194_304),
+            ServiceConfig(deadline_s, has_metadata=False),
             self.queue,
             self.estimator,
             self.worker,
@@ -79,6 +81,13 @@ class InProcess:
         )
         self._dispatcher = Dispatcher(self.queue, self.worker, self.estimator)
         self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> InProcess:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
 
     async def start(self) -> None:
         """Begin to take jobs."""

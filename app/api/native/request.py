@@ -17,7 +17,7 @@ from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.images.formats import OUTPUT_FORMATS
 from app.images.preparing import Edit, Upload
-from app.limits import SizeRule
+from app.limits import DRAW, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,13 @@ class GenerateRequest:
 
 def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
     """Make the table of fields for *model*."""
-    rule = SizeRule.of(model, config.max_pixels)
+    limits = Limits.of(model, config.max_pixels, config.max_references)
     return FieldTable(
         (
             PROMPT,
-            _side("width", model.default_width, rule),
-            _side("height", model.default_height, rule),
-            *sampling_fields(model),
+            _side("width", model.default_width, limits),
+            _side("height", model.default_height, limits),
+            *sampling_fields(model, limits),
             Field(
                 "output_format",
                 Type.TEXT,
@@ -75,7 +75,7 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
                 "Pictures to edit, as base64 or data URLs; the size then follows the first one.",
                 schema={
                     "type": ["array", "null"],
-                    "maxItems": config.max_references,
+                    "maxItems": limits.max_references,
                     "items": {"type": "string", "maxLength": MAX_URL},
                 },
             ),
@@ -97,7 +97,8 @@ def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> Gene
     Raises:
         InvalidRequest: a value breaks a rule.
     """
-    images = _read_images(values, min(config.max_references, model.max_references))
+    limits = Limits.of(model, config.max_pixels, config.max_references)
+    images = _read_images(values, limits.max_references)
     mask = values.get("mask")
     if mask is not None and not images:
         raise InvalidRequest(
@@ -108,10 +109,10 @@ def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> Gene
     seed = values.get("seed")
     return GenerateRequest(
         prompt=read_prompt(values),
-        size=_read_size(values, model, config, is_edit=bool(images)),
+        size=_read_size(values, model, limits, is_edit=bool(images)),
         steps=values.get("num_inference_steps", model.default_steps),
         guidance_scale=values.get("guidance_scale", model.default_guidance),
-        seed=None if seed == -1 else seed,
+        seed=None if seed == DRAW else seed,
         output=read_output(values),
         images=images,
         mask=None if mask is None else base64_or_data_url(mask, "mask"),
@@ -137,7 +138,7 @@ def _read_images(values: Mapping[str, Any], most: int) -> tuple[Upload, ...]:
 
 
 def _read_size(
-    values: Mapping[str, Any], model: ModelSpec, config: ApiConfig, *, is_edit: bool
+    values: Mapping[str, Any], model: ModelSpec, limits: Limits, *, is_edit: bool
 ) -> tuple[int, int] | None:
     if "width" not in values and "height" not in values:
         return None
@@ -149,7 +150,7 @@ def _read_size(
                 code="missing_required_parameter",
             )
     size = (values.get("width", model.default_width), values.get("height", model.default_height))
-    SizeRule.of(model, config.max_pixels).check(*size)
+    limits.check_size(*size)
     return size
 
 
@@ -160,7 +161,7 @@ def name_sides(error: InvalidRequest) -> InvalidRequest:
     return InvalidRequest(error.message, param="width", code=error.code or "invalid_value")
 
 
-def _side(name: str, default: int, rule: SizeRule) -> Field:
+def _side(name: str, default: int, limits: Limits) -> Field:
     return Field(
         name,
         Type.WHOLE,
@@ -168,9 +169,9 @@ def _side(name: str, default: int, rule: SizeRule) -> Field:
         default=default,
         schema={
             "type": ["integer", "null"],
-            "minimum": rule.min_side,
-            "maximum": rule.max_side,
-            "multipleOf": 16,
+            "minimum": limits.min_side,
+            "maximum": limits.max_side,
+            "multipleOf": limits.multiple,
             "default": default,
         },
     )

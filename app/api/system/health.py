@@ -57,6 +57,7 @@ async def health(request: Request, service: Service) -> Response:
             "running": status.running,
             "estimated_wait_s": round(status.estimated_wait_s, 3),
         },
+        "limits": asdict(service.limits),
         "worker_restarts": status.worker_restarts,
         "output_formats": list(OUTPUT_FORMATS),
         **_worker(status.info),
