@@ -15,11 +15,12 @@ import app.images.png  # noqa: F401 - so that the first picture's file does not 
 from app import __version__
 from app.api import errors
 from app.api.config import ApiConfig
-from app.api.middleware.auth import KeyGate, KeyRing
+from app.api.middleware.auth import KeyCheck, KeyRing
 from app.api.middleware.body_limit import BodyLimit
 from app.api.middleware.edge import Edge
-from app.api.middleware.host import HostGate
-from app.api.middleware.origin import OriginGate
+from app.api.middleware.gates import Gates
+from app.api.middleware.host import HostCheck
+from app.api.middleware.origin import check_origin
 from app.api.native import route as native_route
 from app.api.openai import files
 from app.api.openai import route as openai_route
@@ -83,16 +84,14 @@ def create_app(
 
 def _middleware(settings: Settings) -> list[Middleware]:
     """List the middleware, outermost first; a valid key is checked first: it permits any host."""
+    check_key = KeyCheck(
+        KeyRing(settings.api_keys),
+        Proxies(settings.trusted_proxies),
+        is_metrics_open=settings.metrics_key == "open",
+    )
     return [
         Middleware(Edge),
-        Middleware(
-            KeyGate,
-            keys=KeyRing(settings.api_keys),
-            proxies=Proxies(settings.trusted_proxies),
-            is_metrics_open=settings.metrics_key == "open",
-        ),
-        Middleware(HostGate, names=_hosts(settings)),
-        Middleware(OriginGate),
+        Middleware(Gates, checks=(check_key, HostCheck(_hosts(settings)), check_origin)),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes, limit_s=settings.body_limit_s),
     ]
 

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app.api.disconnect import until_gone
-from app.api.http_limits.held import Holding
+from app.api.http_limits.held import HeldAnswers, Holding, Taker
 from app.api.request_context import context_of
 from app.errors import Cancelled
 
@@ -34,19 +34,11 @@ CONNECTION = "klein.connection"
 """The ASGI extension by which a response reports to its connection what is unsent."""
 
 
-class Taking(Protocol):
+class Taking(Taker, Protocol):
     """A connection that sends a response; *waiting_bytes* are ready but not written to it yet."""
 
     waiting_bytes: int
-
-    def hold(self, client: str, pictures: list[bytes]) -> Holding:
-        """Count the *pictures*, encoded images, that are held for *client*."""
-
-    def release_body(self, holding: Holding, picture: bytes) -> None:
-        """Count *picture* as written and released."""
-
-    def end_holding(self, holding: Holding) -> None:
-        """Count the response as ended."""
+    answers: HeldAnswers
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +140,7 @@ async def send_body(
             if taking is not None and holding is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
                 for picture in ended:
-                    taking.release_body(holding, picture)
+                    holding.release_body(picture)
             if sent_bytes < size_bytes and sent_bytes - turn_bytes >= _TURN_BYTES:
                 turn_bytes = sent_bytes
                 await asyncio.sleep(0)
@@ -166,9 +158,9 @@ def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | 
     if taking is None:
         yield None, None
         return
-    holding = taking.hold(context_of(scope).client, body.pictures)
+    holding = taking.answers.hold(context_of(scope).client, taking, body.pictures)
     try:
         yield taking, holding
     finally:
         taking.waiting_bytes = 0
-        taking.end_holding(holding)
+        taking.answers.end(holding)

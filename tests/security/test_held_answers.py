@@ -89,7 +89,7 @@ def test_what_is_written_counts_no_more() -> None:
     """Nor what has ended, once or twice."""
     budget = Budget()
     first = budget.take("a")
-    budget.release_body(first, first.pictures[0])
+    first.release_body(first.pictures[0])
     second = budget.take("a")
     budget.end(second)
     budget.end(second)

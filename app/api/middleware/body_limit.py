@@ -31,7 +31,6 @@ class _Budget:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held = 0
         self._by_client: Counter[str] = Counter()
 
     def take(self, client: str, size_bytes: int) -> None:
@@ -40,16 +39,14 @@ class _Budget:
         Raises:
             Unavailable: a limit is exceeded; the bytes are counted all the same.
         """
-        self._held += size_bytes
         self._by_client[client] += size_bytes
         if self._by_client[client] > three_quarters(self._max_bytes):
             raise _too_many("Too many of your own large requests are being read")
-        if self._held > self._max_bytes:
+        if self._by_client.total() > self._max_bytes:
             raise _too_many("Too many large requests are being read")
 
     def give_back(self, client: str, size_bytes: int) -> None:
         """Count *size_bytes* less."""
-        self._held -= size_bytes
         self._by_client[client] -= size_bytes
         if not self._by_client[client]:
             del self._by_client[client]

@@ -6,49 +6,38 @@ import ipaddress
 import re
 from collections.abc import Iterable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from app.api.errors import error_response
 from app.api.request_context import context_of
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, KleinError
 
 HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::(\d{1,5}))?")
 
 
-class HostGate:
-    """ASGI middleware: refuses a Host header whose name is not allowed.
+class HostCheck:
+    """Refuses a Host header whose name is not allowed.
 
     A request that carries a configured key may use any name. A malformed name is always refused.
     """
 
-    def __init__(self, app: ASGIApp, *, names: Iterable[str]) -> None:
-        self._app = app
+    def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(name.lower().rstrip(".") for name in names)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 400, or pass the request on."""
-        if scope["type"] != "http" or self._admits(scope):
-            await self._app(scope, receive, send)
-            return
-        error = InvalidRequest(
-            "The service is not known under this Host; add it to KLEIN_ALLOWED_HOSTS."
-        )
-        context_of(scope).error = error
-        await error_response(error)(scope, receive, send)
-
-    def _admits(self, scope: Scope) -> bool:
+    def __call__(self, scope: Scope) -> KleinError | None:
+        """Return the refusal: 400."""
         asked = host_of(scope)
-        if asked is None:
-            return False
-        name = asked[0]
-        return (
+        if asked is not None and (
             # An image's URL must work for whoever got it, under the host name that a key permitted;
             # its file name cannot be guessed, so a web page gains nothing by it.
             scope["path"].startswith("/v1/images/files/")
             or context_of(scope).has_key
             or "*" in self._names
-            or name in self._names
-            or _is_loopback(name)
+            or asked[0] in self._names
+            or _is_loopback(asked[0])
+        ):
+            return None
+        return InvalidRequest(
+            "The service is not known under this Host; add it to KLEIN_ALLOWED_HOSTS."
         )
 
 

@@ -6,9 +6,8 @@ this check and the one of the host name are all that protects the GPU from a web
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from app.api.errors import error_response
 from app.api.middleware.host import HOST, host_of, plain_name
 from app.api.request_context import context_of
 from app.errors import Kind, KleinError
@@ -18,39 +17,27 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _FOREIGN_SITES = frozenset({b"cross-site", b"same-site"})
 
 
-class OriginGate:
-    """ASGI middleware: refuses cross-origin requests, even if the page cannot read the response.
+def check_origin(scope: Scope) -> KleinError | None:
+    """Return the refusal of a cross-origin request, 403, even if the page cannot read the response.
 
     A form, and a `fetch` without CORS, are sent without a preflight, and an image costs the same
     GPU time. A request that carries a configured key may have any origin: a page that knows the key
     has it from its owner. Requests without either header come from no browser.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 403, or pass the request on."""
-        if scope["type"] != "http" or self._admits(scope):
-            await self._app(scope, receive, send)
-            return
-        error = KleinError(
-            "A page of another origin may not ask this service for anything; use the service's own "
-            "page at /, or send an API key as `Authorization: Bearer <key>`. A proxy in front must "
-            "pass the Host header on.",
-            kind=Kind.ORIGIN,
+    if (
+        scope["method"] in _READING
+        or context_of(scope).has_key
+        or not any(
+            _is_foreign(name, value.strip().lower(), scope) for name, value in scope["headers"]
         )
-        context_of(scope).error = error
-        await error_response(error)(scope, receive, send)
-
-    def _admits(self, scope: Scope) -> bool:
-        return (
-            scope["method"] in _READING
-            or context_of(scope).has_key
-            or not any(
-                _is_foreign(name, value.strip().lower(), scope) for name, value in scope["headers"]
-            )
-        )
+    ):
+        return None
+    return KleinError(
+        "A page of another origin may not ask this service for anything; use the service's own "
+        "page at /, or send an API key as `Authorization: Bearer <key>`. A proxy in front must "
+        "pass the Host header on.",
+        kind=Kind.ORIGIN,
+    )
 
 
 def _is_foreign(name: bytes, value: bytes, scope: Scope) -> bool:
