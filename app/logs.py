@@ -16,12 +16,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 from app.log_writer import LineHandler, write_to
-
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""The id of the current request, for every line logged while it is handled."""
-
-request_notes: ContextVar[dict[str, float] | None] = ContextVar("request_notes", default=None)
-"""Fields added to the current request's one line: numbers, no strings."""
+from app.request_context import current_request
 
 hidden: ContextVar[tuple[str, ...]] = ContextVar("hidden", default=())
 """A client's texts that no line may contain, should a library put one into an error's message."""
@@ -107,8 +102,8 @@ def _handlers() -> list[LineHandler]:
 def _extras(record: logging.LogRecord) -> dict[str, object]:
     """Return what a call passed as `extra=`, and the request id where there is one."""
     extras = {key: _cut(value) for key, value in vars(record).items() if key not in _FIELDS}
-    if current := request_id.get():
-        extras.setdefault("request_id", current)
+    if (context := current_request.get(None)) and context.id:
+        extras.setdefault("request_id", context.id)
     return extras
 
 

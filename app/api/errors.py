@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from app.api.request_context import context_of
 from app.errors import Cancelled, InvalidRequest, Kind, KleinError
+from app.request_context import current_request
 
 _INVALID = "invalid_request_error"
 _UNAVAILABLE = "service_unavailable_error"
@@ -119,7 +119,7 @@ def install(app: FastAPI) -> None:
 
 async def _on_error(request: Request, raised: Exception) -> Response:
     error = _as_ours(request, raised)
-    context_of(request.scope).keep(error)
+    current_request.get().keep(error)
     headers = getattr(raised, "headers", None) or {}
     if error.kind is Kind.METHOD_NOT_ALLOWED:
         headers = {"Allow": headers.get("Allow", "GET")}

@@ -20,8 +20,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.api.disconnect import until_gone
 from app.api.http_limits.held import HeldAnswers, Holding, Taker
-from app.api.request_context import context_of
 from app.errors import Cancelled
+from app.request_context import current_request
 
 PIECE_BYTES = 64 * 1024
 _ENCODED_BYTES = PIECE_BYTES // 4 * 3
@@ -131,7 +131,7 @@ async def send_body(
         size_bytes, sent_bytes, turn_bytes = body.size_bytes, 0, 0
         for piece, ended in body.pieces():
             if leaving.done():
-                context_of(scope).error = Cancelled()
+                current_request.get().error = Cancelled()
                 return
             if taking is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
@@ -158,7 +158,7 @@ def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | 
     if taking is None:
         yield None, None
         return
-    holding = taking.answers.hold(context_of(scope).client, taking, body.pictures)
+    holding = taking.answers.hold(current_request.get().client, taking, body.pictures)
     try:
         yield taking, holding
     finally:

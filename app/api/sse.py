@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.disconnect import until_gone
 from app.api.pieces import Body, send_body
-from app.api.request_context import context_of
 from app.errors import Cancelled
+from app.request_context import current_request
 
 _HEARTBEAT = b": keep-alive\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -56,7 +56,7 @@ class EventStream(Response):
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if leaving.done():
-                    context_of(scope).error = Cancelled()
+                    current_request.get().error = Cancelled()
                     return
                 message = coming.result() if coming.done() else _HEARTBEAT
                 if message is None:

@@ -106,5 +106,5 @@ def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:
     raise InvalidRequest(
         f"With a mask the result must have the first picture's shape, {original.width}x"
         f"{original.height}; send size auto, or a size with this ratio.",
-        param="size",
+        param="width",
     )

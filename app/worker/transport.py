@@ -20,8 +20,8 @@ from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Semaphore
 from typing import Any
 
-from app import logs
 from app.errors import StartupError
+from app.request_context import RequestContext, current_request
 from app.worker.messages import Done, FromWorker, Generate, ToWorker
 
 _log = logging.getLogger(__name__)
@@ -199,9 +199,9 @@ class Outbox:
 def _log_unsendable(message: Message) -> None:
     """Log what it was about: the job, and the request where the message knows it."""
     request_id = message.request_id if isinstance(message, Generate) else ""
-    naming = logs.request_id.set(request_id)
+    naming = current_request.set(RequestContext(request_id))
     _log.exception(
         "A message to the other process could not be written down, job=%s.",
         getattr(message, "job_id", "none"),
     )
-    logs.request_id.reset(naming)
+    current_request.reset(naming)

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from starlette.types import Scope
 
 from app.api.proxies import Proxies
-from app.api.request_context import context_of
 from app.errors import Kind, KleinError
+from app.request_context import current_request
 
 _OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
 _OPEN_PREFIXES = ("/static/", "/v1/images/files/")
@@ -56,7 +56,7 @@ class KeyCheck:
 
     def __call__(self, scope: Scope) -> KleinError | None:
         """Return the refusal: 401."""
-        context = context_of(scope)
+        context = current_request.get()
         holder = self._keys.find(scope["headers"])
         context.has_key = holder is not None
         context.client = holder or self._proxies.client(scope)

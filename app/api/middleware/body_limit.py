@@ -15,9 +15,9 @@ from collections import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.request_context import context_of
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.limits import three_quarters
+from app.request_context import current_request
 
 BODIES_AT_ONCE = 8
 """The memory for all bodies, in bodies of the largest size."""
@@ -69,7 +69,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = context_of(scope)
+        context = current_request.get()
         expected = _content_length(scope)
         received = counted = held = 0
         late_at: float | None = asyncio.get_running_loop().time() + self._limit_s

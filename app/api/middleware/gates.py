@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import error_response
-from app.api.request_context import context_of
 from app.errors import KleinError
+from app.request_context import current_request
 
 Check = Callable[[Scope], KleinError | None]
 """Returns the error with which a request is refused, None where it may pass."""
@@ -26,7 +26,7 @@ class Gates:
         if scope["type"] == "http":
             for check in self._checks:
                 if error := check(scope):
-                    context_of(scope).error = error
+                    current_request.get().error = error
                     await error_response(error)(scope, receive, send)
                     return
         await self._app(scope, receive, send)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from starlette.types import Scope
 
 from app.api.middleware.host import HOST, host_of, plain_name
-from app.api.request_context import context_of
 from app.errors import Kind, KleinError
+from app.request_context import current_request
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -26,7 +26,7 @@ def check_origin(scope: Scope) -> KleinError | None:
     """
     if (
         scope["method"] in _READING
-        or context_of(scope).has_key
+        or current_request.get().has_key
         or not any(
             _is_foreign(name, value.strip().lower(), scope) for name, value in scope["headers"]
         )

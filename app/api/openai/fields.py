@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from app.api.config import ApiConfig
 from app.api.schema import unsupported_values
-from app.api.schema.fields import PROMPT, sampling_fields
+from app.api.schema.fields import PROMPT, sampling_fields, side
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
@@ -93,21 +93,10 @@ def _shape(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
             default="auto",
             example=f"{model.default_width}x{model.default_height}",
         ),
-        *(_side(name, limits) for name in ("width", "height")),
-    )
-
-
-def _side(name: str, limits: Limits) -> Field:
-    return Field(
-        name,
-        Type.WHOLE,
-        f"The {name} in pixels, instead of `size`; both or neither.",
-        schema={
-            "type": ["integer", "null"],
-            "minimum": limits.min_side,
-            "maximum": limits.max_side,
-            "multipleOf": limits.multiple,
-        },
+        *(
+            side(name, f"The {name} in pixels, instead of `size`; both or neither.", limits)
+            for name in ("width", "height")
+        ),
     )
 
 

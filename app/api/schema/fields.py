@@ -53,6 +53,19 @@ def sampling_fields(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
     )
 
 
+def side(name: str, about: str, limits: Limits, default: int | None = None) -> Field:
+    """Return the field of the image's width or height in pixels."""
+    schema = {
+        "type": ["integer", "null"],
+        "minimum": limits.min_side,
+        "maximum": limits.max_side,
+        "multipleOf": limits.multiple,
+    }
+    if default is not None:
+        schema["default"] = default
+    return Field(name, Type.WHOLE, about, schema=schema)
+
+
 def _about_quality() -> str:
     lossy = [name for name, each in OUTPUT_FORMATS.items() if each.has_quality]
     lossless = [name for name in OUTPUT_FORMATS if name not in lossy]

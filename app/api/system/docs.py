@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from app.api.deps import Service
+from app.api.deps import Running
 from app.domain import ModelSpec
 
 _STYLE = """\
@@ -35,15 +35,15 @@ def build_router(describe: Callable[[ModelSpec], dict[str, Any]]) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/openapi.json")
-    async def document(service: Service) -> Response:
-        return JSONResponse(describe(service.model))
+    async def document(runtime: Running) -> Response:
+        return JSONResponse(describe(runtime.service.model))
 
     @router.get("/docs")
-    async def page(request: Request, service: Service) -> Response:
+    async def page(request: Request, runtime: Running) -> Response:
         base = str(request.base_url).rstrip("/")
         style = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
         return HTMLResponse(
-            _page(describe(service.model), base), headers={"Content-Security-Policy": style}
+            _page(describe(runtime.service.model), base), headers={"Content-Security-Policy": style}
         )
 
     return router

@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from app.api.deps import Telemetry
+from app.api.deps import Running
 
 router = APIRouter(tags=["health"])
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(telemetry: Telemetry) -> Response:
+async def metrics(runtime: Running) -> Response:
     """Answer a scrape."""
-    body, content_type = telemetry.exposition()
+    body, content_type = runtime.metrics.exposition()
     return Response(body, headers={"content-type": content_type})
