@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -54,7 +53,16 @@ def create_app(
             app.state.runtime = runtime
             yield
 
-    config = _config(settings, heartbeat_s=heartbeat_s)
+    config = ApiConfig(
+        max_pixels=settings.max_pixels,
+        max_references=settings.max_references,
+        is_strict=settings.unknown_fields == "refuse",
+        has_aliases=settings.model_aliases,
+        lists_aliases=settings.list_aliases,
+        has_links=settings.image_urls,
+        public_url=settings.public_url,
+        heartbeat_s=heartbeat_s,
+    )
     links = ImageStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
@@ -104,16 +112,3 @@ def _hosts(settings: Settings) -> tuple[str, ...]:
     if settings.host not in _ANYWHERE:
         names.append(settings.host)
     return tuple(names)
-
-
-def _config(settings: Settings, **parameters: Any) -> ApiConfig:
-    return ApiConfig(
-        max_pixels=settings.max_pixels,
-        max_references=settings.max_references,
-        is_strict=settings.unknown_fields == "refuse",
-        has_aliases=settings.model_aliases,
-        lists_aliases=settings.list_aliases,
-        has_links=settings.image_urls,
-        public_url=settings.public_url,
-        **parameters,
-    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from app.api.disconnect import until_gone
 from app.api.http_limits.held import HeldAnswers, Holding, Taker
@@ -136,7 +136,8 @@ async def send_body(
             if taking is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
             sent_bytes += len(piece)
-            await send(_message(piece, more=not is_last or sent_bytes < size_bytes))
+            more = not is_last or sent_bytes < size_bytes
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
             if taking is not None and holding is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
                 for picture in ended:
@@ -144,10 +145,6 @@ async def send_body(
             if sent_bytes < size_bytes and sent_bytes - turn_bytes >= _TURN_BYTES:
                 turn_bytes = sent_bytes
                 await asyncio.sleep(0)
-
-
-def _message(piece: bytes | memoryview, *, more: bool) -> Message:
-    return {"type": "http.response.body", "body": piece, "more_body": more}
 
 
 @contextmanager

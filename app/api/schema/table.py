@@ -72,8 +72,8 @@ class Field:
     example: object = None
     refusal: str | None = None
     """For an unsupported field: why any value is refused."""
-    veto: Callable[[Any], InvalidRequest | None] | None = None
-    """For a field with unsupported values: returns or raises the error of one."""
+    veto: Callable[[Any], None] | None = None
+    """For a field with unsupported values: raises the error of one."""
     json_only: bool = False
     is_picture: bool = False
     """For a text that may be long; its length is checked when it is decoded."""
@@ -97,8 +97,8 @@ class Field:
             typed = self._check_text(typed)
         elif self.type in {Type.WHOLE, Type.NUMBER}:
             self._check_range(typed)
-        if self.veto is not None and (fault := self.veto(typed)) is not None:
-            raise fault
+        if self.veto is not None:
+            self.veto(typed)
         return typed
 
     def describe(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class Field:
         # Compared, not converted: an integer may be larger than any float.
         if not low <= number <= high or not -_LARGEST <= number <= _LARGEST:
             raise InvalidRequest(
-                f"{self.name} must lie between {low:g} and {_plain(high)}.", param=self.name
+                f"{self.name} must lie between {low:g} and {high:.16g}.", param=self.name
             )
 
     def _wrong_type(self) -> InvalidRequest:
@@ -261,7 +261,3 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _plain(number: float) -> str:
-    return str(int(number)) if math.isfinite(number) and number == int(number) else str(number)
