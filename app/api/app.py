@@ -21,11 +21,10 @@ from app.api.middleware.gates import Gates
 from app.api.middleware.host import HostCheck
 from app.api.middleware.origin import check_origin
 from app.api.native import route as native_route
-from app.api.openai import files
 from app.api.openai import route as openai_route
 from app.api.openai.image_store import ImageStore
 from app.api.proxies import Proxies
-from app.api.system import docs, health, metrics, models, openapi, playground
+from app.api.system import docs, health, models, openapi, playground
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
@@ -78,10 +77,8 @@ def create_app(
     for router in (
         native_route.build_router(config),
         openai_route.build_router(config, links),
-        files.build_router(links),
         models.build_router(config),
         health.router,
-        metrics.router,
         playground.build_router(config),
     ):
         app.include_router(router)

@@ -1,4 +1,7 @@
-"""OpenAI's images API: `/v1/images/generations`, its alias `/v1/images`, `/v1/images/edits`."""
+"""OpenAI's images API: `/v1/images/generations`, its alias `/v1/images`, `/v1/images/edits`.
+
+`/v1/images/files/{name}` serves the images whose URLs `response_format=url` returns.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ from app.api.deps import DEADLINE, Running, admit
 from app.api.disconnect import await_images, unless_gone
 from app.api.errors import own_names
 from app.api.native.response import server_timing
-from app.api.openai import edit_body, files
+from app.api.openai import edit_body
 from app.api.openai import fields as openai_fields
 from app.api.openai import request as openai_request
 from app.api.openai import response as openai_response
 from app.api.openai.events import EventWriter
 from app.api.openai.image_store import ImageStore
 from app.api.openai.request import SIDES, ImagesRequest
-from app.api.pieces import PieceResponse
+from app.api.pieces import Body, Data, PieceResponse
 from app.api.schema.body import content_type, read_json
 from app.api.sse import EventStream
 from app.domain import ImageSpec, ModelSpec
+from app.errors import Kind, KleinError
 from app.limits import Limits
 from app.request_context import current_request
 from app.runtime import Runtime
@@ -32,11 +36,12 @@ from app.service.results import Picture
 from app.service.ticket import Ticket
 
 _FORM, _JSON = "multipart/form-data", "application/json"
+_FILES = "/v1/images/files/"
 _OWN_NAMES = {**SIDES, "references": "image", "images": "n", "deadline_s": DEADLINE}
 
 
 def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
-    """Make the router; images that are returned by URL go to the image store *links*."""
+    """Make the router; images that are returned by URL come from the image store *links*."""
     router = APIRouter(tags=["openai"])
 
     @router.post("/v1/images", summary="The same as /v1/images/generations")
@@ -57,6 +62,17 @@ def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
             ticket = _submit(admission, specs, asked)
         model = runtime.service.model
         return await _answer(request, model, config, links, asked, specs, ticket)
+
+    @router.get(_FILES + "{name}", summary="Fetch a picture behind a link", response_class=Response)
+    async def file(name: str) -> Response:
+        link = links.get(name)
+        if link is None:
+            raise KleinError(
+                "There is no picture behind this link, or no longer; ask for it again.",
+                kind=Kind.NOT_FOUND,
+            )
+        headers = {"Cache-Control": f"private, max-age={int(links.lifetime_s)}"}
+        return PieceResponse(Body(Data(link.data)), media_type=link.media_type, headers=headers)
 
     return router
 
@@ -112,7 +128,7 @@ async def _answer(
             )
             for picture in pictures
         ]
-        urls = [f"{base}{files.PATH}{name}" for name in names]
+        urls = [f"{base}{_FILES}{name}" for name in names]
     body = openai_response.answer(
         pictures,
         asked=asked,

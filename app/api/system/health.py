@@ -1,4 +1,4 @@
-"""The health routes: liveness, readiness and details; a service that loads its model is alive.
+"""Health and metrics; a service that loads its model is alive, and not ready.
 
 None of them waits for anything. A service that is not ready answers 503 with both OpenAI's error
 object and the state, so that clients of either find theirs.
@@ -64,6 +64,13 @@ async def health(request: Request, runtime: Running) -> Response:
     if status.info is not None:
         details["worker"] = asdict(status.info)
     return _answer(request, status, details)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(runtime: Running) -> Response:
+    """Answer a scrape."""
+    body, content_type = runtime.metrics.exposition()
+    return Response(body, headers={"content-type": content_type})
 
 
 def _readiness(status: Status) -> dict[str, Any]:
