@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.disconnect import until_gone
+from app.api.disconnect import until_disconnected
 from app.api.http_limits.held import HeldAnswers, Holding, Taker
 from app.errors import Cancelled
 from app.request_context import current_request
@@ -112,25 +112,25 @@ class PieceResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        leaving = asyncio.ensure_future(until_gone(receive))
+        disconnect = asyncio.ensure_future(until_disconnected(receive))
         try:
-            await send_body(self._pieces, scope, send, leaving)
+            await send_body(self._pieces, scope, send, disconnect)
         finally:
-            leaving.cancel()
-            await asyncio.wait({leaving})
+            disconnect.cancel()
+            await asyncio.wait({disconnect})
 
 
 async def send_body(
-    body: Body, scope: Scope, send: Send, leaving: asyncio.Future[None], *, is_last: bool = True
+    body: Body, scope: Scope, send: Send, disconnect: asyncio.Future[None], *, is_last: bool = True
 ) -> None:
-    """Send *body* piece by piece, until *leaving* is done; it ends the response if it *is_last*.
+    """Send *body* piece by piece, until *disconnect* is done; it ends the response if it *is_last*.
 
     Every few pieces it yields to the event loop, however fast the client is.
     """
     with _taken(scope, body) as (taking, holding):
         size_bytes, sent_bytes, turn_bytes = body.size_bytes, 0, 0
         for piece, ended in body.pieces():
-            if leaving.done():
+            if disconnect.done():
                 current_request.get().error = Cancelled()
                 return
             if taking is not None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from app.api.app import create_app
-from app.api.disconnect import until_gone
+from app.api.disconnect import until_disconnected
 from app.api.sse import EventStream
 from app.errors import Kind, KleinError, OutOfMemory
 from app.request_context import RequestContext, current_request
@@ -267,7 +267,7 @@ async def test_a_stream_that_never_started_still_lets_go_of_its_job():
 
     assert closed == [True]
     assert current_request.get().error is None
-    assert await until_gone(receive) is None
+    assert await until_disconnected(receive) is None
 
 
 def _runtime(service):

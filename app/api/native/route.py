@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from app.api.config import ApiConfig
 from app.api.deps import DEADLINE, Running, admit
-from app.api.disconnect import await_images, unless_gone
+from app.api.disconnect import await_images, unless_disconnected
 from app.api.errors import own_names
 from app.api.native.request import read, table
 from app.api.native.response import response_headers
@@ -57,5 +57,5 @@ async def _read(
         work = runtime.decoders.prepare(
             asked.images, asked.mask, asked.image.size, limits.nearest, client=admission.client
         )
-        edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
+        edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
     return asked.image.specs(model, runtime.service.random_seed, edit), asked.image.output

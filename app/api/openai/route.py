@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from app.api.config import ApiConfig
 from app.api.deps import DEADLINE, Running, admit
-from app.api.disconnect import await_images, unless_gone
+from app.api.disconnect import await_images, unless_disconnected
 from app.api.errors import own_names
 from app.api.native.response import server_timing
 from app.api.openai import edit_body
@@ -100,7 +100,7 @@ async def _read_edit(
         work = runtime.decoders.prepare(
             body.images, body.mask, asked.image.size, limits.nearest, client=admission.client
         )
-        edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
+        edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
     return asked, asked.image.specs(model, runtime.service.random_seed, edit)
 
 
