@@ -103,9 +103,6 @@ def _middleware(settings: Settings) -> list[Middleware]:
 
 def _hosts(settings: Settings) -> tuple[str, ...]:
     """Collect the host names: those listed, and those of the public URL and the bind address."""
-    names = list(settings.allowed_hosts)
-    if settings.public_url is not None:
-        names.append(urlsplit(settings.public_url).hostname or "")
-    if settings.host not in _ANYWHERE:
-        names.append(settings.host)
-    return tuple(names)
+    public = urlsplit(settings.public_url or "").hostname
+    bound = None if settings.host in _ANYWHERE else settings.host
+    return (*settings.allowed_hosts, *filter(None, (public, bound)))

@@ -190,9 +190,7 @@ def _end_of_string(text: str, at: int) -> int:
     quote = text.find('"', at)
     limit = len(text) if quote < 0 else quote
     escape = text.find("\\", at, limit)
-    if escape < 0:
-        return limit
-    match = _STRING.match(text, escape)
+    match = None if escape < 0 else _STRING.match(text, escape)
     return limit if match is None else match.end()
 
 
