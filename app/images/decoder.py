@@ -48,7 +48,8 @@ def serve(connection: socket.socket, limits: Limits) -> None:
     """Decode the images of one request; return once it is answered or the other end has closed."""
     restrict(limits)
     gc.disable()
-    _touch()
+    # Have the kernel allocate the memory of a one-megapixel image while no request waits.
+    bytearray(b"\1") * WARM_BYTES
     # A library's warning may quote the file.
     warnings.simplefilter("ignore")
     wire = _Wire(connection)
@@ -67,11 +68,6 @@ def restrict(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _touch() -> None:
-    """Have the kernel allocate the memory of a one-megapixel image while no request waits."""
-    bytearray(b"\1") * WARM_BYTES
 
 
 def pack(message: object) -> bytes:
@@ -93,12 +89,8 @@ class _Wire:
     def receive(self, size_bytes: int) -> memoryview:
         """Wait for *size_bytes* bytes; raises `EOFError` when the other end has closed."""
         data = memoryview(bytearray(size_bytes))
-        at = 0
-        while at < size_bytes:
-            count = self._connection.recv_into(data[at:])
-            if count == 0:
-                raise EOFError
-            at += count
+        if self._connection.recv_into(data, size_bytes, socket.MSG_WAITALL) < size_bytes:
+            raise EOFError
         return data
 
     def read(self) -> Any:
