@@ -55,8 +55,8 @@ def serve(connection: socket.socket, limits: Limits) -> None:
     wire = _Wire(connection)
     try:
         asked = wire.read()
-        images = [_upload(wire, *entry) for entry in asked["images"]]
-        mask = asked["mask"] and _upload(wire, *asked["mask"])
+        images = [wire.upload(*entry) for entry in asked["images"]]
+        mask = asked["mask"] and wire.upload(*asked["mask"])
         size = asked["size"] and (asked["size"][0], asked["size"][1])
         wire.answer(images, mask, size)
     except (EOFError, OSError):
@@ -76,10 +76,6 @@ def pack(message: object) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "big") + text
 
 
-def _upload(wire: _Wire, size_bytes: int, is_base64: bool, param: str) -> Upload:
-    return Upload(wire.receive(size_bytes), param, is_base64)
-
-
 class _Wire:
     """The decoder's end of the connection."""
 
@@ -97,6 +93,10 @@ class _Wire:
         """Wait for the next message."""
         length = int.from_bytes(self.receive(LENGTH_BYTES), "big")
         return json.loads(bytes(self.receive(length)))
+
+    def upload(self, size_bytes: int, is_base64: bool, param: str) -> Upload:
+        """Wait for one file."""
+        return Upload(self.receive(size_bytes), param, is_base64)
 
     def answer(self, images: list[Upload], mask: Upload | None, size: Size | None) -> None:
         """Decode, and send the result."""

@@ -62,14 +62,18 @@ class Server:
         self._on_decoder = on_decoder
         self._on_lost = on_lost
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        numbers = (size, limits.cpu_s, limits.memory_bytes)
+        kept = {name: text for name, text in os.environ.items() if name.startswith(_ENVIRONMENT)}
         with theirs:
             try:
                 # As its stdin, since its own file descriptor number could be any. In a process
                 # group of its own, to kill it with its decoders.
                 self._process = subprocess.Popen(
-                    _command(size, limits),
+                    # With this process's own path, as a spawned one would have, and never the
+                    # current folder.
+                    [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers), *sys.path],
                     stdin=theirs.fileno(),
-                    env=_environment(),
+                    env=kept | _MEMORY,
                     process_group=0,
                 )
             except OSError:
@@ -94,7 +98,7 @@ class Server:
 
     def end(self) -> None:
         """Kill it, with the decoders, and wait: milliseconds, or a second where it hangs."""
-        self._hang_up()
+        self._disconnect()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -103,7 +107,7 @@ class Server:
 
     def kill(self) -> None:
         """Kill it, with the decoders, and return at once."""
-        self._hang_up()
+        self._disconnect()
         self._kill_group()
         self._reap()
 
@@ -119,11 +123,11 @@ class Server:
             if not message or not descriptors:
                 break
             self._on_decoder(Decoder(int(message), socket.socket(fileno=descriptors[0])))
-        self._hang_up()
+        self._disconnect()
         self._reap(round(_END_S / _LOOK_S))
         self._on_lost()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         self._loop.remove_reader(self._control)
         self._control.close()
 
@@ -165,14 +169,10 @@ class Decoder:
             return False
         return False
 
-    def hang_up(self) -> None:
+    def abort(self) -> None:
         """Shut the connection down while it is in use."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.connection.close()
 
     async def prepare(
         self,
@@ -239,17 +239,6 @@ class Decoder:
                 await asyncio.sleep(0)
                 turn = 0
         return bytes(data)
-
-
-def _command(size: int, limits: Limits) -> list[str]:
-    numbers = (size, limits.cpu_s, limits.memory_bytes)
-    # With this process's own path, as a spawned one would have, and never the current folder.
-    return [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers), *sys.path]
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: text for name, text in os.environ.items() if name.startswith(_ENVIRONMENT)}
-    return kept | _MEMORY
 
 
 def _describe(upload: Upload) -> list[object]:
