@@ -8,7 +8,8 @@ Both directions carry plain data: a message is its length in four bytes and JSON
 follow as they are. Unlike unpickling, this gives a decoder that an image has taken over no way to
 run code in the service. In order:
 
-    to the decoder    {"images": [[bytes, is_base64, param], ...], "mask": ..., "size": ...}, files
+    to the decoder    {"files": [[bytes, is_base64, param], ...], "has_mask": ..., "size": ...},
+                      files, a mask last
     from it           {"begin": [param, code]}                before each file
     from it           {"nearest": [width, height]}            answered with [width, height]
     from it           {"refused": [message, param, code]}     or
@@ -55,8 +56,8 @@ def serve(connection: socket.socket, limits: Limits) -> None:
     wire = _Wire(connection)
     try:
         asked = wire.read()
-        images = [wire.upload(*entry) for entry in asked["images"]]
-        mask = asked["mask"] and wire.upload(*asked["mask"])
+        images = [wire.upload(*entry) for entry in asked["files"]]
+        mask = images.pop() if asked["has_mask"] else None
         size = asked["size"] and (asked["size"][0], asked["size"][1])
         wire.answer(images, mask, size)
     except (EOFError, OSError):

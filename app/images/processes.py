@@ -138,11 +138,10 @@ class Server:
 
     def _reap(self, looks: int = -1) -> None:
         """Poll whether it has exited; kill it after *looks* polls."""
-        if self._process.poll() is not None:
-            return
-        if looks == 0:
-            self._kill_group()
-        self._loop.call_later(_LOOK_S, self._reap, looks - 1)
+        if self._process.poll() is None:
+            if looks == 0:
+                self._kill_group()
+            self._loop.call_later(_LOOK_S, self._reap, looks - 1)
 
 
 @dataclass(eq=False, slots=True)
@@ -187,9 +186,11 @@ class Decoder:
             ENDED_EARLY: the process has exited, or its messages are invalid.
             InvalidRequest: as the decoder reports it.
         """
-        described = {"images": [_describe(each) for each in images], "size": size}
-        await self._send(pack(described | {"mask": mask and _describe(mask)}))
-        for upload in (*images, *([mask] if mask else [])):
+        files = [*images, mask] if mask is not None else images
+        described = [[len(each.content), each.is_base64, each.param] for each in files]
+        asked = {"files": described, "has_mask": mask is not None, "size": size}
+        await self._send(pack(asked))
+        for upload in files:
             await self._send(upload.content)
         while True:
             message = await self._read()
@@ -204,9 +205,10 @@ class Decoder:
                 return await self._receive_edit(message)
 
     async def _receive_edit(self, message: dict[str, Any]) -> Edit:
-        references = []
-        for width, height in map(_size, message["references"]):
-            references.append(RawImage(width, height, await self._receive(3 * width * height)))
+        references = [
+            RawImage(width, height, await self._receive(3 * width * height))
+            for width, height in map(_size, message["references"])
+        ]
         mask = None
         if message["mask"] is not None:
             width, height = _size(message["mask"])
@@ -239,10 +241,6 @@ class Decoder:
                 await asyncio.sleep(0)
                 turn = 0
         return bytes(data)
-
-
-def _describe(upload: Upload) -> list[object]:
-    return [len(upload.content), upload.is_base64, upload.param]
 
 
 def _size(sides: Any) -> Size:

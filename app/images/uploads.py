@@ -67,8 +67,10 @@ def decode_mask(data: Data, width: int, height: int) -> Mask:
     with refuse.while_decoding():
         alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
     if alpha.size != (width, height):
-        found = f"{alpha.width}x{alpha.height}"
-        raise refuse(f"is {found} and the first image {width}x{height}; make both the same size")
+        raise refuse(
+            f"is {alpha.width}x{alpha.height} and the first image {width}x{height}; make both the "
+            "same size"
+        )
     if alpha.getextrema()[0] != 0:
         raise refuse("has no transparent pixel; make what is to be repainted transparent")
     return Mask(width, height, ImageOps.invert(alpha).tobytes())
