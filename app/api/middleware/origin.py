@@ -84,28 +84,26 @@ def _is_own(origin: str, scope: Scope) -> bool:
     The scheme is ignored: a proxy that terminates TLS forwards plain HTTP.
     """
     scheme, separator, rest = origin.partition("://")
-    match, asked = _HOST.fullmatch(rest), _host_of(scope)
-    if not separator or match is None or asked is None:
+    found, asked = _parse(rest), _host_of(scope)
+    if not separator or found is None or asked is None or found[0] != asked[0]:
         return False
-    default = _DEFAULT_PORTS.get(scheme)
-    port = int(match[2]) if match[2] else default
-    name, asked_port = asked
-    if _plain_name(match[1]) != name or port is None:
-        return False
+    port = _DEFAULT_PORTS.get(scheme) if found[1] is None else found[1]
     # A Host without a port means the scheme's default, and the browser's scheme is unknown.
-    return port == asked_port if asked_port is not None else port in _DEFAULT_PORTS.values()
+    return port in _DEFAULT_PORTS.values() if asked[1] is None else port == asked[1]
 
 
 def _host_of(scope: Scope) -> tuple[str, int | None] | None:
-    """Parse the only Host header: the name in lower case and the port; None if malformed."""
+    """Parse the only Host header; None where there is another number of them."""
     hosts = [value for name, value in scope["headers"] if name == b"host"]
-    match = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
-    return (_plain_name(match[1]), int(match[2]) if match[2] else None) if match else None
+    return _parse(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
 
 
-def _plain_name(name: str) -> str:
-    """Return *name* without an IPv6 address's brackets and a final dot."""
-    return name.strip("[]").rstrip(".")
+def _parse(text: str) -> tuple[str, int | None] | None:
+    """Parse a name, without an IPv6 address's brackets and a final dot, and a port; or None."""
+    match = _HOST.fullmatch(text)
+    if match is None:
+        return None
+    return match[1].strip("[]").rstrip("."), int(match[2]) if match[2] else None
 
 
 def _is_loopback(name: str) -> bool:
