@@ -108,12 +108,11 @@ class ConnectionTable:
         A trusted proxy may have all connections, since many clients are behind it.
         """
         client = client_of(address)
-        has_share = self._by_client[client] < three_quarters(self._limit)
-        if not has_share and not self._proxies.are(address):
-            has_room = self._make_room(client)
-        else:
-            has_room = len(self._places) < self._limit or self._make_room()
-        if not has_room:
+        is_over_share = self._by_client[client] >= three_quarters(
+            self._limit
+        ) and not self._proxies.are(address)
+        is_full = is_over_share or len(self._places) >= self._limit
+        if is_full and not self._make_room(client if is_over_share else None):
             self._count("refused")
             return False
         self._places[connection] = Phase.ASKING
@@ -155,7 +154,7 @@ class ConnectionTable:
             self._looking.cancel()
         return len(aborted), left_bytes
 
-    def _make_room(self, client: str | None = None) -> bool:
+    def _make_room(self, client: str | None) -> bool:
         """Close the idlest connection, of *client* or of all; return whether there is one."""
         idlest = (
             connection
@@ -172,8 +171,7 @@ class ConnectionTable:
         return True
 
     def _look_later(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._looking = loop.call_later(self._look_every_s, self._look)
+        self._looking = asyncio.get_running_loop().call_later(self._look_every_s, self._look)
 
     def _look(self) -> None:
         self._looking = None
