@@ -134,6 +134,16 @@ class WorkerStage(StrEnum):
     """The service takes nothing new; a worker is never at this."""
 
 
+class Loss(StrEnum):
+    """Why a worker was lost: the values are those of the metric."""
+
+    FATAL_CUDA = "fatal_cuda"
+    KILLED = "killed"
+    HANG = "hang"
+    HEARTBEAT = "heartbeat"
+    STARTUP = "startup"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """Progress of loading a model: *fraction* in 0..1, or None where it is unknown."""
@@ -198,6 +208,27 @@ class ModelInfo:
     warm_up_s: float = 0.0
     """Seconds of the warm-up image at the default size: the estimator's first sample."""
     load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The service's state, for /health, the metrics and people."""
+
+    stage: WorkerStage
+    is_ready: bool
+    progress: float | None
+    reason: str
+    info: ModelInfo | None
+    queue_size: int
+    """Images that wait."""
+    queue_capacity: int
+    running: int
+    """Images on the GPU or being transferred from it."""
+    estimated_wait_s: float
+    """How long a new image would wait."""
+    worker_restarts: int
+    is_worker_up: bool = True
+    """Whether a worker process exists."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,12 @@ class Unavailable(KleinError):
 
     kind = Kind.WORKER_DOWN
 
+    @classmethod
+    def because(cls, why: str, kind: Kind, retry_after_s: int) -> Unavailable:
+        """Say *why*, and when to try again."""
+        message = f"{why}; try again in {retry_after_s} s."
+        return cls(message, kind=kind, retry_after_s=retry_after_s)
+
 
 class Cancelled(KleinError):
     """The client disconnected, or the job was stopped."""

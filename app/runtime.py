@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from app import __version__
-from app.domain import ModelInfo
+from app.domain import Loss, ModelInfo
 from app.engine import create_engine
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_spec
@@ -26,11 +26,11 @@ from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.model_choice import Choice, choose_device, choose_model
-from app.service.service import ImageService, ServiceConfig, warm_up_spec
+from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.telemetry.lag import LoopLag
-from app.telemetry.metrics import Gauges, Metrics
+from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
 from app.worker.supervisor import Supervisor, TimeLimits
 
@@ -82,14 +82,15 @@ class Runtime:
         self.service = ImageService(
             self.model,
             Limits.of(self.model, settings.max_pixels, settings.max_references),
-            ServiceConfig(settings.deadline_s, settings.png_metadata),
             self._queue,
             self._estimator,
             self._worker,
             self.metrics,
             RateLimit(settings.rate_limit_per_minute),
+            deadline_s=settings.deadline_s,
+            has_metadata=settings.png_metadata,
         )
-        self.metrics.watch(self._gauges)
+        self.metrics.watch(self.service.status, self._lag.read)
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
@@ -130,10 +131,6 @@ class Runtime:
                 started.callback(task.cancel)
             self._started = started.pop_all()
 
-    def drain(self) -> float:
-        """Accept nothing new; return the seconds until the last accepted job's deadline."""
-        return self.service.drain()
-
     async def wait_until_drained(self, budget_s: float) -> None:
         """Return once everything accepted has ended, or after *budget_s*."""
         while True:
@@ -143,7 +140,7 @@ class Runtime:
                 return
             except TimeoutError:
                 # Reserved places may have become jobs with a later deadline meanwhile.
-                budget_s = self.drain()
+                budget_s = self.service.drain()
             if budget_s == 0:
                 break
         _log.error("Jobs were still running when the drain's time was over.")
@@ -170,7 +167,7 @@ class Runtime:
         for callback in self.on_ready:
             callback(info)
 
-    def on_worker_lost(self, reason: str) -> None:
+    def on_worker_lost(self, reason: Loss) -> None:
         """Count the lost worker."""
         self.metrics.worker_lost(reason)
 
@@ -186,18 +183,6 @@ class Runtime:
         )
         if not self.ended.done():
             self.ended.set_result(Ended(exit_code, message))
-
-    def _gauges(self) -> Gauges:
-        status = self.service.status()
-        return Gauges(
-            queue_size=status.queue_size,
-            queue_capacity=status.queue_capacity,
-            running=status.running,
-            is_ready=status.is_ready,
-            is_worker_up=self._worker.pid is not None,
-            estimated_wait_s=status.estimated_wait_s,
-            loop_lag_s=self._lag.read(),
-        )
 
 
 def build_runtime(

@@ -17,8 +17,8 @@ from app.api.schema.body import require_media_type
 from app.errors import InvalidRequest
 from app.request_context import current_request
 from app.runtime import Runtime
-from app.service.admission import Admission
 from app.service.service import ImageService
+from app.service.ticket import Admission
 
 MIN_DEADLINE_S = 0.1
 DEADLINE = "X-Klein-Deadline-S"

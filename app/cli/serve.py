@@ -168,7 +168,7 @@ class _Service:
         The wait is as long as a job that was accepted at the last moment might have taken.
         """
         loop = asyncio.get_running_loop()
-        budget_s = self._runtime.drain()
+        budget_s = self._runtime.service.drain()
         ends_at = loop.time() + max(budget_s, self._deadline_s) + _LAST_ANSWERS_S
         await self._runtime.wait_until_drained(budget_s)
         self._server.end(answers_s=ends_at - loop.time())

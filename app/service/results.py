@@ -1,16 +1,11 @@
-"""What the service returns: images, events of a running job, and its own status."""
+"""What the service returns: images, and events of a running job."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.domain import (
-    ModelInfo,
-    PeakMemory,
-    Stage,
-    WorkerStage,
-)
+from app.domain import PeakMemory, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +23,6 @@ class Picture:
     prompt_tokens: int
     warnings: tuple[str, ...]
     latents: bytes | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The service's state, for /health and for people."""
-
-    stage: WorkerStage
-    is_ready: bool
-    progress: float | None
-    reason: str
-    info: ModelInfo | None
-    queue_size: int
-    queue_capacity: int
-    running: int
-    estimated_wait_s: float
-    worker_restarts: int
 
 
 @dataclass(frozen=True, slots=True)

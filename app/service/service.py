@@ -14,17 +14,17 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 from app import images
 from app.domain import (
-    Generated,
     ImageSpec,
+    LoadProgress,
     ModelInfo,
     ModelSpec,
     PeakMemory,
     RawImage,
+    Status,
     WorkerStage,
 )
 from app.errors import (
@@ -41,36 +41,33 @@ from app.jobs.queue import JobQueue, Places
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.request_context import current_request
-from app.service.admission import Admission, too_slow
-from app.service.results import Picture, Status
-from app.service.ticket import Ticket
+from app.service.results import Picture
+from app.service.ticket import Admission, Ticket, too_slow
 from app.telemetry.metrics import Metrics
 
 _WAITS = frozenset({"queue", "total"})
+_HELPERS = min(7, os.cpu_count() or 1)
+"""Threads beside the one that encodes, by the number of cores.
 
-
-@dataclass(frozen=True, slots=True)
-class ServiceConfig:
-    """What the operator decides: seconds that a request may take, metadata in the files."""
-
-    deadline_s: float
-    has_metadata: bool
+As many as cores leave none idle where two threads share one at first; more than seven find no strip
+left in the file of one megapixel.
+"""
 
 
 class WorkerState(Protocol):
     """What the service reads of the worker's state."""
 
-    stage: WorkerStage
+    progress: LoadProgress
     info: ModelInfo | None
     restart_count: int
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a job could start."""
+    def pid(self) -> int | None:
+        """The worker's process id, None while there is none."""
 
     @property
-    def load_progress(self) -> float | None:
-        """The progress of loading the model, 0..1, where it is known."""
+    def is_ready(self) -> bool:
+        """Whether a job could start."""
 
     @property
     def reason(self) -> str:
@@ -99,18 +96,20 @@ class ImageService:
         self,
         model: ModelSpec,
         limits: Limits,
-        config: ServiceConfig,
         queue: JobQueue,
         estimator: Estimator,
         worker: WorkerState,
         metrics: Metrics,
         rates: RateLimit,
         *,
+        deadline_s: float,
+        has_metadata: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.limits = limits
-        self._config = config
+        self._deadline_s = deadline_s
+        self._has_metadata = has_metadata
         self._queue = queue
         self._estimator = estimator
         self._worker = worker
@@ -118,7 +117,7 @@ class ImageService:
         self._rates = rates
         self._clock = clock
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
-        self._helpers = ThreadPoolExecutor(_helper_count(), thread_name_prefix="encode helper")
+        self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="encode helper")
         self._is_draining = False
         self.held_memory: PeakMemory | None = None
         """PyTorch's GPU memory after the last image."""
@@ -127,11 +126,11 @@ class ImageService:
     def status(self) -> Status:
         """Return the service's current state."""
         worker = self._worker
-        is_leaving = self._is_draining and worker.stage != WorkerStage.FAILED
+        is_leaving = self._is_draining and worker.progress.stage != WorkerStage.FAILED
         return Status(
-            stage=WorkerStage.DRAINING if is_leaving else worker.stage,
+            stage=WorkerStage.DRAINING if is_leaving else worker.progress.stage,
             is_ready=worker.is_ready and not self._is_draining,
-            progress=worker.load_progress,
+            progress=worker.progress.fraction,
             reason="The service is shutting down." if is_leaving else worker.reason,
             info=worker.info,
             queue_size=self._queue.size,
@@ -139,6 +138,7 @@ class ImageService:
             running=self._queue.running,
             estimated_wait_s=self._queue.expected_wait_s(),
             worker_restarts=worker.restart_count,
+            is_worker_up=worker.pid is not None,
         )
 
     def admit(
@@ -178,13 +178,13 @@ class ImageService:
             )
         retry_s = self._retry_after_s()
         if self._is_draining:
-            raise self._unavailable(Kind.DRAINING, "The service is shutting down", retry_s)
+            raise Unavailable.because("The service is shutting down", Kind.DRAINING, retry_s)
         if self._worker.info is None:
-            raise self._unavailable(Kind.LOADING, "The model is still being loaded", retry_s)
+            raise Unavailable.because("The model is still being loaded", Kind.LOADING, retry_s)
         if images > held:
             self._queue.check_room(client, images - held, retry_after_s=retry_s)
         if not self._worker.is_ready:
-            raise self._unavailable(Kind.WORKER_DOWN, "The worker is being restarted", retry_s)
+            raise Unavailable.because("The worker is being restarted", Kind.WORKER_DOWN, retry_s)
 
     def _check_rate(self, client: str, images: int, held: int) -> None:
         limit = self._rates.per_minute
@@ -227,10 +227,6 @@ class ImageService:
             return self.limits.max_pixels
         planned = info.max_pixels[min(references, len(info.max_pixels) - 1)]
         return min(self.limits.max_pixels, planned)
-
-    def predict_s(self, specs: Sequence[ImageSpec]) -> float:
-        """Return the predicted seconds of *specs* on the GPU, one after the other."""
-        return sum(self._estimator.predict(spec) for spec in specs)
 
     def random_seed(self) -> int:
         """Draw a random seed."""
@@ -282,7 +278,7 @@ class ImageService:
 
     def seconds_left(self, admission: Admission, predicted_s: float = 0.0) -> float:
         """Return the seconds to the deadline of a request whose work takes *predicted_s*."""
-        allowed_s = self._config.deadline_s + 4 * predicted_s
+        allowed_s = self._deadline_s + 4 * predicted_s
         if admission.deadline_s is not None:
             allowed_s = min(allowed_s, admission.deadline_s)
         return admission.arrived_at + allowed_s - self._clock()
@@ -299,7 +295,8 @@ class ImageService:
             self.check(spec)
         if places is None:
             self._check_open(len(specs), admission.client)
-        deadline = self._clock() + self._checked_seconds_left(admission, self.predict_s(specs))
+        predicted_s = [self._estimator.predict(spec) for spec in specs]
+        deadline = self._clock() + self._checked_seconds_left(admission, sum(predicted_s))
         loop = asyncio.get_running_loop()
         jobs = [
             Job(
@@ -308,9 +305,9 @@ class ImageService:
                 client=admission.client,
                 deadline=deadline,
                 future=loop.create_future(),
-                predicted_s=self._estimator.predict(spec),
+                predicted_s=seconds,
             )
-            for spec in specs
+            for spec, seconds in zip(specs, predicted_s, strict=True)
         ]
         if places is None:
             self._queue.submit(jobs, retry_after_s=self._retry_after_s())
@@ -318,7 +315,7 @@ class ImageService:
         else:
             self._queue.fill(places, jobs)
         self._longest_deadline = max(self._longest_deadline, deadline)
-        return Ticket(self, jobs, output)
+        return Ticket(self, self._queue, jobs, output)
 
     def _checked_seconds_left(self, admission: Admission, predicted_s: float) -> float:
         """Return the seconds to the deadline; raise an error where the request cannot meet it."""
@@ -344,15 +341,6 @@ class ImageService:
 
     # For Ticket.
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Cancel *jobs*, whose client has disconnected."""
-        for job in jobs:
-            self._queue.cancel(job)
-
-    def position(self, job: Job) -> int:
-        """Return how many jobs start before *job*."""
-        return self._queue.position(job)
-
     async def encode(self, image: RawImage, output: OutputFormat, note: dict[str, str]) -> bytes:
         """Encode in a thread, while the GPU and the event loop continue."""
         loop = asyncio.get_running_loop()
@@ -361,7 +349,7 @@ class ImageService:
             images.encode,
             image,
             output,
-            note if self._config.has_metadata else None,
+            note if self._has_metadata else None,
             self._helpers,
         )
 
@@ -400,14 +388,11 @@ class ImageService:
             seconds=seconds,
             peak=generated.peak,
             prompt_tokens=generated.prompt_tokens,
-            warnings=self._warnings(generated),
+            warnings=(f"prompt cut to {self.model.max_sequence_length} tokens",)
+            if generated.is_prompt_cut
+            else (),
             latents=generated.latents,
         )
-
-    def _warnings(self, generated: Generated) -> tuple[str, ...]:
-        if generated.is_prompt_cut:
-            return (f"prompt cut to {self.model.max_sequence_length} tokens",)
-        return ()
 
     def _note(self, spec: ImageSpec) -> dict[str, str]:
         """Return the metadata written into the image; references and masks are not."""
@@ -422,25 +407,12 @@ class ImageService:
             "precision": info.precision if info else "",
         }
 
-    def _unavailable(self, kind: Kind, what: str, retry_s: int) -> Unavailable:
-        return Unavailable(f"{what}; try again in {retry_s} s.", kind=kind, retry_after_s=retry_s)
-
     def _retry_after_s(self) -> int:
         """Return the `Retry-After`: the expected wait, with jitter, within 1..60 s."""
         wait_s = math.ceil(self._queue.expected_wait_s())
         if not self._worker.is_ready:
             wait_s = max(wait_s, 5)
-        jitter_s = random.randint(0, 1 + wait_s // 4)
-        return max(1, min(60, wait_s + jitter_s))
-
-
-def _helper_count() -> int:
-    """Return the number of threads beside the one that encodes, by the number of cores.
-
-    As many as cores leave none idle where two threads share one at first; more than seven find no
-    strip left in the file of one megapixel.
-    """
-    return min(7, os.cpu_count() or 1)
+        return max(1, min(60, wait_s + random.randint(0, 1 + wait_s // 4)))
 
 
 def _note(seconds: Mapping[str, float]) -> None:

@@ -1,4 +1,7 @@
-"""One accepted request of n images, from submission to its images or its first error."""
+"""A request from its arrival to its end: an `Admission` at first, a `Ticket` once it is accepted.
+
+Each holds what the request has taken of the service meanwhile, and gives it back.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,100 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
 
-from app.domain import (
-    Progress,
-    RawImage,
-    Stage,
-)
-from app.errors import (
-    Cancelled,
-)
+from app.domain import ImageSpec, Progress, Stage
+from app.errors import Cancelled, DeadlineExceeded
 from app.images import OutputFormat
 from app.jobs.job import Job
+from app.jobs.queue import JobQueue, Places
 from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
 
 
+class Admission:
+    """One request from its arrival until its images wait for the GPU.
+
+    Where a large body must be read or an image decoded first, its places are reserved before: they,
+    and the tokens of the client's rate, are its own from then on. Leaving the `with` block gives
+    back the places that no image took, but no token. The deadline counts from the arrival.
+    """
+
+    def __init__(
+        self,
+        service: ImageService,
+        client: str,
+        arrived_at: float,
+        deadline_s: float | None,
+        places: Places | None,
+    ) -> None:
+        self._service = service
+        self._places = places
+        self.client = client
+        self.arrived_at = arrived_at
+        self.deadline_s = deadline_s
+        """The client's own limit, in seconds."""
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._places is not None:
+            self._places.give_back()
+
+    @property
+    def seconds_left(self) -> float:
+        """Return the seconds until the deadline of a request that takes no GPU time."""
+        return self._service.seconds_left(self)
+
+    def reserve(self, images: int) -> None:
+        """Reserve a place for each of *images*, including the one that it may have, once.
+
+        Raises:
+            InvalidRequest: they would not fit into the empty queue either.
+            Unavailable: there is no room for them now.
+            DeadlineExceeded: the request took too long to arrive.
+            KleinError: the client has exceeded its rate.
+        """
+        self._places = self._service.reserve(self, self._places, images)
+
+    def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> Ticket:
+        """Queue all of *specs*, or none, in the places that were reserved for them or in others.
+
+        Raises:
+            InvalidRequest: a spec is beyond the limits, or the deadline shorter than the work.
+            Unavailable: there is no room, or the deadline would pass before the last is done.
+            DeadlineExceeded: the request took too long to arrive.
+            KleinError: the client has exceeded its rate.
+        """
+        if self._places is not None and self._places.is_early:
+            self.reserve(len(specs))
+        return self._service.start(self, self._places, specs, output)
+
+
+def too_slow() -> DeadlineExceeded:
+    """Return the error for a request that took too long to arrive."""
+    return DeadlineExceeded(
+        "The request took so long to arrive and to be read that its deadline cannot be met; send "
+        "it faster, send less, or allow more time."
+    )
+
+
 class Ticket:
     """One accepted request of n images. Await `pictures`, or read `events` where n is 1."""
 
-    def __init__(self, service: ImageService, jobs: Sequence[Job], output: OutputFormat) -> None:
+    def __init__(
+        self, service: ImageService, queue: JobQueue, jobs: Sequence[Job], output: OutputFormat
+    ) -> None:
         self._service = service
+        self._queue = queue
         self._jobs = jobs
         self._output = output
 
     def cancel(self) -> None:
         """Cancel its jobs: waiting ones never run, running ones stop at the next denoising step."""
-        self._service.cancel(self._jobs)
+        for job in self._jobs:
+            self._queue.cancel(job)
 
     async def pictures(self) -> list[Picture]:
         """Wait for all images, in the order of the specs.
@@ -70,22 +140,19 @@ class Ticket:
         finishing.add_done_callback(lambda task: moved.put_nowait(None))
         previews = 0
         try:
-            yield Queued(self._service.position(job))
+            yield Queued(self._queue.position(job))
             while (progress := await moved.get()) is not None:
                 if progress.stage is not Stage.GPU_FREE:
                     yield StepDone(progress.stage, progress.step, progress.steps)
                 if progress.preview is not None:
-                    yield await self._preview(progress.preview, previews)
+                    data = await self._service.encode(progress.preview, self._output, {})
+                    yield Preview(previews, data, self._output.media_type)
                     previews += 1
             yield Finished(await finishing)
         finally:
             self.cancel()
             await _end([finishing])
             del finishing, job
-
-    async def _preview(self, image: RawImage, index: int) -> Preview:
-        data = await self._service.encode(image, self._output, {})
-        return Preview(index, data, self._output.media_type)
 
 
 def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None:

@@ -8,7 +8,6 @@ a client writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,40 +23,19 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from app.domain import Generated, GpuSnapshot, ModelInfo, PeakMemory
+from app.domain import Generated, GpuSnapshot, Loss, ModelInfo, PeakMemory, Status
 
 STAGES = ("queue", "text", "reference", "denoise", "decode", "encode", "total")
 OUTCOMES = (
     "ok", "invalid", "unauthorized", "rejected", "cancelled", "deadline", "oom", "error",
 )  # fmt: skip
 REJECTIONS = ("queue_full", "loading", "draining", "worker_down", "rate_limit")
-RESTARTS = ("fatal_cuda", "killed", "hang", "heartbeat", "startup")
 
 IMAGE_BUCKETS = (
     .005, .01, .02, .05, .1, .2, .35, .5, .75, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 30, 60, 120, 300,
 )  # fmt: skip
 STEP_BUCKETS = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5)  # fmt: skip
 VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
-
-
-@dataclass(frozen=True, slots=True)
-class Gauges:
-    """What the gauges show at one scrape."""
-
-    queue_size: int
-    """Images that wait."""
-    queue_capacity: int
-    """Images that may wait."""
-    running: int
-    """Images on the GPU or on their way from it."""
-    is_ready: bool
-    """Whether a request would be accepted."""
-    is_worker_up: bool
-    """Whether a worker process is running."""
-    estimated_wait_s: float
-    """Seconds that a new image would wait."""
-    loop_lag_s: float
-    """The event loop's largest lag within the last minute, in seconds."""
 
 
 class Metrics:
@@ -145,7 +123,7 @@ class Metrics:
         )
         for reason in REJECTIONS:
             self._rejected.labels(reason)
-        for reason in RESTARTS:
+        for reason in Loss:
             self._restarts.labels(reason)
         for mode in ("generate", "edit"):
             self._images.labels(mode)
@@ -199,9 +177,9 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, read: Callable[[], Gauges]) -> None:
-        """Call *read* at every scrape."""
-        self._loop_lag.set_function(lambda: read().loop_lag_s)
+    def watch(self, read: Callable[[], Status], read_lag_s: Callable[[], float]) -> None:
+        """Read the service's state and the event loop's lag, in seconds, at every scrape."""
+        self._loop_lag.set_function(read_lag_s)
         self._queue_size.set_function(lambda: read().queue_size)
         self._queue_capacity.set_function(lambda: read().queue_capacity)
         self._running.set_function(lambda: read().running)
@@ -248,8 +226,8 @@ class Metrics:
         """Count an image that failed for want of GPU memory."""
         self._oom.inc()
 
-    def worker_lost(self, reason: str) -> None:
-        """Count a lost worker; *reason* is one of `RESTARTS`."""
+    def worker_lost(self, reason: Loss) -> None:
+        """Count a lost worker."""
         self._restarts.labels(reason).inc()
 
     def request_finished(self, route: str, outcome: str, seconds: float) -> None:

@@ -16,13 +16,13 @@ from functools import lru_cache
 
 from PIL import Image
 
-from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, RawImage, Stage
+from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, RawImage, Stage, Status
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
-from app.service.results import Finished, Picture, Preview, Queued, Status, StepDone, TicketEvent
+from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
 
 SECONDS: Mapping[str, float] = {
     "queue": 0.001,

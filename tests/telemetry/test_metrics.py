@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from app.domain import Generated, ModelInfo, PeakMemory, RawImage, StageTimings
+from app.domain import (
+    Generated,
+    ModelInfo,
+    PeakMemory,
+    RawImage,
+    StageTimings,
+    Status,
+    WorkerStage,
+)
 from app.telemetry.gpu import Gpu
-from app.telemetry.metrics import OUTCOMES, Gauges, Metrics
+from app.telemetry.metrics import OUTCOMES, Metrics
 from tests.support.fake_nvml import FakeNvml
 
 INFO = ModelInfo(
@@ -29,11 +37,11 @@ SECONDS |= {"encode": 0.01, "total": 3.3}
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics(version="1.2.3")
-    gauges = Gauges(
-        queue_size=3, queue_capacity=32, running=1, is_ready=True, is_worker_up=True,
-        estimated_wait_s=4.5, loop_lag_s=0.002,
+    status = Status(
+        stage=WorkerStage.READY, is_ready=True, progress=None, reason="", info=INFO, queue_size=3,
+        queue_capacity=32, running=1, estimated_wait_s=4.5, worker_restarts=0,
     )  # fmt: skip
-    metrics.watch(lambda: gauges)
+    metrics.watch(lambda: status, lambda: 0.002)
     metrics.watch_gpu(Gpu(0, load_nvml=FakeNvml).read, lambda: PEAK)
     metrics.model_ready(INFO, 21.0)
     metrics.image_finished(

@@ -18,7 +18,7 @@ from app.images import OutputFormat
 from app.limits import Limits
 from app.request_context import current_request
 from app.runtime import Runtime
-from app.service.admission import Admission
+from app.service.ticket import Admission
 
 _OWN_NAMES = {"references": "images", "deadline_s": DEADLINE}
 

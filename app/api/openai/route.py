@@ -31,9 +31,8 @@ from app.errors import Kind, KleinError
 from app.limits import Limits
 from app.request_context import current_request
 from app.runtime import Runtime
-from app.service.admission import Admission
 from app.service.results import Picture
-from app.service.ticket import Ticket
+from app.service.ticket import Admission, Ticket
 
 _FORM, _JSON = "multipart/form-data", "application/json"
 _FILES = "/v1/images/files/"

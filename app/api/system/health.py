@@ -15,11 +15,10 @@ from starlette.responses import JSONResponse, Response
 from app import __version__
 from app.api.deps import Running
 from app.api.errors import envelope, retry_after
-from app.domain import WorkerStage
+from app.domain import Status, WorkerStage
 from app.errors import Kind, KleinError
 from app.images.formats import OUTPUT_FORMATS
 from app.request_context import current_request
-from app.service.results import Status
 
 router = APIRouter(tags=["health"])
 
