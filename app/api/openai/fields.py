@@ -26,7 +26,7 @@ _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 def table(model: ModelSpec, config: ApiConfig, *, is_edit: bool) -> FieldTable:
     """Make the table of fields of generations or edits for *model*."""
     limits = Limits.of(model, config.max_pixels, config.max_references)
-    only = _edit_only(limits) if is_edit else _generation_only()
+    only = _edit_only(limits) if is_edit else _GENERATION_ONLY
     hints = {"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS
     return FieldTable(
         _common(model, config, limits) + only, is_strict=config.is_strict, hints=hints
@@ -46,7 +46,7 @@ def _common(model: ModelSpec, config: ApiConfig, limits: Limits) -> tuple[Field,
             minimum=1,
             maximum=limits.max_steps,
         ),
-        *_delivery(),
+        *_DELIVERY,
         *_IGNORED,
         *_impossible(),
     )
@@ -122,25 +122,23 @@ def _encoding() -> tuple[Field, ...]:
     )
 
 
-def _delivery() -> tuple[Field, ...]:
-    return (
-        Field(
-            "response_format",
-            Type.TEXT,
-            "Base64 in the answer, or a link that lives for an hour.",
-            choices=("b64_json", "url"),
-        ),
-        Field("stream", Type.FLAG, "Answer with server-sent events; n must be 1.", default=False),
-        Field(
-            "partial_images",
-            Type.WHOLE,
-            "How many previews a stream carries.",
-            minimum=0,
-            maximum=MAX_PARTIALS,
-            default=0,
-        ),
-    )
-
+_DELIVERY = (
+    Field(
+        "response_format",
+        Type.TEXT,
+        "Base64 in the answer, or a link that lives for an hour.",
+        choices=("b64_json", "url"),
+    ),
+    Field("stream", Type.FLAG, "Answer with server-sent events; n must be 1.", default=False),
+    Field(
+        "partial_images",
+        Type.WHOLE,
+        "How many previews a stream carries.",
+        minimum=0,
+        maximum=MAX_PARTIALS,
+        default=0,
+    ),
+)
 
 _IGNORED = (
     Field("quality", Type.TEXT, "Without effect here.", choices=_QUALITIES),
@@ -174,8 +172,9 @@ def _impossible() -> tuple[Field, ...]:
     )
 
 
-def _generation_only() -> tuple[Field, ...]:
-    return (Field("style", Type.TEXT, "Without effect here.", choices=("vivid", "natural")),)
+_GENERATION_ONLY = (
+    Field("style", Type.TEXT, "Without effect here.", choices=("vivid", "natural")),
+)
 
 
 def _edit_only(limits: Limits) -> tuple[Field, ...]:
