@@ -35,6 +35,7 @@ from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, RawImage
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
+from app.images.uploads import decode_upload
 from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
@@ -189,7 +190,7 @@ def _spec(arguments: argparse.Namespace, model: ModelSpec, max_pixels: int) -> I
 
 
 def _compared(info: ModelInfo, picture: Picture) -> Compared:
-    image = images.decode_upload(picture.data, what="picture")
+    image = decode_upload(picture.data, what="picture")
     seconds, latents = picture.seconds["total"], picture.latents or b""
     return Compared(info.precision, info.plan, image, latents, seconds, picture.peak)
 
