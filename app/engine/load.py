@@ -92,7 +92,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     _limit_memory(config, device)
     precision = choose_precision(config.precision, probe_gpu(device), is_small=_is_small(config))
     files = _find(config, precision, on_progress)
-    is_mapped = config.offload == "disk" and precision.linears == "exact"
+    is_mapped = config.offload == "disk" and precision.linears.is_exact
     with ExitStack() as stack:
         opened = open_checkpoint(
             files.path,
@@ -101,15 +101,14 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         )
         checkpoint = stack.enter_context(closing(opened))
         check_compatibility(checkpoint, is_klein=files.is_ours and model.hub_id is not None)
-        is_exact = precision.linears == "exact"
+        is_exact = precision.linears.is_exact
         compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
         plan = choose_plan(
             config,
             model,
             checkpoint,
             device,
-            dtype=precision.dtype,
-            is_exact=is_exact,
+            precision,
             is_compiled=compiler.is_on,
         )
         attention, kernel = choose_attention(device)
@@ -123,8 +122,8 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             compiler=compiler,
             is_offloaded=plan.name is Plan.OFFLOAD,
             is_pinned=config.offload != "disk",
-            is_streamed=plan.is_streamed,
-            is_tiled=plan.is_tiled,
+            is_streamed=plan.name.is_streamed,
+            is_tiled=plan.name.is_tiled,
             prompt_cache=config.prompt_cache,
             quantized_cache=Path(config.cache_dir),
             max_sequence_length=model.max_sequence_length,
@@ -150,7 +149,7 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     from app.engine.hub.fetch import Hub
 
     hub = Hub(silence_s=config.download_silence_s)
-    path = ensure(entry, Path(config.cache_dir), precision.name, on_progress, hub=hub)
+    path = ensure(entry, Path(config.cache_dir), precision.linears.file, on_progress, hub=hub)
     _end_fetching(on_progress)
     return Files(path, entry.revision, is_ours=True)
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from app.engine.quantization.formats import FORMATS
+
 _MIB = 1 << 20
 _TERA = 1e12
 
@@ -48,8 +50,10 @@ class GpuDatasheet:
 
         On a GPU without fp8, fp8 weights are multiplied in bf16.
         """
-        rates = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8 or self.bf16}
-        return rates.get(precision.partition("-")[0])
+        known = FORMATS.get(precision)
+        if known is None or known.rate is None:
+            return None
+        return float(getattr(self, known.rate) or self.bf16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from app.engine.checkpoint.safetensors_header import MAX_BYTES
-from app.engine.checkpoint.safetensors_io import Read, Tensor
+from app.engine.checkpoint.safetensors_io import CPU, Read, Tensor
 from app.errors import StartupError
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -34,6 +34,24 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """One fp8 (e4m3) layer as stored in the file; *weight_scale* has one element or one per row."""
+
+    weight: Read
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    is_full_precision: bool
+    """Whether the file requires a matmul in full precision for this layer."""
+
+    def restored(self, device: torch.device = CPU) -> torch.Tensor:
+        """Return the dequantized weight, float32 [out, in]."""
+        scale = self.weight_scale.float().to(device)
+        if scale.numel() > 1:
+            scale = scale.reshape(-1, 1)
+        return self.weight(device).float() * scale
+
+
+@dataclass(frozen=True, slots=True)
 class ComponentFiles:
     """One component on disk; *label* is its file or folder in messages."""
 
@@ -42,8 +60,8 @@ class ComponentFiles:
     slots: Mapping[str, Slot]
     origin: Mapping[str, str] = field(default_factory=dict)
     """The file's own name of each module, where it differs from diffusers'."""
-    quantized: Mapping[str, Any] = field(default_factory=dict)
-    """fp8 layers (`checkpoint.transformer.QuantizedLayer`) by the file's own module name."""
+    quantized: Mapping[str, QuantizedLayer] = field(default_factory=dict)
+    """fp8 layers by the file's own module name."""
     sources: tuple[Path, ...] = ()
     """The files of its weights."""
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from app.engine.checkpoint.bfl import Rule, rules
-from app.engine.checkpoint.files import ComponentFiles, Slot
+from app.engine.checkpoint.files import ComponentFiles, QuantizedLayer, Slot
 from app.engine.checkpoint.safetensors_header import parse_json
-from app.engine.checkpoint.safetensors_io import CPU, Read, SafetensorsFile, Tensor
+from app.engine.checkpoint.safetensors_io import CPU, SafetensorsFile, Tensor
 from app.errors import StartupError
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -32,24 +31,6 @@ _SCALES = {
 _FP8 = (torch.float8_e4m3fn,)
 _NOTE_BYTES = 65_536
 _SHOWN = 80
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedLayer:
-    """One fp8 (e4m3) layer as stored in the file; *weight_scale* has one element or one per row."""
-
-    weight: Read
-    weight_scale: torch.Tensor
-    input_scale: torch.Tensor | None
-    is_full_precision: bool
-    """Whether the file requires a matmul in full precision for this layer."""
-
-    def restored(self, device: torch.device = CPU) -> torch.Tensor:
-        """Return the dequantized weight, float32 [out, in]."""
-        scale = self.weight_scale.float().to(device)
-        if scale.numel() > 1:
-            scale = scale.reshape(-1, 1)
-        return self.weight(device).float() * scale
 
 
 def is_bfl(names: Mapping[str, Any]) -> bool:

@@ -101,6 +101,9 @@ EAGER = Rates(
     text=300_000_000,
     margin=300_000_000,
 )
+_EXACT_WORKING_BYTES = 4_000_000_000
+"""Working memory of a one-megapixel image in bf16, eager, decoded without tiles."""
+
 CONTEXT_BYTES = 600_000_000
 """Memory of the CUDA context, which PyTorch's allocator does not count."""
 
@@ -113,16 +116,6 @@ class MemoryPlan:
     reasons: tuple[str, ...]
     peak_bytes: int
     max_pixels: tuple[int, ...]
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the text encoder's layers are streamed from host memory."""
-        return self.name.is_streamed
-
-    @property
-    def is_tiled(self) -> bool:
-        """Whether every image is decoded in tiles."""
-        return self.name.is_tiled
 
 
 def peak_bytes(plan: Plan, weights: Weights, rates: Rates, pixels: int, references: int = 0) -> int:
@@ -169,6 +162,28 @@ def plan_memory(
         )
         return MemoryPlan(name, tuple(reasons), peak, sizes)
     return None
+
+
+def plan_exact(
+    free_bytes: int,
+    weight_bytes: int,
+    *,
+    limit_pixels: int,
+    max_references: int,
+    offload: str = "auto",
+) -> MemoryPlan:
+    """Plan without quantization: all networks in GPU memory, or one at a time where they don't fit.
+
+    *offload* is `KLEIN_OFFLOAD`'s value.
+    """
+    needed = weight_bytes + _EXACT_WORKING_BYTES
+    sizes = (limit_pixels,) * (max_references + 1)
+    numbers = f"all networks need {needed / GB:.1f} GB, free are {free_bytes / GB:.1f} GB"
+    if offload in ("model", "disk"):
+        return MemoryPlan(Plan.OFFLOAD, ("as asked for", numbers), needed, sizes)
+    if offload == "none" or needed <= free_bytes:
+        return MemoryPlan(Plan.RESIDENT, (numbers,), needed, sizes)
+    return MemoryPlan(Plan.OFFLOAD, (f"one network at a time: {numbers}",), needed, sizes)
 
 
 def _largest(

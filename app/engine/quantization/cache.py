@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,12 +29,9 @@ _log = logging.getLogger(__name__)
 _VERSION = "2"
 """Has to be raised when the quantization of the same sources changes."""
 
-Layer = tuple[torch.Tensor, torch.Tensor]
-"""A quantized weight and its scale."""
-
 
 class QuantizedCache:
-    """The cached layers of *part* at *kind*. Not thread-safe."""
+    """The cached layers of *part* in the format *kind*. Not thread-safe."""
 
     def __init__(self, folder: Path, part: ComponentFiles, kind: str, name: str) -> None:
         places = "\n".join(str(path.resolve()) for path in part.sources)
@@ -49,22 +46,14 @@ class QuantizedCache:
         """Whether there is a valid file to read."""
         return self._file is not None
 
-    def read(self, name: str, device: torch.device) -> Layer | None:
-        """Read one layer onto *device*; None where it is not cached."""
-        if self._file is None:
+    def read(self, names: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:
+        """Read the tensors *names* of one layer onto *device*; None where one is not cached."""
+        if self._file is None or not set(names) <= self._file.tensors.keys():
             return None
-        weight, scale = (self._file.tensors.get(f"{name}.{each}") for each in ("weight", "scale"))
-        return (
-            None if weight is None or scale is None else (weight.read(device), scale.read(device))
-        )
+        return [self._file.tensors[name].read(device) for name in names]
 
-    def write(self, layers: Mapping[str, Layer]) -> None:
-        """Write *layers*, one at a time through host memory; a failure is logged."""
-        tensors = {
-            f"{name}.{word}": value
-            for name, layer in layers.items()
-            for word, value in zip(("weight", "scale"), layer, strict=True)
-        }
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write *tensors*, one at a time through host memory; a failure is logged."""
         metadata = {"version": _VERSION, "sources": self._sources}
         try:
             make_folder(self._path.parent, self._cache)

@@ -106,8 +106,8 @@ def test_a_plan_that_is_asked_for_is_taken(name):
 
     assert found.name == name
     assert found.reasons[-1].endswith("as asked for")
-    assert found.is_streamed == ("streamed" in name)
-    assert found.is_tiled == ("tiled" in name)
+    assert found.name.is_streamed == ("streamed" in name)
+    assert found.name.is_tiled == ("tiled" in name)
 
 
 @pytest.mark.parametrize(
