@@ -69,19 +69,19 @@ class QuantizedLinearBuilder:
         """Write the quantized layers to the cache, unless they were read from it, and close it."""
         if self._cache is None:
             return
-        if not self._cache.is_there and self._format.cached and self._made:
+        if not self._cache.is_there and self._layers.cached and self._made:
             self._cache.write(
                 {
                     f"{name}.{word}": getattr(made, word)
                     for name, made in self._made.items()
-                    for word in self._format.cached
+                    for word in self._layers.cached
                 }
             )
         self._cache.close()
         self._made.clear()
 
     def _recall(self, name: str) -> nn.Module | None:
-        names = [f"{name}.{word}" for word in self._format.cached]
+        names = [f"{name}.{word}" for word in self._layers.cached]
         found = self._cache.read(names, self._device) if self._cache else None
         return self._layers.make(*found).to(self._device) if found else None
 

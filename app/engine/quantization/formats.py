@@ -37,12 +37,14 @@ class Layers:
     """Quantizes a weight of full precision; None where it is only converted to another dtype."""
     take: Callable[[QuantizedLayer, torch.device], nn.Module] | None = None
     """Makes a layer from a file's own fp8 weight; None where that is restored and quantized."""
+    cached: tuple[str, ...] = ("weight", "scale")
+    """The layer's attributes that the cache stores, in the order of `make`'s arguments."""
 
 
 def _plain() -> Layers:
     from app.engine.quantization import linear
 
-    return Layers(linear.plain_linear)
+    return Layers(linear.plain_linear, cached=())
 
 
 def _fp8() -> Layers:
@@ -96,8 +98,6 @@ class WeightFormat:
     """torch's name of the dtype of everything that is not quantized."""
     encoder: str = "int8w"
     """The format of the text encoder's layers."""
-    cached: tuple[str, ...] = ("weight", "scale")
-    """Attributes of a layer that the cache stores, in the order of `Layers.make`'s arguments."""
     file: str = "bf16"
     """The transformer's file, a key of `ModelEntry.transformers`."""
     rate: str | None = "bf16"
@@ -156,7 +156,7 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(name="fp32", weight_bytes=4, is_exact=True, dtype="float32", rate=None),
         WeightFormat(name="fp8w", layers=_fp8_weights, weight_bytes=1, is_choice=False, file="fp8"),
         WeightFormat(name="int8w", layers=_int8_weights, weight_bytes=1, is_choice=False),
-        WeightFormat(name="plain", weight_bytes=2, is_choice=False, cached=()),
+        WeightFormat(name="plain", weight_bytes=2, is_choice=False),
     )
 }
 """All formats by name, those that `auto` prefers first."""
