@@ -72,18 +72,23 @@ class ComponentFiles:
             StartupError: tensors are missing, unknown or of the wrong shape.
         """
         missing = sorted(set(expected) - set(self.slots))
-        if missing:
-            raise _refuse(self.label, "lacks tensors that are needed", missing)
         extra = sorted(set(self.slots) - set(expected) - set(optional))
-        if extra:
-            raise _refuse(self.label, "has tensors that the model does not know", extra)
         wrong = [
             f"{name} {list(self.slots[name].shape)} instead of {list(shape)}"
             for name, shape in expected.items()
-            if self.slots[name].shape != tuple(shape)
+            if name in self.slots and self.slots[name].shape != tuple(shape)
         ]
-        if wrong:
-            raise _refuse(self.label, "has tensors of the wrong shape", wrong)
+        for what, names in (
+            ("lacks tensors that are needed", missing),
+            ("has tensors that the model does not know", extra),
+            ("has tensors of the wrong shape", wrong),
+        ):
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                raise StartupError(
+                    f"The file of {self.label} {what}: {', '.join(names[:_NAMED])}{more}; "
+                    "it belongs to another model or is damaged."
+                )
 
 
 @dataclass(slots=True)
@@ -97,7 +102,7 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     tokenizer: Path
     is_distilled: bool | None
-    files: ExitStack = field(repr=False)
+    files: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
         """Close every file."""
@@ -141,11 +146,3 @@ def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
 def sources_of(tensors: Mapping[str, Tensor]) -> tuple[Path, ...]:
     """Return the files of *tensors*, sorted."""
     return tuple(sorted({tensor.file.path for tensor in tensors.values()}))
-
-
-def _refuse(label: str, what: str, names: list[str]) -> StartupError:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return StartupError(
-        f"The file of {label} {what}: {', '.join(names[:_NAMED])}{more}; "
-        "it belongs to another model or is damaged."
-    )

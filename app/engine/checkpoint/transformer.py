@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from app.engine.checkpoint.bfl import Rule, rules
-from app.engine.checkpoint.files import ComponentFiles, QuantizedLayer, Slot
+from app.engine.checkpoint.files import ComponentFiles, QuantizedLayer, Slot, slots_of
 from app.engine.checkpoint.safetensors_header import parse_json
 from app.engine.checkpoint.safetensors_io import CPU, SafetensorsFile, Tensor
 from app.errors import StartupError
@@ -28,7 +28,6 @@ _SCALES = {
     "input_scale": "input",
     "scale_input": "input",
 }
-_FP8 = (torch.float8_e4m3fn,)
 _NOTE_BYTES = 65_536
 _SHOWN = 80
 
@@ -48,23 +47,27 @@ def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) ->
     layers, plain = sort_tensors(file, tensors)
     if config is None:
         config = _config_of(file, plain)
-    slots, origin = {}, {}
-    known = set()
     counts = [int(config[name]) for name in ("num_layers", "num_single_layers")]
     if max(counts) > len(tensors):
         raise _odd(file, f"it has {len(tensors)} tensors for {max(counts)} layers")
-    for rule in rules(*counts):
-        tensor = plain.get(rule.their_name)
-        known.add(rule.their_name)
-        if tensor is None:
-            continue
-        origin[rule.ours] = rule.theirs
-        read = partial(_read, rule, tensor, layers.get(rule.theirs))
-        slots[rule.our_name] = Slot(rule.shape(tensor.shape), tensor.dtype, read)
-    for name in sorted(set(plain) - known):
-        slots[name] = Slot(plain[name].shape, plain[name].dtype, plain[name].read)
+    table = rules(*counts)
+    slots = {
+        rule.our_name: Slot(
+            rule.shape(plain[rule.their_name].shape),
+            plain[rule.their_name].dtype,
+            partial(_read, rule, plain[rule.their_name], layers.get(rule.theirs)),
+        )
+        for rule in table
+        if rule.their_name in plain
+    }
+    unknown = sorted(set(plain) - {rule.their_name for rule in table})
     return ComponentFiles(
-        file.path.name, config, slots, origin=origin, quantized=layers, sources=(file.path,)
+        file.path.name,
+        config,
+        slots | slots_of({name: plain[name] for name in unknown}),
+        origin={rule.ours: rule.theirs for rule in table if rule.their_name in plain},
+        quantized=layers,
+        sources=(file.path,),
     )
 
 
@@ -100,7 +103,7 @@ def sort_tensors(
     layers = {}
     for name, tensor in plain.items():
         module = name.removesuffix(".weight")
-        if tensor.dtype in _FP8:
+        if tensor.dtype is torch.float8_e4m3fn:
             layers[module] = _layer(file, tensor, module, scales, notes)
         elif (module, "weight") in scales:
             raise _odd(file, f"{module} has a scale but is not fp8")

@@ -69,14 +69,13 @@ class QuantizedLinearBuilder:
         """Write the quantized layers to the cache, unless they were read from it, and close it."""
         if self._cache is None:
             return
-        if not self._cache.is_there and self._layers.cached and self._made:
-            self._cache.write(
-                {
-                    f"{name}.{word}": getattr(made, word)
-                    for name, made in self._made.items()
-                    for word in self._layers.cached
-                }
-            )
+        self._cache.write(
+            {
+                f"{name}.{word}": getattr(made, word)
+                for name, made in self._made.items()
+                for word in self._layers.cached
+            }
+        )
         self._cache.close()
         self._made.clear()
 
