@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 OnProgress = Callable[[LoadProgress], None]
 
+_FETCHED = LoadProgress(WorkerStage.LOADING)
+"""Ends a download: what follows has another time limit."""
 _SMALL_BYTES = 1_000_000_000
 _STACK_BYTES = 512
 _STACK_LIMIT = 0
@@ -92,16 +94,15 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     _limit_memory(config, device)
     precision = choose_precision(config.precision, probe_gpu(device), is_small=_is_small(config))
     files = _find(config, precision, on_progress)
-    is_mapped = config.offload == "disk" and precision.linears.is_exact
+    is_exact = precision.linears.is_exact
     with ExitStack() as stack:
         opened = open_checkpoint(
             files.path,
             elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
-            is_mapped=is_mapped,
+            is_mapped=config.offload == "disk" and is_exact,
         )
         checkpoint = stack.enter_context(closing(opened))
         check_compatibility(checkpoint, is_klein=files.is_ours and model.hub_id is not None)
-        is_exact = precision.linears.is_exact
         compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
         plan = choose_plan(
             config,
@@ -112,7 +113,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             is_compiled=compiler.is_on,
         )
         attention, kernel = choose_attention(device)
-        wanted = pipeline_build.BuildOptions(
+        options = pipeline_build.BuildOptions(
             device=device,
             dtype=precision.dtype,
             vae_dtype=vae_dtype(precision, device),
@@ -129,7 +130,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             max_sequence_length=model.max_sequence_length,
             is_distilled=_is_distilled(checkpoint.is_distilled, model),
         )
-        components = pipeline_build.build(checkpoint, wanted, on_progress)
+        components = pipeline_build.build(checkpoint, options, on_progress)
     features = (
         *(("CUDA graphs",) if compiler.has_graphs else ()),
         *((kernel,) if not is_exact else ()),
@@ -145,18 +146,15 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     entry = find_model(config.model)
     if entry.is_embedded:
         return Files(shapes.locate(), shapes.REVISION, is_ours=True)
-    from app.engine.hub.download import ensure
-    from app.engine.hub.fetch import Hub
+    # Imports the network's libraries.
+    from app.engine.hub import download, fetch
 
-    hub = Hub(silence_s=config.download_silence_s)
-    path = ensure(entry, Path(config.cache_dir), precision.linears.file, on_progress, hub=hub)
-    _end_fetching(on_progress)
+    hub = fetch.Hub(silence_s=config.download_silence_s)
+    path = download.ensure(
+        entry, Path(config.cache_dir), precision.linears.file, on_progress, hub=hub
+    )
+    on_progress(_FETCHED)
     return Files(path, entry.revision, is_ours=True)
-
-
-def _end_fetching(on_progress: OnProgress) -> None:
-    """Report the end of the download: what follows has another time limit."""
-    on_progress(LoadProgress(WorkerStage.LOADING))
 
 
 def find_device(config: EngineConfig) -> torch.device:
@@ -203,7 +201,7 @@ def _downloaded(config: EngineConfig, on_progress: OnProgress) -> Iterator[Path 
     with TemporaryDirectory(prefix="klein-parts-") as name:
         is_whole = lay_out_shared(entry, cache, folder := Path(name), on_progress)
         if is_whole:
-            _end_fetching(on_progress)
+            on_progress(_FETCHED)
         elif reason:
             _log.warning("No part is taken from KLEIN_CACHE_DIR, because %s.", reason)
         yield folder if is_whole else None

@@ -18,6 +18,7 @@ the published boost clocks.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from app.engine.quantization.formats import FORMATS
@@ -68,11 +69,6 @@ class Work:
     linears: float
     rest: float
     decode: float
-
-    @property
-    def total(self) -> float:
-        """FLOPs of all stages."""
-        return self.text + self.linears + self.rest + self.decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,16 +241,14 @@ def recognise(name: str, total_bytes: int) -> GpuDatasheet | None:
 
     The memory must agree within 5 %, since different chips are sold under one name.
     """
-    for gpu in GPUS:
-        if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes:
-            return gpu
-    return None
+    found = (
+        gpu
+        for gpu in GPUS
+        if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes
+    )
+    return next(found, None)
 
 
 def _plain(text: str) -> str:
     plain = "".join(letter for letter in text.lower() if letter.isalnum())
-    for word in ("nvidia", "geforce"):
-        plain = plain.removeprefix(word)
-    for size in ("8gb", "10gb", "12gb", "16gb", "24gb", "32gb"):
-        plain = plain.removesuffix(size)
-    return plain
+    return re.sub("^(nvidia)?(geforce)?|(8|10|12|16|24|32)gb$", "", plain)

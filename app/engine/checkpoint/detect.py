@@ -15,15 +15,9 @@ from typing import Any
 
 from app.engine.checkpoint import qwen3
 from app.engine.checkpoint import vae as vae_files
-from app.engine.checkpoint.files import (
-    Checkpoint,
-    ComponentFiles,
-    read_config,
-    slots_of,
-    sources_of,
-)
+from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config, slots_of
 from app.engine.checkpoint.safetensors_io import SafetensorsFile, Tensor
-from app.engine.checkpoint.transformer import is_bfl, read_transformer
+from app.engine.checkpoint.transformer import read_transformer
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -110,12 +104,12 @@ def _open_diffusers(
     layout = "diffusers folder"
     if transformer_file is not None or (not is_folder and len(own) == 1):
         chosen = transformer_file or own[0]
-        transformer = _read_single(open_file(chosen), config)
+        transformer = read_transformer(open_file(chosen), config)
         layout = f"diffusers folder with {chosen.name}"
     else:
-        transformer = _folder_part("transformer", config, path, open_file)
+        transformer = _open_folder(path / "transformer", config, open_file)
     encoder, vae = (
-        _folder_part(name, read_config(path / name / "config.json"), path, open_file)
+        _open_folder(path / name, read_config(path / name / "config.json"), open_file)
         for name in ("text_encoder", "vae")
     )
     return Checkpoint(
@@ -127,13 +121,6 @@ def _open_diffusers(
         tokenizer=path / "tokenizer",
         is_distilled=index.get("is_distilled"),
     )
-
-
-def _folder_part(
-    name: str, config: Mapping[str, Any], path: Path, open_file: Open
-) -> ComponentFiles:
-    tensors = _open_folder(path / name, open_file)
-    return ComponentFiles(name, config, slots_of(tensors), sources=sources_of(tensors))
 
 
 def _open_file(path: Path, elsewhere: Elsewhere, open_file: Open) -> Checkpoint:
@@ -171,7 +158,7 @@ def _open_comfy(
     vae = open_file(_only(path, ("vae",), "flux2"))
     return Checkpoint(
         layout="ComfyUI models folder",
-        transformer=_read_single(open_file(transformer), None),
+        transformer=read_transformer(open_file(transformer), None),
         encoder=qwen3.read_encoder(encoder),
         vae=vae_files.read_vae(vae),
         scheduler=SCHEDULER,
@@ -208,16 +195,7 @@ def _pickled(path: Path) -> StartupError:
     )
 
 
-def _read_single(file: SafetensorsFile, config: Mapping[str, Any] | None) -> ComponentFiles:
-    if is_bfl(file.tensors):
-        return read_transformer(file, config)
-    raise StartupError(
-        f"{file.path.name} holds no FLUX.2 transformer in Black Forest Labs' names; "
-        "give the published fp8 or bf16 file."
-    )
-
-
-def _open_folder(folder: Path, open_file: Open) -> dict[str, Tensor]:
+def _open_folder(folder: Path, config: Mapping[str, Any], open_file: Open) -> ComponentFiles:
     """Open the safetensors files of *folder*: those its index names, else the only ones there."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is not None:
@@ -236,4 +214,5 @@ def _open_folder(folder: Path, open_file: Open) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for each in paths:
         tensors |= open_file(each).tensors
-    return tensors
+    sources = tuple(sorted({tensor.file.path for tensor in tensors.values()}))
+    return ComponentFiles(folder.name, config, slots_of(tensors), sources=sources)

@@ -141,8 +141,3 @@ def read_config(path: Path) -> dict[str, Any]:
 def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
     """Describe tensors that already have diffusers' names."""
     return {name: Slot(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
-
-
-def sources_of(tensors: Mapping[str, Tensor]) -> tuple[Path, ...]:
-    """Return the files of *tensors*, sorted."""
-    return tuple(sorted({tensor.file.path for tensor in tensors.values()}))

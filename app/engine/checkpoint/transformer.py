@@ -32,18 +32,20 @@ _NOTE_BYTES = 65_536
 _SHOWN = 80
 
 
-def is_bfl(names: Mapping[str, Any]) -> bool:
-    """Return whether *names* are those of BFL's FLUX.2 transformer."""
-    return any(name.endswith("double_blocks.0.img_attn.qkv.weight") for name in names)
-
-
 def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) -> ComponentFiles:
     """Describe the transformer in *file*; a *config* of None is derived from the tensors' shapes.
 
     Raises:
         StartupError: the file is of another model, damaged, or in an unsupported format.
     """
-    tensors = _without_prefix(file)
+    if not any(name.endswith("double_blocks.0.img_attn.qkv.weight") for name in file.tensors):
+        raise StartupError(
+            f"{file.path.name} holds no FLUX.2 transformer in Black Forest Labs' names; "
+            "give the published fp8 or bf16 file."
+        )
+    is_in = (each for each in _PREFIXES if any(name.startswith(each) for name in file.tensors))
+    prefix = next(is_in, "")
+    tensors = {name.removeprefix(prefix): each for name, each in file.tensors.items()}
     layers, plain = sort_tensors(file, tensors)
     if config is None:
         config = _config_of(file, plain)
@@ -77,13 +79,6 @@ def _read(
     return rule.take(tensor.read(device) if layer is None else layer.restored(device))
 
 
-def _without_prefix(file: SafetensorsFile) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if any(name.startswith(prefix) for name in file.tensors):
-            return {name.removeprefix(prefix): each for name, each in file.tensors.items()}
-    return dict(file.tensors)
-
-
 def sort_tensors(
     file: SafetensorsFile, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, QuantizedLayer], dict[str, Tensor]]:
@@ -115,13 +110,15 @@ def sort_tensors(
 
 def _refuse_packed(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error for fp4: two weights in a byte, and scales of scales."""
-    for name, tensor in tensors.items():
-        is_packed = name.endswith(".weight") and tensor.dtype is torch.uint8
-        if is_packed or name.endswith(".weight_scale_2"):
-            raise StartupError(
-                f"{file.path.name} holds fp4 weights, which are not supported; "
-                "use the fp8 or bf16 safetensors file."
-            )
+    if any(
+        name.endswith(".weight_scale_2")
+        or (name.endswith(".weight") and tensor.dtype is torch.uint8)
+        for name, tensor in tensors.items()
+    ):
+        raise StartupError(
+            f"{file.path.name} holds fp4 weights, which are not supported; "
+            "use the fp8 or bf16 safetensors file."
+        )
 
 
 def _layer(

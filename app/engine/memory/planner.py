@@ -120,15 +120,15 @@ class MemoryPlan:
 
 def peak_bytes(plan: Plan, weights: Weights, rates: Rates, pixels: int, references: int = 0) -> int:
     """Estimate the peak GPU memory of an image of *pixels*, in bytes."""
-    streamed, tiled = plan.is_streamed, plan.is_tiled
-    resident = weights.transformer + weights.decoder + (0 if streamed else weights.encoder)
+    resident = weights.transformer + weights.decoder + (0 if plan.is_streamed else weights.encoder)
     tokens = pixels // _TOKEN_PIXELS + _TEXT_TOKENS + references * _REFERENCE_TOKENS
-    picture = 12 * pixels
-    decode = picture + (rates.tiles if tiled or pixels > EXACT_PIXELS else rates.pixel * pixels)
-    text = rates.text + (2 * weights.encoder // 27 if streamed else 0)
-    stages = [text, rates.token * tokens, decode]
-    if references:
-        stages.append(weights.image_encoder + rates.encoded_pixel * _BASE_PIXELS)
+    is_tiled = plan.is_tiled or pixels > EXACT_PIXELS
+    stages = (
+        rates.text + (2 * weights.encoder // 27 if plan.is_streamed else 0),
+        rates.token * tokens,
+        12 * pixels + (rates.tiles if is_tiled else rates.pixel * pixels),
+        weights.image_encoder + rates.encoded_pixel * _BASE_PIXELS if references else 0,
+    )
     return resident + max(stages) + rates.margin
 
 

@@ -71,10 +71,6 @@ def _int8_weights() -> Layers:
     return Layers(linear.WeightOnlyLinear, linear.quantize_int8)
 
 
-def _nothing() -> str:
-    return ""
-
-
 def _missing_kitchen() -> str:
     from app.engine.quantization.int8_kernel import fused_matmul
 
@@ -104,7 +100,7 @@ class WeightFormat:
     """The field of `roofline.GpuDatasheet` with its matmul's rate; None where there is none."""
     kernel: str = "PyTorch"
     """Whose matmul runs, in messages."""
-    missing: Callable[[], str] = _nothing
+    missing: Callable[[], str] = str
     """Says what the kernel needs and is not installed; empty where nothing is missing."""
     must_win: bool = False
     """Whether the probe also has to find it faster than bf16."""
