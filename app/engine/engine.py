@@ -76,7 +76,12 @@ class KleinEngine:
         except Exception as error:
             _log.exception("The model could not be loaded.")
             error_mapping.release(error)
-            raise StartupError(_load_failure(error)) from None
+            if error_mapping.is_out_of_memory(error):
+                raise StartupError(
+                    "The card has too little free memory for this model; close what else uses it, "
+                    "or choose KLEIN_PRECISION=fp8."
+                ) from None
+            raise StartupError("The model could not be loaded; the log above says why.") from None
         # Objects that exist now are permanent; later collections need not traverse them.
         gc.freeze()
         return loaded.info(self._config, warm_up_s, time.perf_counter() - begun)
@@ -235,12 +240,3 @@ class _Clock:
             PeakMemory(allocated["peak"], reserved["peak"]),
             PeakMemory(allocated["current"], reserved["current"]),
         )
-
-
-def _load_failure(error: Exception) -> str:
-    if error_mapping.is_out_of_memory(error):
-        return (
-            "The card has too little free memory for this model; close what else uses it, "
-            "or choose KLEIN_PRECISION=fp8."
-        )
-    return "The model could not be loaded; the log above says why."

@@ -103,6 +103,12 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         )
         checkpoint = stack.enter_context(closing(opened))
         check_compatibility(checkpoint, is_klein=files.is_ours and model.hub_id is not None)
+        if checkpoint.is_distilled not in (None, model.is_distilled):
+            _log.warning(
+                "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
+                checkpoint.is_distilled,
+                model.id,
+            )
         compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
         plan = choose_plan(
             config,
@@ -128,7 +134,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             prompt_cache=config.prompt_cache,
             quantized_cache=Path(config.cache_dir),
             max_sequence_length=model.max_sequence_length,
-            is_distilled=_is_distilled(checkpoint.is_distilled, model),
+            is_distilled=model.is_distilled,
         )
         components = pipeline_build.build(checkpoint, options, on_progress)
     features = (
@@ -235,14 +241,3 @@ def _shrink_stacks(device: torch.device) -> None:
         return
     if code != 0:
         _log.debug("The driver keeps its stacks as they are, error %s.", code)
-
-
-def _is_distilled(found: bool | None, model: ModelSpec) -> bool:
-    """Return whether the model is distilled, as the catalogue says; log a folder that differs."""
-    if found is not None and found != model.is_distilled:
-        _log.warning(
-            "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
-            found,
-            model.id,
-        )
-    return model.is_distilled

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from app.engine.quantization.formats import FORMATS
 
 _MIB = 1 << 20
-_TERA = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +219,9 @@ GPUS: tuple[GpuDatasheet, ...] = (
         memory_bytes=143_771 * _MIB,
         capability=(9, 0),
         bandwidth_bytes_s=4.8e12,
-        bf16=989 * _TERA,
-        int8=1979 * _TERA,
-        fp8=1979 * _TERA,
+        bf16=989e12,
+        int8=1979e12,
+        fp8=1979e12,
         sms=132,
         clock_ghz=1.980,
     ),

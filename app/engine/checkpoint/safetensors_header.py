@@ -78,9 +78,9 @@ def parse_json(text: bytes | str) -> Any:
     _check_tokens(raw)
     try:
         return json.loads(raw, object_pairs_hook=_once, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, HeaderError):
-            raise
+    except HeaderError:
+        raise
+    except (ValueError, RecursionError):
         raise HeaderError("its header cannot be read") from None
 
 

@@ -206,7 +206,7 @@ def _build_fast_encoder(
         device=options.device,
         dtype=options.dtype,
         on_read=fill.count,
-        quantized_cache=_quantized_cache(part, options, options.encoder_linears, "encoder"),
+        cache=_quantized_cache(part, options, options.encoder_linears, "encoder"),
     )
     layers = nn.ModuleList(
         encoder_layer(number, make, fill.norm(part), eps=config.rms_norm_eps)
@@ -236,7 +236,7 @@ def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> 
         device=options.device,
         dtype=options.dtype,
         on_read=fill.count,
-        quantized_cache=_quantized_cache(part, options, options.linears, "transformer"),
+        cache=_quantized_cache(part, options, options.linears, "transformer"),
     )
     replace_blocks(shell, make, fill.norm(part), options.attention)
     make.keep()

@@ -7,6 +7,7 @@ layer at a time. Projections of the same input are concatenated first, so they s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,71 +24,61 @@ Make = Callable[..., nn.Module]
 """Builds one linear layer from the names of the modules that it concatenates."""
 
 
+@dataclass(slots=True)
 class QuantizedLinearBuilder:
-    """Reads linear layers of *part* and builds them in *wanted*, on *device*.
+    """Reads linear layers of *part* and builds them in *format*, on *device*.
 
     *dtype* is that of layers which are not quantized. *on_read* gets the label of *part*, the
-    number of modules and the bytes of each built layer. Layers that *quantized_cache* holds are
-    read from there.
+    number of modules and the bytes of each built layer. Layers that *cache* holds are read from
+    there.
     """
 
-    def __init__(
-        self,
-        part: ComponentFiles,
-        wanted: WeightFormat,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_read: Callable[[str, int, int], None],
-        quantized_cache: QuantizedCache | None = None,
-    ) -> None:
-        self._part = part
-        self._format = wanted
-        self._layers = wanted.layers()
-        self._device = device
-        self._dtype = dtype
-        self._on_read = on_read
-        self._cache = quantized_cache
-        self._made: dict[str, nn.Module] = {}
+    part: ComponentFiles
+    format: WeightFormat
+    device: torch.device
+    dtype: torch.dtype
+    on_read: Callable[[str, int, int], None]
+    cache: QuantizedCache | None = None
+    _made: dict[str, nn.Module] = field(default_factory=dict, init=False)
 
     def __call__(self, *modules: str) -> nn.Module:
         """Build one layer of *modules*, concatenated in this order."""
-        origins = {self._part.origin.get(module, module) for module in modules}
-        layer = self._part.quantized.get(next(iter(origins))) if len(origins) == 1 else None
+        origins = {self.part.origin.get(module, module) for module in modules}
+        layer = self.part.quantized.get(next(iter(origins))) if len(origins) == 1 else None
         if layer is None:
             name = "+".join(modules)
             made = self._made[name] = self._recall(name) or self._quantize(modules)
-        elif self._layers.take is not None:
-            made = self._layers.take(layer, self._device)
+        elif (take := self.format.layers().take) is not None:
+            made = take(layer, self.device)
         else:
-            made = self._format.build(layer.restored(self._device), self._dtype)
+            made = self.format.build(layer.restored(self.device), self.dtype)
         size = sum(each.nbytes for each in [*made.parameters(), *made.buffers()])
-        self._on_read(self._part.label, len(modules), size)
+        self.on_read(self.part.label, len(modules), size)
         return made
 
     def keep(self) -> None:
         """Write the quantized layers to the cache, unless they were read from it, and close it."""
-        if self._cache is None:
+        if self.cache is None:
             return
-        self._cache.write(
+        self.cache.write(
             {
                 f"{name}.{word}": getattr(made, word)
                 for name, made in self._made.items()
-                for word in self._layers.cached
+                for word in self.format.layers().cached
             }
         )
-        self._cache.close()
+        self.cache.close()
         self._made.clear()
 
     def _recall(self, name: str) -> nn.Module | None:
-        names = [f"{name}.{word}" for word in self._layers.cached]
-        found = self._cache.read(names, self._device) if self._cache else None
-        return self._layers.make(*found).to(self._device) if found else None
+        names = [f"{name}.{word}" for word in self.format.layers().cached]
+        found = self.cache.read(names, self.device) if self.cache else None
+        return self.format.layers().make(*found).to(self.device) if found else None
 
     def _quantize(self, modules: tuple[str, ...]) -> nn.Module:
-        slots = [self._part.slots[f"{module}.weight"] for module in modules]
-        weight = torch.cat([slot.read(self._device) for slot in slots])
-        return self._format.build(weight, self._dtype)
+        slots = [self.part.slots[f"{module}.weight"] for module in modules]
+        weight = torch.cat([slot.read(self.device) for slot in slots])
+        return self.format.build(weight, self.dtype)
 
 
 def replace_blocks(
@@ -100,15 +91,18 @@ def replace_blocks(
         for number in range(len(shell.transformer_blocks))
     )
     shell.single_transformer_blocks = nn.ModuleList(
-        _single(
-            f"single_transformer_blocks.{number}.attn",
-            make,
-            norm,
+        SingleBlock(
+            make(f"{name}.to_qkv_mlp_proj"),
+            make(f"{name}.to_out"),
+            (norm(f"{name}.norm_q.weight"), norm(f"{name}.norm_k.weight")),
             width=width,
             eps=eps,
             attention=attention,
         )
-        for number in range(len(shell.single_transformer_blocks))
+        for name in (
+            f"single_transformer_blocks.{number}.attn"
+            for number in range(len(shell.single_transformer_blocks))
+        )
     )
 
 
@@ -142,25 +136,6 @@ def _double(
         for each in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     )
     return DoubleBlock(image, text, (q, k, text_q, text_k), eps=eps, attention=attention)
-
-
-def _single(
-    name: str,
-    make: Make,
-    norm: Callable[[str], nn.Parameter],
-    *,
-    width: int,
-    eps: float,
-    attention: Attention,
-) -> SingleBlock:
-    return SingleBlock(
-        make(f"{name}.to_qkv_mlp_proj"),
-        make(f"{name}.to_out"),
-        (norm(f"{name}.norm_q.weight"), norm(f"{name}.norm_k.weight")),
-        width=width,
-        eps=eps,
-        attention=attention,
-    )
 
 
 def encoder_layer(
