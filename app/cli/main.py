@@ -14,7 +14,7 @@ from app import __version__
 from app.cli.old_cache import find_old_cache
 from app.cli.system_limits import check_surroundings, explain
 from app.errors import KleinError
-from app.settings import Settings
+from app.model_choice import read_settings
 
 _COMMANDS = {
     "serve": "app.cli.serve",
@@ -98,7 +98,7 @@ def _drop_output() -> None:
 def _run(words: Sequence[str]) -> int:
     if "serve" in words:
         # An invalid setting is reported before slow imports.
-        Settings.read(os.environ)
+        read_settings(os.environ)
     parser = argparse.ArgumentParser(
         prog="klein", description="Serve one warm FLUX.2 klein pipeline over HTTP."
     )
@@ -107,7 +107,7 @@ def _run(words: Sequence[str]) -> int:
     for command in _needed(words):
         import_module(_COMMANDS[command]).add_parser(commands)
     arguments = parser.parse_args(words)
-    settings = Settings.read(os.environ, **arguments.settings(arguments))
+    settings = read_settings(os.environ, **arguments.settings(arguments))
     if arguments.command not in _NAMING and (old := find_old_cache(settings)) is not None:
         print(f"klein: {old.sentence}", file=sys.stderr, flush=True)
     return int(arguments.run(arguments, settings))

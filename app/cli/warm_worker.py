@@ -13,6 +13,7 @@ from pathlib import Path
 from app import logs
 from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
+from app.engine.quantization.formats import choices
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
 from app.limits import DRAW, MAX_SEED, Limits
@@ -21,8 +22,6 @@ from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
-
-PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
 
 _PATIENCE_S = 86_400.0
 _COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "white", "black")
@@ -125,8 +124,8 @@ def parse_precisions(text: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
-        if name not in PRECISIONS:
-            raise InvalidRequest(f"{name!r} is no precision; take of {', '.join(PRECISIONS)}.")
+        if name not in choices():
+            raise InvalidRequest(f"{name!r} is no precision; take of {', '.join(choices())}.")
     return names
 
 
