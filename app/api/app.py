@@ -75,7 +75,7 @@ def create_app(
         openai_route.build_router(config, links),
         files.build_router(links),
         models.build_router(config),
-        health.router,
+        health.build_router(config),
         metrics.router,
         playground.build_router(config),
     ):

@@ -12,18 +12,35 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from app import __version__
+from app import __version__, limits
+from app.api.config import ApiConfig
 from app.api.deps import Service
 from app.api.errors import envelope, retry_after
 from app.api.request_context import context_of
-from app.domain import ModelInfo, WorkerStage
+from app.api.schema.unsupported_values import FORMATS
+from app.domain import ModelInfo, ModelSpec, WorkerStage
 from app.errors import Kind, KleinError
 from app.service.results import Status
 
-router = APIRouter(tags=["health"])
+
+def build_router(config: ApiConfig) -> APIRouter:
+    """Make the router."""
+    router = APIRouter(tags=["health"])
+    router.get("/health/live", summary="Whether the process answers")(live)
+    router.get("/health/ready", summary="Whether a picture could be made now")(ready)
+
+    @router.get("/health", summary="Model, precision, memory plan, limits, queue")
+    async def health(request: Request, service: Service) -> Response:
+        """Say all that is known; the status code is that of `/health/ready`."""
+        handed_out = {
+            "limits": _limits(service.model, config),
+            "output_formats": sorted(set(FORMATS.values()), key=list(FORMATS).index),
+        }
+        return _health(request, service, handed_out)
+
+    return router
 
 
-@router.get("/health/live", summary="Whether the process answers")
 async def live(request: Request, service: Service) -> Response:
     """Say that the process answers.
 
@@ -35,16 +52,13 @@ async def live(request: Request, service: Service) -> Response:
     return JSONResponse({"status": "alive"})
 
 
-@router.get("/health/ready", summary="Whether a picture could be made now")
 async def ready(request: Request, service: Service) -> Response:
     """Say whether the model has made its warm-up picture and the service takes requests."""
     status = service.status()
     return _answer(request, status, _readiness(status))
 
 
-@router.get("/health", summary="Model, precision, memory plan, queue")
-async def health(request: Request, service: Service) -> Response:
-    """Say all that is known; the status code is that of `/health/ready`."""
+def _health(request: Request, service: Service, handed_out: dict[str, Any]) -> Response:
     status = service.status()
     details = {
         **_readiness(status),
@@ -57,6 +71,7 @@ async def health(request: Request, service: Service) -> Response:
             "estimated_wait_s": round(status.estimated_wait_s, 3),
         },
         "worker_restarts": status.worker_restarts,
+        **handed_out,
         **_worker(status.info),
     }
     return _answer(request, status, details)
@@ -68,6 +83,22 @@ def _readiness(status: Status) -> dict[str, Any]:
         "stage": status.stage,
         "progress": status.progress,
         "reason": status.reason,
+    }
+
+
+def _limits(model: ModelSpec, config: ApiConfig) -> dict[str, float]:
+    return {
+        "min_side": model.min_side,
+        "max_side": model.max_side,
+        "multiple": limits.STEP,
+        "max_ratio": limits.MAX_RATIO,
+        "max_pixels": min(model.max_pixels, config.max_pixels),
+        "max_steps": model.max_steps,
+        "min_guidance": 1.0,
+        "max_guidance": model.max_guidance,
+        "max_references": min(model.max_references, config.max_references),
+        "max_seed": limits.MAX_SEED,
+        "max_prompt_characters": limits.MAX_PROMPT,
     }
 
 
