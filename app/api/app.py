@@ -77,7 +77,7 @@ def create_app(
         models.build_router(config),
         health.build_router(config),
         metrics.router,
-        playground.build_router(config),
+        playground.build_router(),
     ):
         app.include_router(router)
     if settings.docs:
