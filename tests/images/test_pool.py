@@ -33,6 +33,7 @@ from tests.data.hostile import (
     slow_jpeg,
 )
 from tests.images import noise, saved
+from tests.support.timing import TIMED
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -339,7 +340,8 @@ async def test_a_decoder_that_stands_still_is_given_up():
         pool.kill()
 
 
-async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog):
+@TIMED
+async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog, is_timed: bool):
     """Soon, and with the hint to try again; the service goes on trying."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     pool = DecoderPool(limits=Limits(start_s=0.05))
@@ -349,7 +351,7 @@ async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog)
     ):
         assert isinstance(error, Unavailable)
         assert error.kind is Kind.WORKER_DOWN
-    assert time.perf_counter() - started < 0.5  # not one after another
+    assert not is_timed or time.perf_counter() - started < 0.5  # not one after another
     assert "could not be started" in caplog.text
 
     monkeypatch.undo()
