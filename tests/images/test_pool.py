@@ -103,7 +103,8 @@ async def test_a_refusal_crosses_with_its_place_and_code(pool):
     assert (second.value.param, second.value.code) == ("mask", "invalid_mask")
 
 
-async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool):
+@TIMED
+async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool, is_timed: bool):
     """The decoder is ended by the kernel, the caller is told by the place of the picture, and the
     next one is served.
     """
@@ -115,7 +116,7 @@ async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool):
     assert caught.value.code == "invalid_image"
     assert caught.value.message.startswith(f"{caught.value.param} cannot be decoded")
     assert caught.value.param in {f"images[{index}]" for index in range(4)}
-    assert time.process_time() - before < 0.5  # of this process
+    assert not is_timed or time.process_time() - before < 0.5  # of this process
     assert (await decode(pool, photo())).size == (128, 128)
 
 
