@@ -78,7 +78,7 @@ def create_app(
         openai_route.build_router(config, links),
         models.build_router(config),
         health.router,
-        playground.build_router(config),
+        playground.build_router(),
     ):
         app.include_router(router)
     if settings.docs:

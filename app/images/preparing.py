@@ -16,7 +16,8 @@ from app.images.uploads import decode_mask, decode_upload, prepare_reference, re
 
 MAX_UPLOAD_BYTES = 50_000_000
 
-_RATIO_TOLERANCE = 0.02
+RATIO_TOLERANCE = 0.02
+"""By how much a mask's picture and the result may differ in their ratio of sides."""
 
 Size = tuple[int, int]
 
@@ -101,7 +102,7 @@ def _decode(image: Upload, index: int) -> RawImage:
 def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:
     wanted = result[0] / result[1]
     if all(
-        abs(wanted * image.height / image.width - 1) > _RATIO_TOLERANCE
+        abs(wanted * image.height / image.width - 1) > RATIO_TOLERANCE
         for image in (original, prepared)
     ):
         raise InvalidRequest(

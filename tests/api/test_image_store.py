@@ -9,6 +9,7 @@ import pytest
 
 from app.api.openai.image_store import ImageStore
 from tests.api.conftest import error_of
+from tests.support.timing import TIMED
 
 ROUTE = "/v1/images/generations"
 
@@ -90,7 +91,8 @@ def test_who_was_alone_makes_room_for_the_next(clock):
     assert sorted(sum(kept(links, each)) for each in (first, second, third)) == [5, 5, 6]
 
 
-def test_room_is_made_at_the_same_cost_however_many_have_links(clock):
+@TIMED
+def test_room_is_made_at_the_same_cost_however_many_have_links(clock, is_timed: bool):
     """A large picture drives out thousands of small ones of thousands of clients, within a tenth
     of a second of computing."""
     links = ImageStore(lifetime_s=60, clock=clock, max_bytes=20_000, max_count=2_000)
@@ -98,7 +100,7 @@ def test_room_is_made_at_the_same_cost_however_many_have_links(clock):
     names = [put(links, client=str(number)) for number in range(2_000)]
     put(links, 15_000, client="a")
 
-    assert time.thread_time() - before < 0.1
+    assert not is_timed or time.thread_time() - before < 0.1
     assert sum(kept(links, names)) == 500
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.api.pictures import data_url, encode, mask, photo, rotated_photo
 from tests.api.targets import LIFETIME_S, MAX_BODY, Target, on_fakes, on_server, picture
+from tests.support.timing import TIMED
 
 SCRIPTED = pytest.param("scripted", marks=pytest.mark.slow)
 KLEIN = pytest.param("klein", marks=[pytest.mark.full, pytest.mark.torch])
@@ -196,19 +197,20 @@ async def test_none_is_absent_and_text_is_no_number(target):
     assert (await refusal(make(target, extra_body={"n": "2"}))).code == "invalid_type"
 
 
-async def test_models_have_several_names(target):
+@TIMED
+async def test_models_have_several_names(target, is_timed: bool):
     """Those of the served one; any other is refused at once, with 400 rather than 404."""
     names = ("flux.2-klein-4b", "black-forest-labs/FLUX.2-klein-4B", "gpt-image-1", None)
     for name in names:
         assert (await make(target, model=name)).model == "flux.2-klein-4b"
     seconds = []
-    for _ in range(25):
+    for _ in range(25 if is_timed else 1):
         started = time.perf_counter()
         error = await refusal(make(target, model="invalid-model"))
         seconds.append(time.perf_counter() - started)
 
         assert (error.code, error.param) == ("model_not_found", "model")
-    assert min(seconds) < 0.05
+    assert not is_timed or min(seconds) < 0.05
 
 
 async def test_a_link_leads_to_the_picture_for_a_while(target):

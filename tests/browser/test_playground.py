@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.browser.conftest import checkerboard, picture
+from tests.browser.conftest import checkerboard, picture, png
 
 pytestmark = pytest.mark.system
 
@@ -313,6 +315,58 @@ def test_a_failure_in_the_middle_is_said_in_words(visit, scripted) -> None:
     here.make("less")
 
 
+@pytest.mark.parametrize("total_s", [0.001, 0.2, 30])
+def test_the_timing_bar_is_full_however_short_the_picture(visit, klein, total_s) -> None:
+    """The stages share the whole bar by their seconds, also where those do not add up to one."""
+    shares = {"text": 0.2, "denoise": 0.7, "decode": 0.1}
+    timings = [f"{stage};dur={share * total_s * 1000:.6f}" for stage, share in shares.items()]
+    timing = f"timing {', '.join(timings)}, total;dur={total_s * 1000}"
+    done = {"type": "image_generation.completed", "seed": 1, "size": "64x64"}
+    here = visit(klein).wait_until_ready()
+    answer_with(here, {**done, **encoded(checkerboard(64))}, comment=timing)
+    here.make("a fox in the snow")
+    bar, stages = here.page.evaluate(
+        """() => {
+            const width = (it) => it.getBoundingClientRect().width;
+            const bar = document.getElementById("stages");
+            return [width(bar), [...bar.children].map(width)];
+        }"""
+    )
+    room = bar - 2 * (len(stages) - 1)  # gaps of two pixels
+
+    assert stages == pytest.approx([share * room for share in shares.values()], abs=1)
+
+
+@pytest.mark.parametrize("end", ["failure", "failure after a preview", "cancel"])
+def test_a_first_picture_that_is_not_made_leaves_the_page_as_it_was(visit, scripted, end) -> None:
+    """The frame is empty again, with its examples, and one of them can be taken."""
+    server = scripted("slow=20" if end == "cancel" else "oom@1")
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready().choose(steps=40)
+    height = here.page.locator("#frame").bounding_box()["height"]
+    if end == "failure after a preview":
+        preview = {"type": "image_generation.partial_image", "partial_image_index": 0}
+        failure = {"error": {"message": "The card has no room for this picture."}}
+        answer_with(here, {**preview, **encoded(checkerboard(64))}, failure)
+    here.page.fill("#prompt", "too much")
+    here.page.click("#make")
+    if end == "cancel":
+        here.page.wait_for_selector("#progress-text:text-matches('^Step [1-9]')")
+        here.page.click("#cancel")
+    else:
+        here.page.wait_for_selector("#error:text('The card has no room')")
+    here.page.wait_for_selector('#make[aria-disabled="false"]')
+
+    assert here.page.get_attribute("#frame", "data-state") == "empty"
+    assert here.page.locator("#frame").bounding_box()["height"] == height
+    assert not here.page.is_visible("#picture")
+
+    example = here.page.locator("#examples button").first
+    example.click()
+
+    assert here.page.input_value("#prompt") == example.inner_text()
+
+
 def test_a_server_that_went_away_is_said_in_words(visit, scripted) -> None:
     """No picture and no riddle."""
     server = scripted()
@@ -333,12 +387,22 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit, scripted) -> None:
     server.wait_until_ready()
     here = visit(server, permissions=["clipboard-read", "clipboard-write"])
     here.expected = ["Failed to load resource: the server responded with a status of 401"]
+    here.page.wait_for_selector("#status:text('A key is needed')")
+    here.page.click("#make")
+
+    assert here.page.evaluate("document.activeElement.id") == "key"
+
     here.page.fill("#key", "a-wrong-key")
     here.page.press("#key", "Enter")
     here.page.wait_for_selector("#status:text('The key was refused')")
     here.page.fill("#key", key)
     here.page.press("#key", "Enter")
-    here.wait_until_ready().make("a cat")
+    here.wait_until_ready()
+
+    assert not here.page.is_visible("#key-form"), "the key was accepted"
+    assert here.page.evaluate("document.activeElement.id") == "prompt"
+
+    here.make("a cat")
     here.page.click("#copy-curl")
 
     assert here.page.evaluate("Object.values(sessionStorage)") == [key]
@@ -354,6 +418,69 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit, scripted) -> None:
     here.page.wait_for_selector("#status:text('A key is needed')")
 
     assert here.page.evaluate("sessionStorage.length") == 0
+    assert here.page.is_visible("#key-form")
+    assert not here.page.is_visible("#key-forget")
+    assert here.page.evaluate("document.activeElement.id") == "key"
+
+
+def test_a_key_that_was_accepted_before_is_not_asked_for_again(visit, scripted) -> None:
+    """A page loaded anew has it from the tab, and shows no field."""
+    server = scripted(api_keys="a-key-for-the-test")
+    server.wait_until_ready()
+    here = visit(server)
+    here.expected = ["Failed to load resource: the server responded with a status of 401"]
+    here.page.fill("#key", "a-key-for-the-test")
+    here.page.press("#key", "Enter")
+    here.wait_until_ready().page.reload()
+    here.wait_until_ready()
+
+    assert not here.page.is_visible("#key-form")
+    assert here.page.is_visible("#key-forget")
+
+
+def test_every_limit_of_the_form_is_the_services(visit, klein) -> None:
+    """Sizes, steps, seed, prompt, references and formats are those that `/health` hands out."""
+    here = visit(klein)
+    health = json.loads(klein.get("/health")[2])
+    health["output_formats"] = ["jpeg", "tiff"]
+    health["limits"] |= {
+        **{"min_side": 128, "max_side": 640, "multiple": 64, "max_ratio": 2},
+        **{"max_pixels": 450_000, "max_steps": 7, "max_references": 1, "max_seed": 120},
+        "max_prompt_characters": 50,
+    }
+    here.page.route("**/health", lambda route: route.fulfill(json=health))
+    here.page.reload()
+    here.wait_until_ready()
+    sizes = here.page.evaluate(
+        "[...document.querySelectorAll('input[name=size]')].map(({value}) => value)"
+    )
+    pairs = [[int(side) for side in size.split("x")] for size in sizes[1:-1]]
+
+    assert pairs
+    assert all(side % 64 == 0 and 128 <= side <= 640 for pair in pairs for side in pair)
+    assert all(w * h <= 450_000 and max(w, h) <= 2 * min(w, h) for w, h in pairs)
+    for side in ("width", "height"):
+        it = here.page.locator(f"#{side}")
+        assert [it.get_attribute(name) for name in ("min", "max", "step")] == ["128", "640", "64"]
+    assert here.page.get_attribute("#steps", "max") == "7"
+    assert here.page.get_attribute("#prompt", "maxlength") == "50"
+    assert here.page.locator("#format option").all_inner_texts() == ["JPEG", "TIFF"]
+
+    here.page.fill("#prompt", "a cat")
+    here.page.locator("#seed-fixed").check()
+    for field, value, said in (("steps", "8", "from 1 to 7"), ("seed", "121", "from 0 to 120")):
+        kept = here.page.input_value(f"#{field}")
+        here.page.fill(f"#{field}", value)
+        here.page.click("#make")
+        assert said in here.page.inner_text("#error")
+        here.page.fill(f"#{field}", kept or "1")
+    here.upload(checkerboard(640).crop((0, 0, 640, 130)))
+
+    assert "256 × 128" in here.page.inner_text("#settings-summary")
+
+    file = {"name": "b.png", "mimeType": "image/png", "buffer": png(checkerboard(64))}
+    here.page.set_input_files("#files", [file])
+    here.page.wait_for_selector("#error:text('At most 1 picture')")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -394,6 +521,22 @@ def test_nothing_moves_for_those_who_want_it_still(visit, scripted) -> None:
     here.wait_for_picture()
 
     assert here.page.evaluate("window.moved") == []
+
+
+def answer_with(here, *events: dict[str, object], comment: str = "") -> None:
+    """Let requests for a picture be answered with these events."""
+    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    here.page.route(
+        "**/generations",
+        lambda route: route.fulfill(
+            body=f": {comment}\n\n{stream}", content_type="text/event-stream"
+        ),
+    )
+
+
+def encoded(image) -> dict[str, str]:
+    """A picture as events carry it."""
+    return {"b64_json": base64.b64encode(png(image)).decode(), "output_format": "png"}
 
 
 def tab_to(here, wanted: str, *, by: str = "id") -> None:

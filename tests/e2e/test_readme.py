@@ -1,4 +1,4 @@
-"""The README's commands do what it says they do."""
+"""The commands of the README, CONTRIBUTING.md and docs/ do what is said there."""
 
 from __future__ import annotations
 
@@ -14,14 +14,46 @@ from tests.support.server import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.S)
-COMMANDS = [
-    line.split("#")[0].strip()
-    for kind, text in BLOCKS
-    if kind == "sh"
-    for line in text.splitlines()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (page.name, kind, text)
+    for page in PAGES
+    for kind, text in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.S | re.M)
 ]
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for _, kind, text in BLOCKS
+        if kind in {"sh", "bash", "console"}
+        for line in text.splitlines()
+        if line.split("#")[0].strip()
+    }
+)
+FIRST_REQUEST = (
+    "curl -X POST localhost:8000/generate -H 'content-type: application/json' "
+    """-d '{"prompt":"a red circle"}' -o a.png"""
+)
+ALONE = (
+    "klein --version",
+    pytest.param("klein doctor", marks=pytest.mark.full),
+    pytest.param('klein generate "a red circle" -o out.png', marks=pytest.mark.full),
+    pytest.param("klein doctor --card rtx-3060", marks=pytest.mark.full),
+    pytest.param('klein compare "a red circle" --precision bf16,fp32', marks=pytest.mark.full),
+)
+COLLECTED = (
+    ".venv/bin/pytest tests/jobs",
+    ".venv/bin/pytest -m slow tests/e2e/test_service.py",
+)
+NOT_RUN_HERE = {
+    "klein serve --host 127.0.0.1 --port 8000 --model auto": "each Server of the tests is that",
+    "klein download --model flux.2-klein-4b": "8 GB; tests/engine/hub has a hub of its own",
+    "klein bench --out report.md": "minutes; tests/cli/test_bench.py measures less",
+    "docker compose up": "needs a card; tests/container/test_compose.py reads the file",
+    "docker compose -f compose.yaml -f docker/compose.cpu.yaml up": "`make image-check` does",
+    "docker compose --profile monitoring up": "tests/monitoring checks what it mounts",
+    "docker compose --profile monitoring up -d": "tests/monitoring checks what it mounts",
+}
+"""Commands with the reason why no test of this file runs them."""
 ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("KLEIN_")} | {
     "KLEIN_DEVICE": "cpu",
     "KLEIN_MODEL": "shapes",
@@ -30,31 +62,62 @@ ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("KLEIN_")} | 
 
 
 def run(command, cwd, timeout_s=120):
-    """Run one line of the README."""
+    """Run one line of a page."""
     return subprocess.run(
         shlex.split(command), cwd=cwd, env=ENVIRON, capture_output=True, timeout=timeout_s
     )
 
 
-def test_every_command_is_of_a_kind_that_is_tested():
-    """A command that nobody runs cannot stand there; downloads and containers have tests of their
-    own.
-    """
-    known = ("make ", "curl ", "klein ", "docker compose ")
+def test_every_command_is_run_or_says_why_not():
+    """One that nobody runs cannot stand on a page, and what stands on no page is not kept here."""
+    alone = [getattr(each, "values", (each,))[0] for each in ALONE]
+    known = {FIRST_REQUEST, *alone, *COLLECTED, *NOT_RUN_HERE}
 
-    assert [line for line in COMMANDS if not line.startswith(known)] == []
+    assert {line for line in COMMANDS if not line.startswith("make ")} == known
+
+
+def test_every_block_says_what_it_holds():
+    """A block without a language may be a drawing, but never commands."""
+    drawings = [text for _, kind, text in BLOCKS if not kind]
+
+    assert {kind for _, kind, _ in BLOCKS} <= {"", "sh", "python", "yaml"}
+    assert not [text for text in drawings if re.search(r"^(\$ |make |klein |docker )", text, re.M)]
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make ")])
-def test_the_two_commands_are_targets(command):
+def test_the_make_commands_are_targets(command):
     """`make` knows them."""
     assert run(f"{command} --dry-run", ROOT).returncode == 0
 
 
+def test_contributing_tells_every_target():
+    """Those that `make` lists, and no other."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    told = {
+        target
+        for line in page.splitlines()
+        if line.startswith("| `make ")
+        for target in re.findall(r"`make ([\w-]+)`", line.split("|")[1])
+    }
+    listed = run("make help", ROOT).stdout.decode().splitlines()
+
+    assert told == {line.split()[0] for line in listed} - {"help"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", COLLECTED)
+def test_the_pytest_commands_find_tests(command):
+    """Each names what is there; the tests themselves run anyway."""
+    command = command.replace(".venv/bin/pytest", f"{sys.executable} -m pytest --collect-only")
+    done = run(command, ROOT)
+
+    assert done.returncode == 0, done.stdout.decode()
+
+
 def test_the_first_request_gives_a_png(shapes, tmp_path):
     """The curl line, as it stands but for the port."""
-    (command,) = [line for line in COMMANDS if line.startswith("curl ")]
-    done = run(command.replace("localhost:8000", shapes.url.removeprefix("http://")), tmp_path)
+    place = shapes.url.removeprefix("http://")
+    done = run(FIRST_REQUEST.replace("localhost:8000", place), tmp_path)
 
     assert done.returncode == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -62,7 +125,7 @@ def test_the_first_request_gives_a_png(shapes, tmp_path):
 
 def test_the_python_example_runs(shapes, tmp_path):
     """The openai client's example, as it stands but for the port."""
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    (code,) = [text for _, kind, text in BLOCKS if kind == "python"]
     script = tmp_path / "example.py"
     script.write_text(code.replace("http://127.0.0.1:8000", shapes.url))
     done = run(f"{sys.executable} {script}", tmp_path)
@@ -70,18 +133,9 @@ def test_the_python_example_runs(shapes, tmp_path):
     assert done.stdout.startswith(b"256x256 [")
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        "klein --version",
-        pytest.param("klein generate", marks=pytest.mark.full),
-        pytest.param("klein doctor --card", marks=pytest.mark.full),
-        pytest.param("klein compare", marks=pytest.mark.full),
-    ],
-)
-def test_commands_without_a_card(start, tmp_path):
+@pytest.mark.parametrize("command", ALONE)
+def test_commands_without_a_card(command, tmp_path):
     """Each runs here as it stands there."""
-    (command,) = [line for line in COMMANDS if line.startswith(start)]
     done = run(command, tmp_path)
 
     assert done.returncode == 0, done.stderr.decode()

@@ -19,6 +19,8 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
+from tests.support.timing import TIMED
+
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 SMALL = {"prompt": "a red circle", "width": 128, "height": 128, "num_inference_steps": 2}
@@ -122,14 +124,13 @@ def test_fifty_clients_at_once_fit_or_are_told_when_to_come_again(scripted, tmp_
     server.wait_until_ready()
     url = server.url
 
-    async def storm() -> list[tuple[int, float, dict[str, str]]]:
+    async def storm() -> list[tuple[int, dict[str, str]]]:
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits()) as client:
             await asyncio.gather(*(client.get("/health/live") for _ in range(50)))
 
-            async def one() -> tuple[int, float, dict[str, str]]:
-                started = time.monotonic()
+            async def one() -> tuple[int, dict[str, str]]:
                 answer = await client.post("/generate", json={"prompt": "x"})
-                return answer.status_code, time.monotonic() - started, dict(answer.headers)
+                return answer.status_code, dict(answer.headers)
 
             asking = [asyncio.create_task(one()) for _ in range(50)]
             waiting = asyncio.as_completed(asking)
@@ -141,8 +142,8 @@ def test_fifty_clients_at_once_fit_or_are_told_when_to_come_again(scripted, tmp_
     answers = asyncio.run(storm())
     refused = [answer for answer in answers if answer[0] == 503]
 
-    assert Counter(status for status, _, _ in answers) == {200: 5, 503: 45}
-    assert all(1 <= int(headers["retry-after"]) <= 60 for _, _, headers in refused)
+    assert Counter(status for status, _ in answers) == {200: 5, 503: 45}
+    assert all(1 <= int(headers["retry-after"]) <= 60 for _, headers in refused)
     assert server.metric("klein_queue_size") == 0
     assert server.metric("klein_requests_running") == 0
     assert server.metric("klein_requests_total", route="/generate", outcome="ok") == 5
@@ -188,7 +189,8 @@ def test_sigterm_finishes_what_was_accepted(scripted) -> None:
     assert server.wait() == 0
 
 
-def test_a_job_that_hangs_is_answered_at_its_deadline(scripted) -> None:
+@TIMED
+def test_a_job_that_hangs_is_answered_at_its_deadline(scripted, is_timed: bool) -> None:
     """504, not to be retried, half a second after the deadline at most."""
     server = scripted("hang@1", deadline_s=1, watchdog_s=3)
     server.wait_until_ready()
@@ -198,7 +200,7 @@ def test_a_job_that_hangs_is_answered_at_its_deadline(scripted) -> None:
 
     assert (status, json.loads(body)["error"]["code"]) == (504, "deadline_exceeded")
     assert headers["x-should-retry"] == "false"
-    assert 0.5 <= took_s <= 1.6
+    assert not is_timed or 0.5 <= took_s <= 1.6
 
 
 @pytest.mark.system

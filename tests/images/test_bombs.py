@@ -13,12 +13,15 @@ from PIL import Image
 from tests.images import saved
 
 BOMB_PROBE = """
-import resource, sys, time
+import resource, sys
+from PIL import ImageFile
 from app.errors import InvalidRequest
 from app.images.uploads import decode_mask, decode_upload
 data = sys.stdin.buffer.read()
+def load(self):
+    raise SystemExit("it was decoded")
+ImageFile.ImageFile.load = load
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-started = time.perf_counter()
 for judge in (lambda: decode_upload(data, what="image"), lambda: decode_mask(data, 64, 64)):
     try:
         judge()
@@ -26,8 +29,7 @@ for judge in (lambda: decode_upload(data, what="image"), lambda: decode_mask(dat
         assert "25 million" in error.message or "none of PNG" in error.message, error.message
     else:
         raise SystemExit("it was taken")
-seconds = time.perf_counter() - started
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, seconds)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
@@ -69,7 +71,7 @@ def webp_bomb() -> bytes:
 class TestBombs:
     @pytest.mark.parametrize("bomb", [png_bomb, jpeg_bomb, webp_bomb])
     def test_refused_before_decoding(self, bomb):
-        """A small file with 169 million pixels or more costs neither memory nor time."""
+        """A small file with 169 million pixels or more costs no memory: none of it is decoded."""
         data = bomb()
         assert len(data) < 1_000_000
 
@@ -81,6 +83,4 @@ class TestBombs:
         )
 
         assert done.stderr == b""
-        kilobytes, seconds = map(float, done.stdout.split())
-        assert kilobytes < 50_000
-        assert seconds < 1
+        assert int(done.stdout) < 50_000  # kilobytes

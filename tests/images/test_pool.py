@@ -33,6 +33,7 @@ from tests.data.hostile import (
     slow_jpeg,
 )
 from tests.images import noise, saved
+from tests.support.timing import TIMED
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -112,7 +113,8 @@ async def test_a_refusal_crosses_with_its_place_and_code(pool):
     assert (second.value.param, second.value.code) == ("mask", "invalid_mask")
 
 
-async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool):
+@TIMED
+async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool, is_timed: bool):
     """The decoder is ended by the kernel, the caller is told by the place of the picture, and the
     next one is served.
     """
@@ -124,7 +126,7 @@ async def test_a_picture_may_take_so_much_processor_time_and_no_more(pool):
     assert caught.value.code == "invalid_image"
     assert caught.value.message.startswith(f"{caught.value.param} cannot be decoded")
     assert caught.value.param in {f"images[{index}]" for index in range(4)}
-    assert time.process_time() - before < 0.5  # of this process
+    assert not is_timed or time.process_time() - before < 0.5  # of this process
     assert (await decode(pool, photo())).size == (128, 128)
 
 
@@ -349,7 +351,8 @@ async def test_a_decoder_that_stands_still_is_given_up():
         pool.kill()
 
 
-async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog):
+@TIMED
+async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog, is_timed: bool):
     """Soon, and with the hint to try again; the service goes on trying."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     pool = DecoderPool(limits=Limits(start_s=0.05))
@@ -359,7 +362,7 @@ async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog)
     ):
         assert isinstance(error, Unavailable)
         assert error.kind is Kind.WORKER_DOWN
-    assert time.perf_counter() - started < 0.5  # not one after another
+    assert not is_timed or time.perf_counter() - started < 0.5  # not one after another
     assert "could not be started" in caplog.text
 
     monkeypatch.undo()

@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.test_service import wait_until
 from tests.support.chaos import Answer, ask, port_of, request_bytes
 from tests.support.server import Server
+from tests.support.timing import TIMED
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
 ROUNDS = 3
@@ -108,7 +109,10 @@ def picture_form() -> bytes:
 
 
 @pytest.mark.slow
-def test_a_queued_job_whose_caller_left_never_runs(scripted, tmp_path: Path) -> None:
+@TIMED
+def test_a_queued_job_whose_caller_left_never_runs(
+    scripted, tmp_path: Path, is_timed: bool
+) -> None:
     """On every route, edits and streams too, it leaves the queue within 250 ms (with our
     middleware around), and only the first picture is ever made."""
     gate, trace = tmp_path / "gate", tmp_path / "trace"
@@ -136,7 +140,8 @@ def test_a_queued_job_whose_caller_left_never_runs(scripted, tmp_path: Path) -> 
         first = pool.submit(server.post, "/generate", SMALL)
         wait_until(lambda: server.metric("klein_requests_running") == 1)
         for data in requests:
-            assert min(asyncio.run(leave(data)) for _ in range(ROUNDS)) < 0.25
+            left_s = [asyncio.run(leave(data)) for _ in range(ROUNDS if is_timed else 1)]
+            assert not is_timed or min(left_s) < 0.25
         gate.touch()
 
         assert first.result()[0] == 200
@@ -145,7 +150,10 @@ def test_a_queued_job_whose_caller_left_never_runs(scripted, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_running_job_whose_caller_left_stops_within_a_step(scripted, tmp_path) -> None:
+@TIMED
+def test_a_running_job_whose_caller_left_stops_within_a_step(
+    scripted, tmp_path, is_timed: bool
+) -> None:
     """With steps of 100 ms the card is free 350 ms later at most, and the picture is never
     finished."""
     trace = tmp_path / "trace"
@@ -165,14 +173,15 @@ def test_a_running_job_whose_caller_left_stops_within_a_step(scripted, tmp_path)
 
     left_s = min(asyncio.run(leave()) for _ in range(ROUNDS))
 
-    assert left_s < 0.1 + 0.25
+    assert not is_timed or left_s < 0.1 + 0.25
     assert all(line.startswith("stopped ") for line in trace.read_text().splitlines())
     left = server.metric("klein_requests_total", route="/generate", outcome="cancelled")
     assert left == ROUNDS
 
 
 @pytest.mark.slow
-def test_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path) -> None:
+@TIMED
+def test_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path, is_timed: bool) -> None:
     """504 within half a second of `X-Klein-Deadline-S`, not to be repeated, its place free
     again; a longer wish than the service's own changes nothing."""
     gate = tmp_path / "gate"
@@ -186,13 +195,13 @@ def test_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path) -> Non
 
     for wish_s, due_s in (("0.5", 0.5), ("1000", 1.5)):
         took = []
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if is_timed else 1):
             status, headers, took_s = late(wish_s)
             assert (status, headers["x-should-retry"]) == (504, "false")
             took.append(abs(took_s - due_s))
             if took[-1] <= 0.5:
                 break
-        assert min(took) <= 0.5
+        assert not is_timed or min(took) <= 0.5
     wait_until(lambda: server.metric("klein_requests_running") == 0)
     gate.touch()
 
@@ -200,7 +209,8 @@ def test_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-async def test_nothing_that_is_computed_holds_up_the_loop(monkeypatch) -> None:
+@TIMED
+async def test_nothing_that_is_computed_holds_up_the_loop(monkeypatch, is_timed: bool) -> None:
     """With large pictures encoded, put in base64 and uploads decoded, no single turn of the
     event loop computes for 100 ms. What is measured is computing, which does not depend on who else
     uses the machine."""
@@ -251,7 +261,7 @@ async def test_nothing_that_is_computed_holds_up_the_loop(monkeypatch) -> None:
             monkeypatch.undo()
 
     assert {answer.status_code for answer in answers} == {200}
-    assert max(turns_s) < 0.1
+    assert not is_timed or max(turns_s) < 0.1
 
 
 async def flood(server: Server, data: bytes, *, every_s: float, seconds: float) -> list[Answer]:

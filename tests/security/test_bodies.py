@@ -20,6 +20,7 @@ from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, KleinError
 from tests.api.conftest import error_of
 from tests.api.pictures import data_url, photo
+from tests.support.timing import TIMED
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -167,7 +168,8 @@ def _tables() -> list[tuple[str, FieldTable]]:
         if not field.is_picture
     ],
 )
-def test_every_text_has_a_length(table, name):
+@TIMED
+def test_every_text_has_a_length(table, name, is_timed: bool):
     """A megabyte is refused in any field, as JSON and as a form, before a character is looked
     at.
     """
@@ -179,7 +181,7 @@ def test_every_text_has_a_length(table, name):
         assert caught.value.param == name
     with pytest.raises(InvalidRequest):
         table.read({name: text}, is_form=True)
-    assert time.thread_time() - before < 0.5
+    assert not is_timed or time.thread_time() - before < 0.5
 
 
 async def test_lengths_are_told(client):
@@ -207,12 +209,13 @@ async def test_a_prompt_of_the_largest_length_is_taken_however_it_is_written(cli
     assert error_of(response)["code"] == "string_above_max_length"
 
 
-def test_a_name_is_cut_before_it_is_cleaned():
+@TIMED
+def test_a_name_is_cut_before_it_is_cleaned(is_timed: bool):
     """Ten megabytes of it take no time."""
     before = time.thread_time()
 
     assert shorten("\0" * 10_000_000) == "?" * 64 + "..."
-    assert time.thread_time() - before < 0.05
+    assert not is_timed or time.thread_time() - before < 0.05
 
 
 @pytest.mark.parametrize("route", [GENERATIONS, "/v1/images"])
@@ -366,10 +369,11 @@ def _names_cut(value: object) -> object:
 
 
 @pytest.mark.parametrize("name", ["guidance_scale", "seed", "stream"])
-def test_a_number_in_a_form_is_short(name):
+@TIMED
+def test_a_number_in_a_form_is_short(name, is_timed: bool):
     """The pattern's time grows with the square of the length."""
     table = openai_fields.table(find_spec("flux.2-klein-4b"), CONFIG, is_edit=True)
     before = time.thread_time()
     with pytest.raises(InvalidRequest):
         table.read({name: "1" * 1_000_000 + "x"}, is_form=True)
-    assert time.thread_time() - before < 0.1
+    assert not is_timed or time.thread_time() - before < 0.1

@@ -18,6 +18,7 @@ from tests.api.sockets import listening
 from tests.security.conftest import connect, guarded, send_raw
 from tests.support.fakes import FakeRuntime
 from tests.support.server import Server
+from tests.support.timing import TIMED
 
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -62,12 +63,13 @@ def status_of(answer: bytes) -> int:
     ],
     ids=["one of 1 MB", "one of 70 kB", "a hundred of 1 kB", "three hundred lines", "the address"],
 )
-def test_a_huge_head_is_refused(scripted_service, data) -> None:
+@TIMED
+def test_a_huge_head_is_refused(scripted_service, data, is_timed: bool) -> None:
     """CVE-2025-48956: 431, before its end, in no time."""
     before = cpu_s(scripted_service)
 
     assert status_of(send_raw(scripted_service, data)) == 431
-    assert cpu_s(scripted_service) - before < 0.2
+    assert not is_timed or cpu_s(scripted_service) - before < 0.2
 
 
 @pytest.mark.slow
@@ -86,13 +88,14 @@ def test_what_is_no_http_gets_an_error_object(scripted_service, data) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_small_chunks_do_not_block(scripted_service) -> None:
+@TIMED
+def test_a_hundred_thousand_small_chunks_do_not_block(scripted_service, is_timed: bool) -> None:
     """CVE-2025-23310: six bytes each; they cost less than a second."""
     before = cpu_s(scripted_service)
     answer = send_raw(scripted_service, CHUNKED + b"6\r\nabcdef\r\n" * 100_000 + b"0\r\n\r\n")
 
     assert status_of(answer) == 400
-    assert cpu_s(scripted_service) - before < 1.0
+    assert not is_timed or cpu_s(scripted_service) - before < 1.0
 
 
 @pytest.mark.slow
@@ -172,14 +175,15 @@ def test_a_body_that_says_it_is_too_large_is_not_read(scripted_service) -> None:
         "a boundary of 60 kB",
     ],
 )
-def test_odd_multipart_bodies_cost_little(scripted_service, boundary, body) -> None:
+@TIMED
+def test_odd_multipart_bodies_cost_little(scripted_service, boundary, body, is_timed: bool) -> None:
     """CVE-2024-53981, CVE-2024-9056: refused, within a second of computing."""
     before = cpu_s(scripted_service)
     length = b"\r\nContent-Length: %d\r\n\r\n" % len(body)
     answer = send_raw(scripted_service, MULTIPART + boundary + length + body)
 
     assert status_of(answer) in {400, 413}
-    assert cpu_s(scripted_service) - before < 1.0
+    assert not is_timed or cpu_s(scripted_service) - before < 1.0
 
 
 @pytest.mark.slow
@@ -190,7 +194,8 @@ def test_a_boundary_of_a_megabyte_is_refused_with_the_head(scripted_service) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["/", "/static/playground.js"])
-def test_ten_thousand_ranges_cost_little(scripted_service, path) -> None:
+@TIMED
+def test_ten_thousand_ranges_cost_little(scripted_service, path, is_timed: bool) -> None:
     """CVE-2025-62727: on the playground's files, less than a second, whatever is
     answered."""
     before = cpu_s(scripted_service)
@@ -198,7 +203,7 @@ def test_ten_thousand_ranges_cost_little(scripted_service, path) -> None:
     status, _, _ = scripted_service.get(path, range=f"bytes={ranges}")
 
     assert status < 500
-    assert cpu_s(scripted_service) - before < 1.0
+    assert not is_timed or cpu_s(scripted_service) - before < 1.0
 
 
 @pytest.mark.full
@@ -254,12 +259,13 @@ async def until_closed(port: int, *messages: bytes) -> tuple[bytes, float]:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: loc"])
-async def test_a_socket_that_never_asks_is_closed(hasty_port, said) -> None:
+@TIMED
+async def test_a_socket_that_never_asks_is_closed(hasty_port, said, is_timed: bool) -> None:
     """Idle or in the middle of a header, it goes when its time is over."""
     answer, took_s = await until_closed(hasty_port, said)
 
     assert answer == b""
-    assert took_s >= 0.2
+    assert not is_timed or took_s >= 0.2
 
 
 async def test_a_body_at_a_byte_a_second_is_given_up(hasty_port) -> None:
@@ -271,13 +277,14 @@ async def test_a_body_at_a_byte_a_second_is_given_up(hasty_port) -> None:
     assert b"longer than 0.3 s" in answer
 
 
-async def test_an_answered_upload_does_not_go_on_for_ever(hasty_port) -> None:
+@TIMED
+async def test_an_answered_upload_does_not_go_on_for_ever(hasty_port, is_timed: bool) -> None:
     """Refused for its type, the body is not waited for: the connection ends soon after."""
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc"
     answer, took_s = await until_closed(hasty_port, head)
 
     assert status_of(answer) == 415
-    assert took_s < 5
+    assert not is_timed or took_s < 5
 
 
 async def test_a_slow_picture_outlives_the_heads_limit(hasty_port) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
+
+import pytest
 
 from app.telemetry.lag import LoopLag
 
@@ -54,13 +55,14 @@ def test_what_is_kept_is_bounded() -> None:
 
 async def test_a_freeze_is_told_in_full_wherever_it_begins() -> None:
     """Also right after the gauge went to sleep, when its own sleep hides most of the freeze."""
-    lag = LoopLag()
+    clock = Clock()
+    lag = LoopLag(clock=clock)
     running = asyncio.create_task(lag.run())
     await asyncio.sleep(0)
-    time.sleep(0.06)  # noqa: ASYNC251 - this is the freeze
+    clock.now += 0.06  # this is the freeze
     async with asyncio.timeout(5):
         while not lag.read():  # noqa: ASYNC110 - it measures in its own time
             await asyncio.sleep(0)
     running.cancel()
 
-    assert lag.read() >= 0.06
+    assert lag.read() == pytest.approx(0.06)

@@ -3,10 +3,9 @@
 
 import { Painter } from "./mask.js";
 import { asCurl, asPython, fields, fileName } from "./recipes.js";
-import { Cost, isAlike, prepared, presets } from "./sizes.js";
+import { Cost, SizeRules } from "./sizes.js";
 import { Refusal, ask, draw } from "./stream.js";
 
-const MAX_SEED = Number.MAX_SAFE_INTEGER;
 const MAX_PICTURES = 200; // in the gallery; older ones are let go
 const MAX_UPLOAD_PIXELS = 12_000_000; // more is drawn smaller first: the service scales to 1 MP
 const PREVIEWS = 3;
@@ -46,9 +45,10 @@ const EXAMPLES = {
 
 const $ = (id) => document.getElementById(id);
 const model = JSON.parse($("model").textContent);
-const cost = new Cost();
 const page = {
   health: null,
+  rules: null, // SizeRules, with the service's limits, once they are known
+  handedOut: "", // the limits and formats that the form was laid out for
   clock: null, // of the picture that is on its way
   key: remembered(),
   needsKey: false,
@@ -58,48 +58,74 @@ const page = {
   shown: null,
   running: null, // an AbortController
 };
+const cost = new Cost((reference) => page.rules.prepared(reference));
 
 // ---------------------------------------------------------------------------------------------
 // What is asked for
 
 function buildForm() {
-  $("steps").max = model.max_steps;
-  $("steps").value = model.steps;
-  for (const id of ["width", "height"]) {
-    Object.assign($(id), { min: model.min_side, max: model.max_side, value: model[id] });
-  }
+  for (const id of ["steps", "width", "height"]) $(id).value = model[id];
   $("prompt-note").textContent = model.note;
-  const choices = presets(model).map((size) => choice(`${size.width}x${size.height}`, size));
-  $("sizes").append(choice("auto", null), ...choices, choice("custom", null));
-  $(`size-${model.width}x${model.height}`).checked = true;
   for (const text of EXAMPLES[model.id] ?? EXAMPLES.others) {
-    const button = element("button", { type: "button", textContent: text });
-    button.addEventListener("click", () => {
+    const example = button(text, "", () => {
       $("prompt").value = text;
       $("prompt").focus();
     });
-    $("examples").append(element("li", {}, button));
+    $("examples").append(element("li", {}, example));
   }
   $("settings").open = window.matchMedia("(min-width: 860px)").matches;
 }
 
-function choice(value, size) {
+/** Take the limits and formats that the service hands out; a new version of it may have others. */
+function takeLimits({ limits, output_formats: formats = [] }) {
+  const handedOut = JSON.stringify([limits, formats]);
+  if (!limits || handedOut === page.handedOut) return;
+  page.handedOut = handedOut;
+  page.rules = new SizeRules(model, limits);
+  $("prompt").maxLength = limits.max_prompt_characters;
+  $("steps").max = limits.max_steps;
+  $("seed").maxLength = String(limits.max_seed).length;
+  for (const id of ["width", "height"]) {
+    Object.assign($(id), { min: limits.min_side, max: limits.max_side, step: limits.multiple });
+  }
+  const sizes = page.rules.presets();
+  const choices = sizes.map((size) => choice(`${size.width}x${size.height}`, size, sizes));
+  $("sizes").replaceChildren(choice("auto", null, sizes), ...choices, choice("custom", null, sizes));
+  usualSize().checked = true;
+  const options = formats.map((value) => element("option", { value, textContent: value.toUpperCase() }));
+  $("format").replaceChildren(...options);
+}
+
+/** The service's limits; a refusal as long as it has not told them. */
+function knownLimits() {
+  if (page.rules) return page.rules.limits;
+  if (page.needsKey) throw new Refusal("This server wants a key first.", { status: 401 });
+  throw new Refusal("The service has not yet said what it can make. Try again in a moment.");
+}
+
+function usualSize() {
+  return $(`size-${model.width}x${model.height}`) ?? document.querySelector("input[name=size]:not(#size-auto)");
+}
+
+function choice(value, size, sizes) {
   const radio = element("input", { type: "radio", name: "size", value, id: `size-${value}` });
   const words = { auto: "As the picture", custom: "Another size" };
   const text = words[value] ?? `${size.width} × ${size.height}`;
-  const box = element("span", { className: "choice" }, outline(size), element("span", { textContent: text }), element("small"));
+  const name = element("span", { textContent: text });
+  const box = element("span", { className: "choice" }, outline(size, sizes), name, element("small"));
   const label = element("label", {}, radio, box);
   label.hidden = value === "auto";
   return label;
 }
 
-function outline(size) {
+/** A rectangle of this shape, the larger the nearer it is to the largest of `sizes`. */
+function outline(size, sizes) {
   const names = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(names, "svg");
   svg.setAttribute("viewBox", "0 0 40 26");
   svg.setAttribute("aria-hidden", "true");
   const rect = document.createElementNS(names, "rect");
-  const largest = Math.max(...presets(model).map(({ width, height }) => Math.max(width, height)));
+  const largest = Math.max(...sizes.map(({ width, height }) => Math.max(width, height)));
   const scale = size ? Math.max(0.45, Math.sqrt(Math.max(size.width, size.height) / largest)) : 0.7;
   const [w, h] = size ? [size.width, size.height] : [4, 3];
   const fit = Math.min((38 * scale) / w, (24 * scale) / h);
@@ -117,7 +143,7 @@ function chosenSize() {
 
 function sizeOf(value) {
   if (value === "auto" && page.references.length) {
-    return { ...prepared(page.references[0]), isAuto: true };
+    return { ...page.rules.prepared(page.references[0]), isAuto: true };
   }
   if (value === "custom" || value === "auto") {
     return { width: Number($("width").value), height: Number($("height").value), isAuto: false };
@@ -126,11 +152,11 @@ function sizeOf(value) {
   return { width, height, isAuto: false };
 }
 
-/** The model's limit, and that of the card beside so many pictures to work from. */
+/** The service's limit, and that of the card beside so many pictures to work from. */
 function largestPixels(references) {
   const byPlan = page.health?.worker?.max_pixels ?? [];
   const planned = byPlan[Math.min(references, byPlan.length - 1)] ?? Infinity;
-  return Math.min(model.max_pixels, planned);
+  return Math.min(page.rules.limits.max_pixels, planned);
 }
 
 function seedMode() {
@@ -142,20 +168,22 @@ function chosenSeed(count) {
   if (mode === "random") return crypto.getRandomValues(new Uint32Array(1))[0];
   const text = $("seed").value.trim();
   const seed = Number(text);
-  if (!/^\d{1,16}$/.test(text) || seed > MAX_SEED - count + 1) {
-    throw new Refusal(`The seed must be a whole number from 0 to ${MAX_SEED - count + 1}.`, { param: "seed" });
+  const most = page.rules.limits.max_seed - count + 1;
+  if (!/^\d+$/.test(text) || seed > most) {
+    throw new Refusal(`The seed must be a whole number from 0 to ${most}.`, { param: "seed" });
   }
   return seed;
 }
 
 /** Everything that decides the pictures, as it stands now. */
 function readWish() {
+  knownLimits();
   const prompt = $("prompt").value;
   if (!prompt.trim()) {
     throw new Refusal("The prompt is empty. Say what the picture should show.", { param: "prompt" });
   }
-  const count = whole("count", "Pictures", 1, 10);
-  const steps = whole("steps", "Steps", 1, model.max_steps);
+  const count = whole("count", "Pictures");
+  const steps = whole("steps", "Steps");
   return {
     prompt,
     ...chosenSize(),
@@ -168,31 +196,33 @@ function readWish() {
   };
 }
 
-function whole(id, name, least, most) {
-  const number = Number($(id).value);
+/** The number in a field, which holds its own least and most. */
+function whole(id, name) {
+  const [number, least, most] = ["value", "min", "max"].map((what) => Number($(id)[what]));
   if (Number.isInteger(number) && least <= number && number <= most) return number;
   throw new Refusal(`${name} must be a whole number from ${least} to ${most}.`, { param: id === "count" ? "n" : id });
 }
 
 /** Put what depends on the choices, and on what is known by now, into the form. */
 function refreshForm() {
+  if (!page.rules) return;
   const references = page.references;
   const steps = Number($("steps").value) || model.steps;
   const limit = largestPixels(references.length);
   for (const radio of document.querySelectorAll("input[name=size]")) {
     const size = sizeOf(radio.value);
     const isTooLarge = size.width * size.height > limit;
-    const isOther = Boolean(page.mask) && !isAlike(size, references[0]);
+    const isOther = Boolean(page.mask) && !page.rules.isAlike(size, references[0]);
     const hint = radio.nextElementSibling.querySelector("small");
     radio.disabled = radio.value !== "custom" && radio.value !== "auto" && (isTooLarge || isOther);
     if (radio.disabled) hint.textContent = isTooLarge ? "no room for it" : "mask differs";
-    else if (radio.value === "custom") hint.textContent = "in steps of 16";
+    else if (radio.value === "custom") hint.textContent = `in steps of ${page.rules.limits.multiple}`;
     else hint.textContent = about(cost.predict({ ...size, steps, references }));
   }
   $("size-auto").closest("label").hidden = !references.length;
   const checked = document.querySelector("input[name=size]:checked");
   if (checked.disabled || (checked.value === "auto" && !references.length)) {
-    $(references.length ? "size-auto" : `size-${model.width}x${model.height}`).checked = true;
+    (references.length ? $("size-auto") : usualSize()).checked = true;
   }
   $("custom").hidden = !$("size-custom").checked;
   refreshSeed();
@@ -217,20 +247,26 @@ function refreshSeed() {
 // Pictures to work from
 
 async function addReferences(files) {
-  for (const file of files) {
-    const most = model.max_references;
-    if (page.references.length >= most) {
-      showError(new Refusal(`At most ${most} pictures can be worked from.`, { param: "image" }));
-      break;
-    }
-    try {
-      page.references.push(await readPicture(file));
-      if (page.references.length === 1) $("size-auto").checked = true;
-    } catch {
-      showError(new Refusal(`${file.name || "This"} is no picture that the browser can read.`, { param: "image" }));
-    }
+  try {
+    for (const file of files) await addReference(file);
+  } catch (error) {
+    showError(error);
   }
   showReferences();
+}
+
+async function addReference(file) {
+  const most = knownLimits().max_references;
+  if (page.references.length >= most) {
+    const pictures = most === 1 ? "1 picture" : `${most} pictures`;
+    throw new Refusal(`At most ${pictures} can be worked from.`, { param: "image" });
+  }
+  try {
+    page.references.push(await readPicture(file));
+    if (page.references.length === 1) $("size-auto").checked = true;
+  } catch {
+    showError(new Refusal(`${file.name || "This"} is no picture that the browser can read.`, { param: "image" }));
+  }
 }
 
 async function readPicture(file) {
@@ -353,7 +389,7 @@ async function make() {
       showError(error);
     }
     if (page.shown) show(page.shown);
-    else $("frame").dataset.state = "empty";
+    else showFrame("empty");
   } finally {
     page.running = null;
     setWorking(false);
@@ -366,7 +402,8 @@ async function makeOne(wish, index, count) {
   const clock = new Clock(wish, count > 1 ? `Picture ${index + 1} of ${count}: ` : "");
   const made = { wish, warnings: [], timing: null, peak: null };
   page.clock = clock;
-  prepareFrame(wish);
+  frameFor(wish);
+  showFrame("working");
   try {
     const [path, body] = await request(wish);
     for await (const event of draw(path, body, { key: page.key, signal: page.running.signal })) {
@@ -491,12 +528,12 @@ function setWorking(isWorking) {
   if (!isWorking) document.title = "klein playground";
 }
 
-function prepareFrame(wish) {
-  frameFor(wish);
-  $("frame").dataset.state = "working";
-  $("empty").hidden = true;
-  $("caption").hidden = true;
-  $("picture").hidden = true;
+/** Empty with its examples, working until a preview has come, or done. */
+function showFrame(state) {
+  $("frame").dataset.state = state;
+  $("empty").hidden = state !== "empty";
+  $("caption").hidden = state !== "done";
+  if (state !== "done") $("picture").hidden = true;
 }
 
 function frameFor({ width, height }) {
@@ -537,10 +574,8 @@ function show(made) {
   const { wish } = made;
   page.shown = made;
   frameFor(wish);
-  $("frame").dataset.state = "done";
-  $("empty").hidden = true;
+  showFrame("done");
   putPicture(made.url, wish.prompt, 0);
-  $("caption").hidden = false;
   $("caption-prompt").textContent = wish.prompt;
   $("caption-facts").textContent = [
     `${wish.width} × ${wish.height}`,
@@ -578,10 +613,12 @@ function showTiming({ timing }) {
   $("timing").hidden = !timing;
   if (!timing) return;
   const spent = Object.keys(STAGES).filter((stage) => timing[stage] > 0);
+  const sum = spent.reduce((before, stage) => before + timing[stage], 0);
   const bars = spent.map((stage) => {
     const bar = element("span");
     bar.dataset.stage = stage;
-    bar.style.flexGrow = timing[stage];
+    // Shares of one: where they add up to less, they leave the rest of the bar empty.
+    bar.style.flexGrow = timing[stage] / sum;
     return bar;
   });
   const rows = spent.flatMap((stage) => {
@@ -670,10 +707,10 @@ function onHealth(status, body) {
     askForKey();
     return 600;
   }
-  $("key-form").hidden = !page.needsKey;
-  $("key-forget").hidden = !page.key;
+  showKeyForm(false);
   page.health = body;
-  if (body?.worker) cost.guess({ ...model, references: [] }, body.worker.warm_up_s);
+  if (body) takeLimits(body);
+  if (page.rules && body?.worker) cost.guess({ ...model, references: [] }, body.worker.warm_up_s);
   showFacts();
   refreshForm();
   if (!body?.ready) {
@@ -714,8 +751,8 @@ function showFacts() {
   factsShown = text;
   $("facts").replaceChildren(
     ...facts.flatMap(([name, value, reason]) => {
-      const about = reason ? [element("small", { textContent: reason })] : [];
-      return [element("dt", { textContent: name }), element("dd", {}, value, ...about)];
+      const because = reason ? [element("small", { textContent: reason })] : [];
+      return [element("dt", { textContent: name }), element("dd", {}, value, ...because)];
     }),
   );
 }
@@ -730,8 +767,17 @@ function memory(worker) {
 function askForKey() {
   page.needsKey = true;
   setStatus("waiting", page.key ? "The key was refused" : "A key is needed");
-  $("key-form").hidden = false;
+  showKeyForm(true);
+}
+
+/** Ask for a key, or stop asking; where the focus would be lost, it moves on. */
+function showKeyForm(isWanted) {
+  const focused = document.activeElement;
+  const places = [$("key-form"), $("key-forget")];
+  $("key-form").hidden = !isWanted;
   $("key-forget").hidden = !page.key;
+  const isLost = places.some((place) => place.hidden && place.contains(focused));
+  if (isLost) $(isWanted ? "key" : "prompt").focus();
 }
 
 function useKey(key) {

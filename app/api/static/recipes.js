@@ -1,10 +1,10 @@
 // Writes down how to get the same picture without this page. The key is never part of it.
 
-const EXTENSIONS = { png: "png", jpeg: "jpg", webp: "webp" };
+const EXTENSIONS = { jpeg: "jpg" }; // where it is not the format's own name
 
 /** The name under which a picture is saved. */
 export function fileName(wish) {
-  return `klein-${wish.seed}.${EXTENSIONS[wish.format]}`;
+  return `klein-${wish.seed}.${EXTENSIONS[wish.format] ?? wish.format}`;
 }
 
 /** A shell command; pictures to work from are expected beside it, under the names in it. */

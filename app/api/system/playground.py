@@ -1,8 +1,9 @@
 """`GET /`: a page to try the model in, with its static files under `/static/`.
 
 All files are in the package: no build step, no third party, no inline script. The page needs no
-key, since it holds only the limits of a published model; its API requests need one. The files are
-read once and sent whole: a Range is ignored.
+key, since it holds only the defaults of a published model; its API requests need one. The limits
+that the form keeps come from `GET /health`. The files are read once and sent whole: a Range is
+ignored.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from app.api.config import ApiConfig
 from app.api.deps import Running
 from app.domain import ModelSpec
 from app.errors import Kind, KleinError
+from app.images.preparing import RATIO_TOLERANCE
+from app.images.uploads import REFERENCE_PIXELS
 
 _FOLDER = Path(__file__).resolve().parent.parent / "static"
 _PAGE = "playground.html"
@@ -57,7 +59,7 @@ class StaticFile:
         return Response(self.body, media_type=self.media_type, headers=headers)
 
 
-def build_router(config: ApiConfig) -> APIRouter:
+def build_router() -> APIRouter:
     """Make the router; the files are read here, so a package without them does not start."""
     files = {
         path.name: StaticFile(path.read_bytes(), _TYPES[path.suffix])
@@ -69,9 +71,7 @@ def build_router(config: ApiConfig) -> APIRouter:
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def playground(request: Request, runtime: Running) -> Response:
-        body = page.body.replace(
-            _MODEL, _MODEL.replace(b"null", _describe(runtime.service.model, config))
-        )
+        body = page.body.replace(_MODEL, _MODEL.replace(b"null", _describe(runtime.service.model)))
         return StaticFile(body, page.media_type).answer(request)
 
     @router.api_route("/static/{name}", methods=["GET", "HEAD"])
@@ -83,8 +83,8 @@ def build_router(config: ApiConfig) -> APIRouter:
     return router
 
 
-def _describe(model: ModelSpec, config: ApiConfig) -> bytes:
-    """Return the model's names, defaults and limits for the page, as JSON."""
+def _describe(model: ModelSpec) -> bytes:
+    """Return the model's names and defaults, and how uploads are read, as JSON for the page."""
     facts = {
         "id": model.id,
         "title": model.title,
@@ -92,10 +92,7 @@ def _describe(model: ModelSpec, config: ApiConfig) -> bytes:
         "width": model.default_width,
         "height": model.default_height,
         "steps": model.default_steps,
-        "max_steps": model.max_steps,
-        "min_side": model.min_side,
-        "max_side": model.max_side,
-        "max_pixels": min(model.max_pixels, config.max_pixels),
-        "max_references": min(model.max_references, config.max_references),
+        "reference_pixels": REFERENCE_PIXELS,
+        "mask_tolerance": RATIO_TOLERANCE,
     }
     return json.dumps(facts).replace("<", "\\u003c").encode()

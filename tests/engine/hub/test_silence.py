@@ -40,11 +40,9 @@ def test_a_hub_that_never_answers_is_not_waited_for_longer(downloads, monkeypatc
     downloads.silence_s = 0.2
 
     downloads.hub.spoil(ENCODER, *["hush"] * 50)
-    begun = time.monotonic()
     downloads.fails(r"sent nothing for 0\.2 s")
 
-    assert len(downloads.ranges(ENCODER)) > 1
-    assert time.monotonic() - begun < 10
+    assert 1 < len(downloads.ranges(ENCODER)) <= 4
 
 
 def test_slow_is_not_silent(downloads) -> None:
