@@ -85,7 +85,17 @@ class Runtime:
             self.metrics,
             RateLimit(settings.rate_limit_per_minute),
         )
-        self.metrics.watch(self)
+        self.metrics.watch(
+            {
+                "klein_queue_size": lambda: self._queue.size,
+                "klein_queue_capacity": lambda: self._queue.capacity,
+                "klein_requests_running": lambda: self._queue.running,
+                "klein_ready": lambda: self.service.status().is_ready,
+                "klein_worker_up": lambda: self._worker.pid is not None,
+                "klein_event_loop_lag_seconds": self._lag.read,
+                "klein_estimated_wait_seconds": self._queue.expected_wait_s,
+            }
+        )
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -164,43 +174,6 @@ class Runtime:
         )
         if not self.ended.done():
             self.ended.set_result(Ended(exit_code, message))
-
-    # Read by a scrape.
-
-    @property
-    def queue_size(self) -> int:
-        """Images that wait."""
-        return self._queue.size
-
-    @property
-    def queue_capacity(self) -> int:
-        """Images that may wait."""
-        return self._queue.capacity
-
-    @property
-    def running(self) -> int:
-        """Images on the GPU or being transferred from it."""
-        return self._queue.running
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request would be accepted."""
-        return self.service.status().is_ready
-
-    @property
-    def is_worker_up(self) -> bool:
-        """Whether a worker process exists."""
-        return self._worker.pid is not None
-
-    @property
-    def estimated_wait_s(self) -> float:
-        """How long a new image would wait, in seconds."""
-        return self._queue.expected_wait_s()
-
-    @property
-    def loop_lag_s(self) -> float:
-        """The event loop's largest lag in the last minute, in seconds."""
-        return self._lag.read()
 
 
 def build_runtime(

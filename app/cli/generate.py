@@ -35,9 +35,8 @@ _OPTIONS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("generate", help="make one picture and write it to a file")
     parser.add_argument("prompt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out.png"))
     parser.add_argument("--size", help="WIDTHxHEIGHT; the model's own size where left out")
@@ -45,7 +44,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, help="-1 or nothing draws one")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
-    parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
 
 
 def run(

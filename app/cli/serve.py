@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from app import logs
 from app.cli.malloc import bound_heap
 from app.cli.old_cache import find_old_cache
-from app.cli.open_files import raise_limit
+from app.cli.system_limits import raise_file_limit
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
@@ -52,18 +52,11 @@ END_S = 5.0
 """Seconds that the service may take to exit once it has given up, responses in flight included."""
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("serve", help="start the service")
     parser.add_argument("--host", help="address to listen on (KLEIN_HOST)")
     parser.add_argument("--port", type=int, help="port to listen on (KLEIN_PORT)")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
-    parser.set_defaults(
-        run=run, settings=lambda given: {name: getattr(given, name) for name in _OPTIONS}
-    )
-
-
-_OPTIONS = ("host", "port", "model")
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -116,7 +109,7 @@ def _descriptors() -> int:
     """Return the limit of file descriptors; log one too low for the usual connections."""
     from app.api.http_limits.connections import MAX_CONNECTIONS, connection_limit
 
-    descriptors = raise_limit()
+    descriptors = raise_file_limit()
     limit = connection_limit(descriptors)
     if limit < MAX_CONNECTIONS:
         _log.warning(

@@ -6,11 +6,12 @@ import asyncio
 import os
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from app import logs
+from app.cli.console import progress_bar
 from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
@@ -25,6 +26,8 @@ from app.worker.child import EngineFactory
 PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
 
 _PATIENCE_S = 86_400.0
+_REDRAW_S = 0.5
+"""How often the bar that shows the loading is redrawn."""
 _COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "white", "black")
 _SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "ring")
 
@@ -49,21 +52,25 @@ async def warm_runtime(
     runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
     if planned is not None:
         runtime.service.check(planned(runtime.model))
-    ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+    ready: asyncio.Future[ModelInfo | str] = asyncio.get_running_loop().create_future()
 
-    def on_ready(info: ModelInfo) -> None:
+    def settle(outcome: ModelInfo | str) -> None:
         if not ready.done():
-            ready.set_result(info)
+            ready.set_result(outcome)
 
-    def on_ended(message: str) -> None:
-        if not ready.done():
-            ready.set_exception(StartupError(message))
-
-    runtime.on_ready.append(on_ready)
-    runtime.ended.add_done_callback(lambda ended: on_ended(ended.result().message))
+    runtime.on_ready.append(settle)
+    runtime.ended.add_done_callback(lambda ended: settle(ended.result().message))
     await runtime.start()
     try:
-        yield runtime, await ready
+        with progress_bar() as show:
+            while not ready.done():
+                status = runtime.service.status()
+                show(status.progress, status.stage)
+                await asyncio.wait({ready}, timeout=_REDRAW_S)
+        info = ready.result()
+        if isinstance(info, str):
+            raise StartupError(info)
+        yield runtime, info
     finally:
         await runtime.close()
 
@@ -76,6 +83,16 @@ async def make_picture(
     ticket = runtime.service.submit([spec], client="cli", output=output)
     (picture,) = await ticket.pictures()
     return picture
+
+
+async def make_pictures(runtime: Runtime, specs: Sequence[ImageSpec], what: str) -> list[Picture]:
+    """Generate one PNG after the other; a bar tells how many of *what* are done."""
+    pictures = []
+    with progress_bar() as show:
+        for number, spec in enumerate(specs):
+            show(number / len(specs), f"{what}, {number} of {len(specs)}")
+            pictures.append(await make_picture(runtime, spec))
+    return pictures
 
 
 def new_prompts() -> Iterator[str]:

@@ -7,8 +7,8 @@ a client writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -40,43 +40,16 @@ STEP_BUCKETS = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5)  # fmt: skip
 VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
 
 
-class Gauges(Protocol):
-    """What the gauges read at each scrape."""
-
-    @property
-    def queue_size(self) -> int:
-        """Images that wait."""
-        ...
-
-    @property
-    def queue_capacity(self) -> int:
-        """Images that may wait."""
-        ...
-
-    @property
-    def running(self) -> int:
-        """Images on the GPU or on their way from it."""
-        ...
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request would be accepted."""
-        ...
-
-    @property
-    def is_worker_up(self) -> bool:
-        """Whether a worker process is running."""
-        ...
-
-    @property
-    def estimated_wait_s(self) -> float:
-        """Seconds that a new image would wait."""
-        ...
-
-    @property
-    def loop_lag_s(self) -> float:
-        """The event loop's largest lag within the last minute, in seconds."""
-        ...
+WATCHED = {
+    "klein_queue_size": "Images that wait, those whose pictures are still decoded included.",
+    "klein_queue_capacity": "Images that may wait.",
+    "klein_requests_running": "Images on the GPU or on their way from it.",
+    "klein_ready": "1 where a request would be taken.",
+    "klein_worker_up": "1 where a worker process is there.",
+    "klein_event_loop_lag_seconds": "How late the event loop woke, the most in the last minute.",
+    "klein_estimated_wait_seconds": "How long a new image would wait.",
+}
+"""Gauges whose values `Metrics.watch` gets from elsewhere, read at each scrape."""
 
 
 class Metrics:
@@ -162,14 +135,15 @@ class Metrics:
             ["result"],
             registry=registry,
         )
-        for reason in REJECTIONS:
-            self._rejected.labels(reason)
-        for reason in RESTARTS:
-            self._restarts.labels(reason)
-        for mode in ("generate", "edit"):
-            self._images.labels(mode)
-        for result in ("hit", "miss"):
-            self._cache.labels(result)
+        # Present from the first scrape on, at 0.
+        for counter, values in (
+            (self._rejected, REJECTIONS),
+            (self._restarts, RESTARTS),
+            (self._images, ("generate", "edit")),
+            (self._cache, ("hit", "miss")),
+        ):
+            for value in values:
+                counter.labels(value)
 
     def _make_gauges(self, registry: CollectorRegistry) -> None:
         self._last_peak = Gauge(
@@ -178,35 +152,13 @@ class Metrics:
             ["gpu", "kind"],
             registry=registry,
         )
-        self._queue_size = Gauge(
-            "klein_queue_size",
-            "Images that wait, those whose pictures are still decoded included.",
-            registry=registry,
-        )
-        self._queue_capacity = Gauge(
-            "klein_queue_capacity", "Images that may wait.", registry=registry
-        )
-        self._running = Gauge(
-            "klein_requests_running",
-            "Images on the GPU or on their way from it.",
-            registry=registry,
-        )
-        self._ready = Gauge("klein_ready", "1 where a request would be taken.", registry=registry)
-        self._worker_up = Gauge(
-            "klein_worker_up", "1 where a worker process is there.", registry=registry
-        )
+        self._watched = {
+            name: Gauge(name, text, registry=registry) for name, text in WATCHED.items()
+        }
         self._load_duration = Gauge(
             "klein_model_load_duration_seconds",
             "Seconds from the last worker's start to its first picture.",
             registry=registry,
-        )
-        self._loop_lag = Gauge(
-            "klein_event_loop_lag_seconds",
-            "How late the event loop woke, the most in the last minute.",
-            registry=registry,
-        )
-        self._estimated_wait = Gauge(
-            "klein_estimated_wait_seconds", "How long a new image would wait.", registry=registry
         )
         self._build_info = Gauge(
             "klein_build_info", "Versions.", ["version", "torch", "cuda"], registry=registry
@@ -218,15 +170,10 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, gauges: Gauges) -> None:
-        """Read *gauges* at every scrape."""
-        self._loop_lag.set_function(lambda: gauges.loop_lag_s)
-        self._queue_size.set_function(lambda: gauges.queue_size)
-        self._queue_capacity.set_function(lambda: gauges.queue_capacity)
-        self._running.set_function(lambda: gauges.running)
-        self._ready.set_function(lambda: float(gauges.is_ready))
-        self._worker_up.set_function(lambda: float(gauges.is_worker_up))
-        self._estimated_wait.set_function(lambda: gauges.estimated_wait_s)
+    def watch(self, readings: Mapping[str, Callable[[], float]]) -> None:
+        """Read each of `WATCHED` by its function in *readings* at every scrape."""
+        for name, gauge in self._watched.items():
+            gauge.set_function(readings[name])
 
     def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
@@ -288,23 +235,18 @@ class Metrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
+@dataclass(frozen=True, slots=True)
 class _GpuCollector(Collector):
     """Reads the GPU at each scrape; yields nothing without one."""
 
-    def __init__(
-        self,
-        read: Callable[[], GpuSnapshot | None],
-        torch_memory: Callable[[], PeakMemory | None],
-    ) -> None:
-        self._read = read
-        self._torch_memory = torch_memory
+    read: Callable[[], GpuSnapshot | None]
+    read_torch_memory: Callable[[], PeakMemory | None]
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Yield one metric family per value that NVML reports."""
-        snapshot = self._read()
+        snapshot, torch_memory = self.read(), self.read_torch_memory()
         if snapshot is None:
             return
-        torch_memory = self._torch_memory()
         readings = (
             ("memory_used_bytes", "Used memory of the GPU.", snapshot.used_bytes),
             ("memory_total_bytes", "Memory of the GPU.", snapshot.total_bytes),

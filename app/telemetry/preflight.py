@@ -1,20 +1,43 @@
-"""Check through NVML whether the GPU can be used, before anything heavy is imported.
+"""The one check of the GPU, for the service, `klein doctor` and every other command.
 
-torch would report the same, but takes seconds to import and answers with a traceback. What NVML
-does not report is left to the engine, which knows the model and plans its memory.
+It asks NVML, before anything heavy is imported: torch would report the same, but takes seconds to
+import and answers with a traceback. What NVML does not report is left to the engine, which knows
+the model and plans its memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from enum import Enum, auto
 from pathlib import Path
 
 from app.errors import StartupError
-from app.telemetry.gpu import Gpu
+from app.telemetry.gpu import Gpu, GpuFacts
 
 LEAST_FREE_BYTES = 4_500_000_000
 """Weights on the GPU in klein's smallest plan, without activations."""
+
+
+class GpuFault(Enum):
+    """Why a GPU that is there cannot serve klein."""
+
+    OLD_DRIVER = auto()
+    LITTLE_MEMORY = auto()
+
+
+def find_faults(gpu: GpuFacts, torch_cuda: str | None) -> list[GpuFault]:
+    """Return what is wrong with *gpu* for a torch that was built with CUDA *torch_cuda*.
+
+    A driver is too old where its CUDA major version is lower than that of torch's build. The minor
+    version does not matter (CUDA's minor version compatibility,
+    https://docs.nvidia.com/deploy/cuda-compatibility/).
+    """
+    faults = {
+        GpuFault.OLD_DRIVER: gpu.cuda is not None and gpu.cuda[0] < cuda_major(torch_cuda),
+        GpuFault.LITTLE_MEMORY: gpu.free_bytes < LEAST_FREE_BYTES,
+    }
+    return [fault for fault, is_found in faults.items() if is_found]
 
 
 def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
@@ -40,8 +63,10 @@ def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
             f"There is no card {index}; this machine has {count}, counted from 0. "
             "Set KLEIN_DEVICE to one of them."
         )
-    _check_driver(gpu, torch_cuda)
-    _check_memory(gpu)
+    # Where NVML cannot tell more, the engine will find out.
+    facts = gpu.facts()
+    if isinstance(facts, GpuFacts) and (faults := find_faults(facts, torch_cuda)):
+        raise StartupError(_explain(faults[0], facts, cuda_major(torch_cuda)))
 
 
 def torch_cuda() -> str | None:
@@ -54,34 +79,26 @@ def torch_cuda() -> str | None:
     return match[1] if match else None
 
 
-def _check_driver(gpu: Gpu, torch_cuda: str) -> None:
-    """Refuse a driver whose CUDA major version is lower than that of torch's build.
-
-    The minor version does not matter (CUDA's minor version compatibility,
-    https://docs.nvidia.com/deploy/cuda-compatibility/).
-    """
-    found = gpu.cuda_version()
-    wanted = int(torch_cuda.partition(".")[0])
-    if found is not None and found[0] < wanted:
-        raise StartupError(
-            f"The NVIDIA driver {gpu.driver_version()} is too old: it knows CUDA "
-            f"{found[0]}.{found[1]}, and torch here needs {wanted}.0 or later; update the driver."
-        )
+def cuda_major(version: str | None) -> int:
+    """Return the major version of *version*, such as `13.0`; 0 for a build without CUDA."""
+    return int((version or "0").partition(".")[0])
 
 
-def _check_memory(gpu: Gpu) -> None:
-    now = gpu.read()
-    if now is None:
-        return
-    free_bytes = now.total_bytes - now.used_bytes
-    if free_bytes < LEAST_FREE_BYTES:
-        holders = gpu.holders()
-        who = ", ".join(
-            f"{name} (process {pid}, {size / 1e9:.1f} GB)" for pid, name, size in holders
+def _explain(fault: GpuFault, gpu: GpuFacts, wanted: int) -> str:
+    if fault is GpuFault.OLD_DRIVER:
+        assert gpu.cuda is not None
+        return (
+            f"The NVIDIA driver {gpu.driver} is too old: it knows CUDA "
+            f"{gpu.cuda[0]}.{gpu.cuda[1]}, and torch here needs {wanted}.0 or later; update the "
+            "driver."
         )
-        raise StartupError(
-            f"{now.name} has {free_bytes / 1e9:.1f} GB free of {now.total_bytes / 1e9:.1f} GB and "
-            f"at least {LEAST_FREE_BYTES / 1e9:.1f} GB are needed; it is held by "
-            f"{who or 'processes that the driver does not name'}: close what is not needed, "
-            "or set KLEIN_DEVICE."
-        )
+    who = ", ".join(
+        f"{holder.name} (process {holder.pid}, {(holder.used_bytes or 0) / 1e9:.1f} GB)"
+        for holder in gpu.holders
+    )
+    return (
+        f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} GB free of {gpu.total_bytes / 1e9:.1f} GB and "
+        f"at least {LEAST_FREE_BYTES / 1e9:.1f} GB are needed; it is held by "
+        f"{who or 'processes that the driver does not name'}: close what is not needed, "
+        "or set KLEIN_DEVICE."
+    )

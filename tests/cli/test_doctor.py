@@ -15,10 +15,11 @@ import pytest
 
 from app.cli.doctor import command
 from app.cli.doctor.checks import Facts, diagnose, minimum_driver
-from app.cli.doctor.facts import CacheFound, CompilerFound, GpuFacts, Holder, HostFound, TorchFound
+from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
 from app.engine.models.registry import find_spec
 from app.model_choice import Choice
 from app.settings import Settings
+from app.telemetry.gpu import Gpu, GpuFacts, Holder
 from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,22 +28,10 @@ TORCH = TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, has_fp8=False, has_int
 
 
 class TalkingNvml(FakeNvml):
-    """An RTX 3060 that also tells its capability and who is on it."""
+    """An RTX 3060 that also tells who is on it, as far as that can be told."""
 
-    def __init__(self, *, count: int = 1, used_bytes: int = 2 * GB) -> None:
+    def __init__(self, *, used_bytes: int = 2 * GB) -> None:
         super().__init__(used_bytes=used_bytes)
-        self._count = count
-
-    def nvmlDeviceGetCount(self) -> int:
-        return self._count
-
-    def nvmlDeviceGetCudaComputeCapability(self, card: int) -> tuple[int, int]:
-        return (8, 6)
-
-    def nvmlDeviceGetMemoryInfo(self, card: int) -> SimpleNamespace:
-        total = 12_884_901_888
-        used = self._used_bytes
-        return SimpleNamespace(used=used, total=total, free=total - used)
 
     def nvmlDeviceGetComputeRunningProcesses(self, card: int) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=1_900_000_000)]
@@ -64,11 +53,11 @@ class MissingNvml:
 def ask(capsys, *words: str, nvml: object = None, torch: TorchFound = TORCH, **settings: object):
     """Run the command; the exit code and what it printed."""
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
+    command.add_options(parser)
     code = command.run(
-        parser.parse_args(["doctor", *words]),
+        parser.parse_args(words),
         Settings(**settings),
-        load_nvml=lambda: nvml or TalkingNvml(),
+        gpu=Gpu(settings.get("device", 0), load_nvml=lambda: nvml or TalkingNvml()),
         ask_torch=lambda index: torch,
     )
     return code, capsys.readouterr().out
@@ -238,7 +227,7 @@ def test_a_good_machine_has_no_problems() -> None:
     ("changes", "what", "remedy", "is_fatal"),
     [
         (
-            {"gpu": replace(CARD, driver="570.124.06")},
+            {"gpu": replace(CARD, driver="570.124.06", cuda=(12, 8))},
             "The driver 570.124.06 is too old for torch 2.13.0+cu130",
             "driver 580 or newer",
             True,

@@ -138,8 +138,8 @@ def is_taken(ask) -> bool:
 def draw(folder: Path, *words: str) -> int:
     """Run the command with the scripted engine."""
     parser = argparse.ArgumentParser()
-    generate.add_parser(parser.add_subparsers())
-    given = parser.parse_args(["generate", "a", "-o", str(folder / "x.png"), *words])
+    generate.add_options(parser)
+    given = parser.parse_args(["a", "-o", str(folder / "x.png"), *words])
     settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
     return generate.run(given, settings, make_engine=MakeScriptedEngine(Script()))
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from app.domain import Generated, ModelInfo, PeakMemory, RawImage, StageTimings
 from app.telemetry.gpu import Gpu
-from app.telemetry.metrics import OUTCOMES, Metrics
+from app.telemetry.metrics import OUTCOMES, WATCHED, Metrics
 from tests.support.fake_nvml import FakeNvml
 
 INFO = ModelInfo(
@@ -31,12 +29,8 @@ SECONDS |= {"encode": 0.01, "total": 3.3}
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics(version="1.2.3")
-    metrics.watch(
-        SimpleNamespace(
-            queue_size=3, queue_capacity=32, running=1, is_ready=True, is_worker_up=True,
-            estimated_wait_s=4.5, loop_lag_s=0.002,
-        )
-    )  # fmt: skip
+    readings = (3, 32, 1, True, True, 0.002, 4.5)
+    metrics.watch({name: lambda x=x: x for name, x in zip(WATCHED, readings, strict=True)})
     metrics.watch_gpu(Gpu(0, load_nvml=FakeNvml).read, lambda: PEAK)
     metrics.model_ready(INFO, 21.0)
     metrics.image_finished(

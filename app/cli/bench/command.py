@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import json
 import os
-import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,17 +19,18 @@ from app import logs
 from app.cli.bench.machine import describe_machine
 from app.cli.bench.measure import Row, floor_of, sum_up
 from app.cli.bench.report import Run, render_table, write_report
-from app.cli.bench.sampler import Sampler, impatient_clock
+from app.cli.bench.sampler import Sampler
+from app.cli.console import note
 from app.cli.warm_worker import (
     check_output,
     draft,
-    make_picture,
+    make_pictures,
     new_prompts,
     parse_precisions,
     parse_size,
     warm_runtime,
 )
-from app.domain import ImageSpec, ModelInfo, ModelSpec
+from app.domain import GpuSnapshot, ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest, KleinError, StartupError
 from app.runtime import Runtime
@@ -41,16 +42,14 @@ WARM_UP_IMAGES = 2
 _USUAL_SIZES = ((512, 512), (1024, 1024))
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("bench", help="measure how fast this card makes pictures")
     parser.add_argument("--sizes", help="WIDTHxHEIGHT, separated by commas")
     parser.add_argument("-n", type=int, default=20, help="pictures for each size (20)")
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
     parser.add_argument("--precision", help="separated by commas (KLEIN_PRECISION)")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
     parser.add_argument("--out", type=Path, help="write a report to this .md file, charts beside")
-    parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
 
 
 def run(
@@ -69,16 +68,10 @@ def run(
         check_output(arguments.out)
     logs.set_up(style=settings.log_format, level="warning")
     index = settings.device if isinstance(settings.device, int) else 0
-    bench = Bench(
-        settings,
-        sizes=tuple(size for size in (arguments.sizes or "").split(",") if size),
-        count=arguments.n,
-        steps=arguments.steps,
-        make_engine=make_engine,
-        gpu=gpu or Gpu(index, clock=impatient_clock()),
-    )
-    precisions = parse_precisions(arguments.precision or settings.precision)
-    result = asyncio.run(bench.run(precisions))
+    gpu = gpu or Gpu(index, cache_s=0)
+    result = Run(describe_machine(gpu), datetime.now(UTC).date().isoformat())
+    bench = Bench(settings, arguments, make_engine, gpu, result)
+    asyncio.run(bench.run(parse_precisions(arguments.precision or settings.precision)))
     print(render_table(result))
     if arguments.out:
         for path in write_report(result, arguments.out):
@@ -93,111 +86,91 @@ class Bench:
     def __init__(
         self,
         settings: Settings,
-        *,
-        sizes: tuple[str, ...],
-        count: int,
-        steps: int | None,
+        arguments: argparse.Namespace,
         make_engine: EngineFactory,
         gpu: Gpu,
+        result: Run,
     ) -> None:
         self._settings = settings
-        self._sizes = sizes
-        self._count = count
-        self._steps = steps
+        self._arguments = arguments
         self._make_engine = make_engine
         self._gpu = gpu
-        self._worker_pid: int | None = None
+        self._result = result
+        self._processes = [os.getpid()]
         self._prompts = new_prompts()
-        self._rows: list[Row] = []
-        self._loaded: list[ModelInfo] = []
-        self._notes: list[str] = []
-        self._has_gpu = settings.device != "cpu"
-        before = gpu.read() if self._has_gpu else None
+        before = self._read_gpu()
         self._bytes_before = before.used_bytes if before else None
 
-    async def run(self, precisions: tuple[str, ...]) -> Run:
+    async def run(self, precisions: tuple[str, ...]) -> None:
         """Measure each of *precisions*; note and skip what cannot be measured."""
-        machine = describe_machine(self._gpu)
-        with Sampler(lambda: self._gpu.read() if self._has_gpu else None, self._processes) as watch:
+        with Sampler(self._read_gpu, lambda: self._processes) as sampler:
             for precision in precisions:
                 settings = self._settings.model_copy(update={"precision": precision})
                 try:
-                    await self._measure_precision(settings, watch)
+                    await self._measure_precision(settings, sampler)
                 except StartupError as error:
                     self._note(f"{precision}: {error.message}")
-        return Run(
-            machine=machine,
-            date=datetime.now(UTC).date().isoformat(),
-            rows=tuple(self._rows),
-            loaded=tuple(self._loaded),
-            notes=tuple(self._notes),
-            readings=tuple(watch.readings),
-        )
+        self._result.readings = sampler.readings
 
-    async def _measure_precision(self, settings: Settings, watch: Sampler) -> None:
-        self._say(f"{settings.precision}: starting the worker")
+    async def _measure_precision(self, settings: Settings, sampler: Sampler) -> None:
+        note(f"{settings.precision}: starting the worker")
         async with warm_runtime(
             settings, make_engine=self._make_engine, gpu=self._gpu, planned=self._plan
         ) as (runtime, info):
-            self._worker_pid = runtime.worker_pid
-            self._loaded.append(info)
-            for size in self._read_sizes(runtime.model):
+            self._processes = [os.getpid(), *filter(None, [runtime.worker_pid])]
+            self._result.loaded.append(info)
+            for size in self._sizes(runtime.model):
                 try:
-                    self._rows.append(await self._measure_size(runtime, info, size, watch))
+                    row = await self._measure_size(runtime, info, size, sampler)
+                    self._result.rows.append(row)
                 except KleinError as error:
                     self._note(f"{info.precision} {size[0]}x{size[1]}: {error.message}")
-        self._worker_pid = None
+        self._processes = [os.getpid()]
 
     def _plan(self, model: ModelSpec) -> ImageSpec:
-        """Return specs that differ in size alone, each checked before anything is generated."""
-        return draft(model, "a plan", *self._read_sizes(model)[0], self._steps)
+        """Return the first spec; the others differ from it in their sizes, which are checked."""
+        return draft(model, "a plan", *self._sizes(model)[0], self._arguments.steps)
 
-    def _read_sizes(self, model: ModelSpec) -> tuple[tuple[int, int], ...]:
+    def _sizes(self, model: ModelSpec) -> Sequence[tuple[int, int]]:
+        given = [size for size in (self._arguments.sizes or "").split(",") if size]
         most = self._settings.max_pixels
-        given = tuple(parse_size(size, model, most) for size in self._sizes)
-        return given or _default_sizes(model)
+        return [parse_size(size, model, most) for size in given] or _default_sizes(model)
 
     async def _measure_size(
-        self, runtime: Runtime, info: ModelInfo, size: tuple[int, int], watch: Sampler
+        self, runtime: Runtime, info: ModelInfo, size: tuple[int, int], sampler: Sampler
     ) -> Row:
-        self._say(f"{info.precision} {size[0]}x{size[1]}: {self._count} images")
+        count = self._arguments.n
+        what = f"{info.precision} {size[0]}x{size[1]}"
+        note(f"{what}: {count} images")
         specs = [
-            draft(runtime.model, next(self._prompts), *size, self._steps)
-            for _ in range(WARM_UP_IMAGES + self._count)
+            draft(runtime.model, next(self._prompts), *size, self._arguments.steps)
+            for _ in range(WARM_UP_IMAGES + count)
         ]
-        for spec in specs[:WARM_UP_IMAGES]:
-            await make_picture(runtime, spec)
-        since_s = watch.now_s()
-        pictures = [await make_picture(runtime, spec) for spec in specs[WARM_UP_IMAGES:]]
-        model = self._gpu.read() if self._has_gpu else None
+        await make_pictures(runtime, specs[:WARM_UP_IMAGES], f"{what}, warming up")
+        since_s = sampler.now_s()
+        pictures = await make_pictures(runtime, specs[WARM_UP_IMAGES:], what)
         return sum_up(
             specs[0],
             info,
             pictures,
-            watch.usage(since_s),
+            sampler.usage(since_s),
             gpu_bytes_before=self._bytes_before,
-            floor_s=floor_of(specs[0], info, model),
+            floor_s=floor_of(specs[0], info, self._read_gpu()),
         )
 
-    def _processes(self) -> list[int]:
-        return [os.getpid(), *([self._worker_pid] if self._worker_pid else [])]
+    def _read_gpu(self) -> GpuSnapshot | None:
+        return None if self._settings.device == "cpu" else self._gpu.read()
 
     def _note(self, text: str) -> None:
-        self._notes.append(text)
-        self._say(text)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        print(f"klein: {text}", file=sys.stderr, flush=True)
+        self._result.notes.append(text)
+        note(text)
 
 
-def _default_sizes(model: ModelSpec) -> tuple[tuple[int, int], ...]:
+def _default_sizes(model: ModelSpec) -> Sequence[tuple[int, int]]:
     """Return the model's default size and the usual ones within its limits."""
     sizes = {(model.default_width, model.default_height), *_USUAL_SIZES}
-    return tuple(
-        sorted(
-            size
-            for size in sizes
-            if max(size) <= model.max_side and size[0] * size[1] <= model.max_pixels
-        )
+    return sorted(
+        size
+        for size in sizes
+        if max(size) <= model.max_side and size[0] * size[1] <= model.max_pixels
     )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from app.cli.doctor.facts import CacheFound, CompilerFound, GpuFacts, Holder, HostFound, TorchFound
+from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
 from app.cli.doctor.machine_checks import judge_cache, judge_compiler, judge_host
 from app.cli.doctor.plan_preview import PlanPreview
 from app.cli.doctor.report import Report, gigabytes
 from app.domain import ModelSpec
-from app.engine.memory.planner import MemoryPlan
+from app.engine.memory.planner import MemoryPlan, Plan
 from app.engine.roofline import find_gpu
 from app.model_choice import Choice
 from app.settings import Settings
+from app.telemetry.gpu import GpuFacts, Holder
+from app.telemetry.preflight import GpuFault, find_faults
 
 PINNED_CUDA = "13.0"
 """CUDA version of the pinned torch, which also has a CPU build."""
@@ -44,6 +46,12 @@ class Facts:
     def is_klein(self) -> bool:
         """Whether the model comes from the hub, unlike the demo model."""
         return self.model is not None and self.model.hub_id is not None
+
+    @property
+    def faults(self) -> list[GpuFault]:
+        """What the start's check would find wrong with the GPU."""
+        cuda = self.torch.cuda or PINNED_CUDA
+        return find_faults(self.gpu, cuda) if isinstance(self.gpu, GpuFacts) else []
 
 
 def diagnose(facts: Facts, settings: Settings) -> Report:
@@ -115,7 +123,7 @@ def _judge_gpu(found: Report, facts: Facts, settings: Settings) -> None:
     found.tell("driver", f"{gpu.driver}, needed is {needed} or newer")
     used = f"{gigabytes(gpu.total_bytes)}, of which {gigabytes(gpu.free_bytes)} are free"
     found.tell("memory", f"{used}; {_holders(gpu)}")
-    if _driver_major(gpu.driver) < needed:
+    if GpuFault.OLD_DRIVER in facts.faults:
         found.complain(
             f"The driver {gpu.driver} is too old for torch {facts.torch.version}, which is built "
             f"for CUDA {facts.torch.cuda or PINNED_CUDA}.",
@@ -164,7 +172,7 @@ def _judge_torch(found: Report, facts: Facts) -> None:
             "-r requirements.lock without an index of processor wheels.",
             is_fatal=True,
         )
-    elif _driver_major(facts.gpu.driver) >= minimum_driver(torch.cuda):
+    elif GpuFault.OLD_DRIVER not in facts.faults:
         found.complain(
             "NVML sees the card, but torch does not.",
             "See what CUDA_VISIBLE_DEVICES says, and in a container whether the driver's compute "
@@ -194,7 +202,7 @@ def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
 
 def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Settings) -> None:
     assert isinstance(facts.gpu, GpuFacts)
-    if ahead.plan is None:
+    if ahead.plan is None or GpuFault.LITTLE_MEMORY in facts.faults:
         remedy = "Close what else uses the card."
         if facts.gpu.holders:
             remedy = (
@@ -208,7 +216,7 @@ def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Setti
         )
     elif settings.plan != "auto":
         judge_asked_plan(found, ahead.plan, facts.model)
-    elif ahead.plan.name != "resident" and facts.gpu.holders:
+    elif ahead.plan.name is not Plan.RESIDENT and facts.gpu.holders:
         found.complain(
             f"What else is on the card makes the plan {ahead.plan.name} necessary, which is "
             "slower than resident.",
@@ -245,11 +253,6 @@ def _name(holder: Holder) -> str:
     """Return program, process id, and bytes where the driver reports them."""
     size = f", {gigabytes(holder.used_bytes)}" if holder.used_bytes else ""
     return f"{holder.name} ({holder.pid}{size})"
-
-
-def _driver_major(version: str) -> int:
-    major = version.partition(".")[0]
-    return int(major) if major.isdigit() else 0
 
 
 def _data(facts: Facts) -> dict[str, object]:
