@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from app.cli.console import progress_bar
@@ -53,10 +54,9 @@ def run(
 
 
 def _is_there(name: str) -> bool:
-    try:
+    with suppress(ValueError):
         return os.access(complete_path(Path(name)), os.F_OK)
-    except ValueError:
-        return False
+    return False
 
 
 def _download(variant: ModelEntry, cache_dir: Path, precision: str, hub: Hub) -> int:

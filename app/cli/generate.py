@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from app import logs
-from app.cli.warm_worker import check_output, choose_seed, draft, make_picture, warm_runtime
+from app.cli.warm_worker import check_output, choose_seed, draft, make_pictures, warm_runtime
 from app.domain import ImageSpec, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest
@@ -76,27 +76,22 @@ async def _generate(
     make_engine: EngineFactory,
     gpu: Gpu | None,
 ) -> Picture:
-    def plan(model: ModelSpec) -> ImageSpec:
-        return _spec(arguments, model, settings, seed)
+    def plan(model: ModelSpec) -> list[ImageSpec]:
+        width, height = model.default_width, model.default_height
+        if arguments.size not in (None, "auto"):
+            width, height = SizeRule.of(model, settings.max_pixels).parse(arguments.size)
+        spec = draft(model, arguments.prompt, width, height, arguments.steps)
+        guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
+        return [replace(spec, seed=seed, guidance_scale=guidance)]
 
     output = OutputFormat(_FORMATS[arguments.output.suffix.lower()])
-    async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, planned=plan) as (
+    async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, plan=plan) as (
         runtime,
         _,
+        specs,
     ):
-        return await make_picture(runtime, plan(runtime.model), output)
-
-
-def _spec(
-    arguments: argparse.Namespace, model: ModelSpec, settings: Settings, seed: int
-) -> ImageSpec:
-    """Build the spec from the arguments and the model's defaults."""
-    width, height = model.default_width, model.default_height
-    if arguments.size not in (None, "auto"):
-        width, height = SizeRule.of(model, settings.max_pixels).parse(arguments.size)
-    spec = draft(model, arguments.prompt, width, height, arguments.steps)
-    guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
-    return replace(spec, seed=seed, guidance_scale=guidance)
+        (picture,) = await make_pictures(runtime, specs, "images", output)
+        return picture
 
 
 def _in_our_words(error: InvalidRequest) -> InvalidRequest:

@@ -92,9 +92,10 @@ async def _run(
         from app.api.app import create_app
         from app.api.server import make_server
 
-        app = create_app(settings, lambda _: runtime)
         server = make_server(
-            app, descriptors=_descriptors(), trusted_proxies=settings.trusted_proxies
+            create_app(settings, lambda _: runtime),
+            descriptors=_descriptors(),
+            trusted_proxies=settings.trusted_proxies,
         )
         # Existing objects are permanent; traversing them would stop every request for a tenth of a
         # second.
@@ -141,9 +142,7 @@ class _Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         await self._server.serve(sockets=[self._listener])
-        if not self._server.started:
-            return 1
-        return self._exit_code
+        return self._exit_code if self._server.started else 1
 
     def _on_signal(self) -> None:
         if self._draining is not None:
@@ -225,12 +224,9 @@ def _check_exposure(settings: Settings) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def bind(settings: Settings) -> socket.socket:

@@ -75,7 +75,8 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, MemoryError):
         return "This machine has too little free memory; close other programs and start again."
-    if is_about_processes(error):
+    is_about_threads = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    if is_about_threads or isinstance(error, BlockingIOError):
         most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
         number = "" if most == resource.RLIM_INFINITY else f", which is {most}"
         return (
@@ -95,13 +96,6 @@ def explain(error: BaseException) -> str:
     return (
         f"The system refused what was needed: {reason}{place}; fix that and start again, or set "
         "KLEIN_LOG_LEVEL=debug to see where it happened."
-    )
-
-
-def is_about_processes(error: BaseException) -> bool:
-    """Return whether a process or a thread could not be started."""
-    return isinstance(error, BlockingIOError) or (
-        isinstance(error, RuntimeError) and "can't start new thread" in str(error)
     )
 
 

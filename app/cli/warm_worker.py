@@ -38,11 +38,11 @@ async def warm_runtime(
     *,
     make_engine: EngineFactory = create_engine,
     gpu: Gpu | None = None,
-    planned: Callable[[ModelSpec], ImageSpec] | None = None,
-) -> AsyncIterator[tuple[Runtime, ModelInfo]]:
+    plan: Callable[[ModelSpec], list[ImageSpec]] = lambda model: [],
+) -> AsyncIterator[tuple[Runtime, ModelInfo, list[ImageSpec]]]:
     """Start a worker for *settings* and yield it once it is warm; close it at the end.
 
-    The *planned* specs are checked against the model before anything is loaded.
+    The specs that *plan* returns are checked before anything is loaded, and yielded too.
 
     Raises:
         StartupError: the worker does not start; one sentence says why.
@@ -50,8 +50,9 @@ async def warm_runtime(
     """
     patient = settings.model_copy(update={"deadline_s": _PATIENCE_S})
     runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
-    if planned is not None:
-        runtime.service.check(planned(runtime.model))
+    specs = plan(runtime.model)
+    for spec in specs:
+        runtime.service.check(spec)
     ready: asyncio.Future[ModelInfo | str] = asyncio.get_running_loop().create_future()
 
     def settle(outcome: ModelInfo | str) -> None:
@@ -70,28 +71,25 @@ async def warm_runtime(
         info = ready.result()
         if isinstance(info, str):
             raise StartupError(info)
-        yield runtime, info
+        yield runtime, info, specs
     finally:
         await runtime.close()
 
 
-async def make_picture(
-    runtime: Runtime, spec: ImageSpec, output: OutputFormat | None = None
-) -> Picture:
-    """Generate one image as the service does, and return its encoded file, PNG by default."""
+async def make_pictures(
+    runtime: Runtime, specs: Sequence[ImageSpec], what: str, output: OutputFormat | None = None
+) -> list[Picture]:
+    """Generate one image after the other as the service does, as PNG by default.
+
+    A bar tells how many of *what* are done.
+    """
     output = output or OutputFormat("png")
-    ticket = runtime.service.submit([spec], client="cli", output=output)
-    (picture,) = await ticket.pictures()
-    return picture
-
-
-async def make_pictures(runtime: Runtime, specs: Sequence[ImageSpec], what: str) -> list[Picture]:
-    """Generate one PNG after the other; a bar tells how many of *what* are done."""
-    pictures = []
+    pictures: list[Picture] = []
     with progress_bar() as show:
         for number, spec in enumerate(specs):
             show(number / len(specs), f"{what}, {number} of {len(specs)}")
-            pictures.append(await make_picture(runtime, spec))
+            ticket = runtime.service.submit([spec], client="cli", output=output)
+            pictures += await ticket.pictures()
     return pictures
 
 

@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -115,47 +116,42 @@ class Bench:
     async def _measure_precision(self, settings: Settings, sampler: Sampler) -> None:
         note(f"{settings.precision}: starting the worker")
         async with warm_runtime(
-            settings, make_engine=self._make_engine, gpu=self._gpu, planned=self._plan
-        ) as (runtime, info):
+            settings, make_engine=self._make_engine, gpu=self._gpu, plan=self._plan
+        ) as (runtime, info, specs):
             self._processes = [os.getpid(), *filter(None, [runtime.worker_pid])]
             self._result.loaded.append(info)
-            for size in self._sizes(runtime.model):
+            for spec in specs:
+                what = f"{info.precision} {spec.width}x{spec.height}"
                 try:
-                    row = await self._measure_size(runtime, info, size, sampler)
+                    row = await self._measure_size(runtime, info, spec, what, sampler)
                     self._result.rows.append(row)
                 except KleinError as error:
-                    self._note(f"{info.precision} {size[0]}x{size[1]}: {error.message}")
+                    self._note(f"{what}: {error.message}")
         self._processes = [os.getpid()]
 
-    def _plan(self, model: ModelSpec) -> ImageSpec:
-        """Return the first spec; the others differ from it in their sizes, which are checked."""
-        return draft(model, "a plan", *self._sizes(model)[0], self._arguments.steps)
-
-    def _sizes(self, model: ModelSpec) -> Sequence[tuple[int, int]]:
+    def _plan(self, model: ModelSpec) -> list[ImageSpec]:
+        """Return one spec for each size."""
         given = [size for size in (self._arguments.sizes or "").split(",") if size]
         most = self._settings.max_pixels
-        return [parse_size(size, model, most) for size in given] or _default_sizes(model)
+        sizes = [parse_size(size, model, most) for size in given] or _default_sizes(model)
+        return [draft(model, "a plan", *size, self._arguments.steps) for size in sizes]
 
     async def _measure_size(
-        self, runtime: Runtime, info: ModelInfo, size: tuple[int, int], sampler: Sampler
+        self, runtime: Runtime, info: ModelInfo, spec: ImageSpec, what: str, sampler: Sampler
     ) -> Row:
         count = self._arguments.n
-        what = f"{info.precision} {size[0]}x{size[1]}"
         note(f"{what}: {count} images")
-        specs = [
-            draft(runtime.model, next(self._prompts), *size, self._arguments.steps)
-            for _ in range(WARM_UP_IMAGES + count)
-        ]
+        specs = [replace(spec, prompt=next(self._prompts)) for _ in range(WARM_UP_IMAGES + count)]
         await make_pictures(runtime, specs[:WARM_UP_IMAGES], f"{what}, warming up")
         since_s = sampler.now_s()
         pictures = await make_pictures(runtime, specs[WARM_UP_IMAGES:], what)
         return sum_up(
-            specs[0],
+            spec,
             info,
             pictures,
             sampler.usage(since_s),
             gpu_bytes_before=self._bytes_before,
-            floor_s=floor_of(specs[0], info, self._read_gpu()),
+            floor_s=floor_of(spec, info, self._read_gpu()),
         )
 
     def _read_gpu(self) -> GpuSnapshot | None:

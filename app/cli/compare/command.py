@@ -167,22 +167,23 @@ async def _make_all(
     found: list[Compared] = []
     notes: list[str] = []
 
-    def plan(model: ModelSpec) -> ImageSpec:
+    def plan(model: ModelSpec) -> list[ImageSpec]:
         width, height = parse_size(arguments.size or "auto", model, settings.max_pixels)
         spec = draft(model, arguments.prompt, width, height, arguments.steps)
-        return replace(spec, seed=arguments.seed, wants_latents=True)
+        spec = replace(spec, seed=arguments.seed, wants_latents=True)
+        warm_up = replace(spec, prompt=next(new_prompts()))
+        return [warm_up, spec]
 
     for precision in precisions:
         note(f"{precision}: starting the worker")
         chosen = settings.model_copy(update={"precision": precision})
         try:
-            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu, planned=plan) as (
+            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu, plan=plan) as (
                 runtime,
                 info,
+                specs,
             ):
-                spec = plan(runtime.model)
-                warm_up = replace(spec, prompt=next(new_prompts()))
-                _, picture = await make_pictures(runtime, [warm_up, spec], precision)
+                _, picture = await make_pictures(runtime, specs, precision)
         except StartupError as error:
             notes.append(f"{precision}: {error.message}")
             continue
