@@ -112,18 +112,15 @@ def _told(argv: Sequence[str] | None) -> int:
 def _is_unread() -> bool:
     """Return whether the broken pipe is this process's own output, not one to another process."""
     poll = select.poll()
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            poll.register(stream.fileno(), 0)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _drop_output() -> None:
     """Redirect the output to the null device: Python would flush again at exit, and complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is None:
-            continue
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:

@@ -26,18 +26,33 @@ class GpuFault(Enum):
     LITTLE_MEMORY = auto()
 
 
-def find_faults(gpu: GpuFacts, torch_cuda: str | None) -> list[GpuFault]:
-    """Return what is wrong with *gpu* for a torch that was built with CUDA *torch_cuda*.
+def find_faults(gpu: GpuFacts, torch_cuda: str) -> dict[GpuFault, str]:
+    """Return what is wrong with *gpu* for a torch built with CUDA *torch_cuda*, in sentences.
 
     A driver is too old where its CUDA major version is lower than that of torch's build. The minor
     version does not matter (CUDA's minor version compatibility,
     https://docs.nvidia.com/deploy/cuda-compatibility/).
     """
-    faults = {
-        GpuFault.OLD_DRIVER: gpu.cuda is not None and gpu.cuda[0] < cuda_major(torch_cuda),
-        GpuFault.LITTLE_MEMORY: gpu.free_bytes < LEAST_FREE_BYTES,
-    }
-    return [fault for fault, is_found in faults.items() if is_found]
+    faults = {}
+    wanted = int(torch_cuda.partition(".")[0])
+    if gpu.cuda is not None and gpu.cuda[0] < wanted:
+        faults[GpuFault.OLD_DRIVER] = (
+            f"The NVIDIA driver {gpu.driver} is too old: it knows CUDA "
+            f"{gpu.cuda[0]}.{gpu.cuda[1]}, and torch here needs {wanted}.0 or later; update the "
+            "driver."
+        )
+    if gpu.free_bytes < LEAST_FREE_BYTES:
+        who = ", ".join(
+            f"{holder.name} (process {holder.pid}, {(holder.used_bytes or 0) / 1e9:.1f} GB)"
+            for holder in gpu.holders
+        )
+        faults[GpuFault.LITTLE_MEMORY] = (
+            f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} GB free of {gpu.total_bytes / 1e9:.1f} GB "
+            f"and at least {LEAST_FREE_BYTES / 1e9:.1f} GB are needed; it is held by "
+            f"{who or 'processes that the driver does not name'}: close what is not needed, "
+            "or set KLEIN_DEVICE."
+        )
+    return faults
 
 
 def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
@@ -63,10 +78,10 @@ def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
             f"There is no card {index}; this machine has {count}, counted from 0. "
             "Set KLEIN_DEVICE to one of them."
         )
-    # Where NVML cannot tell more, the engine will find out.
     facts = gpu.facts()
+    # Where NVML cannot tell more, the engine will find out.
     if isinstance(facts, GpuFacts) and (faults := find_faults(facts, torch_cuda)):
-        raise StartupError(_explain(faults[0], facts, cuda_major(torch_cuda)))
+        raise StartupError(next(iter(faults.values())))
 
 
 def torch_cuda() -> str | None:
@@ -77,28 +92,3 @@ def torch_cuda() -> str | None:
     text = (Path(found.origin).parent / "version.py").read_text()
     match = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", text, re.MULTILINE)
     return match[1] if match else None
-
-
-def cuda_major(version: str | None) -> int:
-    """Return the major version of *version*, such as `13.0`; 0 for a build without CUDA."""
-    return int((version or "0").partition(".")[0])
-
-
-def _explain(fault: GpuFault, gpu: GpuFacts, wanted: int) -> str:
-    if fault is GpuFault.OLD_DRIVER:
-        assert gpu.cuda is not None
-        return (
-            f"The NVIDIA driver {gpu.driver} is too old: it knows CUDA "
-            f"{gpu.cuda[0]}.{gpu.cuda[1]}, and torch here needs {wanted}.0 or later; update the "
-            "driver."
-        )
-    who = ", ".join(
-        f"{holder.name} (process {holder.pid}, {(holder.used_bytes or 0) / 1e9:.1f} GB)"
-        for holder in gpu.holders
-    )
-    return (
-        f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} GB free of {gpu.total_bytes / 1e9:.1f} GB and "
-        f"at least {LEAST_FREE_BYTES / 1e9:.1f} GB are needed; it is held by "
-        f"{who or 'processes that the driver does not name'}: close what is not needed, "
-        "or set KLEIN_DEVICE."
-    )

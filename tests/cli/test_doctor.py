@@ -17,9 +17,11 @@ from app.cli.doctor import command
 from app.cli.doctor.checks import Facts, diagnose, minimum_driver
 from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
 from app.engine.models.registry import find_spec
+from app.errors import StartupError
 from app.model_choice import Choice
 from app.settings import Settings
 from app.telemetry.gpu import Gpu, GpuFacts, Holder
+from app.telemetry.preflight import check_gpu
 from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -308,6 +310,18 @@ def test_a_card_that_is_full_is_told_by_whom(capsys, tmp_path) -> None:
     assert code == 1
     assert "3.9 GB of the card are free, which is too little" in " ".join(said.split())
     assert f"({os.getpid()}, 1.9 GB)" in said
+
+
+@pytest.mark.torch
+def test_what_a_start_refuses_is_refused_here_too(capsys, tmp_path) -> None:
+    """One check for both: also where bf16's plan, one network at a time, has no least memory."""
+    nvml = TalkingNvml(used_bytes=10 * GB)
+    code, said = ask(capsys, nvml=nvml, cache_dir=tmp_path, precision="bf16")
+
+    assert code == 1
+    assert "2.9 GB of the card are free, which is too little" in " ".join(said.split())
+    with pytest.raises(StartupError, match=r"2\.9 GB free of 12\.9 GB"):
+        check_gpu(Gpu(0, load_nvml=lambda: nvml), 0, "13.0")
 
 
 @pytest.mark.torch

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -81,84 +80,69 @@ def run(
     return 0 if result.rows else 1
 
 
+@dataclass(slots=True)
 class Bench:
     """One run over all precisions and sizes; each precision starts its own worker."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        arguments: argparse.Namespace,
-        make_engine: EngineFactory,
-        gpu: Gpu,
-        result: Run,
-    ) -> None:
-        self._settings = settings
-        self._arguments = arguments
-        self._make_engine = make_engine
-        self._gpu = gpu
-        self._result = result
-        self._processes = [os.getpid()]
-        self._prompts = new_prompts()
-        before = self._read_gpu()
-        self._bytes_before = before.used_bytes if before else None
+    settings: Settings
+    arguments: argparse.Namespace
+    make_engine: EngineFactory
+    gpu: Gpu
+    result: Run
+    """Filled by `run`."""
+    prompts: Iterator[str] = field(default_factory=new_prompts)
 
     async def run(self, precisions: tuple[str, ...]) -> None:
         """Measure each of *precisions*; note and skip what cannot be measured."""
-        with Sampler(self._read_gpu, lambda: self._processes) as sampler:
+        with Sampler(self._read_gpu) as sampler:
             for precision in precisions:
-                settings = self._settings.model_copy(update={"precision": precision})
+                settings = self.settings.model_copy(update={"precision": precision})
                 try:
                     await self._measure_precision(settings, sampler)
                 except StartupError as error:
                     self._note(f"{precision}: {error.message}")
-        self._result.readings = sampler.readings
+        self.result.readings = sampler.readings
 
     async def _measure_precision(self, settings: Settings, sampler: Sampler) -> None:
         note(f"{settings.precision}: starting the worker")
         async with warm_runtime(
-            settings, make_engine=self._make_engine, gpu=self._gpu, plan=self._plan
+            settings, make_engine=self.make_engine, gpu=self.gpu, plan=self._plan
         ) as (runtime, info, specs):
-            self._processes = [os.getpid(), *filter(None, [runtime.worker_pid])]
-            self._result.loaded.append(info)
+            sampler.worker_pid = runtime.worker_pid
+            self.result.loaded.append(info)
             for spec in specs:
                 what = f"{info.precision} {spec.width}x{spec.height}"
                 try:
                     row = await self._measure_size(runtime, info, spec, what, sampler)
-                    self._result.rows.append(row)
+                    self.result.rows.append(row)
                 except KleinError as error:
                     self._note(f"{what}: {error.message}")
-        self._processes = [os.getpid()]
+        sampler.worker_pid = None
 
     def _plan(self, model: ModelSpec) -> list[ImageSpec]:
         """Return one spec for each size."""
-        given = [size for size in (self._arguments.sizes or "").split(",") if size]
-        most = self._settings.max_pixels
+        given = [size for size in (self.arguments.sizes or "").split(",") if size]
+        most = self.settings.max_pixels
         sizes = [parse_size(size, model, most) for size in given] or _default_sizes(model)
-        return [draft(model, "a plan", *size, self._arguments.steps) for size in sizes]
+        return [draft(model, "a plan", *size, self.arguments.steps) for size in sizes]
 
     async def _measure_size(
         self, runtime: Runtime, info: ModelInfo, spec: ImageSpec, what: str, sampler: Sampler
     ) -> Row:
-        count = self._arguments.n
+        count = self.arguments.n
         note(f"{what}: {count} images")
-        specs = [replace(spec, prompt=next(self._prompts)) for _ in range(WARM_UP_IMAGES + count)]
+        specs = [replace(spec, prompt=next(self.prompts)) for _ in range(WARM_UP_IMAGES + count)]
         await make_pictures(runtime, specs[:WARM_UP_IMAGES], f"{what}, warming up")
         since_s = sampler.now_s()
         pictures = await make_pictures(runtime, specs[WARM_UP_IMAGES:], what)
-        return sum_up(
-            spec,
-            info,
-            pictures,
-            sampler.usage(since_s),
-            gpu_bytes_before=self._bytes_before,
-            floor_s=floor_of(spec, info, self._read_gpu()),
-        )
+        floor_s = floor_of(spec, info, self._read_gpu())
+        return sum_up(spec, info, pictures, sampler.usage(since_s), floor_s)
 
     def _read_gpu(self) -> GpuSnapshot | None:
-        return None if self._settings.device == "cpu" else self._gpu.read()
+        return None if self.settings.device == "cpu" else self.gpu.read()
 
     def _note(self, text: str) -> None:
-        self._result.notes.append(text)
+        self.result.notes.append(text)
         note(text)
 
 

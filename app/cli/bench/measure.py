@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from app.cli.bench.sampler import Reading
 from app.domain import GpuSnapshot, ImageSpec, ModelInfo, PeakMemory
@@ -39,7 +39,7 @@ class Row:
     """Median of the summed seconds of `ON_THE_GPU`."""
     peak: PeakMemory | None
     usage: Reading
-    """While they were made; *gpu_bytes* without what was used before the start."""
+    """The most that was used while they were made."""
     floor_s: float | None
 
     @property
@@ -89,13 +89,9 @@ def sum_up(
     info: ModelInfo,
     pictures: Sequence[Picture],
     usage: Reading,
-    *,
-    gpu_bytes_before: int | None,
     floor_s: float | None,
 ) -> Row:
     """Aggregate the *pictures* of one size into a row."""
-    if usage.gpu_bytes is not None and gpu_bytes_before is not None:
-        usage = replace(usage, gpu_bytes=max(0, usage.gpu_bytes - gpu_bytes_before))
     peaks = [picture.peak for picture in pictures if picture.peak]
     return Row(
         spec=spec,

@@ -6,6 +6,7 @@ measurement is not disturbed.
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
@@ -35,19 +36,18 @@ class Reading:
 
 
 class Sampler:
-    """A context manager that samples in a thread; *processes* returns the ids to sum up."""
+    """A context manager that samples in a thread; *worker_pid* is None while there is none."""
 
-    def __init__(
-        self, read_gpu: Callable[[], GpuSnapshot | None], processes: Callable[[], list[int]]
-    ) -> None:
+    def __init__(self, read_gpu: Callable[[], GpuSnapshot | None]) -> None:
         self.readings: list[Reading] = []
+        self.worker_pid: int | None = None
         self._read_gpu = read_gpu
-        self._processes = processes
         self._started = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> Sampler:
+        self._read()
         self._thread.start()
         return self
 
@@ -60,13 +60,17 @@ class Sampler:
         return time.monotonic() - self._started
 
     def usage(self, since_s: float) -> Reading:
-        """Return the maximum of each, and mean power, since *since_s*; one more is read now."""
+        """Return the maximum of each, and mean power, since *since_s*; one more is read now.
+
+        The GPU's memory is counted without what was used before the start.
+        """
         self._read()
         readings = [reading for reading in self.readings if reading.at_s >= since_s]
         power = [one.power_watts for one in readings if one.power_watts is not None]
+        before, most = self.readings[0].gpu_bytes, _most(one.gpu_bytes for one in readings)
         return Reading(
             at_s=readings[-1].at_s,
-            gpu_bytes=_most(one.gpu_bytes for one in readings),
+            gpu_bytes=None if before is None or most is None else max(0, most - before),
             host_bytes=max(one.host_bytes for one in readings),
             power_watts=statistics.fmean(power) if power else None,
             temperature_celsius=_most(one.temperature_celsius for one in readings),
@@ -78,11 +82,12 @@ class Sampler:
 
     def _read(self) -> None:
         gpu = self._read_gpu()
+        processes = (os.getpid(), self.worker_pid)
         self.readings.append(
             Reading(
                 at_s=self.now_s(),
                 gpu_bytes=gpu.used_bytes if gpu else None,
-                host_bytes=sum(map(_resident_bytes, self._processes())),
+                host_bytes=sum(_resident_bytes(pid) for pid in processes if pid),
                 power_watts=gpu.power_watts if gpu else None,
                 temperature_celsius=gpu.temperature_celsius if gpu else None,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
@@ -48,10 +49,10 @@ class Facts:
         return self.model is not None and self.model.hub_id is not None
 
     @property
-    def faults(self) -> list[GpuFault]:
+    def faults(self) -> Collection[GpuFault]:
         """What the start's check would find wrong with the GPU."""
         cuda = self.torch.cuda or PINNED_CUDA
-        return find_faults(self.gpu, cuda) if isinstance(self.gpu, GpuFacts) else []
+        return find_faults(self.gpu, cuda) if isinstance(self.gpu, GpuFacts) else ()
 
 
 def diagnose(facts: Facts, settings: Settings) -> Report:
