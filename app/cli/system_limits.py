@@ -41,17 +41,13 @@ def check_surroundings(*, is_computing: bool) -> None:
             "The current folder has been deleted; change into one that exists and start again."
         ) from None
     try:
-        _try_files()
+        with ExitStack() as opened:
+            for _ in range(_SPARE_FILES):
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         if is_computing:
             _try_threads()
     except (OSError, RuntimeError) as error:
         raise StartupError(explain(error)) from None
-
-
-def _try_files() -> None:
-    with ExitStack() as opened:
-        for _ in range(_SPARE_FILES):
-            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
 def _try_threads() -> None:
