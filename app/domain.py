@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import Protocol
 
 
@@ -98,7 +98,7 @@ class Generated:
     """The final latents, float32 [tokens, channels], row-major; None unless asked for."""
 
 
-class Stage(Enum):
+class Stage(StrEnum):
     """Where a running job is; GPU_FREE says that the GPU can take the next job."""
 
     TEXT = "text"
@@ -134,6 +134,16 @@ class WorkerStage(StrEnum):
     """The service takes nothing new; a worker is never at this."""
 
 
+class Loss(StrEnum):
+    """Why a worker was lost: the values are those of the metric."""
+
+    FATAL_CUDA = "fatal_cuda"
+    KILLED = "killed"
+    HANG = "hang"
+    HEARTBEAT = "heartbeat"
+    STARTUP = "startup"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """Progress of loading a model: *fraction* in 0..1, or None where it is unknown."""
@@ -165,6 +175,8 @@ class ModelSpec:
     max_pixels: int
     max_references: int
     max_sequence_length: int
+    size_multiple: int = 16
+    """Of sides: the VAE halves three times, and the transformer takes patches of 2x2."""
     note: str = ""
     """A sentence for the start-up line and the README, where the model needs one."""
 
@@ -199,6 +211,27 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Status:
+    """The service's state, for /health, the metrics and people."""
+
+    stage: WorkerStage
+    is_ready: bool
+    progress: float | None
+    reason: str
+    info: ModelInfo | None
+    queue_size: int
+    """Images that wait."""
+    queue_capacity: int
+    running: int
+    """Images on the GPU or being transferred from it."""
+    estimated_wait_s: float
+    """How long a new image would wait."""
+    worker_restarts: int
+    is_worker_up: bool = True
+    """Whether a worker process exists."""
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSnapshot:
     """One NVML reading of the GPU; the ratio is in 0..1, None is what NVML does not report."""
 
@@ -220,7 +253,6 @@ class Engine(Protocol):
         Raises:
             StartupError: the model cannot be loaded.
         """
-        ...
 
     def generate(
         self,
@@ -234,11 +266,9 @@ class Engine(Protocol):
             Cancelled: *is_cancelled* returned True.
             OutOfMemory: the GPU has no room for this job.
         """
-        ...
 
     def close(self) -> None:
         """Release the GPU."""
-        ...
 
 
 class Backend(Protocol):
@@ -248,8 +278,6 @@ class Backend(Protocol):
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     ) -> Generated:
         """Generate one image; cancelling stops the job and returns once the GPU is free."""
-        ...
 
     async def wait_until_ready(self) -> None:
         """Return once a job can start."""
-        ...

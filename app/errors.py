@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from types import MappingProxyType
 
 
 class Kind(Enum):
@@ -46,9 +45,13 @@ class Kind(Enum):
 
 
 class KleinError(Exception):
-    """The base class: *kind* decides the status code, *message* is for the client."""
+    """The base class: *kind* decides the status code, *message* is for the client.
+
+    *param* is the field that is at fault, by the name that the raising room knows.
+    """
 
     kind = Kind.INTERNAL
+    code: str | None = None
 
     def __init__(
         self,
@@ -61,10 +64,9 @@ class KleinError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        if kind is not None:
-            self.kind = kind
+        self.kind = kind or self.kind
         self.param = param
-        self.code = code
+        self.code = code or self.code
         self.retry_after_s = retry_after_s
 
 
@@ -72,18 +74,27 @@ class InvalidRequest(KleinError):
     """The request is invalid; *param* names the field, *code* is OpenAI's error code."""
 
     kind = Kind.INVALID
+    code = "invalid_value"
 
-    def __init__(
-        self, message: str, *, param: str | None = None, code: str = "invalid_value"
-    ) -> None:
-        super().__init__(message, param=param, code=code)
+    def renamed(self, names: Mapping[str, str]) -> InvalidRequest:
+        """Return the error with its field, and its message's first word, translated by *names*."""
+        subject, space, rest = self.message.partition(" ")
+        message = names.get(subject, subject) + space + rest
+        return InvalidRequest(
+            message, param=names.get(self.param or "", self.param), code=self.code
+        )
 
 
 class Unavailable(KleinError):
     """The service cannot take the job now; a retry after *retry_after_s* seconds may work."""
 
-    def __init__(self, message: str, *, kind: Kind, retry_after_s: int) -> None:
-        super().__init__(message, kind=kind, retry_after_s=retry_after_s)
+    kind = Kind.WORKER_DOWN
+
+    @classmethod
+    def because(cls, why: str, kind: Kind, retry_after_s: int) -> Unavailable:
+        """Say *why*, and when to try again."""
+        message = f"{why}; try again in {retry_after_s} s."
+        return cls(message, kind=kind, retry_after_s=retry_after_s)
 
 
 class Cancelled(KleinError):
@@ -125,37 +136,15 @@ class StartupError(KleinError):
     kind = Kind.STARTUP
 
 
-_TYPES: Mapping[Kind, type[KleinError]] = MappingProxyType(
-    {
-        Kind.DEADLINE: DeadlineExceeded,
-        Kind.OUT_OF_MEMORY: OutOfMemory,
-        Kind.FAILED: GenerationFailed,
-        Kind.FATAL: WorkerLost,
-        Kind.STARTUP: StartupError,
-    }
-)
-_UNAVAILABLE = frozenset({Kind.QUEUE_FULL, Kind.LOADING, Kind.DRAINING, Kind.WORKER_DOWN})
-
-
-def from_kind(
-    kind: Kind,
-    message: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    retry_after_s: int | None = None,
-) -> KleinError:
-    """Rebuild an error from what crossed the pipe: the class of *kind*, with all attributes."""
-    error: KleinError
-    if kind is Kind.INVALID:
-        error = InvalidRequest(message)
-    elif kind is Kind.CANCELLED:
-        error = Cancelled(message)
-    elif kind in _UNAVAILABLE:
-        error = Unavailable(message, kind=kind, retry_after_s=0)
-    else:
-        error = _TYPES.get(kind, KleinError)(message, kind=kind)
-    error.param = param
-    error.code = code
-    error.retry_after_s = retry_after_s
-    return error
+_UNAVAILABLE = (Kind.QUEUE_FULL, Kind.LOADING, Kind.DRAINING, Kind.WORKER_DOWN)
+CLASSES: dict[Kind, type[KleinError]] = {
+    Kind.INVALID: InvalidRequest,
+    Kind.CANCELLED: Cancelled,
+    Kind.DEADLINE: DeadlineExceeded,
+    Kind.OUT_OF_MEMORY: OutOfMemory,
+    Kind.FAILED: GenerationFailed,
+    Kind.FATAL: WorkerLost,
+    Kind.STARTUP: StartupError,
+    **dict.fromkeys(_UNAVAILABLE, Unavailable),
+}
+"""The class of an error that crossed the pipe, by its kind; of all others it is `KleinError`."""

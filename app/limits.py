@@ -1,8 +1,9 @@
-"""The limits of one request: prompt, size, steps, guidance and seed; one set for HTTP and commands.
+"""The limits of one request: one rule set for HTTP, the command line, the service and the page.
 
 HTTP's schemas and the command line check them before anything is loaded or decoded, and the service
-checks them again. An error names the valid range or the nearest valid value; no value is rounded
-silently. Also the share of a common resource that one client may hold.
+checks them again. An error names a field of `domain.ImageSpec`, and the valid range or the nearest
+valid value; no value is rounded silently. Also the share of a common resource that one client may
+hold.
 """
 
 from __future__ import annotations
@@ -18,9 +19,6 @@ MAX_PROMPT = 32_000
 """Characters."""
 MAX_SEED = 2**53 - 1
 """The largest seed that JavaScript's numbers represent exactly."""
-STEP = 16
-"""Sides are multiples of this: the VAE halves three times, the transformer takes 2x2 patches."""
-MAX_RATIO = 3
 
 DRAW = -1
 """The seed that stands for a random one."""
@@ -30,75 +28,134 @@ _NEARLY = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class SizeRule:
-    """The sizes a model generates here: multiples of 16 within these limits, from 1:3 to 3:1."""
+class Limits:
+    """What one request may ask for here; `/health` shows the fields under these names."""
 
     min_side: int
     max_side: int
+    multiple: int
+    """Sides are multiples of this."""
     max_pixels: int
+    max_steps: int
+    min_guidance: float
+    """Equal to *max_guidance* for a distilled model: no other value has an effect."""
+    max_guidance: float
+    max_references: int
+    max_ratio: int = 3
+    """Of the longer side to the shorter one."""
+    max_seed: int = MAX_SEED
+    max_prompt_characters: int = MAX_PROMPT
 
     @classmethod
-    def of(cls, model: ModelSpec, max_pixels: int) -> SizeRule:
+    def of(cls, model: ModelSpec, max_pixels: int, max_references: int | None = None) -> Limits:
         """Combine the model's limits with the operator's."""
-        return cls(model.min_side, model.max_side, min(model.max_pixels, max_pixels))
+        references = (model.max_references, max_references)
+        return cls(
+            min_side=model.min_side,
+            max_side=model.max_side,
+            multiple=model.size_multiple,
+            max_pixels=min(model.max_pixels, max_pixels),
+            max_steps=model.max_steps,
+            min_guidance=model.default_guidance if model.is_distilled else 1,
+            max_guidance=model.max_guidance,
+            max_references=min(most for most in references if most is not None),
+        )
 
-    def parse(self, text: str) -> tuple[int, int]:
-        """Parse `WxH`; raises `InvalidRequest` for `size` that names the nearest valid one."""
-        match = _SIZE.fullmatch(text)
-        if match is not None:
+    def check(self, spec: ImageSpec) -> None:
+        """Refuse a spec that is never generated here, however much memory there is.
+
+        Raises:
+            InvalidRequest: with the name of the spec's field.
+        """
+        check_prompt(spec.prompt)
+        self.check_size(spec.width, spec.height)
+        if not 1 <= spec.num_inference_steps <= self.max_steps:
+            raise InvalidRequest(
+                f"num_inference_steps must lie between 1 and {self.max_steps}.",
+                param="num_inference_steps",
+            )
+        self.check_guidance(spec.guidance_scale)
+        if len(spec.references) > self.max_references:
+            raise InvalidRequest(
+                f"{len(spec.references)} reference images were sent; the most is "
+                f"{self.max_references}.",
+                param="references",
+                code="array_above_max_length",
+            )
+        if not 0 <= spec.seed <= self.max_seed:
+            raise InvalidRequest(f"seed must lie between {DRAW} and {self.max_seed}.", param="seed")
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse a size that is not valid; the error names the nearest one that is."""
+        for name, side in (("width", width), ("height", height)):
+            if not self.min_side <= side <= self.max_side or side % self.multiple:
+                raise self._refuse(
+                    f"a side must be a multiple of {self.multiple} from {self.min_side} to "
+                    f"{self.max_side}",
+                    (width, height),
+                    name,
+                )
+        if max(width, height) > self.max_ratio * min(width, height):
+            ratio = self.max_ratio
+            raise self._refuse(
+                f"the ratio must lie between 1:{ratio} and {ratio}:1", (width, height)
+            )
+        if width * height > self.max_pixels:
+            raise self._refuse(f"at most {self.max_pixels:,} pixels are possible", (width, height))
+
+    def check_guidance(self, scale: float) -> None:
+        """Refuse a guidance scale that has no effect or is out of range."""
+        low, high = self.min_guidance, self.max_guidance
+        if low == high != scale:
+            raise InvalidRequest(
+                f"guidance_scale must be {low:g} or left out: this model is distilled, and no "
+                "other value has an effect.",
+                param="guidance_scale",
+                code="unsupported_value",
+            )
+        # False for NaN.
+        if not low <= scale <= high:
+            raise InvalidRequest(
+                f"guidance_scale must lie between {low:g} and {high:g}.", param="guidance_scale"
+            )
+
+    def parse_size(self, text: str) -> tuple[int, int]:
+        """Parse `WxH`; the error for any other text names the nearest valid size."""
+        if match := _SIZE.fullmatch(text):
             width, height = int(match[1]), int(match[2])
-            self.check(width, height, param="size")
+            self.check_size(width, height)
             return width, height
         nearly = _NEARLY.fullmatch(text)
-        hint = (
-            self._say_nearest(int(nearly[1]), int(nearly[2]))
-            if nearly
-            else self._say_nearest(1024, 1024)
-        )
+        hint = self._say_nearest(int(nearly[1]), int(nearly[2])) if nearly else self._say_nearest()
         raise InvalidRequest(
             f"size must be `auto` or width and height with a small x between them; {hint}.",
-            param="size",
+            param="width",
         )
-
-    def check(self, width: int, height: int, *, param: str | None = None) -> None:
-        """Check a size; an error names *param*, or the side that is wrong."""
-        for name, side in (("width", width), ("height", height)):
-            if not self.min_side <= side <= self.max_side or side % STEP:
-                raise self._refuse(
-                    f"a side must be a multiple of {STEP} from {self.min_side} to {self.max_side}",
-                    (width, height),
-                    param or name,
-                )
-        if max(width, height) > MAX_RATIO * min(width, height):
-            raise self._refuse("the ratio must lie between 1:3 and 3:1", (width, height), param)
-        if width * height > self.max_pixels:
-            raise self._refuse(
-                f"at most {self.max_pixels:,} pixels are possible", (width, height), param
-            )
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
         """Return a valid size near *width* x *height*, keeping the aspect ratio if valid."""
         wide = float(min(max(width, self.min_side), 10 * self.max_side))
         high = float(min(max(height, self.min_side), 10 * self.max_side))
-        wide, high = min(wide, MAX_RATIO * high), min(high, MAX_RATIO * wide)
+        wide, high = min(wide, self.max_ratio * high), min(high, self.max_ratio * wide)
         shrink = min(
             1.0, math.sqrt(self.max_pixels / (wide * high)), self.max_side / max(wide, high)
         )
         sides = [self._round(wide * shrink), self._round(high * shrink)]
-        while sides[0] * sides[1] > self.max_pixels or max(sides) > MAX_RATIO * min(sides):
-            sides[sides.index(max(sides))] -= STEP
+        while sides[0] * sides[1] > self.max_pixels or max(sides) > self.max_ratio * min(sides):
+            sides[sides.index(max(sides))] -= self.multiple
         return sides[0], sides[1]
 
     def _round(self, side: float) -> int:
-        lowest = -(-self.min_side // STEP) * STEP
-        highest = self.max_side // STEP * STEP
-        return max(lowest, min(highest, int(side / STEP + 0.5) * STEP))
+        lowest = -(-self.min_side // self.multiple) * self.multiple
+        highest = self.max_side // self.multiple * self.multiple
+        return max(lowest, min(highest, int(side / self.multiple + 0.5) * self.multiple))
 
-    def _refuse(self, fault: str, size: tuple[int, int], param: str | None) -> InvalidRequest:
-        hint = self._say_nearest(*size)
-        return InvalidRequest(f"The size does not fit: {fault}; {hint}.", param=param or "width")
+    def _refuse(self, fault: str, size: tuple[int, int], param: str = "width") -> InvalidRequest:
+        return InvalidRequest(
+            f"The size does not fit: {fault}; {self._say_nearest(*size)}.", param=param
+        )
 
-    def _say_nearest(self, width: int, height: int) -> str:
+    def _say_nearest(self, width: int = 1024, height: int = 1024) -> str:
         wide, high = self.nearest(width, height)
         return f"the nearest valid size is {wide}x{high}"
 
@@ -106,24 +163,6 @@ class SizeRule:
 def three_quarters(whole: int) -> int:
     """Return what one client may hold of *whole* while others want some too, at least one."""
     return max(1, whole * 3 // 4)
-
-
-def check_spec(spec: ImageSpec, model: ModelSpec, max_pixels: int) -> None:
-    """Refuse a spec that *model* never generates here, however much memory there is.
-
-    Raises:
-        InvalidRequest: with the field's name.
-    """
-    check_prompt(spec.prompt)
-    SizeRule.of(model, max_pixels).check(spec.width, spec.height, param="size")
-    if not 1 <= spec.num_inference_steps <= model.max_steps:
-        raise InvalidRequest(
-            f"num_inference_steps must lie between 1 and {model.max_steps}.",
-            param="num_inference_steps",
-        )
-    check_guidance(spec.guidance_scale, model)
-    if not 0 <= spec.seed <= MAX_SEED:
-        raise InvalidRequest(f"seed must lie between {DRAW} and {MAX_SEED}.", param="seed")
 
 
 def check_prompt(prompt: str) -> None:
@@ -147,20 +186,3 @@ def check_characters(text: str, param: str) -> None:
         raise InvalidRequest(
             f"{param} holds half of a surrogate pair; send whole Unicode characters.", param=param
         ) from None
-
-
-def check_guidance(scale: float, model: ModelSpec) -> None:
-    """Refuse a guidance scale that has no effect or is out of range."""
-    only = model.default_guidance
-    if model.is_distilled and scale != only:
-        raise InvalidRequest(
-            f"guidance_scale must be {only:g} or left out: this model is distilled, and no other "
-            "value has an effect.",
-            param="guidance_scale",
-            code="unsupported_value",
-        )
-    # False for NaN.
-    if not 1 <= scale <= model.max_guidance:
-        raise InvalidRequest(
-            f"guidance_scale must lie between 1 and {model.max_guidance:g}.", param="guidance_scale"
-        )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Self
 
 from app import __version__
-from app.domain import ModelInfo
+from app.domain import Loss, ModelInfo
 from app.engine import create_engine
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_spec
@@ -22,14 +24,15 @@ from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
+from app.limits import Limits
 from app.model_choice import Choice, choose_device, choose_model
-from app.service.service import ImageService, ServiceConfig, warm_up_spec
+from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
-from app.worker.supervisor import Limits, Supervisor
+from app.worker.supervisor import Supervisor, TimeLimits
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Runtime:
             _engine_config(settings, self.choice, device),
             self,
             predict_step_s=self._estimator.predict_step,
-            limits=Limits(
+            limits=TimeLimits(
                 load_s=settings.load_limit_s,
                 download_s=settings.download_silence_s + DOWNLOAD_GRACE_S,
                 silence_s=settings.watchdog_s,
@@ -78,47 +81,55 @@ class Runtime:
         self._dispatcher = Dispatcher(self._queue, self._worker, self._estimator)
         self.service = ImageService(
             self.model,
-            ServiceConfig(settings.deadline_s, settings.max_pixels, settings.png_metadata),
+            Limits.of(self.model, settings.max_pixels, settings.max_references),
             self._queue,
             self._estimator,
             self._worker,
             self.metrics,
             RateLimit(settings.rate_limit_per_minute),
+            deadline_s=settings.deadline_s,
+            has_metadata=settings.png_metadata,
         )
-        self.metrics.watch(
-            {
-                "klein_queue_size": lambda: self._queue.size,
-                "klein_queue_capacity": lambda: self._queue.capacity,
-                "klein_requests_running": lambda: self._queue.running,
-                "klein_ready": lambda: self.service.status().is_ready,
-                "klein_worker_up": lambda: self._worker.pid is not None,
-                "klein_event_loop_lag_seconds": self._lag.read,
-                "klein_estimated_wait_seconds": self._queue.expected_wait_s,
-            }
-        )
+        self.metrics.watch(self.service.status, self._lag.read)
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
+        self._started = AsyncExitStack()
 
     @property
     def worker_pid(self) -> int | None:
         """The worker's process id, None while there is none."""
         return self._worker.pid
 
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
     async def start(self) -> None:
-        """Start the worker and all tasks, once; return before the model is loaded."""
+        """Start the worker and all tasks, once; return before the model is loaded.
+
+        Where one of them cannot be started, those before it are closed again.
+        """
         if self._tasks:
             return
         _log.info("Model %s: %s.", self.model.id, self.choice.reason)
-        self._worker.start()
-        self.decoders.start()
-        self._tasks = [
-            asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
-            asyncio.create_task(self._lag.run(), name="loop lag"),
-        ]
-
-    def drain(self) -> float:
-        """Accept nothing new; return the seconds until the last accepted job's deadline."""
-        return self.service.drain()
+        async with AsyncExitStack() as started:
+            started.callback(self.service.close)
+            # Last but one: a job that was cancelled may wait for the worker's end.
+            started.push_async_callback(self._join)
+            started.push_async_callback(self._worker.close)
+            self._worker.start()
+            started.callback(self.decoders.kill)
+            self.decoders.start()
+            self._tasks = [
+                asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
+                asyncio.create_task(self._lag.run(), name="loop lag"),
+            ]
+            for task in self._tasks:
+                started.callback(task.cancel)
+            self._started = started.pop_all()
 
     async def wait_until_drained(self, budget_s: float) -> None:
         """Return once everything accepted has ended, or after *budget_s*."""
@@ -129,20 +140,18 @@ class Runtime:
                 return
             except TimeoutError:
                 # Reserved places may have become jobs with a later deadline meanwhile.
-                budget_s = self.drain()
+                budget_s = self.service.drain()
             if budget_s == 0:
                 break
         _log.error("Jobs were still running when the drain's time was over.")
 
     async def close(self) -> None:
-        """Stop in reverse order; jobs that still wait fail with an error."""
+        """Close in reverse what was started, once; jobs that still wait fail with an error."""
         self._queue.fail_waiting(DeadlineExceeded("The service was stopped before the job ran."))
-        for task in self._tasks:
-            task.cancel()
-        self.decoders.kill()
-        await self._worker.close()
+        await self._started.aclose()
+
+    async def _join(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.service.close()
 
     def kill(self) -> None:
         """Kill the worker and the decoders now, with their jobs; `close` must still be called."""
@@ -158,7 +167,7 @@ class Runtime:
         for callback in self.on_ready:
             callback(info)
 
-    def on_worker_lost(self, reason: str) -> None:
+    def on_worker_lost(self, reason: Loss) -> None:
         """Count the lost worker."""
         self.metrics.worker_lost(reason)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from app.errors import StartupError
 
@@ -23,6 +23,31 @@ _LISTS = frozenset({"api_keys", "allowed_hosts", "trusted_proxies"})
 MIN_KEY_LENGTH = 8
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def complete_path(path: Path) -> Path:
+    """Expand `~` and make *path* absolute.
+
+    Raises:
+        ValueError: the home or the current folder is unknown; the message says what to do.
+    """
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"the home folder that {path.parts[0]} stands for is not known; set HOME, or give a "
+            "path that begins with /"
+        ) from None
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise ValueError(
+            "the current folder has been deleted, so a relative path leads nowhere; give a path "
+            "that begins with /"
+        ) from None
+
+
+CompletePath = Annotated[Path, AfterValidator(complete_path)]
 
 
 class Settings(BaseModel):
@@ -54,7 +79,7 @@ class Settings(BaseModel):
     memory, `tiled` decodes in tiles."""
     prompt_cache: int = Field(default=32, ge=0, le=1024)
     """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
-    cache_dir: Path = Path("~/.cache/klein")
+    cache_dir: CompletePath = Path("~/.cache/klein")
     """Where models are downloaded to, and quantized weights and compiled code are kept. A relative
     path counts from the folder that the service is started in."""
     queue_images: int = Field(default=32, ge=1, le=10_000)
@@ -78,7 +103,7 @@ class Settings(BaseModel):
     """Seconds that a request's body may take to arrive."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Bearer keys, separated by commas. Without any, everyone who reaches the port may ask."""
-    api_keys_file: Path | None = None
+    api_keys_file: CompletePath | None = None
     """A file with more keys, one on each line; empty lines and those that begin with `#` do not
     count."""
     rate_limit_per_minute: int = Field(default=0, ge=0, le=100_000)
@@ -113,11 +138,6 @@ class Settings(BaseModel):
     """Log lines for people or one JSON object each."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe lines that are logged."""
-
-    @field_validator("cache_dir", "api_keys_file")
-    @classmethod
-    def _complete(cls, value: Path | None) -> Path | None:
-        return None if value is None else complete_path(value)
 
     @field_validator("api_keys")
     @classmethod
@@ -171,28 +191,6 @@ class Settings(BaseModel):
             return settings
         keys = settings.api_keys + _read_keys(settings.api_keys_file)
         return settings.model_copy(update={"api_keys": keys})
-
-
-def complete_path(path: Path) -> Path:
-    """Expand `~` and make *path* absolute.
-
-    Raises:
-        ValueError: the home or the current folder is unknown; the message says what to do.
-    """
-    try:
-        path = path.expanduser()
-    except RuntimeError:
-        raise ValueError(
-            f"the home folder that {path.parts[0]} stands for is not known; set HOME, or give a "
-            "path that begins with /"
-        ) from None
-    try:
-        return path.absolute()
-    except FileNotFoundError:
-        raise ValueError(
-            "the current folder has been deleted, so a relative path leads nowhere; give a path "
-            "that begins with /"
-        ) from None
 
 
 def _split(text: str) -> tuple[str, ...]:

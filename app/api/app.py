@@ -49,13 +49,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runtime = build(settings)
-        await runtime.start()
-        app.state.runtime = runtime
-        try:
+        async with build(settings) as runtime:
+            app.state.runtime = runtime
             yield
-        finally:
-            await runtime.close()
 
     config = _config(settings, heartbeat_s=heartbeat_s)
     links = ImageStore(lifetime_s=link_lifetime_s, clock=clock)

@@ -21,7 +21,7 @@ from app.service.service import ImageService
 from app.telemetry.metrics import Metrics
 
 MIN_DEADLINE_S = 0.1
-_DEADLINE = "X-Klein-Deadline-S"
+DEADLINE = "X-Klein-Deadline-S"
 
 
 def runtime_of(scope: Scope) -> Runtime | None:
@@ -59,7 +59,7 @@ async def _deadline_s(request: Request) -> float | None:
     Raises:
         InvalidRequest: the header is no finite number from `MIN_DEADLINE_S`.
     """
-    text = request.headers.get(_DEADLINE)
+    text = request.headers.get(DEADLINE)
     if text is None:
         return None
     try:
@@ -68,8 +68,8 @@ async def _deadline_s(request: Request) -> float | None:
         seconds = math.nan
     if not MIN_DEADLINE_S <= seconds < math.inf:
         raise InvalidRequest(
-            f"{_DEADLINE} must be a number of seconds from {MIN_DEADLINE_S:g}, such as 30.",
-            param=_DEADLINE,
+            f"{DEADLINE} must be a number of seconds from {MIN_DEADLINE_S:g}, such as 30.",
+            param=DEADLINE,
         )
     return seconds
 

@@ -7,7 +7,8 @@ with a fixed sentence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -92,6 +93,15 @@ def retry_after(seconds: int | None) -> str:
     """Clamp a Retry-After in seconds to the range that every known client honours."""
     wanted = DEFAULT_RETRY_AFTER_S if seconds is None else seconds
     return str(max(1, min(MAX_RETRY_AFTER_S, wanted)))
+
+
+@contextmanager
+def own_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Let an error of the service name a route's own fields, by *names*, instead of a spec's."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error.renamed(names) from None
 
 
 def internal_error() -> KleinError:

@@ -14,7 +14,7 @@ from app.domain import ImageSpec, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest
 from app.images import OutputFormat
-from app.limits import SizeRule
+from app.limits import Limits
 from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
@@ -62,7 +62,7 @@ def run(
     try:
         picture = asyncio.run(_generate(arguments, settings, seed, make_engine, gpu))
     except InvalidRequest as error:
-        raise _in_our_words(error) from None
+        raise error.renamed(_OPTIONS) from None
     arguments.output.write_bytes(picture.data)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in picture.seconds.items())
     print(f"{arguments.output}: {picture.width}x{picture.height}, seed {picture.seed}, {stages}")
@@ -79,7 +79,7 @@ async def _generate(
     def plan(model: ModelSpec) -> list[ImageSpec]:
         width, height = model.default_width, model.default_height
         if arguments.size not in (None, "auto"):
-            width, height = SizeRule.of(model, settings.max_pixels).parse(arguments.size)
+            width, height = Limits.of(model, settings.max_pixels).parse_size(arguments.size)
         spec = draft(model, arguments.prompt, width, height, arguments.steps)
         guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
         return [replace(spec, seed=seed, guidance_scale=guidance)]
@@ -92,12 +92,3 @@ async def _generate(
     ):
         (picture,) = await make_pictures(runtime, specs, "images", output)
         return picture
-
-
-def _in_our_words(error: InvalidRequest) -> InvalidRequest:
-    """Replace HTTP's field names by the command's options."""
-    message = error.message
-    for field, option in _OPTIONS.items():
-        if message.startswith(field):
-            message = option + message.removeprefix(field)
-    return InvalidRequest(message)

@@ -86,8 +86,8 @@ async def _run(
 ) -> int:
     runtime = build_runtime(settings, make_engine=make_engine, gpu=gpu)
     _log.info("Listening at %s while the model is loaded.", address(listener))
-    await runtime.start()
-    try:
+    # The app, once there is one, closes it first.
+    async with runtime:
         # Not earlier: it takes up to a second, in which the worker runs its own imports already.
         from app.api.app import create_app
         from app.api.server import make_server
@@ -101,9 +101,6 @@ async def _run(
         # second.
         gc.freeze()
         return await _Service(listener, runtime, server, settings.deadline_s).run()
-    finally:
-        # The app has closed it, unless there was none yet.
-        await runtime.close()
 
 
 def _descriptors() -> int:
@@ -163,7 +160,7 @@ class _Service:
         The wait is as long as a job that was accepted at the last moment might have taken.
         """
         loop = asyncio.get_running_loop()
-        budget_s = self._runtime.drain()
+        budget_s = self._runtime.service.drain()
         ends_at = loop.time() + max(budget_s, self._deadline_s) + _LAST_ANSWERS_S
         await self._runtime.wait_until_drained(budget_s)
         self._server.end(answers_s=ends_at - loop.time())

@@ -16,7 +16,7 @@ from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
-from app.limits import DRAW, MAX_SEED, SizeRule
+from app.limits import DRAW, MAX_SEED, Limits
 from app.runtime import Runtime, build_runtime
 from app.service.results import Picture
 from app.settings import Settings
@@ -61,8 +61,7 @@ async def warm_runtime(
 
     runtime.on_ready.append(settle)
     runtime.ended.add_done_callback(lambda ended: settle(ended.result().message))
-    await runtime.start()
-    try:
+    async with runtime:
         with progress_bar() as show:
             while not ready.done():
                 status = runtime.service.status()
@@ -72,8 +71,6 @@ async def warm_runtime(
         if isinstance(info, str):
             raise StartupError(info)
         yield runtime, info, specs
-    finally:
-        await runtime.close()
 
 
 async def make_pictures(
@@ -128,7 +125,7 @@ def parse_size(text: str, model: ModelSpec, max_pixels: int) -> tuple[int, int]:
     if text == "auto":
         return model.default_width, model.default_height
     try:
-        return SizeRule.of(model, max_pixels).parse(text)
+        return Limits.of(model, max_pixels).parse_size(text)
     except InvalidRequest as error:
         raise InvalidRequest(
             f"{logs.clip(text)!r} is no WIDTHxHEIGHT that this model makes. {error.message}"

@@ -17,6 +17,8 @@ from app.jobs.queue import JobQueue
 
 _log = logging.getLogger(__name__)
 
+_FAILED = "The picture could not be made; the service's log says why."
+
 
 class Dispatcher:
     """Drives one backend from one queue; cancel `run` to end it."""
@@ -68,7 +70,10 @@ class Dispatcher:
         if task.cancelled():
             job.fail(Cancelled())
         elif error := task.exception():
-            job.fail(self._translate(job, error))
+            if not isinstance(error, KleinError):
+                _log.error("A job failed inside the service, job=%s.", job.id, exc_info=error)
+                error = GenerationFailed(_FAILED)
+            job.fail(error)
         else:
             result = task.result()
             self._estimator.learn(job.spec, result.timings.total)
@@ -76,10 +81,3 @@ class Dispatcher:
         assert job.state is JobState.RUNNING
         self._queue.finish(job)
         free.set()
-
-    @staticmethod
-    def _translate(job: Job, error: BaseException) -> KleinError:
-        if isinstance(error, KleinError):
-            return error
-        _log.error("A job failed inside the service, job=%s.", job.id, exc_info=error)
-        return GenerationFailed("The picture could not be made; the service's log says why.")

@@ -26,7 +26,8 @@ class FairOrder:
         self._first = self._last = 0
         self._turn = 0
         self._last_served: dict[str, int] = {}
-        self._work_s = 0.0
+        self.work_s = 0.0
+        """The predicted seconds of all waiting jobs together."""
 
     def __len__(self) -> int:
         return self._count
@@ -34,11 +35,6 @@ class FairOrder:
     def __iter__(self) -> Iterator[Job]:
         for line in self._lines.values():
             yield from line
-
-    @property
-    def work_s(self) -> float:
-        """The predicted seconds of all waiting jobs together."""
-        return self._work_s
 
     def of(self, client: str) -> int:
         """Return how many jobs of *client* wait."""
@@ -63,7 +59,7 @@ class FairOrder:
             del self._lines[job.client]
         self._count -= 1
         # Sums and differences of floats leave a remainder.
-        self._work_s = max(0.0, self._work_s - job.predicted_s) if self._count else 0.0
+        self.work_s = max(0.0, self.work_s - job.predicted_s) if self._count else 0.0
 
     def take(self) -> Job:
         """Remove and return the next job, which ends its client's turn; at least one waits."""
@@ -103,4 +99,4 @@ class FairOrder:
     def _enter(self, job: Job, number: int) -> None:
         self._lines.setdefault(job.client, OrderedDict())[job] = number
         self._count += 1
-        self._work_s += job.predicted_s
+        self.work_s += job.predicted_s

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from app.errors import Cancelled, DeadlineExceeded, Kind, KleinError, Unavailable
 from app.jobs.job import Job, JobState
@@ -18,21 +19,21 @@ from app.jobs.policy import FairOrder
 from app.jobs.shares import Shares
 
 
+@dataclass(eq=False, slots=True)
 class Places:
     """Places reserved for *images* jobs of *client*, until they are filled or given back."""
 
-    def __init__(self, queue: JobQueue, client: str, *, is_early: bool) -> None:
-        self.client = client
-        self.images = 0
-        self.is_early = is_early
-        """Whether the number of images is still unknown. `wait_until_empty` ignores such places."""
-        self.error: KleinError | None = None
-        """Why the places cannot be filled any more, once that is so."""
-        self._queue = queue
+    queue: JobQueue = field(repr=False)
+    client: str
+    is_early: bool
+    """Whether the number of images is still unknown. `wait_until_empty` ignores such places."""
+    images: int = 0
+    error: KleinError | None = None
+    """Why the places cannot be filled any more, once that is so."""
 
     def give_back(self) -> None:
         """Free the places, unless they are filled or free already."""
-        self._queue.give_back(self)
+        self.queue.give_back(self)
 
 
 class JobQueue:
@@ -80,10 +81,11 @@ class JobQueue:
         self._shares.note(client)
         is_over_share = self._held(client) + images > self._shares.most
         if is_over_share and not self._is_alone(client):
-            raise _full(
+            raise Unavailable.because(
                 f"While others ask too, one client may hold {self._shares.most} of the queue's "
                 f"{self.capacity} places; let some of yours come to their end, or ask for fewer "
                 "images at a time",
+                Kind.QUEUE_FULL,
                 retry_after_s,
             )
         free = self.capacity + self._idle_places - self.size
@@ -92,10 +94,11 @@ class JobQueue:
             return
         if not is_over_share:
             self._shares.claim(client, retry_after_s, images=images)
-        raise _full(
+        raise Unavailable.because(
             "The queue is full"
             if images > free
             else "The queue's last places are kept for those who asked before",
+            Kind.QUEUE_FULL,
             retry_after_s,
         )
 
@@ -114,7 +117,11 @@ class JobQueue:
             return
         if has_claim:
             self._shares.claim(client, retry_after_s, work_s=work_s)
-        raise _full("The queue is so long that the picture would miss its deadline", retry_after_s)
+        raise Unavailable.because(
+            "The queue is so long that the picture would miss its deadline",
+            Kind.QUEUE_FULL,
+            retry_after_s,
+        )
 
     def reserve(
         self, client: str, images: int, *, retry_after_s: int, is_early: bool = False
@@ -125,7 +132,7 @@ class JobQueue:
             Unavailable: there is no room for all of them.
         """
         self.check_room(client, images, retry_after_s=retry_after_s)
-        places = Places(self, client, is_early=is_early)
+        places = Places(self, client, is_early)
         self._places.add(places)
         self._early_count += is_early
         self._widen(places, images)
@@ -314,11 +321,3 @@ class JobQueue:
             self._empty.clear()
         else:
             self._empty.set()
-
-
-def _full(why: str, retry_after_s: int) -> Unavailable:
-    return Unavailable(
-        f"{why}; try again in {retry_after_s} s.",
-        kind=Kind.QUEUE_FULL,
-        retry_after_s=retry_after_s,
-    )

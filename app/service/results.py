@@ -1,15 +1,11 @@
-"""What the service returns: images, events of a running job, and its own status."""
+"""What the service returns: images, and events of a running job."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.domain import (
-    ModelInfo,
-    PeakMemory,
-    WorkerStage,
-)
+from app.domain import PeakMemory, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +26,6 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
-    """The service's state, for /health and for people."""
-
-    stage: WorkerStage
-    is_ready: bool
-    progress: float | None
-    reason: str
-    info: ModelInfo | None
-    queue_size: int
-    queue_capacity: int
-    running: int
-    estimated_wait_s: float
-    worker_restarts: int
-
-
-@dataclass(frozen=True, slots=True)
 class Queued:
     """*position* jobs start before this one."""
 
@@ -54,9 +34,9 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """*step* of *steps* are done; *stage* is one of the metrics' stages."""
+    """*step* of *steps* are done; *stage* is never `GPU_FREE`."""
 
-    stage: str
+    stage: Stage
     step: int
     steps: int
 

@@ -14,20 +14,21 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
-from app import images, limits, logs
+from app import images, logs
 from app.domain import (
-    Generated,
     ImageSpec,
+    LoadProgress,
     ModelInfo,
     ModelSpec,
     PeakMemory,
     RawImage,
+    Status,
     WorkerStage,
 )
 from app.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     Kind,
     KleinError,
@@ -37,39 +38,40 @@ from app.errors import (
 from app.images import OutputFormat
 from app.jobs.estimate import Estimator
 from app.jobs.job import Job
-from app.jobs.queue import JobQueue, Places
+from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
-from app.service.admission import Admission, too_slow
-from app.service.results import Picture, Status
-from app.service.ticket import Ticket
+from app.limits import Limits
+from app.service.results import Picture
+from app.service.ticket import Admission, Ticket
 from app.telemetry.metrics import Metrics
 
+_TOO_SLOW = (
+    "The request took so long to arrive and to be read that its deadline cannot be met; send "
+    "it faster, send less, or allow more time."
+)
 _WAITS = frozenset({"queue", "total"})
+_HELPERS = min(7, os.cpu_count() or 1)
+"""Threads beside the one that encodes, by the number of cores.
 
-
-@dataclass(frozen=True, slots=True)
-class ServiceConfig:
-    """The service's limits and timeouts, in seconds and pixels."""
-
-    deadline_s: float
-    max_pixels: int
-    has_metadata: bool
+As many as cores leave none idle where two threads share one at first; more than seven find no strip
+left in the file of one megapixel.
+"""
 
 
 class WorkerState(Protocol):
     """What the service reads of the worker's state."""
 
-    stage: WorkerStage
+    progress: LoadProgress
     info: ModelInfo | None
     restart_count: int
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a job could start."""
+    def pid(self) -> int | None:
+        """The worker's process id, None while there is none."""
 
     @property
-    def load_progress(self) -> float | None:
-        """The progress of loading the model, 0..1, where it is known."""
+    def is_ready(self) -> bool:
+        """Whether a job could start."""
 
     @property
     def reason(self) -> str:
@@ -97,17 +99,21 @@ class ImageService:
     def __init__(
         self,
         model: ModelSpec,
-        config: ServiceConfig,
+        limits: Limits,
         queue: JobQueue,
         estimator: Estimator,
         worker: WorkerState,
         metrics: Metrics,
         rates: RateLimit,
         *,
+        deadline_s: float,
+        has_metadata: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
-        self._config = config
+        self.limits = limits
+        self._deadline_s = deadline_s
+        self._has_metadata = has_metadata
         self._queue = queue
         self._estimator = estimator
         self._worker = worker
@@ -115,7 +121,7 @@ class ImageService:
         self._rates = rates
         self._clock = clock
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
-        self._helpers = ThreadPoolExecutor(_helper_count(), thread_name_prefix="encode helper")
+        self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="encode helper")
         self._is_draining = False
         self.held_memory: PeakMemory | None = None
         """PyTorch's GPU memory after the last image."""
@@ -124,11 +130,11 @@ class ImageService:
     def status(self) -> Status:
         """Return the service's current state."""
         worker = self._worker
-        is_leaving = self._is_draining and worker.stage != WorkerStage.FAILED
+        is_leaving = self._is_draining and worker.progress.stage != WorkerStage.FAILED
         return Status(
-            stage=WorkerStage.DRAINING if is_leaving else worker.stage,
+            stage=WorkerStage.DRAINING if is_leaving else worker.progress.stage,
             is_ready=worker.is_ready and not self._is_draining,
-            progress=worker.load_progress,
+            progress=worker.progress.fraction,
             reason="The service is shutting down." if is_leaving else worker.reason,
             info=worker.info,
             queue_size=self._queue.size,
@@ -136,6 +142,7 @@ class ImageService:
             running=self._queue.running,
             estimated_wait_s=self._queue.expected_wait_s(),
             worker_restarts=worker.restart_count,
+            is_worker_up=worker.pid is not None,
         )
 
     def admit(
@@ -169,27 +176,27 @@ class ImageService:
         self._check_rate(client, images, held)
         if images > self._queue.capacity:
             raise InvalidRequest(
-                f"n is {images}, but at most {self._queue.capacity} images may wait here; "
+                f"images is {images}, but at most {self._queue.capacity} images may wait here; "
                 "ask for fewer at a time.",
-                param="n",
+                param="images",
             )
         retry_s = self._retry_after_s()
         if self._is_draining:
-            raise self._unavailable(Kind.DRAINING, "The service is shutting down", retry_s)
+            raise Unavailable.because("The service is shutting down", Kind.DRAINING, retry_s)
         if self._worker.info is None:
-            raise self._unavailable(Kind.LOADING, "The model is still being loaded", retry_s)
+            raise Unavailable.because("The model is still being loaded", Kind.LOADING, retry_s)
         if images > held:
             self._queue.check_room(client, images - held, retry_after_s=retry_s)
         if not self._worker.is_ready:
-            raise self._unavailable(Kind.WORKER_DOWN, "The worker is being restarted", retry_s)
+            raise Unavailable.because("The worker is being restarted", Kind.WORKER_DOWN, retry_s)
 
     def _check_rate(self, client: str, images: int, held: int) -> None:
         limit = self._rates.per_minute
         if limit and images > limit:
             raise InvalidRequest(
-                f"n is {images}, but at most {limit} images in a minute may be asked for here; "
-                "ask for fewer at a time.",
-                param="n",
+                f"images is {images}, but at most {limit} images in a minute may be asked for "
+                "here; ask for fewer at a time.",
+                param="images",
             )
         if wait_s := self._rates.wait_s(client, images - held):
             raise KleinError(
@@ -205,43 +212,23 @@ class ImageService:
         Raises:
             InvalidRequest: with the field's name.
         """
-        limits.check_spec(spec, self.model, self._config.max_pixels)
-        self._check_memory(spec)
-
-    def _check_memory(self, spec: ImageSpec) -> None:
+        self.limits.check(spec)
         count = len(spec.references)
-        if count > self.model.max_references:
-            raise InvalidRequest(
-                f"{count} reference images were sent, but {self.model.id} takes at most "
-                f"{self.model.max_references}.",
-                param="image",
-                code="array_above_max_length",
-            )
-        limit = self.max_pixels(count)
+        info, limit = self._worker.info, self.limits.max_pixels
+        if info is not None and info.max_pixels:
+            limit = min(limit, info.max_pixels[min(count, len(info.max_pixels) - 1)])
         if spec.pixels > limit:
-            side = math.isqrt(limit) // 16 * 16
+            side = math.isqrt(limit) // self.limits.multiple * self.limits.multiple
             beside = f" with {count} reference images" if count else ""
             raise InvalidRequest(
                 f"{spec.width}x{spec.height} is more than this service can make{beside}; "
                 f"the most is {limit} pixels, for example {side}x{side}.",
-                param="size",
+                param="width",
             )
-
-    def max_pixels(self, references: int) -> int:
-        """Return the largest output, in pixels, beside so many references; 0 where none fits."""
-        limit = min(self.model.max_pixels, self._config.max_pixels)
-        info = self._worker.info
-        if info is None or not info.max_pixels:
-            return limit
-        return min(limit, info.max_pixels[min(references, len(info.max_pixels) - 1)])
-
-    def predict_s(self, specs: Sequence[ImageSpec]) -> float:
-        """Return the predicted seconds of *specs* on the GPU, one after the other."""
-        return sum(self._estimator.predict(spec) for spec in specs)
 
     def random_seed(self) -> int:
         """Draw a random seed."""
-        return secrets.randbelow(limits.MAX_SEED + 1)
+        return secrets.randbelow(self.limits.max_seed + 1)
 
     def submit(self, specs: Sequence[ImageSpec], *, client: str, output: OutputFormat) -> Ticket:
         """Queue all of *specs*, which arrive now, or none.
@@ -268,45 +255,40 @@ class ImageService:
 
     # For Admission.
 
-    def reserve(self, admission: Admission, places: Places | None, images: int) -> Places:
-        """Reserve the places and tokens of a request before its images are decoded.
-
-        *places* are those that it has already.
-        """
-        client, held = admission.client, 0 if places is None else places.images
+    def reserve(self, admission: Admission, images: int) -> None:
+        """Reserve the places and tokens of a request before its images are decoded."""
+        client, places = admission.client, admission.places
+        held = 0 if places is None else places.images
         self._check_open(images, client, held=held)
         left_s = self.seconds_left(admission)
         if left_s <= 0:
-            raise too_slow()
+            raise DeadlineExceeded(_TOO_SLOW)
         retry_s = self._retry_after_s()
         if places is None:
-            places = self._queue.reserve(client, images, retry_after_s=retry_s)
+            admission.places = self._queue.reserve(client, images, retry_after_s=retry_s)
         else:
             self._queue.widen(places, images, retry_after_s=retry_s)
         self._rates.take(client, images - held)
         self._longest_deadline = max(self._longest_deadline, self._clock() + left_s)
-        return places
 
     def seconds_left(self, admission: Admission, predicted_s: float = 0.0) -> float:
         """Return the seconds to the deadline of a request whose work takes *predicted_s*."""
-        allowed_s = self._config.deadline_s + 4 * predicted_s
+        allowed_s = self._deadline_s + 4 * predicted_s
         if admission.deadline_s is not None:
             allowed_s = min(allowed_s, admission.deadline_s)
         return admission.arrived_at + allowed_s - self._clock()
 
     def start(
-        self,
-        admission: Admission,
-        places: Places | None,
-        specs: Sequence[ImageSpec],
-        output: OutputFormat,
+        self, admission: Admission, specs: Sequence[ImageSpec], output: OutputFormat
     ) -> Ticket:
-        """Make jobs of *specs* and queue them, in *places* or in any."""
+        """Make jobs of *specs* and queue them, in the places that were reserved or in any."""
+        places = admission.places
         for spec in specs:
             self.check(spec)
         if places is None:
             self._check_open(len(specs), admission.client)
-        deadline = self._clock() + self._checked_seconds_left(admission, self.predict_s(specs))
+        predicted_s = [self._estimator.predict(spec) for spec in specs]
+        deadline = self._clock() + self._checked_seconds_left(admission, sum(predicted_s))
         loop = asyncio.get_running_loop()
         jobs = [
             Job(
@@ -315,9 +297,9 @@ class ImageService:
                 client=admission.client,
                 deadline=deadline,
                 future=loop.create_future(),
-                predicted_s=self._estimator.predict(spec),
+                predicted_s=seconds,
             )
-            for spec in specs
+            for spec, seconds in zip(specs, predicted_s, strict=True)
         ]
         if places is None:
             self._queue.submit(jobs, retry_after_s=self._retry_after_s())
@@ -325,7 +307,7 @@ class ImageService:
         else:
             self._queue.fill(places, jobs)
         self._longest_deadline = max(self._longest_deadline, deadline)
-        return Ticket(self, jobs, output)
+        return Ticket(self, self._queue, jobs, output)
 
     def _checked_seconds_left(self, admission: Admission, predicted_s: float) -> float:
         """Return the seconds to the deadline; raise an error where the request cannot meet it."""
@@ -334,11 +316,11 @@ class ImageService:
             raise InvalidRequest(
                 f"The deadline of {asked_s:g} s is shorter than the {predicted_s:.1f} s "
                 "that this takes here; allow more, or ask for fewer steps or a smaller size.",
-                param="X-Klein-Deadline-S",
+                param="deadline_s",
             )
         left_s = self.seconds_left(admission, predicted_s)
         if left_s < predicted_s:
-            raise too_slow()
+            raise DeadlineExceeded(_TOO_SLOW)
         self._queue.check_time(
             admission.client,
             predicted_s,
@@ -351,15 +333,6 @@ class ImageService:
 
     # For Ticket.
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Cancel *jobs*, whose client has disconnected."""
-        for job in jobs:
-            self._queue.cancel(job)
-
-    def position(self, job: Job) -> int:
-        """Return how many jobs start before *job*."""
-        return self._queue.position(job)
-
     async def encode(self, image: RawImage, output: OutputFormat, note: dict[str, str]) -> bytes:
         """Encode in a thread, while the GPU and the event loop continue."""
         loop = asyncio.get_running_loop()
@@ -368,7 +341,7 @@ class ImageService:
             images.encode,
             image,
             output,
-            note if self._config.has_metadata else None,
+            note if self._has_metadata else None,
             self._helpers,
         )
 
@@ -407,14 +380,11 @@ class ImageService:
             seconds=seconds,
             peak=generated.peak,
             prompt_tokens=generated.prompt_tokens,
-            warnings=self._warnings(generated),
+            warnings=(f"prompt cut to {self.model.max_sequence_length} tokens",)
+            if generated.is_prompt_cut
+            else (),
             latents=generated.latents,
         )
-
-    def _warnings(self, generated: Generated) -> tuple[str, ...]:
-        if generated.is_prompt_cut:
-            return (f"prompt cut to {self.model.max_sequence_length} tokens",)
-        return ()
 
     def _note(self, spec: ImageSpec) -> dict[str, str]:
         """Return the metadata written into the image; references and masks are not."""
@@ -429,25 +399,12 @@ class ImageService:
             "precision": info.precision if info else "",
         }
 
-    def _unavailable(self, kind: Kind, what: str, retry_s: int) -> Unavailable:
-        return Unavailable(f"{what}; try again in {retry_s} s.", kind=kind, retry_after_s=retry_s)
-
     def _retry_after_s(self) -> int:
         """Return the `Retry-After`: the expected wait, with jitter, within 1..60 s."""
         wait_s = math.ceil(self._queue.expected_wait_s())
         if not self._worker.is_ready:
             wait_s = max(wait_s, 5)
-        jitter_s = random.randint(0, 1 + wait_s // 4)
-        return max(1, min(60, wait_s + jitter_s))
-
-
-def _helper_count() -> int:
-    """Return the number of threads beside the one that encodes, by the number of cores.
-
-    As many as cores leave none idle where two threads share one at first; more than seven find no
-    strip left in the file of one megapixel.
-    """
-    return min(7, os.cpu_count() or 1)
+        return max(1, min(60, wait_s + random.randint(0, 1 + wait_s // 4)))
 
 
 def _note(seconds: Mapping[str, float]) -> None:

@@ -1,38 +1,92 @@
-"""One accepted request of n images, from submission to its images or its first error."""
+"""A request from its arrival to its end: an `Admission` at first, a `Ticket` once it is accepted.
+
+Each holds what the request has taken of the service meanwhile, and gives it back.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from app.domain import (
-    Progress,
-    RawImage,
-    Stage,
-)
-from app.errors import (
-    Cancelled,
-)
+from app.domain import ImageSpec, Progress, Stage
+from app.errors import Cancelled
 from app.images import OutputFormat
 from app.jobs.job import Job
+from app.jobs.queue import JobQueue, Places
 from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
 
 
+@dataclass(eq=False)
+class Admission:
+    """One request from its arrival until its images wait for the GPU.
+
+    Where a large body must be read or an image decoded first, its *places* are reserved before:
+    they, and the tokens of the client's rate, are its own from then on. Leaving the `with` block
+    gives back the places that no image took, but no token. The deadline counts from the arrival.
+    """
+
+    service: ImageService = field(repr=False)
+    client: str
+    arrived_at: float
+    deadline_s: float | None
+    """The client's own limit, in seconds."""
+    places: Places | None
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.places is not None:
+            self.places.give_back()
+
+    @property
+    def seconds_left(self) -> float:
+        """Return the seconds until the deadline of a request that takes no GPU time."""
+        return self.service.seconds_left(self)
+
+    def reserve(self, images: int) -> None:
+        """Reserve a place for each of *images*, including the one that it may have, once.
+
+        Raises:
+            InvalidRequest: they would not fit into the empty queue either.
+            Unavailable: there is no room for them now.
+            DeadlineExceeded: the request took too long to arrive.
+            KleinError: the client has exceeded its rate.
+        """
+        self.service.reserve(self, images)
+
+    def submit(self, specs: Sequence[ImageSpec], output: OutputFormat) -> Ticket:
+        """Queue all of *specs*, or none, in the places that were reserved for them or in others.
+
+        Raises:
+            InvalidRequest: a spec is beyond the limits, or the deadline shorter than the work.
+            Unavailable: there is no room, or the deadline would pass before the last is done.
+            DeadlineExceeded: the request took too long to arrive.
+            KleinError: the client has exceeded its rate.
+        """
+        if self.places is not None and self.places.is_early:
+            self.reserve(len(specs))
+        return self.service.start(self, specs, output)
+
+
+@dataclass(eq=False)
 class Ticket:
     """One accepted request of n images. Await `pictures`, or read `events` where n is 1."""
 
-    def __init__(self, service: ImageService, jobs: Sequence[Job], output: OutputFormat) -> None:
-        self._service = service
-        self._jobs = jobs
-        self._output = output
+    service: ImageService = field(repr=False)
+    queue: JobQueue
+    jobs: Sequence[Job]
+    output: OutputFormat
 
     def cancel(self) -> None:
         """Cancel its jobs: waiting ones never run, running ones stop at the next denoising step."""
-        self._service.cancel(self._jobs)
+        for job in self.jobs:
+            self.queue.cancel(job)
 
     async def pictures(self) -> list[Picture]:
         """Wait for all images, in the order of the specs.
@@ -45,7 +99,7 @@ class Ticket:
         # No task group: its frame and the error that cancels it reference one another, and with
         # them every image so far, until the garbage collector runs.
         finishing = [
-            asyncio.create_task(self._service.finish(job, self._output)) for job in self._jobs
+            asyncio.create_task(self.service.finish(job, self.output)) for job in self.jobs
         ]
         try:
             await asyncio.wait(finishing, return_when=asyncio.FIRST_EXCEPTION)
@@ -63,29 +117,26 @@ class Ticket:
         Raises:
             KleinError: the job failed.
         """
-        (job,) = self._jobs
+        (job,) = self.jobs
         moved: asyncio.Queue[Progress | None] = asyncio.Queue()
         job.on_progress = moved.put_nowait
-        finishing = asyncio.ensure_future(self._service.finish(job, self._output))
+        finishing = asyncio.ensure_future(self.service.finish(job, self.output))
         finishing.add_done_callback(lambda task: moved.put_nowait(None))
         previews = 0
         try:
-            yield Queued(self._service.position(job))
+            yield Queued(self.queue.position(job))
             while (progress := await moved.get()) is not None:
                 if progress.stage is not Stage.GPU_FREE:
-                    yield StepDone(progress.stage.value, progress.step, progress.steps)
+                    yield StepDone(progress.stage, progress.step, progress.steps)
                 if progress.preview is not None:
-                    yield await self._preview(progress.preview, previews)
+                    data = await self.service.encode(progress.preview, self.output, {})
+                    yield Preview(previews, data, self.output.media_type)
                     previews += 1
             yield Finished(await finishing)
         finally:
             self.cancel()
             await _end([finishing])
             del finishing, job
-
-    async def _preview(self, image: RawImage, index: int) -> Preview:
-        data = await self._service.encode(image, self._output, {})
-        return Preview(index, data, self._output.media_type)
 
 
 def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None:

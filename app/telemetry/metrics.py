@@ -7,8 +7,9 @@ a client writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,14 +25,13 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from app.domain import Generated, GpuSnapshot, ModelInfo, PeakMemory
+from app.domain import Generated, GpuSnapshot, Loss, ModelInfo, PeakMemory, Status
 
 STAGES = ("queue", "text", "reference", "denoise", "decode", "encode", "total")
 OUTCOMES = (
     "ok", "invalid", "unauthorized", "rejected", "cancelled", "deadline", "oom", "error",
 )  # fmt: skip
 REJECTIONS = ("queue_full", "loading", "draining", "worker_down", "rate_limit")
-RESTARTS = ("fatal_cuda", "killed", "hang", "heartbeat", "startup")
 
 IMAGE_BUCKETS = (
     .005, .01, .02, .05, .1, .2, .35, .5, .75, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 30, 60, 120, 300,
@@ -40,16 +40,24 @@ STEP_BUCKETS = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5)  # fmt: skip
 VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
 
 
-WATCHED = {
-    "klein_queue_size": "Images that wait, those whose pictures are still decoded included.",
-    "klein_queue_capacity": "Images that may wait.",
-    "klein_requests_running": "Images on the GPU or on their way from it.",
-    "klein_ready": "1 where a request would be taken.",
-    "klein_worker_up": "1 where a worker process is there.",
-    "klein_event_loop_lag_seconds": "How late the event loop woke, the most in the last minute.",
-    "klein_estimated_wait_seconds": "How long a new image would wait.",
+STATUS_GAUGES: dict[str, tuple[str, Callable[[Status], float]]] = {
+    "klein_queue_size": (
+        "Images that wait, those whose pictures are still decoded included.",
+        lambda status: status.queue_size,
+    ),
+    "klein_queue_capacity": ("Images that may wait.", lambda status: status.queue_capacity),
+    "klein_requests_running": (
+        "Images on the GPU or on their way from it.",
+        lambda status: status.running,
+    ),
+    "klein_ready": ("1 where a request would be taken.", lambda status: status.is_ready),
+    "klein_worker_up": ("1 where a worker process is there.", lambda status: status.is_worker_up),
+    "klein_estimated_wait_seconds": (
+        "How long a new image would wait.",
+        lambda status: status.estimated_wait_s,
+    ),
 }
-"""Gauges whose values `Metrics.watch` gets from elsewhere, read at each scrape."""
+"""Gauges that show the service's state: what they say, and where it stands."""
 
 
 class Metrics:
@@ -138,7 +146,7 @@ class Metrics:
         # Present from the first scrape on, at 0.
         for counter, values in (
             (self._rejected, REJECTIONS),
-            (self._restarts, RESTARTS),
+            (self._restarts, tuple(Loss)),
             (self._images, ("generate", "edit")),
             (self._cache, ("hit", "miss")),
         ):
@@ -152,9 +160,6 @@ class Metrics:
             ["gpu", "kind"],
             registry=registry,
         )
-        self._watched = {
-            name: Gauge(name, text, registry=registry) for name, text in WATCHED.items()
-        }
         self._load_duration = Gauge(
             "klein_model_load_duration_seconds",
             "Seconds from the last worker's start to its first picture.",
@@ -170,10 +175,21 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, readings: Mapping[str, Callable[[], float]]) -> None:
-        """Read each of `WATCHED` by its function in *readings* at every scrape."""
-        for name, gauge in self._watched.items():
-            gauge.set_function(readings[name])
+    def watch(self, read: Callable[[], Status], read_lag_s: Callable[[], float]) -> None:
+        """Read the service's state and the event loop's lag, in seconds, at every scrape."""
+
+        def value_of(field: Callable[[Status], float]) -> float:
+            return field(read())
+
+        for name, (text, field) in STATUS_GAUGES.items():
+            gauge = Gauge(name, text, registry=self.registry)
+            gauge.set_function(partial(value_of, field))
+        lag = Gauge(
+            "klein_event_loop_lag_seconds",
+            "How late the event loop woke, the most in the last minute.",
+            registry=self.registry,
+        )
+        lag.set_function(read_lag_s)
 
     def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
@@ -214,8 +230,8 @@ class Metrics:
         """Count an image that failed for want of GPU memory."""
         self._oom.inc()
 
-    def worker_lost(self, reason: str) -> None:
-        """Count a lost worker; *reason* is one of `RESTARTS`."""
+    def worker_lost(self, reason: Loss) -> None:
+        """Count a lost worker."""
         self._restarts.labels(reason).inc()
 
     def request_finished(self, route: str, outcome: str, seconds: float) -> None:

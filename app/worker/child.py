@@ -14,12 +14,12 @@ import os
 import queue
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from app import logs
 from app.domain import Engine, LoadProgress, Progress, Stage
+from app.engine.config import EngineConfig
 from app.errors import GenerationFailed, Kind, KleinError
 from app.worker.messages import (
     Cancel,
@@ -47,15 +47,12 @@ EXIT_START_FAILED = 14
 EXIT_PIPE = 15
 """Exit code: the pipe to the parent is broken, or an exception was unexpected."""
 
-_REMEMBERED = 64
-"""Jobs that have ended, so that a late cancellation of one is dropped."""
-
 _FAILED = "The picture could not be made; the service's log says why."
 
-EngineFactory = Callable[[Any], Engine]
+EngineFactory = Callable[[EngineConfig], Engine]
 
 
-def main(pipe: End, make_engine: EngineFactory, config: object, log: tuple[str, str]) -> None:
+def main(pipe: End, make_engine: EngineFactory, config: EngineConfig, log: tuple[str, str]) -> None:
     """Run as the worker process: the parent alone stops it, and the parent's end ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -78,7 +75,7 @@ def _leave(code: int) -> NoReturn:
 def run(
     pipe: End,
     make_engine: EngineFactory,
-    config: object,
+    config: EngineConfig,
     *,
     leave: Callable[[int], object] = lambda code: None,
 ) -> int:
@@ -118,7 +115,7 @@ def _on_unsendable(message: Message, outbox: Outbox, leave: Callable[[int], obje
         leave(EXIT_PIPE)
 
 
-def _load(make_engine: EngineFactory, config: object, outbox: Outbox) -> Engine | None:
+def _load(make_engine: EngineFactory, config: EngineConfig, outbox: Outbox) -> Engine | None:
     def on_progress(progress: LoadProgress) -> None:
         outbox.put(Loading(progress))
 
@@ -148,9 +145,6 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
     def on_progress(progress: Progress) -> None:
         outbox.put(Stepped(job_id, progress))
 
-    def on_gpu_free() -> None:
-        outbox.put(Stepped(job_id, Progress(Stage.GPU_FREE, steps, steps)))
-
     hiding = logs.hidden.set((message.spec.prompt,))
     naming = logs.request_id.set(message.request_id)
     try:
@@ -166,7 +160,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
     finally:
         logs.request_id.reset(naming)
         logs.hidden.reset(hiding)
-    on_gpu_free()
+    outbox.put(Stepped(job_id, Progress(Stage.GPU_FREE, steps, steps)))
     outbox.put(Done(job_id, generated))
     return None
 
@@ -178,9 +172,8 @@ class _Inbox:
         self._pipe = pipe
         self._leave = leave
         self._waiting: queue.SimpleQueue[Generate | Ping | Stop] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._cancelled: set[str] = set()
-        self._ended: deque[str] = deque(maxlen=_REMEMBERED)
+        self._cancelled: dict[str, threading.Event] = {}
+        """For each job that has not ended whether it was cancelled."""
         self._is_orphaned = False
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
 
@@ -189,13 +182,11 @@ class _Inbox:
         while not isinstance(message := self._waiting.get(), Stop):
             yield message
             if isinstance(message, Generate):
-                with self._lock:
-                    self._cancelled.discard(message.job_id)
-                    self._ended.append(message.job_id)
+                del self._cancelled[message.job_id]
 
     def is_cancelled(self, job_id: str) -> bool:
-        """Return whether *job_id* was cancelled."""
-        return self._is_orphaned or job_id in self._cancelled
+        """Return whether *job_id*, which has not ended, was cancelled."""
+        return self._is_orphaned or self._cancelled[job_id].is_set()
 
     def _receive(self) -> None:
         code = 0
@@ -213,12 +204,10 @@ class _Inbox:
 
     def _take(self, message: ToWorker) -> None:
         if isinstance(message, Cancel):
-            self._cancel(message.job_id)
-        else:
-            self._waiting.put(message)
-
-    def _cancel(self, job_id: str) -> None:
-        """Record the cancellation, unless the job has ended: nothing would remove the record."""
-        with self._lock:
-            if job_id not in self._ended:
-                self._cancelled.add(job_id)
+            # None where the job has ended meanwhile.
+            if cancelled := self._cancelled.get(message.job_id):
+                cancelled.set()
+            return
+        if isinstance(message, Generate):
+            self._cancelled[message.job_id] = threading.Event()
+        self._waiting.put(message)

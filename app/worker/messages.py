@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress
-from app.errors import Kind, KleinError, from_kind
+from app.errors import CLASSES, Kind, KleinError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Up: the job's error, as `app.errors.from_kind` needs it; Kind.FATAL ends the worker."""
+    """Up: the job's error, as plain data; Kind.FATAL ends the worker."""
 
     job_id: str
     kind: Kind
@@ -96,14 +96,11 @@ class Failed:
         return cls(job_id, error.kind, error.message, error.param, error.code, error.retry_after_s)
 
     def error(self) -> KleinError:
-        """Rebuild the error."""
-        return from_kind(
-            self.kind,
-            self.message,
-            param=self.param,
-            code=self.code,
-            retry_after_s=self.retry_after_s,
-        )
+        """Rebuild the error: the class of its kind, with all attributes."""
+        error = CLASSES.get(self.kind, KleinError)(self.message)
+        error.kind, error.param, error.code = self.kind, self.param, self.code
+        error.retry_after_s = self.retry_after_s
+        return error
 
 
 ToWorker = Generate | Cancel | Ping | Stop

@@ -11,13 +11,14 @@ import logging
 import multiprocessing
 import threading
 from collections.abc import Callable
-from multiprocessing.context import SpawnProcess
+from contextlib import ExitStack, closing, suppress
 from typing import Protocol
 
+from app.engine.config import EngineConfig
 from app.errors import GenerationFailed
 from app.worker import child
 from app.worker.messages import Failed, FromWorker, Generate, ToWorker
-from app.worker.transport import End, Message, Outbox, pair
+from app.worker.transport import Message, Outbox, pair
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class WorkerProcess:
         self,
         listener: Listener,
         make_engine: child.EngineFactory,
-        config: object,
+        config: EngineConfig,
         log: tuple[str, str],
         leave_s: float,
     ) -> None:
@@ -61,34 +62,30 @@ class WorkerProcess:
         self._listener = listener
         self._leave_s = leave_s
         self._exited = asyncio.Event()
-        self._pipe, theirs = pair(context)
-        try:
-            self._process = _start(context, theirs, make_engine, config, log)
-        except BaseException:
-            self._pipe.close()
-            raise
-        finally:
+        with ExitStack() as undo:
+            self._pipe, theirs = pair(context)
+            undo.callback(self._pipe.close)
             # The worker must hold the only copy of its end, or its death would not be seen as EOF.
-            theirs.close()
-        self._pid = self._process.pid or 0
-        try:
-            self._start_threads()
-        except BaseException:
-            self._process.kill()
-            self._process.join(leave_s)
-            if self._process.exitcode is None:
-                self._disown()
-            self._pipe.close()
-            raise
+            with closing(theirs):
+                self._process = context.Process(
+                    target=child.main, args=(theirs, make_engine, config, log), name="klein worker"
+                )
+                self._process.start()
+            self.pid = self._process.pid or 0
+            undo.callback(self._end_unwatched)
+            self._outbox = Outbox(
+                self._pipe,
+                name="worker pipe, down",
+                on_unsendable=self._on_unsendable,
+                on_broken=self._on_broken,
+            )
+            undo.callback(self._outbox.hang_up)
+            threading.Thread(target=self._receive, name="worker pipe, up", daemon=True).start()
+            undo.pop_all()
 
     def __repr__(self) -> str:
         state = "gone" if self._exited.is_set() else "alive"
         return f"<WorkerHandle pid {self.pid}, {state}>"
-
-    @property
-    def pid(self) -> int:
-        """The worker's process id."""
-        return self._pid
 
     def send(self, message: ToWorker) -> None:
         """Send *message* to the worker; without effect where it has exited."""
@@ -104,18 +101,12 @@ class WorkerProcess:
         """Return once the process has exited."""
         await self._exited.wait()
 
-    def _start_threads(self) -> None:
-        self._outbox = Outbox(
-            self._pipe,
-            name="worker pipe, down",
-            on_unsendable=self._on_unsendable,
-            on_broken=self._on_broken,
-        )
-        try:
-            threading.Thread(target=self._receive, name="worker pipe, up", daemon=True).start()
-        except BaseException:
-            self._outbox.hang_up()
-            raise
+    def _end_unwatched(self) -> None:
+        """End a process whose threads could not be started."""
+        self._process.kill()
+        self._process.join(self._leave_s)
+        if self._process.exitcode is None:
+            self._disown()
 
     def _receive(self) -> None:
         """Deliver the worker's messages, then wait for its exit."""
@@ -132,11 +123,9 @@ class WorkerProcess:
         self._tell(self._on_gone)
 
     def _tell(self, callback: Callable[..., None], *arguments: FromWorker) -> None:
-        try:
+        # The loop may have closed: then there is no listener left.
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *arguments)
-        except RuntimeError:
-            # The loop has closed: there is no listener left.
-            return
 
     def _deliver(self, message: FromWorker) -> None:
         try:
@@ -181,17 +170,3 @@ class WorkerProcess:
             self._outbox.hang_up()
             self._exited.set()
             self._listener.on_exit(self, exit_code)
-
-
-def _start(
-    context: multiprocessing.context.SpawnContext,
-    end: End,
-    make_engine: child.EngineFactory,
-    config: object,
-    log: tuple[str, str],
-) -> SpawnProcess:
-    process = context.Process(
-        target=child.main, args=(end, make_engine, config, log), name="klein worker"
-    )
-    process.start()
-    return process

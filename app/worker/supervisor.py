@@ -13,11 +13,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from app import logs
-from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, Progress, WorkerStage
+from app.domain import Generated, ImageSpec, LoadProgress, Loss, ModelInfo, Progress, WorkerStage
+from app.engine.config import EngineConfig
 from app.errors import Kind, KleinError, Unavailable, WorkerLost
 from app.worker import child, restarts
 from app.worker.messages import (
@@ -65,15 +67,15 @@ class Events(Protocol):
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
         """Handle a loaded model, *seconds* after the start of its process."""
 
-    def on_worker_lost(self, reason: str) -> None:
-        """Handle a lost worker: `fatal_cuda`, `killed`, `hang`, `heartbeat` or `startup`."""
+    def on_worker_lost(self, reason: Loss) -> None:
+        """Handle a lost worker."""
 
     def on_fatal(self, exit_code: int, message: str) -> None:
         """Handle the end of the service."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TimeLimits:
     """How long a worker may be silent, or take to exit, in seconds."""
 
     load_s: float = 1800.0
@@ -99,7 +101,7 @@ class _Running:
     on_progress: Callable[[Progress], None]
     silence_s: float
     step_started: float
-    watch: asyncio.TimerHandle | None = field(default=None)
+    watch: asyncio.TimerHandle | None = None
 
 
 class Supervisor:
@@ -108,37 +110,33 @@ class Supervisor:
     def __init__(
         self,
         make_engine: child.EngineFactory,
-        config: object,
+        config: EngineConfig,
         events: Events,
         *,
         predict_step_s: Callable[[ImageSpec], float] = lambda spec: 0.0,
-        limits: Limits | None = None,
+        limits: TimeLimits | None = None,
         log: tuple[str, str] = ("text", "info"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._make_engine = make_engine
-        self._config = config
         self._events = events
         self._predict_step_s = predict_step_s
-        self._limits = limits or Limits()
-        self._log = log
+        self._limits = limits or TimeLimits()
+        self._launch = partial(WorkerProcess, self, make_engine, config, log, self._limits.close_s)
         self._clock = clock
         self._handle: WorkerProcess | None = None
         self._running: dict[str, _Running] = {}
         self._deaths: list[float] = []
         self._failed_starts = 0
-        self._lost_because: str | None = None
+        self._lost_because: Loss | None = None
         self._load_watch: asyncio.TimerHandle | None = None
         self._beat_watch: asyncio.TimerHandle | None = None
         self._leave_watch: asyncio.TimerHandle | None = None
-        self._is_fetching = False
         self._overdue = ""
         self._restart: asyncio.TimerHandle | None = None
         self._unanswered = 0
         self._started_at = 0.0
         self._is_ready = asyncio.Event()
         self._is_closing = False
-        self.stage = WorkerStage.STARTING
         self.progress = LoadProgress(WorkerStage.STARTING)
         self.info: ModelInfo | None = None
         self.restart_count = 0
@@ -152,9 +150,9 @@ class Supervisor:
         return self._is_ready.is_set()
 
     @property
-    def load_progress(self) -> float | None:
-        """The progress of loading the model, 0..1, where it is known."""
-        return self.progress.fraction
+    def stage(self) -> WorkerStage:
+        """What the worker is at."""
+        return self.progress.stage
 
     @property
     def reason(self) -> str:
@@ -171,7 +169,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start the first worker."""
-        self._start_worker(WorkerStage.STARTING)
+        self._start_worker()
 
     async def wait_until_ready(self) -> None:
         """Return once a job could start."""
@@ -198,13 +196,12 @@ class Supervisor:
             await self._is_ready.wait()
         handle = self._handle
         assert handle is not None
-        now = self._clock()
         steps_s = self._limits.silence_steps * self._predict_step_s(spec)
         running = _Running(
             answer=asyncio.get_running_loop().create_future(),
             on_progress=on_progress,
             silence_s=max(self._limits.silence_s, steps_s),
-            step_started=now,
+            step_started=self._clock(),
         )
         self._running[job_id] = running
         self._watch(running)
@@ -278,9 +275,9 @@ class Supervisor:
         if self._is_closing:
             return
         because, self._lost_because = self._lost_because, None
-        reason = because or ("killed" if self.stage == WorkerStage.READY else "startup")
+        reason = because or (Loss.KILLED if self.stage == WorkerStage.READY else Loss.STARTUP)
         _log.error("The worker has gone (%s), exit code %s.", reason, exit_code)
-        if self.info is None and because == "startup":
+        if self.info is None and because is Loss.STARTUP:
             self._give_up(
                 EXIT_START_FAILED,
                 self._overdue
@@ -298,11 +295,11 @@ class Supervisor:
         if isinstance(error, WorkerLost):
             # Nothing may start on a lost GPU; the worker is exiting.
             self._is_ready.clear()
-            self._lost_because = "fatal_cuda"
+            self._lost_because = Loss.FATAL_CUDA
             self._await_leave()
         running.answer.set_exception(error)
 
-    def _plan_restart(self, reason: str) -> None:
+    def _plan_restart(self, reason: Loss) -> None:
         self._events.on_worker_lost(reason)
         now = self._clock()
         self._deaths.append(now)
@@ -316,25 +313,17 @@ class Supervisor:
             )
             return
         self.restart_count += 1
-        self.stage = WorkerStage.RESTARTING
         self.progress = LoadProgress(WorkerStage.RESTARTING)
         _log.warning("A new worker starts in %.0f s: %s.", decision.delay_s, decision.reason)
-        self._restart = asyncio.get_running_loop().call_later(
-            decision.delay_s, self._start_worker, WorkerStage.RESTARTING
-        )
+        self._restart = asyncio.get_running_loop().call_later(decision.delay_s, self._start_worker)
 
-    def _start_worker(self, stage: WorkerStage) -> None:
+    def _start_worker(self) -> None:
         if self._is_closing:
             return
-        self.stage = stage
         self._started_at = self._clock()
         self._overdue = ""
-        self._is_fetching = False
-        limits = self._limits
         try:
-            self._handle = WorkerProcess(
-                self, self._make_engine, self._config, self._log, limits.close_s
-            )
+            self._handle = self._launch()
         except Exception as error:
             self._on_unstartable(error)
             return
@@ -348,21 +337,21 @@ class Supervisor:
         # For a lack of resources the error's name suffices; for any other, log the traceback.
         trace = None if isinstance(error, OSError | MemoryError) else error
         _log.error("The worker could not be started: %r.", error, exc_info=trace)
-        self._plan_restart("startup")
+        self._plan_restart(Loss.STARTUP)
 
     def _on_loading(self, progress: LoadProgress) -> None:
         """Restart the limit of silence: a download may take any time while it reports progress."""
-        was_fetching, self._is_fetching = self._is_fetching, progress.stage in _FETCHING
-        self.stage, self.progress = progress.stage, progress
-        if was_fetching or self._is_fetching:
+        before, self.progress = self.stage, progress
+        if not _FETCHING.isdisjoint((before, progress.stage)):
             self._watch_start()
 
     def _watch_start(self) -> None:
         """Apply the time limit of the start's current stage from now on."""
         if self._load_watch:
             self._load_watch.cancel()
-        limit_s = self._limits.download_s if self._is_fetching else self._limits.load_s
-        sentence = _SILENT if self._is_fetching else _SLOW
+        is_fetching = self.stage in _FETCHING
+        limit_s = self._limits.download_s if is_fetching else self._limits.load_s
+        sentence = _SILENT if is_fetching else _SLOW
         self._load_watch = asyncio.get_running_loop().call_later(
             limit_s, self._end_start, sentence.format(limit_s)
         )
@@ -370,12 +359,12 @@ class Supervisor:
     def _end_start(self, sentence: str) -> None:
         self._overdue = sentence
         _log.error("%s", sentence)
-        self._end_worker("startup")
+        self._end_worker(Loss.STARTUP)
 
     def _on_ready(self, info: ModelInfo) -> None:
         if self._load_watch:
             self._load_watch.cancel()
-        self.stage, self.info, self._failed_starts = WorkerStage.READY, info, 0
+        self.info, self._failed_starts = info, 0
         self.progress = LoadProgress(WorkerStage.READY, 1.0)
         self._is_ready.set()
         self._unanswered = 0
@@ -383,7 +372,7 @@ class Supervisor:
         self._events.on_worker_ready(info, self._clock() - self._started_at)
 
     def _on_start_failed(self, text: str) -> None:
-        self._lost_because = "startup"
+        self._lost_because = Loss.STARTUP
         self._await_leave()
         if self.info is None:
             self._is_closing = True
@@ -392,7 +381,6 @@ class Supervisor:
             _log.error("The new worker could not load the model: %s", text)
 
     def _give_up(self, exit_code: int, message: str) -> None:
-        self.stage = WorkerStage.FAILED
         self.progress = LoadProgress(WorkerStage.FAILED, None, message)
         self._events.on_fatal(exit_code, message)
         self._wake()
@@ -417,7 +405,7 @@ class Supervisor:
         silent_s = self._clock() - running.step_started
         if silent_s >= running.silence_s:
             _log.error("The worker was silent for %.0f s within one step.", silent_s)
-            self._end_worker("hang")
+            self._end_worker(Loss.HANG)
             return
         running.watch = asyncio.get_running_loop().call_later(
             running.silence_s - silent_s, self._watch, running
@@ -433,7 +421,7 @@ class Supervisor:
             self._unanswered = 0
         elif (self._unanswered + 1) * self._limits.beat_s >= self._limits.silence_idle_s:
             _log.error("The idle worker said nothing for %.0f s.", self._limits.silence_idle_s)
-            self._end_worker("heartbeat")
+            self._end_worker(Loss.HEARTBEAT)
             return
         elif self._handle:
             self._unanswered += 1
@@ -453,7 +441,7 @@ class Supervisor:
                 timer.cancel()
         self._restart = self._load_watch = self._beat_watch = self._leave_watch = None
 
-    def _end_worker(self, reason: str) -> None:
+    def _end_worker(self, reason: Loss) -> None:
         self._lost_because = reason
         self._is_ready.clear()
         if self._handle:

@@ -22,7 +22,7 @@ from typing import Any
 
 from app import logs
 from app.errors import StartupError
-from app.worker.messages import Done, FromWorker, Generate, ToWorker
+from app.worker.messages import Done, FromWorker, ToWorker
 
 _log = logging.getLogger(__name__)
 
@@ -185,7 +185,13 @@ class Outbox:
         try:
             self._pipe.send(message)
         except UnsendableError:
-            _log_unsendable(message)
+            # The request is named here, since this thread has none.
+            naming = logs.request_id.set(getattr(message, "request_id", ""))
+            job_id = getattr(message, "job_id", "none")
+            _log.exception(
+                "A message to the other process could not be written down, job=%s.", job_id
+            )
+            logs.request_id.reset(naming)
             self._on_unsendable(message)
         except (BrokenPipeError, ConnectionResetError):
             # The other end has closed; the receiving thread sees it too.
@@ -194,14 +200,3 @@ class Outbox:
             _log.exception("The pipe to the other process cannot be written to any more.")
             self._is_broken = True
             self._on_broken()
-
-
-def _log_unsendable(message: Message) -> None:
-    """Log what it was about: the job, and the request where the message knows it."""
-    request_id = message.request_id if isinstance(message, Generate) else ""
-    naming = logs.request_id.set(request_id)
-    _log.exception(
-        "A message to the other process could not be written down, job=%s.",
-        getattr(message, "job_id", "none"),
-    )
-    logs.request_id.reset(naming)

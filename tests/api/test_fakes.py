@@ -10,10 +10,9 @@ import pytest
 from app.domain import ImageSpec
 from app.errors import InvalidRequest, Kind, OutOfMemory, Unavailable
 from app.images import OutputFormat
-from app.service.admission import Admission
 from app.service.results import Finished, Preview, Queued, StepDone
 from app.service.service import ImageService
-from app.service.ticket import Ticket
+from app.service.ticket import Admission, Ticket
 from app.telemetry.metrics import Metrics
 from tests.support.fakes import FakeAdmission, FakeMetrics, FakeService, FakeTicket, Script
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.limits import SizeRule
+from app.engine.models.registry import find_spec
+from app.limits import Limits
 
-KLEIN = SizeRule(min_side=64, max_side=4096, max_pixels=4_194_304)
-SHAPES = SizeRule(min_side=128, max_side=512, max_pixels=262_144)
+KLEIN = Limits.of(find_spec("flux.2-klein-4b"), 4_194_304)
+SHAPES = Limits.of(find_spec("shapes"), 4_194_304)
 SIDES = st.integers(min_value=0, max_value=200_000)
 
 
@@ -17,7 +18,7 @@ SIDES = st.integers(min_value=0, max_value=200_000)
 def test_the_nearest_size_is_always_valid(width, height):
     """Whatever was asked for, the hint can be pasted."""
     for rule in (KLEIN, SHAPES):
-        rule.check(*rule.nearest(width, height))
+        rule.check_size(*rule.nearest(width, height))
 
 
 @given(st.integers(4, 128), st.integers(4, 128))
@@ -25,7 +26,7 @@ def test_a_valid_size_is_its_own_nearest(columns, rows):
     """Nothing is moved without need."""
     width, height = 16 * columns, 16 * rows
     try:
-        KLEIN.check(width, height)
+        KLEIN.check_size(width, height)
     except Exception:
         return
 

@@ -18,7 +18,7 @@ from app.cli.warm_worker import warm_runtime
 from app.domain import ImageSpec
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest
-from app.limits import check_spec
+from app.limits import Limits
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.support.scripted_engine import MakeScriptedEngine, Script
@@ -122,7 +122,7 @@ def test_the_rules_are_those_of_http(card, change) -> None:
     spec = replace(SPEC, width=card.default_width, height=card.default_height, **own)
     sent = {"prompt": spec.prompt, **change}
 
-    assert is_taken(lambda: check_spec(replace(spec, **change), card, CONFIG.max_pixels)) == (
+    assert is_taken(lambda: Limits.of(card, CONFIG.max_pixels).check(replace(spec, **change))) == (
         is_taken(lambda: read(table(card, CONFIG).read(sent), card, CONFIG))
     )
 

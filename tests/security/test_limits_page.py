@@ -24,7 +24,7 @@ from app.images.pool import DecoderPool
 from app.jobs import shares
 from app.settings import Settings
 from app.worker import restarts
-from app.worker.supervisor import Limits
+from app.worker.supervisor import TimeLimits
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -32,7 +32,7 @@ _ID = re.compile(r"`((?:\w+/)+\w+\.py)::(\w+)`")
 PAGES = ("docs/security.md", "SECURITY.md")
 _NUMBER = re.compile(r"(?<![\w./-])(\d[\d,]*\d|\d)( [KMG]iB| million)?(?![\w.])")
 _UNITS = {"": 1, " KiB": 2**10, " MiB": 2**20, " GiB": 2**30, " million": 10**6}
-DECODER, WORKER = decoder.Limits(), Limits()
+DECODER, WORKER = decoder.Limits(), TimeLimits()
 
 VALUES: dict[str, tuple[float, ...]] = {
     "connections": (connections.MAX_CONNECTIONS, connections.OTHER_DESCRIPTORS),

@@ -16,12 +16,13 @@ from functools import lru_cache
 
 from PIL import Image
 
-from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory
+from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, Stage, Status
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat
 from app.images.preparing import Edit, Upload, prepare
-from app.service.results import Finished, Picture, Preview, Queued, Status, StepDone, TicketEvent
+from app.limits import Limits
+from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
 
 SECONDS: Mapping[str, float] = {
     "queue": 0.001,
@@ -83,6 +84,11 @@ class FakeService:
     _seeds: int = 1000
 
     @property
+    def limits(self) -> Limits:
+        """Those of the model, and of an operator who allows all."""
+        return Limits.of(self.model, self.model.max_pixels)
+
+    @property
     def waiting(self) -> int:
         """How many images have been accepted and have not ended."""
         return sum(len(ticket.specs) for ticket in self.tickets if not ticket.has_ended)
@@ -127,7 +133,9 @@ class FakeService:
     def check_open(self, images: int, held: int = 0) -> None:
         """Refuse what does not fit, or what the script wants refused."""
         if images > self.capacity:
-            raise InvalidRequest(f"n is {images}, but {self.capacity} may wait.", param="n")
+            raise InvalidRequest(
+                f"images is {images}, but {self.capacity} may wait.", param="images"
+            )
         full = self.waiting + self.reserved + images - held > self.capacity
         kind = Kind.QUEUE_FULL if full else self.closed_by
         if kind is not None:
@@ -137,7 +145,7 @@ class FakeService:
         """Refuse what the plan cannot hold."""
         limit = self.plan_pixels[len(spec.references)]
         if spec.pixels > limit:
-            raise InvalidRequest(f"The most is {limit} pixels.", param="size")
+            raise InvalidRequest(f"The most is {limit} pixels.", param="width")
 
     def start(
         self, specs: Sequence[ImageSpec], admission: FakeAdmission, output: OutputFormat
@@ -237,7 +245,7 @@ class FakeTicket:
             await self._wait()
             steps = spec.num_inference_steps
             for step in range(1, steps + 1):
-                yield StepDone("denoise", step, steps)
+                yield StepDone(Stage.DENOISE, step, steps)
                 if self.script.error is not None and step > self.script.previews_before_error:
                     self._end()
                     raise self.script.error
@@ -317,6 +325,13 @@ class FakeRuntime:
     decoders: FakeDecoders = field(default_factory=FakeDecoders)
     calls: list[str] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
+
+    async def __aenter__(self) -> FakeRuntime:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
 
     async def start(self) -> None:
         """Note it."""

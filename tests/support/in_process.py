@@ -7,13 +7,23 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from app.domain import Generated, ImageSpec, ModelInfo, Progress, RawImage, StageTimings
+from app.domain import (
+    Generated,
+    ImageSpec,
+    LoadProgress,
+    ModelInfo,
+    Progress,
+    RawImage,
+    StageTimings,
+    WorkerStage,
+)
 from app.engine.models.registry import find_spec
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
-from app.service.service import ImageService, ServiceConfig
+from app.limits import Limits
+from app.service.service import ImageService
 from app.telemetry.metrics import Metrics
 from tests.support.fakes import INFO, FakeDecoders
 
@@ -21,20 +31,23 @@ from tests.support.fakes import INFO, FakeDecoders
 class Worker:
     """The worker's side as the service sees it, and a backend that makes grey pictures."""
 
-    stage = "ready"
+    progress = LoadProgress(WorkerStage.READY)
+    pid: int | None = 1
     restart_count = 0
     is_ready = True
-    load_progress = None
     reason = ""
     info: ModelInfo | None = INFO
 
     def __init__(self) -> None:
         self.made = 0
+        self.is_prompt_cut = False
         self.errors: dict[int, Exception] = {}
         """What happens instead of the so-many-th picture, counted from 1."""
         self.release = asyncio.Event()
         """Pictures wait for it."""
         self.release.set()
+        self.started = asyncio.Event()
+        """Set once a picture has been begun."""
 
     async def wait_until_ready(self) -> None:
         """It is."""
@@ -43,12 +56,13 @@ class Worker:
         self, job_id: str, spec: ImageSpec, on_progress: Callable[[Progress], None]
     ) -> Generated:
         """Make one picture that took a tenth of a second, as it says."""
+        self.started.set()
         await self.release.wait()
         self.made += 1
         if self.made in self.errors:
             raise self.errors.pop(self.made)
         image = RawImage(spec.width, spec.height, bytes([spec.seed % 251]) * (3 * spec.pixels))
-        return Generated(image, StageTimings(0.0, 0.0, 0.1, 0.0), None, 12, False)
+        return Generated(image, StageTimings(0.0, 0.0, 0.1, 0.0), None, 12, self.is_prompt_cut)
 
 
 class InProcess:
@@ -60,6 +74,7 @@ class InProcess:
         capacity: int = 8,
         per_minute: int = 0,
         deadline_s: float = 120.0,
+        has_metadata: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = Worker()
@@ -69,16 +84,25 @@ class InProcess:
         self.decoders = FakeDecoders()
         self.service = ImageService(
             find_spec("flux.2-klein-4b"),
-            ServiceConfig(deadline_s, 4_194_304, has_metadata=False),
+            Limits.of(find_spec("flux.2-klein-4b"), 4_194_304),
             self.queue,
             self.estimator,
             self.worker,
             self.metrics,
             RateLimit(per_minute, clock=clock),
+            deadline_s=deadline_s,
+            has_metadata=has_metadata,
             clock=clock,
         )
         self._dispatcher = Dispatcher(self.queue, self.worker, self.estimator)
         self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> InProcess:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
 
     async def start(self) -> None:
         """Begin to take jobs."""

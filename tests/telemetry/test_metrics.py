@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from app.domain import Generated, ModelInfo, PeakMemory, RawImage, StageTimings
+from app.domain import (
+    Generated,
+    ModelInfo,
+    PeakMemory,
+    RawImage,
+    StageTimings,
+    Status,
+    WorkerStage,
+)
 from app.telemetry.gpu import Gpu
-from app.telemetry.metrics import OUTCOMES, WATCHED, Metrics
+from app.telemetry.metrics import OUTCOMES, Metrics
 from tests.support.fake_nvml import FakeNvml
 
 INFO = ModelInfo(
@@ -29,8 +37,11 @@ SECONDS |= {"encode": 0.01, "total": 3.3}
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics(version="1.2.3")
-    readings = (3, 32, 1, True, True, 0.002, 4.5)
-    metrics.watch({name: lambda x=x: x for name, x in zip(WATCHED, readings, strict=True)})
+    status = Status(
+        stage=WorkerStage.READY, is_ready=True, progress=None, reason="", info=INFO, queue_size=3,
+        queue_capacity=32, running=1, estimated_wait_s=4.5, worker_restarts=0,
+    )  # fmt: skip
+    metrics.watch(lambda: status, lambda: 0.002)
     metrics.watch_gpu(Gpu(0, load_nvml=FakeNvml).read, lambda: PEAK)
     metrics.model_ready(INFO, 21.0)
     metrics.image_finished(

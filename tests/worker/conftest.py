@@ -11,7 +11,7 @@ import pytest
 
 from app.domain import ImageSpec, ModelInfo
 from app.engine.config import EngineConfig
-from app.worker.supervisor import Limits, Supervisor
+from app.worker.supervisor import Supervisor, TimeLimits
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 
 CONFIG = EngineConfig(model="shapes", path=None, cache_dir="", device=None)
@@ -59,7 +59,7 @@ Supervise = Callable[..., "asynccontextmanager[tuple[Supervisor, Listening]]"]
 def supervise() -> Supervise:
     @asynccontextmanager
     async def start(
-        *script: str, limits: Limits | None = None, step_s: float = 0.0, config: object = CONFIG
+        *script: str, limits: TimeLimits | None = None, step_s: float = 0.0, config: object = CONFIG
     ) -> AsyncIterator[tuple[Supervisor, Listening]]:
         listening = Listening()
         supervisor = Supervisor(

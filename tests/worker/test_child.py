@@ -135,8 +135,9 @@ def test_a_cancelled_job_stops_between_steps(work) -> None:
 def test_a_job_cancelled_before_its_turn_is_answered_too(work) -> None:
     """Every job that was sent is answered, also one that never started."""
     worker = work("slow=0.1")
-    worker.pipe.send(Cancel("a"))
+    worker.pipe.send(Generate("first", SPEC))
     worker.pipe.send(Generate("a", SPEC))
+    worker.pipe.send(Cancel("a"))
 
     assert worker.hear(Failed).kind is Kind.CANCELLED
 

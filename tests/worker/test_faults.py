@@ -21,7 +21,7 @@ import pytest
 
 from app import logs
 from app.errors import GenerationFailed, InvalidRequest, Kind, Unavailable, WorkerLost
-from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Limits
+from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, TimeLimits
 from tests.support.scripted_engine import Unreadable, draw
 from tests.worker.conftest import SPEC
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 LATE = "stay=60"
-SOON = Limits(close_s=0.2)
+SOON = TimeLimits(close_s=0.2)
 
 
 def ignore(progress) -> None:
@@ -249,14 +249,14 @@ async def test_a_worker_that_not_even_sigkill_ends_is_left_to_itself(
 ABANDON = """
 import asyncio, os, signal
 from multiprocessing.context import SpawnProcess
-from app.worker.supervisor import Limits
+from app.worker.supervisor import TimeLimits
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 from tests.worker.conftest import CONFIG, Listening, Supervisor
 
 async def main():
     listening = Listening()
     engine = MakeScriptedEngine(Script.parse([]))
-    supervisor = Supervisor(engine, CONFIG, listening, limits=Limits(close_s=0.1))
+    supervisor = Supervisor(engine, CONFIG, listening, limits=TimeLimits(close_s=0.1))
     supervisor.start()
     await listening.wait_for("ready")
     print(supervisor.pid, flush=True)
@@ -286,7 +286,7 @@ def test_a_process_ends_though_its_worker_does_not() -> None:
 
 async def test_an_idle_worker_that_stands_still_is_replaced(supervise) -> None:
     """A stopped process answers nothing; until it was asked it counted as ready."""
-    limits = Limits(beat_s=0.05, silence_idle_s=0.2)
+    limits = TimeLimits(beat_s=0.05, silence_idle_s=0.2)
     async with supervise(limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         os.kill(supervisor.pid, signal.SIGSTOP)
@@ -300,7 +300,7 @@ async def test_an_idle_worker_that_stands_still_is_replaced(supervise) -> None:
 @pytest.mark.full
 async def test_a_service_that_stood_still_does_not_blame_its_worker(supervise) -> None:
     """As when both are paused together: it was not asked, so it owes no answer."""
-    limits = Limits(beat_s=0.05, silence_idle_s=0.2)
+    limits = TimeLimits(beat_s=0.05, silence_idle_s=0.2)
     async with supervise(limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         time.sleep(0.5)  # noqa: ASYNC251  # the event loop's standing still is what is tested
@@ -312,7 +312,7 @@ async def test_a_service_that_stood_still_does_not_blame_its_worker(supervise) -
 @pytest.mark.full
 async def test_a_worker_at_work_or_loading_is_not_asked(supervise) -> None:
     """It answers between jobs; a job and a start have limits of their own."""
-    limits = Limits(beat_s=0.02, silence_idle_s=0.1)
+    limits = TimeLimits(beat_s=0.02, silence_idle_s=0.1)
     async with supervise("load=0.3", "slow=0.5", limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         await supervisor.run("a", SPEC, ignore)

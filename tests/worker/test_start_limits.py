@@ -12,11 +12,11 @@ from app.runtime import build_runtime
 from app.settings import Settings
 from app.worker import supervisor as module
 from app.worker.messages import Loading, Ready, StartFailed
-from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Limits, Supervisor
+from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Supervisor, TimeLimits
 from tests.worker.conftest import CONFIG, Listening
 
 INFO = ModelInfo("m", "r", "cpu", "fp32", "", "host", (), (), "none", None)
-LIMITS = Limits(load_s=1800.0, download_s=180.0)
+LIMITS = TimeLimits(load_s=1800.0, download_s=180.0)
 
 
 class Clock:

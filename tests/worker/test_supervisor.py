@@ -11,7 +11,7 @@ import pytest
 
 from app.domain import Stage
 from app.errors import GenerationFailed, OutOfMemory, WorkerLost
-from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Limits
+from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, TimeLimits
 from tests.support.scripted_engine import draw
 from tests.worker.conftest import SPEC
 
@@ -81,7 +81,7 @@ async def test_out_of_memory_keeps_the_worker(supervise) -> None:
 async def test_a_step_that_never_returns_counts_as_a_death(supervise, tmp_path) -> None:
     """The watchdog ends the hung worker, and the next job runs on a new one."""
     once = tmp_path / "once"
-    limits = Limits(silence_s=0.5)
+    limits = TimeLimits(silence_s=0.5)
     async with supervise("hang@1", f"once={once}", limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         with pytest.raises(WorkerLost):
@@ -93,7 +93,7 @@ async def test_a_step_that_never_returns_counts_as_a_death(supervise, tmp_path) 
 
 async def test_slow_steps_that_were_predicted_are_not_a_hang(supervise) -> None:
     """Twenty predicted steps of silence are allowed where that is longer than the fixed limit."""
-    limits = Limits(silence_s=0.05)
+    limits = TimeLimits(silence_s=0.05)
     async with supervise("slow=1.2", limits=limits, step_s=0.3) as (supervisor, listening):
         await listening.wait_for("ready")
         await supervisor.run("a", SPEC, ignore)
@@ -146,7 +146,7 @@ async def test_a_model_that_does_not_load_ends_the_service(supervise) -> None:
 
 async def test_loading_has_a_limit_of_its_own(supervise) -> None:
     """A worker that never becomes ready is ended and the service says so."""
-    async with supervise("load=60", limits=Limits(load_s=0.3)) as (_supervisor, listening):
+    async with supervise("load=60", limits=TimeLimits(load_s=0.3)) as (_supervisor, listening):
         await listening.wait_for("fatal")
 
         assert listening.fatal is not None
@@ -166,7 +166,7 @@ async def test_progress_reaches_the_caller(supervise) -> None:
 
 async def test_closing_ends_the_process(supervise) -> None:
     """Also one that does not listen."""
-    limits = Limits(close_s=0.3)
+    limits = TimeLimits(close_s=0.3)
     async with supervise("hang@1", limits=limits) as (supervisor, listening):
         await listening.wait_for("ready")
         running = asyncio.ensure_future(supervisor.run("a", SPEC, ignore))

@@ -16,7 +16,7 @@ from app.domain import ImageSpec, ModelSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.images.preparing import Edit, Upload
-from app.limits import SizeRule
+from app.limits import DRAW, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class GenerateRequest:
 
 def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
     """Make the table of fields for *model*."""
-    rule = SizeRule.of(model, config.max_pixels)
+    limits = Limits.of(model, config.max_pixels, config.max_references)
     return FieldTable(
         (
             PROMPT,
-            _side("width", model.default_width, rule),
-            _side("height", model.default_height, rule),
-            *sampling_fields(model),
+            _side("width", model.default_width, limits),
+            _side("height", model.default_height, limits),
+            *sampling_fields(model, limits),
             Field(
                 "output_format",
                 Type.TEXT,
@@ -74,7 +74,7 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
                 "Pictures to edit, as base64 or data URLs; the size then follows the first one.",
                 schema={
                     "type": ["array", "null"],
-                    "maxItems": config.max_references,
+                    "maxItems": limits.max_references,
                     "items": {"type": "string", "maxLength": MAX_URL},
                 },
             ),
@@ -96,7 +96,8 @@ def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> Gene
     Raises:
         InvalidRequest: a value breaks a rule.
     """
-    images = _read_images(values, min(config.max_references, model.max_references))
+    limits = Limits.of(model, config.max_pixels, config.max_references)
+    images = _read_images(values, limits.max_references)
     mask = values.get("mask")
     if mask is not None and not images:
         raise InvalidRequest(
@@ -107,10 +108,10 @@ def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> Gene
     seed = values.get("seed")
     return GenerateRequest(
         prompt=read_prompt(values),
-        size=_read_size(values, model, config, is_edit=bool(images)),
+        size=_read_size(values, model, limits, is_edit=bool(images)),
         steps=values.get("num_inference_steps", model.default_steps),
         guidance_scale=values.get("guidance_scale", model.default_guidance),
-        seed=None if seed == -1 else seed,
+        seed=None if seed == DRAW else seed,
         output=read_output(values),
         images=images,
         mask=None if mask is None else base64_or_data_url(mask, "mask"),
@@ -136,7 +137,7 @@ def _read_images(values: Mapping[str, Any], most: int) -> tuple[Upload, ...]:
 
 
 def _read_size(
-    values: Mapping[str, Any], model: ModelSpec, config: ApiConfig, *, is_edit: bool
+    values: Mapping[str, Any], model: ModelSpec, limits: Limits, *, is_edit: bool
 ) -> tuple[int, int] | None:
     if "width" not in values and "height" not in values:
         return None
@@ -148,7 +149,7 @@ def _read_size(
                 code="missing_required_parameter",
             )
     size = (values.get("width", model.default_width), values.get("height", model.default_height))
-    SizeRule.of(model, config.max_pixels).check(*size)
+    limits.check_size(*size)
     return size
 
 
@@ -159,7 +160,7 @@ def name_sides(error: InvalidRequest) -> InvalidRequest:
     return InvalidRequest(error.message, param="width", code=error.code or "invalid_value")
 
 
-def _side(name: str, default: int, rule: SizeRule) -> Field:
+def _side(name: str, default: int, limits: Limits) -> Field:
     return Field(
         name,
         Type.WHOLE,
@@ -167,9 +168,9 @@ def _side(name: str, default: int, rule: SizeRule) -> Field:
         default=default,
         schema={
             "type": ["integer", "null"],
-            "minimum": rule.min_side,
-            "maximum": rule.max_side,
-            "multipleOf": 16,
+            "minimum": limits.min_side,
+            "maximum": limits.max_side,
+            "multipleOf": limits.multiple,
             "default": default,
         },
     )

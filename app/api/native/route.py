@@ -6,8 +6,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Client, DeadlineS, IsLarge, Service, decoders_of
+from app.api.deps import DEADLINE, Client, DeadlineS, IsLarge, Service, decoders_of
 from app.api.disconnect import await_images, unless_gone
+from app.api.errors import own_names
 from app.api.native.request import name_sides, read, table
 from app.api.native.response import response_headers
 from app.api.pieces import Body, Data, PieceResponse
@@ -16,9 +17,11 @@ from app.api.schema.body import read_json, require_json
 from app.domain import ImageSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
-from app.limits import SizeRule
-from app.service.admission import Admission
+from app.limits import Limits
 from app.service.service import ImageService
+from app.service.ticket import Admission
+
+_OWN_NAMES = {"references": "images", "deadline_s": DEADLINE}
 
 
 def build_router(config: ApiConfig) -> APIRouter:
@@ -40,7 +43,8 @@ def build_router(config: ApiConfig) -> APIRouter:
             ) as admission:
                 spec, output = await _read(request, service, admission, config)
                 context_of(request.scope).release_body()
-                ticket = admission.submit([spec], output)
+                with own_names(_OWN_NAMES):
+                    ticket = admission.submit([spec], output)
         except InvalidRequest as error:
             raise name_sides(error) from None
         (picture,) = await await_images(ticket, request.receive)
@@ -62,9 +66,9 @@ async def _read(
     edit = None
     if asked.images:
         admission.reserve(1)
-        rule = SizeRule.of(model, config.max_pixels)
+        limits = Limits.of(model, config.max_pixels)
         work = decoders_of(request).prepare(
-            asked.images, asked.mask, asked.size, rule.nearest, client=admission.client
+            asked.images, asked.mask, asked.size, limits.nearest, client=admission.client
         )
         edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     return asked.spec(model, service.random_seed, edit), asked.output

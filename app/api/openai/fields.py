@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from app.api.config import ApiConfig
 from app.api.schema import unsupported_values
-from app.api.schema.fields import MAX_PROMPT, PROMPT, sampling_fields
+from app.api.schema.fields import PROMPT, sampling_fields
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
-from app.limits import SizeRule
+from app.limits import MAX_PROMPT, Limits
 
 MAX_IMAGES = 10
 MAX_PARTIALS = 3
@@ -25,19 +25,26 @@ _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 def table(model: ModelSpec, config: ApiConfig, *, is_edit: bool) -> FieldTable:
     """Make the table of fields of generations or edits for *model*."""
-    fields = _common(model, config) + (_edit_only(config) if is_edit else _generation_only())
+    limits = Limits.of(model, config.max_pixels, config.max_references)
+    only = _edit_only(limits) if is_edit else _generation_only()
     hints = {"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS
-    return FieldTable(fields, is_strict=config.is_strict, hints=hints)
+    return FieldTable(
+        _common(model, config, limits) + only, is_strict=config.is_strict, hints=hints
+    )
 
 
-def _common(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
+def _common(model: ModelSpec, config: ApiConfig, limits: Limits) -> tuple[Field, ...]:
     return (
         *_subject(model, config),
-        *_shape(model, SizeRule.of(model, config.max_pixels)),
+        *_shape(model, limits),
         *_encoding(),
-        *sampling_fields(model),
+        *sampling_fields(model, limits),
         Field(
-            "steps", Type.WHOLE, "Alias of num_inference_steps.", minimum=1, maximum=model.max_steps
+            "steps",
+            Type.WHOLE,
+            "Alias of num_inference_steps.",
+            minimum=1,
+            maximum=limits.max_steps,
         ),
         *_delivery(),
         *_IGNORED,
@@ -75,30 +82,31 @@ def _model_schema(model: ModelSpec, config: ApiConfig) -> dict[str, object]:
     }
 
 
-def _shape(model: ModelSpec, rule: SizeRule) -> tuple[Field, ...]:
+def _shape(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
     return (
         Field(
             "size",
             Type.TEXT,
-            "`auto`, or WxH: multiples of 16, from 1:3 to 3:1; `auto` is "
+            f"`auto`, or WxH: multiples of {limits.multiple}, from 1:{limits.max_ratio} to "
+            f"{limits.max_ratio}:1; `auto` is "
             f"{model.default_width}x{model.default_height}, or the first image's shape.",
             default="auto",
             example=f"{model.default_width}x{model.default_height}",
         ),
-        *(_side(name, rule) for name in ("width", "height")),
+        *(_side(name, limits) for name in ("width", "height")),
     )
 
 
-def _side(name: str, rule: SizeRule) -> Field:
+def _side(name: str, limits: Limits) -> Field:
     return Field(
         name,
         Type.WHOLE,
         f"The {name} in pixels, instead of `size`; both or neither.",
         schema={
             "type": ["integer", "null"],
-            "minimum": rule.min_side,
-            "maximum": rule.max_side,
-            "multipleOf": 16,
+            "minimum": limits.min_side,
+            "maximum": limits.max_side,
+            "multipleOf": limits.multiple,
         },
     )
 
@@ -178,7 +186,7 @@ def _generation_only() -> tuple[Field, ...]:
     return (Field("style", Type.TEXT, "Without effect here.", choices=("vivid", "natural")),)
 
 
-def _edit_only(config: ApiConfig) -> tuple[Field, ...]:
+def _edit_only(limits: Limits) -> tuple[Field, ...]:
     picture = {
         "type": "object",
         "required": ["image_url"],
@@ -208,7 +216,7 @@ def _edit_only(config: ApiConfig) -> tuple[Field, ...]:
             schema={
                 "type": "array",
                 "minItems": 1,
-                "maxItems": config.max_references,
+                "maxItems": limits.max_references,
                 "items": picture,
             },
         ),

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
+from app.api.errors import own_names
 from app.api.openai.fields import ALIASES
-from app.api.schema.fields import MAX_SEED
 from app.api.schema.unsupported_values import FORMATS
 from app.domain import ImageSpec, Mask, ModelSpec, RawImage
 from app.errors import InvalidRequest
 from app.images import OutputFormat
-from app.limits import SizeRule, check_prompt
+from app.limits import DRAW, MAX_SEED, Limits, check_prompt
+
+SIDES = {"width": "size", "height": "size"}
+"""This dialect's field for a spec's sides."""
 
 _ECHOED = frozenset({"low", "medium", "high", "xhigh", "max"})
 _STREAM_ECHOED = _ECHOED | {"auto"}
@@ -92,7 +95,7 @@ def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> Imag
     return ImagesRequest(
         prompt=read_prompt(values),
         n=n,
-        size=_read_size(values, SizeRule.of(model, config.max_pixels)),
+        size=_read_size(values, Limits.of(model, config.max_pixels)),
         steps=_read_steps(values, model),
         guidance_scale=values.get("guidance_scale", model.default_guidance),
         seed=_read_seed(values, n),
@@ -180,9 +183,10 @@ def _check_stream(values: Mapping[str, Any], n: int, *, stream: bool, partials: 
         )
 
 
-def _read_size(values: Mapping[str, Any], rule: SizeRule) -> tuple[int, int] | None:
+def _read_size(values: Mapping[str, Any], limits: Limits) -> tuple[int, int] | None:
     text = values.get("size", "auto")
-    size = None if text == "auto" else rule.parse(text)
+    with own_names(SIDES):
+        size = None if text == "auto" else limits.parse_size(text)
     if "width" not in values and "height" not in values:
         return size
     for name, other in (("width", "height"), ("height", "width")):
@@ -193,7 +197,7 @@ def _read_size(values: Mapping[str, Any], rule: SizeRule) -> tuple[int, int] | N
                 code="missing_required_parameter",
             )
     asked = (values["width"], values["height"])
-    rule.check(*asked)
+    limits.check_size(*asked)
     if size not in {None, asked}:
         raise InvalidRequest(
             "width and height say another size than `size`; send only one of the two.",
@@ -214,7 +218,7 @@ def _read_steps(values: Mapping[str, Any], model: ModelSpec) -> int:
 
 def _read_seed(values: Mapping[str, Any], n: int) -> int | None:
     seed: int | None = values.get("seed")
-    if seed is None or seed == -1:
+    if seed is None or seed == DRAW:
         return None
     if seed + n - 1 > MAX_SEED:
         raise InvalidRequest(

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Client, DeadlineS, IsLarge, Service, decoders_of
+from app.api.deps import DEADLINE, Client, DeadlineS, IsLarge, Service, decoders_of
 from app.api.disconnect import await_images, unless_gone
+from app.api.errors import own_names
 from app.api.native.response import server_timing
 from app.api.openai import edit_body, files
 from app.api.openai import fields as openai_fields
@@ -20,20 +21,20 @@ from app.api.openai import response as openai_response
 from app.api.openai.edit_body import EditBody
 from app.api.openai.events import EventWriter
 from app.api.openai.image_store import ImageStore
-from app.api.openai.request import ImagesRequest
+from app.api.openai.request import SIDES, ImagesRequest
 from app.api.pieces import PieceResponse
 from app.api.request_context import context_of
 from app.api.schema.body import content_type, read_json, require_json, unsupported_media
 from app.api.schema.table import FieldTable
 from app.api.sse import EventStream
 from app.domain import ImageSpec, RawImage
-from app.limits import SizeRule
-from app.service.admission import Admission
+from app.limits import Limits
 from app.service.results import Picture
 from app.service.service import ImageService
-from app.service.ticket import Ticket
+from app.service.ticket import Admission, Ticket
 
 _FORM, _JSON = "multipart/form-data", "application/json"
+_OWN_NAMES = {**SIDES, "references": "image", "images": "n", "deadline_s": DEADLINE}
 
 
 def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
@@ -57,7 +58,8 @@ def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
             context_of(request.scope).release_body()
             size = asked.size or (model.default_width, model.default_height)
             specs = asked.specs(size, asked.draw_seed(service.random_seed))
-            ticket = admission.submit(specs, asked.output)
+            with own_names(_OWN_NAMES):
+                ticket = admission.submit(specs, asked.output)
         return await _Answer(request, service, config, links, asked, specs).make(ticket)
 
     @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
@@ -75,7 +77,8 @@ def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
             read = edit_body.read_form if media_type == _FORM else edit_body.read_object
             asked, specs = await _read_edit(request, read, service, admission, config)
             context_of(request.scope).release_body()
-            ticket = admission.submit(specs, asked.output)
+            with own_names(_OWN_NAMES):
+                ticket = admission.submit(specs, asked.output)
         return await _Answer(request, service, config, links, asked, specs).make(ticket)
 
     return router
@@ -91,12 +94,13 @@ async def _read_edit(
     """Read and decode the body; uploads are released before the images are queued."""
     model = service.model
     fields = openai_fields.table(model, config, is_edit=True)
-    body = await read(request, fields, min(config.max_references, model.max_references))
+    limits = Limits.of(model, config.max_pixels, config.max_references)
+    body = await read(request, fields, limits.max_references)
     asked = openai_request.read(body.values, model, config)
-    admission.reserve(asked.n)
-    rule = SizeRule.of(model, config.max_pixels)
+    with own_names(_OWN_NAMES):
+        admission.reserve(asked.n)
     work = decoders_of(request).prepare(
-        body.images, body.mask, asked.size, rule.nearest, client=admission.client
+        body.images, body.mask, asked.size, limits.nearest, client=admission.client
     )
     edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
     seed = asked.draw_seed(service.random_seed)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from app.api.schema.table import Field, Type
 from app.domain import ModelSpec
-from app.limits import DRAW, MAX_PROMPT, MAX_SEED, check_guidance
-
-__all__ = ["MAX_PROMPT", "MAX_SEED", "PROMPT", "sampling_fields"]
+from app.limits import DRAW, MAX_PROMPT, Limits
 
 PROMPT = Field(
     "prompt",
@@ -25,7 +21,7 @@ PROMPT = Field(
 )
 
 
-def sampling_fields(model: ModelSpec) -> tuple[Field, ...]:
+def sampling_fields(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
     """Return the fields for sampling and encoding that all routes share."""
     return (
         Field(
@@ -33,16 +29,16 @@ def sampling_fields(model: ModelSpec) -> tuple[Field, ...]:
             Type.WHOLE,
             "Denoising steps.",
             minimum=1,
-            maximum=model.max_steps,
+            maximum=limits.max_steps,
             default=model.default_steps,
         ),
-        _guidance(model),
+        _guidance(model, limits),
         Field(
             "seed",
             Type.WHOLE,
             "The same seed gives the same pixels; -1 or nothing draws one. It comes back.",
             minimum=DRAW,
-            maximum=MAX_SEED,
+            maximum=limits.max_seed,
             example=7,
         ),
         Field(
@@ -56,21 +52,21 @@ def sampling_fields(model: ModelSpec) -> tuple[Field, ...]:
     )
 
 
-def _guidance(model: ModelSpec) -> Field:
+def _guidance(model: ModelSpec, limits: Limits) -> Field:
     if model.is_distilled:
         only = model.default_guidance
         return Field(
             "guidance_scale",
             Type.NUMBER,
             f"This model is distilled: only {only:g} is possible.",
-            veto=partial(check_guidance, model=model),
+            veto=limits.check_guidance,
             schema={"enum": [only, None], "default": only},
         )
     return Field(
         "guidance_scale",
         Type.NUMBER,
         "How closely to follow the prompt; 1 switches guidance off.",
-        minimum=1,
-        maximum=model.max_guidance,
+        minimum=limits.min_guidance,
+        maximum=limits.max_guidance,
         default=model.default_guidance,
     )

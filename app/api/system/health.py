@@ -16,9 +16,8 @@ from app import __version__
 from app.api.deps import Service
 from app.api.errors import envelope, retry_after
 from app.api.request_context import context_of
-from app.domain import ModelInfo, WorkerStage
+from app.domain import ModelInfo, Status, WorkerStage
 from app.errors import Kind, KleinError
-from app.service.results import Status
 
 router = APIRouter(tags=["health"])
 
@@ -56,6 +55,7 @@ async def health(request: Request, service: Service) -> Response:
             "running": status.running,
             "estimated_wait_s": round(status.estimated_wait_s, 3),
         },
+        "limits": asdict(service.limits),
         "worker_restarts": status.worker_restarts,
         **_worker(status.info),
     }

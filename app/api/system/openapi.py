@@ -12,11 +12,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app.api.config import ApiConfig
-from app.api.deps import MIN_DEADLINE_S
+from app.api.deps import DEADLINE, MIN_DEADLINE_S
 from app.api.errors import REPLIES
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
 from app.domain import ModelSpec
+from app.limits import Limits
 
 _PICTURES = ("image/png", "image/jpeg", "image/webp")
 _EVENTS = "text/event-stream"
@@ -97,7 +98,7 @@ def _fill_edits(operation: dict[str, Any], model: ModelSpec, config: ApiConfig) 
         "type": "array",
         "items": file,
         "minItems": 1,
-        "maxItems": config.max_references,
+        "maxItems": Limits.of(model, config.max_pixels, config.max_references).max_references,
     }
     form["properties"]["mask"] = {
         "description": "PNG or WebP of the first picture's size; transparent is repainted.",
@@ -134,7 +135,7 @@ def _body(contents: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[st
 
 def _deadline() -> dict[str, Any]:
     return {
-        "name": "X-Klein-Deadline-S",
+        "name": DEADLINE,
         "in": "header",
         "required": False,
         "description": "Seconds that the client is willing to wait; only ever shortens the limit.",

@@ -1,0 +1,191 @@
+"""The one door to the pictures: what it takes and refuses, and that each request ends once."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from app.domain import ImageSpec, RawImage, Stage, WorkerStage
+from app.errors import Cancelled, GenerationFailed, InvalidRequest, Kind, Unavailable
+from app.images import OutputFormat
+from app.service.results import Finished, Queued
+from tests.support.in_process import InProcess
+
+PNG = OutputFormat("png")
+SPEC = ImageSpec("a red circle", 64, 64, 4, 1.0, 7)
+TINY = RawImage(16, 16, b"\0" * 768)
+
+
+@pytest.fixture
+async def at() -> AsyncIterator[InProcess]:
+    """A service with four places, whose files carry metadata."""
+    async with InProcess(capacity=4, has_metadata=True) as runtime:
+        yield runtime
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": " "}, "prompt"),
+        ({"width": 100}, "width"),
+        ({"height": 100}, "height"),
+        ({"width": 64, "height": 512}, "width"),
+        ({"width": 4096, "height": 4096}, "width"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": 3.0}, "guidance_scale"),
+        ({"seed": -2}, "seed"),
+        ({"references": (TINY,) * 5}, "references"),
+        ({"width": 2048, "height": 2048, "references": (TINY,) * 2}, "width"),
+    ],
+)
+async def test_a_refusal_names_a_field_of_the_spec(at, change, field) -> None:
+    """Whatever protocol the request came by; nothing of it is queued."""
+    with pytest.raises(InvalidRequest) as refused:
+        at.service.submit([SPEC, replace(SPEC, **change)], client="a", output=PNG)
+
+    assert refused.value.param == field
+    assert hasattr(SPEC, field)
+    assert at.queue.size == 0
+
+
+@pytest.mark.parametrize("per_minute", [0, 4])
+async def test_more_than_there_can_ever_be_is_the_callers_mistake(per_minute) -> None:
+    """Of places or of a minute's images; what is counted has the service's own word."""
+    runtime = InProcess(capacity=8 if per_minute else 4, per_minute=per_minute)
+    with pytest.raises(InvalidRequest) as refused:
+        runtime.service.submit([SPEC] * 5, client="a", output=PNG)
+
+    assert refused.value.param == "images"
+    assert refused.value.message.startswith("images is 5, but at most 4 ")
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused(at) -> None:
+    """The predicted time is more than the client allows."""
+    at.estimator.learn(SPEC, 2.0)
+    admission = at.service.admit(client="a", deadline_s=1.0)
+    with pytest.raises(InvalidRequest) as refused:
+        admission.submit([SPEC], PNG)
+
+    assert refused.value.param == "deadline_s"
+    assert at.queue.size == 0
+
+
+async def test_pictures_come_in_order_and_the_ticket_ends_once(at) -> None:
+    """Three images of one request; cancelling afterwards changes nothing."""
+    ticket = at.service.submit(
+        [replace(SPEC, seed=seed) for seed in (3, 4, 5)], client="a", output=PNG
+    )
+    pictures = await ticket.pictures()
+    ticket.cancel()
+    await at.service.wait_until_idle()
+
+    assert [picture.seed for picture in pictures] == [3, 4, 5]
+    assert at.worker.made == 3
+    assert set(pictures[0].seconds) == {
+        "queue", "text", "reference", "denoise", "decode", "encode", "total"
+    }  # fmt: skip
+    assert repr(at.queue) == "<JobQueue 0 of 4 waiting, 0 running>"
+
+
+async def test_the_first_error_ends_the_whole_ticket(at) -> None:
+    """The second of three fails: the third is never made, and its place is free."""
+    at.worker.errors[2] = GenerationFailed("It could not be made.")
+    ticket = at.service.submit([SPEC] * 3, client="a", output=PNG)
+    with pytest.raises(GenerationFailed):
+        await ticket.pictures()
+    await at.service.wait_until_idle()
+
+    assert repr(at.queue) == "<JobQueue 0 of 4 waiting, 0 running>"
+
+
+async def test_events_end_with_the_picture_or_the_error(at) -> None:
+    """A stream of one image; the next job's error comes out of the iterator."""
+    events = [event async for event in at.service.submit([SPEC], client="a", output=PNG).events()]
+    at.worker.errors[2] = GenerationFailed("It could not be made.")
+    failing = at.service.submit([SPEC], client="a", output=PNG).events()
+
+    assert isinstance(events[0], Queued)
+    assert isinstance(events[-1], Finished)
+    assert await anext(failing) == Queued(0)
+    with pytest.raises(GenerationFailed):
+        await anext(failing)
+
+
+async def test_leaving_cancels_what_waits(at) -> None:
+    """The client stops waiting: the running job and the waiting one end as cancelled."""
+    at.worker.release.clear()
+    ticket = at.service.submit([SPEC] * 2, client="a", output=PNG)
+    waiting = asyncio.ensure_future(ticket.pictures())
+    await at.worker.started.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await at.service.wait_until_idle()
+
+    assert at.worker.made == 0
+    assert all(isinstance(job.future.exception(), Cancelled) for job in ticket.jobs)
+
+
+async def test_draining_finishes_what_was_accepted_and_takes_nothing(at) -> None:
+    """The answer is the time until the last deadline; the state says why nothing is taken."""
+    at.worker.release.clear()
+    ticket = at.service.submit([SPEC], client="a", output=PNG)
+    left_s = at.service.drain()
+    with pytest.raises(Unavailable) as refused:
+        at.service.submit([SPEC], client="a", output=PNG)
+    at.worker.release.set()
+
+    assert 119 < left_s <= 120
+    assert refused.value.kind is Kind.DRAINING
+    assert at.service.status().stage is WorkerStage.DRAINING
+    assert not at.service.status().is_ready
+    assert len(await ticket.pictures()) == 1
+    await at.service.wait_until_idle()
+
+
+async def test_a_cut_prompt_is_told(at) -> None:
+    """The picture is made, with a warning."""
+    at.worker.is_prompt_cut = True
+    (picture,) = await at.service.submit([SPEC], client="a", output=PNG).pictures()
+
+    assert picture.warnings == ("prompt cut to 512 tokens",)
+
+
+async def test_the_file_says_how_it_was_made(at) -> None:
+    """All that is needed to make it again, and none of the references."""
+    (picture,) = await at.service.submit([SPEC], client="a", output=PNG).pictures()
+
+    assert Image.open(io.BytesIO(picture.data)).info == {
+        "prompt": "a red circle",
+        "seed": "7",
+        "steps": "4",
+        "guidance": "1.0",
+        "size": "64x64",
+        "model": "flux.2-klein-4b",
+        "precision": "int8",
+    }
+
+
+@pytest.mark.parametrize(
+    ("info", "is_ready", "kind"), [(None, False, Kind.LOADING), ("kept", False, Kind.WORKER_DOWN)]
+)
+async def test_without_a_worker_nothing_is_taken(at, info, is_ready, kind) -> None:
+    """While the model is loaded, and while a worker is replaced."""
+    at.worker.is_ready = is_ready
+    if info is None:
+        at.worker.info = None
+    with pytest.raises(Unavailable) as refused:
+        at.service.admit(client="a")
+
+    assert refused.value.kind is kind
+    assert refused.value.retry_after_s >= 5
+
+
+def test_a_stage_is_written_as_its_word() -> None:
+    """As in the comments of a stream."""
+    assert f"{Stage.DENOISE}" == "denoise"
