@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.domain import GpuSnapshot
 from app.engine.models.registry import MODELS, find_spec
+from app.engine.quantization.formats import check_choice
 from app.errors import StartupError
 from app.settings import Settings, complete_path
 from app.telemetry.gpu import Gpu
@@ -17,6 +19,17 @@ KLEIN = "flux.2-klein-4b"
 DEMO = "shapes"
 SMALLEST_GPU_BYTES = 5_500_000_000
 """Total memory of a GPU sold with 6 GB; the smallest plan needs about 5 GB."""
+
+
+def read_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
+    """Read the settings, and check what the registries of the engine alone know.
+
+    Raises:
+        StartupError: as `Settings.read`, and for a precision that is none.
+    """
+    settings = Settings.read(environ, **overrides)
+    check_choice(settings.precision)
+    return settings
 
 
 @dataclass(frozen=True, slots=True)

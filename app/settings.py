@@ -69,7 +69,7 @@ class Settings(BaseModel):
     """For a local path: the catalogue key whose names, defaults and limits it is served under."""
     device: int | Literal["cpu"] = 0
     """Index of the CUDA GPU, or `cpu`."""
-    precision: Literal["auto", "fp8", "int8", "bf16", "fp32"] = "auto"
+    precision: str = "auto"
     """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why."""
     offload: Literal["auto", "none", "model", "disk"] = "auto"
     """Where weights wait that do not fit on the GPU (bf16 only): in host memory or on disk."""

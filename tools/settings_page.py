@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
+from app.engine.quantization.formats import choices
 from app.settings import PREFIX, Settings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
@@ -55,7 +56,8 @@ def _row(name: str, field: FieldInfo) -> str:
     text = " ".join((field.description or "").split()).replace("|", "\\|")
     assert text, f"{name} has no docstring"
     limits = ", ".join(_limits(field.metadata))
-    values = _values(field.annotation) + (f", {limits}" if limits else "")
+    kinds = _quote(choices()) if name == "precision" else _values(field.annotation)
+    values = kinds + (f", {limits}" if limits else "")
     return f"| `{PREFIX}{name.upper()}` | {values} | {_default(field.default)} | {text} |\n"
 
 
@@ -65,12 +67,16 @@ def _values(annotation: Any) -> str:
     if origin is Annotated:
         return _values(inner[0])
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in inner)
+        return _quote(inner)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_values(part) for part in inner if part is not types.NoneType)
     if origin is tuple:
         return "list, separated by commas"
     return _KINDS[annotation]
+
+
+def _quote(values: typing.Iterable[object]) -> str:
+    return ", ".join(f"`{value}`" for value in values)
 
 
 def _limits(metadata: list[Any]) -> typing.Iterator[str]:

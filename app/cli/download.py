@@ -15,15 +15,14 @@ from app.engine.hub.fetch import Hub
 from app.engine.hub.trust import close_umask
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import MODELS, files_for, find_model
+from app.engine.quantization.formats import AUTO, FORMATS, choices
 from app.settings import Settings, complete_path
-
-_PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--model", help="catalogue key (KLEIN_MODEL)")
-    parser.add_argument("--precision", choices=_PRECISIONS, help="decides which transformer")
+    parser.add_argument("--precision", choices=choices(), help="decides which transformer")
     parser.add_argument("--verify", action="store_true", help="only hash again what lies there")
 
 
@@ -43,13 +42,13 @@ def run(
     if variant.is_embedded:
         print(f"{variant.spec.title}: it comes with the package, there is nothing to download.")
         return 0
-    precision: str = settings.precision
-    if precision == "auto":
+    precision = settings.precision
+    if precision == AUTO:
         precision = _precision_of_this_machine(settings.device)
     close_umask()
     hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:
-        return _verify(variant, settings.cache_dir, precision)
+        return _verify(variant, settings.cache_dir, FORMATS[precision].file)
     return _download(variant, settings.cache_dir, precision, hub)
 
 
@@ -60,9 +59,10 @@ def _is_there(name: str) -> bool:
 
 
 def _download(variant: ModelEntry, cache_dir: Path, precision: str, hub: Hub) -> int:
-    files = files_for(variant, precision)
+    wanted = FORMATS[precision].file
+    files = files_for(variant, wanted)
     total = sum(file.size_bytes for file in files)
-    missing = missing_bytes(variant, cache_dir, precision)
+    missing = missing_bytes(variant, cache_dir, wanted)
     print(
         f"{variant.spec.title} at {precision}: {len(files)} files, {total / 1e9:.2f} GB, of which "
         f"{missing / 1e9:.2f} GB are to be downloaded\n"
@@ -72,14 +72,14 @@ def _download(variant: ModelEntry, cache_dir: Path, precision: str, hub: Hub) ->
         flush=True,
     )
     with progress_bar() as show:
-        folder = ensure(variant, cache_dir, precision, _told_by(show), hub=hub)
+        folder = ensure(variant, cache_dir, wanted, _told_by(show), hub=hub)
     print(f"ready in {folder}")
     return 0
 
 
-def _verify(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
+def _verify(variant: ModelEntry, cache_dir: Path, wanted: str) -> int:
     with progress_bar() as show:
-        found = verify(variant, cache_dir, precision, _told_by(show))
+        found = verify(variant, cache_dir, wanted, _told_by(show))
     words = {True: "right", False: "DAMAGED, deleted", None: "missing"}
     for file, state in found.items():
         print(f"{words[state]:17} {file.path}")
@@ -97,7 +97,7 @@ def _precision_of_this_machine(index: int | str) -> str:
 
     has_gpu = isinstance(index, int) and index < torch.cuda.device_count()
     device = torch.device("cuda", int(index)) if has_gpu else torch.device("cpu")
-    return choose_precision("auto", probe_gpu(device), is_small=False).name
+    return choose_precision(AUTO, probe_gpu(device), is_small=False).name
 
 
 def _told_by(show: Callable[[float | None, str], None]) -> Callable[[LoadProgress], None]:

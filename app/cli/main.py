@@ -16,7 +16,7 @@ from app.cli.console import note
 from app.cli.old_cache import find_old_cache
 from app.cli.system_limits import check_surroundings, explain
 from app.errors import KleinError
-from app.settings import Settings
+from app.model_choice import read_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +141,12 @@ def _run(words: Sequence[str]) -> int:
     options = {each: parsers.add_parser(each, help=COMMANDS[each].help) for each in COMMANDS}
     if command is not None:
         if command.checks_settings_first:
-            Settings.read(os.environ)
+            read_settings(os.environ)
         import_module(command.module).add_options(options[name])
     arguments = parser.parse_args(words)
     assert command is not None, "argparse ends the program where no command is named"
     overrides = {option: getattr(arguments, option) for option in command.settings}
-    settings = Settings.read(os.environ, **overrides)
+    settings = read_settings(os.environ, **overrides)
     if not command.reports_old_cache and (old := find_old_cache(settings)) is not None:
         note(old.sentence)
     return int(import_module(command.module).run(arguments, settings))

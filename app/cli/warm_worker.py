@@ -14,6 +14,7 @@ from app import logs
 from app.cli.console import progress_bar
 from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
+from app.engine.quantization.formats import choices
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
 from app.limits import DRAW, MAX_SEED, Limits
@@ -22,8 +23,6 @@ from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
-
-PRECISIONS = ("auto", "fp8", "int8", "bf16", "fp32")
 
 _PATIENCE_S = 86_400.0
 _REDRAW_S = 0.5
@@ -140,8 +139,8 @@ def parse_precisions(text: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
-        if name not in PRECISIONS:
-            raise InvalidRequest(f"{name!r} is no precision; take of {', '.join(PRECISIONS)}.")
+        if name not in choices():
+            raise InvalidRequest(f"{name!r} is no precision; take of {', '.join(choices())}.")
     return names
 
 

@@ -76,29 +76,18 @@ class KleinEngine:
         except Exception as error:
             _log.exception("The model could not be loaded.")
             error_mapping.release(error)
-            raise StartupError(_load_failure(error)) from None
+            if error_mapping.is_out_of_memory(error):
+                raise StartupError(
+                    "The card has too little free memory for this model; close what else uses it, "
+                    "or choose KLEIN_PRECISION=fp8."
+                ) from None
+            raise StartupError("The model could not be loaded; the log above says why.") from None
         # Objects that exist now are permanent; later collections need not traverse them.
         gc.freeze()
         return loaded.info(self._config, warm_up_s, time.perf_counter() - begun)
 
-    def generate(
-        self,
-        spec: ImageSpec,
-        on_progress: Callable[[Progress], None],
-        is_cancelled: Callable[[], bool],
-    ) -> Generated:
-        """Generate one image.
-
-        Raises:
-            Cancelled: *is_cancelled* returned true between two steps.
-            OutOfMemory: memory did not suffice for this spec; the engine stays usable.
-            GenerationFailed: the job failed; the engine stays usable.
-            WorkerLost: the CUDA context is broken; the process has to end.
-        """
-        return self._generate(spec, on_progress, is_cancelled)
-
     @torch.no_grad()
-    def _generate(
+    def generate(
         self,
         spec: ImageSpec,
         on_progress: Callable[[Progress], None],
@@ -106,19 +95,27 @@ class KleinEngine:
         *,
         is_trial: bool = False,
     ) -> Generated:
+        """Generate one image; of a trial, pixels that are not finite end the start.
+
+        Raises:
+            Cancelled: *is_cancelled* returned true between two steps.
+            OutOfMemory: memory did not suffice for this spec; the engine stays usable.
+            GenerationFailed: the job failed; the engine stays usable.
+            WorkerLost: the CUDA context is broken; the process has to end.
+        """
         if self._started is None:
             raise StartupError("The model is not loaded; load it first.")
         try:
             # Concurrent with the text stage: on the CPU it takes as long as a text encoder pass.
-            noise = self._noise.submit(draw_noise, self._started.components, spec)
             components = self._started.components
+            noise = self._noise.submit(draw_noise, components, spec)
             return _Job(components, spec, noise, on_progress, is_cancelled, is_trial).run()
         except Exception as error:
             fault = error_mapping.translate(error)
         raise fault
 
     def _make(self, spec: ImageSpec) -> Generated:
-        return self._generate(spec, lambda _: None, lambda: False, is_trial=True)
+        return self.generate(spec, lambda _: None, lambda: False, is_trial=True)
 
     def close(self) -> None:
         """Release the model and the GPU's memory."""
@@ -243,12 +240,3 @@ class _Clock:
             PeakMemory(allocated["peak"], reserved["peak"]),
             PeakMemory(allocated["current"], reserved["current"]),
         )
-
-
-def _load_failure(error: Exception) -> str:
-    if error_mapping.is_out_of_memory(error):
-        return (
-            "The card has too little free memory for this model; close what else uses it, "
-            "or choose KLEIN_PRECISION=fp8."
-        )
-    return "The model could not be loaded; the log above says why."

@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether *error* means that GPU or host memory did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if _is_accelerator_error(error):
+    if isinstance(error, torch.AcceleratorError):
         return getattr(error, "error_code", None) == _CUDA_OUT_OF_MEMORY
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY_WORDS)
 
@@ -42,7 +42,7 @@ def translate(error: Exception) -> KleinError:
         return OutOfMemory(
             "The card had no room for this picture; ask for a smaller size or fewer references."
         )
-    if _is_accelerator_error(error) or not _gpu_answers():
+    if isinstance(error, torch.AcceleratorError) or not _gpu_answers():
         return WorkerLost("The card failed while the picture was made; the worker starts anew.")
     return GenerationFailed("The picture could not be made; the service's log says why.")
 
@@ -65,11 +65,6 @@ def give_back() -> None:
             torch.cuda.empty_cache()
         except RuntimeError:
             _log.warning("The card did not take its memory back.")
-
-
-def _is_accelerator_error(error: BaseException) -> bool:
-    kind = getattr(torch, "AcceleratorError", None)
-    return kind is not None and isinstance(error, kind)
 
 
 def _has_gpu() -> bool:

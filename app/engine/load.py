@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 OnProgress = Callable[[LoadProgress], None]
 
+_FETCHED = LoadProgress(WorkerStage.LOADING)
+"""Ends a download: what follows has another time limit."""
 _SMALL_BYTES = 1_000_000_000
 _STACK_BYTES = 512
 _STACK_LIMIT = 0
@@ -92,28 +94,32 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     _limit_memory(config, device)
     precision = choose_precision(config.precision, probe_gpu(device), is_small=_is_small(config))
     files = _find(config, precision, on_progress)
-    is_mapped = config.offload == "disk" and precision.linears == "exact"
+    is_exact = precision.linears.is_exact
     with ExitStack() as stack:
         opened = open_checkpoint(
             files.path,
             elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
-            is_mapped=is_mapped,
+            is_mapped=config.offload == "disk" and is_exact,
         )
         checkpoint = stack.enter_context(closing(opened))
         check_compatibility(checkpoint, is_klein=files.is_ours and model.hub_id is not None)
-        is_exact = precision.linears == "exact"
+        if checkpoint.is_distilled not in (None, model.is_distilled):
+            _log.warning(
+                "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
+                checkpoint.is_distilled,
+                model.id,
+            )
         compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
         plan = choose_plan(
             config,
             model,
             checkpoint,
             device,
-            dtype=precision.dtype,
-            is_exact=is_exact,
+            precision,
             is_compiled=compiler.is_on,
         )
         attention, kernel = choose_attention(device)
-        wanted = pipeline_build.BuildOptions(
+        options = pipeline_build.BuildOptions(
             device=device,
             dtype=precision.dtype,
             vae_dtype=vae_dtype(precision, device),
@@ -123,14 +129,14 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             compiler=compiler,
             is_offloaded=plan.name is Plan.OFFLOAD,
             is_pinned=config.offload != "disk",
-            is_streamed=plan.is_streamed,
-            is_tiled=plan.is_tiled,
+            is_streamed=plan.name.is_streamed,
+            is_tiled=plan.name.is_tiled,
             prompt_cache=config.prompt_cache,
             quantized_cache=Path(config.cache_dir),
             max_sequence_length=model.max_sequence_length,
-            is_distilled=_is_distilled(checkpoint.is_distilled, model),
+            is_distilled=model.is_distilled,
         )
-        components = pipeline_build.build(checkpoint, wanted, on_progress)
+        components = pipeline_build.build(checkpoint, options, on_progress)
     features = (
         *(("CUDA graphs",) if compiler.has_graphs else ()),
         *((kernel,) if not is_exact else ()),
@@ -146,18 +152,15 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     entry = find_model(config.model)
     if entry.is_embedded:
         return Files(shapes.locate(), shapes.REVISION, is_ours=True)
-    from app.engine.hub.download import ensure
-    from app.engine.hub.fetch import Hub
+    # Imports the network's libraries.
+    from app.engine.hub import download, fetch
 
-    hub = Hub(silence_s=config.download_silence_s)
-    path = ensure(entry, Path(config.cache_dir), precision.name, on_progress, hub=hub)
-    _end_fetching(on_progress)
+    hub = fetch.Hub(silence_s=config.download_silence_s)
+    path = download.ensure(
+        entry, Path(config.cache_dir), precision.linears.file, on_progress, hub=hub
+    )
+    on_progress(_FETCHED)
     return Files(path, entry.revision, is_ours=True)
-
-
-def _end_fetching(on_progress: OnProgress) -> None:
-    """Report the end of the download: what follows has another time limit."""
-    on_progress(LoadProgress(WorkerStage.LOADING))
 
 
 def find_device(config: EngineConfig) -> torch.device:
@@ -204,7 +207,7 @@ def _downloaded(config: EngineConfig, on_progress: OnProgress) -> Iterator[Path 
     with TemporaryDirectory(prefix="klein-parts-") as name:
         is_whole = lay_out_shared(entry, cache, folder := Path(name), on_progress)
         if is_whole:
-            _end_fetching(on_progress)
+            on_progress(_FETCHED)
         elif reason:
             _log.warning("No part is taken from KLEIN_CACHE_DIR, because %s.", reason)
         yield folder if is_whole else None
@@ -238,14 +241,3 @@ def _shrink_stacks(device: torch.device) -> None:
         return
     if code != 0:
         _log.debug("The driver keeps its stacks as they are, error %s.", code)
-
-
-def _is_distilled(found: bool | None, model: ModelSpec) -> bool:
-    """Return whether the model is distilled, as the catalogue says; log a folder that differs."""
-    if found is not None and found != model.is_distilled:
-        _log.warning(
-            "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
-            found,
-            model.id,
-        )
-    return model.is_distilled

@@ -18,10 +18,12 @@ the published boost clocks.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from app.engine.quantization.formats import FORMATS
+
 _MIB = 1 << 20
-_TERA = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,10 @@ class GpuDatasheet:
 
         On a GPU without fp8, fp8 weights are multiplied in bf16.
         """
-        rates = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8 or self.bf16}
-        return rates.get(precision.partition("-")[0])
+        known = FORMATS.get(precision)
+        if known is None or known.rate is None:
+            return None
+        return float(getattr(self, known.rate) or self.bf16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,6 @@ class Work:
     linears: float
     rest: float
     decode: float
-
-    @property
-    def total(self) -> float:
-        """FLOPs of all stages."""
-        return self.text + self.linears + self.rest + self.decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +219,9 @@ GPUS: tuple[GpuDatasheet, ...] = (
         memory_bytes=143_771 * _MIB,
         capability=(9, 0),
         bandwidth_bytes_s=4.8e12,
-        bf16=989 * _TERA,
-        int8=1979 * _TERA,
-        fp8=1979 * _TERA,
+        bf16=989e12,
+        int8=1979e12,
+        fp8=1979e12,
         sms=132,
         clock_ghz=1.980,
     ),
@@ -241,16 +240,14 @@ def recognise(name: str, total_bytes: int) -> GpuDatasheet | None:
 
     The memory must agree within 5 %, since different chips are sold under one name.
     """
-    for gpu in GPUS:
-        if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes:
-            return gpu
-    return None
+    found = (
+        gpu
+        for gpu in GPUS
+        if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes
+    )
+    return next(found, None)
 
 
 def _plain(text: str) -> str:
     plain = "".join(letter for letter in text.lower() if letter.isalnum())
-    for word in ("nvidia", "geforce"):
-        plain = plain.removeprefix(word)
-    for size in ("8gb", "10gb", "12gb", "16gb", "24gb", "32gb"):
-        plain = plain.removesuffix(size)
-    return plain
+    return re.sub("^(nvidia)?(geforce)?|(8|10|12|16|24|32)gb$", "", plain)

@@ -26,7 +26,7 @@ from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 1_000_000_000
-TORCH = TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, has_fp8=False, has_int8=True)
+TORCH = TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, runs=("int8",))
 
 
 class TalkingNvml(FakeNvml):
@@ -205,7 +205,7 @@ CARD = GpuFacts(
 )
 FACTS = Facts(
     gpu=CARD,
-    torch=TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, has_fp8=True),
+    torch=TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, runs=("fp8",)),
     compiler=CompilerFound("/usr/bin/gcc", has_triton=True, has_headers=True),
     host=HostFound(32 * GB, 24 * GB),
     choice=Choice("flux.2-klein-4b", None, "it can hold it"),

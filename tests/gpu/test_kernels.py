@@ -42,7 +42,7 @@ def difference(made: torch.Tensor, right: torch.Tensor) -> float:
 
 def make(kind: str, weight: torch.Tensor, x: torch.Tensor) -> torch.nn.Module:
     if kind == "int8":
-        return linear.rotated_int8(weight)
+        return linear.int8_linear(*linear.quantize_rotated(weight))
     if kind == "int8w":
         return WeightOnlyLinear(*linear.quantize_int8(weight))
     if kind == "fp8w":
@@ -80,8 +80,8 @@ def test_the_probe_agrees_with_the_capability(card):
     chosen = choose_precision("auto", facts, is_small=False)
 
     assert facts.capability == torch.cuda.get_device_capability(card)
-    assert facts.has_fp8 == (facts.capability >= (8, 9))
-    assert chosen.linears == ("fp8" if facts.has_fp8 else chosen.linears)
+    assert ("fp8" in facts.runs) == (facts.capability >= (8, 9))
+    assert chosen.linears.name == next(iter(facts.runs), "fp8w")
     assert chosen.reason
 
 

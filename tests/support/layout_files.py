@@ -25,6 +25,7 @@ from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.denoise import denoise, draw_noise
 from app.engine.pipeline.references import References
 from app.engine.pipeline.text import encode_text
+from app.engine.quantization.formats import FORMATS
 from app.engine.runtime.compile import NO_COMPILER
 from tests.support.single_files import WEIGHTS, is_block_linear, to_bfl
 
@@ -68,7 +69,10 @@ def _latents(components: PipelineComponents, spec: ImageSpec) -> torch.Tensor:
 
 
 def build(path: Path, **changes) -> PipelineComponents:
-    """Build the networks as *changes* of `klein.Wanted` say, without a config or a plan."""
+    """Build the networks as *changes* of `BuildOptions` say, without a config or a plan.
+
+    Formats are given by name.
+    """
     values = {
         "device": torch.device("cpu"),
         "dtype": torch.float32,
@@ -85,10 +89,12 @@ def build(path: Path, **changes) -> PipelineComponents:
         "quantized_cache": None,
         "max_sequence_length": TOKENS,
         "is_distilled": True,
-    }
+    } | changes
+    for name in ("linears", "encoder_linears"):
+        values[name] = FORMATS[values[name]]
     with closing(open_checkpoint(path)) as checkpoint:
         return pipeline_build.build(
-            checkpoint, pipeline_build.BuildOptions(**values | changes), lambda _: None
+            checkpoint, pipeline_build.BuildOptions(**values), lambda _: None
         )
 
 

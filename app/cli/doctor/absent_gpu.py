@@ -11,12 +11,14 @@ from app.cli.doctor.plan_preview import (
     Target,
     assume,
     floor_seconds,
+    name_kernels,
     preview_plan,
 )
 from app.cli.doctor.report import Report
 from app.domain import ModelSpec
 from app.engine import roofline
 from app.engine.models.registry import MODELS, find_model, find_spec
+from app.engine.quantization.formats import FORMATS
 from app.errors import InvalidRequest
 from app.settings import Settings
 
@@ -44,9 +46,8 @@ def answer_for_absent_gpu(key: str, settings: Settings) -> Report:
     found.tell("model", f"{model.id}, {model.title}")
     tell_forecast(found, ahead, model, is_computed=True)
     _tell_otherwise(found, target, ahead, settings, model)
-    floors_s = {
-        precision: floor_seconds(spec, precision, model) for precision in ("bf16", "fp8", "int8")
-    }
+    rated = sorted(name for name, each in FORMATS.items() if each.is_choice and each.rate)
+    floors_s = {name: floor_seconds(spec, name, model) for name in rated}
     found.tell("floors", _floors_words(spec, floors_s))
     if ahead.plan is None:
         found.complain(
@@ -61,7 +62,7 @@ def answer_for_absent_gpu(key: str, settings: Settings) -> Report:
         _tell_alone(found, target, ahead, settings, model)
     found.data.update(
         card=asdict(spec),
-        assumed=asdict(replace(target, spec=None)),
+        assumed=name_kernels(asdict(replace(target, spec=None)), target.runs),
         model=model.id,
         forecast=asdict(ahead),
         floors_s=floors_s,
@@ -87,7 +88,7 @@ def _floors_words(spec: roofline.GpuDatasheet, floors_s: dict[str, float | None]
     words = [
         f"{name} {seconds:.2f} s"
         for name, seconds in floors_s.items()
-        if seconds is not None and (name != "fp8" or spec.fp8 is not None)
+        if seconds is not None and getattr(spec, FORMATS[name].rate or "") is not None
     ]
     return ", ".join(words) + "; of linears in that precision, everything else in bf16"
 
@@ -96,7 +97,7 @@ def _tell_otherwise(
     found: Report, target: Target, ahead: PlanPreview, settings: Settings, model: ModelSpec
 ) -> None:
     """Report the precision chosen where the start-up probe finds no working 8-bit kernel."""
-    slow = preview_plan(replace(target, has_fp8=False, has_int8=False), settings, model)
+    slow = preview_plan(replace(target, runs=()), settings, model)
     if slow.precision_reason != ahead.precision_reason:
         seconds = "" if slow.floor_s is None else f", floor {slow.floor_s:.2f} s"
         found.tell("otherwise", f"{slow.precision}: {slow.precision_reason}{seconds}")

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
-from app.cli.doctor.plan_preview import PlanPreview
+from app.cli.doctor.plan_preview import PlanPreview, name_kernels
 from app.cli.doctor.report import Report, gigabytes
 from app.domain import ModelSpec
 from app.engine.memory.planner import MemoryPlan, Plan
@@ -329,6 +329,7 @@ def _data(facts: Facts) -> dict[str, object]:
     """Return the facts as plain data for the JSON document."""
     data = asdict(facts)
     data["card"] = data.pop("gpu")  # the name that scripts know
+    data["torch"] = name_kernels(data["torch"], facts.torch.runs)
     if isinstance(facts.gpu, GpuFacts):
         known = find_gpu(facts.gpu.name)
         data["card"]["key"] = known.key if known else None

@@ -95,8 +95,7 @@ def _look_ahead(
     target = Target(
         capability=gpu.capability,
         free_bytes=gpu.free_bytes,
-        has_fp8=torch.has_fp8,
-        has_int8=torch.has_int8,
+        runs=torch.runs,
         can_compile=not compiler.missing,
         spec=roofline.recognise(gpu.name, gpu.total_bytes),
     )

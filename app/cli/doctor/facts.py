@@ -18,17 +18,17 @@ from app.engine.hub import trust
 from app.engine.hub.download import missing_bytes
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import files_for
+from app.engine.quantization.formats import FORMATS
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFound:
-    """What torch reports; *has_fp8* and *has_int8* say whether a probe of the kernels passed."""
+    """What torch reports; *runs* names the formats whose kernels passed their probes."""
 
     version: str
     cuda: str | None
     sees_gpu: bool
-    has_fp8: bool = False
-    has_int8: bool = False
+    runs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,7 @@ def ask_torch(index: int | None) -> TorchFound:
         str(torch.__version__),
         torch.version.cuda,
         sees_gpu=True,
-        has_fp8=facts is not None and facts.has_fp8,
-        has_int8=facts is not None and facts.has_int8,
+        runs=tuple(facts.runs) if facts else (),
     )
 
 
@@ -106,13 +105,14 @@ def ask_compiler() -> CompilerFound:
 
 def ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:
     """Count the bytes that *variant* needs at *precision*, and those not downloaded yet."""
+    wanted = FORMATS[precision].file
     above = folder
     while not above.exists() and above != above.parent:
         above = above.parent
     return CacheFound(
         folder=str(folder),
-        total_bytes=sum(file.size_bytes for file in files_for(variant, precision)),
-        missing_bytes=missing_bytes(variant, folder, precision),
+        total_bytes=sum(file.size_bytes for file in files_for(variant, wanted)),
+        missing_bytes=missing_bytes(variant, folder, wanted),
         disk_free_bytes=shutil.disk_usage(above).free,
         is_writable=os.access(above, os.W_OK | os.X_OK),
         open_because=trust.why_open(folder, folder),

@@ -16,42 +16,25 @@ from app.engine.memory.planner import (
     CONTEXT_BYTES,
     EAGER,
     MemoryPlan,
-    Plan,
     Weights,
+    plan_exact,
     plan_memory,
 )
 from app.engine.models.registry import files_for, find_model
+from app.engine.quantization.formats import FORMATS, WeightFormat, automatic
 from app.settings import Settings
 
 DISPLAY_BYTES = 2_000_000_000
 """Memory assumed in use on a GPU that is not installed: display, browser, driver."""
 
-KLEIN_WEIGHTS = Weights(
-    transformer=4_070_000_000,
-    encoder=2_730_000_000,
-    decoder=99_200_000,
-    image_encoder=68_900_000,
-)
-"""Bytes of klein 4B at 8 bit.
-
-Transformer: 3.68 G parameters of the blocks at 1 byte and 0.195 G others at 2. Text encoder: 27
-layers at 1 byte. VAE encoder and decoder: 2 bytes.
-"""
-
-_WORKING_BYTES = 4_000_000_000
-"""Activations of one image in bf16, not compiled; as in `app.engine.memory.budget`."""
-_FP8 = (8, 9)
-_INT8 = (8, 0)
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A GPU to plan for, found or assumed; *has_fp8* and *has_int8*: those kernels run on it."""
+    """A GPU to plan for, found or assumed; *runs* names the formats whose kernels run on it."""
 
     capability: tuple[int, int]
     free_bytes: int
-    has_fp8: bool
-    has_int8: bool
+    runs: tuple[str, ...]
     can_compile: bool = True
     spec: roofline.GpuDatasheet | None = None
 
@@ -69,11 +52,11 @@ class PlanPreview:
 
 def assume(spec: roofline.GpuDatasheet) -> Target:
     """Return a target of this datasheet: a display attached, the usual kernels working."""
+    usual = [each.name for each in automatic() if spec.capability >= each.oldest]
     return Target(
         capability=spec.capability,
         free_bytes=spec.memory_bytes - DISPLAY_BYTES,
-        has_fp8=spec.capability >= _FP8,
-        has_int8=_INT8 <= spec.capability < _FP8,
+        runs=tuple(usual[:1]),
         spec=spec,
     )
 
@@ -87,23 +70,36 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     # Imports torch, so only where a preview is needed.
     from app.engine.quantization.select import GpuCapabilities, choose_precision
 
-    facts = GpuCapabilities(target.capability, target.has_fp8, target.has_int8)
+    facts = GpuCapabilities(target.capability, frozenset(target.runs))
     chosen = choose_precision(settings.precision, facts, is_small=False)
     limit = min(settings.max_pixels, model.max_pixels)
-    if chosen.linears == "exact":
-        plan: MemoryPlan | None = _plan_exact(target, settings, model, limit)
+    if chosen.linears.is_exact:
+        plan: MemoryPlan | None = plan_exact(
+            # The engine looks once its CUDA context is there.
+            target.free_bytes - CONTEXT_BYTES,
+            _exact_bytes(model, chosen.linears),
+            limit_pixels=limit,
+            max_references=model.max_references,
+            offload=settings.offload,
+        )
     else:
         plan = plan_memory(
             target.free_bytes,
-            KLEIN_WEIGHTS,
+            _klein_weights(chosen.linears),
             COMPILED if target.can_compile else EAGER,
             default_pixels=model.default_width * model.default_height,
             limit_pixels=limit,
             max_references=model.max_references,
             asked=settings.plan,
         )
-    kind = "bf16" if chosen.linears == "fp8w" else chosen.name
-    return PlanPreview(chosen.name, chosen.reason, plan, floor_seconds(target.spec, kind, model))
+    floor_s = floor_seconds(target.spec, chosen.linears.name, model)
+    return PlanPreview(chosen.name, chosen.reason, plan, floor_s)
+
+
+def name_kernels(data: dict[str, object], runs: tuple[str, ...]) -> dict[str, object]:
+    """Put the keys that scripts know, such as `has_fp8`, into *data* in place of its `runs`."""
+    kept = {key: value for key, value in data.items() if key != "runs"}
+    return kept | {f"has_{each.name}": each.name in runs for each in automatic()}
 
 
 def floor_seconds(
@@ -123,16 +119,22 @@ def floor_seconds(
     return found.total_s if found else None
 
 
-def _plan_exact(target: Target, settings: Settings, model: ModelSpec, limit: int) -> MemoryPlan:
-    """Plan without 8-bit weights: all networks on the GPU, or one at a time."""
-    files = files_for(find_model(model.id), "bf16")
-    weights = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
-    needed = weights * (2 if settings.precision == "fp32" else 1) + _WORKING_BYTES
-    sizes = (limit,) * (model.max_references + 1)
-    numbers = (
-        f"all networks need {needed / 1e9:.1f} GB, free are "
-        f"{(target.free_bytes - CONTEXT_BYTES) / 1e9:.1f} GB"
+def _klein_weights(linears: WeightFormat) -> Weights:
+    """Return klein 4B's bytes with its large layers in *linears*.
+
+    Transformer: 3.68 G parameters of the blocks, and 0.195 G others at 2 bytes. Text encoder: 27
+    layers. VAE decoder and encoder: 2 bytes.
+    """
+    return Weights(
+        transformer=round(3_680_000_000 * linears.weight_bytes) + 390_000_000,
+        encoder=round(2_730_000_000 * FORMATS[linears.encoder].weight_bytes),
+        decoder=99_200_000,
+        image_encoder=68_900_000,
     )
-    fits = needed <= target.free_bytes
-    is_resident = settings.offload == "none" or (settings.offload == "auto" and fits)
-    return MemoryPlan(Plan.RESIDENT if is_resident else Plan.OFFLOAD, (numbers,), needed, sizes)
+
+
+def _exact_bytes(model: ModelSpec, linears: WeightFormat) -> int:
+    """Return the bytes of all of *model*'s networks, which are published in bf16."""
+    files = files_for(find_model(model.id), linears.file)
+    weights = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
+    return round(weights * linears.weight_bytes / 2)

@@ -6,7 +6,7 @@ A table only. Whole names are matched, never substrings: a rule for the substrin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -60,51 +60,54 @@ class Rule:
 
 _THIRDS = (Piece.QUERY, Piece.KEY, Piece.VALUE)
 
-_TOP = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-    "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "proj_out": "final_layer.linear",
-}
+_TOP = (
+    Rule("x_embedder", "img_in"),
+    Rule("context_embedder", "txt_in"),
+    Rule("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+    Rule("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+    Rule("double_stream_modulation_img.linear", "double_stream_modulation_img.lin"),
+    Rule("double_stream_modulation_txt.linear", "double_stream_modulation_txt.lin"),
+    Rule("single_stream_modulation.linear", "single_stream_modulation.lin"),
+    Rule("proj_out", "final_layer.linear"),
+    Rule("norm_out.linear", "final_layer.adaLN_modulation.1", Piece.SWAPPED),
+)
+_DOUBLE = (
+    Rule("attn.to_q", "img_attn.qkv", Piece.QUERY),
+    Rule("attn.to_k", "img_attn.qkv", Piece.KEY),
+    Rule("attn.to_v", "img_attn.qkv", Piece.VALUE),
+    Rule("attn.to_out.0", "img_attn.proj"),
+    Rule("attn.norm_q", "img_attn.norm.query_norm", is_norm=True),
+    Rule("attn.norm_k", "img_attn.norm.key_norm", is_norm=True),
+    Rule("ff.linear_in", "img_mlp.0"),
+    Rule("ff.linear_out", "img_mlp.2"),
+    Rule("attn.add_q_proj", "txt_attn.qkv", Piece.QUERY),
+    Rule("attn.add_k_proj", "txt_attn.qkv", Piece.KEY),
+    Rule("attn.add_v_proj", "txt_attn.qkv", Piece.VALUE),
+    Rule("attn.to_add_out", "txt_attn.proj"),
+    Rule("attn.norm_added_q", "txt_attn.norm.query_norm", is_norm=True),
+    Rule("attn.norm_added_k", "txt_attn.norm.key_norm", is_norm=True),
+    Rule("ff_context.linear_in", "txt_mlp.0"),
+    Rule("ff_context.linear_out", "txt_mlp.2"),
+)
+_SINGLE = (
+    Rule("attn.to_qkv_mlp_proj", "linear1"),
+    Rule("attn.to_out", "linear2"),
+    Rule("attn.norm_q", "norm.query_norm", is_norm=True),
+    Rule("attn.norm_k", "norm.key_norm", is_norm=True),
+)
 
 
 def rules(doubles: int, singles: int) -> list[Rule]:
     """List the rules of all weights, for *doubles* double and *singles* single blocks."""
-    found = [Rule(ours, theirs) for ours, theirs in _TOP.items()]
-    found.append(Rule("norm_out.linear", "final_layer.adaLN_modulation.1", Piece.SWAPPED))
-    for number in range(doubles):
-        found += _double(f"transformer_blocks.{number}", f"double_blocks.{number}")
-    for number in range(singles):
-        ours, theirs = f"single_transformer_blocks.{number}.attn", f"single_blocks.{number}"
-        found += [
-            Rule(f"{ours}.to_qkv_mlp_proj", f"{theirs}.linear1"),
-            Rule(f"{ours}.to_out", f"{theirs}.linear2"),
-            Rule(f"{ours}.norm_q", f"{theirs}.norm.query_norm", is_norm=True),
-            Rule(f"{ours}.norm_k", f"{theirs}.norm.key_norm", is_norm=True),
-        ]
-    return found
-
-
-def _double(ours: str, theirs: str) -> list[Rule]:
-    found = []
-    for stream, qkv, out, added, feed in (
-        ("img", ("to_q", "to_k", "to_v"), "to_out.0", "", "ff"),
-        ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "added_", "ff_context"),
-    ):
-        attention = f"{theirs}.{stream}_attn"
-        found += [
-            Rule(f"{ours}.attn.{name}", f"{attention}.qkv", piece)
-            for name, piece in zip(qkv, _THIRDS, strict=True)
-        ]
-        found += [
-            Rule(f"{ours}.attn.{out}", f"{attention}.proj"),
-            Rule(f"{ours}.attn.norm_{added}q", f"{attention}.norm.query_norm", is_norm=True),
-            Rule(f"{ours}.attn.norm_{added}k", f"{attention}.norm.key_norm", is_norm=True),
-            Rule(f"{ours}.{feed}.linear_in", f"{theirs}.{stream}_mlp.0"),
-            Rule(f"{ours}.{feed}.linear_out", f"{theirs}.{stream}_mlp.2"),
-        ]
-    return found
+    blocks = (
+        (doubles, "transformer_blocks", "double_blocks", _DOUBLE),
+        (singles, "single_transformer_blocks", "single_blocks", _SINGLE),
+    )
+    return [*_TOP] + [
+        replace(
+            rule, ours=f"{ours}.{number}.{rule.ours}", theirs=f"{theirs}.{number}.{rule.theirs}"
+        )
+        for count, ours, theirs, table in blocks
+        for number in range(count)
+        for rule in table
+    ]

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from app.engine.checkpoint import qwen3
 from app.engine.checkpoint import vae as vae_files
-from app.engine.checkpoint.files import (
-    Checkpoint,
-    ComponentFiles,
-    read_config,
-    slots_of,
-    sources_of,
-)
-from app.engine.checkpoint.safetensors_io import OpenFiles, SafetensorsFile, Tensor
-from app.engine.checkpoint.transformer import is_bfl, read_transformer
+from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config, slots_of
+from app.engine.checkpoint.safetensors_io import SafetensorsFile, Tensor
+from app.engine.checkpoint.transformer import read_transformer
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -43,6 +38,8 @@ SCHEDULER: dict[str, Any] = {
 """klein's own scheduler config, for layouts without one."""
 
 Elsewhere = Callable[[], Path | None]
+Open = Callable[[Path], SafetensorsFile]
+"""Opens a file, which is closed with the checkpoint's others."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Formats that can run code: files with these names are not opened."""
@@ -77,24 +74,28 @@ def open_checkpoint(
 
 
 def _open(path: Path, elsewhere: Elsewhere, *, is_mapped: bool) -> Checkpoint:
-    with OpenFiles(is_mapped=is_mapped) as files:
+    with ExitStack() as opened:
+
+        def open_file(file: Path) -> SafetensorsFile:
+            return opened.enter_context(SafetensorsFile(file, is_mapped=is_mapped))
+
         if path.is_file():
-            checkpoint = _open_file(path, elsewhere, files)
+            checkpoint = _open_file(path, elsewhere, open_file)
         elif (path / "model_index.json").is_file():
-            checkpoint = _open_diffusers(path, files)
+            checkpoint = _open_diffusers(path, open_file)
         elif any((path / name).is_dir() for name in _COMFY_TRANSFORMERS):
-            checkpoint = _open_comfy(path, None, elsewhere, files)
+            checkpoint = _open_comfy(path, None, elsewhere, open_file)
         else:
             raise StartupError(
                 f"{path.name} is no model that is known; give a folder with a model_index.json, "
                 "ComfyUI's models folder, or a transformer in one safetensors file."
             )
-        checkpoint.files = files.pop_all()
+        checkpoint.files = opened.pop_all()
         return checkpoint
 
 
 def _open_diffusers(
-    path: Path, files: OpenFiles, transformer_file: Path | None = None
+    path: Path, open_file: Open, transformer_file: Path | None = None
 ) -> Checkpoint:
     index = read_config(path / "model_index.json")
     config = read_config(path / "transformer" / "config.json")
@@ -103,12 +104,12 @@ def _open_diffusers(
     layout = "diffusers folder"
     if transformer_file is not None or (not is_folder and len(own) == 1):
         chosen = transformer_file or own[0]
-        transformer = _read_single(files.open(chosen), config)
+        transformer = read_transformer(open_file(chosen), config)
         layout = f"diffusers folder with {chosen.name}"
     else:
-        transformer = _folder_part("transformer", config, path, files)
+        transformer = _open_folder(path / "transformer", config, open_file)
     encoder, vae = (
-        _folder_part(name, read_config(path / name / "config.json"), path, files)
+        _open_folder(path / name, read_config(path / name / "config.json"), open_file)
         for name in ("text_encoder", "vae")
     )
     return Checkpoint(
@@ -119,24 +120,16 @@ def _open_diffusers(
         scheduler=read_config(path / "scheduler" / "scheduler_config.json"),
         tokenizer=path / "tokenizer",
         is_distilled=index.get("is_distilled"),
-        files=files,
     )
 
 
-def _folder_part(
-    name: str, config: Mapping[str, Any], path: Path, files: OpenFiles
-) -> ComponentFiles:
-    tensors = _open_folder(path / name, files)
-    return ComponentFiles(name, config, slots_of(tensors), sources=sources_of(tensors))
-
-
-def _open_file(path: Path, elsewhere: Elsewhere, files: OpenFiles) -> Checkpoint:
+def _open_file(path: Path, elsewhere: Elsewhere, open_file: Open) -> Checkpoint:
     """Open one file as the transformer; the other components are those of the folder it is in."""
     if path.parent.name in _COMFY_TRANSFORMERS:
-        return _open_comfy(path.parent.parent, path, elsewhere, files)
+        return _open_comfy(path.parent.parent, path, elsewhere, open_file)
     for find in (lambda: path.parent, elsewhere):
         if (folder := find()) is not None and (folder / "model_index.json").is_file():
-            return _open_diffusers(folder, files, path)
+            return _open_diffusers(folder, open_file, path)
     raise StartupError(
         f"{path.name} holds the transformer only; put it beside a diffusers folder's "
         "model_index.json or into ComfyUI's models/diffusion_models, or download the model once."
@@ -144,7 +137,7 @@ def _open_file(path: Path, elsewhere: Elsewhere, files: OpenFiles) -> Checkpoint
 
 
 def _open_comfy(
-    path: Path, transformer_file: Path | None, elsewhere: Elsewhere, files: OpenFiles
+    path: Path, transformer_file: Path | None, elsewhere: Elsewhere, open_file: Open
 ) -> Checkpoint:
     transformer = transformer_file or _only(path, _COMFY_TRANSFORMERS, "klein")
     tokenizer = next(
@@ -161,17 +154,16 @@ def _open_comfy(
             "ComfyUI's models folder holds no tokenizer; copy the folder tokenizer of "
             "FLUX.2-klein-4B into it."
         )
-    encoder = files.open(_only(path, _COMFY_ENCODERS, "qwen_3_4b"))
-    vae = files.open(_only(path, ("vae",), "flux2"))
+    encoder = open_file(_only(path, _COMFY_ENCODERS, "qwen_3_4b"))
+    vae = open_file(_only(path, ("vae",), "flux2"))
     return Checkpoint(
         layout="ComfyUI models folder",
-        transformer=_read_single(files.open(transformer), None),
+        transformer=read_transformer(open_file(transformer), None),
         encoder=qwen3.read_encoder(encoder),
         vae=vae_files.read_vae(vae),
         scheduler=SCHEDULER,
         tokenizer=tokenizer,
         is_distilled=None,
-        files=files,
     )
 
 
@@ -183,11 +175,10 @@ def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:
         for pattern in ("*.safetensors", "*.gguf")
         for file in (path / name).glob(pattern)
     )
-    if not found:
-        for name in folders:
-            for file in sorted((path / name).glob("*")):
-                if file.suffix.lower() in PICKLES:
-                    raise _pickled(file)
+    others = [file for name in folders for file in sorted((path / name).glob("*"))]
+    pickled = next((file for file in others if file.suffix.lower() in PICKLES), None)
+    if not found and pickled is not None:
+        raise _pickled(pickled)
     named = [file for file in found if word in file.name.lower()] if len(found) > 1 else found
     if len(named) == 1:
         return named[0]
@@ -204,16 +195,7 @@ def _pickled(path: Path) -> StartupError:
     )
 
 
-def _read_single(file: SafetensorsFile, config: Mapping[str, Any] | None) -> ComponentFiles:
-    if is_bfl(file.tensors):
-        return read_transformer(file, config)
-    raise StartupError(
-        f"{file.path.name} holds no FLUX.2 transformer in Black Forest Labs' names; "
-        "give the published fp8 or bf16 file."
-    )
-
-
-def _open_folder(folder: Path, files: OpenFiles) -> dict[str, Tensor]:
+def _open_folder(folder: Path, config: Mapping[str, Any], open_file: Open) -> ComponentFiles:
     """Open the safetensors files of *folder*: those its index names, else the only ones there."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is not None:
@@ -231,5 +213,6 @@ def _open_folder(folder: Path, files: OpenFiles) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for each in paths:
-        tensors |= files.open(each).tensors
-    return tensors
+        tensors |= open_file(each).tensors
+    sources = tuple(sorted({tensor.file.path for tensor in tensors.values()}))
+    return ComponentFiles(folder.name, config, slots_of(tensors), sources=sources)

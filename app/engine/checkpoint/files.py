@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from app.engine.checkpoint.safetensors_header import MAX_BYTES
-from app.engine.checkpoint.safetensors_io import Read, Tensor
+from app.engine.checkpoint.safetensors_io import CPU, Read, Tensor
 from app.errors import StartupError
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -34,6 +34,24 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """One fp8 (e4m3) layer as stored in the file; *weight_scale* has one element or one per row."""
+
+    weight: Read
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    is_full_precision: bool
+    """Whether the file requires a matmul in full precision for this layer."""
+
+    def restored(self, device: torch.device = CPU) -> torch.Tensor:
+        """Return the dequantized weight, float32 [out, in]."""
+        scale = self.weight_scale.float().to(device)
+        if scale.numel() > 1:
+            scale = scale.reshape(-1, 1)
+        return self.weight(device).float() * scale
+
+
+@dataclass(frozen=True, slots=True)
 class ComponentFiles:
     """One component on disk; *label* is its file or folder in messages."""
 
@@ -42,8 +60,8 @@ class ComponentFiles:
     slots: Mapping[str, Slot]
     origin: Mapping[str, str] = field(default_factory=dict)
     """The file's own name of each module, where it differs from diffusers'."""
-    quantized: Mapping[str, Any] = field(default_factory=dict)
-    """fp8 layers (`checkpoint.transformer.QuantizedLayer`) by the file's own module name."""
+    quantized: Mapping[str, QuantizedLayer] = field(default_factory=dict)
+    """fp8 layers by the file's own module name."""
     sources: tuple[Path, ...] = ()
     """The files of its weights."""
 
@@ -54,18 +72,23 @@ class ComponentFiles:
             StartupError: tensors are missing, unknown or of the wrong shape.
         """
         missing = sorted(set(expected) - set(self.slots))
-        if missing:
-            raise _refuse(self.label, "lacks tensors that are needed", missing)
         extra = sorted(set(self.slots) - set(expected) - set(optional))
-        if extra:
-            raise _refuse(self.label, "has tensors that the model does not know", extra)
         wrong = [
             f"{name} {list(self.slots[name].shape)} instead of {list(shape)}"
             for name, shape in expected.items()
-            if self.slots[name].shape != tuple(shape)
+            if name in self.slots and self.slots[name].shape != tuple(shape)
         ]
-        if wrong:
-            raise _refuse(self.label, "has tensors of the wrong shape", wrong)
+        for what, names in (
+            ("lacks tensors that are needed", missing),
+            ("has tensors that the model does not know", extra),
+            ("has tensors of the wrong shape", wrong),
+        ):
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                raise StartupError(
+                    f"The file of {self.label} {what}: {', '.join(names[:_NAMED])}{more}; "
+                    "it belongs to another model or is damaged."
+                )
 
 
 @dataclass(slots=True)
@@ -79,7 +102,7 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     tokenizer: Path
     is_distilled: bool | None
-    files: ExitStack = field(repr=False)
+    files: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
         """Close every file."""
@@ -118,16 +141,3 @@ def read_config(path: Path) -> dict[str, Any]:
 def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
     """Describe tensors that already have diffusers' names."""
     return {name: Slot(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
-
-
-def sources_of(tensors: Mapping[str, Tensor]) -> tuple[Path, ...]:
-    """Return the files of *tensors*, sorted."""
-    return tuple(sorted({tensor.file.path for tensor in tensors.values()}))
-
-
-def _refuse(label: str, what: str, names: list[str]) -> StartupError:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return StartupError(
-        f"The file of {label} {what}: {', '.join(names[:_NAMED])}{more}; "
-        "it belongs to another model or is damaged."
-    )

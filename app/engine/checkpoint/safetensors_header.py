@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 LENGTH_BYTES = 8
 MAX_BYTES = 16_000_000
@@ -56,7 +56,9 @@ def read_header(file: BinaryIO, total_bytes: int) -> tuple[dict[str, TensorEntry
         raise HeaderError("its header is longer than the file")
     if length > MAX_BYTES:
         raise HeaderError(f"its header has {length:,} bytes, the most is {MAX_BYTES:,}")
-    header = _parse(file.read(length))
+    header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise HeaderError("its header cannot be read")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(each, str) for each in notes.values()):
         raise HeaderError("the notes in its header are no texts")
@@ -76,17 +78,10 @@ def parse_json(text: bytes | str) -> Any:
     _check_tokens(raw)
     try:
         return json.loads(raw, object_pairs_hook=_once, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, HeaderError):
-            raise
+    except HeaderError:
+        raise
+    except (ValueError, RecursionError):
         raise HeaderError("its header cannot be read") from None
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    header = parse_json(raw)
-    if not isinstance(header, dict):
-        raise HeaderError("its header cannot be read")
-    return header
 
 
 def _check_tokens(raw: bytes) -> None:
@@ -117,28 +112,29 @@ def _refuse_constant(name: str) -> Any:
 
 def _entry(name: str, found: Any, base: int, total_bytes: int) -> TensorEntry:
     """Check one tensor's numbers; `safetensors_io` compares its size with its shape and dtype."""
-    odd = HeaderError("its header describes a tensor in an impossible way")
-    if not isinstance(found, dict) or not isinstance(found.get("dtype"), str):
-        raise odd
-    shape, offsets = _counts(found.get("shape")), _counts(found.get("data_offsets"))
-    if shape is None or offsets is None or len(offsets) != 2 or len(shape) > _MAX_SIDES:
-        raise odd
-    if math.prod(max(1, side) for side in shape) > _MAX_ELEMENTS:
-        raise odd
+    entry = found if isinstance(found, dict) else {}
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if (
+        not isinstance(dtype, str)
+        or not _are_counts(shape)
+        or not _are_counts(offsets)
+        or len(offsets) != 2
+        or len(shape) > _MAX_SIDES
+        or math.prod(max(1, side) for side in shape) > _MAX_ELEMENTS
+        or offsets[0] > offsets[1]
+    ):
+        raise HeaderError("its header describes a tensor in an impossible way")
     start, end = offsets
-    if start > end:
-        raise odd
     if base + end > total_bytes:
         raise HeaderError("it ends before its last tensor")
-    return TensorEntry(found["dtype"], tuple(shape), base + start, end - start)
+    return TensorEntry(dtype, tuple(shape), base + start, end - start)
 
 
-def _counts(values: Any) -> list[int] | None:
-    """Return *values* where they are non-negative ints, not bools or floats; else None."""
-    if not isinstance(values, list):
-        return None
-    are_counts = all(type(value) is int and 0 <= value <= _MAX_ELEMENTS for value in values)
-    return values if are_counts else None
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    """Return whether *values* are non-negative ints, not bools or floats."""
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= _MAX_ELEMENTS for value in values
+    )
 
 
 def _refuse_overlaps(entries: Mapping[str, TensorEntry]) -> None:

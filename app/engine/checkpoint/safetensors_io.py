@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -85,12 +83,6 @@ class SafetensorsFile:
         self._is_mapped = is_mapped
         self._map: mmap.mmap | None = None
         self._ferry: PinnedStaging | None = None
-        with path.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                raise StartupError(
-                    f"{path.name} is a GGUF file, which is not supported; "
-                    "use the fp8 or bf16 safetensors file."
-                )
         self._file: FileIO = path.open("rb", buffering=0)
         try:
             self.tensors, self.metadata = self._read_header()
@@ -101,21 +93,13 @@ class SafetensorsFile:
     def __enter__(self) -> SafetensorsFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the file; a memory map is released with its last tensor."""
         self._map = self._ferry = None
         self._file.close()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
 
     def read(self, tensor: Tensor, device: torch.device = CPU) -> torch.Tensor:
         """Read *tensor* onto *device*; an aligned tensor of a mapped file is a view."""
@@ -151,6 +135,12 @@ class SafetensorsFile:
         return flat.view(tensor.dtype).reshape(tensor.shape)
 
     def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if self._file.read(4) == b"GGUF":
+            raise StartupError(
+                f"{self.path.name} is a GGUF file, which is not supported; "
+                "use the fp8 or bf16 safetensors file."
+            )
+        self._file.seek(0)
         try:
             entries, notes = read_header(self._file, self.path.stat().st_size)
         except HeaderError as error:
@@ -189,18 +179,6 @@ class PinnedStaging:
             read_into(place)
             piece.copy_(place, non_blocking=True)
             self._copied[turn].record()
-
-
-class OpenFiles(ExitStack):
-    """The open files of one checkpoint, closed together."""
-
-    def __init__(self, *, is_mapped: bool = False) -> None:
-        super().__init__()
-        self._is_mapped = is_mapped
-
-    def open(self, path: Path) -> SafetensorsFile:
-        """Open *path*; it is closed with the others."""
-        return self.enter_context(SafetensorsFile(path, is_mapped=self._is_mapped))
 
 
 def _damaged(path: Path, what: str) -> StartupError:

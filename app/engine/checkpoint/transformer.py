@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from app.engine.checkpoint.bfl import Rule, rules
-from app.engine.checkpoint.files import ComponentFiles, Slot
+from app.engine.checkpoint.files import ComponentFiles, QuantizedLayer, Slot, slots_of
 from app.engine.checkpoint.safetensors_header import parse_json
-from app.engine.checkpoint.safetensors_io import CPU, Read, SafetensorsFile, Tensor
+from app.engine.checkpoint.safetensors_io import CPU, SafetensorsFile, Tensor
 from app.errors import StartupError
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -29,32 +28,8 @@ _SCALES = {
     "input_scale": "input",
     "scale_input": "input",
 }
-_FP8 = (torch.float8_e4m3fn,)
 _NOTE_BYTES = 65_536
 _SHOWN = 80
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedLayer:
-    """One fp8 (e4m3) layer as stored in the file; *weight_scale* has one element or one per row."""
-
-    weight: Read
-    weight_scale: torch.Tensor
-    input_scale: torch.Tensor | None
-    is_full_precision: bool
-    """Whether the file requires a matmul in full precision for this layer."""
-
-    def restored(self, device: torch.device = CPU) -> torch.Tensor:
-        """Return the dequantized weight, float32 [out, in]."""
-        scale = self.weight_scale.float().to(device)
-        if scale.numel() > 1:
-            scale = scale.reshape(-1, 1)
-        return self.weight(device).float() * scale
-
-
-def is_bfl(names: Mapping[str, Any]) -> bool:
-    """Return whether *names* are those of BFL's FLUX.2 transformer."""
-    return any(name.endswith("double_blocks.0.img_attn.qkv.weight") for name in names)
 
 
 def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) -> ComponentFiles:
@@ -63,27 +38,38 @@ def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) ->
     Raises:
         StartupError: the file is of another model, damaged, or in an unsupported format.
     """
-    tensors = _without_prefix(file)
+    if not any(name.endswith("double_blocks.0.img_attn.qkv.weight") for name in file.tensors):
+        raise StartupError(
+            f"{file.path.name} holds no FLUX.2 transformer in Black Forest Labs' names; "
+            "give the published fp8 or bf16 file."
+        )
+    is_in = (each for each in _PREFIXES if any(name.startswith(each) for name in file.tensors))
+    prefix = next(is_in, "")
+    tensors = {name.removeprefix(prefix): each for name, each in file.tensors.items()}
     layers, plain = sort_tensors(file, tensors)
     if config is None:
         config = _config_of(file, plain)
-    slots, origin = {}, {}
-    known = set()
     counts = [int(config[name]) for name in ("num_layers", "num_single_layers")]
     if max(counts) > len(tensors):
         raise _odd(file, f"it has {len(tensors)} tensors for {max(counts)} layers")
-    for rule in rules(*counts):
-        tensor = plain.get(rule.their_name)
-        known.add(rule.their_name)
-        if tensor is None:
-            continue
-        origin[rule.ours] = rule.theirs
-        read = partial(_read, rule, tensor, layers.get(rule.theirs))
-        slots[rule.our_name] = Slot(rule.shape(tensor.shape), tensor.dtype, read)
-    for name in sorted(set(plain) - known):
-        slots[name] = Slot(plain[name].shape, plain[name].dtype, plain[name].read)
+    table = rules(*counts)
+    slots = {
+        rule.our_name: Slot(
+            rule.shape(plain[rule.their_name].shape),
+            plain[rule.their_name].dtype,
+            partial(_read, rule, plain[rule.their_name], layers.get(rule.theirs)),
+        )
+        for rule in table
+        if rule.their_name in plain
+    }
+    unknown = sorted(set(plain) - {rule.their_name for rule in table})
     return ComponentFiles(
-        file.path.name, config, slots, origin=origin, quantized=layers, sources=(file.path,)
+        file.path.name,
+        config,
+        slots | slots_of({name: plain[name] for name in unknown}),
+        origin={rule.ours: rule.theirs for rule in table if rule.their_name in plain},
+        quantized=layers,
+        sources=(file.path,),
     )
 
 
@@ -91,13 +77,6 @@ def _read(
     rule: Rule, tensor: Tensor, layer: QuantizedLayer | None, device: torch.device = CPU
 ) -> torch.Tensor:
     return rule.take(tensor.read(device) if layer is None else layer.restored(device))
-
-
-def _without_prefix(file: SafetensorsFile) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if any(name.startswith(prefix) for name in file.tensors):
-            return {name.removeprefix(prefix): each for name, each in file.tensors.items()}
-    return dict(file.tensors)
 
 
 def sort_tensors(
@@ -119,7 +98,7 @@ def sort_tensors(
     layers = {}
     for name, tensor in plain.items():
         module = name.removesuffix(".weight")
-        if tensor.dtype in _FP8:
+        if tensor.dtype is torch.float8_e4m3fn:
             layers[module] = _layer(file, tensor, module, scales, notes)
         elif (module, "weight") in scales:
             raise _odd(file, f"{module} has a scale but is not fp8")
@@ -131,13 +110,15 @@ def sort_tensors(
 
 def _refuse_packed(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error for fp4: two weights in a byte, and scales of scales."""
-    for name, tensor in tensors.items():
-        is_packed = name.endswith(".weight") and tensor.dtype is torch.uint8
-        if is_packed or name.endswith(".weight_scale_2"):
-            raise StartupError(
-                f"{file.path.name} holds fp4 weights, which are not supported; "
-                "use the fp8 or bf16 safetensors file."
-            )
+    if any(
+        name.endswith(".weight_scale_2")
+        or (name.endswith(".weight") and tensor.dtype is torch.uint8)
+        for name, tensor in tensors.items()
+    ):
+        raise StartupError(
+            f"{file.path.name} holds fp4 weights, which are not supported; "
+            "use the fp8 or bf16 safetensors file."
+        )
 
 
 def _layer(

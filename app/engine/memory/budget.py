@@ -6,11 +6,12 @@ Counts the bytes of the weights and the free GPU memory, the inputs of `app.engi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from app.domain import ModelSpec
-from app.engine.checkpoint.files import Checkpoint, ComponentFiles
+from app.engine.checkpoint.files import Checkpoint, Slot
 from app.engine.config import EngineConfig
 from app.engine.memory.planner import (
     COMPILED,
@@ -20,13 +21,12 @@ from app.engine.memory.planner import (
     MemoryPlan,
     Plan,
     Weights,
+    plan_exact,
     plan_memory,
 )
 from app.engine.models.flux2_klein import TEXT_LAYERS
+from app.engine.quantization.select import Precision
 from app.errors import StartupError
-
-_WORKING_BYTES = 4_000_000_000
-"""Working memory of a one-megapixel image in bf16, eager, decoded without tiles."""
 
 
 def choose_plan(
@@ -34,14 +34,11 @@ def choose_plan(
     model: ModelSpec,
     checkpoint: Checkpoint,
     device: torch.device,
+    precision: Precision,
     *,
-    dtype: torch.dtype,
-    is_exact: bool,
     is_compiled: bool,
 ) -> MemoryPlan:
     """Choose what stays in GPU memory.
-
-    *dtype* is that of the weights that are not quantized; *is_exact* means that none are.
 
     Raises:
         StartupError: not even the plan with the smallest peak fits.
@@ -54,12 +51,17 @@ def choose_plan(
     if config.memory_bytes is not None:
         # PyTorch's allocator is limited to this; the CUDA context comes on top.
         free = min(free, config.memory_bytes + CONTEXT_BYTES)
-    if is_exact:
-        return _plan_exact(config, model, checkpoint, dtype, free, limit)
-    weights = count_weights(checkpoint, dtype)
+    if precision.linears.is_exact:
+        return plan_exact(
+            free,
+            count_exact(checkpoint, precision),
+            limit_pixels=limit,
+            max_references=model.max_references,
+            offload=config.offload,
+        )
     plan = plan_memory(
         free,
-        weights,
+        count_weights(checkpoint, precision),
         COMPILED if is_compiled else EAGER,
         default_pixels=model.default_width * model.default_height,
         limit_pixels=limit,
@@ -74,50 +76,43 @@ def choose_plan(
     return plan
 
 
-def count_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
-    """Count the bytes of each component in GPU memory: quantized weights one, others *dtype*'s."""
-    two = dtype.itemsize
-    blocks = {
-        name: 1 if len(slot.shape) == 2 and "blocks." in name else two
-        for name, slot in checkpoint.transformer.slots.items()
-    }
+def count_weights(checkpoint: Checkpoint, precision: Precision) -> Weights:
+    """Count the bytes of each component in GPU memory, the large linear layers quantized."""
+    rest = precision.dtype.itemsize
     layers = {
-        name: 1 if len(slot.shape) == 2 else two
+        name: slot
         for name, slot in checkpoint.encoder.slots.items()
         if name.startswith("model.layers.") and int(name.split(".")[2]) < TEXT_LAYERS[-1]
     }
-    ways = {"encoder": 0, "decoder": 0}
-    for name, slot in checkpoint.vae.slots.items():
-        side = "encoder" if name.startswith("encoder.") else "decoder"
-        ways[side] += two * math.prod(slot.shape)
+    vae = checkpoint.vae.slots.items()
+    image_encoder = {name: slot for name, slot in vae if name.startswith("encoder.")}
+    decoder = {name: slot for name, slot in vae if name not in image_encoder}
     return Weights(
-        transformer=_bytes(checkpoint.transformer, blocks),
-        encoder=_bytes(checkpoint.encoder, layers),
-        decoder=ways["decoder"],
-        image_encoder=ways["encoder"],
+        transformer=_bytes(
+            checkpoint.transformer.slots, rest, precision.linears.weight_bytes, "blocks."
+        ),
+        encoder=_bytes(layers, rest, precision.encoder_linears.weight_bytes),
+        decoder=_bytes(decoder, rest),
+        image_encoder=_bytes(image_encoder, rest),
     )
 
 
-def _bytes(part: ComponentFiles, sizes: dict[str, int]) -> int:
-    return sum(size * math.prod(part.slots[name].shape) for name, size in sizes.items())
-
-
-def _plan_exact(
-    config: EngineConfig,
-    model: ModelSpec,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    free: int,
-    limit: int,
-) -> MemoryPlan:
-    """Keep all components in GPU memory, or, where that does not fit, one at a time."""
+def count_exact(checkpoint: Checkpoint, precision: Precision) -> int:
+    """Count the bytes of all weights where none is quantized."""
     components = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
-    counts = (math.prod(slot.shape) for part in components for slot in part.slots.values())
-    needed = sum(counts) * dtype.itemsize + _WORKING_BYTES
-    sizes = (limit,) * (model.max_references + 1)
-    numbers = f"all networks need {needed / GB:.1f} GB, free are {free / GB:.1f} GB"
-    if config.offload in ("model", "disk"):
-        return MemoryPlan(Plan.OFFLOAD, ("as asked for", numbers), needed, sizes)
-    if config.offload == "none" or needed <= free:
-        return MemoryPlan(Plan.RESIDENT, (numbers,), needed, sizes)
-    return MemoryPlan(Plan.OFFLOAD, (f"one network at a time: {numbers}",), needed, sizes)
+    return sum(_bytes(part.slots, precision.dtype.itemsize) for part in components)
+
+
+def _bytes(
+    slots: Mapping[str, Slot], rest: float, matrix: float | None = None, word: str = ""
+) -> int:
+    """Sum *slots* up: *matrix* bytes a weight for matrices with *word* in their name, else *rest*.
+
+    A *matrix* of None is the *rest* too.
+    """
+    large = rest if matrix is None else matrix
+    sizes = (
+        (large if len(slot.shape) == 2 and word in name else rest) * math.prod(slot.shape)
+        for name, slot in slots.items()
+    )
+    return math.ceil(sum(sizes))

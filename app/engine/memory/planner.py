@@ -101,6 +101,9 @@ EAGER = Rates(
     text=300_000_000,
     margin=300_000_000,
 )
+_EXACT_WORKING_BYTES = 4_000_000_000
+"""Working memory of a one-megapixel image in bf16, eager, decoded without tiles."""
+
 CONTEXT_BYTES = 600_000_000
 """Memory of the CUDA context, which PyTorch's allocator does not count."""
 
@@ -114,28 +117,18 @@ class MemoryPlan:
     peak_bytes: int
     max_pixels: tuple[int, ...]
 
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the text encoder's layers are streamed from host memory."""
-        return self.name.is_streamed
-
-    @property
-    def is_tiled(self) -> bool:
-        """Whether every image is decoded in tiles."""
-        return self.name.is_tiled
-
 
 def peak_bytes(plan: Plan, weights: Weights, rates: Rates, pixels: int, references: int = 0) -> int:
     """Estimate the peak GPU memory of an image of *pixels*, in bytes."""
-    streamed, tiled = plan.is_streamed, plan.is_tiled
-    resident = weights.transformer + weights.decoder + (0 if streamed else weights.encoder)
+    resident = weights.transformer + weights.decoder + (0 if plan.is_streamed else weights.encoder)
     tokens = pixels // _TOKEN_PIXELS + _TEXT_TOKENS + references * _REFERENCE_TOKENS
-    picture = 12 * pixels
-    decode = picture + (rates.tiles if tiled or pixels > EXACT_PIXELS else rates.pixel * pixels)
-    text = rates.text + (2 * weights.encoder // 27 if streamed else 0)
-    stages = [text, rates.token * tokens, decode]
-    if references:
-        stages.append(weights.image_encoder + rates.encoded_pixel * _BASE_PIXELS)
+    is_tiled = plan.is_tiled or pixels > EXACT_PIXELS
+    stages = (
+        rates.text + (2 * weights.encoder // 27 if plan.is_streamed else 0),
+        rates.token * tokens,
+        12 * pixels + (rates.tiles if is_tiled else rates.pixel * pixels),
+        weights.image_encoder + rates.encoded_pixel * _BASE_PIXELS if references else 0,
+    )
     return resident + max(stages) + rates.margin
 
 
@@ -169,6 +162,28 @@ def plan_memory(
         )
         return MemoryPlan(name, tuple(reasons), peak, sizes)
     return None
+
+
+def plan_exact(
+    free_bytes: int,
+    weight_bytes: int,
+    *,
+    limit_pixels: int,
+    max_references: int,
+    offload: str = "auto",
+) -> MemoryPlan:
+    """Plan without quantization: all networks in GPU memory, or one at a time where they don't fit.
+
+    *offload* is `KLEIN_OFFLOAD`'s value.
+    """
+    needed = weight_bytes + _EXACT_WORKING_BYTES
+    sizes = (limit_pixels,) * (max_references + 1)
+    numbers = f"all networks need {needed / GB:.1f} GB, free are {free_bytes / GB:.1f} GB"
+    if offload in ("model", "disk"):
+        return MemoryPlan(Plan.OFFLOAD, ("as asked for", numbers), needed, sizes)
+    if offload == "none" or needed <= free_bytes:
+        return MemoryPlan(Plan.RESIDENT, (numbers,), needed, sizes)
+    return MemoryPlan(Plan.OFFLOAD, (f"one network at a time: {numbers}",), needed, sizes)
 
 
 def _largest(

@@ -30,6 +30,7 @@ from app.engine.pipeline.components import PipelineComponents, Predict
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
 from app.engine.quantization.cache import QuantizedCache
+from app.engine.quantization.formats import WeightFormat
 from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import GraphPool
 from app.engine.runtime.exact import TextEncoder, transformer_forward
@@ -47,9 +48,9 @@ class BuildOptions:
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
-    linears: str
-    """`exact` for the libraries' own modules, else a kind of `QuantizedLinearBuilder`."""
-    encoder_linears: str
+    linears: WeightFormat
+    """The format of the transformer's layers; an exact one runs the libraries' own modules."""
+    encoder_linears: WeightFormat
     attention: Attention
     compiler: Compiler
     is_offloaded: bool
@@ -76,7 +77,7 @@ def build(
     vae = _build_vae(checkpoint.vae, fill, options.vae_dtype)
     _admit_vae(vae, offloader, options)
     encoder: TextEncoder | FusedTextEncoder
-    if options.linears == "exact":
+    if options.linears.is_exact:
         encoder = _build_encoder(checkpoint.encoder, fill)
         transformer = _build_transformer(checkpoint.transformer, fill)
         offloader.admit(encoder, stays=not options.is_offloaded)
@@ -205,7 +206,7 @@ def _build_fast_encoder(
         device=options.device,
         dtype=options.dtype,
         on_read=fill.count,
-        quantized_cache=_quantized_cache(part, options, options.encoder_linears, "encoder"),
+        cache=_quantized_cache(part, options, options.encoder_linears, "encoder"),
     )
     layers = nn.ModuleList(
         encoder_layer(number, make, fill.norm(part), eps=config.rms_norm_eps)
@@ -235,7 +236,7 @@ def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> 
         device=options.device,
         dtype=options.dtype,
         on_read=fill.count,
-        quantized_cache=_quantized_cache(part, options, options.linears, "transformer"),
+        cache=_quantized_cache(part, options, options.linears, "transformer"),
     )
     replace_blocks(shell, make, fill.norm(part), options.attention)
     make.keep()
@@ -247,12 +248,12 @@ def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> 
 
 
 def _quantized_cache(
-    part: ComponentFiles, options: BuildOptions, kind: str, name: str
+    part: ComponentFiles, options: BuildOptions, wanted: WeightFormat, name: str
 ) -> QuantizedCache | None:
     return (
         None
         if options.quantized_cache is None
-        else QuantizedCache(options.quantized_cache, part, kind, name)
+        else QuantizedCache(options.quantized_cache, part, wanted.name, name)
     )
 
 
@@ -273,7 +274,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
     Only edits use the VAE encoder.
     """
-    is_exact = options.linears == "exact"
+    is_exact = options.linears.is_exact
     offloader.admit(vae.encoder, stays=is_exact and not options.is_offloaded)
     offloader.admit(vae.decoder, stays=not options.is_offloaded)
     for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
@@ -282,7 +283,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
 
 def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
-    if options.linears == "exact":
+    if options.linears.is_exact:
         return partial(_decode, vae)
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())

@@ -7,124 +7,78 @@ layer at a time. Projections of the same input are concatenated first, so they s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from app.engine.checkpoint.files import ComponentFiles
-from app.engine.checkpoint.transformer import QuantizedLayer
 from app.engine.modules.attention import Attention
 from app.engine.modules.fused_blocks import DoubleBlock, SingleBlock
 from app.engine.modules.qwen3_layers import EncoderLayer
-from app.engine.quantization.cache import Layer, QuantizedCache
-from app.engine.quantization.linear import (
-    Fp8Linear,
-    WeightOnlyLinear,
-    int8_linear,
-    quantize_fp8,
-    quantize_int8,
-    rotated_int8,
-)
+from app.engine.quantization.cache import QuantizedCache
+from app.engine.quantization.formats import WeightFormat
 
 Make = Callable[..., nn.Module]
 """Builds one linear layer from the names of the modules that it concatenates."""
 
 
+@dataclass(slots=True)
 class QuantizedLinearBuilder:
-    """Reads linear layers of *part* and builds them as *kind*, on *device*.
+    """Reads linear layers of *part* and builds them in *format*, on *device*.
 
-    *kind* is `fp8`, `fp8w`, `int8` or `int8w` (see `app.engine.quantization.linear`), or `plain`
-    for no quantization. *on_read* gets the label of *part*, the number of modules and the bytes of
-    each built layer. Layers that *quantized_cache* holds are read from there.
+    *dtype* is that of layers which are not quantized. *on_read* gets the label of *part*, the
+    number of modules and the bytes of each built layer. Layers that *cache* holds are read from
+    there.
     """
 
-    def __init__(
-        self,
-        part: ComponentFiles,
-        kind: str,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_read: Callable[[str, int, int], None],
-        quantized_cache: QuantizedCache | None = None,
-    ) -> None:
-        self._part = part
-        self._kind = kind
-        self._device = device
-        self._dtype = dtype
-        self._on_read = on_read
-        self._cache = quantized_cache
-        self._made: dict[str, nn.Module] = {}
+    part: ComponentFiles
+    format: WeightFormat
+    device: torch.device
+    dtype: torch.dtype
+    on_read: Callable[[str, int, int], None]
+    cache: QuantizedCache | None = None
+    _made: dict[str, nn.Module] = field(default_factory=dict, init=False)
 
     def __call__(self, *modules: str) -> nn.Module:
         """Build one layer of *modules*, concatenated in this order."""
-        origins = {self._part.origin.get(module, module) for module in modules}
-        layer = self._part.quantized.get(next(iter(origins))) if len(origins) == 1 else None
-        if layer is not None:
-            made = self._take(layer)
-        else:
+        origins = {self.part.origin.get(module, module) for module in modules}
+        layer = self.part.quantized.get(next(iter(origins))) if len(origins) == 1 else None
+        if layer is None:
             name = "+".join(modules)
-            made = self._made[name] = self._recall(name) or self._round(modules)
+            made = self._made[name] = self._recall(name) or self._quantize(modules)
+        elif (take := self.format.layers().take) is not None:
+            made = take(layer, self.device)
+        else:
+            made = self.format.build(layer.restored(self.device), self.dtype)
         size = sum(each.nbytes for each in [*made.parameters(), *made.buffers()])
-        self._on_read(self._part.label, len(modules), size)
+        self.on_read(self.part.label, len(modules), size)
         return made
 
     def keep(self) -> None:
         """Write the quantized layers to the cache, unless they were read from it, and close it."""
-        if self._cache is None:
+        if self.cache is None:
             return
-        if not self._cache.is_there and self._kind != "plain" and self._made:
-            self._cache.write({name: _layer_of(made) for name, made in self._made.items()})
-        self._cache.close()
+        self.cache.write(
+            {
+                f"{name}.{word}": getattr(made, word)
+                for name, made in self._made.items()
+                for word in self.format.layers().cached
+            }
+        )
+        self.cache.close()
         self._made.clear()
 
     def _recall(self, name: str) -> nn.Module | None:
-        if self._cache is None:
-            return None
-        found = self._cache.read(name, self._device)
-        if found is None:
-            return None
-        weight, scale = found
-        if self._kind == "fp8":
-            return Fp8Linear(weight, scale)
-        if self._kind == "int8":
-            return int8_linear(weight, scale).to(self._device)
-        return WeightOnlyLinear(weight, scale)
+        names = [f"{name}.{word}" for word in self.format.layers().cached]
+        found = self.cache.read(names, self.device) if self.cache else None
+        return self.format.layers().make(*found).to(self.device) if found else None
 
-    def _take(self, layer: QuantizedLayer) -> nn.Module:
-        """Build a layer from the file's fp8 weight, not requantized where the kind allows it."""
-        if self._kind == "plain" or self._kind.startswith("int8"):
-            return self._make(layer.restored(self._device))
-        weight = layer.weight(self._device)
-        scale = layer.weight_scale.to(self._device)
-        if self._kind == "fp8w" or layer.is_full_precision or scale.numel() > 1:
-            return WeightOnlyLinear(weight, scale.reshape(-1) if scale.numel() > 1 else scale)
-        given = layer.input_scale
-        return Fp8Linear(weight, scale, None if given is None else given.to(self._device))
-
-    def _round(self, modules: tuple[str, ...]) -> nn.Module:
-        slots = [self._part.slots[f"{module}.weight"] for module in modules]
-        return self._make(torch.cat([slot.read(self._device) for slot in slots]))
-
-    def _make(self, weight: torch.Tensor) -> nn.Module:
-        if self._kind == "fp8":
-            return Fp8Linear(*quantize_fp8(weight))
-        if self._kind == "fp8w":
-            return WeightOnlyLinear(*quantize_fp8(weight))
-        if self._kind == "int8":
-            return rotated_int8(weight).to(self._device)
-        if self._kind == "int8w":
-            return WeightOnlyLinear(*quantize_int8(weight))
-        rows, columns = weight.shape
-        plain = nn.Linear(columns, rows, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight.to(self._dtype), requires_grad=False)
-        return plain
-
-
-def _layer_of(made: Any) -> Layer:
-    scale = made.weight_scale if isinstance(made, Fp8Linear) else made.scale
-    return made.weight, scale
+    def _quantize(self, modules: tuple[str, ...]) -> nn.Module:
+        slots = [self.part.slots[f"{module}.weight"] for module in modules]
+        weight = torch.cat([slot.read(self.device) for slot in slots])
+        return self.format.build(weight, self.dtype)
 
 
 def replace_blocks(
@@ -137,15 +91,18 @@ def replace_blocks(
         for number in range(len(shell.transformer_blocks))
     )
     shell.single_transformer_blocks = nn.ModuleList(
-        _single(
-            f"single_transformer_blocks.{number}.attn",
-            make,
-            norm,
+        SingleBlock(
+            make(f"{name}.to_qkv_mlp_proj"),
+            make(f"{name}.to_out"),
+            (norm(f"{name}.norm_q.weight"), norm(f"{name}.norm_k.weight")),
             width=width,
             eps=eps,
             attention=attention,
         )
-        for number in range(len(shell.single_transformer_blocks))
+        for name in (
+            f"single_transformer_blocks.{number}.attn"
+            for number in range(len(shell.single_transformer_blocks))
+        )
     )
 
 
@@ -179,25 +136,6 @@ def _double(
         for each in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     )
     return DoubleBlock(image, text, (q, k, text_q, text_k), eps=eps, attention=attention)
-
-
-def _single(
-    name: str,
-    make: Make,
-    norm: Callable[[str], nn.Parameter],
-    *,
-    width: int,
-    eps: float,
-    attention: Attention,
-) -> SingleBlock:
-    return SingleBlock(
-        make(f"{name}.to_qkv_mlp_proj"),
-        make(f"{name}.to_out"),
-        (norm(f"{name}.norm_q.weight"), norm(f"{name}.norm_k.weight")),
-        width=width,
-        eps=eps,
-        attention=attention,
-    )
 
 
 def encoder_layer(

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,49 +29,39 @@ _log = logging.getLogger(__name__)
 _VERSION = "2"
 """Has to be raised when the quantization of the same sources changes."""
 
-Layer = tuple[torch.Tensor, torch.Tensor]
-"""A quantized weight and its scale."""
-
 
 class QuantizedCache:
-    """The cached layers of *part* at *kind*. Not thread-safe."""
+    """The cached layers of *part* in the format *kind*. Not thread-safe."""
 
     def __init__(self, folder: Path, part: ComponentFiles, kind: str, name: str) -> None:
         places = "\n".join(str(path.resolve()) for path in part.sources)
         digest = hashlib.sha256(places.encode()).hexdigest()[:12]
         self._cache = folder
         self._path = folder / "converted" / f"{name}-{kind}-{digest}.safetensors"
-        self._sources = _describe(part.sources)
+        stats = [(path.name, path.stat()) for path in part.sources]
+        sources = json.dumps([[file, each.st_size, each.st_mtime_ns] for file, each in stats])
+        self._metadata = {"version": _VERSION, "sources": sources}
         self._file = self._open()
 
-    @property
-    def is_there(self) -> bool:
-        """Whether there is a valid file to read."""
-        return self._file is not None
-
-    def read(self, name: str, device: torch.device) -> Layer | None:
-        """Read one layer onto *device*; None where it is not cached."""
-        if self._file is None:
+    def read(self, names: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:
+        """Read the tensors *names* of one layer onto *device*; None where one is not cached."""
+        if self._file is None or not set(names) <= self._file.tensors.keys():
             return None
-        weight, scale = (self._file.tensors.get(f"{name}.{each}") for each in ("weight", "scale"))
-        return (
-            None if weight is None or scale is None else (weight.read(device), scale.read(device))
-        )
+        return [self._file.tensors[name].read(device) for name in names]
 
-    def write(self, layers: Mapping[str, Layer]) -> None:
-        """Write *layers*, one at a time through host memory; a failure is logged."""
-        tensors = {
-            f"{name}.{word}": value
-            for name, layer in layers.items()
-            for word, value in zip(("weight", "scale"), layer, strict=True)
-        }
-        metadata = {"version": _VERSION, "sources": self._sources}
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write *tensors*, unless a valid file is there; a failure is logged.
+
+        They pass through host memory one at a time.
+        """
+        if self._file is not None or not tensors:
+            return
         try:
             make_folder(self._path.parent, self._cache)
             if reason := why_open(self._path.parent, self._cache):
                 _log.warning("The 8 bit weights are quantized at each start, because %s.", reason)
                 return
-            _write_whole(self._path, tensors, metadata)
+            _write_whole(self._path, tensors, self._metadata)
         except OSError as error:
             _log.warning(
                 "The 8 bit weights could not be kept in KLEIN_CACHE_DIR (%s); "
@@ -91,15 +81,10 @@ class QuantizedCache:
             file = SafetensorsFile(self._path)
         except (OSError, StartupError):
             return None
-        if file.metadata == {"version": _VERSION, "sources": self._sources}:
+        if file.metadata == self._metadata:
             return file
         file.close()
         return None
-
-
-def _describe(sources: tuple[Path, ...]) -> str:
-    stats = ((path.name, path.stat()) for path in sources)
-    return json.dumps([[name, each.st_size, each.st_mtime_ns] for name, each in stats])
 
 
 def _write_whole(

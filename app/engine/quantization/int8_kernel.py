@@ -24,15 +24,10 @@ _PACKAGE = "comfy_kitchen"
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def is_installed() -> bool:
-    """Return whether the library is installed, without importing it."""
-    return importlib.util.find_spec(_PACKAGE) is not None
-
-
 @functools.cache
 def fused_matmul() -> Matmul | None:
     """Return the library's matmul; None where it is not installed or cannot be imported."""
-    if not is_installed():
+    if importlib.util.find_spec(_PACKAGE) is None:
         return None
     try:
         importlib.import_module(_PACKAGE)

@@ -43,6 +43,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from app.engine.checkpoint.files import QuantizedLayer
 from app.engine.quantization.int8_kernel import Matmul, fused_matmul
 
 FP8_LIMIT = 448.0
@@ -64,23 +65,15 @@ _GROUPS = (256, 64, 16, 4)
 class Fp8Linear(nn.Module):
     """fp8 weights and activations; without *input_scale* the amax of x is computed at each call."""
 
-    input_inverse: torch.Tensor | None
-
     def __init__(
-        self,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        input_scale: torch.Tensor | None = None,
+        self, weight: torch.Tensor, scale: torch.Tensor, input_scale: torch.Tensor | None = None
     ) -> None:
         super().__init__()
         self.weight = _parameter(weight)
-        self.weight_scale = _parameter(weight_scale.float().reshape(()))
-        self.input_scale: nn.Parameter | None = None
-        self.input_inverse = None
-        if input_scale is not None:
-            scale = input_scale.float().reshape(())
-            self.input_scale = _parameter(scale)
-            self.input_inverse = _parameter(1 / scale)
+        self.scale = _parameter(scale.float().reshape(()))
+        given = None if input_scale is None else input_scale.float().reshape(())
+        self.input_scale = None if given is None else _parameter(given)
+        self.input_inverse = None if given is None else _parameter(1 / given)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""
@@ -98,13 +91,13 @@ class Fp8Linear(nn.Module):
                 quantized,
                 self.weight.t(),
                 scale_a=scale,
-                scale_b=self.weight_scale,
+                scale_b=self.scale,
                 out_dtype=x.dtype,
                 use_fast_accum=True,
             )
         else:
             exact = quantized.float() @ self.weight.float().t()
-            product = (exact * (scale * self.weight_scale)).to(x.dtype)
+            product = (exact * (scale * self.scale)).to(x.dtype)
         return product.view(*x.shape[:-1], -1)
 
 
@@ -174,17 +167,38 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.to(torch.int8), scale
 
 
-def rotated_int8(weight: torch.Tensor) -> Int8Linear:
-    """Build the int8 layer of a full-precision *weight*, [out, in]."""
-    group = rotation_group(weight.shape[1])
-    rotated = rotate(weight.float(), hadamard(group).to(weight.device))
-    return int8_linear(*quantize_int8(rotated))
+def quantize_rotated(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate *weight* along K, then quantize it as `quantize_int8` does."""
+    rotation = hadamard(rotation_group(weight.shape[1])).to(weight.device)
+    return quantize_int8(rotate(weight.float(), rotation))
 
 
 def int8_linear(weight: torch.Tensor, scale: torch.Tensor) -> Int8Linear:
     """Build the int8 layer of a rotated and quantized weight, with the fused kernel if any."""
     product = fused_matmul() if torch.cuda.is_available() else None
     return Int8Linear(weight, scale, rotation_group(weight.shape[1]), product)
+
+
+def plain_linear(weight: torch.Tensor) -> nn.Linear:
+    """Build a layer that is not quantized."""
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer.weight = _parameter(weight)
+    return layer
+
+
+def take_fp8(layer: QuantizedLayer, device: torch.device) -> nn.Module:
+    """Build the layer of a file's fp8 weight, which multiplies as the file asks."""
+    if layer.is_full_precision or layer.weight_scale.numel() > 1:
+        return take_fp8_weight(layer, device)
+    given = None if layer.input_scale is None else layer.input_scale.to(device)
+    return Fp8Linear(layer.weight(device), layer.weight_scale.to(device), given)
+
+
+def take_fp8_weight(layer: QuantizedLayer, device: torch.device) -> nn.Module:
+    """Build the layer of a file's fp8 weight that is multiplied in the input's dtype."""
+    scale = layer.weight_scale.to(device)
+    return WeightOnlyLinear(layer.weight(device), scale.reshape(-1) if scale.numel() > 1 else scale)
 
 
 def rotation_group(width: int) -> int:

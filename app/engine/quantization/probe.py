@@ -12,13 +12,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from app.engine.modules.attention import (
-    TOLERANCE,
-    relative_error,
-)
-from app.engine.quantization import int8_kernel, linear
+from app.engine.modules.attention import TOLERANCE, relative_error
+from app.engine.quantization.formats import WeightFormat, automatic
 from app.engine.quantization.select import GpuCapabilities
 
 _log = logging.getLogger(__name__)
@@ -29,45 +25,46 @@ _ROUNDS = 4
 
 
 def probe_gpu(device: torch.device) -> GpuCapabilities | None:
-    """Return which 8-bit kernels run on *device*; None for the CPU."""
+    """Probe the formats in their order until one runs on *device*; return None for the CPU."""
     if device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(device)
-    if _is_right(device, lambda weight: linear.Fp8Linear(*linear.quantize_fp8(weight))):
-        return GpuCapabilities(capability, has_fp8=True, has_int8=False)
-    note = int8_fault(device)
-    return GpuCapabilities(capability, has_fp8=False, has_int8=not note, int8_note=note)
+    faults: dict[str, str] = {}
+    for each in automatic():
+        if not (fault := each.fault(device)):
+            return GpuCapabilities(capability, frozenset([each.name]), faults)
+        faults[each.name] = fault
+    return GpuCapabilities(capability, frozenset(), faults)
 
 
-def int8_fault(device: torch.device) -> str:
-    """Return why int8 is not faster on *device*; an empty string where it is."""
-    if int8_kernel.fused_matmul() is None:
-        return "comfy-kitchen, the extra `int8`, is not installed"
-    if not _is_right(device, linear.rotated_int8):
-        return "comfy-kitchen's product does not agree with bf16 here"
-    ours, plain = _race(device)
+def kernel_fault(wanted: WeightFormat, device: torch.device) -> str:
+    """Say why the matmul of *wanted* is wrong or too slow on *device*; return "" if it is not."""
+    if not _is_right(wanted, device):
+        return f"{wanted.kernel}'s product does not agree with bf16 here"
+    if not wanted.must_win or device.type != "cuda":
+        return ""
+    ours, plain = _race(wanted, device)
     torch.cuda.empty_cache()
-    _log.info("A matmul in int8 takes %.2f ms, in bf16 %.2f ms", 1e3 * ours, 1e3 * plain)
+    _log.info("A matmul in %s takes %.2f ms, in bf16 %.2f ms", wanted.name, 1e3 * ours, 1e3 * plain)
     return "" if ours < plain else f"{ours / plain:.2f} times bf16's time on this card"
 
 
-def _race(device: torch.device) -> tuple[float, float]:
-    """Return the seconds of klein's widest matmul in int8 and in bf16."""
+def _race(wanted: WeightFormat, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of klein's widest matmul in *wanted* and in bf16."""
     weight = torch.randn(_WIDTHS[::-1], device=device, dtype=torch.bfloat16)
     x = torch.randn(_TOKENS, _WIDTHS[0], device=device, dtype=torch.bfloat16)
-    layer = linear.rotated_int8(weight)
+    layer = wanted.build(weight, weight.dtype)
     return _seconds(lambda: layer(x)), _seconds(lambda: x @ weight.t())
 
 
-def _is_right(device: torch.device, make: Callable[[torch.Tensor], nn.Module]) -> bool:
+def _is_right(wanted: WeightFormat, device: torch.device) -> bool:
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(256, 512, device=device, generator=generator)
     x = torch.randn(64, 512, device=device, generator=generator).bfloat16()
     try:
-        layer = make(weight)
-        error = relative_error(layer(x), x @ weight.bfloat16().t())
+        error = relative_error(wanted.build(weight, x.dtype)(x), x @ weight.bfloat16().t())
     except RuntimeError as failure:
-        _log.info("A matmul in 8 bit does not run here: %s", failure)
+        _log.info("A matmul in %s does not run here: %s", wanted.name, failure)
         return False
     return error < TOLERANCE
 

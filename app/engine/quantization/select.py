@@ -2,60 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+from app.engine.quantization.formats import AUTO, FORMATS, WeightFormat, automatic, check_choice
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
     """A choice with its reason.
 
-    *dtype* is that of everything that is not quantized. *linears* and *encoder_linears* are kinds
-    of `app.engine.quantization.builder.QuantizedLinearBuilder`, or `exact` for the libraries' own
-    modules.
+    *name* is what the operator calls it, *linears* the format that the transformer's layers get on
+    this GPU. *dtype* is that of everything that is not quantized.
     """
 
     name: str
     dtype: torch.dtype
     reason: str
-    linears: str = "exact"
-    encoder_linears: str = "exact"
+    linears: WeightFormat
+
+    @property
+    def encoder_linears(self) -> WeightFormat:
+        """The format of the text encoder's layers."""
+        return FORMATS[self.linears.encoder]
 
 
 @dataclass(frozen=True, slots=True)
 class GpuCapabilities:
-    """A GPU's compute capability (major, minor), and which kernels passed their probes."""
+    """A GPU's compute capability (major, minor), and the formats whose kernels were probed."""
 
     capability: tuple[int, int]
-    has_fp8: bool
-    has_int8: bool
-    int8_note: str = ""
-    """Why *has_int8* is false, where it was probed."""
+    runs: frozenset[str]
+    """Formats whose probes passed; those after the first of them are not probed."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Why others do not run."""
 
 
 def choose_precision(asked: str, facts: GpuCapabilities | None, *, is_small: bool) -> Precision:
     """Choose for a model on a GPU, or on the CPU where *facts* is None.
 
     *is_small*: below a gigabyte of weights, as the demo and the tests' models are.
+
+    Raises:
+        StartupError: *asked* is not one of `formats.choices`.
     """
-    if asked in ("bf16", "fp32"):
-        return Precision(asked, _DTYPES[asked], "as asked for")
+    check_choice(asked)
+    if asked != AUTO:
+        return _as_asked(FORMATS[asked], facts, is_small=is_small)
     if facts is None:
-        return _on_processor(asked, is_small=is_small)
-    if asked == "int8":
-        return _int8("as asked for")
-    if asked == "fp8":
-        return _fp8(facts, "as asked for")
+        if is_small:
+            return _choice("fp32", "a small model, at its fastest on the processor")
+        return _choice("bf16", "on the processor, to halve the memory")
     if is_small:
-        return Precision("bf16", torch.bfloat16, "a small model, which 8 bit would not help")
-    if facts.has_fp8:
-        major, minor = facts.capability
-        return _fp8(facts, f"sm_{major}{minor} multiplies in fp8, and the probe agreed with bf16")
-    if facts.has_int8:
-        return _int8("the card multiplies in int8 faster than in bf16; fp8 it does not know")
-    note = f" (int8: {facts.int8_note})" if facts.int8_note else ""
-    return _fp8(facts, f"for the memory{note}")
+        return _choice("bf16", "a small model, which 8 bit would not help")
+    for each in automatic():
+        if each.reason and each.name in facts.runs:
+            return _choice(each.name, each.reason.format(*facts.capability))
+    wanted = next(each for each in FORMATS.values() if each.substitute)
+    others = [f"{name}: {why}" for name, why in facts.faults.items() if name != wanted.name]
+    return _substitute(wanted, "for the memory" + (f" ({'; '.join(others)})" if others else ""))
 
 
 def vae_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -67,33 +74,21 @@ def vae_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else precision.dtype
 
 
-def _on_processor(asked: str, *, is_small: bool) -> Precision:
-    if asked == "fp8":
-        return Precision(
-            "fp8", _emulated(is_small), "emulated on the processor, to compare", "fp8", "int8w"
-        )
-    if asked == "int8":
-        return Precision(
-            "int8", _emulated(is_small), "emulated on the processor, to compare", "int8", "int8w"
-        )
-    if is_small:
-        return Precision("fp32", torch.float32, "a small model, at its fastest on the processor")
-    return Precision("bf16", torch.bfloat16, "on the processor, to halve the memory")
+def _as_asked(wanted: WeightFormat, facts: GpuCapabilities | None, *, is_small: bool) -> Precision:
+    if facts is None and not wanted.is_exact:
+        dtype = torch.float32 if is_small else torch.bfloat16
+        return Precision(wanted.name, dtype, "emulated on the processor, to compare", wanted)
+    if facts is not None and wanted.substitute and wanted.name not in facts.runs:
+        return _substitute(wanted, "as asked for")
+    return _choice(wanted.name, "as asked for")
 
 
-def _fp8(facts: GpuCapabilities, reason: str) -> Precision:
-    if facts.has_fp8:
-        return Precision("fp8", torch.bfloat16, reason, "fp8", "int8w")
-    reason = f"{reason}; fp8 weights multiplied in bf16: this saves memory, not time"
-    return Precision("fp8", torch.bfloat16, reason, "fp8w", "int8w")
+def _choice(name: str, reason: str) -> Precision:
+    return Precision(name, getattr(torch, FORMATS[name].dtype), reason, FORMATS[name])
 
 
-def _int8(reason: str) -> Precision:
-    return Precision("int8", torch.bfloat16, reason, "int8", "int8w")
-
-
-def _emulated(is_small: bool) -> torch.dtype:
-    return torch.float32 if is_small else torch.bfloat16
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+def _substitute(wanted: WeightFormat, reason: str) -> Precision:
+    assert wanted.substitute is not None
+    taken = FORMATS[wanted.substitute]
+    reason = f"{reason}; {wanted.name} weights multiplied in bf16: this saves memory, not time"
+    return Precision(wanted.name, getattr(torch, taken.dtype), reason, taken)

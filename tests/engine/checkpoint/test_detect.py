@@ -92,7 +92,7 @@ def test_comfyuis_folder_gives_the_folders_latents(folder, expected, tmp_path, v
 def test_a_float32_vae_is_cast(folder, tmp_path):
     """ComfyUI's VAE comes in float32 and is used at the arithmetic's precision."""
     models = to_comfy(folder, tmp_path / "models")
-    components = build(models, dtype=torch.bfloat16, linears="exact")
+    components = build(models, dtype=torch.bfloat16, linears="bf16")
 
     assert components.vae.decoder.conv_in.weight.dtype is torch.bfloat16
 

@@ -97,7 +97,7 @@ parts = build(folder, linears=linears, dtype=torch.bfloat16, quantized_cache=fol
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("linears", "share"), [("exact", 1.25), ("fp8", 0.85)])
+@pytest.mark.parametrize(("linears", "share"), [("bf16", 1.25), ("fp8", 0.85)])
 def test_a_load_holds_no_weight_twice(tmp_path, linears, share):
     """The peak of a load, conversion and its file included, against the bytes on disk: all of
     them and one part's change, or half of them where they are rounded.
@@ -141,7 +141,7 @@ def anonymous(pid: int) -> int:
 
 def test_the_encoder_above_its_last_state_is_not_read(folder):
     """28 layers on disk, 27 in memory; no logits, no final norm."""
-    components = build(folder, linears="exact", dtype=torch.bfloat16)
+    components = build(folder, linears="bf16", dtype=torch.bfloat16)
 
     assert len(components.encoder.layers) == 27
     assert not [name for name, _ in components.encoder.named_parameters() if "lm_head" in name]

@@ -106,8 +106,8 @@ def test_a_plan_that_is_asked_for_is_taken(name):
 
     assert found.name == name
     assert found.reasons[-1].endswith("as asked for")
-    assert found.is_streamed == ("streamed" in name)
-    assert found.is_tiled == ("tiled" in name)
+    assert found.name.is_streamed == ("streamed" in name)
+    assert found.name.is_tiled == ("tiled" in name)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,24 @@ def test_a_plan_that_is_asked_for_is_taken(name):
 def test_a_megapixel_stays_within_the_envelope(name, bar):
     """What each plan reckons with for 1024x1024 is at most what it is meant to take."""
     assert peak_bytes(Plan(name), KLEIN, COMPILED, MEGAPIXEL) <= bar * GB
+
+
+@pytest.mark.parametrize(("name", "following"), [*zip(PLANS, (*PLANS[1:], None), strict=True)])
+def test_each_plan_is_taken_to_its_last_byte(name, following):
+    """Where its default image just fits; with one byte less it is the next plan's turn."""
+    enough = peak_bytes(name, KLEIN, COMPILED, MEGAPIXEL) + CONTEXT_BYTES
+    found, less = (
+        plan_memory(free, KLEIN, COMPILED, default_pixels=MEGAPIXEL, limit_pixels=LIMIT)
+        for free in (enough, enough - 1)
+    )
+
+    assert found.name is name
+    assert (less.name if less else None) is following
+
+
+def test_references_that_have_no_room_are_not_admitted():
+    """Each takes its share of the picture's pixels, down to none at all."""
+    found = plan(6.6, rates=EAGER)
+
+    assert found.max_pixels[0] >= MEGAPIXEL
+    assert found.max_pixels[-1] == 0

@@ -11,7 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from app.engine.quantization import int8_kernel  # noqa: E402 - after the check for torch
-from app.engine.quantization.linear import Int8Linear, rotate, rotated_int8  # noqa: E402
+from app.engine.quantization.linear import (  # noqa: E402
+    Int8Linear,
+    int8_linear,
+    quantize_rotated,
+    rotate,
+)
 
 pytestmark = [pytest.mark.system, pytest.mark.torch]
 
@@ -26,7 +31,7 @@ def product():
 def layer_and_input(width: int) -> tuple[Int8Linear, torch.Tensor]:
     generator = torch.Generator().manual_seed(width)
     weight = torch.randn(48, width, generator=generator)
-    return rotated_int8(weight), torch.randn(2, 20, width, generator=generator)
+    return int8_linear(*quantize_rotated(weight)), torch.randn(2, 20, width, generator=generator)
 
 
 @pytest.mark.parametrize("width", [256, 3072, 192, 80])
@@ -45,7 +50,7 @@ def test_the_weights_are_the_librarys_own(product):
 
     weight = torch.randn(48, 512, generator=torch.Generator().manual_seed(1))
     theirs, scales = reference.quantize_int8_convrot_weight(weight, 256)
-    ours = rotated_int8(weight)
+    ours = int8_linear(*quantize_rotated(weight))
 
     assert (ours.weight - theirs).abs().max() <= 1
     torch.testing.assert_close(ours.scale, scales.reshape(-1))

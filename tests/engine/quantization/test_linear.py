@@ -10,10 +10,11 @@ from app.engine.quantization.linear import (
     Int8Linear,
     WeightOnlyLinear,
     hadamard,
+    int8_linear,
     quantize_fp8,
     quantize_int8,
+    quantize_rotated,
     rotate,
-    rotated_int8,
     rotation_group,
 )
 
@@ -49,7 +50,7 @@ def test_int8_with_rotation_errs_by_two_percent(width):
     weight, x = heavy(ROWS, width, seed=0), heavy(TOKENS, width, seed=1)
 
     assert rotation_group(width) == 256
-    assert error(rotated_int8(weight), weight, x) <= 0.02
+    assert error(int8_linear(*quantize_rotated(weight)), weight, x) <= 0.02
 
 
 @pytest.mark.parametrize("is_calibrated", [False, True])
@@ -100,7 +101,7 @@ def test_an_outlier_channel_does_not_spoil_the_rotated_product():
     right = x @ weight.t()
     plain_error = float((plain - right).norm() / right.norm())
 
-    assert error(rotated_int8(weight), weight, x) < 0.03 < plain_error
+    assert error(int8_linear(*quantize_rotated(weight)), weight, x) < 0.03 < plain_error
 
 
 def test_int8_products_are_exact_on_a_processor():
@@ -119,7 +120,7 @@ def test_zeros_stay_zeros(kind):
     weight, x = torch.zeros(16, 64), torch.zeros(3, 64)
     make = {
         "fp8": lambda: Fp8Linear(*quantize_fp8(weight)),
-        "int8": lambda: rotated_int8(weight),
+        "int8": lambda: int8_linear(*quantize_rotated(weight)),
         "weights": lambda: WeightOnlyLinear(*quantize_int8(weight)),
     }[kind]
 
@@ -132,7 +133,7 @@ def test_shape_and_type_of_the_input_are_kept(dtype):
     x = gaussian(1, 5, 64, seed=0).to(dtype)
     for layer in (
         Fp8Linear(*quantize_fp8(gaussian(32, 64, seed=1))),
-        rotated_int8(gaussian(32, 64, seed=1)),
+        int8_linear(*quantize_rotated(gaussian(32, 64, seed=1))),
         WeightOnlyLinear(*quantize_int8(gaussian(32, 64, seed=1))),
     ):
         assert (layer(x).shape, layer(x).dtype) == ((1, 5, 32), dtype)

@@ -11,9 +11,9 @@ from app.engine.quantization.select import GpuCapabilities, choose_precision, va
 
 pytestmark = pytest.mark.torch
 
-ADA = GpuCapabilities((8, 9), has_fp8=True, has_int8=False)
-AMPERE = GpuCapabilities((8, 6), has_fp8=False, has_int8=True)
-SLOW = GpuCapabilities((8, 6), has_fp8=False, has_int8=False, int8_note="1.10 times bf16's time")
+ADA = GpuCapabilities((8, 9), frozenset(["fp8"]))
+AMPERE = GpuCapabilities((8, 6), frozenset(["int8"]), {"fp8": "it has no such units"})
+SLOW = GpuCapabilities((8, 6), frozenset(), {"fp8": "-", "int8": "1.10 times bf16's time"})
 
 
 @pytest.mark.parametrize(
@@ -22,30 +22,31 @@ SLOW = GpuCapabilities((8, 6), has_fp8=False, has_int8=False, int8_note="1.10 ti
         ("auto", ADA, "fp8", "sm_89 multiplies in fp8"),
         ("auto", AMPERE, "int8", "faster than in bf16"),
         ("auto", SLOW, "fp8w", "memory, not time"),
-        ("auto", SLOW, "fp8w", "1.10 times bf16's time"),
+        ("auto", SLOW, "fp8w", "for the memory (int8: 1.10 times bf16's time); fp8 weights"),
         ("fp8", AMPERE, "fp8w", "memory, not time"),
         ("int8", ADA, "int8", "as asked for"),
-        ("bf16", ADA, "exact", "as asked for"),
+        ("bf16", ADA, "bf16", "as asked for"),
     ],
 )
 def test_the_card_and_its_probes_decide(asked, facts, linears, said):
     """Fp8 where it multiplies, int8 where it is faster, and the reason with either."""
     chosen = choose_precision(asked, facts, is_small=False)
 
-    assert chosen.linears == linears
+    assert chosen.linears.name == linears
     assert said in chosen.reason
 
 
 def test_a_small_model_is_not_rounded():
     """The demo and the tests' models stay exact, unless asked otherwise."""
-    assert choose_precision("auto", ADA, is_small=True).linears == "exact"
-    assert choose_precision("fp8", ADA, is_small=True).linears == "fp8"
+    assert choose_precision("auto", ADA, is_small=True).linears.is_exact
+    assert choose_precision("fp8", ADA, is_small=True).linears.name == "fp8"
 
 
 def test_the_encoder_keeps_its_activations():
     """Only its weights are rounded: its output suffers from anything more."""
     for asked, facts in (("fp8", ADA), ("auto", SLOW), ("int8", AMPERE)):
-        assert choose_precision(asked, facts, is_small=False).encoder_linears == "int8w"
+        chosen = choose_precision(asked, facts, is_small=False)
+        assert chosen.encoder_linears.name == "int8w"
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", "bfloat16"), ("cpu", "float32")])

@@ -29,7 +29,7 @@ def embed(components, prompt: str) -> torch.Tensor:
 
 def test_the_trimmed_encoder_is_the_full_one(tiny_klein):
     """In bf16, 27 layers without norm and logits: the whole model's hidden states, bit by bit."""
-    components = build(tiny_klein, linears="exact", dtype=torch.bfloat16, max_sequence_length=512)
+    components = build(tiny_klein, linears="bf16", dtype=torch.bfloat16, max_sequence_length=512)
     loaded = Flux2KleinPipeline.from_pretrained(tiny_klein, dtype=torch.bfloat16)
     for prompt in PROMPTS:
         right = loaded._get_qwen3_prompt_embeds(loaded.text_encoder, loaded.tokenizer, prompt)
@@ -39,7 +39,7 @@ def test_the_trimmed_encoder_is_the_full_one(tiny_klein):
 @pytest.mark.parametrize(("kind", "error"), [("plain", 1e-5), ("int8w", 0.05)])
 def test_our_layers_compute_what_qwens_do(tiny_klein, kind, error):
     """Joined projections and written-out attention: the same formulas, then rounded weights."""
-    right = build(tiny_klein, linears="exact")
+    right = build(tiny_klein, linears="bf16")
     made = build(tiny_klein, encoder_linears=kind)
     for prompt in PROMPTS:
         one, other = embed(made, prompt), embed(right, prompt)

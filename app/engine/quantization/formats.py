@@ -1,0 +1,182 @@
+"""The registry of weight formats: `FORMATS`, from a format's name to all that sets it apart.
+
+A format says how its layers are made, kept in the cache and counted in memory, where they run, and
+what the operator calls it. Adding one means one entry here, and its layer beside the others in
+`app.engine.quantization.linear`.
+
+Nothing here imports torch before a layer is made: the HTTP process and `klein --help` read the
+names, and neither may wait for torch. So an entry is plain data, and the functions that make its
+layers import what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from app.errors import StartupError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from app.engine.checkpoint.files import QuantizedLayer
+
+AUTO = "auto"
+"""The value of `KLEIN_PRECISION` that leaves the choice to the GPU and its probes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """How a format's linear layers are made; a weight is [out, in]."""
+
+    make: Callable[..., nn.Module]
+    """Makes a layer from the tensors of a quantized weight, as `quantize` returns them."""
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
+    """Quantizes a weight of full precision; None where it is only converted to another dtype."""
+    take: Callable[[QuantizedLayer, torch.device], nn.Module] | None = None
+    """Makes a layer from a file's own fp8 weight; None where that is restored and quantized."""
+    cached: tuple[str, ...] = ("weight", "scale")
+    """The layer's attributes that the cache stores, in the order of `make`'s arguments."""
+
+
+def _plain() -> Layers:
+    from app.engine.quantization import linear
+
+    return Layers(linear.plain_linear, cached=())
+
+
+def _fp8() -> Layers:
+    from app.engine.quantization import linear
+
+    return Layers(linear.Fp8Linear, linear.quantize_fp8, linear.take_fp8)
+
+
+def _fp8_weights() -> Layers:
+    from app.engine.quantization import linear
+
+    return Layers(linear.WeightOnlyLinear, linear.quantize_fp8, linear.take_fp8_weight)
+
+
+def _int8() -> Layers:
+    from app.engine.quantization import linear
+
+    return Layers(linear.int8_linear, linear.quantize_rotated)
+
+
+def _int8_weights() -> Layers:
+    from app.engine.quantization import linear
+
+    return Layers(linear.WeightOnlyLinear, linear.quantize_int8)
+
+
+def _missing_kitchen() -> str:
+    from app.engine.quantization.int8_kernel import fused_matmul
+
+    return "" if fused_matmul() else "comfy-kitchen, the extra `int8`, is not installed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFormat:
+    """One format of the weights of a network's large linear layers."""
+
+    name: str
+    layers: Callable[[], Layers] = _plain
+    """Imports torch and says how the layers are made."""
+    weight_bytes: float
+    """Bytes of one weight in GPU memory."""
+    is_choice: bool = True
+    """Whether `KLEIN_PRECISION` may name it."""
+    is_exact: bool = False
+    """Whether the libraries' own modules run, instead of fused blocks of these layers."""
+    dtype: str = "bfloat16"
+    """torch's name of the dtype of everything that is not quantized."""
+    encoder: str = "int8w"
+    """The format of the text encoder's layers."""
+    file: str = "bf16"
+    """The transformer's file, a key of `ModelEntry.transformers`."""
+    rate: str | None = "bf16"
+    """The field of `roofline.GpuDatasheet` with its matmul's rate; None where there is none."""
+    kernel: str = "PyTorch"
+    """Whose matmul runs, in messages."""
+    missing: Callable[[], str] = str
+    """Says what the kernel needs and is not installed; empty where nothing is missing."""
+    must_win: bool = False
+    """Whether the probe also has to find it faster than bf16."""
+    substitute: str | None = None
+    """The format that takes its place on a GPU that does not run its kernel."""
+    reason: str | None = None
+    """Why `auto` takes it where its probe passed, with the compute capability's numbers {0} and
+    {1}; None where it is chosen by name only."""
+    oldest: tuple[int, int] = (8, 0)
+    """The compute capability from which on its kernel usually runs."""
+
+    def build(self, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+        """Make the layer of a *weight* of full precision; without quantization it gets *dtype*."""
+        layers = self.layers()
+        tensors = (weight.to(dtype),) if layers.quantize is None else layers.quantize(weight)
+        return layers.make(*tensors).to(weight.device)
+
+    def fault(self, device: torch.device) -> str:
+        """Say why it does not run on *device*; return an empty string where it does."""
+        from app.engine.quantization.probe import kernel_fault
+
+        return self.missing() or kernel_fault(self, device)
+
+
+FORMATS: dict[str, WeightFormat] = {
+    each.name: each
+    for each in (
+        WeightFormat(
+            name="fp8",
+            layers=_fp8,
+            weight_bytes=1,
+            file="fp8",
+            rate="fp8",
+            substitute="fp8w",
+            reason="sm_{0}{1} multiplies in fp8, and the probe agreed with bf16",
+            oldest=(8, 9),
+        ),
+        WeightFormat(
+            name="int8",
+            layers=_int8,
+            weight_bytes=1,
+            rate="int8",
+            kernel="comfy-kitchen",
+            missing=_missing_kitchen,
+            must_win=True,
+            reason="the card multiplies in int8 faster than in bf16; fp8 it does not know",
+        ),
+        WeightFormat(name="bf16", weight_bytes=2, is_exact=True),
+        WeightFormat(name="fp32", weight_bytes=4, is_exact=True, dtype="float32", rate=None),
+        WeightFormat(name="fp8w", layers=_fp8_weights, weight_bytes=1, is_choice=False, file="fp8"),
+        WeightFormat(name="int8w", layers=_int8_weights, weight_bytes=1, is_choice=False),
+        WeightFormat(name="plain", weight_bytes=2, is_choice=False),
+    )
+}
+"""All formats by name, those that `auto` prefers first."""
+
+
+def choices() -> tuple[str, ...]:
+    """Return the values of `KLEIN_PRECISION`."""
+    return (AUTO, *(name for name, each in FORMATS.items() if each.is_choice))
+
+
+def automatic() -> tuple[WeightFormat, ...]:
+    """Return the formats that `auto` chooses from, the preferred first; each needs its probe."""
+    return tuple(each for each in FORMATS.values() if each.reason is not None)
+
+
+def check_choice(asked: str) -> None:
+    """Check a value of `KLEIN_PRECISION`.
+
+    Raises:
+        StartupError: it is not one of `choices`, which the message lists.
+    """
+    *others, last = map(repr, choices())
+    if asked not in choices():
+        raise StartupError(
+            "KLEIN_PRECISION has a value that does not fit: Input should be "
+            f"{', '.join(others)} or {last}. Correct it and start again."
+        )
