@@ -49,7 +49,7 @@ Write = Callable[[bytes], object]
 
 @dataclass(slots=True)
 class _Window:
-    """Lines of one kind since *began*; *left_out* of them were not written."""
+    """Lines of one kind since *began*; the first *most* of them are written."""
 
     logger: str
     level: int
@@ -57,7 +57,11 @@ class _Window:
     most: int
     began: float
     seen: int = 0
-    left_out: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """How many lines were not written."""
+        return max(0, self.seen - self.most)
 
     def told(self, now: float) -> logging.LogRecord:
         """Return the line that counts those left out."""
@@ -78,6 +82,7 @@ class Limiter:
     A kind is a logger, a level and the first line of a message; for a library's message without its
     digits, or an address or a position in it would make each line another kind. All lines about
     requests are of one kind, but those of images are never left out: the GPU limits their rate.
+    Used by one thread at a time.
     """
 
     def __init__(
@@ -87,7 +92,6 @@ class Limiter:
         self._clock = clock
         self._windows: OrderedDict[tuple[str, int, str], _Window] = OrderedDict()
         self._over: list[_Window] = []
-        self._lock = threading.Lock()
 
     def admits(self, record: logging.LogRecord) -> bool:
         """Return whether *record* is to be written; count it where not."""
@@ -96,28 +100,22 @@ class Limiter:
         sample = "" if record.name == ACCESS else record.getMessage().partition("\n")[0]
         if not _is_own(record.name):
             sample = _DIGITS.sub("0", sample)
-        with self._lock:
-            window = self._window(record, sample[:_MAX_SAMPLE])
-            window.seen += 1
-            if window.seen <= window.most:
-                return True
-            window.left_out += 1
-            return False
+        window = self._window(record, sample[:_MAX_SAMPLE])
+        window.seen += 1
+        return window.seen <= window.most
 
     def due(self, *, is_last: bool = False) -> list[logging.LogRecord]:
         """Return the counts of windows that have ended, or of all where *is_last* is set."""
         now = self._clock()
-        with self._lock:
-            for key, window in list(self._windows.items()):
-                if is_last or now >= window.began + self._window_s:
-                    self._over.append(self._windows.pop(key))
-            over, self._over = self._over, []
+        for key, window in list(self._windows.items()):
+            if is_last or now >= window.began + self._window_s:
+                self._over.append(self._windows.pop(key))
+        over, self._over = self._over, []
         return [window.told(now) for window in over if window.left_out]
 
     def wait_s(self) -> float | None:
         """Return the seconds until a window ends, None where there is none."""
-        with self._lock:
-            began = [window.began for window in self._windows.values() if window.left_out]
+        began = [window.began for window in self._windows.values() if window.left_out]
         return max(0.0, min(began) + self._window_s - self._clock()) if began else None
 
     def _window(self, record: logging.LogRecord, sample: str) -> _Window:
@@ -156,19 +154,17 @@ class LineHandler(logging.Handler):
         self._lines: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._dropped = 0
-        self._is_writing = False
-        self._is_broken = False
-        self._is_stuck = False
-        self._is_closed = False
+        self._is_broken = self._is_stuck = self._is_closed = False
         threading.Thread(target=self._run, name="log writer", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line; count it where the queue is full."""
         try:
-            if self._limiter.admits(record):
-                self.say(self.format(record))
-            else:
-                self._wake()
+            with self._changed:
+                if self._limiter.admits(record):
+                    self.say(self.format(record))
+                else:
+                    self._changed.notify_all()  # the count is due when the window ends
         except Exception:
             self.handleError(record)
 
@@ -185,8 +181,8 @@ class LineHandler(logging.Handler):
         with self._changed:
             if self._waiting_bytes + len(data) > self._max_bytes:
                 self._dropped += 1
-                return
-            self._queue(data)
+            else:
+                self._queue(data)
 
     def flush(self) -> None:
         """Wait until all lines are written, `flush_s` at most; after one timeout, do not wait."""
@@ -206,11 +202,7 @@ class LineHandler(logging.Handler):
         super().close()
 
     def _is_idle(self) -> bool:
-        return not self._lines and not self._is_writing
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+        return not self._lines
 
     def _queue(self, data: bytes) -> None:
         self._lines.append(data)
@@ -218,30 +210,27 @@ class LineHandler(logging.Handler):
         self._changed.notify_all()
 
     def _run(self) -> None:
-        while (data := self._next()) is not None:
+        """Write line after line; each stays in the queue until it is written."""
+        while self._has_line():
             try:
-                self._write(data)
+                self._write(self._lines[0])
             except (OSError, ValueError):  # the reader has gone, the disk is full, or it is closed
                 self._is_broken = True
-                with self._changed:
-                    self._dropped += 1
             else:
                 self._is_broken = self._is_stuck = False
-
-    def _next(self) -> bytes | None:
-        with self._changed:
-            self._is_writing = False
-            while True:
-                self._tell()
-                if self._lines:
-                    data = self._lines.popleft()
-                    self._waiting_bytes -= len(data)
-                    self._is_writing = True
-                    return data
+            with self._changed:
+                self._dropped += self._is_broken
+                self._waiting_bytes -= len(self._lines.popleft())
                 self._changed.notify_all()
-                if self._is_closed:
-                    return None
+
+    def _has_line(self) -> bool:
+        """Wait for a line; return False once the handler is closed and none is left."""
+        with self._changed:
+            self._tell()
+            while not self._lines and not self._is_closed:
                 self._changed.wait(self._limiter.wait_s())
+                self._tell()
+            return bool(self._lines)
 
     def _tell(self, *, is_last: bool = False) -> None:
         """Queue the counts of dropped lines, once there is room again."""

@@ -11,17 +11,11 @@ import json
 import logging
 import re
 import sys
-import textwrap
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
 from app.log_writer import LineHandler, write_to
-
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""The id of the current request, for every line logged while it is handled."""
-
-request_notes: ContextVar[dict[str, float] | None] = ContextVar("request_notes", default=None)
-"""Fields added to the current request's one line: numbers, no strings."""
+from app.request_context import current_request
 
 hidden: ContextVar[tuple[str, ...]] = ContextVar("hidden", default=())
 """A client's texts that no line may contain, should a library put one into an error's message."""
@@ -68,9 +62,9 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201 - there is no log yet
 
 
-def clip(word: str) -> str:
-    """Truncate a client's word to 64 characters for a log line."""
-    return word if len(word) <= _MAX_WORD else word[: _MAX_WORD - 3] + "..."
+def clip(text: str, length: int = _MAX_WORD) -> str:
+    """Truncate a client's word to 64 characters for a log line, or another text to *length*."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class _TextFormatter(logging.Formatter):
@@ -82,7 +76,7 @@ class _TextFormatter(logging.Formatter):
         if record.exc_info:
             # Indented, so that no line of an error's message can be taken for a log line.
             lines = _hide(self.formatException(record.exc_info)).splitlines()
-            line += "\n" + textwrap.indent("\n".join(map(_visible, lines)), "  ", _always)
+            line += "".join(f"\n  {_visible(each)}" for each in lines)
         return line
 
 
@@ -107,16 +101,13 @@ def _handlers() -> list[LineHandler]:
 def _extras(record: logging.LogRecord) -> dict[str, object]:
     """Return what a call passed as `extra=`, and the request id where there is one."""
     extras = {key: _cut(value) for key, value in vars(record).items() if key not in _FIELDS}
-    if current := request_id.get():
-        extras.setdefault("request_id", current)
+    if (context := current_request.get(None)) and context.id:
+        extras.setdefault("request_id", context.id)
     return extras
 
 
 def _cut(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    text = _hide(value)
-    return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 3] + "..."
+    return clip(_hide(value), _MAX_VALUE) if isinstance(value, str) else value
 
 
 def _hide(text: str) -> str:
@@ -133,10 +124,6 @@ def _bare(value: object) -> str:
     if _BARE.fullmatch(text) and text.isprintable():
         return text
     return _visible(json.dumps(text, ensure_ascii=False))
-
-
-def _always(line: str) -> bool:
-    return True
 
 
 def _visible(text: str) -> str:

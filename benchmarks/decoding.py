@@ -43,7 +43,7 @@ async def main() -> int:
             f"{name:>14} {len(data):>10,} {thread:>8.1f} {process:>8.1f} {process - thread:>6.1f}"
         )
         row[f"{name}_thread_ms"], row[f"{name}_process_ms"] = thread, process
-    server = psutil.Process(pool.server_pid)
+    server = psutil.Process().children()[0]
     row["server_rss_mb"], row["server_pss_mb"] = _memory(server)
     row["decoder_rss_mb"], row["decoder_pss_mb"] = _memory(server.children()[-1])
     pool.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -15,17 +14,16 @@ import app.images.png  # noqa: F401 - so that the first picture's file does not 
 from app import __version__
 from app.api import errors
 from app.api.config import ApiConfig
-from app.api.middleware.auth import KeyGate, KeyRing
+from app.api.middleware.auth import KeyCheck, KeyRing
 from app.api.middleware.body_limit import BodyLimit
 from app.api.middleware.edge import Edge
-from app.api.middleware.host import HostGate
-from app.api.middleware.origin import OriginGate
+from app.api.middleware.gates import Gates
+from app.api.middleware.origin import HostCheck, check_origin
 from app.api.native import route as native_route
-from app.api.openai import files
 from app.api.openai import route as openai_route
 from app.api.openai.image_store import ImageStore
 from app.api.proxies import Proxies
-from app.api.system import docs, health, metrics, models, openapi, playground
+from app.api.system import docs, health, models, openapi, playground
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
@@ -53,7 +51,16 @@ def create_app(
             app.state.runtime = runtime
             yield
 
-    config = _config(settings, heartbeat_s=heartbeat_s)
+    config = ApiConfig(
+        max_pixels=settings.max_pixels,
+        max_references=settings.max_references,
+        is_strict=settings.unknown_fields == "refuse",
+        has_aliases=settings.model_aliases,
+        lists_aliases=settings.list_aliases,
+        has_links=settings.image_urls,
+        public_url=settings.public_url,
+        heartbeat_s=heartbeat_s,
+    )
     links = ImageStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
@@ -69,10 +76,8 @@ def create_app(
     for router in (
         native_route.build_router(config),
         openai_route.build_router(config, links),
-        files.build_router(links),
         models.build_router(config),
         health.router,
-        metrics.router,
         playground.build_router(config),
     ):
         app.include_router(router)
@@ -83,38 +88,20 @@ def create_app(
 
 def _middleware(settings: Settings) -> list[Middleware]:
     """List the middleware, outermost first; a valid key is checked first: it permits any host."""
+    check_key = KeyCheck(
+        KeyRing(settings.api_keys),
+        Proxies(settings.trusted_proxies),
+        is_metrics_open=settings.metrics_key == "open",
+    )
     return [
         Middleware(Edge),
-        Middleware(
-            KeyGate,
-            keys=KeyRing(settings.api_keys),
-            proxies=Proxies(settings.trusted_proxies),
-            is_metrics_open=settings.metrics_key == "open",
-        ),
-        Middleware(HostGate, names=_hosts(settings)),
-        Middleware(OriginGate),
+        Middleware(Gates, checks=(check_key, HostCheck(_hosts(settings)), check_origin)),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes, limit_s=settings.body_limit_s),
     ]
 
 
 def _hosts(settings: Settings) -> tuple[str, ...]:
     """Collect the host names: those listed, and those of the public URL and the bind address."""
-    names = list(settings.allowed_hosts)
-    if settings.public_url is not None:
-        names.append(urlsplit(settings.public_url).hostname or "")
-    if settings.host not in _ANYWHERE:
-        names.append(settings.host)
-    return tuple(names)
-
-
-def _config(settings: Settings, **parameters: Any) -> ApiConfig:
-    return ApiConfig(
-        max_pixels=settings.max_pixels,
-        max_references=settings.max_references,
-        is_strict=settings.unknown_fields == "refuse",
-        has_aliases=settings.model_aliases,
-        lists_aliases=settings.list_aliases,
-        has_links=settings.image_urls,
-        public_url=settings.public_url,
-        **parameters,
-    )
+    public = urlsplit(settings.public_url or "").hostname
+    bound = None if settings.host in _ANYWHERE else settings.host
+    return (*settings.allowed_hosts, *filter(None, (public, bound)))

@@ -1,4 +1,4 @@
-"""FastAPI dependencies of the routes. The only reader of `app.state.runtime`.
+"""What the routes take from the app and ask of the service. The only reader of `app.state.runtime`.
 
 Under `httpx.ASGITransport` the state that a lifespan yields never reaches `request.state`, but what
 it sets on `app.state` does; hence that one attribute.
@@ -13,12 +13,12 @@ from fastapi import Depends, Request
 from starlette.types import Scope
 
 from app.api.middleware.body_limit import is_large
-from app.api.request_context import context_of
+from app.api.schema.body import require_media_type
 from app.errors import InvalidRequest
-from app.images.pool import DecoderPool
+from app.request_context import current_request
 from app.runtime import Runtime
 from app.service.service import ImageService
-from app.telemetry.metrics import Metrics
+from app.service.ticket import Admission
 
 MIN_DEADLINE_S = 0.1
 DEADLINE = "X-Klein-Deadline-S"
@@ -30,35 +30,34 @@ def runtime_of(scope: Scope) -> Runtime | None:
     return runtime
 
 
-def metrics_of(scope: Scope) -> Metrics | None:
-    """Return the metrics, for the edge middleware; None outside of the lifespan."""
-    runtime = runtime_of(scope)
-    return None if runtime is None else runtime.metrics
+async def _runtime(request: Request) -> Runtime:
+    runtime = runtime_of(request.scope)
+    if runtime is None:
+        raise RuntimeError("A request came outside of the lifespan.")
+    return runtime
 
 
-def decoders_of(request: Request) -> DecoderPool:
-    """Return the pool of image decoders."""
-    return _runtime(request).decoders
+Running = Annotated[Runtime, Depends(_runtime)]
 
 
-async def _service(request: Request) -> ImageService:
-    return _runtime(request).service
-
-
-async def _metrics(request: Request) -> Metrics:
-    return _runtime(request).metrics
-
-
-async def _client(request: Request) -> str:
-    return context_of(request.scope).client
-
-
-async def _deadline_s(request: Request) -> float | None:
-    """Read the client's deadline in seconds; it can only shorten the service's own limit.
+def admit(request: Request, service: ImageService, *media_types: str) -> Admission:
+    """Have *service* admit a request whose body is of one of *media_types*.
 
     Raises:
-        InvalidRequest: the header is no finite number from `MIN_DEADLINE_S`.
+        InvalidRequest: the header of its deadline is not valid.
+        KleinError: the body is of another type, or the service takes no request now.
     """
+    deadline_s = _deadline_s(request)
+    require_media_type(request, *media_types)
+    return service.admit(
+        client=current_request.get().client,
+        deadline_s=deadline_s,
+        is_large=is_large(request.scope),
+    )
+
+
+def _deadline_s(request: Request) -> float | None:
+    """Read the client's deadline in seconds; it can only shorten the service's own limit."""
     text = request.headers.get(DEADLINE)
     if text is None:
         return None
@@ -72,21 +71,3 @@ async def _deadline_s(request: Request) -> float | None:
             param=DEADLINE,
         )
     return seconds
-
-
-async def _is_large(request: Request) -> bool:
-    return is_large(request.scope)
-
-
-def _runtime(request: Request) -> Runtime:
-    runtime = runtime_of(request.scope)
-    if runtime is None:
-        raise RuntimeError("A request came outside of the lifespan.")
-    return runtime
-
-
-Service = Annotated[ImageService, Depends(_service)]
-Telemetry = Annotated[Metrics, Depends(_metrics)]
-Client = Annotated[str, Depends(_client)]
-DeadlineS = Annotated[float | None, Depends(_deadline_s)]
-IsLarge = Annotated[bool, Depends(_is_large)]

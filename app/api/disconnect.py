@@ -20,7 +20,7 @@ from app.service.ticket import Ticket
 T = TypeVar("T")
 
 
-async def until_gone(receive: Receive) -> None:
+async def until_disconnected(receive: Receive) -> None:
     """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -29,12 +29,12 @@ async def until_gone(receive: Receive) -> None:
 async def await_images(ticket: Ticket, receive: Receive) -> list[Picture]:
     """Wait for the images of *ticket*; however the wait ends, the ticket is cancelled."""
     try:
-        return await unless_gone(receive, ticket.pictures())
+        return await unless_disconnected(receive, ticket.pictures())
     finally:
         ticket.cancel()
 
 
-async def unless_gone(
+async def unless_disconnected(
     receive: Receive, work: Coroutine[None, None, T], *, limit_s: float | None = None
 ) -> T:
     """Await *work*; cancel it when the client disconnects, or after *limit_s* seconds.
@@ -46,18 +46,20 @@ async def unless_gone(
         DeadlineExceeded: *limit_s* is over.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(until_gone(receive))
+    disconnect = asyncio.ensure_future(until_disconnected(receive))
     try:
-        await asyncio.wait({working, leaving}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {working, disconnect}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+        )
         if working.done():
             return working.result()
-        if leaving.done():
+        if disconnect.done():
             raise Cancelled
         raise DeadlineExceeded(
             "The request's deadline came before its pictures were read; allow more time, or send "
             "smaller or fewer pictures."
         )
     finally:
-        leaving.cancel()
+        disconnect.cancel()
         working.cancel()
-        await asyncio.wait({working, leaving})
+        await asyncio.wait({working, disconnect})

@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from app.api.request_context import context_of
 from app.errors import Cancelled, InvalidRequest, Kind, KleinError
+from app.request_context import current_request
 
 _INVALID = "invalid_request_error"
 _UNAVAILABLE = "service_unavailable_error"
@@ -111,15 +111,13 @@ def internal_error() -> KleinError:
 
 def install(app: FastAPI) -> None:
     """Install the exception handlers, so that every error is answered with the envelope."""
-    app.add_exception_handler(KleinError, _on_error)
-    app.add_exception_handler(HTTPException, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_error)
-    app.add_exception_handler(ClientDisconnect, _on_error)
+    for kind in (KleinError, HTTPException, RequestValidationError, ClientDisconnect):
+        app.add_exception_handler(kind, _on_error)
 
 
 async def _on_error(request: Request, raised: Exception) -> Response:
     error = _as_ours(request, raised)
-    context_of(request.scope).keep(error)
+    current_request.get().keep(error)
     headers = getattr(raised, "headers", None) or {}
     if error.kind is Kind.METHOD_NOT_ALLOWED:
         headers = {"Allow": headers.get("Allow", "GET")}
@@ -131,9 +129,7 @@ def _as_ours(request: Request, raised: Exception) -> KleinError:
         return raised
     if isinstance(raised, ClientDisconnect):
         return Cancelled()
-    if isinstance(raised, RequestValidationError):
-        return InvalidRequest("The request does not fit; see /docs for what it may hold.")
-    status = raised.status_code if isinstance(raised, HTTPException) else 500
+    status = raised.status_code if isinstance(raised, HTTPException) else 400
     if status == 404:
         return KleinError(
             "There is no such address here; see /docs for those that exist.", kind=Kind.NOT_FOUND

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from app.api.disconnect import until_gone
-from app.api.http_limits.held import Holding
-from app.api.request_context import context_of
+from app.api.disconnect import until_disconnected
+from app.api.http_limits.held import HeldAnswers, Holding, Taker
 from app.errors import Cancelled
+from app.request_context import current_request
 
 PIECE_BYTES = 64 * 1024
 _ENCODED_BYTES = PIECE_BYTES // 4 * 3
@@ -34,19 +34,11 @@ CONNECTION = "klein.connection"
 """The ASGI extension by which a response reports to its connection what is unsent."""
 
 
-class Taking(Protocol):
+class Taking(Taker, Protocol):
     """A connection that sends a response; *waiting_bytes* are ready but not written to it yet."""
 
     waiting_bytes: int
-
-    def hold(self, client: str, pictures: list[bytes]) -> Holding:
-        """Count the *pictures*, encoded images, that are held for *client*."""
-
-    def release_body(self, holding: Holding, picture: bytes) -> None:
-        """Count *picture* as written and released."""
-
-    def end_holding(self, holding: Holding) -> None:
-        """Count the response as ended."""
+    answers: HeldAnswers
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,42 +112,39 @@ class PieceResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        leaving = asyncio.ensure_future(until_gone(receive))
+        disconnect = asyncio.ensure_future(until_disconnected(receive))
         try:
-            await send_body(self._pieces, scope, send, leaving)
+            await send_body(self._pieces, scope, send, disconnect)
         finally:
-            leaving.cancel()
-            await asyncio.wait({leaving})
+            disconnect.cancel()
+            await asyncio.wait({disconnect})
 
 
 async def send_body(
-    body: Body, scope: Scope, send: Send, leaving: asyncio.Future[None], *, is_last: bool = True
+    body: Body, scope: Scope, send: Send, disconnect: asyncio.Future[None], *, is_last: bool = True
 ) -> None:
-    """Send *body* piece by piece, until *leaving* is done; it ends the response if it *is_last*.
+    """Send *body* piece by piece, until *disconnect* is done; it ends the response if it *is_last*.
 
     Every few pieces it yields to the event loop, however fast the client is.
     """
     with _taken(scope, body) as (taking, holding):
         size_bytes, sent_bytes, turn_bytes = body.size_bytes, 0, 0
         for piece, ended in body.pieces():
-            if leaving.done():
-                context_of(scope).error = Cancelled()
+            if disconnect.done():
+                current_request.get().error = Cancelled()
                 return
             if taking is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
             sent_bytes += len(piece)
-            await send(_message(piece, more=not is_last or sent_bytes < size_bytes))
+            more = not is_last or sent_bytes < size_bytes
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
             if taking is not None and holding is not None:
                 taking.waiting_bytes = size_bytes - sent_bytes
                 for picture in ended:
-                    taking.release_body(holding, picture)
+                    holding.release_body(picture)
             if sent_bytes < size_bytes and sent_bytes - turn_bytes >= _TURN_BYTES:
                 turn_bytes = sent_bytes
                 await asyncio.sleep(0)
-
-
-def _message(piece: bytes | memoryview, *, more: bool) -> Message:
-    return {"type": "http.response.body", "body": piece, "more_body": more}
 
 
 @contextmanager
@@ -166,9 +155,9 @@ def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | 
     if taking is None:
         yield None, None
         return
-    holding = taking.hold(context_of(scope).client, body.pictures)
+    holding = taking.answers.hold(current_request.get().client, taking, body.pictures)
     try:
         yield taking, holding
     finally:
         taking.waiting_bytes = 0
-        taking.end_holding(holding)
+        taking.answers.end(holding)

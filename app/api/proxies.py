@@ -45,8 +45,7 @@ class Proxies:
 
     def are(self, address: str) -> bool:
         """Whether *address* is a trusted proxy, behind which are many clients."""
-        found = _address(address)
-        return found is not None and self._trusts(found)
+        return self._trusts(_address(address))
 
     def client(self, scope: Scope) -> str:
         """Name the client by its address, such as `address:192.0.2.7`; of IPv6, by its /64."""
@@ -72,8 +71,8 @@ class Proxies:
                 break
         return hop
 
-    def _trusts(self, address: Address) -> bool:
-        return any(address in network for network in self._networks)
+    def _trusts(self, address: Address | None) -> bool:
+        return address is not None and any(address in network for network in self._networks)
 
     def _watch(self, peer: Address, said: bytes) -> None:
         """Warn once of a peer that looks like an undeclared proxy.

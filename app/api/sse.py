@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.disconnect import until_gone
+from app.api.disconnect import until_disconnected
 from app.api.pieces import Body, send_body
-from app.api.request_context import context_of
 from app.errors import Cancelled
+from app.request_context import current_request
 
 _HEARTBEAT = b": keep-alive\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -44,33 +44,33 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send headers at once, then events, until the last one or until the client disconnects."""
-        leaving = asyncio.ensure_future(until_gone(receive))
+        disconnect = asyncio.ensure_future(until_disconnected(receive))
         coming = asyncio.ensure_future(anext(self._messages, None))
         try:
             start = {"status": self.status_code, "headers": self.raw_headers}
             await send({"type": "http.response.start", **start})
             while True:
                 await asyncio.wait(
-                    {leaving, coming},
+                    {disconnect, coming},
                     timeout=self._heartbeat_s,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                if leaving.done():
-                    context_of(scope).error = Cancelled()
+                if disconnect.done():
+                    current_request.get().error = Cancelled()
                     return
                 message = coming.result() if coming.done() else _HEARTBEAT
                 if message is None:
                     break
                 if isinstance(message, Body):
-                    await send_body(message, scope, send, leaving, is_last=False)
+                    await send_body(message, scope, send, disconnect, is_last=False)
                 else:
                     await send({"type": "http.response.body", "body": message, "more_body": True})
                 if coming.done():
                     coming = asyncio.ensure_future(anext(self._messages, None))
             await send({"type": "http.response.body", "body": b""})
         finally:
-            leaving.cancel()
+            disconnect.cancel()
             coming.cancel()
-            await asyncio.wait({leaving, coming})
+            await asyncio.wait({disconnect, coming})
             await self._messages.aclose()
             self._on_close()

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from app import logs
 from app.cli.warm_worker import check_output, choose_seed, draft, make_pictures, warm_runtime
@@ -14,18 +13,13 @@ from app.domain import ImageSpec, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest
 from app.images import OutputFormat
+from app.images.formats import OUTPUT_FORMATS, list_words
 from app.limits import Limits
 from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
-_FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-}
 _OPTIONS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
@@ -54,13 +48,15 @@ def run(
     gpu: Gpu | None = None,
 ) -> int:
     """Generate the image; return the exit code."""
-    if arguments.output.suffix.lower() not in _FORMATS:
-        raise InvalidRequest("The output's name must end in .png, .jpg, .jpeg or .webp.")
+    formats = {suffix: each.name for each in OUTPUT_FORMATS.values() for suffix in each.suffixes}
+    if arguments.output.suffix.lower() not in formats:
+        raise InvalidRequest(f"The output's name must end in {list_words(formats)}.")
+    output = OutputFormat(formats[arguments.output.suffix.lower()])
     check_output(arguments.output)
     logs.set_up(style=settings.log_format, level="warning")
     seed = choose_seed(arguments.seed)
     try:
-        picture = asyncio.run(_generate(arguments, settings, seed, make_engine, gpu))
+        picture = asyncio.run(_generate(arguments, settings, seed, output, make_engine, gpu))
     except InvalidRequest as error:
         raise error.renamed(_OPTIONS) from None
     arguments.output.write_bytes(picture.data)
@@ -73,6 +69,7 @@ async def _generate(
     arguments: argparse.Namespace,
     settings: Settings,
     seed: int,
+    output: OutputFormat,
     make_engine: EngineFactory,
     gpu: Gpu | None,
 ) -> Picture:
@@ -84,7 +81,6 @@ async def _generate(
         guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
         return [replace(spec, seed=seed, guidance_scale=guidance)]
 
-    output = OutputFormat(_FORMATS[arguments.output.suffix.lower()])
     async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, plan=plan) as (
         runtime,
         _,

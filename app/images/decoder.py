@@ -8,7 +8,8 @@ Both directions carry plain data: a message is its length in four bytes and JSON
 follow as they are. Unlike unpickling, this gives a decoder that an image has taken over no way to
 run code in the service. In order:
 
-    to the decoder    {"images": [[bytes, is_base64, param], ...], "mask": ..., "size": ...}, files
+    to the decoder    {"files": [[bytes, is_base64, param], ...], "has_mask": ..., "size": ...},
+                      files, a mask last
     from it           {"begin": [param, code]}                before each file
     from it           {"nearest": [width, height]}            answered with [width, height]
     from it           {"refused": [message, param, code]}     or
@@ -48,14 +49,15 @@ def serve(connection: socket.socket, limits: Limits) -> None:
     """Decode the images of one request; return once it is answered or the other end has closed."""
     restrict(limits)
     gc.disable()
-    _touch()
+    # Have the kernel allocate the memory of a one-megapixel image while no request waits.
+    bytearray(b"\1") * WARM_BYTES
     # A library's warning may quote the file.
     warnings.simplefilter("ignore")
     wire = _Wire(connection)
     try:
         asked = wire.read()
-        images = [_upload(wire, *entry) for entry in asked["images"]]
-        mask = asked["mask"] and _upload(wire, *asked["mask"])
+        images = [wire.upload(*entry) for entry in asked["files"]]
+        mask = images.pop() if asked["has_mask"] else None
         size = asked["size"] and (asked["size"][0], asked["size"][1])
         wire.answer(images, mask, size)
     except (EOFError, OSError):
@@ -69,19 +71,10 @@ def restrict(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _touch() -> None:
-    """Have the kernel allocate the memory of a one-megapixel image while no request waits."""
-    bytearray(b"\1") * WARM_BYTES
-
-
 def pack(message: object) -> bytes:
     """Encode one message."""
     text = json.dumps(message).encode()
     return len(text).to_bytes(LENGTH_BYTES, "big") + text
-
-
-def _upload(wire: _Wire, size_bytes: int, is_base64: bool, param: str) -> Upload:
-    return Upload(wire.receive(size_bytes), param, is_base64)
 
 
 class _Wire:
@@ -93,18 +86,18 @@ class _Wire:
     def receive(self, size_bytes: int) -> memoryview:
         """Wait for *size_bytes* bytes; raises `EOFError` when the other end has closed."""
         data = memoryview(bytearray(size_bytes))
-        at = 0
-        while at < size_bytes:
-            count = self._connection.recv_into(data[at:])
-            if count == 0:
-                raise EOFError
-            at += count
+        if self._connection.recv_into(data, size_bytes, socket.MSG_WAITALL) < size_bytes:
+            raise EOFError
         return data
 
     def read(self) -> Any:
         """Wait for the next message."""
         length = int.from_bytes(self.receive(LENGTH_BYTES), "big")
         return json.loads(bytes(self.receive(length)))
+
+    def upload(self, size_bytes: int, is_base64: bool, param: str) -> Upload:
+        """Wait for one file."""
+        return Upload(self.receive(size_bytes), param, is_base64)
 
     def answer(self, images: list[Upload], mask: Upload | None, size: Size | None) -> None:
         """Decode, and send the result."""

@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -35,21 +36,19 @@ _RETRY_MS = 1000
 _MESSAGE_BYTES = 64
 
 
+@dataclass
 class ForkServer:
     """Keeps *size* decoders; each serves one request, and is replaced when it has exited."""
 
-    def __init__(self, control: socket.socket, size: int, limits: Limits) -> None:
-        self._control = control
-        self._size = size
-        self._limits = limits
-        self._children: set[int] = set()
+    control: socket.socket
+    size: int
+    limits: Limits
+    _children: set[int] = field(default_factory=set)
 
     def run(self) -> None:
         """Serve until the other end of the control socket is closed."""
-        control = self._control.fileno()
-        woken, wakes = os.pipe()
-        for end in (woken, wakes):
-            os.set_blocking(end, False)
+        control = self.control.fileno()
+        woken, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         poll = select.poll()
         for end in (control, woken):
             poll.register(end, select.POLLIN)
@@ -69,7 +68,7 @@ class ForkServer:
         finally:
             # First, so that the service sees EOF here before a decoder exits, and blames no image.
             with contextlib.suppress(OSError):
-                self._control.shutdown(socket.SHUT_RDWR)
+                self.control.shutdown(socket.SHUT_RDWR)
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
             # In a container there may be no other process that reaps them.
@@ -78,7 +77,7 @@ class ForkServer:
 
     def _fill(self) -> bool:
         """Fork the missing decoders; return whether all exist."""
-        while len(self._children) < self._size:
+        while len(self._children) < self.size:
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 try:
@@ -89,20 +88,19 @@ class ForkServer:
                     ours.close()
                     self._become(theirs)
                 self._children.add(pid)
-                socket.send_fds(self._control, [b"%d" % pid], [ours.fileno()])
+                socket.send_fds(self.control, [b"%d" % pid], [ours.fileno()])
         return True
 
     def _become(self, connection: socket.socket) -> None:
         """Run as a decoder, and exit."""
-        code = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self._control.close()
-            serve(connection, self._limits)
-            code = 0
+            self.control.close()
+            serve(connection, self.limits)
+            os._exit(0)
         finally:
-            os._exit(code)
+            os._exit(1)
 
     def _reap(self) -> None:
         while self._children:
@@ -113,7 +111,7 @@ class ForkServer:
 
     def _obey(self) -> bool:
         """Kill the decoder that a message names; return whether the other end is still open."""
-        message = self._control.recv(_MESSAGE_BYTES)
+        message = self.control.recv(_MESSAGE_BYTES)
         if message and (pid := int(message)) in self._children:
             os.kill(pid, signal.SIGKILL)
         return bool(message)

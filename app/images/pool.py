@@ -43,9 +43,8 @@ class DecoderPool:
         """Has one None per place, for requests that still wait when the pool is closed."""
         self._busy: set[Decoder] = set()
         self._server: Server | None = None
-        self._retry: asyncio.TimerHandle | None = None
-        self._starting: asyncio.TimerHandle | None = None
-        """Runs until the fork server has sent its first decoder."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Runs until the fork server has sent its first decoder, or until another is started."""
         self._retry_s = _FIRST_RETRY_S
         self._is_down = False
         """Whether a request has waited for a decoder in vain; the next ones fail at once."""
@@ -54,29 +53,17 @@ class DecoderPool:
     def __repr__(self) -> str:
         return f"<DecoderPool {self._idle.qsize()} idle, {len(self._busy)} busy, {self._server}>"
 
-    @property
-    def server_pid(self) -> int | None:
-        """The fork server's process id, None while there is none."""
-        return None if self._server is None else self._server.pid
-
-    @property
-    def busy_pids(self) -> list[int]:
-        """The process ids of the busy decoders."""
-        return [decoder.pid for decoder in self._busy]
-
     def start(self) -> None:
         """Start the processes, unless they exist; they are ready in a moment."""
         if self._server is not None or self._is_closed:
             return
-        self._retry = None
         try:
             self._server = Server(self._size, self._limits, self._add, self._on_server_lost)
         except OSError as error:
             _log.error("The decoders could not be started: %s.", error.strerror)
             self._try_again()
         else:
-            loop = asyncio.get_running_loop()
-            self._starting = loop.call_later(_SERVER_START_S, self._replace_server)
+            self._set_timer(_SERVER_START_S, self._replace_server)
 
     async def prepare(
         self,
@@ -113,18 +100,17 @@ class DecoderPool:
     def kill(self) -> None:
         """Kill all processes now; requests that wait for them fail."""
         self._is_closed = True
-        if self._retry is not None:
-            self._retry.cancel()
+        self._stop_timer()
         if self._server is not None:
             self._server.end()
             self._release_server()
-        for decoder in tuple(self._busy):
-            decoder.hang_up()
+        for decoder in self._busy:
+            decoder.abort()
         for _ in range(self._size):
             self._idle.put_nowait(None)
 
     def _add(self, decoder: Decoder) -> None:
-        self._end_start()
+        self._stop_timer()
         self._retry_s = _FIRST_RETRY_S
         self._is_down = False
         self._idle.put_nowait(decoder)
@@ -136,10 +122,10 @@ class DecoderPool:
         try:
             async with asyncio.timeout(self._limits.start_s):
                 while (decoder := await self._idle.get()) and not decoder.is_alive():
-                    decoder.close()
+                    decoder.connection.close()
         except TimeoutError:
             self._is_down = True
-            if self._starting is None:
+            if self._timer is None:
                 self._replace_server()
             raise _unavailable() from None
         if decoder is None:
@@ -149,7 +135,7 @@ class DecoderPool:
 
     def _end(self, decoder: Decoder) -> None:
         self._busy.discard(decoder)
-        decoder.close()
+        decoder.connection.close()
         if self._server is not None:
             self._server.kill_decoder(decoder.pid)
 
@@ -185,21 +171,29 @@ class DecoderPool:
     def _release_server(self) -> None:
         """Drop the server and its idle decoders, which would not be replaced any more."""
         self._server = None
-        self._end_start()
+        self._stop_timer()
         for decoder in self._busy:
             decoder.is_orphan = True
         while not self._idle.empty():
             if decoder_left := self._idle.get_nowait():
-                decoder_left.close()
+                decoder_left.connection.close()
 
-    def _end_start(self) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            self._starting = None
+    def _retry(self) -> None:
+        self._timer = None
+        self.start()
+
+    def _set_timer(self, delay_s: float, then: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(delay_s, then)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _try_again(self) -> None:
-        if not self._is_closed and self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(self._retry_s, self.start)
+        if not self._is_closed and self._timer is None:
+            self._set_timer(self._retry_s, self._retry)
             self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
 
 

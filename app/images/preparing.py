@@ -100,11 +100,12 @@ def _decode(image: Upload, index: int) -> RawImage:
 
 def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:
     wanted = result[0] / result[1]
-    for image in (original, prepared):
-        if abs(wanted * image.height / image.width - 1) <= _RATIO_TOLERANCE:
-            return
-    raise InvalidRequest(
-        f"With a mask the result must have the first picture's shape, {original.width}x"
-        f"{original.height}; send size auto, or a size with this ratio.",
-        param="size",
-    )
+    if all(
+        abs(wanted * image.height / image.width - 1) > _RATIO_TOLERANCE
+        for image in (original, prepared)
+    ):
+        raise InvalidRequest(
+            f"With a mask the result must have the first picture's shape, {original.width}x"
+            f"{original.height}; send size auto, or a size with this ratio.",
+            param="width",
+        )

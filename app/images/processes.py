@@ -62,14 +62,18 @@ class Server:
         self._on_decoder = on_decoder
         self._on_lost = on_lost
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        numbers = (size, limits.cpu_s, limits.memory_bytes)
+        kept = {name: text for name, text in os.environ.items() if name.startswith(_ENVIRONMENT)}
         with theirs:
             try:
                 # As its stdin, since its own file descriptor number could be any. In a process
                 # group of its own, to kill it with its decoders.
                 self._process = subprocess.Popen(
-                    _command(size, limits),
+                    # With this process's own path, as a spawned one would have, and never the
+                    # current folder.
+                    [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers), *sys.path],
                     stdin=theirs.fileno(),
-                    env=_environment(),
+                    env=kept | _MEMORY,
                     process_group=0,
                 )
             except OSError:
@@ -94,7 +98,7 @@ class Server:
 
     def end(self) -> None:
         """Kill it, with the decoders, and wait: milliseconds, or a second where it hangs."""
-        self._hang_up()
+        self._disconnect()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -103,7 +107,7 @@ class Server:
 
     def kill(self) -> None:
         """Kill it, with the decoders, and return at once."""
-        self._hang_up()
+        self._disconnect()
         self._kill_group()
         self._reap()
 
@@ -119,11 +123,11 @@ class Server:
             if not message or not descriptors:
                 break
             self._on_decoder(Decoder(int(message), socket.socket(fileno=descriptors[0])))
-        self._hang_up()
+        self._disconnect()
         self._reap(round(_END_S / _LOOK_S))
         self._on_lost()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         self._loop.remove_reader(self._control)
         self._control.close()
 
@@ -134,11 +138,10 @@ class Server:
 
     def _reap(self, looks: int = -1) -> None:
         """Poll whether it has exited; kill it after *looks* polls."""
-        if self._process.poll() is not None:
-            return
-        if looks == 0:
-            self._kill_group()
-        self._loop.call_later(_LOOK_S, self._reap, looks - 1)
+        if self._process.poll() is None:
+            if looks == 0:
+                self._kill_group()
+            self._loop.call_later(_LOOK_S, self._reap, looks - 1)
 
 
 @dataclass(eq=False, slots=True)
@@ -165,14 +168,10 @@ class Decoder:
             return False
         return False
 
-    def hang_up(self) -> None:
+    def abort(self) -> None:
         """Shut the connection down while it is in use."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.connection.close()
 
     async def prepare(
         self,
@@ -187,9 +186,11 @@ class Decoder:
             ENDED_EARLY: the process has exited, or its messages are invalid.
             InvalidRequest: as the decoder reports it.
         """
-        described = {"images": [_describe(each) for each in images], "size": size}
-        await self._send(pack(described | {"mask": mask and _describe(mask)}))
-        for upload in (*images, *([mask] if mask else [])):
+        files = [*images, mask] if mask is not None else images
+        described = [[len(each.content), each.is_base64, each.param] for each in files]
+        asked = {"files": described, "has_mask": mask is not None, "size": size}
+        await self._send(pack(asked))
+        for upload in files:
             await self._send(upload.content)
         while True:
             message = await self._read()
@@ -204,9 +205,10 @@ class Decoder:
                 return await self._receive_edit(message)
 
     async def _receive_edit(self, message: dict[str, Any]) -> Edit:
-        references = []
-        for width, height in map(_size, message["references"]):
-            references.append(RawImage(width, height, await self._receive(3 * width * height)))
+        references = [
+            RawImage(width, height, await self._receive(3 * width * height))
+            for width, height in map(_size, message["references"])
+        ]
         mask = None
         if message["mask"] is not None:
             width, height = _size(message["mask"])
@@ -239,21 +241,6 @@ class Decoder:
                 await asyncio.sleep(0)
                 turn = 0
         return bytes(data)
-
-
-def _command(size: int, limits: Limits) -> list[str]:
-    numbers = (size, limits.cpu_s, limits.memory_bytes)
-    # With this process's own path, as a spawned one would have, and never the current folder.
-    return [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers), *sys.path]
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: text for name, text in os.environ.items() if name.startswith(_ENVIRONMENT)}
-    return kept | _MEMORY
-
-
-def _describe(upload: Upload) -> list[object]:
-    return [len(upload.content), upload.is_base64, upload.param]
 
 
 def _size(sides: Any) -> Size:

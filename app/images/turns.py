@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -16,60 +15,36 @@ class Turns:
     """
 
     def __init__(self, size: int) -> None:
-        self._free = size
-        self._held: Counter[str] = Counter()
-        self._lines: dict[str, dict[asyncio.Future[None], None]] = {}
-        """Waiting requests, one queue per client; the client whose turn is next first."""
+        self._size = size
+        self._holders: list[str] = []
+        """The client of each place that is held."""
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+        """Requests in the order of their arrival, those of the client served last behind others."""
 
     def __repr__(self) -> str:
-        waiting = sum(map(len, self._lines.values()))
-        return f"<Turns {self._free} free, {waiting} of {len(self._lines)} clients waiting>"
+        free, clients = self._size - len(self._holders), {client for client, _ in self._waiting}
+        return f"<Turns {free} free, {len(self._waiting)} of {len(clients)} clients waiting>"
 
     @asynccontextmanager
     async def of(self, client: str) -> AsyncGenerator[None, None]:
         """Hold a place for *client*, once its turn has come."""
-        await self._enter(client)
-        try:
-            yield
-        finally:
-            self._leave(client)
-
-    async def _enter(self, client: str) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._lines.setdefault(client, {})[turn] = None
+        self._waiting.append((client, turn))
         self._settle()
         try:
             await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                self._remove(client, turn)
-            else:
-                self._leave(client)  # its turn came in the same moment
-            raise
-
-    def _leave(self, client: str) -> None:
-        self._free += 1
-        self._held[client] -= 1
-        if not self._held[client]:
-            del self._held[client]
-        self._settle()
-
-    def _remove(self, client: str, turn: asyncio.Future[None]) -> None:
-        line = self._lines.get(client, {})
-        line.pop(turn, None)
-        if not line:
-            self._lines.pop(client, None)
+            yield
+        finally:
+            if turn.done() and not turn.cancelled():  # perhaps it came in the same moment
+                self._holders.remove(client)
+            self._settle()
 
     def _settle(self) -> None:
         """Give the free places to waiting clients."""
-        while self._free and self._lines:
-            client = min(self._lines, key=self._held.__getitem__)
-            line = self._lines.pop(client)
-            turn = next(iter(line))
-            del line[turn]
-            if line:
-                self._lines[client] = line  # behind all others
-            if not turn.done():
-                turn.set_result(None)
-                self._free -= 1
-                self._held[client] += 1
+        self._waiting = [each for each in self._waiting if not each[1].done()]
+        while self._waiting and len(self._holders) < self._size:
+            client, turn = min(self._waiting, key=lambda each: self._holders.count(each[0]))
+            self._waiting.remove((client, turn))
+            self._waiting.sort(key=lambda each: each[0] == client)
+            self._holders.append(client)
+            turn.set_result(None)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -23,11 +25,14 @@ REFERENCE_PIXELS = 1024 * 1024
 MAX_SCANS = 100
 """Limit of scans of a JPEG. Each covers the whole image; an encoder makes about ten."""
 
+# Pillow's own limit lies far above this one and, up to twice its value, only warns.
+Image.MAX_IMAGE_PIXELS = None
+
 Data = bytes | bytearray | memoryview
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
 """A marker that has a length or ends the image: TEM, the restarts and the start have none."""
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
 
 
 def decode_upload(
@@ -45,12 +50,8 @@ def decode_upload(
         raise refuse(f"is {width}x{height}; both sides need at least {MIN_SIDE} pixels")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise refuse(f"is {width}x{height}; its ratio may be {MAX_RATIO}:1 at most")
-    try:
+    with refuse.while_decoding():
         return _from_pillow(_flatten(ImageOps.exif_transpose(picture)))
-    except MemoryError:
-        raise refuse.as_too_large() from None
-    except Exception:
-        raise refuse.as_damaged() from None
 
 
 def decode_mask(data: Data, width: int, height: int) -> Mask:
@@ -63,15 +64,13 @@ def decode_mask(data: Data, width: int, height: int) -> Mask:
     picture = _open(data, ("PNG", "WEBP"), refuse, MAX_PIXELS)
     if not picture.has_transparency_data:
         raise refuse("has no alpha channel; make what is to be repainted transparent")
-    try:
+    with refuse.while_decoding():
         alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
-    except MemoryError:
-        raise refuse.as_too_large() from None
-    except Exception:
-        raise refuse.as_damaged() from None
     if alpha.size != (width, height):
-        found = f"{alpha.width}x{alpha.height}"
-        raise refuse(f"is {found} and the first image {width}x{height}; make both the same size")
+        raise refuse(
+            f"is {alpha.width}x{alpha.height} and the first image {width}x{height}; make both the "
+            "same size"
+        )
     if alpha.getextrema()[0] != 0:
         raise refuse("has no transparent pixel; make what is to be repainted transparent")
     return Mask(width, height, ImageOps.invert(alpha).tobytes())
@@ -121,8 +120,15 @@ class _Refusal:
     def as_damaged(self) -> InvalidRequest:
         return self("is damaged or cut short; save it anew and send it again")
 
-    def as_too_large(self) -> InvalidRequest:
-        return self("needs too much memory to decode; scale it down")
+    @contextmanager
+    def while_decoding(self) -> Iterator[None]:
+        """Turn whatever Pillow raises into a refusal."""
+        try:
+            yield
+        except MemoryError:
+            raise self("needs too much memory to decode; scale it down") from None
+        except Exception:
+            raise self.as_damaged() from None
 
 
 def _open(data: Data, formats: tuple[str, ...], refuse: _Refusal, max_pixels: int) -> Image.Image:
@@ -132,8 +138,6 @@ def _open(data: Data, formats: tuple[str, ...], refuse: _Refusal, max_pixels: in
         raise refuse(f"is none of {', '.join(formats)}; save it as one of these")
     if kind == "JPEG" and _count_scans(data) > MAX_SCANS:
         raise refuse(f"has more than {MAX_SCANS} scans; save it as a baseline JPEG")
-    # Pillow's own limit lies far above this one and, up to twice its value, only warns.
-    Image.MAX_IMAGE_PIXELS = None
     try:
         picture = Image.open(io.BytesIO(data), formats=(kind,))
     except Exception:
@@ -151,10 +155,9 @@ def _count_scans(data: Data) -> int:
     """Count the scans of a JPEG's first image, at most one above the limit."""
     scans, at = 0, 2
     while scans <= MAX_SCANS and (marker := _MARKER.search(data, at)) is not None:
-        code = marker[1][0]
-        if code == _END_OF_IMAGE:
+        if marker[1] == _END_OF_IMAGE:
             break
-        scans += code == _START_OF_SCAN
+        scans += marker[1] == _START_OF_SCAN
         # The segment's length comes first, so nothing within it is taken for a marker.
         at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
     return scans

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from app import images, logs
+from app import images
 from app.domain import (
     ImageSpec,
     LoadProgress,
@@ -41,6 +41,7 @@ from app.jobs.job import Job
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
+from app.request_context import current_request
 from app.service.results import Picture
 from app.service.ticket import Admission, Ticket
 from app.telemetry.metrics import Metrics
@@ -412,9 +413,10 @@ def _note(seconds: Mapping[str, float]) -> None:
 
     Of several images, the line has the sum of GPU times and the longest wait.
     """
-    notes = logs.request_notes.get()
-    if notes is None:
+    context = current_request.get(None)
+    if context is None:
         return
+    notes = context.notes
     notes["images"] = notes.get("images", 0) + 1
     for stage, value in seconds.items():
         before = notes.get(f"{stage}_s", 0.0)

@@ -21,6 +21,7 @@ from app import logs
 from app.domain import Engine, LoadProgress, Progress, Stage
 from app.engine.config import EngineConfig
 from app.errors import GenerationFailed, Kind, KleinError
+from app.request_context import RequestContext, current_request
 from app.worker.messages import (
     Cancel,
     Done,
@@ -146,7 +147,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
         outbox.put(Stepped(job_id, progress))
 
     hiding = logs.hidden.set((message.spec.prompt,))
-    naming = logs.request_id.set(message.request_id)
+    naming = current_request.set(RequestContext(message.request_id))
     try:
         generated = engine.generate(message.spec, on_progress, lambda: inbox.is_cancelled(job_id))
     except KleinError as error:
@@ -158,7 +159,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
         outbox.put(Failed.of(job_id, GenerationFailed(_FAILED)))
         return Kind.FAILED
     finally:
-        logs.request_id.reset(naming)
+        current_request.reset(naming)
         logs.hidden.reset(hiding)
     outbox.put(Stepped(job_id, Progress(Stage.GPU_FREE, steps, steps)))
     outbox.put(Done(job_id, generated))

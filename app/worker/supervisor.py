@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from app import logs
 from app.domain import Generated, ImageSpec, LoadProgress, Loss, ModelInfo, Progress, WorkerStage
 from app.engine.config import EngineConfig
 from app.errors import Kind, KleinError, Unavailable, WorkerLost
+from app.request_context import current_request
 from app.worker import child, restarts
 from app.worker.messages import (
     Cancel,
@@ -205,7 +205,8 @@ class Supervisor:
         )
         self._running[job_id] = running
         self._watch(running)
-        handle.send(Generate(job_id, spec, logs.request_id.get()))
+        context = current_request.get(None)
+        handle.send(Generate(job_id, spec, context.id if context else ""))
         try:
             return await asyncio.shield(running.answer)
         except asyncio.CancelledError:

@@ -20,8 +20,8 @@ from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Semaphore
 from typing import Any
 
-from app import logs
 from app.errors import StartupError
+from app.request_context import RequestContext, current_request
 from app.worker.messages import Done, FromWorker, ToWorker
 
 _log = logging.getLogger(__name__)
@@ -186,12 +186,13 @@ class Outbox:
             self._pipe.send(message)
         except UnsendableError:
             # The request is named here, since this thread has none.
-            naming = logs.request_id.set(getattr(message, "request_id", ""))
+            request_id = getattr(message, "request_id", "")
+            naming = current_request.set(RequestContext(request_id))
             job_id = getattr(message, "job_id", "none")
             _log.exception(
                 "A message to the other process could not be written down, job=%s.", job_id
             )
-            logs.request_id.reset(naming)
+            current_request.reset(naming)
             self._on_unsendable(message)
         except (BrokenPipeError, ConnectionResetError):
             # The other end has closed; the receiving thread sees it too.

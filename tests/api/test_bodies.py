@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from app.api.middleware.body_limit import BODIES_AT_ONCE, SMALL_BYTES, BodyLimit
-from app.api.request_context import RequestContext, context_of, open_context
 from app.errors import Kind, Unavailable
+from app.request_context import RequestContext, current_request
 
 LARGEST = 400_000
 WHOLE = BODIES_AT_ONCE * LARGEST
@@ -18,11 +18,13 @@ class Reading:
     """One request whose body is read bit by bit, as the test says."""
 
     def __init__(self, limit: BodyLimit, client: str) -> None:
-        self.scope = {"type": "http", "headers": []}
-        open_context(self.scope, RequestContext("req", client=client))
+        self.context = RequestContext("req", client=client)
+        current_request.set(self.context)
         self._messages: asyncio.Queue[dict[str, object]] = asyncio.Queue()
         self._is_read = asyncio.Event()
-        self._task = asyncio.create_task(limit(self.scope, self._receive, None))
+        self._task = asyncio.create_task(
+            limit({"type": "http", "headers": []}, self._receive, None)
+        )
 
     async def read(self, size: int) -> None:
         """Let *size* bytes come and be read; raises what the reader gets."""
@@ -115,8 +117,8 @@ async def test_a_small_body_is_always_admitted(start):
 async def test_the_share_is_given_back_once_the_body_was_read(start):
     """By the route, while the request itself goes on; what comes after it counts anew."""
     first, *_ = await hold(start, "a", WHOLE * 3 // 4)
-    context_of(first.scope).release_body()
-    context_of(first.scope).release_body()
+    first.context.release_body()
+    first.context.release_body()
 
     await start("a").read(LARGEST)
     await refusal(start("a"), LARGEST // 2)

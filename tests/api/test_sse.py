@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from app.api.app import create_app
-from app.api.disconnect import until_gone
-from app.api.request_context import RequestContext, context_of, open_context
+from app.api.disconnect import until_disconnected
 from app.api.sse import EventStream
 from app.errors import Kind, KleinError, OutOfMemory
+from app.request_context import RequestContext, current_request
 from app.settings import Settings
 from tests.api.conftest import error_of
 from tests.api.pictures import photo
@@ -260,14 +260,14 @@ async def test_a_stream_that_never_started_still_lets_go_of_its_job():
         raise OSError("the connection is gone")
 
     scope = {"type": "http"}
-    open_context(scope, RequestContext("a"))
+    current_request.set(RequestContext("a"))
     answer = EventStream(messages(), heartbeat_s=1, on_close=lambda: closed.append(True))
     with pytest.raises(OSError, match="gone"):
         await answer(scope, receive, send)
 
     assert closed == [True]
-    assert context_of(scope).error is None
-    assert await until_gone(receive) is None
+    assert current_request.get().error is None
+    assert await until_disconnected(receive) is None
 
 
 def _runtime(service):

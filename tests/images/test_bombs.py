@@ -15,7 +15,7 @@ from tests.images import saved
 BOMB_PROBE = """
 import resource, sys, time
 from app.errors import InvalidRequest
-from app.images import decode_mask, decode_upload
+from app.images.uploads import decode_mask, decode_upload
 data = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.perf_counter()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from app.errors import InvalidRequest
-from app.images import decode_mask, prepare_reference, resize
+from app.images.uploads import decode_mask, prepare_reference, resize
 from tests.images import ORIENTATION, noise, picture, raw, saved
 
 

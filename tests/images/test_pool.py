@@ -56,7 +56,7 @@ async def _started():
 def pool(_started: DecoderPool) -> Iterator[DecoderPool]:
     """Two decoders for the whole module; each test leaves two behind."""
     yield _started
-    assert _started.busy_pids == []
+    assert busy_pids(_started) == []
 
 
 def nearest(width: int, height: int) -> tuple[int, int]:
@@ -73,9 +73,19 @@ async def decode(
     return await pool.prepare(uploads, over, size, nearest, client=client)
 
 
+def server_pid(pool: DecoderPool) -> int | None:
+    """The process that its decoders are forked from."""
+    return pool._server and pool._server.pid
+
+
+def busy_pids(pool: DecoderPool) -> list[int]:
+    """Its decoders that are at work."""
+    return [decoder.pid for decoder in pool._busy]
+
+
 def children(pool: DecoderPool) -> list[psutil.Process]:
     """The decoders of *pool*."""
-    return psutil.Process(pool.server_pid).children()
+    return psutil.Process(server_pid(pool)).children()
 
 
 async def test_what_comes_back_is_what_this_process_would_have_made(pool):
@@ -139,8 +149,8 @@ async def test_no_marker_hides_a_scan(pool, code):
 async def test_who_leaves_takes_his_decoder_along(pool):
     """With both at work for callers that leave, the next is served at once, by new ones."""
     leaving = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
-    await until(lambda: len(pool.busy_pids) == 2)
-    busy = set(pool.busy_pids)
+    await until(lambda: len(busy_pids(pool)) == 2)
+    busy = set(busy_pids(pool))
     for task in leaving:
         task.cancel()
     await asyncio.wait(leaving)
@@ -155,11 +165,11 @@ async def test_who_leaves_takes_his_decoder_along(pool):
 async def test_two_are_decoded_at_a_time(pool):
     """A third waits for a place; there are never more processes than places."""
     working = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
-    await until(lambda: len(pool.busy_pids) == 2)
+    await until(lambda: len(busy_pids(pool)) == 2)
     third = asyncio.create_task(decode(pool, photo()))
     await asyncio.sleep(0)
 
-    assert len(pool.busy_pids) == 2
+    assert len(busy_pids(pool)) == 2
     assert len(children(pool)) == 2
     assert not third.done()
 
@@ -172,7 +182,7 @@ async def test_two_are_decoded_at_a_time(pool):
 async def test_the_pictures_of_one_client_keep_no_other_waiting(pool):
     """Two of one client's requests are decoded and six wait: who comes then is next."""
     working = [asyncio.create_task(decode(pool, *slow())) for _ in range(2)]
-    await until(lambda: len(pool.busy_pids) == 2)
+    await until(lambda: len(busy_pids(pool)) == 2)
     waiting = [asyncio.create_task(decode(pool, photo())) for _ in range(6)]
     await asyncio.sleep(0)
     other = asyncio.create_task(decode(pool, photo(), client="b"))
@@ -207,10 +217,10 @@ async def test_idle_decoders_that_were_killed_are_replaced(pool):
 
 async def test_a_fork_server_that_was_killed_is_replaced(pool, caplog):
     """With a line in the log, and without a request that fails."""
-    pid = pool.server_pid
+    pid = server_pid(pool)
     os.kill(pid, signal.SIGKILL)
 
-    await until(lambda: pool.server_pid not in {pid, None})
+    await until(lambda: server_pid(pool) not in {pid, None})
     async with asyncio.timeout(5):
         assert (await decode(pool, photo())).size == (128, 128)
 
@@ -237,7 +247,7 @@ async def test_a_fork_server_that_stands_still_is_replaced(caplog):
     await until(lambda: "2 idle" in repr(pool))
     working = asyncio.create_task(decode(pool, *slow()))
     await until(lambda: any(decoder.began for decoder in pool._busy))
-    old = psutil.Process(pool.server_pid)
+    old = psutil.Process(server_pid(pool))
     processes = [old, *old.children()]
     old.suspend()
     try:
@@ -260,12 +270,12 @@ async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
     """One that has closed its end and goes on is killed in time; another is there before."""
     monkeypatch.setattr("app.images.processes._END_S", 0.1)
     await until(lambda: "2 idle" in repr(pool))
-    old = psutil.Process(pool.server_pid)
+    old = psutil.Process(server_pid(pool))
     old.suspend()
     await until(lambda: old.status() == psutil.STATUS_STOPPED)
     pool._server._control.shutdown(socket.SHUT_RDWR)
 
-    await until(lambda: pool.server_pid != old.pid)
+    await until(lambda: server_pid(pool) != old.pid)
     assert old.status() == psutil.STATUS_STOPPED
     await until(lambda: "2 idle" in repr(pool))
     await until(lambda: not old.is_running())
@@ -289,20 +299,20 @@ async def test_decoders_start_whatever_number_their_socket_has():
 
 async def test_signals_to_the_group_do_not_reach_them(pool):
     """Ctrl-C and a service manager speak to every process; the service alone decides."""
-    for process in (psutil.Process(pool.server_pid), *children(pool)):
+    for process in (psutil.Process(server_pid(pool)), *children(pool)):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process.send_signal(number)
 
-    pid = pool.server_pid
+    pid = server_pid(pool)
     assert (await decode(pool, photo())).size == (128, 128)
-    assert pid == pool.server_pid
+    assert pid == server_pid(pool)
 
 
 async def test_a_decoders_process_has_nothing_worth_taking(pool):
     """No key in its environment, neither torch nor numpy in its memory, no files of ours open."""
     await decode(pool, photo())
     await until(lambda: "2 idle" in repr(pool))
-    for pid in (pool.server_pid, *(child.pid for child in children(pool))):
+    for pid in (server_pid(pool), *(child.pid for child in children(pool))):
         process = Path(f"/proc/{pid}")
 
         assert b"a-key-of-the-service" not in (process / "environ").read_bytes()
@@ -329,11 +339,11 @@ async def test_a_decoder_that_stands_still_is_given_up():
     pool = DecoderPool(limits=Limits(wall_s=0.5))
     try:
         working = asyncio.create_task(decode(pool, *slow()))
-        await until(lambda: pool.busy_pids)
-        os.kill(pool.busy_pids[0], signal.SIGSTOP)
+        await until(lambda: busy_pids(pool))
+        os.kill(busy_pids(pool)[0], signal.SIGSTOP)
         with pytest.raises(InvalidRequest):
             await working
-        assert pool.busy_pids == []
+        assert busy_pids(pool) == []
         assert (await decode(pool, photo())).size == (128, 128)
     finally:
         pool.kill()
@@ -362,8 +372,8 @@ async def test_killed_it_ends_at_once_whoever_works():
     """A second SIGTERM waits for no picture, nor does who waits for a decoder."""
     pool = DecoderPool()
     working = [asyncio.create_task(decode(pool, *slow())) for _ in range(4)]
-    await until(lambda: len(pool.busy_pids) == 2)
-    processes = [psutil.Process(pool.server_pid), *children(pool)]
+    await until(lambda: len(busy_pids(pool)) == 2)
+    processes = [psutil.Process(server_pid(pool)), *children(pool)]
 
     pool.kill()
 
@@ -395,7 +405,7 @@ async def main():
     pool = DecoderPool()
     pool.start()
     await pool._take()
-    print(pool.server_pid, *pool.busy_pids, flush=True)
+    print(pool._server.pid, *(decoder.pid for decoder in pool._busy), flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main())

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from app.errors import InvalidRequest
-from app.images import decode_upload
+from app.images.uploads import decode_upload
 from tests.images import ORIENTATION, picture, raw, saved
 
 

@@ -16,7 +16,7 @@ from app.api.http_limits.connections import ConnectionTable
 from app.api.http_limits.held import HeldAnswers
 from app.api.http_limits.pacing import Pace
 from app.api.pieces import PIECE_BYTES, Body, Data, PieceResponse
-from app.api.request_context import RequestContext, open_context
+from app.request_context import RequestContext, current_request
 from tests.api.sockets import listening, until
 from tests.security.conftest import guarded
 
@@ -89,7 +89,7 @@ def test_what_is_written_counts_no_more() -> None:
     """Nor what has ended, once or twice."""
     budget = Budget()
     first = budget.take("a")
-    budget.release_body(first, first.pictures[0])
+    first.release_body(first.pictures[0])
     second = budget.take("a")
     budget.end(second)
     budget.end(second)
@@ -171,7 +171,7 @@ class Pictures:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             raise RuntimeError("no lifespan")
-        open_context(scope, RequestContext("r", client=scope["path"]))
+        current_request.set(RequestContext("r", client=scope["path"]))
         body = Body(b"{", Data(bytes(PICTURE_BYTES), is_base64=True), b"}")
         try:
             await PieceResponse(body, media_type="image/png")(scope, receive, send)

@@ -16,10 +16,10 @@ from functools import lru_cache
 
 from PIL import Image
 
-from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, Stage, Status
+from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, RawImage, Stage, Status
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
-from app.images import OutputFormat
+from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
 from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
@@ -354,7 +354,8 @@ def _paint(base: int, size: tuple[int, int], output: OutputFormat) -> bytes:
     tile = Image.new("RGB", (16, 16))
     tile.putdata([((base + 5 * i) % 256, (base * 3 + i) % 256, (i * 7) % 256) for i in range(256)])
     picture = tile.resize(size, Image.Resampling.NEAREST)
+    if output.format != "png":
+        return encode(RawImage(*size, picture.tobytes()), output)
     buffer = io.BytesIO()
-    options = {"compress_level": 1} if output.format == "png" else {"quality": output.compression}
-    picture.save(buffer, output.format, **options)
+    picture.save(buffer, "png", compress_level=1)  # smaller than ours for such a pattern
     return buffer.getvalue()

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from app import logs
 from app.errors import GenerationFailed, InvalidRequest, Kind, Unavailable, WorkerLost
+from app.request_context import RequestContext, current_request
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, TimeLimits
 from tests.support.scripted_engine import Unreadable, draw
 from tests.worker.conftest import SPEC
@@ -161,17 +161,18 @@ async def test_a_message_that_cannot_be_sent_is_told_with_its_job(
     named: list[str] = []
 
     def note(record) -> bool:
-        named.append(logs.request_id.get())
+        context = current_request.get(None)
+        named.append(context.id if context else "")
         return True
 
     monkeypatch.setattr(caplog.handler, "filters", [note])
     async with supervise("unsendable@1") as (supervisor, listening):
         await listening.wait_for("ready")
-        naming = logs.request_id.set("req_1")
+        naming = current_request.set(RequestContext("req_1"))
         for job_id, spec in (("down", replace(SPEC, prompt=threading.Lock())), ("up", SPEC)):
             with pytest.raises(GenerationFailed):
                 await supervisor.run(job_id, spec, ignore)
-        logs.request_id.reset(naming)
+        current_request.reset(naming)
 
     assert caplog.messages == [
         "A message to the other process could not be written down, job=down."
@@ -365,10 +366,10 @@ async def test_the_workers_lines_name_the_request(supervise, capfd) -> None:
     async with supervise("leak@1", "leak@2") as (supervisor, listening):
         await listening.wait_for("ready")
         for name in ("one", "two"):
-            naming = logs.request_id.set(name)
+            naming = current_request.set(RequestContext(name))
             with pytest.raises(GenerationFailed):
                 await supervisor.run(f"job {name}", SPEC, ignore)
-            logs.request_id.reset(naming)
+            current_request.reset(naming)
 
     lines = [line for line in capfd.readouterr().err.splitlines() if "nobody foresaw" in line]
     assert [line.partition("job=")[2] for line in lines] == [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from enum import IntEnum
 from typing import Protocol
 
@@ -39,7 +40,7 @@ class Phase(IntEnum):
     """A request is read or answered: it is not closed for another."""
 
 
-class Connection(Protocol):
+class Connection(Taker, Protocol):
     """What the table needs of a connection."""
 
     @property
@@ -49,13 +50,6 @@ class Connection(Protocol):
     @property
     def unsent_bytes(self) -> int:
         """Bytes of responses that are ready but not taken by the client."""
-
-    @property
-    def taken_bytes(self) -> int:
-        """Bytes that the client has taken so far."""
-
-    def abort(self) -> None:
-        """Close now."""
 
     def look(self, now: float) -> None:
         """Check the pace and the phase; *now* is in seconds of a monotonic clock."""
@@ -74,31 +68,12 @@ def accepted_at_once(descriptors: int) -> int:
     return max(1, min(256, (descriptors - connection_limit(descriptors)) // 4))
 
 
-class _Shelf:
-    """Connections by phase, in the order in which they came into it."""
-
-    def __init__(self) -> None:
-        self._rows: tuple[dict[Connection, None], ...] = tuple({} for _ in Phase)
-        self.count = 0
-
-    def put(self, connection: Connection, phase: Phase) -> None:
-        self._rows[phase][connection] = None
-        self.count += 1
-
-    def remove(self, connection: Connection, phase: Phase) -> None:
-        del self._rows[phase][connection]
-        self.count -= 1
-
-    def first_to_go(self) -> Connection | None:
-        rows = self._rows[: Phase.BUSY]
-        return next((next(iter(row)) for row in rows if row), None)
-
-
 class ConnectionTable:
     """The open connections, by client and phase; used from the event loop's thread only.
 
     Every operation is O(1) in the number of connections, except the check of all of them every
-    *look_every_s* seconds.
+    *look_every_s* seconds, and the search for the idlest of one client, which passes over those of
+    others: a quarter of the limit at most.
     """
 
     def __init__(
@@ -109,21 +84,23 @@ class ConnectionTable:
         look_every_s: float = 1.0,
         held_bytes: int = MAX_BYTES,
     ) -> None:
-        self.answers = HeldAnswers(self.cut, max_bytes=held_bytes)
+        self.answers = HeldAnswers(self.abort_slow, max_bytes=held_bytes)
         """The memory held by responses that are being sent."""
         self._limit = limit
         self._proxies = proxies or Proxies(())
-        self._share = three_quarters(limit)
         self._look_every_s = look_every_s
-        self._all = _Shelf()
-        self._of_client: dict[str, _Shelf] = {}
-        self._places: dict[Connection, tuple[str, Phase]] = {}
+        self._phases: tuple[dict[Connection, str], ...] = tuple({} for _ in Phase)
+        """The client of each connection, by phase, in the order in which they came into it."""
+        self._places: dict[Connection, Phase] = {}
+        self._by_client: Counter[str] = Counter()
         self._looking: asyncio.TimerHandle | None = None
-        self._closed = self._refused = self._cut = 0
+        self._counts: Counter[str] = Counter()
         self._said_at = -_SAY_EVERY_S
 
     def __repr__(self) -> str:
-        return f"<ConnectionTable {self._all.count}/{self._limit}, {len(self._of_client)} clients>"
+        return (
+            f"<ConnectionTable {len(self._places)}/{self._limit}, {len(self._by_client)} clients>"
+        )
 
     def admit(self, connection: Connection, address: str) -> bool:
         """Admit *connection* from *address*, in place of another if need be; else return False.
@@ -131,73 +108,70 @@ class ConnectionTable:
         A trusted proxy may have all connections, since many clients are behind it.
         """
         client = client_of(address)
-        shelf = None if self._proxies.are(address) else self._of_client.get(client)
-        if shelf is not None and shelf.count >= self._share:
-            has_room = self._make_room(shelf)
-        else:
-            has_room = self._all.count < self._limit or self._make_room(self._all)
-        if not has_room:
-            self._refused += 1
-            self._say()
+        is_over_share = self._by_client[client] >= three_quarters(
+            self._limit
+        ) and not self._proxies.are(address)
+        is_full = is_over_share or len(self._places) >= self._limit
+        if is_full and not self._make_room(client if is_over_share else None):
+            self._count("refused")
             return False
-        self._put(connection, client, Phase.ASKING)
+        self._places[connection] = Phase.ASKING
+        self._phases[Phase.ASKING][connection] = client
+        self._by_client[client] += 1
         if self._looking is None:
             self._look_later()
         return True
 
     def move(self, connection: Connection, phase: Phase) -> None:
         """Move *connection* to *phase*; has no effect if it is in it already."""
-        place = self._places.get(connection)
-        if place is not None and place[1] is not phase:
-            self.leave(connection)
-            self._put(connection, place[0], phase)
+        before = self._places.get(connection)
+        if before is not None and before is not phase:
+            self._phases[phase][connection] = self._phases[before].pop(connection)
+            self._places[connection] = phase
 
     def leave(self, connection: Connection) -> None:
         """Remove *connection*, if it is in the table."""
-        place = self._places.pop(connection, None)
-        if place is None:
+        phase = self._places.pop(connection, None)
+        if phase is None:
             return
-        client, phase = place
-        shelf = self._of_client[client]
-        self._all.remove(connection, phase)
-        shelf.remove(connection, phase)
-        if not shelf.count:
-            del self._of_client[client]
+        client = self._phases[phase].pop(connection)
+        self._by_client[client] -= 1
+        if not self._by_client[client]:
+            del self._by_client[client]
 
-    def cut(self, connection: Taker) -> None:
+    def abort_slow(self, connection: Taker) -> None:
         """Close *connection* because its client is too slow."""
-        self._cut += 1
-        self._say()
+        self._count("slow")
         connection.abort()
 
     def close(self) -> tuple[int, int]:
-        """Close what is left; return how many responses were cut off, and their unsent bytes."""
-        cut = [each for each in self._places if each.is_answering or each.unsent_bytes]
-        left_bytes = sum(each.unsent_bytes for each in cut)
+        """Close what is left; return how many responses were aborted, and their unsent bytes."""
+        aborted = [each for each in self._places if each.is_answering or each.unsent_bytes]
+        left_bytes = sum(each.unsent_bytes for each in aborted)
         for connection in list(self._places):
             connection.abort()
         if self._looking is not None:
             self._looking.cancel()
-        return len(cut), left_bytes
+        return len(aborted), left_bytes
 
-    def _put(self, connection: Connection, client: str, phase: Phase) -> None:
-        self._places[connection] = (client, phase)
-        self._all.put(connection, phase)
-        self._of_client.setdefault(client, _Shelf()).put(connection, phase)
-
-    def _make_room(self, shelf: _Shelf) -> bool:
-        connection = shelf.first_to_go()
+    def _make_room(self, client: str | None) -> bool:
+        """Close the idlest connection, of *client* or of all; return whether there is one."""
+        idlest = (
+            connection
+            for phase in self._phases[: Phase.BUSY]
+            for connection, owner in phase.items()
+            if client is None or owner == client
+        )
+        connection = next(idlest, None)
         if connection is None:
             return False
-        self._closed += 1
-        self._say()
+        self._count("closed")
         self.leave(connection)
         connection.abort()
         return True
 
     def _look_later(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._looking = loop.call_later(self._look_every_s, self._look)
+        self._looking = asyncio.get_running_loop().call_later(self._look_every_s, self._look)
 
     def _look(self) -> None:
         self._looking = None
@@ -207,8 +181,9 @@ class ConnectionTable:
         if self._places:
             self._look_later()
 
-    def _say(self) -> None:
-        """Log one line a minute at most: a client that opens thousands would fill the disk else."""
+    def _count(self, event: str) -> None:
+        """Count, and log one line a minute at most: whoever opens thousands would fill the disk."""
+        self._counts[event] += 1
         now = time.monotonic()
         if now - self._said_at < _SAY_EVERY_S:
             return
@@ -216,10 +191,10 @@ class ConnectionTable:
             "Of %d connections, %d are open; to make room %d were closed, %d were refused, and "
             "%d cut that took their answers too slowly. Not said again for a minute.",
             self._limit,
-            self._all.count,
-            self._closed,
-            self._refused,
-            self._cut,
+            len(self._places),
+            self._counts["closed"],
+            self._counts["refused"],
+            self._counts["slow"],
         )
         self._said_at = now
-        self._closed = self._refused = self._cut = 0
+        self._counts.clear()

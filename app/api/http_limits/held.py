@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from app.limits import three_quarters
@@ -30,100 +31,85 @@ class Taker(Protocol):
         """Close now."""
 
 
+@dataclass(eq=False, slots=True)
 class Holding:
     """One response that is being sent: the images of *client* that are held for it."""
 
-    def __init__(self, client: str, taker: Taker, pictures: Iterable[bytes], now: float) -> None:
-        self.client = client
-        self.taker = taker
-        self.pictures = list(pictures)
-        self._began = now
-        self._taken_before = taker.taken_bytes
+    client: str
+    taker: Taker
+    pictures: list[bytes]
+    began: float
+    taken_before: int
 
     def bytes_per_s(self, now: float) -> float:
         """Return the mean rate so far, in bytes per second."""
-        taken = self.taker.taken_bytes - self._taken_before
-        return (taken + _HEAD_START_BYTES) / max(now - self._began, 1e-3)
+        taken = self.taker.taken_bytes - self.taken_before
+        return (taken + _HEAD_START_BYTES) / max(now - self.began, 1e-3)
+
+    def release_body(self, picture: bytes) -> None:
+        """Count *picture* as written and released."""
+        self.pictures.remove(picture)
 
 
 class HeldAnswers:
     """The responses that are being sent; used from the event loop's thread only.
 
-    *cut* closes a connection, and so ends its response. A client's only response is never cut off
+    *abort* closes a connection, and so ends its response. A client's only response is never aborted
     for the client's share, nor the only one of all: however large, its request was accepted.
     """
 
     def __init__(
         self,
-        cut: Callable[[Taker], None],
+        abort: Callable[[Taker], None],
         *,
         max_bytes: int = MAX_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._cut = cut
+        self._abort = abort
         self._max_bytes = max_bytes
         self._clock = clock
-        self._holdings: dict[str, dict[Holding, None]] = {}
-        # An image in the image store may be sent to many sockets, and is in memory once.
-        self._keepers: Counter[tuple[str, int]] = Counter()
-        self._by_client: Counter[str] = Counter()
-        self._bytes = 0
+        self._holdings: dict[Holding, None] = {}
 
     def __repr__(self) -> str:
-        count = sum(map(len, self._holdings.values()))
-        return f"<HeldAnswers: {count} of {len(self._holdings)} clients, {self._bytes} bytes>"
+        clients = {holding.client for holding in self._holdings}
+        held_bytes = self._bytes_by_client().total()
+        return f"<HeldAnswers: {len(self._holdings)} of {len(clients)} clients, {held_bytes} bytes>"
 
-    def hold(self, client: str, taker: Taker, pictures: Iterable[bytes]) -> Holding:
+    def hold(self, client: str, taker: Taker, pictures: list[bytes]) -> Holding:
         """Count *pictures* for a response that *taker* begins to send, and make room for them."""
-        holding = Holding(client, taker, pictures, self._clock())
-        self._holdings.setdefault(client, {})[holding] = None
-        for picture in holding.pictures:
-            key = (client, id(picture))
-            self._keepers[key] += 1
-            if self._keepers[key] == 1:
-                self._count(client, len(picture))
-        self._make_room(client)
+        holding = Holding(client, taker, pictures, self._clock(), taker.taken_bytes)
+        self._holdings[holding] = None
+        while slowest := self._one_too_many(client):
+            self.end(slowest)
+            self._abort(slowest.taker)
         return holding
-
-    def release_body(self, holding: Holding, picture: bytes) -> None:
-        """Count *picture* as written and released."""
-        at = next((at for at, each in enumerate(holding.pictures) if each is picture), None)
-        if at is None:
-            return
-        del holding.pictures[at]
-        key = (holding.client, id(picture))
-        self._keepers[key] -= 1
-        if not self._keepers[key]:
-            del self._keepers[key]
-            self._count(holding.client, -len(picture))
 
     def end(self, holding: Holding) -> None:
         """Count the response as ended, sent or not; has no effect twice."""
-        for picture in tuple(holding.pictures):
-            self.release_body(holding, picture)
-        holdings = self._holdings.get(holding.client, {})
-        holdings.pop(holding, None)
-        if not holdings:
-            self._holdings.pop(holding.client, None)
+        self._holdings.pop(holding, None)
 
-    def _count(self, client: str, size_bytes: int) -> None:
-        self._bytes += size_bytes
-        self._by_client[client] += size_bytes
-        if not self._by_client[client]:
-            del self._by_client[client]
-
-    def _make_room(self, client: str) -> None:
-        share = three_quarters(self._max_bytes)
-        while self._by_client[client] > share and len(self._holdings[client]) > 1:
-            self._cut_slowest_of(client)
-        while self._bytes > self._max_bytes and self._is_shared():
-            self._cut_slowest_of(max(self._by_client, key=self._by_client.__getitem__))
-
-    def _is_shared(self) -> bool:
-        return len(self._holdings) > 1 or any(len(each) > 1 for each in self._holdings.values())
-
-    def _cut_slowest_of(self, client: str) -> None:
+    def _one_too_many(self, client: str) -> Holding | None:
+        """Return the response to abort after one of *client* has begun, None within the limits."""
+        by_client = self._bytes_by_client()
+        own = [holding for holding in self._holdings if holding.client == client]
+        if by_client[client] <= three_quarters(self._max_bytes) or len(own) == 1:
+            if by_client.total() <= self._max_bytes or len(self._holdings) == 1:
+                return None
+            client = max(by_client, key=by_client.__getitem__)
         now = self._clock()
-        slowest = min(self._holdings[client], key=lambda each: each.bytes_per_s(now))
-        self.end(slowest)
-        self._cut(slowest.taker)
+        return min(
+            (holding for holding in self._holdings if holding.client == client),
+            key=lambda holding: holding.bytes_per_s(now),
+        )
+
+    def _bytes_by_client(self) -> Counter[str]:
+        """Sum up the images; one that a client takes with many sockets is in memory once."""
+        pictures = {
+            (holding.client, id(picture)): len(picture)
+            for holding in self._holdings
+            for picture in holding.pictures
+        }
+        sums: Counter[str] = Counter()
+        for (client, _), size_bytes in pictures.items():
+            sums[client] += size_bytes
+        return sums

@@ -7,6 +7,8 @@ byte of a body whose length is known.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from app.api.http_limits.refusals import Unreadable
 
 PIECE_BYTES = 16 * 1024
@@ -17,72 +19,39 @@ A body of blank lines must not cost a call for each three bytes.
 """
 
 
-class Intake:
+class Intake(bytearray):
     """A buffer of received bytes, in order; used from the event loop's thread only."""
 
-    def __init__(self) -> None:
-        self._rest = bytearray()
-
-    def __len__(self) -> int:
-        return len(self._rest)
-
-    def add(self, data: bytes) -> None:
-        """Append *data*."""
-        self._rest += data
-
-    def put_back(self, data: bytes) -> None:
-        """Prepend *data*, which was taken but not parsed."""
-        self._rest[:0] = data
-
-    def clear(self) -> None:
-        """Discard all bytes."""
-        self._rest.clear()
-
     def take(self, framing: Framing) -> bytes:
-        """Return the next piece; empty where nothing is left.
+        """Remove and return the next piece; empty where nothing is left.
 
         At most one message ends in it, or two at the edge of a read.
         """
         if framing.is_between:
-            self._skip_line_ends()
-        size = min(len(self._rest), PIECE_BYTES)
-        if framing.left_bytes:
+            # Line ends between messages (RFC 9112 2.2) do not extend a time limit.
+            del self[: len(self) - len(self.lstrip(b"\r\n"))]
+        size = min(len(self), PIECE_BYTES)
+        if framing.left_bytes and not framing.is_in_head:
             size = min(size, framing.left_bytes)
         else:
-            begin = _CHUNKED_PIECE_BYTES if framing.is_chunked else 0
-            found = self._rest.find(b"\n\r\n", begin, size)
+            is_in_chunks = framing.is_chunked and not framing.is_in_head
+            found = self.find(b"\n\r\n", _CHUNKED_PIECE_BYTES if is_in_chunks else 0, size)
             size = size if found < 0 else found + 3
-        piece = bytes(self._rest[:size])
-        del self._rest[:size]
+        piece = bytes(self[:size])
+        del self[:size]
         return piece
 
-    def _skip_line_ends(self) -> None:
-        """Skip line ends between messages (RFC 9112 2.2): they do not extend a time limit."""
-        count = len(self._rest) - len(self._rest.lstrip(b"\r\n"))
-        del self._rest[:count]
 
-
+@dataclass(slots=True)
 class Framing:
-    """The framing of the message that is being parsed: where its body ends (RFC 9112 6).
+    """The framing of the message that is being parsed: where its body ends (RFC 9112 6)."""
 
-    There is one for each connection, reset with each message.
-    """
-
-    is_between: bool
+    is_between: bool = False
     """Whether no message has begun since the end of the last one."""
-    is_chunked: bool
-    left_bytes: int
+    is_in_head: bool = False
+    is_chunked: bool = False
+    left_bytes: int = 0
     """Bytes not received yet of a body with a Content-Length."""
-
-    _length: int
-    _has_coding: bool
-
-    def __init__(self) -> None:
-        self.end()
-
-    def begin(self) -> None:
-        """Begin a message, at its first byte."""
-        self.is_between = False
 
     def add_header(self, name: bytes, value: bytes) -> None:
         """Take one header, its name in lower case.
@@ -92,25 +61,23 @@ class Framing:
                 one.
         """
         if name == b"content-length":
-            self._length = int(value)  # llhttp refuses any but digits in range
+            self.left_bytes = int(value)  # llhttp refuses any but digits in range
         elif name == b"transfer-encoding":
-            if self._has_coding or value.strip().lower() != b"chunked":
+            if self.is_chunked or value.strip().lower() != b"chunked":
                 raise Unreadable(
                     "Transfer-Encoding may be chunked, once, and nothing else; send the body "
                     "uncompressed."
                 )
-            self._has_coding = True
+            self.is_chunked = True
 
-    def end_head(self, http_version: str) -> None:
-        """End the head, and take the body's framing from its headers.
+    def check_version(self, http_version: str) -> None:
+        """Check the framing at the end of the head.
 
         Raises:
             Unreadable: a chunked body in another version than HTTP/1.1.
         """
-        if self._has_coding and http_version != "1.1":
+        if self.is_chunked and http_version != "1.1":
             raise Unreadable("Transfer-Encoding needs HTTP/1.1; send a Content-Length.")
-        self.is_chunked = self._has_coding
-        self.left_bytes = self._length
 
     def head_again(self) -> bytes:
         """Return a minimal head with the same framing; empty where no body follows."""
@@ -119,9 +86,3 @@ class Framing:
         if self.left_bytes:
             return b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % self.left_bytes
         return b""
-
-    def end(self) -> None:
-        """End the message."""
-        self.is_between = True
-        self.is_chunked = self._has_coding = False
-        self.left_bytes = self._length = 0

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 _KERNEL_UNSENT_BYTES = 128 * 1024
 _READ_BYTES = 64 * 1024
@@ -92,11 +92,8 @@ class MeteredTransport(asyncio.Transport):
         """Resume reading; has no effect twice."""
         self._transport.resume_reading()
 
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return the transport's extra information *name*, such as `peername`."""
-        return self._transport.get_extra_info(name, default)
 
-
+@dataclass(slots=True)
 class Pace:
     """The pace of one connection, checked repeatedly, to find clients that are too slow.
 
@@ -104,13 +101,12 @@ class Pace:
     The more is unsent, the higher is the minimum rate: everything must be taken in *most_s*.
     """
 
-    def __init__(self, *, min_bytes_per_s: float, most_s: float, window_s: float) -> None:
-        self._min_bytes_per_s = min_bytes_per_s
-        self._most_s = most_s
-        self._window_s = window_s
-        self._most_unsent_bytes = 0
-        self._window: tuple[float, int] | None = None
-        self._moved: tuple[float, int] = (0.0, 0)
+    min_bytes_per_s: float
+    most_s: float
+    window_s: float
+    _most_unsent_bytes: int = 0
+    _window: tuple[float, int] | None = None
+    _moved: tuple[float, int] = (0.0, 0)
 
     def is_too_slow(self, now: float, *, taken_bytes: int, unsent_bytes: int) -> bool:
         """Return whether less than the minimum was taken in a whole window."""
@@ -124,10 +120,10 @@ class Pace:
         if taken_bytes != self._moved[1]:
             self._moved = (now, taken_bytes)
         begun, taken_before = self._window
-        if now - begun < self._window_s:
+        if now - begun < self.window_s:
             return False
         self._window = (now, taken_bytes)
-        least_bytes_per_s = max(self._min_bytes_per_s, self._most_unsent_bytes / self._most_s)
+        least_bytes_per_s = max(self.min_bytes_per_s, self._most_unsent_bytes / self.most_s)
         return taken_bytes - taken_before < least_bytes_per_s * (now - begun)
 
     def stalled_s(self, now: float) -> float:

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import httptools
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.api.http_limits.connections import ConnectionTable, Phase
-from app.api.http_limits.held import Holding
 from app.api.http_limits.intake import Framing, Intake
 from app.api.http_limits.pacing import MeteredTransport, Pace
 from app.api.http_limits.refusals import (
@@ -63,6 +63,7 @@ class _ReadControl(FlowControl):
 class GuardedProtocol(HttpToolsProtocol):
     """The HTTP/1.1 protocol of one connection; used from the event loop's thread only."""
 
+    transport: MeteredTransport
     head_limit_s = 20.0
     """Seconds from the connection, or from a request's first byte, to the end of its head."""
     idle_limit_s = 5.0
@@ -75,16 +76,16 @@ class GuardedProtocol(HttpToolsProtocol):
     max_pipelined = 8
     """Requests that are parsed and not answered, at most."""
     min_bytes_per_s = 16 * 1024
-    """The least rate at which a response must be taken; a slower one is cut off."""
+    """The least rate at which a response must be taken; a slower one is aborted."""
     max_taking_s = 120.0
-    """The longest time in which a large response must be taken; a slower one is cut off."""
+    """The longest time in which a large response must be taken; a slower one is aborted."""
     pace_window_s = 30.0
     """Seconds over which the rate is averaged, so that a short pause is harmless."""
 
     def __init__(self, *arguments: Any, table: ConnectionTable, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._table = table
-        self._metered: MeteredTransport | None = None
+        self.answers = table.answers
         self._pace = Pace(
             min_bytes_per_s=self.min_bytes_per_s,
             most_s=self.max_taking_s,
@@ -93,16 +94,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self.waiting_bytes = 0
         """Bytes of a response that are ready but not written yet."""
         self._intake = Intake()
-        self._framing = Framing()
-        self._is_in_head = False
+        self._framing = Framing(is_between=True)
         self._is_replaying = False
         self._is_over = False
-        self._is_lingering = False
         self._has_asked = False
         self._head_bytes = self._head_lines = 0
         self._fed_bytes = 0
         self._ahead_bytes = 0
-        self._answering: Any = None
+        self._answering: RequestResponseCycle | None = None
         self._last_words = b""
         self._parsing: asyncio.Handle | None = None
         self._limit: asyncio.TimerHandle | None = None
@@ -115,27 +114,26 @@ class GuardedProtocol(HttpToolsProtocol):
     @property
     def unsent_bytes(self) -> int:
         """Bytes of responses that are ready but not taken by the client."""
-        return self.waiting_bytes + (self._metered.unsent_bytes if self._metered else 0)
+        return self.waiting_bytes + self.transport.unsent_bytes
 
     @property
     def taken_bytes(self) -> int:
         """Bytes that the client has taken so far."""
-        return self._metered.taken_bytes if self._metered else 0
+        return self.transport.taken_bytes
 
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request, or answer 503 if there are too many connections."""
+        super().connection_made(transport)
+        self.transport = MeteredTransport(transport, self._may_close)
+        self.flow = _ReadControl(self.transport, self._parse_soon)
         peer = transport.get_extra_info("peername")
-        if not self._table.admit(self, str(peer[0]) if peer else ""):
-            self.transport = transport
-            transport.write(too_many_connections())
-            transport.close()
-            return
-        self._metered = MeteredTransport(transport, self._may_close)
-        super().connection_made(self._metered)
-        self.flow = _ReadControl(self._metered, self._parse_soon)
-        self._close_in(self.head_limit_s)
+        if self._table.admit(self, str(peer[0]) if peer else ""):
+            self._close_in(self.head_limit_s)
+        else:
+            self.transport.write(too_many_connections())
+            self.transport.finish()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release everything, and tell the app."""
@@ -143,7 +141,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_limit()
         if self._parsing is not None:
             self._parsing.cancel()
-        self._intake.clear()
+        self._end_input()
         self.pipeline.clear()
         self._disconnect()
         if self.scope:
@@ -153,7 +151,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Buffer *data*, and parse as much as there is room for."""
         if not self._is_over:
-            self._intake.add(data)
+            self._intake += data
             self._parse()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
@@ -170,25 +168,11 @@ class GuardedProtocol(HttpToolsProtocol):
         """Close now; unsent bytes are lost."""
         self.transport.abort()
 
-    # Calls by a response.
-
-    def hold(self, client: str, pictures: list[bytes]) -> Holding:
-        """Count the *pictures* that are held for *client* while they are sent."""
-        return self._table.answers.hold(client, self, pictures)
-
-    def release_body(self, holding: Holding, picture: bytes) -> None:
-        """Count *picture* as written and released."""
-        self._table.answers.release_body(holding, picture)
-
-    def end_holding(self, holding: Holding) -> None:
-        """Count the response as ended."""
-        self._table.answers.end(holding)
-
     def look(self, now: float) -> None:
-        """Cut the connection off if its client is too slow; else update its phase."""
+        """Abort the connection if its client is too slow; else update its phase."""
         unsent_bytes = self.unsent_bytes
         if self._pace.is_too_slow(now, taken_bytes=self.taken_bytes, unsent_bytes=unsent_bytes):
-            self._table.cut(self)
+            self._table.abort_slow(self)
         elif unsent_bytes and self._pace.stalled_s(now) >= _STALLED_S:
             self._table.move(self, Phase.STALLED)
         else:
@@ -196,15 +180,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Begin the shutdown: finish the current response, and answer nothing else."""
-        if self._is_lingering:
+        if self.transport.is_closing():
             return
         if self._answering is None:
-            self._finish()
+            self.transport.finish()
             return
         self._answering.keep_alive = False
-        if self.pipeline or self._framing.is_between or self._is_in_head:
-            self._is_over = True
-            self._intake.clear()
+        if self.pipeline or self._framing.is_between or self._framing.is_in_head:
+            self._end_input()
             self.pipeline.clear()
             self.cycle = self._answering
         else:  # its body is still being received
@@ -219,10 +202,9 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         super().on_message_begin()
         self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
-        self._framing.begin()
-        self._is_in_head = True
+        self._framing = Framing(is_in_head=True)
         self._head_bytes = self._head_lines = 0
-        if self._has_asked or self._limit is None:
+        if self._has_asked:
             self._close_in(self.head_limit_s)
         self._settle_phase()
 
@@ -239,7 +221,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._head_lines += 1
         self._count(len(name) + len(value) + len(": \r\n"))
-        if self._is_in_head:
+        if self._framing.is_in_head:
             self._framing.add_header(name.lower(), value)
             super().on_header(name, value)
 
@@ -247,9 +229,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """Start the app; the app's own limits apply to the body."""
         if self._is_replaying:
             return
-        self._framing.end_head(self.parser.get_http_version())
+        self._framing.check_version(self.parser.get_http_version())
         super().on_headers_complete()
-        self._is_in_head = False
+        self._framing.is_in_head = False
         self._has_asked = True
         self._fed_bytes = 0
         self._stop_limit()
@@ -267,17 +249,16 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # llhttp takes the body for another protocol; it is still to be received
         super().on_message_complete()
-        self._framing.end()
+        self._framing = Framing(is_between=True)
         self._fed_bytes = 0
         if not self.cycle.keep_alive:
-            self._is_over = True
-            self._intake.clear()
+            self._end_input()
         if self._answering is None:
             self._wait_for_more()
 
     # Callbacks of the app's side.
 
-    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
@@ -349,7 +330,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(head_too_large())
 
     def _ignore_upgrade(self, behind: bytes) -> None:
-        self._intake.put_back(behind)
+        self._intake[:0] = behind
         self.parser = httptools.HttpRequestParser(self)
         if head := self._framing.head_again():
             self._is_replaying = True
@@ -360,9 +341,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, why: Unreadable) -> None:
         """Answer earlier requests, then answer with the error *why* and close."""
-        self._is_over = True
-        self._intake.clear()
-        if not self._framing.is_between and not self._is_in_head:
+        self._end_input()
+        if not self._framing.is_between and not self._framing.is_in_head:
             # The error is in the newest request's body.
             if not self.pipeline:
                 if self._answering is not None and not self.cycle.response_started:
@@ -370,7 +350,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
             self.pipeline.popleft()
-            self.cycle = self._answering
+            # Others wait in the pipeline only while one is answered.
+            self.cycle = self._answering  # type: ignore[assignment]
         if self._answering is not None:
             self._last_words = why.answer()
         else:
@@ -381,6 +362,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes += size_bytes
         if self._head_bytes > MAX_HEAD_BYTES or self._head_lines > MAX_HEADER_LINES:
             raise head_too_large()
+
+    def _end_input(self) -> None:
+        """Parse nothing more, and keep nothing of what is received."""
+        self._is_over = True
+        self._intake.clear()
 
     # Time limits.
 
@@ -397,7 +383,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Set the time limit for what the client sends next; no response is pending."""
         if self._framing.is_between:
             self._close_in(self.idle_limit_s)
-        elif not self._is_in_head:
+        elif not self._framing.is_in_head:
             self._close_in(self.linger_s)
         self._settle_phase()
 
@@ -410,20 +396,15 @@ class GuardedProtocol(HttpToolsProtocol):
             # An earlier request of this connection is still being answered.
             self._close_in(seconds)
         else:
-            self._finish()
+            self.transport.finish()
 
     def _may_close(self) -> bool:
         if self._framing.is_between:
             return True
-        self._is_over = self._is_lingering = True
-        self._intake.clear()
+        self._end_input()
         self._disconnect()
         self._close_in(self.linger_s)
         return False
-
-    def _finish(self) -> None:
-        assert self._metered is not None
-        self._metered.finish()
 
     def _disconnect(self) -> None:
         """Tell the app that the client of the current request has disconnected.
@@ -438,4 +419,3 @@ class GuardedProtocol(HttpToolsProtocol):
     def _stop_limit(self) -> None:
         if self._limit is not None:
             self._limit.cancel()
-            self._limit = None

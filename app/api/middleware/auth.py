@@ -11,12 +11,11 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from app.api.errors import error_response
 from app.api.proxies import Proxies
-from app.api.request_context import context_of
 from app.errors import Kind, KleinError
+from app.request_context import current_request
 
 _OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
 _OPEN_PREFIXES = ("/static/", "/v1/images/files/")
@@ -47,34 +46,26 @@ class KeyRing:
         return holder
 
 
-class KeyGate:
-    """ASGI middleware: names the client, and refuses a request without a key that needs one."""
+class KeyCheck:
+    """Names the client, and refuses a request without a key that needs one."""
 
-    def __init__(
-        self, app: ASGIApp, *, keys: KeyRing, proxies: Proxies, is_metrics_open: bool
-    ) -> None:
-        self._app = app
+    def __init__(self, keys: KeyRing, proxies: Proxies, *, is_metrics_open: bool) -> None:
         self._keys = keys
         self._proxies = proxies
         self._open_paths = _OPEN_PATHS | ({"/metrics"} if is_metrics_open else set())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, or pass the request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        context = context_of(scope)
+    def __call__(self, scope: Scope) -> KleinError | None:
+        """Return the refusal: 401."""
+        context = current_request.get()
         holder = self._keys.find(scope["headers"])
         context.has_key = holder is not None
         context.client = holder or self._proxies.client(scope)
         if context.has_key or self._is_open(scope["path"]):
-            await self._app(scope, receive, send)
-            return
-        context.error = KleinError(
+            return None
+        return KleinError(
             "This needs a valid API key; send it as `Authorization: Bearer <key>`.",
             kind=Kind.UNAUTHORIZED,
         )
-        await error_response(context.error)(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
         return self._keys.is_empty or path in self._open_paths or path.startswith(_OPEN_PREFIXES)

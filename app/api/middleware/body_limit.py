@@ -15,9 +15,9 @@ from collections import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.request_context import context_of
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.limits import three_quarters
+from app.request_context import current_request
 
 BODIES_AT_ONCE = 8
 """The memory for all bodies, in bodies of the largest size."""
@@ -31,7 +31,6 @@ class _Budget:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held = 0
         self._by_client: Counter[str] = Counter()
 
     def take(self, client: str, size_bytes: int) -> None:
@@ -40,16 +39,14 @@ class _Budget:
         Raises:
             Unavailable: a limit is exceeded; the bytes are counted all the same.
         """
-        self._held += size_bytes
         self._by_client[client] += size_bytes
         if self._by_client[client] > three_quarters(self._max_bytes):
             raise _too_many("Too many of your own large requests are being read")
-        if self._held > self._max_bytes:
+        if self._by_client.total() > self._max_bytes:
             raise _too_many("Too many large requests are being read")
 
     def give_back(self, client: str, size_bytes: int) -> None:
         """Count *size_bytes* less."""
-        self._held -= size_bytes
         self._by_client[client] -= size_bytes
         if not self._by_client[client]:
             del self._by_client[client]
@@ -72,7 +69,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = context_of(scope)
+        context = current_request.get()
         expected = _content_length(scope)
         received = counted = held = 0
         late_at: float | None = asyncio.get_running_loop().time() + self._limit_s

@@ -14,12 +14,12 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.deps import metrics_of
+from app.api.deps import runtime_of
 from app.api.errors import REPLIES, error_response, internal_error
-from app.api.request_context import RequestContext, open_context
 from app.errors import Cancelled, Kind, KleinError
 from app.log_writer import ACCESS
-from app.logs import clip, request_id, request_notes
+from app.logs import clip
+from app.request_context import RequestContext, current_request
 
 _access = logging.getLogger(ACCESS)
 _log = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         context = RequestContext(_adopt(Headers(scope=scope).get("x-request-id")))
-        open_context(scope, context)
-        request_id.set(context.id)
-        request_notes.set({})
+        current_request.set(context)
         started = time.perf_counter()
         status = 0
 
@@ -91,11 +89,10 @@ def _record(scope: Scope, context: RequestContext, status: int, seconds: float) 
     route = getattr(scope.get("route"), "path", "unmatched")
     outcome = context.outcome or _outcome(context.error, status)
     reason = REPLIES[context.error.kind].reason if context.error else None
-    metrics = metrics_of(scope)
-    if metrics is not None:
-        metrics.request_finished(route, outcome, seconds)
+    if runtime := runtime_of(scope):
+        runtime.metrics.request_finished(route, outcome, seconds)
         if reason is not None:
-            metrics.request_rejected(reason)
+            runtime.metrics.request_rejected(reason)
     if context.error is not None and context.error.kind is Kind.CANCELLED:
         status = REPLIES[Kind.CANCELLED].status
     _access.info(
@@ -107,7 +104,7 @@ def _record(scope: Scope, context: RequestContext, status: int, seconds: float) 
             "outcome": outcome,
             "seconds": round(seconds, 4),
             **_details(scope, context.error),
-            **(request_notes.get() or {}),
+            **context.notes,
         },
     )
 

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
-from app.api.openai.request import read_output, read_prompt
-from app.api.schema.fields import PROMPT, sampling_fields
+from app.api.schema.fields import PROMPT, sampling_fields, side
 from app.api.schema.json_scanner import LongText
+from app.api.schema.request import ImageRequest, read_image, read_prompt, require_both_sides
 from app.api.schema.table import Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL, base64_or_data_url
-from app.domain import ImageSpec, ModelSpec
+from app.domain import ModelSpec
 from app.errors import InvalidRequest
-from app.images import OutputFormat
-from app.images.preparing import Edit, Upload
-from app.limits import DRAW, Limits
+from app.images.formats import OUTPUT_FORMATS
+from app.images.preparing import Upload
+from app.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A valid request."""
+    """A valid request: the image asked for, and the uploads to make it of."""
 
-    prompt: str
-    size: tuple[int, int] | None
-    """(width, height) in pixels; None takes the model's default or the first image's size."""
-    steps: int
-    guidance_scale: float
-    seed: int | None
-    output: OutputFormat
-    images: tuple[Upload, ...] = ()
-    mask: Upload | None = None
-
-    def spec(
-        self, model: ModelSpec, random_seed: Callable[[], int], edit: Edit | None = None
-    ) -> ImageSpec:
-        """Make the spec of the one image."""
-        width, height = self.size or (model.default_width, model.default_height)
-        if edit is not None:
-            width, height = edit.size
-        return ImageSpec(
-            prompt=self.prompt,
-            width=width,
-            height=height,
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            seed=random_seed() if self.seed is None else self.seed,
-            references=() if edit is None else edit.references,
-            mask=None if edit is None else edit.mask,
-        )
+    image: ImageRequest
+    images: tuple[Upload, ...]
+    mask: Upload | None
 
 
 def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
@@ -58,14 +34,14 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
     return FieldTable(
         (
             PROMPT,
-            _side("width", model.default_width, limits),
-            _side("height", model.default_height, limits),
+            side("width", "The width in pixels.", limits, model.default_width),
+            side("height", "The height in pixels.", limits, model.default_height),
             *sampling_fields(model, limits),
             Field(
                 "output_format",
                 Type.TEXT,
                 "File format of the answer.",
-                choices=("png", "jpeg", "webp"),
+                choices=tuple(OUTPUT_FORMATS),
                 default="png",
             ),
             Field(
@@ -105,16 +81,12 @@ def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> Gene
             param="images",
             code="missing_required_parameter",
         )
-    seed = values.get("seed")
+    prompt = read_prompt(values)
+    size = _read_size(values, model, limits, is_edit=bool(images))
     return GenerateRequest(
-        prompt=read_prompt(values),
-        size=_read_size(values, model, limits, is_edit=bool(images)),
-        steps=values.get("num_inference_steps", model.default_steps),
-        guidance_scale=values.get("guidance_scale", model.default_guidance),
-        seed=None if seed == DRAW else seed,
-        output=read_output(values),
-        images=images,
-        mask=None if mask is None else base64_or_data_url(mask, "mask"),
+        read_image(values, model, prompt=prompt, size=size),
+        images,
+        None if mask is None else base64_or_data_url(mask, "mask"),
     )
 
 
@@ -141,36 +113,8 @@ def _read_size(
 ) -> tuple[int, int] | None:
     if "width" not in values and "height" not in values:
         return None
-    for name, other in (("width", "height"), ("height", "width")):
-        if is_edit and name not in values:
-            raise InvalidRequest(
-                f"{name} is missing beside {other}; send both, or neither.",
-                param=name,
-                code="missing_required_parameter",
-            )
+    if is_edit:
+        require_both_sides(values, "neither")
     size = (values.get("width", model.default_width), values.get("height", model.default_height))
     limits.check_size(*size)
     return size
-
-
-def name_sides(error: InvalidRequest) -> InvalidRequest:
-    """Change an error's `param` from `size` to `width`: this route has no `size`."""
-    if error.param != "size":
-        return error
-    return InvalidRequest(error.message, param="width", code=error.code or "invalid_value")
-
-
-def _side(name: str, default: int, limits: Limits) -> Field:
-    return Field(
-        name,
-        Type.WHOLE,
-        f"The {name} in pixels.",
-        default=default,
-        schema={
-            "type": ["integer", "null"],
-            "minimum": limits.min_side,
-            "maximum": limits.max_side,
-            "multipleOf": limits.multiple,
-            "default": default,
-        },
-    )

@@ -6,19 +6,18 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import DEADLINE, Client, DeadlineS, IsLarge, Service, decoders_of
-from app.api.disconnect import await_images, unless_gone
+from app.api.deps import DEADLINE, Running, admit
+from app.api.disconnect import await_images, unless_disconnected
 from app.api.errors import own_names
-from app.api.native.request import name_sides, read, table
+from app.api.native.request import read, table
 from app.api.native.response import response_headers
 from app.api.pieces import Body, Data, PieceResponse
-from app.api.request_context import context_of
-from app.api.schema.body import read_json, require_json
+from app.api.schema.body import read_json
 from app.domain import ImageSpec
-from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.limits import Limits
-from app.service.service import ImageService
+from app.request_context import current_request
+from app.runtime import Runtime
 from app.service.ticket import Admission
 
 _OWN_NAMES = {"references": "images", "deadline_s": DEADLINE}
@@ -29,26 +28,15 @@ def build_router(config: ApiConfig) -> APIRouter:
     router = APIRouter(tags=["native"])
 
     @router.post("/generate", summary="Make one picture, answered as its bytes")
-    async def generate(
-        request: Request,
-        service: Service,
-        client: Client,
-        deadline_s: DeadlineS,
-        is_large: IsLarge,
-    ) -> Response:
-        require_json(request)
-        try:
-            with service.admit(
-                client=client, deadline_s=deadline_s, is_large=is_large
-            ) as admission:
-                spec, output = await _read(request, service, admission, config)
-                context_of(request.scope).release_body()
-                with own_names(_OWN_NAMES):
-                    ticket = admission.submit([spec], output)
-        except InvalidRequest as error:
-            raise name_sides(error) from None
+    async def generate(request: Request, runtime: Running) -> Response:
+        context = current_request.get()
+        with admit(request, runtime.service, "application/json") as admission:
+            specs, output = await _read(request, runtime, admission, config)
+            context.release_body()
+            with own_names(_OWN_NAMES):
+                ticket = admission.submit(specs, output)
         (picture,) = await await_images(ticket, request.receive)
-        headers = response_headers(picture, context_of(request.scope).id)
+        headers = response_headers(picture, context.id)
         return PieceResponse(
             Body(Data(picture.data)), media_type=picture.media_type, headers=headers
         )
@@ -57,18 +45,17 @@ def build_router(config: ApiConfig) -> APIRouter:
 
 
 async def _read(
-    request: Request, service: ImageService, admission: Admission, config: ApiConfig
-) -> tuple[ImageSpec, OutputFormat]:
+    request: Request, runtime: Runtime, admission: Admission, config: ApiConfig
+) -> tuple[list[ImageSpec], OutputFormat]:
     """Read and decode the body; uploads are released before the image is queued."""
-    model = service.model
+    model, edit = runtime.service.model, None
     fields = table(model, config)
     asked = read(fields.read(await read_json(request, has_pictures=True)), model, config)
-    edit = None
     if asked.images:
         admission.reserve(1)
         limits = Limits.of(model, config.max_pixels)
-        work = decoders_of(request).prepare(
-            asked.images, asked.mask, asked.size, limits.nearest, client=admission.client
+        work = runtime.decoders.prepare(
+            asked.images, asked.mask, asked.image.size, limits.nearest, client=admission.client
         )
-        edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
-    return asked.spec(model, service.random_seed, edit), asked.output
+        edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
+    return asked.image.specs(model, runtime.service.random_seed, edit), asked.image.output

@@ -22,8 +22,7 @@ from app.api.schema.uploads import data_url
 from app.errors import InvalidRequest
 from app.images.preparing import Upload
 
-_IMAGE = re.compile(r"image(\[[0-9]*\])?")
-_MASK = re.compile(r"mask(\[[0-9]*\])?")
+_PICTURE = re.compile(r"(image|mask)(\[[0-9]*\])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +37,12 @@ class EditBody:
 async def read_form(request: Request, table: FieldTable, max_images: int) -> EditBody:
     """Read `multipart/form-data`."""
     texts: dict[str, object] = {}
-    images: list[Upload] = []
-    masks: list[Upload] = []
+    files: dict[str, list[Upload]] = {"image": [], "mask": []}
     parts = deque(await read_parts(request))
     while parts:
         part = parts.popleft()  # no part is held both raw and read
-        if _IMAGE.fullmatch(part.name):
-            images += _read_file(part, "image")
-        elif _MASK.fullmatch(part.name):
-            masks += _read_file(part, "mask")
+        if picture := _PICTURE.fullmatch(part.name):
+            files[picture[1]] += _read_file(part, picture[1])
         elif _has_file(part):
             raise _must_be("text, not a file", shorten(part.name))
         elif part.name in texts:
@@ -55,6 +51,7 @@ async def read_form(request: Request, table: FieldTable, max_images: int) -> Edi
         else:
             texts[part.name] = part.text()
     values = table.read(texts, is_form=True)
+    images, masks = files.values()
     _check_count(len(images), max_images, "image")
     if len(masks) > 1:
         raise InvalidRequest(

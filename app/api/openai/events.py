@@ -11,75 +11,64 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from app.api.errors import envelope, internal_error
 from app.api.native.response import server_timing
 from app.api.openai.request import ImagesRequest
-from app.api.openai.response import usage
+from app.api.openai.response import ECHOED_QUALITIES, usage
 from app.api.pieces import Body, Data
-from app.api.request_context import RequestContext
-from app.domain import RawImage
+from app.domain import ImageSpec
 from app.errors import KleinError
-from app.service.results import Finished, Picture, Preview, Queued, StepDone
+from app.request_context import current_request
+from app.service.results import Finished, Picture, Preview, Queued
 from app.service.ticket import Ticket
 
 _log = logging.getLogger(__name__)
 
 
 class EventWriter:
-    """Writes the events of one request; *verb* is `image_generation` or `image_edit`."""
+    """Writes the events of the request *asked* for the image *spec*."""
 
-    def __init__(
-        self,
-        verb: str,
-        asked: ImagesRequest,
-        size: tuple[int, int],
-        references: Sequence[RawImage],
-    ) -> None:
-        self._verb = verb
-        self._references = references
+    def __init__(self, asked: ImagesRequest, spec: ImageSpec) -> None:
+        self._verb = "image_edit" if spec.references else "image_generation"
+        self._references = spec.references
         self._common = {
-            "size": f"{size[0]}x{size[1]}",
-            "quality": asked.streamed_quality,
+            "size": f"{spec.width}x{spec.height}",
+            "quality": asked.quality if asked.quality in ECHOED_QUALITIES else "auto",
             "background": "opaque",
-            "output_format": asked.output.format,
+            "output_format": asked.image.output.format,
         }
 
-    async def messages(
-        self, ticket: Ticket, context: RequestContext
-    ) -> AsyncGenerator[bytes | Body, None]:
-        """Yield the events of *ticket* to its end; an error is sent, and kept in *context*."""
+    async def messages(self, ticket: Ticket) -> AsyncGenerator[bytes | Body, None]:
+        """Yield the events of *ticket* to its end; an error is sent, and kept for the log."""
         try:
             async with aclosing(ticket.events()) as events:
                 async for event in events:
                     if isinstance(event, Preview):
-                        yield self._partial(event)
+                        rest = {"partial_image_index": event.index}
+                        yield self._write("partial_image", event.picture, rest)
                     elif isinstance(event, Finished):
                         yield _measured(event.picture)
                         yield self._completed(event.picture)
+                    elif isinstance(event, Queued):
+                        yield f": queued {event.position}\n\n".encode()
                     else:
-                        yield _moved(event)
+                        yield f": {event.stage} {event.step}/{event.steps}\n\n".encode()
         except KleinError as error:
-            context.keep(error)
+            current_request.get().keep(error)
             yield _error(error)
         except Exception:
             _log.exception("A stream failed in a way that nothing expected.")
-            context.error = internal_error()
-            yield _error(context.error)
-
-    def _partial(self, preview: Preview) -> Body:
-        return self._write("partial_image", preview.picture, {"partial_image_index": preview.index})
+            current_request.get().error = internal_error()
+            yield _error(internal_error())
 
     def _completed(self, picture: Picture) -> Body:
-        rest: dict[str, Any] = {
-            "seed": picture.seed,
-            "usage": usage([picture], self._references),
-        }
+        rest: dict[str, Any] = {"seed": picture.seed, "usage": usage([picture], self._references)}
         if picture.warnings:
-            rest["warnings"] = list(picture.warnings)
+            rest["warnings"] = picture.warnings
         return self._write("completed", picture.data, rest)
 
     def _write(self, what: str, data: bytes, rest: dict[str, Any]) -> Body:
@@ -89,12 +78,6 @@ class EventWriter:
         head = f'event: {name}\ndata: {{"type": "{name}", "b64_json": "'.encode()
         tail = json.dumps(fields).encode()[1:]
         return Body(head, Data(data, is_base64=True), b'", ' + tail + b"\n\n")
-
-
-def _moved(event: Queued | StepDone) -> bytes:
-    if isinstance(event, Queued):
-        return f": queued {event.position}\n\n".encode()
-    return f": {event.stage} {event.step}/{event.steps}\n\n".encode()
 
 
 def _measured(picture: Picture) -> bytes:

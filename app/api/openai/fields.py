@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from app.api.config import ApiConfig
 from app.api.schema import unsupported_values
-from app.api.schema.fields import PROMPT, sampling_fields
+from app.api.schema.fields import PROMPT, sampling_fields, side
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
+from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import MAX_PROMPT, Limits
 
 MAX_IMAGES = 10
@@ -19,14 +20,13 @@ MAX_PARTIALS = 3
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 """Prefixes of model names that clients hard-code; such a name means the served model."""
 
-_STILL = "only still pictures are made, as png, jpeg or webp"
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 
 def table(model: ModelSpec, config: ApiConfig, *, is_edit: bool) -> FieldTable:
     """Make the table of fields of generations or edits for *model*."""
     limits = Limits.of(model, config.max_pixels, config.max_references)
-    only = _edit_only(limits) if is_edit else _generation_only()
+    only = _edit_only(limits) if is_edit else _GENERATION_ONLY
     hints = {"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS
     return FieldTable(
         _common(model, config, limits) + only, is_strict=config.is_strict, hints=hints
@@ -46,9 +46,9 @@ def _common(model: ModelSpec, config: ApiConfig, limits: Limits) -> tuple[Field,
             minimum=1,
             maximum=limits.max_steps,
         ),
-        *_delivery(),
+        *_DELIVERY,
         *_IGNORED,
-        *_IMPOSSIBLE,
+        *_impossible(),
     )
 
 
@@ -93,21 +93,10 @@ def _shape(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
             default="auto",
             example=f"{model.default_width}x{model.default_height}",
         ),
-        *(_side(name, limits) for name in ("width", "height")),
-    )
-
-
-def _side(name: str, limits: Limits) -> Field:
-    return Field(
-        name,
-        Type.WHOLE,
-        f"The {name} in pixels, instead of `size`; both or neither.",
-        schema={
-            "type": ["integer", "null"],
-            "minimum": limits.min_side,
-            "maximum": limits.max_side,
-            "multipleOf": limits.multiple,
-        },
+        *(
+            side(name, f"The {name} in pixels, instead of `size`; both or neither.", limits)
+            for name in ("width", "height")
+        ),
     )
 
 
@@ -117,10 +106,10 @@ def _encoding() -> tuple[Field, ...]:
             "output_format",
             Type.TEXT,
             "File format of the pictures.",
-            choices=("png", "jpeg", "webp", "jpg", "gif", "svg"),
+            choices=(*format_names(), *unsupported_values.OTHER_FORMATS),
             veto=unsupported_values.other_format,
             default="png",
-            schema={"enum": ["png", "jpeg", "webp", "jpg", None], "default": "png"},
+            schema={"enum": [*format_names(), None], "default": "png"},
         ),
         Field(
             "background",
@@ -133,25 +122,23 @@ def _encoding() -> tuple[Field, ...]:
     )
 
 
-def _delivery() -> tuple[Field, ...]:
-    return (
-        Field(
-            "response_format",
-            Type.TEXT,
-            "Base64 in the answer, or a link that lives for an hour.",
-            choices=("b64_json", "url"),
-        ),
-        Field("stream", Type.FLAG, "Answer with server-sent events; n must be 1.", default=False),
-        Field(
-            "partial_images",
-            Type.WHOLE,
-            "How many previews a stream carries.",
-            minimum=0,
-            maximum=MAX_PARTIALS,
-            default=0,
-        ),
-    )
-
+_DELIVERY = (
+    Field(
+        "response_format",
+        Type.TEXT,
+        "Base64 in the answer, or a link that lives for an hour.",
+        choices=("b64_json", "url"),
+    ),
+    Field("stream", Type.FLAG, "Answer with server-sent events; n must be 1.", default=False),
+    Field(
+        "partial_images",
+        Type.WHOLE,
+        "How many previews a stream carries.",
+        minimum=0,
+        maximum=MAX_PARTIALS,
+        default=0,
+    ),
+)
 
 _IGNORED = (
     Field("quality", Type.TEXT, "Without effect here.", choices=_QUALITIES),
@@ -161,29 +148,33 @@ _IGNORED = (
     Field("complexity", Type.TEXT, "Without effect here.", choices=("low", "medium", "high")),
 )
 
-_IMPOSSIBLE = (
-    *(
+
+def _impossible() -> tuple[Field, ...]:
+    still = f"only still pictures are made, as {list_words(OUTPUT_FORMATS)}"
+    return (
+        *(
+            Field(
+                name,
+                Type.ANY,
+                "Not possible here.",
+                refusal=unsupported_values.impossible(name, still),
+            )
+            for name in ("svg", "frame_count", "frame_duration_ms")
+        ),
         Field(
-            name,
-            Type.ANY,
-            "Not possible here.",
-            refusal=unsupported_values.impossible(name, _STILL),
-        )
-        for name in ("svg", "frame_count", "frame_duration_ms")
-    ),
-    Field(
-        "negative_prompt",
-        Type.TEXT,
-        "Must be empty.",
-        max_length=MAX_PROMPT,
-        veto=unsupported_values.negative_prompt,
-        schema={"enum": ["", None]},
-    ),
+            "negative_prompt",
+            Type.TEXT,
+            "Must be empty.",
+            max_length=MAX_PROMPT,
+            veto=unsupported_values.negative_prompt,
+            schema={"enum": ["", None]},
+        ),
+    )
+
+
+_GENERATION_ONLY = (
+    Field("style", Type.TEXT, "Without effect here.", choices=("vivid", "natural")),
 )
-
-
-def _generation_only() -> tuple[Field, ...]:
-    return (Field("style", Type.TEXT, "Without effect here.", choices=("vivid", "natural")),)
 
 
 def _edit_only(limits: Limits) -> tuple[Field, ...]:

@@ -116,22 +116,17 @@ class ImageStore:
             if not largest or self._has_spare(client):
                 self._drop_oldest_of(client)
                 continue
-            holder = largest[0][1]
+            _, holder = heapq.heappop(largest)
             self._drop_oldest_of(holder)
             if holder in self._shares:
-                heapq.heapreplace(largest, (-self._part(holder), holder))
-            else:
-                heapq.heappop(largest)
+                heapq.heappush(largest, (-self._part(holder), holder))
 
     def _has_spare(self, client: str) -> bool:
-        is_one = len(self._shares[client].names) == 1
-        return not is_one and self._part(client) > 1 / len(self._shares)
+        return len(self._shares[client].names) > 1 and self._part(client) > 1 / len(self._shares)
 
     def _part(self, client: str) -> float:
         """Return the fraction of the store that *client* has, by bytes or number, the larger."""
-        share = self._shares.get(client)
-        if share is None:
-            return 0.0
+        share = self._shares[client]
         return max(share.bytes / self._max_bytes, len(share.names) / self._max_count)
 
     def _drop_oldest_of(self, client: str) -> None:

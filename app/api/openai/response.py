@@ -15,6 +15,8 @@ from app.api.pieces import Body, Data
 from app.domain import RawImage
 from app.service.results import Picture
 
+ECHOED_QUALITIES = frozenset({"low", "medium", "high", "xhigh", "max"})
+"""Those that openai-python's strict mode accepts in a response."""
 _TOKEN_PIXELS = 16 * 16
 
 
@@ -37,8 +39,8 @@ def answer(
         "size": f"{first.width}x{first.height}",
         "usage": usage(pictures, references, is_whole=True),
     }
-    if asked.echoed_quality is not None:
-        head["quality"] = asked.echoed_quality
+    if asked.quality in ECHOED_QUALITIES:
+        head["quality"] = asked.quality
     if warnings := all_warnings(pictures):
         head["warnings"] = warnings
     parts: list[bytes | Data] = [json.dumps(head).encode()[:-1] + b', "data": [']

@@ -1,159 +1,142 @@
-"""OpenAI's images API: `/v1/images/generations`, its alias `/v1/images`, `/v1/images/edits`."""
+"""OpenAI's images API: `/v1/images/generations`, its alias `/v1/images`, `/v1/images/edits`.
+
+`/v1/images/files/{name}` serves the images whose URLs `response_format=url` returns.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import DEADLINE, Client, DeadlineS, IsLarge, Service, decoders_of
-from app.api.disconnect import await_images, unless_gone
+from app.api.deps import DEADLINE, Running, admit
+from app.api.disconnect import await_images, unless_disconnected
 from app.api.errors import own_names
 from app.api.native.response import server_timing
-from app.api.openai import edit_body, files
+from app.api.openai import edit_body
 from app.api.openai import fields as openai_fields
 from app.api.openai import request as openai_request
 from app.api.openai import response as openai_response
-from app.api.openai.edit_body import EditBody
 from app.api.openai.events import EventWriter
 from app.api.openai.image_store import ImageStore
 from app.api.openai.request import SIDES, ImagesRequest
-from app.api.pieces import PieceResponse
-from app.api.request_context import context_of
-from app.api.schema.body import content_type, read_json, require_json, unsupported_media
-from app.api.schema.table import FieldTable
+from app.api.pieces import Body, Data, PieceResponse
+from app.api.schema.body import content_type, read_json
 from app.api.sse import EventStream
-from app.domain import ImageSpec, RawImage
+from app.domain import ImageSpec, ModelSpec
+from app.errors import Kind, KleinError
 from app.limits import Limits
+from app.request_context import current_request
+from app.runtime import Runtime
 from app.service.results import Picture
-from app.service.service import ImageService
 from app.service.ticket import Admission, Ticket
 
 _FORM, _JSON = "multipart/form-data", "application/json"
+_FILES = "/v1/images/files/"
 _OWN_NAMES = {**SIDES, "references": "image", "images": "n", "deadline_s": DEADLINE}
 
 
 def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
-    """Make the router; images that are returned by URL go to the image store *links*."""
+    """Make the router; images that are returned by URL come from the image store *links*."""
     router = APIRouter(tags=["openai"])
 
     @router.post("/v1/images", summary="The same as /v1/images/generations")
     @router.post("/v1/images/generations", summary="Make pictures of a prompt")
-    async def generations(
-        request: Request,
-        service: Service,
-        client: Client,
-        deadline_s: DeadlineS,
-        is_large: IsLarge,
-    ) -> Response:
-        require_json(request)
-        model = service.model
-        with service.admit(client=client, deadline_s=deadline_s, is_large=is_large) as admission:
+    async def generations(request: Request, runtime: Running) -> Response:
+        model = runtime.service.model
+        with admit(request, runtime.service, _JSON) as admission:
             fields = openai_fields.table(model, config, is_edit=False)
             asked = openai_request.read(fields.read(await read_json(request)), model, config)
-            context_of(request.scope).release_body()
-            size = asked.size or (model.default_width, model.default_height)
-            specs = asked.specs(size, asked.draw_seed(service.random_seed))
-            with own_names(_OWN_NAMES):
-                ticket = admission.submit(specs, asked.output)
-        return await _Answer(request, service, config, links, asked, specs).make(ticket)
+            specs = asked.image.specs(model, runtime.service.random_seed)
+            ticket = _submit(admission, specs, asked)
+        return await _answer(request, model, config, links, asked, specs, ticket)
 
     @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
-    async def change(
-        request: Request,
-        service: Service,
-        client: Client,
-        deadline_s: DeadlineS,
-        is_large: IsLarge,
-    ) -> Response:
-        media_type = content_type(request)
-        if media_type not in {_FORM, _JSON}:
-            raise unsupported_media(_FORM, _JSON)
-        with service.admit(client=client, deadline_s=deadline_s, is_large=is_large) as admission:
-            read = edit_body.read_form if media_type == _FORM else edit_body.read_object
-            asked, specs = await _read_edit(request, read, service, admission, config)
-            context_of(request.scope).release_body()
-            with own_names(_OWN_NAMES):
-                ticket = admission.submit(specs, asked.output)
-        return await _Answer(request, service, config, links, asked, specs).make(ticket)
+    async def change(request: Request, runtime: Running) -> Response:
+        with admit(request, runtime.service, _FORM, _JSON) as admission:
+            asked, specs = await _read_edit(request, runtime, admission, config)
+            ticket = _submit(admission, specs, asked)
+        model = runtime.service.model
+        return await _answer(request, model, config, links, asked, specs, ticket)
+
+    @router.get(_FILES + "{name}", summary="Fetch a picture behind a link", response_class=Response)
+    async def file(name: str) -> Response:
+        link = links.get(name)
+        if link is None:
+            raise KleinError(
+                "There is no picture behind this link, or no longer; ask for it again.",
+                kind=Kind.NOT_FOUND,
+            )
+        headers = {"Cache-Control": f"private, max-age={int(links.lifetime_s)}"}
+        return PieceResponse(Body(Data(link.data)), media_type=link.media_type, headers=headers)
 
     return router
 
 
+def _submit(admission: Admission, specs: Sequence[ImageSpec], asked: ImagesRequest) -> Ticket:
+    """Queue the images of a request whose body is read."""
+    current_request.get().release_body()
+    with own_names(_OWN_NAMES):
+        return admission.submit(specs, asked.image.output)
+
+
 async def _read_edit(
-    request: Request,
-    read: Callable[[Request, FieldTable, int], Awaitable[EditBody]],
-    service: ImageService,
-    admission: Admission,
-    config: ApiConfig,
+    request: Request, runtime: Runtime, admission: Admission, config: ApiConfig
 ) -> tuple[ImagesRequest, list[ImageSpec]]:
     """Read and decode the body; uploads are released before the images are queued."""
-    model = service.model
+    model = runtime.service.model
     fields = openai_fields.table(model, config, is_edit=True)
     limits = Limits.of(model, config.max_pixels, config.max_references)
+    read = edit_body.read_form if content_type(request) == _FORM else edit_body.read_object
     body = await read(request, fields, limits.max_references)
     asked = openai_request.read(body.values, model, config)
     with own_names(_OWN_NAMES):
-        admission.reserve(asked.n)
-    work = decoders_of(request).prepare(
-        body.images, body.mask, asked.size, limits.nearest, client=admission.client
-    )
-    edit = await unless_gone(request.receive, work, limit_s=admission.seconds_left)
-    seed = asked.draw_seed(service.random_seed)
-    return asked, asked.specs(edit.size, seed, references=edit.references, mask=edit.mask)
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """The response to one accepted request: JSON at the end, or a stream of events."""
-
-    request: Request
-    service: ImageService
-    config: ApiConfig
-    links: ImageStore
-    asked: ImagesRequest
-    specs: Sequence[ImageSpec]
-
-    async def make(self, ticket: Ticket) -> Response:
-        """Wait for the images, or start the stream that does."""
-        if self.asked.wants_stream:
-            return self._stream(ticket)
-        pictures = await await_images(ticket, self.request.receive)
-        body = openai_response.answer(
-            pictures,
-            asked=self.asked,
-            model=self.service.model.id,
-            created=int(time.time()),
-            references=self._references,
-            links=self._keep(pictures) if self.asked.wants_links else None,
+        admission.reserve(asked.image.n)
+    with own_names(SIDES):
+        work = runtime.decoders.prepare(
+            body.images, body.mask, asked.image.size, limits.nearest, client=admission.client
         )
-        return PieceResponse(body, media_type=_JSON, headers=_headers(pictures))
+        edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
+    return asked, asked.image.specs(model, runtime.service.random_seed, edit)
 
-    def _stream(self, ticket: Ticket) -> Response:
-        (spec,) = self.specs
-        verb = "image_edit" if spec.references else "image_generation"
-        writer = EventWriter(verb, self.asked, (spec.width, spec.height), spec.references)
-        messages = writer.messages(ticket, context_of(self.request.scope))
-        return EventStream(messages, heartbeat_s=self.config.heartbeat_s, on_close=ticket.cancel)
 
-    def _keep(self, pictures: Sequence[Picture]) -> list[str]:
-        base = self.config.public_url or str(self.request.base_url).rstrip("/")
-        client = context_of(self.request.scope).client
+async def _answer(
+    request: Request,
+    model: ModelSpec,
+    config: ApiConfig,
+    links: ImageStore,
+    asked: ImagesRequest,
+    specs: Sequence[ImageSpec],
+    ticket: Ticket,
+) -> Response:
+    """Wait for the images and answer with JSON, or start the stream of events that waits."""
+    if asked.wants_stream:
+        messages = EventWriter(asked, specs[0]).messages(ticket)
+        return EventStream(messages, heartbeat_s=config.heartbeat_s, on_close=ticket.cancel)
+    pictures = await await_images(ticket, request.receive)
+    urls = None
+    if asked.wants_links:
+        base = config.public_url or str(request.base_url).rstrip("/")
+        client = current_request.get().client
         names = [
-            self.links.put(
+            links.put(
                 picture.data, format=picture.format, media_type=picture.media_type, client=client
             )
             for picture in pictures
         ]
-        return [f"{base}{files.PATH}{name}" for name in names]
-
-    @property
-    def _references(self) -> tuple[RawImage, ...]:
-        return self.specs[0].references
+        urls = [f"{base}{_FILES}{name}" for name in names]
+    body = openai_response.answer(
+        pictures,
+        asked=asked,
+        model=model.id,
+        created=int(time.time()),
+        references=specs[0].references,
+        links=urls,
+    )
+    return PieceResponse(body, media_type=_JSON, headers=_headers(pictures))
 
 
 def _headers(pictures: Sequence[Picture]) -> dict[str, str]:

@@ -22,19 +22,17 @@ def content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def require_json(request: Request) -> None:
-    """Refuse any body but JSON: a web page needs a CORS preflight for it, but not for a form."""
-    if content_type(request) != "application/json":
-        raise unsupported_media("application/json")
+def require_media_type(request: Request, *accepted: str) -> None:
+    """Refuse a body of any other type; a web page needs a CORS preflight for JSON, not for a form.
 
-
-def unsupported_media(*accepted: str) -> KleinError:
-    """Make the error that names the types; `curl -d` sends a form, so it says what to add."""
-    return KleinError(
-        f"The body must be {' or '.join(accepted)}; with curl add "
-        "-H 'content-type: application/json'.",
-        kind=Kind.UNSUPPORTED_MEDIA,
-    )
+    `curl -d` sends a form, so the error says what to add.
+    """
+    if content_type(request) not in accepted:
+        raise KleinError(
+            f"The body must be {' or '.join(accepted)}; with curl add "
+            "-H 'content-type: application/json'.",
+            kind=Kind.UNSUPPORTED_MEDIA,
+        )
 
 
 async def read_json(request: Request, *, has_pictures: bool = False) -> dict[str, Any]:
@@ -58,14 +56,13 @@ async def read_json(request: Request, *, has_pictures: bool = False) -> dict[str
 
 async def pieces(request: Request) -> AsyncGenerator[memoryview, None]:
     """Yield the body in small pieces, and yield to the event loop if their reader takes long."""
-    clock = time.perf_counter
-    since = clock()
+    since = time.perf_counter()
     # `request.body()` would keep the bytes for as long as the request waits for its images.
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
             view = memoryview(chunk)
             for start in range(0, len(view), _PIECE_BYTES):
                 yield view[start : start + _PIECE_BYTES]
-                if clock() - since > _TURN_S:
+                if time.perf_counter() - since > _TURN_S:
                     await asyncio.sleep(0)
-                    since = clock()
+                    since = time.perf_counter()

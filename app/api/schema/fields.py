@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.api.schema.table import Field, Type
 from app.domain import ModelSpec
+from app.images.formats import OUTPUT_FORMATS, list_words
 from app.limits import DRAW, MAX_PROMPT, Limits
 
 PROMPT = Field(
@@ -44,12 +45,32 @@ def sampling_fields(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
         Field(
             "output_compression",
             Type.WHOLE,
-            "Quality of jpeg and webp; png takes only 100.",
+            _about_quality(),
             minimum=0,
             maximum=100,
             default=100,
         ),
     )
+
+
+def side(name: str, about: str, limits: Limits, default: int | None = None) -> Field:
+    """Return the field of the image's width or height in pixels."""
+    schema = {
+        "type": ["integer", "null"],
+        "minimum": limits.min_side,
+        "maximum": limits.max_side,
+        "multipleOf": limits.multiple,
+    }
+    if default is not None:
+        schema["default"] = default
+    return Field(name, Type.WHOLE, about, schema=schema)
+
+
+def _about_quality() -> str:
+    lossy = [name for name, each in OUTPUT_FORMATS.items() if each.has_quality]
+    lossless = [name for name in OUTPUT_FORMATS if name not in lossy]
+    takes = "takes" if len(lossless) == 1 else "take"
+    return f"Quality of {list_words(lossy, 'and')}; {list_words(lossless, 'and')} {takes} only 100."
 
 
 def _guidance(model: ModelSpec, limits: Limits) -> Field:

@@ -34,12 +34,21 @@ _LONGEST_ESCAPE = len(r"\u0000")
 _NAME_BYTES = 400
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LongText:
     """A long string of a body: its UTF-8 bytes, and its length in characters."""
 
-    content: bytearray = field(repr=False)
-    length: int
+    content: bytearray = field(default_factory=bytearray, repr=False)
+    length: int = 0
+
+    def extend(self, part: str) -> None:
+        """Append the next characters as they stand in the body, in whole escapes."""
+        if _CONTROL.search(part):
+            raise _invalid()
+        if "\\" in part:
+            part = parse(f'"{part}"')
+        self.length += len(part)
+        self.content += part.encode("utf-8", "surrogatepass")
 
     def text(self) -> str:
         """Decode it; surrogate pairs that were split between pieces of the body are joined."""
@@ -68,9 +77,9 @@ class Scanner:
         self._is_in_string = False
         self._string: list[str] = []
         self._string_length = 0
-        self._long: bytearray | None = None
-        self._long_length = 0
-        self._longs: list[LongText] = []
+        self._long: LongText | None = None
+        self._longs: dict[str, LongText] = {}
+        """By placeholder."""
 
     def feed(self, piece: bytes | memoryview) -> None:
         """Read the next bytes."""
@@ -86,7 +95,10 @@ class Scanner:
         if self._is_in_string:
             raise _invalid()
         value = parse("".join(self._kept))
-        return self._put_back(value) if self._longs else value
+        try:
+            return self._put_back(value) if self._longs else value
+        except RecursionError:
+            raise _invalid() from None
 
     def _decode(self, piece: bytes | memoryview, *, is_last: bool = False) -> str:
         try:
@@ -100,20 +112,20 @@ class Scanner:
         self._is_in_string = end > 0
         part = text[at : end or len(text)]
         self._keep(part)
-        self._values += part.count(",") + part.count("[") + part.count("{") + self._is_in_string
+        self._values += sum(map(part.count, ',[{"'))
         if self._values > MAX_VALUES:
             raise InvalidRequest(
                 f"The body holds more than {MAX_VALUES:,} values; send only the fields that there "
                 "are.",
                 code="invalid_json",
             )
-        return end or len(text)
+        return at + len(part)
 
     def _read_string(self, text: str, at: int) -> int:
         """Read what *text* holds of the current string."""
         end = _end_of_string(text, at)
         self._add(text[at:end])
-        if end < len(text) and text[end] == '"':
+        if text[end : end + 1] == '"':
             self._end_string()
             return end + 1
         self._tail = text[end:]
@@ -122,34 +134,21 @@ class Scanner:
         return len(text)
 
     def _add(self, part: str) -> None:
-        if self._long is not None:
-            self._extend(self._long, part)
-            return
         self._string.append(part)
         self._string_length += len(part)
         if self._string_length > LONG:
-            self._long, self._long_length = bytearray(), 0
+            self._long = self._long or LongText()
             for known in self._string:
-                self._extend(self._long, known)
-            self._string.clear()
-
-    def _extend(self, long: bytearray, part: str) -> None:
-        if _CONTROL.search(part):
-            raise _invalid()
-        if "\\" in part:
-            part = parse(f'"{part}"')
-        self._long_length += len(part)
-        long += part.encode("utf-8", "surrogatepass")
+                self._long.extend(known)
+            self._string = []
 
     def _end_string(self) -> None:
         if self._long is not None:
-            self._string = [f"{self._nonce}{len(self._longs)}"]
-            self._longs.append(LongText(self._long, self._long_length))
+            placeholder = f"{self._nonce}{len(self._longs)}"
+            self._longs[placeholder] = self._long
+            self._string = [placeholder]
         self._keep("".join(self._string) + '"')
-        self._string = []
-        self._string_length = 0
-        self._long = None
-        self._is_in_string = False
+        self._is_in_string, self._string, self._string_length, self._long = False, [], 0, None
 
     def _keep(self, part: str) -> None:
         self._kept_length += len(part)
@@ -157,30 +156,16 @@ class Scanner:
             raise too_large(f"has more than {MAX_PLAIN:,} characters beside its pictures")
         self._kept.append(part)
 
-    def _put_back(self, root: Any) -> Any:
+    def _put_back(self, value: Any) -> Any:
         """Replace every placeholder by its string; in a key, by the string's start."""
-        box = [root]
-        waiting: list[Any] = [box]
-        while waiting:
-            inside = waiting.pop()
-            if isinstance(inside, dict):
-                items = [(self._name(name), self._value(value)) for name, value in inside.items()]
-                inside.clear()
-                inside.update(items)
-                waiting += [value for _, value in items if isinstance(value, dict | list)]
-            else:
-                inside[:] = [self._value(value) for value in inside]
-                waiting += [value for value in inside if isinstance(value, dict | list)]
-        return box[0]
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(self._nonce):
-            return self._longs[int(value.removeprefix(self._nonce))]
-        return value
+        if isinstance(value, dict):
+            return {self._name(name): self._put_back(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self._put_back(each) for each in value]
+        return self._longs.get(value, value) if isinstance(value, str) else value
 
     def _name(self, name: str) -> str:
-        long = self._value(name)
-        return long.start() if isinstance(long, LongText) else name
+        return self._longs[name].start() if name in self._longs else name
 
 
 def parse(text: str) -> Any:
@@ -205,9 +190,7 @@ def _end_of_string(text: str, at: int) -> int:
     quote = text.find('"', at)
     limit = len(text) if quote < 0 else quote
     escape = text.find("\\", at, limit)
-    if escape < 0:
-        return limit
-    match = _STRING.match(text, escape)
+    match = None if escape < 0 else _STRING.match(text, escape)
     return limit if match is None else match.end()
 
 

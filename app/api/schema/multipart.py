@@ -99,11 +99,10 @@ class _Reader:
         self._header = bytearray()
         self._value = bytearray()
         self._disposition = b""
-        self._files = self._fields = self._texts_bytes = 0
+        self._texts_bytes = 0
         self._boundary = b"\r\n--" + boundary
         self._boundaries = 0
         callbacks: MultipartCallbacks = {
-            "on_part_begin": self._on_part_begin,
             "on_part_data": self._on_part_data,
             "on_part_end": self._on_part_end,
             "on_header_field": self._on_header_field,
@@ -139,10 +138,6 @@ class _Reader:
         self.parts = []
         self._part = Part("")
 
-    def _on_part_begin(self) -> None:
-        self._part = Part("")
-        self._disposition = b""
-
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
 
@@ -156,32 +151,28 @@ class _Reader:
 
     def _on_headers_finished(self) -> None:
         options = parse_options_header(self._disposition)[1]
+        self._disposition = b""
         name = options.get(b"name")
         if name is None:
             raise damaged("it is damaged or cut short")
         if len(name) > MAX_NAME_BYTES:
             raise damaged(f"a name in it has more than {MAX_NAME_BYTES:,} bytes")
-        self._part = Part(
+        self._part = part = Part(
             name.decode("utf-8", "replace"),
             is_file=b"filename" in options,
             has_file_name=bool(options.get(b"filename")),
         )
-        self._files += self._part.is_file
-        self._fields += not self._part.is_file
-        if self._files > MAX_FILES:
-            raise damaged(f"it has more than {MAX_FILES} files")
-        if self._fields > MAX_FIELDS:
-            raise damaged(f"it has more than {MAX_FIELDS} fields")
+        most, what = (MAX_FILES, "files") if part.is_file else (MAX_FIELDS, "fields")
+        if sum(each.is_file == part.is_file for each in self.parts) == most:
+            raise damaged(f"it has more than {most} {what}")
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         part = self._part
-        if not part.is_file:
-            self._count_text(end - start)
         part.content += data[start:end]
-
-    def _count_text(self, size_bytes: int) -> None:
-        self._texts_bytes += size_bytes
-        if len(self._part.content) + size_bytes > MAX_TEXT_BYTES:
+        if part.is_file:
+            return
+        self._texts_bytes += end - start
+        if len(part.content) > MAX_TEXT_BYTES:
             raise damaged(f"a text has more than {MAX_TEXT_BYTES:,} bytes")
         if self._texts_bytes > MAX_TEXTS_BYTES:
             raise damaged(f"its texts have more than {MAX_TEXTS_BYTES:,} bytes together")

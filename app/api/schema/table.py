@@ -65,15 +65,15 @@ class Field:
     type: Type
     about: str
     choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-    max_length: int | None = None
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    max_length: int = MAX_TEXT
     default: object = None
     example: object = None
     refusal: str | None = None
     """For an unsupported field: why any value is refused."""
-    veto: Callable[[Any], InvalidRequest | None] | None = None
-    """For a field with unsupported values: returns or raises the error of one."""
+    veto: Callable[[Any], None] | None = None
+    """For a field with unsupported values: raises the error of one."""
     json_only: bool = False
     is_picture: bool = False
     """For a text that may be long; its length is checked when it is decoded."""
@@ -97,29 +97,27 @@ class Field:
             typed = self._check_text(typed)
         elif self.type in {Type.WHOLE, Type.NUMBER}:
             self._check_range(typed)
-        if self.veto is not None and (fault := self.veto(typed)) is not None:
-            raise fault
+        if self.veto is not None:
+            self.veto(typed)
         return typed
 
     def describe(self) -> dict[str, Any]:
         """Return the field's JSON Schema, with null, which means absent."""
         if self.schema is not None:
             return {"description": self.about, **self.schema}
-        schema: dict[str, Any] = {"description": self.about, "type": [self.type.value, "null"]}
-        if self.type is Type.ANY or self.refusal is not None:
-            schema["type"] = "null"
-        if self.choices:
-            schema["enum"] = [*self.choices, None]
-        limits = {
+        is_never_taken = self.type is Type.ANY or self.refusal is not None
+        schema = {
+            "description": self.about,
+            "type": "null" if is_never_taken else [self.type.value, "null"],
+            "enum": [*self.choices, None] if self.choices else None,
             "minimum": self.minimum,
             "maximum": self.maximum,
             "maxLength": self._most_characters if self.type is Type.TEXT else None,
             "default": self.default,
+            "examples": None if self.example is None else [self.example],
         }
-        schema.update({key: limit for key, limit in limits.items() if limit is not None})
-        if self.example is not None:
-            schema["examples"] = [self.example]
-        return schema
+        unset = (None, -math.inf, math.inf)
+        return {key: value for key, value in schema.items() if value not in unset}
 
     def _from_json(self, value: object) -> object:
         matches = {
@@ -152,9 +150,7 @@ class Field:
     @property
     def _most_characters(self) -> int | None:
         """Return the limit of a text in characters; None for an image or a choice."""
-        if self.is_picture or self.choices:
-            return None
-        return MAX_TEXT if self.max_length is None else self.max_length
+        return None if self.is_picture or self.choices else self.max_length
 
     def _check_text(self, text: str | LongText) -> str | LongText:
         most = self._most_characters
@@ -173,12 +169,11 @@ class Field:
         return text
 
     def _check_range(self, number: Any) -> None:
-        low = -math.inf if self.minimum is None else self.minimum
-        high = math.inf if self.maximum is None else self.maximum
         # Compared, not converted: an integer may be larger than any float.
-        if not low <= number <= high or not -_LARGEST <= number <= _LARGEST:
+        if not self.minimum <= number <= self.maximum or abs(number) > sys.float_info.max:
             raise InvalidRequest(
-                f"{self.name} must lie between {low:g} and {_plain(high)}.", param=self.name
+                f"{self.name} must lie between {self.minimum:g} and {self.maximum:.16g}.",
+                param=self.name,
             )
 
     def _wrong_type(self) -> InvalidRequest:
@@ -214,8 +209,9 @@ class FieldTable:
             for field in fields
             if field.name in present
         }
-        if self.is_strict:
-            self._refuse_unknown(set(present) - {field.name for field in fields})
+        unknown = set(present) - {field.name for field in fields}
+        if self.is_strict and unknown:
+            raise self._unknown(min(unknown))
         return typed
 
     def describe(self, *, required: Iterable[str], is_form: bool = False) -> dict[str, Any]:
@@ -232,12 +228,9 @@ class FieldTable:
             "additionalProperties": absent if self.is_strict else True,
         }
 
-    def _refuse_unknown(self, names: set[str]) -> None:
-        if not names:
-            return
-        name = min(names)
+    def _unknown(self, name: str) -> InvalidRequest:
         hint = (self.hints or {}).get(name, "leave it out, or see /docs for the fields there are")
-        raise InvalidRequest(
+        return InvalidRequest(
             f"{shorten(name)} is not a field of this request; {hint}.",
             param=shorten(name),
             code="unknown_parameter",
@@ -251,9 +244,6 @@ def shorten(name: str) -> str:
     return clean if len(name) <= _MAX_NAME else f"{clean}..."
 
 
-_LARGEST = sys.float_info.max
-
-
 def _is_whole(value: object) -> bool:
     """Whether it is an integer; one of a thousand digits is, though no float can hold it."""
     return value.is_integer() if isinstance(value, float) else _is_number(value)
@@ -261,7 +251,3 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _plain(number: float) -> str:
-    return str(int(number)) if math.isfinite(number) and number == int(number) else str(number)

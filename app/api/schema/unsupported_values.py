@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
-
 from app.errors import InvalidRequest
+from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 
-FORMATS: Mapping[str, Literal["png", "jpeg", "webp"]] = {
-    "png": "png",
-    "jpeg": "jpeg",
-    "jpg": "jpeg",
-    "webp": "webp",
-}
+OTHER_FORMATS = ("gif", "svg")
+"""OpenAI's output formats that are not made here."""
 
 
 def impossible(name: str, why: str) -> str:
@@ -20,34 +14,31 @@ def impossible(name: str, why: str) -> str:
     return f"{name} is not possible here, since {why}; leave it out."
 
 
-def transparent(background: str) -> InvalidRequest | None:
+def transparent(background: str) -> None:
     """Refuse a background that the model cannot make."""
-    if background != "transparent":
-        return None
-    return InvalidRequest(
-        "This model makes no transparent background; send opaque or auto.",
-        param="background",
-        code="unsupported_value",
-    )
+    if background == "transparent":
+        raise InvalidRequest(
+            "This model makes no transparent background; send opaque or auto.",
+            param="background",
+            code="unsupported_value",
+        )
 
 
-def negative_prompt(prompt: str) -> InvalidRequest | None:
+def negative_prompt(prompt: str) -> None:
     """Refuse a negative prompt that says something."""
-    if not prompt:
-        return None
-    return InvalidRequest(
-        impossible("negative_prompt", "the model has no negative branch"),
-        param="negative_prompt",
-        code="unsupported_parameter",
-    )
+    if prompt:
+        raise InvalidRequest(
+            impossible("negative_prompt", "the model has no negative branch"),
+            param="negative_prompt",
+            code="unsupported_parameter",
+        )
 
 
-def other_format(name: str) -> InvalidRequest | None:
+def other_format(name: str) -> None:
     """Refuse OpenAI's formats that are not made here."""
-    if name in FORMATS:
-        return None
-    return InvalidRequest(
-        f"output_format {name} cannot be made here; take png, jpeg or webp.",
-        param="output_format",
-        code="unsupported_value",
-    )
+    if name not in format_names():
+        raise InvalidRequest(
+            f"output_format {name} cannot be made here; take {list_words(OUTPUT_FORMATS)}.",
+            param="output_format",
+            code="unsupported_value",
+        )

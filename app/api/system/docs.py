@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from app.api.deps import Service
+from app.api.deps import Running
 from app.domain import ModelSpec
 
 _STYLE = """\
@@ -35,15 +35,15 @@ def build_router(describe: Callable[[ModelSpec], dict[str, Any]]) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/openapi.json")
-    async def document(service: Service) -> Response:
-        return JSONResponse(describe(service.model))
+    async def document(runtime: Running) -> Response:
+        return JSONResponse(describe(runtime.service.model))
 
     @router.get("/docs")
-    async def page(request: Request, service: Service) -> Response:
+    async def page(request: Request, runtime: Running) -> Response:
         base = str(request.base_url).rstrip("/")
         style = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
         return HTMLResponse(
-            _page(describe(service.model), base), headers={"Content-Security-Policy": style}
+            _page(describe(runtime.service.model), base), headers={"Content-Security-Policy": style}
         )
 
     return router
@@ -51,6 +51,11 @@ def build_router(describe: Callable[[ModelSpec], dict[str, Any]]) -> APIRouter:
 
 def _page(document: dict[str, Any], base: str) -> str:
     info = document["info"]
+    operations = [
+        _operation(base, path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width,initial-scale=1'>",
@@ -59,10 +64,8 @@ def _page(document: dict[str, Any], base: str) -> str:
         f"<p>{escape(info['description'])}</p>",
         "<p>Where keys are set, add <code>-H 'authorization: Bearer &lt;key&gt;'</code>. ",
         "The same as <a href=/openapi.json>OpenAPI</a>.</p>",
+        *operations,
     ]
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            parts.append(_operation(base, path, method, operation))
     return "\n".join(parts)
 
 
@@ -95,12 +98,12 @@ def _command(url: str, media_type: str, example: dict[str, Any]) -> str:
 
 def _address(path: str, operation: dict[str, Any]) -> str | None:
     """Fill the path's parameters with their examples; return None where one has none."""
-    for parameter in operation.get("parameters", ()):
-        if parameter["in"] == "path":
-            if "example" not in parameter:
-                return None
-            path = path.replace(f"{{{parameter['name']}}}", str(parameter["example"]))
-    return path
+    examples = {
+        parameter["name"]: parameter.get("example")
+        for parameter in operation.get("parameters", ())
+        if parameter["in"] == "path"
+    }
+    return None if None in examples.values() else path.format_map(examples)
 
 
 def _fields(schema: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The health routes: liveness, readiness and details; a service that loads its model is alive.
+"""Health and metrics; a service that loads its model is alive, and not ready.
 
 None of them waits for anything. A service that is not ready answers 503 with both OpenAI's error
 object and the state, so that clients of either find theirs.
@@ -13,53 +13,63 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from app import __version__
-from app.api.deps import Service
+from app.api.deps import Running
 from app.api.errors import envelope, retry_after
-from app.api.request_context import context_of
-from app.domain import ModelInfo, Status, WorkerStage
+from app.domain import Status, WorkerStage
 from app.errors import Kind, KleinError
+from app.images.formats import OUTPUT_FORMATS
+from app.request_context import current_request
 
 router = APIRouter(tags=["health"])
 
 
 @router.get("/health/live", summary="Whether the process answers")
-async def live(request: Request, service: Service) -> Response:
+async def live(request: Request, runtime: Running) -> Response:
     """Say that the process answers.
 
     It says nothing of the model, unless the service has given up and is ending.
     """
-    status = service.status()
+    status = runtime.service.status()
     if status.stage == WorkerStage.FAILED:
         return _answer(request, status, {"status": "failed"})
     return JSONResponse({"status": "alive"})
 
 
 @router.get("/health/ready", summary="Whether a picture could be made now")
-async def ready(request: Request, service: Service) -> Response:
+async def ready(request: Request, runtime: Running) -> Response:
     """Say whether the model has made its warm-up picture and the service takes requests."""
-    status = service.status()
+    status = runtime.service.status()
     return _answer(request, status, _readiness(status))
 
 
 @router.get("/health", summary="Model, precision, memory plan, queue")
-async def health(request: Request, service: Service) -> Response:
+async def health(request: Request, runtime: Running) -> Response:
     """Say all that is known; the status code is that of `/health/ready`."""
-    status = service.status()
+    status = runtime.service.status()
     details = {
         **_readiness(status),
         "version": __version__,
-        "model": service.model.id,
+        "model": runtime.service.model.id,
         "queue": {
             "size": status.queue_size,
             "capacity": status.queue_capacity,
             "running": status.running,
             "estimated_wait_s": round(status.estimated_wait_s, 3),
         },
-        "limits": asdict(service.limits),
+        "limits": asdict(runtime.service.limits),
         "worker_restarts": status.worker_restarts,
-        **_worker(status.info),
+        "output_formats": list(OUTPUT_FORMATS),
     }
+    if status.info is not None:
+        details["worker"] = asdict(status.info)
     return _answer(request, status, details)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(runtime: Running) -> Response:
+    """Answer a scrape."""
+    body, content_type = runtime.metrics.exposition()
+    return Response(body, headers={"content-type": content_type})
 
 
 def _readiness(status: Status) -> dict[str, Any]:
@@ -71,12 +81,8 @@ def _readiness(status: Status) -> dict[str, Any]:
     }
 
 
-def _worker(info: ModelInfo | None) -> dict[str, Any]:
-    return {} if info is None else {"worker": asdict(info)}
-
-
 def _answer(request: Request, status: Status, body: dict[str, Any]) -> Response:
-    context_of(request.scope).outcome = "ok"  # a health request succeeds, whatever the state
+    current_request.get().outcome = "ok"  # a health request succeeds, whatever the state
     if status.is_ready:
         return JSONResponse(body)
     error = KleinError(status.reason or "The service is not ready.", kind=_kind(status))

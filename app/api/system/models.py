@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.config import ApiConfig
-from app.api.deps import Service
+from app.api.deps import Running
 from app.api.openai.request import is_model
 from app.domain import ModelSpec
 from app.errors import Kind, KleinError
@@ -19,23 +19,25 @@ def build_router(config: ApiConfig) -> APIRouter:
     router = APIRouter(tags=["openai"])
 
     @router.get("/v1/models", summary="List the served model")
-    async def models(service: Service) -> dict[str, object]:
-        names = [service.model.id]
+    async def models(runtime: Running) -> dict[str, object]:
+        served = runtime.service.model
+        names = [served.id]
         if config.has_aliases and config.lists_aliases:
             names += _LISTED_ALIASES
-        return {"object": "list", "data": [_model(name, service.model) for name in names]}
+        return {"object": "list", "data": [_model(name, served) for name in names]}
 
     # The hub id holds a slash, which the SDK sends as %2F: hence `:path`.
     @router.get("/v1/models/{id:path}", summary="Describe the served model under one of its names")
-    async def model(id: str, service: Service) -> dict[str, object]:
-        if not id or not is_model(id, service.model, config):
+    async def model(id: str, runtime: Running) -> dict[str, object]:
+        served = runtime.service.model
+        if not id or not is_model(id, served, config):
             raise KleinError(
-                f"This model is not served here; the one that is has the id {service.model.id}.",
+                f"This model is not served here; the one that is has the id {served.id}.",
                 kind=Kind.NOT_FOUND,
                 param="model",
                 code="model_not_found",
             )
-        return _model(id, service.model)
+        return _model(id, served)
 
     return router
 

@@ -17,10 +17,14 @@ from app.api.errors import REPLIES
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
 from app.domain import ModelSpec
+from app.images.formats import OUTPUT_FORMATS
 from app.limits import Limits
 
-_PICTURES = ("image/png", "image/jpeg", "image/webp")
+Json = dict[str, Any]
+"""A JSON object of the document."""
+
 _EVENTS = "text/event-stream"
+_JSON = "application/json"
 _FORM = "multipart/form-data"
 _SMALL_PICTURE = (
     "data:image/png;base64,"
@@ -34,16 +38,42 @@ _ABOUT = (
     "`POST /v1/images...` as OpenAI's image API does. Errors are OpenAI's error object everywhere. "
     "`X-Klein-Deadline-S` shortens the time that a request may take."
 )
+_BYTES = {"type": "string", "format": "binary"}
+_DEADLINE = {
+    "name": DEADLINE,
+    "in": "header",
+    "required": False,
+    "description": "Seconds that the client is willing to wait; only ever shortens the limit.",
+    "schema": {"type": "number", "minimum": MIN_DEADLINE_S},
+}
+_NULLABLE = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _NULLABLE,
+                "code": _NULLABLE,
+            },
+            "additionalProperties": False,
+        }
+    },
+}
 
 
-def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> dict[str, Any]:
+def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> Json:
     """Return the OpenAPI document for *model*."""
     document = get_openapi(
         title=app.title, version=app.version, description=_ABOUT, routes=app.routes
     )
     paths = document["paths"]
     document["components"] = {
-        "schemas": {"Error": _error_schema()},
+        "schemas": {"Error": _ERROR},
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
     }
     document["security"] = [{}, {"key": []}]
@@ -51,12 +81,14 @@ def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> dict[str, Any
         for operation in methods.values():
             operation["responses"].pop("422", None)
             operation["responses"].update(_errors((401, 500)))
-    _fill_generate(paths["/generate"]["post"], model, config)
-    for path in ("/v1/images", "/v1/images/generations"):
-        _fill_generations(paths[path]["post"], model, config)
-    _fill_edits(paths["/v1/images/edits"]["post"], model, config)
+    for path, (contents, reply) in _posts(model, config).items():
+        paths[path]["post"] |= {
+            "requestBody": {"required": True, "content": contents},
+            "parameters": [_DEADLINE],
+            "responses": {"200": reply, **_errors(_GENERATES)},
+        }
     picture = paths["/v1/images/files/{name}"]["get"]
-    picture["responses"] = {"200": _reply("The picture.", _PICTURES, _BYTES), **_errors((404, 500))}
+    picture["responses"] = {"200": _picture_reply(), **_errors((404, 500))}
     picture["security"] = [{}]
     lookup = paths["/v1/models/{id}"]["get"]
     lookup["responses"].update(_errors((404,)))
@@ -67,118 +99,65 @@ def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> dict[str, Any
     return document
 
 
-_BYTES = {"type": "string", "format": "binary"}
-
-
-def _fill_generate(operation: dict[str, Any], model: ModelSpec, config: ApiConfig) -> None:
-    schema = table(model, config).describe(required=["prompt"])
-    example = {"prompt": "a red fox in the snow", "seed": 7}
-    operation["requestBody"] = _body({"application/json": (schema, example)})
-    operation["parameters"] = [_deadline()]
-    operation["responses"] = {
-        "200": _reply("The picture.", _PICTURES, _BYTES),
-        **_errors(_GENERATES),
-    }
-
-
-def _fill_generations(operation: dict[str, Any], model: ModelSpec, config: ApiConfig) -> None:
-    schema = openai_fields.table(model, config, is_edit=False).describe(required=["prompt"])
-    example = {"prompt": "a red fox in the snow", "n": 2, "seed": 7}
-    operation["requestBody"] = _body({"application/json": (schema, example)})
-    operation["parameters"] = [_deadline()]
-    operation["responses"] = _images_replies()
-
-
-def _fill_edits(operation: dict[str, Any], model: ModelSpec, config: ApiConfig) -> None:
-    table = openai_fields.table(model, config, is_edit=True)
-    form = table.describe(required=["prompt", "image"], is_form=True)
-    file = {"type": "string", "format": "binary"}
+def _posts(model: ModelSpec, config: ApiConfig) -> dict[str, tuple[Json, Json]]:
+    """Return each route's request bodies by media type, and its reply."""
+    generate = table(model, config).describe(required=["prompt"])
+    generations = openai_fields.table(model, config, is_edit=False).describe(required=["prompt"])
+    edits = openai_fields.table(model, config, is_edit=True)
+    form = edits.describe(required=["prompt", "image"], is_form=True)
     form["properties"]["image"] = {
         "description": "PNG, JPEG or WebP; repeated, or as image[], for more than one.",
         "type": "array",
-        "items": file,
+        "items": _BYTES,
         "minItems": 1,
         "maxItems": Limits.of(model, config.max_pixels, config.max_references).max_references,
     }
     form["properties"]["mask"] = {
         "description": "PNG or WebP of the first picture's size; transparent is repainted.",
-        **file,
+        **_BYTES,
     }
-    operation["requestBody"] = _body(
-        {
-            _FORM: (form, {"prompt": "make it winter", "image": "@picture.png"}),
-            "application/json": (
-                table.describe(required=["prompt", "images"]),
-                {"prompt": "make it winter", "images": [{"image_url": _SMALL_PICTURE}]},
-            ),
-        }
-    )
-    operation["parameters"] = [_deadline()]
-    operation["responses"] = _images_replies()
-
-
-def _images_replies() -> dict[str, Any]:
-    reply = _reply("The pictures.", ["application/json"], _images_schema())
-    reply["content"][_EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events
-    return {"200": reply, **_errors(_GENERATES)}
-
-
-def _body(contents: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    return {
-        "required": True,
-        "content": {
-            media_type: {"schema": schema, "example": example}
-            for media_type, (schema, example) in contents.items()
+    pictures = _reply("The pictures.", [_JSON], _images_schema())
+    pictures["content"][_EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events
+    fox = {"prompt": "a red fox in the snow"}
+    plain = {_JSON: {"schema": generations, "example": {**fox, "n": 2, "seed": 7}}}
+    winter = {"prompt": "make it winter"}
+    edited = {
+        _FORM: {"schema": form, "example": {**winter, "image": "@picture.png"}},
+        _JSON: {
+            "schema": edits.describe(required=["prompt", "images"]),
+            "example": {**winter, "images": [{"image_url": _SMALL_PICTURE}]},
         },
     }
-
-
-def _deadline() -> dict[str, Any]:
     return {
-        "name": DEADLINE,
-        "in": "header",
-        "required": False,
-        "description": "Seconds that the client is willing to wait; only ever shortens the limit.",
-        "schema": {"type": "number", "minimum": MIN_DEADLINE_S},
+        "/generate": (
+            {_JSON: {"schema": generate, "example": {**fox, "seed": 7}}},
+            _picture_reply(),
+        ),
+        "/v1/images": (plain, pictures),
+        "/v1/images/generations": (plain, pictures),
+        "/v1/images/edits": (edited, pictures),
     }
 
 
-def _reply(about: str, media_types: Iterable[str], schema: dict[str, Any]) -> dict[str, Any]:
+def _picture_reply() -> Json:
+    return _reply("The picture.", [each.media_type for each in OUTPUT_FORMATS.values()], _BYTES)
+
+
+def _reply(about: str, media_types: Iterable[str], schema: Json) -> Json:
     content = {media_type: {"schema": schema} for media_type in media_types}
     return {"description": about, "content": content}
 
 
-def _errors(statuses: Iterable[int]) -> dict[str, Any]:
+def _errors(statuses: Iterable[int]) -> Json:
     reference = {"$ref": "#/components/schemas/Error"}
     found = {}
     for status in statuses:
         codes = sorted({reply.code for reply in REPLIES.values() if reply.status == status})
-        found[str(status)] = _reply(f"Error: {', '.join(codes)}.", ["application/json"], reference)
+        found[str(status)] = _reply(f"Error: {', '.join(codes)}.", [_JSON], reference)
     return found
 
 
-def _error_schema() -> dict[str, Any]:
-    nullable = {"type": ["string", "null"]}
-    return {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {
-                    "message": {"type": "string"},
-                    "type": {"type": "string"},
-                    "param": nullable,
-                    "code": nullable,
-                },
-                "additionalProperties": False,
-            }
-        },
-    }
-
-
-def _images_schema() -> dict[str, Any]:
+def _images_schema() -> Json:
     item = {
         "type": "object",
         "required": ["seed"],
@@ -197,7 +176,7 @@ def _images_schema() -> dict[str, Any]:
             "model": {"type": "string"},
             "data": {"type": "array", "items": item, "minItems": 1},
             "background": {"const": "opaque"},
-            "output_format": {"enum": ["png", "jpeg", "webp"]},
+            "output_format": {"enum": list(OUTPUT_FORMATS)},
             "quality": {"type": "string"},
             "size": {"type": "string", "pattern": r"^\d+x\d+$"},
             "usage": {"type": "object"},

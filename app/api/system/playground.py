@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.config import ApiConfig
-from app.api.deps import Service
+from app.api.deps import Running
 from app.domain import ModelSpec
 from app.errors import Kind, KleinError
 
@@ -68,8 +68,10 @@ def build_router(config: ApiConfig) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.api_route("/", methods=["GET", "HEAD"])
-    async def playground(request: Request, service: Service) -> Response:
-        body = page.body.replace(_MODEL, _MODEL.replace(b"null", _describe(service.model, config)))
+    async def playground(request: Request, runtime: Running) -> Response:
+        body = page.body.replace(
+            _MODEL, _MODEL.replace(b"null", _describe(runtime.service.model, config))
+        )
         return StaticFile(body, page.media_type).answer(request)
 
     @router.api_route("/static/{name}", methods=["GET", "HEAD"])

@@ -1,20 +1,17 @@
-"""The context of one request while it is answered, shared by middleware and routes.
+"""What is known of one request, in one context variable that its tasks share.
 
-The edge middleware makes it, middleware and routes write to it, the edge reads it once at the end.
-Only one task at a time uses it.
+The edge middleware makes it; middleware, routes and the service write to it; log lines take its id,
+and the edge writes the rest into the request's one line. The worker's side of the pipe sets one
+with the id alone while it handles a message. Outside of a request there is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from app.errors import KleinError
-
-_KEY = "klein.exchange"
-
-Scope = MutableMapping[str, Any]
 
 
 def _nothing() -> None:
@@ -35,6 +32,8 @@ class RequestContext:
     """Called by a route that has read the body and keeps nothing of it."""
     outcome: str | None = None
     """Set where the status does not tell it, as in a health response."""
+    notes: dict[str, float] = field(default_factory=dict)
+    """Fields of the request's one log line: numbers, no strings."""
 
     def keep(self, error: KleinError) -> None:
         """Keep *error* without its traceback, cause and context.
@@ -46,12 +45,5 @@ class RequestContext:
         self.error = error
 
 
-def open_context(scope: Scope, context: RequestContext) -> None:
-    """Attach *context* to the request."""
-    scope[_KEY] = context
-
-
-def context_of(scope: Scope) -> RequestContext:
-    """Return the context of the request."""
-    context: RequestContext = scope[_KEY]
-    return context
+current_request: ContextVar[RequestContext] = ContextVar("current_request")
+"""The request that this task works for; `get` fails outside of one, `get(None)` does not."""

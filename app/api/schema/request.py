@@ -1,0 +1,131 @@
+"""What both APIs read in the same way from a request's typed fields, and the specs it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.domain import ImageSpec, ModelSpec
+from app.errors import InvalidRequest
+from app.images import OutputFormat
+from app.images.formats import OUTPUT_FORMATS, format_names, list_words
+from app.images.preparing import Edit, Size
+from app.limits import DRAW, MAX_SEED, check_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """What is asked of the images, valid."""
+
+    prompt: str
+    n: int
+    size: Size | None
+    """(width, height) in pixels; None takes the model's default or the first image's size."""
+    steps: int
+    guidance_scale: float
+    seed: int | None
+    """None draws one."""
+    output: OutputFormat
+    previews: int
+
+    def specs(
+        self, model: ModelSpec, random_seed: Callable[[], int], edit: Edit | None = None
+    ) -> list[ImageSpec]:
+        """Make one spec per image; image i has seed+i, and a drawn seed leaves room for that."""
+        size = self.size or (model.default_width, model.default_height)
+        width, height = edit.size if edit else size
+        seed = min(random_seed(), MAX_SEED - self.n + 1) if self.seed is None else self.seed
+        return [
+            ImageSpec(
+                prompt=self.prompt,
+                width=width,
+                height=height,
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                seed=seed + index,
+                references=edit.references if edit else (),
+                mask=edit.mask if edit else None,
+                previews=self.previews,
+            )
+            for index in range(self.n)
+        ]
+
+
+def read_image(
+    values: Mapping[str, Any], model: ModelSpec, *, prompt: str, size: Size | None
+) -> ImageRequest:
+    """Apply the rules that a table cannot state to the shared fields of its typed *values*.
+
+    Raises:
+        InvalidRequest: a value breaks a rule.
+    """
+    n, steps = values.get("n", 1), _read_steps(values, model)
+    return ImageRequest(
+        prompt=prompt,
+        n=n,
+        size=size,
+        steps=steps,
+        guidance_scale=values.get("guidance_scale", model.default_guidance),
+        seed=_read_seed(values, n),
+        output=_read_output(values),
+        previews=min(values.get("partial_images", 0), steps - 1),
+    )
+
+
+def read_prompt(values: Mapping[str, Any]) -> str:
+    """Read the prompt, which must not be blank."""
+    if "prompt" not in values:
+        raise InvalidRequest(
+            "prompt is missing; say what the picture should show.",
+            param="prompt",
+            code="missing_required_parameter",
+        )
+    prompt: str = values["prompt"]
+    check_prompt(prompt)
+    return prompt
+
+
+def require_both_sides(values: Mapping[str, Any], instead: str) -> None:
+    """Refuse one side without the other; *instead* says what to send else."""
+    for name, other in (("width", "height"), ("height", "width")):
+        if name not in values:
+            raise InvalidRequest(
+                f"{name} is missing beside {other}; send both, or {instead}.",
+                param=name,
+                code="missing_required_parameter",
+            )
+
+
+def _read_steps(values: Mapping[str, Any], model: ModelSpec) -> int:
+    steps, alias = values.get("num_inference_steps"), values.get("steps")
+    if steps is not None and alias is not None and steps != alias:
+        raise InvalidRequest(
+            "steps and num_inference_steps differ; send only one of the two.", param="steps"
+        )
+    found = steps if steps is not None else alias
+    return model.default_steps if found is None else int(found)
+
+
+def _read_seed(values: Mapping[str, Any], n: int) -> int | None:
+    seed: int = values.get("seed", DRAW)
+    if seed + n - 1 > MAX_SEED:
+        raise InvalidRequest(
+            f"With n={n} the seed may be at most {MAX_SEED - n + 1}, since image i takes seed+i.",
+            param="seed",
+        )
+    return None if seed == DRAW else seed
+
+
+def _read_output(values: Mapping[str, Any]) -> OutputFormat:
+    """Read format and compression; a lossless format takes only compression 100."""
+    name = format_names()[values.get("output_format", "png")]
+    compression = values.get("output_compression", 100)
+    if not OUTPUT_FORMATS[name].has_quality and compression != 100:
+        lossy = list_words(each.name for each in OUTPUT_FORMATS.values() if each.has_quality)
+        raise InvalidRequest(
+            f"output_compression must be 100 or left out with {name}; or take {lossy}.",
+            param="output_compression",
+            code=f"invalid_{name}_output_compression",
+        )
+    return OutputFormat(name, compression)
