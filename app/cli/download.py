@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from app.cli.console import progress_bar
 from app.domain import LoadProgress
 from app.engine.hub.download import ensure, missing_bytes, verify
 from app.engine.hub.fetch import Hub
@@ -18,15 +19,11 @@ from app.engine.quantization.formats import AUTO, FORMATS, choices
 from app.settings import Settings, complete_path
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("download", help="fetch a model's files, or check those in place")
     parser.add_argument("--model", help="catalogue key (KLEIN_MODEL)")
     parser.add_argument("--precision", choices=choices(), help="decides which transformer")
     parser.add_argument("--verify", action="store_true", help="only hash again what lies there")
-    parser.set_defaults(
-        run=run, settings=lambda given: {"model": given.model, "precision": given.precision}
-    )
 
 
 def run(
@@ -56,10 +53,9 @@ def run(
 
 
 def _is_there(name: str) -> bool:
-    try:
+    with suppress(ValueError):
         return os.access(complete_path(Path(name)), os.F_OK)
-    except ValueError:
-        return False
+    return False
 
 
 def _download(variant: ModelEntry, cache_dir: Path, precision: str, hub: Hub) -> int:
@@ -75,15 +71,15 @@ def _download(variant: ModelEntry, cache_dir: Path, precision: str, hub: Hub) ->
         f"  to       {cache_dir}",
         flush=True,
     )
-    with _Bar() as bar:
-        folder = ensure(variant, cache_dir, wanted, bar.show, hub=hub)
+    with progress_bar() as show:
+        folder = ensure(variant, cache_dir, wanted, _told_by(show), hub=hub)
     print(f"ready in {folder}")
     return 0
 
 
 def _verify(variant: ModelEntry, cache_dir: Path, wanted: str) -> int:
-    with _Bar() as bar:
-        found = verify(variant, cache_dir, wanted, bar.show)
+    with progress_bar() as show:
+        found = verify(variant, cache_dir, wanted, _told_by(show))
     words = {True: "right", False: "DAMAGED, deleted", None: "missing"}
     for file, state in found.items():
         print(f"{words[state]:17} {file.path}")
@@ -104,25 +100,5 @@ def _precision_of_this_machine(index: int | str) -> str:
     return choose_precision(AUTO, probe_gpu(device), is_small=False).name
 
 
-class _Bar:
-    """A progress bar on standard error; on a terminal only."""
-
-    def __init__(self) -> None:
-        self._is_shown = sys.stderr.isatty()
-        self._width = 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._width:
-            print(file=sys.stderr)
-
-    def show(self, progress: LoadProgress) -> None:
-        """Show *progress*."""
-        if not self._is_shown:
-            return
-        share = "" if progress.fraction is None else f"{progress.fraction:4.0%} "
-        line = f"{progress.stage} {share}{progress.detail}"
-        print(f"\r{line:{self._width}}", end="", file=sys.stderr, flush=True)
-        self._width = len(line)
+def _told_by(show: Callable[[float | None, str], None]) -> Callable[[LoadProgress], None]:
+    return lambda progress: show(progress.fraction, f"{progress.stage} {progress.detail}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app import logs
-from app.cli.warm_worker import check_output, choose_seed, draft, make_picture, warm_runtime
+from app.cli.warm_worker import check_output, choose_seed, draft, make_pictures, warm_runtime
 from app.domain import ImageSpec, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest
@@ -29,9 +29,8 @@ _OPTIONS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("generate", help="make one picture and write it to a file")
     parser.add_argument("prompt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out.png"))
     parser.add_argument("--size", help="WIDTHxHEIGHT; the model's own size where left out")
@@ -39,7 +38,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, help="-1 or nothing draws one")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
-    parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
 
 
 def run(
@@ -75,23 +73,18 @@ async def _generate(
     make_engine: EngineFactory,
     gpu: Gpu | None,
 ) -> Picture:
-    def plan(model: ModelSpec) -> ImageSpec:
-        return _spec(arguments, model, settings, seed)
+    def plan(model: ModelSpec) -> list[ImageSpec]:
+        width, height = model.default_width, model.default_height
+        if arguments.size not in (None, "auto"):
+            width, height = Limits.of(model, settings.max_pixels).parse_size(arguments.size)
+        spec = draft(model, arguments.prompt, width, height, arguments.steps)
+        guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
+        return [replace(spec, seed=seed, guidance_scale=guidance)]
 
-    async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, planned=plan) as (
+    async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, plan=plan) as (
         runtime,
         _,
+        specs,
     ):
-        return await make_picture(runtime, plan(runtime.model), output)
-
-
-def _spec(
-    arguments: argparse.Namespace, model: ModelSpec, settings: Settings, seed: int
-) -> ImageSpec:
-    """Build the spec from the arguments and the model's defaults."""
-    width, height = model.default_width, model.default_height
-    if arguments.size not in (None, "auto"):
-        width, height = Limits.of(model, settings.max_pixels).parse_size(arguments.size)
-    spec = draft(model, arguments.prompt, width, height, arguments.steps)
-    guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
-    return replace(spec, seed=seed, guidance_scale=guidance)
+        (picture,) = await make_pictures(runtime, specs, "images", output)
+        return picture

@@ -7,27 +7,68 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
 from app import __version__
+from app.cli.console import note
 from app.cli.old_cache import find_old_cache
 from app.cli.system_limits import check_surroundings, explain
 from app.errors import KleinError
 from app.model_choice import read_settings
 
-_COMMANDS = {
-    "serve": "app.cli.serve",
-    "generate": "app.cli.generate",
-    "download": "app.cli.download",
-    "doctor": "app.cli.doctor.command",
-    "bench": "app.cli.bench.command",
-    "compare": "app.cli.compare.command",
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command, described without importing it.
+
+    *module* has `add_options(parser)` and `run(arguments, settings)`, which returns the exit code;
+    it is imported only where the command is called.
+    """
+
+    module: str
+    help: str
+    settings: tuple[str, ...] = ("model",)
+    """Its options that override the setting of the same name."""
+    loads_model: bool = False
+    """Whether it computes, and so needs a thread for each core."""
+    checks_settings_first: bool = False
+    """Whether the environment is checked before the module's slow imports."""
+    reports_old_cache: bool = False
+    """Whether it reports an old cache in its own way."""
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": Command(
+        "app.cli.serve",
+        "start the service",
+        settings=("host", "port", "model"),
+        loads_model=True,
+        checks_settings_first=True,
+        reports_old_cache=True,
+    ),
+    "generate": Command(
+        "app.cli.generate", "make one picture and write it to a file", loads_model=True
+    ),
+    "download": Command(
+        "app.cli.download",
+        "fetch a model's files, or check those in place",
+        settings=("model", "precision"),
+    ),
+    "doctor": Command(
+        "app.cli.doctor.command",
+        "say what will be served here, and what is amiss",
+        reports_old_cache=True,
+    ),
+    "bench": Command(
+        "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
+    ),
+    "compare": Command(
+        "app.cli.compare.command", "make one picture at several precisions", loads_model=True
+    ),
 }
-"""The module of each command, imported only where it is called or all are listed."""
-_COMPUTING = {"serve", "generate", "bench", "compare"}
-_NAMING = {"serve", "doctor"}
-"""Commands that report an old cache in their own ways."""
+"""Every command by its name; a new one is one entry here and its module."""
 
 EXIT_BROKEN_PIPE = 141
 """A shell's exit code for a program that SIGPIPE ended, as when `head` has read enough."""
@@ -47,15 +88,14 @@ def _told(argv: Sequence[str] | None) -> int:
     """Run the command; report what prevents it as one sentence on standard error."""
     try:
         try:
-            words = sys.argv[1:] if argv is None else argv
-            check_surroundings(is_computing=not _COMPUTING.isdisjoint(words[:1]))
-            return _run(words)
+            return _run(sys.argv[1:] if argv is None else argv)
         finally:
             # Here, and not when Python exits: a broken pipe could not be caught there.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KleinError as error:
-        return _say(error.message)
+        note(error.message)
+        return 1
     except KeyboardInterrupt:
         return 130
     except (OSError, RuntimeError, MemoryError) as error:
@@ -65,29 +105,22 @@ def _told(argv: Sequence[str] | None) -> int:
         if os.environ.get("KLEIN_LOG_LEVEL") == "debug":
             traceback.print_exc()
         _drop_output()
-        return _say(sentence)
-
-
-def _say(sentence: str) -> int:
-    print(f"klein: {sentence}", file=sys.stderr, flush=True)
-    return 1
+        note(sentence)
+        return 1
 
 
 def _is_unread() -> bool:
     """Return whether the broken pipe is this process's own output, not one to another process."""
     poll = select.poll()
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            poll.register(stream.fileno(), 0)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _drop_output() -> None:
     """Redirect the output to the null device: Python would flush again at exit, and complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is None:
-            continue
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
@@ -96,26 +129,24 @@ def _drop_output() -> None:
 
 
 def _run(words: Sequence[str]) -> int:
-    if "serve" in words:
-        # An invalid setting is reported before slow imports.
-        read_settings(os.environ)
+    # None of klein's own options has a value, so the first word without a dash is the command.
+    name = next((word for word in words if not word.startswith("-")), "")
+    command = COMMANDS.get(name)
+    check_surroundings(is_computing=command is not None and command.loads_model)
     parser = argparse.ArgumentParser(
         prog="klein", description="Serve one warm FLUX.2 klein pipeline over HTTP."
     )
     parser.add_argument("--version", action="version", version=f"klein {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in _needed(words):
-        import_module(_COMMANDS[command]).add_parser(commands)
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    options = {each: parsers.add_parser(each, help=COMMANDS[each].help) for each in COMMANDS}
+    if command is not None:
+        if command.checks_settings_first:
+            read_settings(os.environ)
+        import_module(command.module).add_options(options[name])
     arguments = parser.parse_args(words)
-    settings = read_settings(os.environ, **arguments.settings(arguments))
-    if arguments.command not in _NAMING and (old := find_old_cache(settings)) is not None:
-        print(f"klein: {old.sentence}", file=sys.stderr, flush=True)
-    return int(arguments.run(arguments, settings))
-
-
-def _needed(words: Sequence[str]) -> Iterable[str]:
-    """Return the commands to import: only the one that was called, or all, to list them."""
-    first = words[0] if words else ""
-    if first == "--version":
-        return ()
-    return (first,) if first in _COMMANDS else _COMMANDS
+    assert command is not None, "argparse ends the program where no command is named"
+    overrides = {option: getattr(arguments, option) for option in command.settings}
+    settings = read_settings(os.environ, **overrides)
+    if not command.reports_old_cache and (old := find_old_cache(settings)) is not None:
+        note(old.sentence)
+    return int(import_module(command.module).run(arguments, settings))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from app import logs
 from app.cli.malloc import bound_heap
 from app.cli.old_cache import find_old_cache
-from app.cli.open_files import raise_limit
+from app.cli.system_limits import raise_file_limit
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
@@ -52,18 +52,11 @@ END_S = 5.0
 """Seconds that the service may take to exit once it has given up, responses in flight included."""
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("serve", help="start the service")
     parser.add_argument("--host", help="address to listen on (KLEIN_HOST)")
     parser.add_argument("--port", type=int, help="port to listen on (KLEIN_PORT)")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
-    parser.set_defaults(
-        run=run, settings=lambda given: {name: getattr(given, name) for name in _OPTIONS}
-    )
-
-
-_OPTIONS = ("host", "port", "model")
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -99,9 +92,10 @@ async def _run(
         from app.api.app import create_app
         from app.api.server import make_server
 
-        app = create_app(settings, lambda _: runtime)
         server = make_server(
-            app, descriptors=_descriptors(), trusted_proxies=settings.trusted_proxies
+            create_app(settings, lambda _: runtime),
+            descriptors=_descriptors(),
+            trusted_proxies=settings.trusted_proxies,
         )
         # Existing objects are permanent; traversing them would stop every request for a tenth of a
         # second.
@@ -113,7 +107,7 @@ def _descriptors() -> int:
     """Return the limit of file descriptors; log one too low for the usual connections."""
     from app.api.http_limits.connections import MAX_CONNECTIONS, connection_limit
 
-    descriptors = raise_limit()
+    descriptors = raise_file_limit()
     limit = connection_limit(descriptors)
     if limit < MAX_CONNECTIONS:
         _log.warning(
@@ -145,9 +139,7 @@ class _Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         await self._server.serve(sockets=[self._listener])
-        if not self._server.started:
-            return 1
-        return self._exit_code
+        return self._exit_code if self._server.started else 1
 
     def _on_signal(self) -> None:
         if self._draining is not None:
@@ -229,12 +221,9 @@ def _check_exposure(settings: Settings) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def bind(settings: Settings) -> socket.socket:

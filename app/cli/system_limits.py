@@ -1,4 +1,4 @@
-"""What this machine denies a command: one sentence each, with what to do.
+"""The system's limits: raised where they may be, else one sentence each, with what to do.
 
 Errors of the system (no file descriptors, no processes, no space, no permission) are the operator's
 to resolve and are reported without a traceback, which `KLEIN_LOG_LEVEL=debug` brings back. Any
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event, Thread
 
@@ -19,6 +20,8 @@ _SPARE_FILES = 32
 """File descriptors that any command needs besides those open: pipes, sockets, libraries."""
 _SPARE_THREADS = 8
 """Threads and processes that a command which computes needs besides one for each core."""
+WANTED_FILES = 2048
+"""File descriptors that the service's connections need."""
 _LIMITS = {errno.EMFILE, errno.ENFILE}
 
 
@@ -38,21 +41,13 @@ def check_surroundings(*, is_computing: bool) -> None:
             "The current folder has been deleted; change into one that exists and start again."
         ) from None
     try:
-        _try_files()
+        with ExitStack() as opened:
+            for _ in range(_SPARE_FILES):
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         if is_computing:
             _try_threads()
     except (OSError, RuntimeError) as error:
         raise StartupError(explain(error)) from None
-
-
-def _try_files() -> None:
-    opened: list[int] = []
-    try:
-        for _ in range(_SPARE_FILES):
-            opened.append(os.open(os.devnull, os.O_RDONLY))  # noqa: PERF401  # closed one by one
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
 
 
 def _try_threads() -> None:
@@ -76,7 +71,8 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, MemoryError):
         return "This machine has too little free memory; close other programs and start again."
-    if is_about_processes(error):
+    is_about_threads = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    if is_about_threads or isinstance(error, BlockingIOError):
         most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
         number = "" if most == resource.RLIM_INFINITY else f", which is {most}"
         return (
@@ -99,8 +95,17 @@ def explain(error: BaseException) -> str:
     )
 
 
-def is_about_processes(error: BaseException) -> bool:
-    """Return whether a process or a thread could not be started."""
-    return isinstance(error, BlockingIOError) or (
-        isinstance(error, RuntimeError) and "can't start new thread" in str(error)
-    )
+def raise_file_limit(wanted: int = WANTED_FILES) -> int:
+    """Raise the soft limit of open files to *wanted*, or to the hard limit; return the result.
+
+    Shells and containers often start with 1,024 or 256, far below what they would allow.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted if soft == resource.RLIM_INFINITY else soft
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    except (OSError, ValueError):  # macOS has a limit of its own below the hard one
+        return soft
+    return possible

@@ -6,11 +6,12 @@ import asyncio
 import os
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from app import logs
+from app.cli.console import progress_bar
 from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.engine.quantization.formats import choices
@@ -24,6 +25,8 @@ from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
 _PATIENCE_S = 86_400.0
+_REDRAW_S = 0.5
+"""How often the bar that shows the loading is redrawn."""
 _COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "white", "black")
 _SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "ring")
 
@@ -34,11 +37,11 @@ async def warm_runtime(
     *,
     make_engine: EngineFactory = create_engine,
     gpu: Gpu | None = None,
-    planned: Callable[[ModelSpec], ImageSpec] | None = None,
-) -> AsyncIterator[tuple[Runtime, ModelInfo]]:
+    plan: Callable[[ModelSpec], list[ImageSpec]] = lambda model: [],
+) -> AsyncIterator[tuple[Runtime, ModelInfo, list[ImageSpec]]]:
     """Start a worker for *settings* and yield it once it is warm; close it at the end.
 
-    The *planned* specs are checked against the model before anything is loaded.
+    The specs that *plan* returns are checked before anything is loaded, and yielded too.
 
     Raises:
         StartupError: the worker does not start; one sentence says why.
@@ -46,32 +49,44 @@ async def warm_runtime(
     """
     patient = settings.model_copy(update={"deadline_s": _PATIENCE_S})
     runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
-    if planned is not None:
-        runtime.service.check(planned(runtime.model))
-    ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+    specs = plan(runtime.model)
+    for spec in specs:
+        runtime.service.check(spec)
+    ready: asyncio.Future[ModelInfo | str] = asyncio.get_running_loop().create_future()
 
-    def on_ready(info: ModelInfo) -> None:
+    def settle(outcome: ModelInfo | str) -> None:
         if not ready.done():
-            ready.set_result(info)
+            ready.set_result(outcome)
 
-    def on_ended(message: str) -> None:
-        if not ready.done():
-            ready.set_exception(StartupError(message))
-
-    runtime.on_ready.append(on_ready)
-    runtime.ended.add_done_callback(lambda ended: on_ended(ended.result().message))
+    runtime.on_ready.append(settle)
+    runtime.ended.add_done_callback(lambda ended: settle(ended.result().message))
     async with runtime:
-        yield runtime, await ready
+        with progress_bar() as show:
+            while not ready.done():
+                status = runtime.service.status()
+                show(status.progress, status.stage)
+                await asyncio.wait({ready}, timeout=_REDRAW_S)
+        info = ready.result()
+        if isinstance(info, str):
+            raise StartupError(info)
+        yield runtime, info, specs
 
 
-async def make_picture(
-    runtime: Runtime, spec: ImageSpec, output: OutputFormat | None = None
-) -> Picture:
-    """Generate one image as the service does, and return its encoded file, PNG by default."""
+async def make_pictures(
+    runtime: Runtime, specs: Sequence[ImageSpec], what: str, output: OutputFormat | None = None
+) -> list[Picture]:
+    """Generate one image after the other as the service does, as PNG by default.
+
+    A bar tells how many of *what* are done.
+    """
     output = output or OutputFormat("png")
-    ticket = runtime.service.submit([spec], client="cli", output=output)
-    (picture,) = await ticket.pictures()
-    return picture
+    pictures: list[Picture] = []
+    with progress_bar() as show:
+        for number, spec in enumerate(specs):
+            show(number / len(specs), f"{what}, {number} of {len(specs)}")
+            ticket = runtime.service.submit([spec], client="cli", output=output)
+            pictures += await ticket.pictures()
+    return pictures
 
 
 def new_prompts() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Read the GPU's state through NVML, at most once a second.
+"""The one reader of NVML: the GPU's state, at most once a second, and everything else at once.
 
 No torch here. Without a GPU, a driver or NVML a reading is None, and the metrics are absent rather
 than zero.
@@ -7,9 +7,11 @@ than zero.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,32 @@ from app.domain import GpuSnapshot
 _log = logging.getLogger(__name__)
 
 CACHE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process on the GPU; *used_bytes* is None where the driver does not report it."""
+
+    pid: int
+    name: str
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """What does not change from second to second, and who holds the memory, the largest first.
+
+    *capability* is (major, minor); *cuda* the latest version that the driver supports, None where
+    it is too old to say.
+    """
+
+    name: str
+    driver: str
+    capability: tuple[int, int]
+    total_bytes: int
+    free_bytes: int
+    holders: tuple[Holder, ...]
+    cuda: tuple[int, int] | None = None
 
 
 def _load_nvml() -> Any:
@@ -29,7 +57,8 @@ def _load_nvml() -> Any:
 class Gpu:
     """One GPU by index; `read` may be called from any thread.
 
-    *load_nvml* returns the `pynvml` module or, in tests, an object with the same functions.
+    *load_nvml* returns the `pynvml` module or, in tests, an object with the same functions;
+    *cache_s* is how many seconds a reading is kept.
     """
 
     def __init__(
@@ -38,97 +67,97 @@ class Gpu:
         *,
         load_nvml: Callable[[], Any] = _load_nvml,
         clock: Callable[[], float] = time.monotonic,
+        cache_s: float = CACHE_S,
     ) -> None:
         self._index = index
         self._load_nvml = load_nvml
         self._clock = clock
+        self._cache_s = cache_s
         self._lock = threading.Lock()
         self._nvml: Any = None
-        self._is_absent = False
         self._last: GpuSnapshot | None = None
-        self._read_at = float("-inf")
+        self._read_at = -math.inf
 
     def read(self) -> GpuSnapshot | None:
-        """Read the GPU, or return the last reading while it is younger than a second."""
+        """Read the GPU, or return the last reading while it is younger than *cache_s*."""
         with self._lock:
-            if self._is_absent:
-                return None
-            if self._clock() - self._read_at >= CACHE_S:
-                self._last = self._read()
-                self._read_at = self._clock()
+            if self._clock() - self._read_at >= self._cache_s:
+                try:
+                    self._last = self._snapshot(self._open())
+                except Exception as error:
+                    self._last = None
+                    _log.debug("NVML gave no reading: %s.", type(error).__name__)
+                # What is not there at the first reading is not asked for again.
+                self._read_at = math.inf if self._nvml is None else self._clock()
             return self._last
-
-    def driver_version(self) -> str | None:
-        """Return the driver's version, or None without a driver."""
-        if self.read() is None:
-            return None
-        return _text(self._nvml.nvmlSystemGetDriverVersion())
 
     def count(self) -> int:
         """Return the number of GPUs; 0 without a driver."""
         try:
-            if self._nvml is None:
-                nvml = self._load_nvml()
-                nvml.nvmlInit()
-                self._nvml = nvml
-            return int(self._nvml.nvmlDeviceGetCount())
+            return int(self._open().nvmlDeviceGetCount())
         except Exception as error:
             _log.debug("NVML gave no count: %s.", type(error).__name__)
             return 0
 
-    def cuda_version(self) -> tuple[int, int] | None:
-        """Return the latest CUDA version that the driver supports: (major, minor), or None."""
-        if self._nvml is None:
-            return None
-        number = self._optional(lambda: self._nvml.nvmlSystemGetCudaDriverVersion())
-        return None if number is None else (int(number) // 1000, int(number) % 1000 // 10)
-
-    def holders(self) -> list[tuple[int, str, int]]:
-        """Return the GPU's compute processes: process id, program, bytes; the largest first."""
-        nvml = self._nvml
-        if nvml is None:
-            return []
+    def facts(self) -> GpuFacts | str:
+        """Ask for everything that `read` leaves out; a str says why NVML cannot tell."""
         try:
+            nvml = self._open()
+            if self._index >= (count := nvml.nvmlDeviceGetCount()):
+                return f"there is no card {self._index}; this machine has {count}, counted from 0"
             gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
-            found = [
-                (int(process.pid), _program(process.pid), int(process.usedGpuMemory or 0))
-                for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
-            ]
-        except nvml.NVMLError:
-            return []
-        return sorted(found, key=lambda holder: holder[2], reverse=True)
-
-    def _read(self) -> GpuSnapshot | None:
-        try:
-            if self._nvml is None:
-                nvml = self._load_nvml()
-                nvml.nvmlInit()
-                self._nvml = nvml
-            return self._snapshot()
+            memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
+            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(gpu)
+            cuda = self._optional(nvml.nvmlSystemGetCudaDriverVersion)
+            return GpuFacts(
+                name=_text(nvml.nvmlDeviceGetName(gpu)),
+                driver=_text(nvml.nvmlSystemGetDriverVersion()),
+                capability=(int(major), int(minor)),
+                total_bytes=int(memory.total),
+                free_bytes=int(memory.free),
+                holders=self._holders(gpu),
+                cuda=None if cuda is None else (int(cuda) // 1000, int(cuda) % 1000 // 10),
+            )
         except Exception as error:
-            if self._nvml is None:
-                self._is_absent = True
-            _log.debug("NVML gave no reading: %s.", type(error).__name__)
-            return None
+            return str(error).lower()
 
-    def _snapshot(self) -> GpuSnapshot:
-        nvml = self._nvml
+    def _open(self) -> Any:
+        """Return NVML, initialised once; raises whatever a machine without it raises."""
+        if self._nvml is None:
+            nvml = self._load_nvml()
+            nvml.nvmlInit()
+            self._nvml = nvml
+        return self._nvml
+
+    def _snapshot(self, nvml: Any) -> GpuSnapshot:
         gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
         memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
-        utilization = self._optional(lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100)
-        power = self._optional(lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000)
-        temperature = self._optional(
-            lambda: float(nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU))
-        )
         return GpuSnapshot(
             name=_text(nvml.nvmlDeviceGetName(gpu)),
             uuid=_text(nvml.nvmlDeviceGetUUID(gpu)),
             used_bytes=int(memory.used),
             total_bytes=int(memory.total),
-            utilization_ratio=utilization,
-            power_watts=power,
-            temperature_celsius=temperature,
+            utilization_ratio=self._optional(
+                lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100
+            ),
+            power_watts=self._optional(lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000),
+            temperature_celsius=self._optional(
+                lambda: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU)
+            ),
         )
+
+    def _holders(self, gpu: Any) -> tuple[Holder, ...]:
+        """List the processes on the GPU; none where the driver names none."""
+        found: dict[int, Holder] = {}
+        for kind in ("Compute", "Graphics"):
+            try:
+                processes = getattr(self._nvml, f"nvmlDeviceGet{kind}RunningProcesses")(gpu)
+            except self._nvml.NVMLError:
+                continue
+            for process in processes:
+                name = _program(process.pid)
+                found[process.pid] = Holder(process.pid, name, process.usedGpuMemory)
+        return tuple(sorted(found.values(), key=lambda one: one.used_bytes or 0, reverse=True))
 
     def _optional(self, read: Callable[[], float]) -> float | None:
         """Return None where the GPU answers NOT_SUPPORTED: no reading, not an error."""

@@ -8,6 +8,8 @@ a client writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -36,6 +38,26 @@ IMAGE_BUCKETS = (
 )  # fmt: skip
 STEP_BUCKETS = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5)  # fmt: skip
 VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
+
+
+STATUS_GAUGES: dict[str, tuple[str, Callable[[Status], float]]] = {
+    "klein_queue_size": (
+        "Images that wait, those whose pictures are still decoded included.",
+        lambda status: status.queue_size,
+    ),
+    "klein_queue_capacity": ("Images that may wait.", lambda status: status.queue_capacity),
+    "klein_requests_running": (
+        "Images on the GPU or on their way from it.",
+        lambda status: status.running,
+    ),
+    "klein_ready": ("1 where a request would be taken.", lambda status: status.is_ready),
+    "klein_worker_up": ("1 where a worker process is there.", lambda status: status.is_worker_up),
+    "klein_estimated_wait_seconds": (
+        "How long a new image would wait.",
+        lambda status: status.estimated_wait_s,
+    ),
+}
+"""Gauges that show the service's state: what they say, and where it stands."""
 
 
 class Metrics:
@@ -121,14 +143,15 @@ class Metrics:
             ["result"],
             registry=registry,
         )
-        for reason in REJECTIONS:
-            self._rejected.labels(reason)
-        for reason in Loss:
-            self._restarts.labels(reason)
-        for mode in ("generate", "edit"):
-            self._images.labels(mode)
-        for result in ("hit", "miss"):
-            self._cache.labels(result)
+        # Present from the first scrape on, at 0.
+        for counter, values in (
+            (self._rejected, REJECTIONS),
+            (self._restarts, tuple(Loss)),
+            (self._images, ("generate", "edit")),
+            (self._cache, ("hit", "miss")),
+        ):
+            for value in values:
+                counter.labels(value)
 
     def _make_gauges(self, registry: CollectorRegistry) -> None:
         self._last_peak = Gauge(
@@ -137,35 +160,10 @@ class Metrics:
             ["gpu", "kind"],
             registry=registry,
         )
-        self._queue_size = Gauge(
-            "klein_queue_size",
-            "Images that wait, those whose pictures are still decoded included.",
-            registry=registry,
-        )
-        self._queue_capacity = Gauge(
-            "klein_queue_capacity", "Images that may wait.", registry=registry
-        )
-        self._running = Gauge(
-            "klein_requests_running",
-            "Images on the GPU or on their way from it.",
-            registry=registry,
-        )
-        self._ready = Gauge("klein_ready", "1 where a request would be taken.", registry=registry)
-        self._worker_up = Gauge(
-            "klein_worker_up", "1 where a worker process is there.", registry=registry
-        )
         self._load_duration = Gauge(
             "klein_model_load_duration_seconds",
             "Seconds from the last worker's start to its first picture.",
             registry=registry,
-        )
-        self._loop_lag = Gauge(
-            "klein_event_loop_lag_seconds",
-            "How late the event loop woke, the most in the last minute.",
-            registry=registry,
-        )
-        self._estimated_wait = Gauge(
-            "klein_estimated_wait_seconds", "How long a new image would wait.", registry=registry
         )
         self._build_info = Gauge(
             "klein_build_info", "Versions.", ["version", "torch", "cuda"], registry=registry
@@ -179,13 +177,19 @@ class Metrics:
 
     def watch(self, read: Callable[[], Status], read_lag_s: Callable[[], float]) -> None:
         """Read the service's state and the event loop's lag, in seconds, at every scrape."""
-        self._loop_lag.set_function(read_lag_s)
-        self._queue_size.set_function(lambda: read().queue_size)
-        self._queue_capacity.set_function(lambda: read().queue_capacity)
-        self._running.set_function(lambda: read().running)
-        self._ready.set_function(lambda: read().is_ready)
-        self._worker_up.set_function(lambda: read().is_worker_up)
-        self._estimated_wait.set_function(lambda: read().estimated_wait_s)
+
+        def value_of(field: Callable[[Status], float]) -> float:
+            return field(read())
+
+        for name, (text, field) in STATUS_GAUGES.items():
+            gauge = Gauge(name, text, registry=self.registry)
+            gauge.set_function(partial(value_of, field))
+        lag = Gauge(
+            "klein_event_loop_lag_seconds",
+            "How late the event loop woke, the most in the last minute.",
+            registry=self.registry,
+        )
+        lag.set_function(read_lag_s)
 
     def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
@@ -247,23 +251,18 @@ class Metrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
+@dataclass(frozen=True, slots=True)
 class _GpuCollector(Collector):
     """Reads the GPU at each scrape; yields nothing without one."""
 
-    def __init__(
-        self,
-        read: Callable[[], GpuSnapshot | None],
-        torch_memory: Callable[[], PeakMemory | None],
-    ) -> None:
-        self._read = read
-        self._torch_memory = torch_memory
+    read: Callable[[], GpuSnapshot | None]
+    read_torch_memory: Callable[[], PeakMemory | None]
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Yield one metric family per value that NVML reports."""
-        snapshot = self._read()
+        snapshot, torch_memory = self.read(), self.read_torch_memory()
         if snapshot is None:
             return
-        torch_memory = self._torch_memory()
         readings = (
             ("memory_used_bytes", "Used memory of the GPU.", snapshot.used_bytes),
             ("memory_total_bytes", "Memory of the GPU.", snapshot.total_bytes),

@@ -1,20 +1,58 @@
-"""Check through NVML whether the GPU can be used, before anything heavy is imported.
+"""The one check of the GPU, for the service, `klein doctor` and every other command.
 
-torch would report the same, but takes seconds to import and answers with a traceback. What NVML
-does not report is left to the engine, which knows the model and plans its memory.
+It asks NVML, before anything heavy is imported: torch would report the same, but takes seconds to
+import and answers with a traceback. What NVML does not report is left to the engine, which knows
+the model and plans its memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from enum import Enum, auto
 from pathlib import Path
 
 from app.errors import StartupError
-from app.telemetry.gpu import Gpu
+from app.telemetry.gpu import Gpu, GpuFacts
 
 LEAST_FREE_BYTES = 4_500_000_000
 """Weights on the GPU in klein's smallest plan, without activations."""
+
+
+class GpuFault(Enum):
+    """Why a GPU that is there cannot serve klein."""
+
+    OLD_DRIVER = auto()
+    LITTLE_MEMORY = auto()
+
+
+def find_faults(gpu: GpuFacts, torch_cuda: str) -> dict[GpuFault, str]:
+    """Return what is wrong with *gpu* for a torch built with CUDA *torch_cuda*, in sentences.
+
+    A driver is too old where its CUDA major version is lower than that of torch's build. The minor
+    version does not matter (CUDA's minor version compatibility,
+    https://docs.nvidia.com/deploy/cuda-compatibility/).
+    """
+    faults = {}
+    wanted = int(torch_cuda.partition(".")[0])
+    if gpu.cuda is not None and gpu.cuda[0] < wanted:
+        faults[GpuFault.OLD_DRIVER] = (
+            f"The NVIDIA driver {gpu.driver} is too old: it knows CUDA "
+            f"{gpu.cuda[0]}.{gpu.cuda[1]}, and torch here needs {wanted}.0 or later; update the "
+            "driver."
+        )
+    if gpu.free_bytes < LEAST_FREE_BYTES:
+        who = ", ".join(
+            f"{holder.name} (process {holder.pid}, {(holder.used_bytes or 0) / 1e9:.1f} GB)"
+            for holder in gpu.holders
+        )
+        faults[GpuFault.LITTLE_MEMORY] = (
+            f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} GB free of {gpu.total_bytes / 1e9:.1f} GB "
+            f"and at least {LEAST_FREE_BYTES / 1e9:.1f} GB are needed; it is held by "
+            f"{who or 'processes that the driver does not name'}: close what is not needed, "
+            "or set KLEIN_DEVICE."
+        )
+    return faults
 
 
 def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
@@ -40,8 +78,10 @@ def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
             f"There is no card {index}; this machine has {count}, counted from 0. "
             "Set KLEIN_DEVICE to one of them."
         )
-    _check_driver(gpu, torch_cuda)
-    _check_memory(gpu)
+    facts = gpu.facts()
+    # Where NVML cannot tell more, the engine will find out.
+    if isinstance(facts, GpuFacts) and (faults := find_faults(facts, torch_cuda)):
+        raise StartupError(next(iter(faults.values())))
 
 
 def torch_cuda() -> str | None:
@@ -52,36 +92,3 @@ def torch_cuda() -> str | None:
     text = (Path(found.origin).parent / "version.py").read_text()
     match = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", text, re.MULTILINE)
     return match[1] if match else None
-
-
-def _check_driver(gpu: Gpu, torch_cuda: str) -> None:
-    """Refuse a driver whose CUDA major version is lower than that of torch's build.
-
-    The minor version does not matter (CUDA's minor version compatibility,
-    https://docs.nvidia.com/deploy/cuda-compatibility/).
-    """
-    found = gpu.cuda_version()
-    wanted = int(torch_cuda.partition(".")[0])
-    if found is not None and found[0] < wanted:
-        raise StartupError(
-            f"The NVIDIA driver {gpu.driver_version()} is too old: it knows CUDA "
-            f"{found[0]}.{found[1]}, and torch here needs {wanted}.0 or later; update the driver."
-        )
-
-
-def _check_memory(gpu: Gpu) -> None:
-    now = gpu.read()
-    if now is None:
-        return
-    free_bytes = now.total_bytes - now.used_bytes
-    if free_bytes < LEAST_FREE_BYTES:
-        holders = gpu.holders()
-        who = ", ".join(
-            f"{name} (process {pid}, {size / 1e9:.1f} GB)" for pid, name, size in holders
-        )
-        raise StartupError(
-            f"{now.name} has {free_bytes / 1e9:.1f} GB free of {now.total_bytes / 1e9:.1f} GB and "
-            f"at least {LEAST_FREE_BYTES / 1e9:.1f} GB are needed; it is held by "
-            f"{who or 'processes that the driver does not name'}: close what is not needed, "
-            "or set KLEIN_DEVICE."
-        )

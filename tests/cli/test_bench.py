@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def arguments(*words: str) -> argparse.Namespace:
     """The command line as the parser reads it."""
     parser = argparse.ArgumentParser()
-    bench.add_parser(parser.add_subparsers())
-    return parser.parse_args(["bench", *words])
+    bench.add_options(parser)
+    return parser.parse_args(words)
 
 
 def measure(*words: str, make_engine: EngineFactory = CardedEngine) -> int:

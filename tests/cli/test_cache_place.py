@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.main import _COMMANDS, main
+from app.cli.main import COMMANDS, main
 from app.cli.old_cache import find_old_cache
 from app.errors import StartupError
 from app.settings import Settings
@@ -130,7 +130,7 @@ def test_every_command_that_loads_a_model_names_it(home, monkeypatch, capsys, co
         said.append(capsys.readouterr().err)
         return 0
 
-    monkeypatch.setattr(f"{_COMMANDS[command]}.run", run)
+    monkeypatch.setattr(f"{COMMANDS[command].module}.run", run)
     assert main([command, *([] if command == "bench" else ["a red circle"])]) == 0
     (before,) = said
     assert before.count("mv -T") == 1

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from app.cli.compare import command as compare
-from app.cli.compare.contact_sheet import lettered, psnr
+from app.cli.compare.contact_sheet import contact_sheet, psnr
 from app.domain import RawImage
 from app.errors import InvalidRequest, StartupError
 from app.settings import Settings
@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(tmp_path: Path, *words: str) -> int:
     """Run the command on the scripted engine; the sheet goes to sheet.png."""
     parser = argparse.ArgumentParser()
-    compare.add_parser(parser.add_subparsers())
+    compare.add_options(parser)
     return compare.run(
-        parser.parse_args(["compare", "a cat", "-o", str(tmp_path / "sheet.png"), *words]),
+        parser.parse_args(["a cat", "-o", str(tmp_path / "sheet.png"), *words]),
         Settings(model="shapes"),
         make_engine=RoundingEngine,
         gpu=Gpu(0, load_nvml=FakeNvml),
@@ -118,11 +118,19 @@ def test_likeness_is_measured_in_decibels() -> None:
     assert psnr(black, white) == 0.0
 
 
-def test_every_line_under_a_picture_can_be_lettered() -> None:
-    """Each letter has its dots, and a line that is too long is cut at the picture's edge."""
-    for words in ("fp8 31.2 dB 0.24 s 8.9 GB", "bf16 ref 0.5 s", "int8 equal 12.00 s"):
-        assert (lettered(words, 1024) != lettered("-" * len(words), 1024)).any()
-    assert lettered("fp8 31.2 dB 0.24 s 8.9 GB", 64).shape[1] == 64
+@pytest.mark.parametrize("width", [64, 1024])
+def test_every_line_under_a_picture_can_be_lettered(width) -> None:
+    """Each letter has its shape, and a line that is too long is cut at the picture's edge."""
+    black = RawImage(width, 32, bytes(3 * 32 * width))
+    blank, first, second = (
+        np.frombuffer(sheet.pixels, np.uint8).reshape(sheet.height, sheet.width, 3)[32 + 8 :]
+        for words in ("", "fp8 31.2 dB 0.24 s 8.9 GB", "int8 equal 12.00 s, and so on")
+        for sheet in (contact_sheet([black, black], [words, ""], None),)
+    )
+
+    assert (first != blank).any()
+    assert (first[:, :width] != second[:, :width]).any()
+    assert (first[:, width:] == blank[:, width:]).all()
 
 
 @pytest.mark.full

@@ -9,9 +9,9 @@ import pytest
 
 PROGRAM = """
 import resource
-from app.cli.open_files import raise_limit
+from app.cli.system_limits import raise_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
-print(raise_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
+print(raise_file_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 

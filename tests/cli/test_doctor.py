@@ -15,10 +15,13 @@ import pytest
 
 from app.cli.doctor import command
 from app.cli.doctor.checks import Facts, diagnose, minimum_driver
-from app.cli.doctor.facts import CacheFound, CompilerFound, GpuFacts, Holder, HostFound, TorchFound
+from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
 from app.engine.models.registry import find_spec
+from app.errors import StartupError
 from app.model_choice import Choice
 from app.settings import Settings
+from app.telemetry.gpu import Gpu, GpuFacts, Holder
+from app.telemetry.preflight import check_gpu
 from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,22 +30,10 @@ TORCH = TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, runs=("int8",))
 
 
 class TalkingNvml(FakeNvml):
-    """An RTX 3060 that also tells its capability and who is on it."""
+    """An RTX 3060 that also tells who is on it, as far as that can be told."""
 
-    def __init__(self, *, count: int = 1, used_bytes: int = 2 * GB) -> None:
+    def __init__(self, *, used_bytes: int = 2 * GB) -> None:
         super().__init__(used_bytes=used_bytes)
-        self._count = count
-
-    def nvmlDeviceGetCount(self) -> int:
-        return self._count
-
-    def nvmlDeviceGetCudaComputeCapability(self, card: int) -> tuple[int, int]:
-        return (8, 6)
-
-    def nvmlDeviceGetMemoryInfo(self, card: int) -> SimpleNamespace:
-        total = 12_884_901_888
-        used = self._used_bytes
-        return SimpleNamespace(used=used, total=total, free=total - used)
 
     def nvmlDeviceGetComputeRunningProcesses(self, card: int) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=1_900_000_000)]
@@ -64,11 +55,11 @@ class MissingNvml:
 def ask(capsys, *words: str, nvml: object = None, torch: TorchFound = TORCH, **settings: object):
     """Run the command; the exit code and what it printed."""
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
+    command.add_options(parser)
     code = command.run(
-        parser.parse_args(["doctor", *words]),
+        parser.parse_args(words),
         Settings(**settings),
-        load_nvml=lambda: nvml or TalkingNvml(),
+        gpu=Gpu(settings.get("device", 0), load_nvml=lambda: nvml or TalkingNvml()),
         ask_torch=lambda index: torch,
     )
     return code, capsys.readouterr().out
@@ -238,7 +229,7 @@ def test_a_good_machine_has_no_problems() -> None:
     ("changes", "what", "remedy", "is_fatal"),
     [
         (
-            {"gpu": replace(CARD, driver="570.124.06")},
+            {"gpu": replace(CARD, driver="570.124.06", cuda=(12, 8))},
             "The driver 570.124.06 is too old for torch 2.13.0+cu130",
             "driver 580 or newer",
             True,
@@ -319,6 +310,18 @@ def test_a_card_that_is_full_is_told_by_whom(capsys, tmp_path) -> None:
     assert code == 1
     assert "3.9 GB of the card are free, which is too little" in " ".join(said.split())
     assert f"({os.getpid()}, 1.9 GB)" in said
+
+
+@pytest.mark.torch
+def test_what_a_start_refuses_is_refused_here_too(capsys, tmp_path) -> None:
+    """One check for both: also where bf16's plan, one network at a time, has no least memory."""
+    nvml = TalkingNvml(used_bytes=10 * GB)
+    code, said = ask(capsys, nvml=nvml, cache_dir=tmp_path, precision="bf16")
+
+    assert code == 1
+    assert "2.9 GB of the card are free, which is too little" in " ".join(said.split())
+    with pytest.raises(StartupError, match=r"2\.9 GB free of 12\.9 GB"):
+        check_gpu(Gpu(0, load_nvml=lambda: nvml), 0, "13.0")
 
 
 @pytest.mark.torch

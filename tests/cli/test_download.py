@@ -31,12 +31,11 @@ def klein(hub, tmp_path):
 
     def run(*words: str) -> int:
         parser = argparse.ArgumentParser()
-        download.add_parser(parser.add_subparsers())
-        given = parser.parse_args(["download", *words])
+        download.add_options(parser)
+        given = parser.parse_args(words)
         environ = {"KLEIN_CACHE_DIR": str(tmp_path / "cache")}
-        settings = Settings.read(environ, **given.settings(given))
+        settings = Settings.read(environ, model=given.model, precision=given.precision)
         source = Source(endpoint=hub.endpoint, wait=lambda seconds: None)
-        assert given.run is download.run
         return download.run(given, settings, find=lambda key: VARIANT, hub=source)
 
     return run

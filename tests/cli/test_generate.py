@@ -138,8 +138,8 @@ def is_taken(ask) -> bool:
 def draw(folder: Path, *words: str) -> int:
     """Run the command with the scripted engine."""
     parser = argparse.ArgumentParser()
-    generate.add_parser(parser.add_subparsers())
-    given = parser.parse_args(["generate", "a", "-o", str(folder / "x.png"), *words])
+    generate.add_options(parser)
+    given = parser.parse_args(["a", "-o", str(folder / "x.png"), *words])
     settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
     return generate.run(given, settings, make_engine=MakeScriptedEngine(Script()))
 
@@ -158,7 +158,11 @@ async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:
     """A second readiness, and an end after it, find nobody who waits."""
     settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
 
-    async with warm_runtime(settings, make_engine=MakeScriptedEngine(Script())) as (runtime, info):
+    async with warm_runtime(settings, make_engine=MakeScriptedEngine(Script())) as (
+        runtime,
+        info,
+        _,
+    ):
         runtime.on_worker_ready(info, 1.0)
         runtime.on_fatal(70, "It died.")
         await runtime.ended

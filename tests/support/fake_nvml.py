@@ -33,7 +33,20 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, card: int) -> SimpleNamespace:
         self.reads += 1
-        return SimpleNamespace(used=self._used_bytes, total=12_884_901_888, free=3_884_901_888)
+        total = 12_884_901_888
+        return SimpleNamespace(used=self._used_bytes, total=total, free=total - self._used_bytes)
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 1
+
+    def nvmlDeviceGetCudaComputeCapability(self, card: int) -> tuple[int, int]:
+        return (8, 6)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card: int) -> list[SimpleNamespace]:
+        return []
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, card: int) -> list[SimpleNamespace]:
+        return []
 
     def nvmlDeviceGetUtilizationRates(self, card: int) -> SimpleNamespace:
         return SimpleNamespace(gpu=87, memory=40)
@@ -48,3 +61,6 @@ class FakeNvml:
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.65.06"
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        return 13000

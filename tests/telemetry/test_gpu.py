@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.telemetry.gpu import Gpu
+from app.telemetry.gpu import Gpu, GpuFacts
 from tests.support.fake_nvml import FakeNvml
 
 
@@ -46,8 +46,8 @@ def test_without_nvml_there_is_no_reading() -> None:
 
     assert card.read() is None
     assert card.read() is None
-    assert card.driver_version() is None
     assert calls == [1]
+    assert card.facts() == "libnvidia-ml.so.1"
 
 
 def test_a_question_that_the_card_does_not_answer_is_left_out() -> None:
@@ -61,4 +61,8 @@ def test_a_question_that_the_card_does_not_answer_is_left_out() -> None:
 
 def test_the_driver_is_named() -> None:
     """For doctor and the start-up error."""
-    assert Gpu(0, load_nvml=FakeNvml).driver_version() == "580.65.06"
+    facts = Gpu(0, load_nvml=FakeNvml).facts()
+
+    assert isinstance(facts, GpuFacts)
+    assert facts.driver == "580.65.06"
+    assert facts.cuda == (13, 0)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,17 +19,18 @@ from app import logs
 from app.cli.bench.machine import describe_machine
 from app.cli.bench.measure import Row, floor_of, sum_up
 from app.cli.bench.report import Run, render_table, write_report
-from app.cli.bench.sampler import Sampler, impatient_clock
+from app.cli.bench.sampler import Sampler
+from app.cli.console import note
 from app.cli.warm_worker import (
     check_output,
     draft,
-    make_picture,
+    make_pictures,
     new_prompts,
     parse_precisions,
     parse_size,
     warm_runtime,
 )
-from app.domain import ImageSpec, ModelInfo, ModelSpec
+from app.domain import GpuSnapshot, ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest, KleinError, StartupError
 from app.runtime import Runtime
@@ -41,16 +42,14 @@ WARM_UP_IMAGES = 2
 _USUAL_SIZES = ((512, 512), (1024, 1024))
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("bench", help="measure how fast this card makes pictures")
     parser.add_argument("--sizes", help="WIDTHxHEIGHT, separated by commas")
     parser.add_argument("-n", type=int, default=20, help="pictures for each size (20)")
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
     parser.add_argument("--precision", help="separated by commas (KLEIN_PRECISION)")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
     parser.add_argument("--out", type=Path, help="write a report to this .md file, charts beside")
-    parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
 
 
 def run(
@@ -69,16 +68,10 @@ def run(
         check_output(arguments.out)
     logs.set_up(style=settings.log_format, level="warning")
     index = settings.device if isinstance(settings.device, int) else 0
-    bench = Bench(
-        settings,
-        sizes=tuple(size for size in (arguments.sizes or "").split(",") if size),
-        count=arguments.n,
-        steps=arguments.steps,
-        make_engine=make_engine,
-        gpu=gpu or Gpu(index, clock=impatient_clock()),
-    )
-    precisions = parse_precisions(arguments.precision or settings.precision)
-    result = asyncio.run(bench.run(precisions))
+    gpu = gpu or Gpu(index, cache_s=0)
+    result = Run(describe_machine(gpu), datetime.now(UTC).date().isoformat())
+    bench = Bench(settings, arguments, make_engine, gpu, result)
+    asyncio.run(bench.run(parse_precisions(arguments.precision or settings.precision)))
     print(render_table(result))
     if arguments.out:
         for path in write_report(result, arguments.out):
@@ -87,117 +80,77 @@ def run(
     return 0 if result.rows else 1
 
 
+@dataclass(slots=True)
 class Bench:
     """One run over all precisions and sizes; each precision starts its own worker."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        sizes: tuple[str, ...],
-        count: int,
-        steps: int | None,
-        make_engine: EngineFactory,
-        gpu: Gpu,
-    ) -> None:
-        self._settings = settings
-        self._sizes = sizes
-        self._count = count
-        self._steps = steps
-        self._make_engine = make_engine
-        self._gpu = gpu
-        self._worker_pid: int | None = None
-        self._prompts = new_prompts()
-        self._rows: list[Row] = []
-        self._loaded: list[ModelInfo] = []
-        self._notes: list[str] = []
-        self._has_gpu = settings.device != "cpu"
-        before = gpu.read() if self._has_gpu else None
-        self._bytes_before = before.used_bytes if before else None
+    settings: Settings
+    arguments: argparse.Namespace
+    make_engine: EngineFactory
+    gpu: Gpu
+    result: Run
+    """Filled by `run`."""
+    prompts: Iterator[str] = field(default_factory=new_prompts)
 
-    async def run(self, precisions: tuple[str, ...]) -> Run:
+    async def run(self, precisions: tuple[str, ...]) -> None:
         """Measure each of *precisions*; note and skip what cannot be measured."""
-        machine = describe_machine(self._gpu)
-        with Sampler(lambda: self._gpu.read() if self._has_gpu else None, self._processes) as watch:
+        with Sampler(self._read_gpu) as sampler:
             for precision in precisions:
-                settings = self._settings.model_copy(update={"precision": precision})
+                settings = self.settings.model_copy(update={"precision": precision})
                 try:
-                    await self._measure_precision(settings, watch)
+                    await self._measure_precision(settings, sampler)
                 except StartupError as error:
                     self._note(f"{precision}: {error.message}")
-        return Run(
-            machine=machine,
-            date=datetime.now(UTC).date().isoformat(),
-            rows=tuple(self._rows),
-            loaded=tuple(self._loaded),
-            notes=tuple(self._notes),
-            readings=tuple(watch.readings),
-        )
+        self.result.readings = sampler.readings
 
-    async def _measure_precision(self, settings: Settings, watch: Sampler) -> None:
-        self._say(f"{settings.precision}: starting the worker")
+    async def _measure_precision(self, settings: Settings, sampler: Sampler) -> None:
+        note(f"{settings.precision}: starting the worker")
         async with warm_runtime(
-            settings, make_engine=self._make_engine, gpu=self._gpu, planned=self._plan
-        ) as (runtime, info):
-            self._worker_pid = runtime.worker_pid
-            self._loaded.append(info)
-            for size in self._read_sizes(runtime.model):
+            settings, make_engine=self.make_engine, gpu=self.gpu, plan=self._plan
+        ) as (runtime, info, specs):
+            sampler.worker_pid = runtime.worker_pid
+            self.result.loaded.append(info)
+            for spec in specs:
+                what = f"{info.precision} {spec.width}x{spec.height}"
                 try:
-                    self._rows.append(await self._measure_size(runtime, info, size, watch))
+                    row = await self._measure_size(runtime, info, spec, what, sampler)
+                    self.result.rows.append(row)
                 except KleinError as error:
-                    self._note(f"{info.precision} {size[0]}x{size[1]}: {error.message}")
-        self._worker_pid = None
+                    self._note(f"{what}: {error.message}")
+        sampler.worker_pid = None
 
-    def _plan(self, model: ModelSpec) -> ImageSpec:
-        """Return specs that differ in size alone, each checked before anything is generated."""
-        return draft(model, "a plan", *self._read_sizes(model)[0], self._steps)
-
-    def _read_sizes(self, model: ModelSpec) -> tuple[tuple[int, int], ...]:
-        most = self._settings.max_pixels
-        given = tuple(parse_size(size, model, most) for size in self._sizes)
-        return given or _default_sizes(model)
+    def _plan(self, model: ModelSpec) -> list[ImageSpec]:
+        """Return one spec for each size."""
+        given = [size for size in (self.arguments.sizes or "").split(",") if size]
+        most = self.settings.max_pixels
+        sizes = [parse_size(size, model, most) for size in given] or _default_sizes(model)
+        return [draft(model, "a plan", *size, self.arguments.steps) for size in sizes]
 
     async def _measure_size(
-        self, runtime: Runtime, info: ModelInfo, size: tuple[int, int], watch: Sampler
+        self, runtime: Runtime, info: ModelInfo, spec: ImageSpec, what: str, sampler: Sampler
     ) -> Row:
-        self._say(f"{info.precision} {size[0]}x{size[1]}: {self._count} images")
-        specs = [
-            draft(runtime.model, next(self._prompts), *size, self._steps)
-            for _ in range(WARM_UP_IMAGES + self._count)
-        ]
-        for spec in specs[:WARM_UP_IMAGES]:
-            await make_picture(runtime, spec)
-        since_s = watch.now_s()
-        pictures = [await make_picture(runtime, spec) for spec in specs[WARM_UP_IMAGES:]]
-        model = self._gpu.read() if self._has_gpu else None
-        return sum_up(
-            specs[0],
-            info,
-            pictures,
-            watch.usage(since_s),
-            gpu_bytes_before=self._bytes_before,
-            floor_s=floor_of(specs[0], info, model),
-        )
+        count = self.arguments.n
+        note(f"{what}: {count} images")
+        specs = [replace(spec, prompt=next(self.prompts)) for _ in range(WARM_UP_IMAGES + count)]
+        await make_pictures(runtime, specs[:WARM_UP_IMAGES], f"{what}, warming up")
+        since_s = sampler.now_s()
+        pictures = await make_pictures(runtime, specs[WARM_UP_IMAGES:], what)
+        floor_s = floor_of(spec, info, self._read_gpu())
+        return sum_up(spec, info, pictures, sampler.usage(since_s), floor_s)
 
-    def _processes(self) -> list[int]:
-        return [os.getpid(), *([self._worker_pid] if self._worker_pid else [])]
+    def _read_gpu(self) -> GpuSnapshot | None:
+        return None if self.settings.device == "cpu" else self.gpu.read()
 
     def _note(self, text: str) -> None:
-        self._notes.append(text)
-        self._say(text)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        print(f"klein: {text}", file=sys.stderr, flush=True)
+        self.result.notes.append(text)
+        note(text)
 
 
-def _default_sizes(model: ModelSpec) -> tuple[tuple[int, int], ...]:
+def _default_sizes(model: ModelSpec) -> Sequence[tuple[int, int]]:
     """Return the model's default size and the usual ones within its limits."""
     sizes = {(model.default_width, model.default_height), *_USUAL_SIZES}
-    return tuple(
-        sorted(
-            size
-            for size in sizes
-            if max(size) <= model.max_side and size[0] * size[1] <= model.max_pixels
-        )
+    return sorted(
+        size
+        for size in sizes
+        if max(size) <= model.max_side and size[0] * size[1] <= model.max_pixels
     )

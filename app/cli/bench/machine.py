@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 from app import __version__
-from app.telemetry.gpu import Gpu
+from app.telemetry.gpu import Gpu, GpuFacts
 
 _PACKAGES = ("torch", "diffusers", "transformers", "comfy-kitchen")
 
@@ -31,50 +35,35 @@ class Machine:
         """The GPU and its driver on one line."""
         if self.gpu is None or self.gpu_bytes is None:
             return f"none; {self.processor}"
-        return f"{self.gpu}, {self.gpu_bytes / 1e9:.1f} GB, driver {self.driver or 'unknown'}"
+        return f"{self.gpu}, {self.gpu_bytes / 1e9:.1f} GB, driver {self.driver}"
 
 
 def describe_machine(gpu: Gpu) -> Machine:
     """Ask NVML, the kernel and the installed packages."""
-    snapshot = gpu.read()
+    facts = gpu.facts()
+    known = facts if isinstance(facts, GpuFacts) else None
     return Machine(
-        gpu=snapshot.name if snapshot else None,
-        gpu_bytes=snapshot.total_bytes if snapshot else None,
-        driver=gpu.driver_version(),
+        gpu=known.name if known else None,
+        gpu_bytes=known.total_bytes if known else None,
+        driver=known.driver if known else None,
         processor=_processor(),
-        host_bytes=host_memory("MemTotal"),
+        host_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.release()}",
-        versions=dict(_versions()),
+        versions=_versions(),
     )
 
 
-def host_memory(field: str) -> int:
-    """Return *field* of /proc/meminfo in bytes; 0 where it is missing."""
-    for line in _lines("/proc/meminfo"):
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def _processor() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        if found := re.search(r"^model name\s*:(.*)$", text, re.MULTILINE):
+            return found[1].strip()
     return platform.machine()
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("klein", __version__), ("python", platform.python_version())]
+def _versions() -> dict[str, str]:
+    found = {"klein": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            found.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            continue
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found

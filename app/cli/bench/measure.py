@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from app.cli.bench.sampler import Usage
-from app.domain import GpuSnapshot, ImageSpec, ModelInfo
+from app.cli.bench.sampler import Reading
+from app.domain import GpuSnapshot, ImageSpec, ModelInfo, PeakMemory
 from app.engine import roofline
 from app.service.results import Picture
 from app.telemetry.metrics import STAGES
@@ -29,45 +28,44 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One size at one precision; what cannot be measured or is unknown is None."""
+    """The images of one size at one precision; *floor_s* is None where it is not known."""
 
-    width: int
-    height: int
-    steps: int
-    precision: str
-    plan: str
+    spec: ImageSpec
+    """One of them; they differ in the prompt alone."""
+    info: ModelInfo
     count: int
     seconds: Mapping[str, Spread]
     gpu_s: float
     """Median of the summed seconds of `ON_THE_GPU`."""
-    peak_allocated_bytes: int | None
-    peak_reserved_bytes: int | None
-    gpu_bytes: int | None
-    """Peak of NVML's used memory, less what was used before the start."""
-    host_bytes: int | None
-    power_watts: float | None
-    temperature_celsius: float | None
+    peak: PeakMemory | None
+    usage: Reading
+    """The most that was used while they were made."""
     floor_s: float | None
+
+    @property
+    def size(self) -> str:
+        """The size as WIDTHxHEIGHT."""
+        return f"{self.spec.width}x{self.spec.height}"
 
     @property
     def name(self) -> str:
         """The row's label in a chart."""
-        return f"{self.precision} {self.width}x{self.height}"
+        return f"{self.info.precision} {self.size}"
 
     @property
     def reached(self) -> float | None:
         """Roofline seconds divided by measured seconds, 0..1."""
         return None if self.floor_s is None else self.floor_s / self.gpu_s
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return plain data with the field names of the project's other benchmarks."""
         return {
             "name": "klein.bench",
-            "width": self.width,
-            "height": self.height,
-            "steps": self.steps,
-            "precision": self.precision,
-            "plan": self.plan,
+            "width": self.spec.width,
+            "height": self.spec.height,
+            "steps": self.spec.num_inference_steps,
+            "precision": self.info.precision,
+            "plan": self.info.plan,
             "images": self.count,
             "seconds_median": round(self.seconds["total"].p50, 6),
             "seconds_p95": round(self.seconds["total"].p95, 6),
@@ -75,12 +73,12 @@ class Row:
                 stage: {"p50": round(spread.p50, 6), "p95": round(spread.p95, 6)}
                 for stage, spread in self.seconds.items()
             },
-            "peak_allocated_bytes": self.peak_allocated_bytes,
-            "peak_reserved_bytes": self.peak_reserved_bytes,
-            "nvml_bytes": self.gpu_bytes,
-            "host_bytes": self.host_bytes,
-            "power_watts": self.power_watts,
-            "temperature_celsius": self.temperature_celsius,
+            "peak_allocated_bytes": self.peak.allocated if self.peak else None,
+            "peak_reserved_bytes": self.peak.reserved if self.peak else None,
+            "nvml_bytes": self.usage.gpu_bytes,
+            "host_bytes": self.usage.host_bytes,
+            "power_watts": self.usage.power_watts,
+            "temperature_celsius": self.usage.temperature_celsius,
             "floor_s": self.floor_s,
             "reached": self.reached,
         }
@@ -90,31 +88,26 @@ def sum_up(
     spec: ImageSpec,
     info: ModelInfo,
     pictures: Sequence[Picture],
-    usage: Usage,
-    *,
-    gpu_bytes_before: int | None,
+    usage: Reading,
     floor_s: float | None,
 ) -> Row:
     """Aggregate the *pictures* of one size into a row."""
-    on_gpu = (sum(one.seconds[stage] for stage in ON_THE_GPU) for one in pictures)
-    taken = usage.gpu_bytes
-    if taken is not None and gpu_bytes_before is not None:
-        taken = max(0, taken - gpu_bytes_before)
+    peaks = [picture.peak for picture in pictures if picture.peak]
     return Row(
-        width=spec.width,
-        height=spec.height,
-        steps=spec.num_inference_steps,
-        precision=info.precision,
-        plan=info.plan,
+        spec=spec,
+        info=info,
         count=len(pictures),
         seconds={stage: _spread(one.seconds[stage] for one in pictures) for stage in STAGES},
-        gpu_s=statistics.median(on_gpu),
-        peak_allocated_bytes=_peak(pictures, lambda picture: picture.peak.allocated),
-        peak_reserved_bytes=_peak(pictures, lambda picture: picture.peak.reserved),
-        gpu_bytes=taken,
-        host_bytes=usage.host_bytes,
-        power_watts=usage.power_watts,
-        temperature_celsius=usage.temperature_celsius,
+        gpu_s=statistics.median(
+            sum(one.seconds[stage] for stage in ON_THE_GPU) for one in pictures
+        ),
+        peak=PeakMemory(
+            allocated=max(peak.allocated for peak in peaks),
+            reserved=max(peak.reserved for peak in peaks),
+        )
+        if peaks
+        else None,
+        usage=usage,
         floor_s=floor_s,
     )
 
@@ -140,7 +133,3 @@ def floor_of(spec: ImageSpec, info: ModelInfo, gpu: GpuSnapshot | None) -> float
 def _spread(values: Iterable[float]) -> Spread:
     ordered = sorted(values)
     return Spread(p50=statistics.median(ordered), p95=ordered[math.ceil(0.95 * len(ordered)) - 1])
-
-
-def _peak(pictures: Sequence[Picture], read: Callable[[Any], int]) -> int | None:
-    return max((read(picture) for picture in pictures if picture.peak), default=None)

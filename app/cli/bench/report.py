@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from app.cli.bench.charts import lines_over_time, stage_bars
 from app.cli.bench.machine import Machine
 from app.cli.bench.measure import Row
 from app.cli.bench.sampler import Reading
+from app.cli.console import aligned
 from app.domain import ModelInfo
 
 _SHOWN_STAGES = ("text", "denoise", "decode", "encode")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """The result of one `klein bench`; *notes* say what could not be measured."""
+    """What one `klein bench` has measured so far; *notes* say what could not be measured."""
 
     machine: Machine
     date: str
-    rows: tuple[Row, ...]
-    loaded: tuple[ModelInfo, ...]
-    notes: tuple[str, ...]
-    readings: tuple[Reading, ...]
+    rows: list[Row] = field(default_factory=list)
+    loaded: list[ModelInfo] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return the result as the JSON document for scripts."""
         return {
             "name": "klein.bench",
@@ -51,25 +51,25 @@ class Run:
                 for info in self.loaded
             ],
             "rows": [row.as_json() for row in self.rows],
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
 
 
-_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("size", lambda row: f"{row.width}x{row.height}"),
-    ("steps", lambda row: str(row.steps)),
-    ("precision", lambda row: row.precision),
-    ("plan", lambda row: row.plan),
-    ("p50 s", lambda row: f"{row.seconds['total'].p50:.3f}"),
-    ("p95 s", lambda row: f"{row.seconds['total'].p95:.3f}"),
-    ("allocated GB", lambda row: _gigabytes(row.peak_allocated_bytes)),
-    ("reserved GB", lambda row: _gigabytes(row.peak_reserved_bytes)),
-    ("NVML GB", lambda row: _gigabytes(row.gpu_bytes)),
-    ("host GB", lambda row: _gigabytes(row.host_bytes)),
-    ("W", lambda row: "-" if row.power_watts is None else f"{row.power_watts:.0f}"),
-    ("floor s", lambda row: "-" if row.floor_s is None else f"{row.floor_s:.3f}"),
-    ("reached", lambda row: "-" if row.reached is None else f"{row.reached:.0%}"),
-)
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "size": lambda row: row.size,
+    "steps": lambda row: str(row.spec.num_inference_steps),
+    "precision": lambda row: row.info.precision,
+    "plan": lambda row: row.info.plan,
+    "p50 s": lambda row: f"{row.seconds['total'].p50:.3f}",
+    "p95 s": lambda row: f"{row.seconds['total'].p95:.3f}",
+    "allocated GB": lambda row: _gigabytes(row.peak.allocated if row.peak else None),
+    "reserved GB": lambda row: _gigabytes(row.peak.reserved if row.peak else None),
+    "NVML GB": lambda row: _gigabytes(row.usage.gpu_bytes),
+    "host GB": lambda row: _gigabytes(row.usage.host_bytes),
+    "W": lambda row: "-" if row.usage.power_watts is None else f"{row.usage.power_watts:.0f}",
+    "floor s": lambda row: "-" if row.floor_s is None else f"{row.floor_s:.3f}",
+    "reached": lambda row: "-" if row.reached is None else f"{row.reached:.0%}",
+}
 
 
 def render_table(run: Run) -> str:
@@ -79,8 +79,8 @@ def render_table(run: Run) -> str:
         f"{info.precision:10} {info.model}, plan {info.plan}: {_reasons(info)}"
         for info in run.loaded
     ]
-    lines += ["", *_aligned([_heads(), *_cells(run.rows)]), ""]
-    lines += _aligned([["stage p50/p95 s", *_SHOWN_STAGES], *_stage_cells(run.rows)])
+    lines += ["", *aligned(_table(run.rows)), ""]
+    lines += aligned(_stage_table("stage p50/p95 s", run.rows))
     return "\n".join([*lines, "", *(f"not measured: {note}" for note in run.notes)]).rstrip()
 
 
@@ -108,11 +108,11 @@ def _page(run: Run, stages: str, memory: str) -> str:
         f"# klein on {machine.gpu or machine.processor}",
         f"Measured by `klein bench` on {run.date}: from being accepted to the finished PNG, one "
         "picture after the other, a new prompt each time. GB are 1e9 bytes.",
-        _markdown([_heads(), *_cells(run.rows)]),
+        _markdown(_table(run.rows)),
         _explanations(run),
         "## Stages",
         f"![median seconds by stage]({stages})",
-        _markdown([["p50 / p95 s", *_SHOWN_STAGES], *_stage_cells(run.rows)]),
+        _markdown(_stage_table("p50 / p95 s", run.rows)),
         "## Memory",
         f"![memory over time]({memory})",
         "## Machine",
@@ -158,46 +158,28 @@ def _reasons(info: ModelInfo) -> str:
 
 
 def _memory_chart(run: Run) -> str:
-    curves = {
-        "host": [(reading.at_s, reading.host_bytes / 1e9) for reading in run.readings],
-        "card": [
-            (reading.at_s, reading.gpu_bytes / 1e9)
-            for reading in run.readings
-            if reading.gpu_bytes is not None
-        ],
-    }
-    marks = {"the card's memory": run.machine.gpu_bytes / 1e9} if run.machine.gpu_bytes else {}
-    drawn = {name: curve for name, curve in curves.items() if curve}
-    return lines_over_time(drawn, marks if "card" in drawn else {}, unit="GB")
+    curves = {"host": [(reading.at_s, reading.host_bytes / 1e9) for reading in run.readings]}
+    marks = {}
+    if card := [
+        (reading.at_s, reading.gpu_bytes / 1e9)
+        for reading in run.readings
+        if reading.gpu_bytes is not None
+    ]:
+        curves["card"] = card
+        marks = {"the card's memory": (run.machine.gpu_bytes or 0) / 1e9}
+    return lines_over_time(curves, marks, unit="GB")
 
 
-def _heads() -> list[str]:
-    return [head for head, _ in _COLUMNS]
+def _table(rows: Sequence[Row]) -> list[list[str]]:
+    return [list(_COLUMNS), *([read(row) for read in _COLUMNS.values()] for row in rows)]
 
 
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    return [[read(row) for _, read in _COLUMNS] for row in rows]
-
-
-def _stage_cells(rows: Sequence[Row]) -> list[list[str]]:
-    return [
-        [
-            row.name,
-            *(
-                f"{row.seconds[stage].p50:.3f} / {row.seconds[stage].p95:.3f}"
-                for stage in _SHOWN_STAGES
-            ),
-        ]
-        for row in rows
-    ]
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    ]
+def _stage_table(head: str, rows: Sequence[Row]) -> list[list[str]]:
+    lines = [[head, *_SHOWN_STAGES]]
+    for row in rows:
+        spreads = (row.seconds[stage] for stage in _SHOWN_STAGES)
+        lines.append([row.name, *(f"{each.p50:.3f} / {each.p95:.3f}" for each in spreads)])
+    return lines
 
 
 def _markdown(table: list[list[str]]) -> str:

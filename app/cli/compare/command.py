@@ -11,27 +11,26 @@ import argparse
 import asyncio
 import json
 import math
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from app import images, logs
-from app.cli.compare.contact_sheet import DIFFERENCE_GAIN, Panel, contact_sheet, psnr
+from app.cli.compare.contact_sheet import DIFFERENCE_GAIN, contact_sheet, psnr
+from app.cli.console import aligned, note
 from app.cli.warm_worker import (
     check_output,
     choose_seed,
     draft,
-    make_picture,
+    make_pictures,
     new_prompts,
     parse_precisions,
     parse_size,
     warm_runtime,
 )
-from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, RawImage
+from app.domain import ImageSpec, ModelInfo, ModelSpec, RawImage
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
@@ -48,15 +47,12 @@ _BEST_FIRST = ("fp32", "bf16")
 class Compared:
     """One precision's image; *psnr_db* and *latent_error* are None for the reference itself.
 
-    *latents* are float32; *latent_error* is ||latents - reference|| / ||reference||.
+    *latent_error* is ||latents - reference|| / ||reference||, in float32.
     """
 
-    precision: str
-    plan: str
+    info: ModelInfo
+    picture: Picture
     image: RawImage
-    latents: bytes = field(repr=False)
-    seconds: float
-    peak: PeakMemory | None
     psnr_db: float | None = None
     latent_error: float | None = None
 
@@ -67,25 +63,48 @@ class Compared:
             return "ref"
         return "equal" if math.isinf(self.psnr_db) else f"{self.psnr_db:.1f} dB"
 
-    def as_json(self) -> dict[str, Any]:
+    @property
+    def caption(self) -> str:
+        """The line below the image on the sheet."""
+        peak = self.picture.peak
+        reserved = f" {peak.reserved / 1e9:.1f} GB" if peak else ""
+        seconds = self.picture.seconds["total"]
+        return f"{self.info.precision} {self.likeness} {seconds:.2f} s{reserved}"
+
+    def as_json(self) -> dict[str, object]:
         """Return plain data; the PSNR of equal images is None, since JSON has no infinity."""
+        peak = self.picture.peak
         is_number = self.psnr_db is not None and math.isfinite(self.psnr_db)
         return {
-            "precision": self.precision,
-            "plan": self.plan,
+            "precision": self.info.precision,
+            "plan": self.info.plan,
             "psnr_db": round(self.psnr_db, 2) if self.psnr_db and is_number else None,
             "is_equal": self.psnr_db == math.inf,
             "is_reference": self.psnr_db is None,
             "latent_error": None if self.latent_error is None else round(self.latent_error, 6),
-            "seconds": round(self.seconds, 6),
-            "peak_allocated_bytes": self.peak.allocated if self.peak else None,
-            "peak_reserved_bytes": self.peak.reserved if self.peak else None,
+            "seconds": round(self.picture.seconds["total"], 6),
+            "peak_allocated_bytes": peak.allocated if peak else None,
+            "peak_reserved_bytes": peak.reserved if peak else None,
         }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+_COLUMNS: dict[str, Callable[[Compared], str]] = {
+    "precision": lambda one: one.info.precision,
+    "plan": lambda one: one.info.plan,
+    "PSNR": lambda one: one.likeness,
+    "latents": lambda one: "ref" if one.latent_error is None else f"{one.latent_error:.2%}",
+    "seconds": lambda one: f"{one.picture.seconds['total']:.3f}",
+    "allocated GB": lambda one: (
+        f"{one.picture.peak.allocated / 1e9:.2f}" if one.picture.peak else "-"
+    ),
+    "reserved GB": lambda one: (
+        f"{one.picture.peak.reserved / 1e9:.2f}" if one.picture.peak else "-"
+    ),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("compare", help="make one picture at several precisions")
     parser.add_argument("prompt")
     parser.add_argument(
         "--precision", default="fp8,int8,bf16", help="separated by commas (fp8,int8,bf16)"
@@ -95,7 +114,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
-    parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
 
 
 def run(
@@ -112,14 +130,13 @@ def run(
     arguments.seed = choose_seed(arguments.seed)
     precisions = parse_precisions(arguments.precision)
     logs.set_up(style=settings.log_format, level="warning")
-    found, notes = asyncio.run(
-        _make_all(arguments, settings, precisions, make_engine=make_engine, gpu=gpu)
-    )
+    found, notes = asyncio.run(_make_all(arguments, settings, precisions, make_engine, gpu))
     if not found:
         raise StartupError("No precision gave a picture, so there is nothing to compare.")
     found = against_reference(found)
     arguments.output.write_bytes(_draw(found, settings, arguments.prompt))
-    print(render(found, notes))
+    table = [list(_COLUMNS), *([read(one) for read in _COLUMNS.values()] for one in found)]
+    print("\n".join([*aligned(table), *(f"not compared: {each}" for each in notes)]))
     print(f"written: {arguments.output} (below: differences, {DIFFERENCE_GAIN} times as strong)")
     rows = [one.as_json() for one in found]
     print(json.dumps({"name": "klein.compare", "rows": rows, "notes": notes}))
@@ -129,93 +146,57 @@ def run(
 def against_reference(found: Sequence[Compared]) -> list[Compared]:
     """Compare each with the most precise one found: fp32, else bf16, else the last."""
     order = {name: place for place, name in enumerate(_BEST_FIRST)}
-    best = min(reversed(found), key=lambda one: order.get(one.precision, len(order)))
+    best = min(reversed(found), key=lambda one: order.get(one.info.precision, len(order)))
     return [one if one is best else _beside(one, best) for one in found]
 
 
 def _beside(one: Compared, best: Compared) -> Compared:
-    ours, right = (np.frombuffer(each.latents, np.float32) for each in (one, best))
+    ours, right = (np.frombuffer(each.picture.latents or b"", np.float32) for each in (one, best))
     error = float(np.linalg.norm(ours - right) / np.linalg.norm(right))
     return replace(one, psnr_db=psnr(one.image, best.image), latent_error=error)
-
-
-def render(found: Sequence[Compared], notes: Sequence[str]) -> str:
-    """Return the table for the terminal."""
-    heads = ("precision", "plan", "PSNR", "latents", "seconds", "allocated GB", "reserved GB")
-    table = [heads, *(_cells(one) for one in found)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    ]
-    return "\n".join([*lines, *(f"not compared: {note}" for note in notes)])
 
 
 async def _make_all(
     arguments: argparse.Namespace,
     settings: Settings,
     precisions: tuple[str, ...],
-    *,
     make_engine: EngineFactory,
     gpu: Gpu | None,
 ) -> tuple[list[Compared], list[str]]:
+    """Return what was made, and a note on each precision that could not be started."""
     found: list[Compared] = []
     notes: list[str] = []
 
-    def plan(model: ModelSpec) -> ImageSpec:
-        return _spec(arguments, model, settings.max_pixels)
+    def plan(model: ModelSpec) -> list[ImageSpec]:
+        width, height = parse_size(arguments.size or "auto", model, settings.max_pixels)
+        spec = draft(model, arguments.prompt, width, height, arguments.steps)
+        spec = replace(spec, seed=arguments.seed, wants_latents=True)
+        warm_up = replace(spec, prompt=next(new_prompts()))
+        return [warm_up, spec]
 
     for precision in precisions:
-        print(f"klein: {precision}: starting the worker", file=sys.stderr, flush=True)
+        note(f"{precision}: starting the worker")
         chosen = settings.model_copy(update={"precision": precision})
         try:
-            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu, planned=plan) as (
+            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu, plan=plan) as (
                 runtime,
                 info,
+                specs,
             ):
-                spec = plan(runtime.model)
-                await make_picture(runtime, replace(spec, prompt=next(new_prompts())))
-                picture = await make_picture(runtime, spec)
+                _, picture = await make_pictures(runtime, specs, precision)
         except StartupError as error:
             notes.append(f"{precision}: {error.message}")
             continue
-        found.append(_compared(info, picture))
+        found.append(Compared(info, picture, decode_upload(picture.data, what="picture")))
     return found, notes
-
-
-def _spec(arguments: argparse.Namespace, model: ModelSpec, max_pixels: int) -> ImageSpec:
-    width, height = parse_size(arguments.size or "auto", model, max_pixels)
-    spec = draft(model, arguments.prompt, width, height, arguments.steps)
-    return replace(spec, seed=arguments.seed, wants_latents=True)
-
-
-def _compared(info: ModelInfo, picture: Picture) -> Compared:
-    image = decode_upload(picture.data, what="picture")
-    seconds, latents = picture.seconds["total"], picture.latents or b""
-    return Compared(info.precision, info.plan, image, latents, seconds, picture.peak)
 
 
 def _draw(found: Sequence[Compared], settings: Settings, prompt: str) -> bytes:
     reference = next(one.image for one in found if one.psnr_db is None)
-    entries = [Panel(one.image, _words(one)) for one in found]
-    sheet = contact_sheet(entries, reference if len(found) > 1 else None)
-    note = {"prompt": prompt, "compared": ", ".join(one.precision for one in found)}
-    return images.encode(sheet, OutputFormat("png"), note if settings.png_metadata else None)
-
-
-def _words(one: Compared) -> str:
-    peak = f" {one.peak.reserved / 1e9:.1f} GB" if one.peak else ""
-    return f"{one.precision} {one.likeness} {one.seconds:.2f} s{peak}"
-
-
-def _cells(one: Compared) -> tuple[str, ...]:
-    peak = one.peak
-    return (
-        one.precision,
-        one.plan,
-        one.likeness,
-        "ref" if one.latent_error is None else f"{one.latent_error:.2%}",
-        f"{one.seconds:.3f}",
-        f"{peak.allocated / 1e9:.2f}" if peak else "-",
-        f"{peak.reserved / 1e9:.2f}" if peak else "-",
+    sheet = contact_sheet(
+        [one.image for one in found],
+        [one.caption for one in found],
+        reference if len(found) > 1 else None,
     )
+    text = {"prompt": prompt, "compared": ", ".join(one.info.precision for one in found)}
+    return images.encode(sheet, OutputFormat("png"), text if settings.png_metadata else None)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
-from app.cli.doctor.facts import CacheFound, CompilerFound, GpuFacts, Holder, HostFound, TorchFound
-from app.cli.doctor.machine_checks import judge_cache, judge_compiler, judge_host
+from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
 from app.cli.doctor.plan_preview import PlanPreview, name_kernels
 from app.cli.doctor.report import Report, gigabytes
 from app.domain import ModelSpec
-from app.engine.memory.planner import MemoryPlan
+from app.engine.memory.planner import MemoryPlan, Plan
 from app.engine.roofline import find_gpu
 from app.model_choice import Choice
 from app.settings import Settings
+from app.telemetry.gpu import GpuFacts, Holder
+from app.telemetry.preflight import GpuFault, find_faults
 
 PINNED_CUDA = "13.0"
 """CUDA version of the pinned torch, which also has a CPU build."""
@@ -22,6 +24,7 @@ MINIMUM_DRIVERS = {"11": 450, "12": 525, "13": 580}
 _OLDEST_CAPABILITY = (7, 5)
 _NATIVE_BF16 = (8, 0)
 _SEVERAL = 8
+_FIRST_LOAD_BYTES = 10_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,12 @@ class Facts:
         """Whether the model comes from the hub, unlike the demo model."""
         return self.model is not None and self.model.hub_id is not None
 
+    @property
+    def faults(self) -> Collection[GpuFault]:
+        """What the start's check would find wrong with the GPU."""
+        cuda = self.torch.cuda or PINNED_CUDA
+        return find_faults(self.gpu, cuda) if isinstance(self.gpu, GpuFacts) else ()
+
 
 def diagnose(facts: Facts, settings: Settings) -> Report:
     """Report the facts, and each problem with its remedy."""
@@ -55,10 +64,10 @@ def diagnose(facts: Facts, settings: Settings) -> Report:
     if isinstance(facts.forecast, PlanPreview) and facts.model is not None:
         tell_forecast(found, facts.forecast, facts.model)
         _judge_plan(found, facts, facts.forecast, settings)
-    judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
+    _judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
     if facts.cache is not None:
-        judge_cache(found, facts.cache)
-    judge_host(found, facts.host, is_klein=facts.is_klein)
+        _judge_cache(found, facts.cache)
+    _judge_host(found, facts.host, is_klein=facts.is_klein)
     return found
 
 
@@ -115,7 +124,7 @@ def _judge_gpu(found: Report, facts: Facts, settings: Settings) -> None:
     found.tell("driver", f"{gpu.driver}, needed is {needed} or newer")
     used = f"{gigabytes(gpu.total_bytes)}, of which {gigabytes(gpu.free_bytes)} are free"
     found.tell("memory", f"{used}; {_holders(gpu)}")
-    if _driver_major(gpu.driver) < needed:
+    if GpuFault.OLD_DRIVER in facts.faults:
         found.complain(
             f"The driver {gpu.driver} is too old for torch {facts.torch.version}, which is built "
             f"for CUDA {facts.torch.cuda or PINNED_CUDA}.",
@@ -164,7 +173,7 @@ def _judge_torch(found: Report, facts: Facts) -> None:
             "-r requirements.lock without an index of processor wheels.",
             is_fatal=True,
         )
-    elif _driver_major(facts.gpu.driver) >= minimum_driver(torch.cuda):
+    elif GpuFault.OLD_DRIVER not in facts.faults:
         found.complain(
             "NVML sees the card, but torch does not.",
             "See what CUDA_VISIBLE_DEVICES says, and in a container whether the driver's compute "
@@ -194,7 +203,7 @@ def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
 
 def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Settings) -> None:
     assert isinstance(facts.gpu, GpuFacts)
-    if ahead.plan is None:
+    if ahead.plan is None or GpuFault.LITTLE_MEMORY in facts.faults:
         remedy = "Close what else uses the card."
         if facts.gpu.holders:
             remedy = (
@@ -208,7 +217,7 @@ def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Setti
         )
     elif settings.plan != "auto":
         judge_asked_plan(found, ahead.plan, facts.model)
-    elif ahead.plan.name != "resident" and facts.gpu.holders:
+    elif ahead.plan.name is not Plan.RESIDENT and facts.gpu.holders:
         found.complain(
             f"What else is on the card makes the plan {ahead.plan.name} necessary, which is "
             "slower than resident.",
@@ -229,6 +238,75 @@ def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec | None) -
         )
 
 
+def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> None:
+    """Report whether torch.compile can work; it is a problem only with a GPU."""
+    missing = compiler.missing
+    if not missing:
+        found.tell("compiling", f"works: {compiler.c_compiler}, Triton")
+        return
+    found.tell("compiling", f"does not work: {', '.join(missing)} missing")
+    if has_gpu:
+        found.complain(
+            f"Nothing can be compiled ({', '.join(missing)} missing), so pictures take about "
+            "twice as long.",
+            "Install gcc and Python's headers (Debian: gcc libc6-dev python3-dev); Triton comes "
+            "with torch's build for CUDA.",
+            is_fatal=False,
+        )
+
+
+def _judge_cache(found: Report, cache: CacheFound) -> None:
+    """Report what is downloaded, what is missing, and whether the disk has room for it."""
+    there = cache.total_bytes - cache.missing_bytes
+    found.tell(
+        "cache",
+        f"{cache.folder}: {gigabytes(there)} of {gigabytes(cache.total_bytes)} there, "
+        f"{gigabytes(cache.missing_bytes)} missing",
+    )
+    found.tell("disk", f"{gigabytes(cache.disk_free_bytes)} free")
+    if not cache.is_writable:
+        found.complain(
+            f"{cache.folder} may not be written to by this user.",
+            "Make it writable, or set KLEIN_CACHE_DIR to another folder.",
+            is_fatal=cache.missing_bytes > 0,
+        )
+    if cache.open_because:
+        found.complain(
+            f"The cache's files are hashed at each start and compiled code is not kept there, "
+            f"because {cache.open_because}.",
+            f"{cache.remedy[0].upper()}{cache.remedy[1:]}",
+            is_fatal=False,
+        )
+    if cache.missing_bytes > cache.disk_free_bytes:
+        found.complain(
+            f"The disk has {gigabytes(cache.disk_free_bytes)} free, needed are "
+            f"{gigabytes(cache.missing_bytes)} for the download.",
+            "Make room, or set KLEIN_CACHE_DIR to a folder on another disk.",
+            is_fatal=True,
+        )
+    elif cache.missing_bytes:
+        found.complain(
+            f"{gigabytes(cache.missing_bytes)} are still to be downloaded.",
+            "klein download fetches them ahead of time; else the first start does.",
+            is_fatal=False,
+        )
+
+
+def _judge_host(found: Report, host: HostFound, *, is_klein: bool) -> None:
+    """Report the host's memory; klein's first load needs the most of it."""
+    found.tell(
+        "host",
+        f"{gigabytes(host.total_bytes)}, of which {gigabytes(host.available_bytes)} available",
+    )
+    if is_klein and 0 < host.available_bytes < _FIRST_LOAD_BYTES:
+        found.complain(
+            f"{gigabytes(host.available_bytes)} of host memory are available; the first load takes "
+            f"up to {gigabytes(_FIRST_LOAD_BYTES)}.",
+            "Close other programs for the first start, or add swap space.",
+            is_fatal=False,
+        )
+
+
 def _holders(gpu: GpuFacts) -> str:
     if not gpu.holders:
         return "the driver names nobody who holds the rest"
@@ -245,11 +323,6 @@ def _name(holder: Holder) -> str:
     """Return program, process id, and bytes where the driver reports them."""
     size = f", {gigabytes(holder.used_bytes)}" if holder.used_bytes else ""
     return f"{holder.name} ({holder.pid}{size})"
-
-
-def _driver_major(version: str) -> int:
-    major = version.partition(".")[0]
-    return int(major) if major.isdigit() else 0
 
 
 def _data(facts: Facts) -> dict[str, object]:

@@ -10,44 +10,43 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any
+
+import psutil
 
 from app.cli.doctor import facts
 from app.cli.doctor.absent_gpu import answer_for_absent_gpu
 from app.cli.doctor.checks import Facts, diagnose
-from app.cli.doctor.facts import CacheFound, CompilerFound, GpuFacts, TorchFound
+from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
 from app.cli.doctor.plan_preview import PlanPreview, Target, preview_plan
 from app.cli.old_cache import find_old_cache
-from app.domain import GpuSnapshot
 from app.engine import roofline
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import find_model
 from app.errors import StartupError
 from app.model_choice import Choice, choose_model
 from app.settings import Settings
+from app.telemetry.gpu import Gpu, GpuFacts
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser = commands.add_parser("doctor", help="say what will be served here, and what is amiss")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of words")
     parser.add_argument("--card", help="answer for a card that is not there, such as rtx-3060")
     parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
-    parser.set_defaults(run=run, settings=lambda given: {"model": given.model})
 
 
 def run(
     arguments: argparse.Namespace,
     settings: Settings,
     *,
-    load_nvml: Callable[[], Any] = facts.load_nvml,
+    gpu: Gpu | None = None,
     ask_torch: Callable[[int | None], TorchFound] = facts.ask_torch,
 ) -> int:
     """Print the report; return 0 where the service can serve, else 1."""
     if arguments.card:
         found = answer_for_absent_gpu(arguments.card, settings)
     else:
-        found = diagnose(examine(settings, load_nvml, ask_torch), settings)
+        found = diagnose(examine(settings, gpu, ask_torch), settings)
         if (old := find_old_cache(settings)) is not None:
             found.complain(old.what, old.command, is_fatal=False)
     print(json.dumps(found.as_json(), indent=2) if arguments.json else found.render())
@@ -55,40 +54,33 @@ def run(
 
 
 def examine(
-    settings: Settings,
-    load_nvml: Callable[[], Any],
-    ask_torch: Callable[[int | None], TorchFound],
+    settings: Settings, gpu: Gpu | None, ask_torch: Callable[[int | None], TorchFound]
 ) -> Facts:
     """Collect all facts; change and download nothing."""
     index = settings.device if isinstance(settings.device, int) else None
     # Before torch is asked: its CUDA context would count as used memory.
-    gpu = facts.ask_gpu(index, load_nvml) if index is not None else None
+    gpu = None if index is None else gpu or Gpu(index)
+    gpu_facts = gpu.facts() if gpu else None
     torch = ask_torch(index)
     compiler = facts.ask_compiler()
-    choice = _choose(settings, gpu)
+    try:
+        now = gpu.read() if gpu and isinstance(gpu_facts, GpuFacts) else None
+        choice: Choice | str = choose_model(settings, now)
+    except StartupError as error:
+        choice = error.message
     entry = find_model(choice.key) if isinstance(choice, Choice) else None
-    ahead = _look_ahead(settings, entry, gpu, torch, compiler)
+    ahead = _look_ahead(settings, entry, gpu_facts, torch, compiler)
+    memory = psutil.virtual_memory()
     return Facts(
-        gpu=gpu,
+        gpu=gpu_facts,
         torch=torch,
         compiler=compiler,
-        host=facts.ask_host(),
+        host=HostFound(memory.total, memory.available),
         choice=choice,
         model=entry.spec if entry else None,
         forecast=ahead,
         cache=_ask_cache(settings, choice, entry, ahead),
     )
-
-
-def _choose(settings: Settings, gpu: GpuFacts | str | None) -> Choice | str:
-    snapshot = None
-    if isinstance(gpu, GpuFacts):
-        used = gpu.total_bytes - gpu.free_bytes
-        snapshot = GpuSnapshot(gpu.name, "", used, gpu.total_bytes, None, None, None)
-    try:
-        return choose_model(settings, snapshot)
-    except StartupError as error:
-        return error.message
 
 
 def _look_ahead(

@@ -1,7 +1,7 @@
 """Collect the facts that `klein doctor` reports; `checks` interprets them.
 
-Each source may be missing and says so: NVML, torch, a compiler, the cache's folder. Only
-`ask_torch` imports torch, since that takes seconds.
+Each source may be missing and says so: torch, a compiler, the cache's folder. `app.telemetry.gpu`
+tells of the GPU. Only `ask_torch` imports torch, since that takes seconds.
 """
 
 from __future__ import annotations
@@ -11,38 +11,14 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from app.cli.bench.machine import host_memory
 from app.engine.hub import trust
 from app.engine.hub.download import missing_bytes
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import files_for
 from app.engine.quantization.formats import FORMATS
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """A process on the GPU; *used_bytes* is None where the driver does not report it."""
-
-    pid: int
-    name: str
-    used_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class GpuFacts:
-    """What NVML reports of the GPU; *capability* is (major, minor)."""
-
-    name: str
-    driver: str
-    capability: tuple[int, int]
-    total_bytes: int
-    free_bytes: int
-    holders: tuple[Holder, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,26 +72,6 @@ class HostFound:
     available_bytes: int
 
 
-def load_nvml() -> Any:
-    """Return the `pynvml` module."""
-    import pynvml
-
-    return pynvml
-
-
-def ask_gpu(index: int, load: Callable[[], Any] = load_nvml) -> GpuFacts | str:
-    """Ask NVML about GPU *index*; return the reason as a str where it cannot tell."""
-    nvml = load()
-    try:
-        nvml.nvmlInit()
-        count = nvml.nvmlDeviceGetCount()
-        if index >= count:
-            return f"there is no card {index}; this machine has {count}, counted from 0"
-        return _read_gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
-    except nvml.NVMLError as error:
-        return str(error).lower()
-
-
 def ask_torch(index: int | None) -> TorchFound:
     """Import torch, and probe its kernels on GPU *index* unless that is None."""
     import torch
@@ -162,51 +118,3 @@ def ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:
         open_because=trust.why_open(folder, folder),
         remedy=trust.remedy(folder),
     )
-
-
-def ask_host() -> HostFound:
-    """Read total and available memory from /proc/meminfo."""
-    return HostFound(host_memory("MemTotal"), host_memory("MemAvailable"))
-
-
-def _read_gpu(nvml: Any, handle: Any) -> GpuFacts:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return GpuFacts(
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        driver=_text(nvml.nvmlSystemGetDriverVersion()),
-        capability=(int(major), int(minor)),
-        total_bytes=int(memory.total),
-        free_bytes=int(memory.free),
-        holders=_holders(nvml, handle),
-    )
-
-
-def _holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
-    """List the processes on the GPU, the largest first; none where the driver names none."""
-    found: dict[int, Holder] = {}
-    for ask in (
-        nvml.nvmlDeviceGetComputeRunningProcesses,
-        nvml.nvmlDeviceGetGraphicsRunningProcesses,
-    ):
-        try:
-            processes = ask(handle)
-        except nvml.NVMLError:
-            continue
-        for process in processes:
-            found[process.pid] = Holder(
-                process.pid, _process_name(process.pid), process.usedGpuMemory
-            )
-    return tuple(sorted(found.values(), key=lambda one: one.used_bytes or 0, reverse=True))
-
-
-def _process_name(pid: int) -> str:
-    """Return the program's name without its arguments, which may be secret."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return "a process outside this container"
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -13,6 +13,7 @@ from app.domain import ModelSpec
 from app.engine import roofline
 from app.engine.memory.planner import (
     COMPILED,
+    CONTEXT_BYTES,
     EAGER,
     MemoryPlan,
     Weights,
@@ -74,7 +75,8 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     limit = min(settings.max_pixels, model.max_pixels)
     if chosen.linears.is_exact:
         plan: MemoryPlan | None = plan_exact(
-            target.free_bytes,
+            # The engine looks once its CUDA context is there.
+            target.free_bytes - CONTEXT_BYTES,
             _exact_bytes(model, chosen.linears),
             limit_pixels=limit,
             max_references=model.max_references,
