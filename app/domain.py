@@ -165,6 +165,8 @@ class ModelSpec:
     max_pixels: int
     max_references: int
     max_sequence_length: int
+    size_multiple: int = 16
+    """The sides of an image are multiples of so many pixels."""
     note: str = ""
     """A sentence for the start-up line and the README, where the model needs one."""
 

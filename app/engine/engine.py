@@ -34,7 +34,6 @@ from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.decode import decode
 from app.engine.pipeline.denoise import denoise, draw_noise
-from app.engine.pipeline.latents import grid
 from app.engine.pipeline.preview import preview, preview_steps
 from app.engine.pipeline.references import References, Source, encode_references
 from app.engine.pipeline.text import Text, encode_text
@@ -180,7 +179,7 @@ class _Job:
         clock: _Clock,
     ) -> tuple[torch.Tensor, tuple[float, ...]]:
         shown = preview_steps(self.spec.previews, self.spec.num_inference_steps)
-        shape = grid(self.spec)
+        shape = self.components.grid(self.spec)
         steps_s: list[float] = []
 
         def on_step(number: int, estimate: Callable[[], torch.Tensor]) -> None:
@@ -201,7 +200,7 @@ class _Job:
         return latents, tuple(steps_s)
 
     def _decode(self, latents: torch.Tensor, source: Source | None) -> torch.Tensor:
-        made = decode(self.components, latents, grid(self.spec))
+        made = decode(self.components, latents, self.components.grid(self.spec))
         if self.is_trial and not torch.isfinite(made).all():
             raise StartupError(NO_PICTURE)
         pixels = image_tensors.to_host(image_tensors.to_bytes(made))

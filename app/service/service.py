@@ -219,7 +219,8 @@ class ImageService:
             )
         limit = self.max_pixels(count)
         if spec.pixels > limit:
-            side = math.isqrt(limit) // 16 * 16
+            multiple = self.model.size_multiple
+            side = math.isqrt(limit) // multiple * multiple
             beside = f" with {count} reference images" if count else ""
             raise InvalidRequest(
                 f"{spec.width}x{spec.height} is more than this service can make{beside}; "

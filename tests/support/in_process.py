@@ -61,6 +61,7 @@ class InProcess:
         per_minute: int = 0,
         deadline_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
+        model: str = "flux.2-klein-4b",
     ) -> None:
         self.worker = Worker()
         self.estimator = Estimator()
@@ -68,7 +69,7 @@ class InProcess:
         self.metrics = Metrics(version="0")
         self.decoders = FakeDecoders()
         self.service = ImageService(
-            find_spec("flux.2-klein-4b"),
+            find_spec(model),
             ServiceConfig(deadline_s, 4_194_304, has_metadata=False),
             self.queue,
             self.estimator,

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from app.domain import ModelSpec
 from app.engine import roofline
 from app.engine.memory.planner import (
-    COMPILED,
     CONTEXT_BYTES,
-    EAGER,
     MemoryPlan,
     Plan,
     Weights,
@@ -38,8 +36,6 @@ Transformer: 3.68 G parameters of the blocks at 1 byte and 0.195 G others at 2. 
 layers at 1 byte. VAE encoder and decoder: 2 bytes.
 """
 
-_WORKING_BYTES = 4_000_000_000
-"""Activations of one image in bf16, not compiled; as in `app.engine.memory.budget`."""
 _FP8 = (8, 9)
 _INT8 = (8, 0)
 
@@ -90,13 +86,15 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     facts = GpuCapabilities(target.capability, target.has_fp8, target.has_int8)
     chosen = choose_precision(settings.precision, facts, is_small=False)
     limit = min(settings.max_pixels, model.max_pixels)
+    architecture = find_model(model.id).architecture
     if chosen.linears == "exact":
         plan: MemoryPlan | None = _plan_exact(target, settings, model, limit)
     else:
         plan = plan_memory(
             target.free_bytes,
             KLEIN_WEIGHTS,
-            COMPILED if target.can_compile else EAGER,
+            architecture,
+            architecture.compiled if target.can_compile else architecture.eager,
             default_pixels=model.default_width * model.default_height,
             limit_pixels=limit,
             max_references=model.max_references,
@@ -113,6 +111,7 @@ def floor_seconds(
     if spec is None:
         return None
     found = roofline.roofline(
+        find_model(model.id).architecture,
         spec,
         precision,
         model.default_width,
@@ -125,9 +124,11 @@ def floor_seconds(
 
 def _plan_exact(target: Target, settings: Settings, model: ModelSpec, limit: int) -> MemoryPlan:
     """Plan without 8-bit weights: all networks on the GPU, or one at a time."""
-    files = files_for(find_model(model.id), "bf16")
+    entry = find_model(model.id)
+    files = files_for(entry, "bf16")
     weights = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
-    needed = weights * (2 if settings.precision == "fp32" else 1) + _WORKING_BYTES
+    needed = weights * (2 if settings.precision == "fp32" else 1)
+    needed += entry.architecture.working_bytes
     sizes = (limit,) * (model.max_references + 1)
     numbers = (
         f"all networks need {needed / 1e9:.1f} GB, free are "

@@ -13,25 +13,21 @@ from app.domain import ModelSpec
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles
 from app.engine.config import EngineConfig
 from app.engine.memory.planner import (
-    COMPILED,
     CONTEXT_BYTES,
-    EAGER,
     GB,
     MemoryPlan,
     Plan,
     Weights,
     plan_memory,
 )
-from app.engine.models.flux2_klein import TEXT_LAYERS
+from app.engine.models.entry import Architecture
 from app.errors import StartupError
-
-_WORKING_BYTES = 4_000_000_000
-"""Working memory of a one-megapixel image in bf16, eager, decoded without tiles."""
 
 
 def choose_plan(
     config: EngineConfig,
     model: ModelSpec,
+    architecture: Architecture,
     checkpoint: Checkpoint,
     device: torch.device,
     *,
@@ -55,12 +51,13 @@ def choose_plan(
         # PyTorch's allocator is limited to this; the CUDA context comes on top.
         free = min(free, config.memory_bytes + CONTEXT_BYTES)
     if is_exact:
-        return _plan_exact(config, model, checkpoint, dtype, free, limit)
-    weights = count_weights(checkpoint, dtype)
+        return _plan_exact(config, model, architecture, checkpoint, dtype, free, limit)
+    weights = count_weights(checkpoint, architecture, dtype)
     plan = plan_memory(
         free,
         weights,
-        COMPILED if is_compiled else EAGER,
+        architecture,
+        architecture.compiled if is_compiled else architecture.eager,
         default_pixels=model.default_width * model.default_height,
         limit_pixels=limit,
         max_references=model.max_references,
@@ -74,7 +71,9 @@ def choose_plan(
     return plan
 
 
-def count_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
+def count_weights(
+    checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype
+) -> Weights:
     """Count the bytes of each component in GPU memory: quantized weights one, others *dtype*'s."""
     two = dtype.itemsize
     blocks = {
@@ -84,7 +83,8 @@ def count_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
     layers = {
         name: 1 if len(slot.shape) == 2 else two
         for name, slot in checkpoint.encoder.slots.items()
-        if name.startswith("model.layers.") and int(name.split(".")[2]) < TEXT_LAYERS[-1]
+        if name.startswith("model.layers.")
+        and int(name.split(".")[2]) < architecture.text_layers[-1]
     }
     ways = {"encoder": 0, "decoder": 0}
     for name, slot in checkpoint.vae.slots.items():
@@ -105,6 +105,7 @@ def _bytes(part: ComponentFiles, sizes: dict[str, int]) -> int:
 def _plan_exact(
     config: EngineConfig,
     model: ModelSpec,
+    architecture: Architecture,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     free: int,
@@ -113,7 +114,7 @@ def _plan_exact(
     """Keep all components in GPU memory, or, where that does not fit, one at a time."""
     components = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
     counts = (math.prod(slot.shape) for part in components for slot in part.slots.values())
-    needed = sum(counts) * dtype.itemsize + _WORKING_BYTES
+    needed = sum(counts) * dtype.itemsize + architecture.working_bytes
     sizes = (limit,) * (model.max_references + 1)
     numbers = f"all networks need {needed / GB:.1f} GB, free are {free / GB:.1f} GB"
     if config.offload in ("model", "disk"):

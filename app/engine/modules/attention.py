@@ -1,17 +1,39 @@
-"""Attention kernels, and the probe that selects one for this GPU."""
+"""The attention kernels by name, and the probe that selects one for this device."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
+from app.engine import torch_private
+from app.engine.models.entry import Architecture
+
 _log = logging.getLogger(__name__)
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Takes query, key and value, each [1, h, n, 128], and returns the same shape and dtype."""
+"""Takes query, key and value, each [1, h, n, s], and returns the same shape and dtype."""
+
+TOLERANCE = 0.08
+"""The largest `relative_error` at which a kernel counts as correct."""
+
+_HOPPER = (9, 0)
+_PROBED_TOKENS = 640
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """One way to compute attention; `/health` shows *name*."""
+
+    name: str
+    call: Attention
+    fault: Callable[[torch.device], str]
+    """Says why the kernel is not for a device, before it is tried; empty where it may be."""
+    max_error: float = TOLERANCE
+    """The largest `relative_error` against torch's own choice at which it counts as correct."""
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -19,38 +41,39 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return functional.scaled_dot_product_attention(q, k, v)
 
 
-def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Compute attention with cuDNN's kernel, which is written for Hopper and Blackwell."""
-    result: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[
-        0
-    ]
-    return result
-
-
-TOLERANCE = 0.08
-"""The largest `relative_error` at which a kernel counts as correct."""
-
-_HOPPER = (9, 0)
-
-
-def choose_attention(device: torch.device) -> tuple[Attention, str]:
-    """Choose the attention kernel, and return it with its name for the feature list.
-
-    cuDNN's on Hopper and newer where it runs and agrees with PyTorch's, else PyTorch's own choice.
-    """
+def _cudnn_fault(device: torch.device) -> str:
+    if not torch_private.has_cudnn_attention():
+        return "this torch does not offer it"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _HOPPER:
-        return plain_attention, "attention by torch"
-    q, k, v = torch.randn(3, 1, 24, 640, 128, device=device, dtype=torch.bfloat16)
+        return "it is written for Hopper and newer"
+    return ""
+
+
+KERNELS = {
+    "torch": AttentionKernel("torch", plain_attention, lambda device: ""),
+    "cudnn": AttentionKernel("cuDNN", torch_private.cudnn_attention, _cudnn_fault),
+}
+"""All kernels by name; of those that are right on a device, the last is taken."""
+
+
+def choose_attention(device: torch.device, architecture: Architecture) -> AttentionKernel:
+    """Return the last kernel without a fault on *device*, for the heads of *architecture*."""
+    kernels = reversed(KERNELS.values())
+    return next(each for each in kernels if not kernel_fault(each, device, architecture))
+
+
+def kernel_fault(kernel: AttentionKernel, device: torch.device, architecture: Architecture) -> str:
+    """Return why *kernel* cannot be used on *device*: unsuited, failing or wrong; else empty."""
+    if (fault := kernel.fault(device)) or kernel.call is plain_attention:
+        return fault
+    shape = (3, 1, architecture.heads, _PROBED_TOKENS, architecture.head_size)
+    q, k, v = torch.randn(shape, device=device, dtype=torch.bfloat16)
     try:
-        error = relative_error(cudnn_attention(q, k, v), plain_attention(q, k, v))
+        error = relative_error(kernel.call(q, k, v), plain_attention(q, k, v))
     except RuntimeError as failure:
-        _log.info("cuDNN's attention does not run here: %s", failure)
-        return plain_attention, "attention by torch"
-    return (
-        (cudnn_attention, "attention by cuDNN")
-        if error < TOLERANCE
-        else (plain_attention, "attention by torch")
-    )
+        _log.info("%s's attention does not run here: %s", kernel.name, failure)
+        return "it does not run here"
+    return "" if error < kernel.max_error else f"its relative error is {error:.2g}"
 
 
 def relative_error(made: torch.Tensor, right: torch.Tensor) -> float:

@@ -7,11 +7,9 @@ import logging
 import torch
 
 from app.engine import error_mapping
-from app.engine.memory.planner import EXACT_PIXELS
 from app.engine.modules.rope import Grid
-from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents
-from app.engine.pipeline.latents import latent_statistics
+from app.engine.pipeline.latents import latent_statistics, unpack
 from app.engine.pipeline.tiled_decode import decode_tiled
 
 _log = logging.getLogger(__name__)
@@ -22,25 +20,17 @@ def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -
 
     In tiles where the memory plan or the size needs it, or after a whole decode ran out of memory.
     """
-    vae = components.vae
+    vae, architecture = components.vae, components.architecture
     with components.offloader.on_gpu(vae.decoder):
-        packed = latents.permute(0, 2, 1).reshape(1, -1, *shape)  # [1, 4 * c, h, w]
+        packed = unpack(latents, *shape)  # [1, 4 * c, h, w]
         mean, std = latent_statistics(vae, packed)
-        clean = _unpatchify(packed * std + mean).to(vae.decoder.conv_in.weight.dtype)
-        if components.is_tiled or _pixels(shape) > EXACT_PIXELS:
-            return decode_tiled(components.decode, clean)
-        try:
-            return components.decode(clean)
-        except torch.OutOfMemoryError as error:
-            error_mapping.release(error)
-        _log.warning("The decode found no room and is done in tiles.")
-        return decode_tiled(components.decode, clean)
-
-
-def _pixels(shape: Grid) -> int:
-    return shape[0] * shape[1] * image_tensors.MULTIPLE**2
-
-
-def _unpatchify(latents: torch.Tensor) -> torch.Tensor:
-    """Reshape [1, 4 * c, h, w] -> [1, c, 2 * h, 2 * w]."""
-    return torch.pixel_shuffle(latents, 2)
+        clean = torch.pixel_shuffle(packed * std + mean, 2)  # [1, c, 2 * h, 2 * w]
+        clean = clean.to(vae.decoder.conv_in.weight.dtype)
+        pixels = shape[0] * shape[1] * architecture.token_pixels
+        if not components.is_tiled and pixels <= architecture.exact_pixels:
+            try:
+                return components.decode(clean)
+            except torch.OutOfMemoryError as error:
+                error_mapping.release(error)
+            _log.warning("The decode found no room and is done in tiles.")
+        return decode_tiled(components.decode, clean, architecture.latent_side)

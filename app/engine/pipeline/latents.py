@@ -6,15 +6,6 @@ from typing import Any
 
 import torch
 
-from app.domain import ImageSpec
-from app.engine.modules.rope import Grid
-from app.engine.pipeline import image_tensors
-
-
-def grid(spec: ImageSpec) -> Grid:
-    """Return the rows and columns of the output's tokens."""
-    return spec.height // image_tensors.MULTIPLE, spec.width // image_tensors.MULTIPLE
-
 
 def latent_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the batch-norm mean and standard deviation, [1, 4 * c, 1, 1], as *like* is placed."""
@@ -26,3 +17,8 @@ def latent_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """Reshape [1, c, h, w] -> [1, h * w, c]."""
     return latents.flatten(2).permute(0, 2, 1)
+
+
+def unpack(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Reshape [1, h * w, c] -> [1, c, h, w]."""
+    return latents.permute(0, 2, 1).reshape(1, -1, height, width)

@@ -17,8 +17,9 @@ from app.engine.modules.rope import Grid
 from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.decode import decode
+from app.engine.pipeline.latents import pack, unpack
 
-_LONGEST_TOKENS = 16
+_LONGEST_SIDE = 256
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:
@@ -32,13 +33,12 @@ def preview(
 ) -> RawImage:
     """Decode the current estimate of the clean latents as a small image."""
     height, width = shape
-    scale = min(1.0, _LONGEST_TOKENS / max(height, width))
+    longest = _LONGEST_SIDE // components.architecture.token_side
+    scale = min(1.0, longest / max(height, width))
     small = (max(1, round(height * scale)), max(1, round(width * scale)))
     latents = estimate()
     if small != shape:
-        plane = latents.permute(0, 2, 1).reshape(1, -1, height, width)
-        plane = functional.adaptive_avg_pool2d(plane, small)
-        latents = plane.flatten(2).permute(0, 2, 1)
+        latents = pack(functional.adaptive_avg_pool2d(unpack(latents, height, width), small))
     image = image_tensors.to_raw(image_tensors.to_bytes(decode(components, latents, small)).cpu())
     # Previews are pickled, and a memoryview cannot be.
     return replace(image, pixels=bytes(image.pixels))

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from app.engine.models.entry import Architecture
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from app.engine.modules.attention import (
     TOLERANCE,
     relative_error,
@@ -22,39 +24,38 @@ from app.engine.quantization import int8_kernel, linear
 from app.engine.quantization.select import GpuCapabilities
 
 _log = logging.getLogger(__name__)
-# klein's widest matmul at one megapixel: 4096 image tokens and 512 text tokens.
-_TOKENS = 4608
-_WIDTHS = (3072, 27648)
 _ROUNDS = 4
 
 
-def probe_gpu(device: torch.device) -> GpuCapabilities | None:
+def probe_gpu(
+    device: torch.device, architecture: Architecture = FLUX2_KLEIN_4B
+) -> GpuCapabilities | None:
     """Return which 8-bit kernels run on *device*; None for the CPU."""
     if device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(device)
     if _is_right(device, lambda weight: linear.Fp8Linear(*linear.quantize_fp8(weight))):
         return GpuCapabilities(capability, has_fp8=True, has_int8=False)
-    note = int8_fault(device)
+    note = int8_fault(device, architecture)
     return GpuCapabilities(capability, has_fp8=False, has_int8=not note, int8_note=note)
 
 
-def int8_fault(device: torch.device) -> str:
+def int8_fault(device: torch.device, architecture: Architecture) -> str:
     """Return why int8 is not faster on *device*; an empty string where it is."""
     if int8_kernel.fused_matmul() is None:
         return "comfy-kitchen, the extra `int8`, is not installed"
     if not _is_right(device, linear.rotated_int8):
         return "comfy-kitchen's product does not agree with bf16 here"
-    ours, plain = _race(device)
+    ours, plain = _race(device, *architecture.widest_matmul)
     torch.cuda.empty_cache()
     _log.info("A matmul in int8 takes %.2f ms, in bf16 %.2f ms", 1e3 * ours, 1e3 * plain)
     return "" if ours < plain else f"{ours / plain:.2f} times bf16's time on this card"
 
 
-def _race(device: torch.device) -> tuple[float, float]:
-    """Return the seconds of klein's widest matmul in int8 and in bf16."""
-    weight = torch.randn(_WIDTHS[::-1], device=device, dtype=torch.bfloat16)
-    x = torch.randn(_TOKENS, _WIDTHS[0], device=device, dtype=torch.bfloat16)
+def _race(device: torch.device, rows: int, inputs: int, outputs: int) -> tuple[float, float]:
+    """Return the seconds of a matmul of these sizes in int8 and in bf16."""
+    weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+    x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
     layer = linear.rotated_int8(weight)
     return _seconds(lambda: layer(x)), _seconds(lambda: x @ weight.t())
 

@@ -75,7 +75,7 @@ class TestRefusals:
 
         downloads.fails(
             "not a repository of the catalogue",
-            variant=ModelEntry(spec=KLEIN.spec, transformers={"fp8": stray}),
+            variant=ModelEntry(KLEIN.spec, KLEIN.architecture, transformers={"fp8": stray}),
         )
 
         assert downloads.hub.seen == []

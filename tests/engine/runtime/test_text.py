@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
+from app.engine.memory.planner import Plan
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.pipeline.text import encode_text
 from app.engine.runtime.tokenizer import Tokens
@@ -48,14 +49,14 @@ def test_our_layers_compute_what_qwens_do(tiny_klein, kind, error):
 
 def test_streamed_layers_give_what_resident_ones_do(tiny_klein, eight_bit):
     """Two places take turns with 27 layers: bit by bit the same, again and again."""
-    streamed = build(tiny_klein, is_streamed=True)
+    streamed = build(tiny_klein, plan=Plan.STREAMED)
     for prompt in (*PROMPTS, PROMPTS[0]):
         assert torch.equal(embed(streamed, prompt), embed(eight_bit, prompt))
 
 
 def test_streamed_layers_hold_two_on_the_card(tiny_klein):
     """All weights wait on the host; the modules that compute are two."""
-    layers = build(tiny_klein, is_streamed=True).encoder.layers
+    layers = build(tiny_klein, plan=Plan.STREAMED).encoder.layers
     modules = {id(layer) for layer in layers}
 
     assert len(list(layers)) == 27
