@@ -32,9 +32,8 @@ from app.engine.load import LoadedModel, load
 from app.engine.models.registry import find_spec
 from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents
-from app.engine.pipeline.decode import decode
+from app.engine.pipeline.decode import decode, preview, preview_steps
 from app.engine.pipeline.denoise import denoise, draw_noise
-from app.engine.pipeline.preview import preview, preview_steps
 from app.engine.pipeline.references import References, Source, encode_references
 from app.engine.pipeline.text import Text, encode_text
 from app.engine.runtime import compile as compile_module
@@ -165,8 +164,8 @@ class _Job:
             image=image_tensors.to_raw(pixels),
             timings=timings,
             peak=peak,
-            prompt_tokens=text.token_count,
-            is_prompt_cut=text.is_cut,
+            prompt_tokens=text.tokens.count,
+            is_prompt_cut=text.tokens.is_cut,
             is_prompt_cached=text.is_cached if components.cache.is_on else None,
             held=held,
             latents=kept,

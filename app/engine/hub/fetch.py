@@ -211,19 +211,16 @@ def _check_status(
         part.unlink(missing_ok=True)
     if status == 416 or status >= 500:
         raise _Interrupted(f"answers {status}")
-    if status == 401:
-        found = "does not know the token that it got" if has_token else "wants a token"
-        reason = f"{found} for {name}; set HF_TOKEN to a valid one"
-    elif status == 403:
-        reason = f"does not let you read {name}; accept its terms there and set HF_TOKEN"
-    elif status == 404:
-        reason = f"lacks {file.path} of {name} at the pinned revision; check HF_ENDPOINT"
-    elif status == 429:
-        seconds = response.headers.get("Retry-After", "300")
-        reason = f"has had too many requests from you; wait {seconds} seconds or set HF_TOKEN"
-    else:
-        reason = f"answers {status} for {file.path}; check HF_ENDPOINT and the proxy"
-    raise StartupError(f"{host} {reason}, and start again.")
+    found = "does not know the token that it got" if has_token else "wants a token"
+    seconds = response.headers.get("Retry-After", "300")
+    reasons = {
+        401: f"{found} for {name}; set HF_TOKEN to a valid one",
+        403: f"does not let you read {name}; accept its terms there and set HF_TOKEN",
+        404: f"lacks {file.path} of {name} at the pinned revision; check HF_ENDPOINT",
+        429: f"has had too many requests from you; wait {seconds} seconds or set HF_TOKEN",
+    }
+    other = f"answers {status} for {file.path}; check HF_ENDPOINT and the proxy"
+    raise StartupError(f"{host} {reasons.get(status, other)}, and start again.")
 
 
 def _gave_up(file: RemoteFile, have: int, hub: Hub, reason: str) -> StartupError:

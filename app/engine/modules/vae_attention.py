@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 
 class WideHeadProcessor:
@@ -18,19 +17,18 @@ class WideHeadProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: None = None,
         attention_mask: None = None,
         temb: None = None,
     ) -> torch.Tensor:
         """Compute attention: [1, c, h, w] -> the same; diffusers passes the other three by name."""
-        module: Any = attn
         shape = hidden_states.shape
-        tokens = module.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # [1, h * w, c]
-        query = module.to_q(tokens) * module.scale
-        scores = query @ module.to_k(tokens).transpose(1, 2)  # [1, h * w, h * w]
-        attended = scores.softmax(dim=-1) @ module.to_v(tokens)
-        out = module.to_out[0](attended).transpose(1, 2).reshape(shape)
-        result: torch.Tensor = (out + hidden_states) / module.rescale_output_factor
+        tokens = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # [1, h * w, c]
+        query = attn.to_q(tokens) * attn.scale
+        scores = query @ attn.to_k(tokens).transpose(1, 2)  # [1, h * w, h * w]
+        attended = scores.softmax(dim=-1) @ attn.to_v(tokens)
+        out = attn.to_out[0](attended).transpose(1, 2).reshape(shape)
+        result: torch.Tensor = (out + hidden_states) / attn.rescale_output_factor
         return result

@@ -32,7 +32,7 @@ from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.runtime.compile import Compiler
-from app.engine.runtime.cuda_graphs import GraphPool
+from app.engine.runtime.cuda_graphs import new_pool
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
 from app.engine.runtime.networks import TextEncoder, Transformer
@@ -189,7 +189,7 @@ def _build_fused(
     checkpoint: Checkpoint, fill: _Filler, options: BuildOptions
 ) -> tuple[TextEncoder, Transformer]:
     """Build our own blocks with quantized weights; only the VAE is offloaded."""
-    architecture, pool, part = options.architecture, GraphPool(), checkpoint.encoder
+    architecture, pool, part = options.architecture, new_pool(), checkpoint.encoder
     config, _ = _check_encoder(part)
     make = _linear_builder(part, options.encoder_linears, "encoder", fill, options)
     layers = nn.ModuleList(

@@ -1,4 +1,4 @@
-"""The loaded components of one model, as the stages use them."""
+"""The loaded components of one model, as the stages use them, and the layout of its latents."""
 
 from __future__ import annotations
 
@@ -45,3 +45,20 @@ class PipelineComponents:
         """Return the rows and columns of the output's tokens."""
         side = self.architecture.token_side
         return spec.height // side, spec.width // side
+
+    def latent_statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the VAE's mean and standard deviation, [1, 4 * c, 1, 1], as *like* is placed."""
+        norm, eps = self.vae.bn, self.vae.config.batch_norm_eps
+        mean = norm.running_mean.view(1, -1, 1, 1).to(like.device, like.dtype)
+        variance = norm.running_var.view(1, -1, 1, 1) + eps
+        return mean, torch.sqrt(variance).to(like.device, like.dtype)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Reshape [1, c, h, w] -> [1, h * w, c]."""
+    return latents.flatten(2).permute(0, 2, 1)
+
+
+def unpack(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Reshape [1, h * w, c] -> [1, c, h, w]."""
+    return latents.permute(0, 2, 1).reshape(1, -1, height, width)

@@ -14,8 +14,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from app.domain import ImageSpec
-from app.engine.pipeline.components import PipelineComponents
-from app.engine.pipeline.latents import pack
+from app.engine.pipeline.components import PipelineComponents, pack
 from app.engine.pipeline.references import References, Source
 from app.engine.pipeline.text import Text
 from app.errors import Cancelled

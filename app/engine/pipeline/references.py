@@ -10,8 +10,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from app.domain import ImageSpec
 from app.engine.modules.rope import Grid
 from app.engine.pipeline import image_tensors
-from app.engine.pipeline.components import PipelineComponents
-from app.engine.pipeline.latents import latent_statistics, pack
+from app.engine.pipeline.components import PipelineComponents, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,6 @@ def _encode_image(components: PipelineComponents, pixels: torch.Tensor) -> torch
     pixels = pixels.to(components.device, vae.encoder.conv_in.weight.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
     latents = torch.pixel_unshuffle(latents, 2)  # [1, c, 2 * h, 2 * w] -> [1, 4 * c, h, w]
-    mean, std = latent_statistics(vae, latents)
+    mean, std = components.latent_statistics(latents)
     normal: torch.Tensor = ((latents - mean) / std).to(components.dtype)
     return normal

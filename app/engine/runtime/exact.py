@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from app.engine.runtime.networks import TextEncoder, Transformer
+from app.engine.runtime.networks import Double, Layer, Single, TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokens
 
 
@@ -40,7 +40,7 @@ class ExactTextEncoder(TextEncoder):
 
 
 def _run_double(
-    block: nn.Module,
+    block: Double,
     image: torch.Tensor,
     text: torch.Tensor,
     image_modulation: torch.Tensor,
@@ -58,19 +58,17 @@ def _run_double(
 
 
 def _run_single(
-    block: nn.Module, hidden: torch.Tensor, modulation: torch.Tensor, *rope: torch.Tensor
+    block: Single, hidden: torch.Tensor, modulation: torch.Tensor, *rope: torch.Tensor
 ) -> torch.Tensor:
-    made: torch.Tensor = block(
+    return block(
         hidden_states=hidden,
         encoder_hidden_states=None,
         temb_mod=modulation,
         image_rotary_emb=rope,
     )
-    return made
 
 
 def _run_layer(
-    layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, *rotary: torch.Tensor
+    layer: Layer, hidden: torch.Tensor, mask: torch.Tensor | None, *rotary: torch.Tensor
 ) -> torch.Tensor:
-    made: torch.Tensor = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-    return made
+    return layer(hidden, attention_mask=mask, position_embeddings=rotary)

@@ -18,7 +18,7 @@ from app.engine.memory.layer_stream import StreamedLayers
 from app.engine.modules.rope import Rope
 from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
-from app.engine.runtime.networks import TextEncoder, Transformer
+from app.engine.runtime.networks import Double, Layer, Single, TextEncoder, Transformer
 
 _PICTURE_STEPS = 4
 """Eager steps before a capture: a default image's, so the second image of a size is captured."""
@@ -69,16 +69,13 @@ class FusedTextEncoder(TextEncoder):
 # Plain functions, since torch.compile caches by code object: one for each kind of block.
 
 
-def _call_double(block: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    image, text = block(*inputs)
-    return image, text
+def _call_double(block: Double, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return block(*inputs)
 
 
-def _call_single(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    hidden: torch.Tensor = block(*inputs)
-    return hidden
+def _call_single(block: Single, *inputs: torch.Tensor) -> torch.Tensor:
+    return block(*inputs)
 
 
-def _call_layer(layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    hidden: torch.Tensor = layer(*inputs)
-    return hidden
+def _call_layer(layer: Layer, *inputs: torch.Tensor) -> torch.Tensor:
+    return layer(*inputs)

@@ -19,13 +19,13 @@ from app.engine.modules.rope import Rope
 from app.engine.runtime.tokenizer import Tokens
 
 Double = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""Runs a double block on image, text, their modulations, cos and sin; returns image and text."""
+"""A double block, of image, text, their modulations, cos and sin; returns image and text."""
 
 Single = Callable[..., torch.Tensor]
-"""Runs a single block on all tokens, text first, their modulation, cos and sin."""
+"""A single block, of all tokens, text first, their modulation, cos and sin."""
 
 Layer = Callable[..., torch.Tensor]
-"""Runs a text encoder's layer on the hidden states, the mask, cos and sin."""
+"""A layer of the text encoder, of the hidden states, the mask, cos and sin."""
 
 
 class Transformer(nn.Module):
@@ -36,7 +36,12 @@ class Transformer(nn.Module):
     order.
     """
 
-    def __init__(self, network: Any, double: Double, single: Single) -> None:
+    def __init__(
+        self,
+        network: Any,
+        double: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        single: Callable[..., torch.Tensor],
+    ) -> None:
         super().__init__()
         self.network = network
         self._double, self._single = double, single
@@ -99,7 +104,7 @@ class TextEncoder(nn.Module):
         rotary: nn.Module,
         table: torch.Tensor,
         read: tuple[int, ...],
-        layer: Layer,
+        layer: Callable[..., torch.Tensor],
     ) -> None:
         super().__init__()
         self.layers, self.rotary, self.table, self.read = layers, rotary, table, read

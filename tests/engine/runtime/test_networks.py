@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from app.domain import RawImage
+from app.engine.pipeline.components import pack
 from app.engine.pipeline.denoise import draw_noise
-from app.engine.pipeline.latents import pack
 from app.engine.pipeline.references import encode_references
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
