@@ -166,7 +166,7 @@ class ModelSpec:
     max_references: int
     max_sequence_length: int
     size_multiple: int = 16
-    """The sides of an image are multiples of so many pixels."""
+    """Of sides: the VAE halves three times, and the transformer takes patches of 2x2."""
     note: str = ""
     """A sentence for the start-up line and the README, where the model needs one."""
 

@@ -219,8 +219,7 @@ class ImageService:
             )
         limit = self.max_pixels(count)
         if spec.pixels > limit:
-            multiple = self.model.size_multiple
-            side = math.isqrt(limit) // multiple * multiple
+            side = math.isqrt(limit) // 16 * 16
             beside = f" with {count} reference images" if count else ""
             raise InvalidRequest(
                 f"{spec.width}x{spec.height} is more than this service can make{beside}; "
