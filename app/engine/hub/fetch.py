@@ -95,7 +95,9 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
         if short == _SHORT_ANSWERS:
             raise _gave_up(file, have, hub, reason)
         if idle:
-            hub.wait(max(0.0, min(_wait_s(idle), line.left_s)))
+            # A long silence has thousands of tries, whose power of two overflows a float.
+            wait_s = min(2.0 ** min(idle - 1, 10), _LONGEST_WAIT_S, line.left_s)
+            hub.wait(max(0.0, wait_s))
         if line.left_s <= 0:
             silence = f"has sent nothing for {hub.silence_s:g} s (KLEIN_DOWNLOAD_SILENCE_S)"
             raise _gave_up(file, have, hub, f"{reason} and {silence}" if reason else silence)
@@ -233,12 +235,6 @@ def _gave_up(file: RemoteFile, have: int, hub: Hub, reason: str) -> StartupError
         f"{file.path} is not whole, because {hub.host} {reason}: {have:,} of {file.size_bytes:,} "
         "bytes have come and are kept; start again to go on from there."
     )
-
-
-def _wait_s(idle: int) -> float:
-    """Return the seconds before the next try after *idle* ones without progress."""
-    # A long silence has thousands of tries, whose power of two overflows a float.
-    return min(2.0 ** min(idle - 1, 10), _LONGEST_WAIT_S)
 
 
 def _size(path: Path) -> int:

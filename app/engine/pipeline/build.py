@@ -114,18 +114,15 @@ def build(
     )
 
 
+@dataclass(slots=True)
 class _Filler:
     """Reads weights in the options' dtype and reports the load's progress."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, options: BuildOptions, on_progress: OnProgress
-    ) -> None:
-        self._options = options
-        self._on_progress = on_progress
-        components = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
-        self._total = sum(len(part.slots) for part in components)
-        self._count = 0
-        self.done_bytes = 0
+    checkpoint: Checkpoint
+    options: BuildOptions
+    on_progress: OnProgress
+    done: int = 0
+    done_bytes: int = 0
 
     def read(
         self,
@@ -137,13 +134,13 @@ class _Filler:
         """Read one weight of *part*; a *dtype* overrides the options'."""
         value = part.slots[name].read(device)
         if value.is_floating_point():
-            value = value.to(dtype or self._options.dtype)
+            value = value.to(dtype or self.options.dtype)
         self.count(part.label, 1, value.nbytes)
         return value
 
     def norm(self, part: ComponentFiles, name: str) -> nn.Parameter:
         """Read a small weight of *part* onto the device."""
-        return nn.Parameter(self.read(part, name, self._options.device), requires_grad=False)
+        return nn.Parameter(self.read(part, name, self.options.device), requires_grad=False)
 
     def fill(
         self,
@@ -159,12 +156,14 @@ class _Filler:
 
     def count(self, label: str, tensors: int, size_bytes: int) -> None:
         """Count tensors and bytes that were read, and report progress every 16 tensors."""
-        before = self._count
-        self._count += tensors
+        before = self.done
+        self.done += tensors
         self.done_bytes += size_bytes
-        if self._count // 16 != before // 16:
-            fraction = min(self._count / self._total, 1.0)
-            self._on_progress(LoadProgress(WorkerStage.WEIGHTS, fraction, label))
+        if self.done // 16 != before // 16:
+            files = self.checkpoint
+            parts = (files.transformer, files.encoder, files.vae)
+            fraction = min(self.done / sum(len(part.slots) for part in parts), 1.0)
+            self.on_progress(LoadProgress(WorkerStage.WEIGHTS, fraction, label))
 
 
 def _build_exact(
