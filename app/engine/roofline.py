@@ -160,8 +160,8 @@ def _text(architecture: Architecture) -> float:
     width, prompt = architecture.text_width, architecture.prompt_tokens
     queries, keys = architecture.text_query_width, architecture.text_key_width
     layer = 2 * width * queries + 2 * width * keys + 3 * width * architecture.text_mlp_width
-    layers = architecture.text_layers[-1]
-    return float(layers * (2 * layer * prompt + 4 * prompt * prompt * queries))
+    each = 2 * layer * prompt + 4 * prompt * prompt * queries
+    return float(architecture.text_layers[-1] * each)
 
 
 def _decode(architecture: Architecture, latents: int) -> float:

@@ -6,6 +6,7 @@ any version of torch; then the service goes on with less speed or more memory in
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,22 +16,23 @@ from torch.nn import functional
 
 _log = logging.getLogger(__name__)
 
-_ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
-
 
 def set_allocator(settings: str) -> None:
     """Set the CUDA allocator's *settings*, in the words of PYTORCH_ALLOC_CONF.
 
-    Without either private name the variable is set, which torch reads when it first allocates.
+    Where neither private name does it, the variable is set, which torch reads when it first
+    allocates.
     """
-    try:
-        # torch 2.13; its older name warns there.
-        torch._C._accelerator_setAllocatorSettings(settings)
-    except AttributeError:
-        try:
-            torch.cuda.memory._set_allocator_settings(settings)
-        except AttributeError:
-            os.environ[_ALLOCATOR_VARIABLE] = settings
+    # The second is the name before torch 2.13, which warns of it.
+    names = (
+        (torch._C, "_accelerator_setAllocatorSettings"),
+        (torch.cuda.memory, "_set_allocator_settings"),
+    )
+    for owner, name in names:
+        with contextlib.suppress(AttributeError, RuntimeError):
+            getattr(owner, name)(settings)
+            return
+    os.environ["PYTORCH_ALLOC_CONF"] = settings
 
 
 def scaled_mm(

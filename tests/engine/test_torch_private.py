@@ -69,19 +69,25 @@ def test_every_spelling_is_seen(source):
     assert private_names(source)
 
 
+def refuse(settings: str) -> None:
+    raise RuntimeError(f"unknown setting {settings}")
+
+
 def test_the_allocator_is_set_by_either_name_or_by_the_variable(monkeypatch):
     """The new name does not warn; without both, the variable that torch reads is set."""
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     told = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
     torch_private.set_allocator("a:1")
-    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
     monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", told.append)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", refuse)
     torch_private.set_allocator("b:1")
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
+    torch_private.set_allocator("b:2")
     monkeypatch.delattr(torch.cuda.memory, "_set_allocator_settings")
     torch_private.set_allocator("c:1")
 
-    assert told == ["a:1", "b:1"]
+    assert told == ["a:1", "b:1", "b:2"]
     assert os.environ["PYTORCH_ALLOC_CONF"] == "c:1"
 
 

@@ -24,9 +24,8 @@ from app.engine.checkpoint.safetensors_io import CPU
 from app.engine.memory.offload import Offloader
 from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
-from app.engine.modules.attention import Attention
+from app.engine.modules.attention import Attention, WideHeadProcessor
 from app.engine.modules.rope import rope_tables
-from app.engine.modules.vae_attention import WideHeadProcessor
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
