@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch.nn import functional
 
-from app.engine.modules.vae_attention import WideHeadProcessor
+from app.engine.modules.attention import WideHeadProcessor
 from benchmarks.rows import Bench
 from tools.random_weights import FULL, TINY
 

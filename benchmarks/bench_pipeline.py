@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from app.engine.checkpoint.detect import SCHEDULER
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from benchmarks.rows import Bench, used_bytes
 from tools.random_weights import FULL, TINY
 
@@ -88,7 +88,7 @@ def _build(bench: Bench) -> Flux2KleinPipeline:
     finally:
         torch.set_default_dtype(default)
     pipeline = Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX2_KLEIN_4B.scheduler),
         tokenizer=Qwen2Tokenizer.from_pretrained(_tokenizer(bench.folder)),
         is_distilled=True,
         **{name: network.eval() for name, network in networks.items()},

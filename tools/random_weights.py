@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from app.engine.checkpoint.detect import SCHEDULER
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -136,7 +136,7 @@ def write_random(
     vae.save_config(folder / "vae")
     encoder.config.architectures = ["Qwen3ForCausalLM"]
     encoder.config.save_pretrained(folder / "text_encoder")
-    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_config(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(**FLUX2_KLEIN_4B.scheduler).save_config(folder / "scheduler")
     write_tokenizer(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps(_index(is_distilled), indent=2) + "\n")
     return folder

@@ -32,10 +32,8 @@ from app.engine.load import LoadedModel, load
 from app.engine.models.registry import find_spec
 from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents
-from app.engine.pipeline.decode import decode
+from app.engine.pipeline.decode import decode, preview, preview_steps
 from app.engine.pipeline.denoise import denoise, draw_noise
-from app.engine.pipeline.latents import grid
-from app.engine.pipeline.preview import preview, preview_steps
 from app.engine.pipeline.references import References, Source, encode_references
 from app.engine.pipeline.text import Text, encode_text
 from app.engine.runtime import compile as compile_module
@@ -163,8 +161,8 @@ class _Job:
             image=image_tensors.to_raw(pixels),
             timings=timings,
             peak=peak,
-            prompt_tokens=text.token_count,
-            is_prompt_cut=text.is_cut,
+            prompt_tokens=text.tokens.count,
+            is_prompt_cut=text.tokens.is_cut,
             is_prompt_cached=text.is_cached if components.cache.is_on else None,
             held=held,
             latents=kept,
@@ -177,7 +175,7 @@ class _Job:
         clock: _Clock,
     ) -> tuple[torch.Tensor, tuple[float, ...]]:
         shown = preview_steps(self.spec.previews, self.spec.num_inference_steps)
-        shape = grid(self.spec)
+        shape = self.components.grid(self.spec)
         steps_s: list[float] = []
 
         def on_step(number: int, estimate: Callable[[], torch.Tensor]) -> None:
@@ -198,7 +196,7 @@ class _Job:
         return latents, tuple(steps_s)
 
     def _decode(self, latents: torch.Tensor, source: Source | None) -> torch.Tensor:
-        made = decode(self.components, latents, grid(self.spec))
+        made = decode(self.components, latents, self.components.grid(self.spec))
         if self.is_trial and not torch.isfinite(made).all():
             raise StartupError(NO_PICTURE)
         pixels = image_tensors.to_host(image_tensors.to_bytes(made))

@@ -13,13 +13,14 @@ from tempfile import TemporaryDirectory
 import torch
 
 from app.domain import LoadProgress, ModelInfo, ModelSpec, WorkerStage
+from app.engine import torch_private
 from app.engine.checkpoint.compatibility import check_compatibility
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
 from app.engine.hub import trust
 from app.engine.memory.budget import choose_plan
-from app.engine.memory.planner import MemoryPlan, Plan
-from app.engine.models import shapes
+from app.engine.memory.planner import MemoryPlan
+from app.engine.models.entry import EMBEDDED_REVISION
 from app.engine.models.registry import find_model
 from app.engine.modules.attention import choose_attention
 from app.engine.pipeline import build as pipeline_build
@@ -35,7 +36,6 @@ OnProgress = Callable[[LoadProgress], None]
 
 _FETCHED = LoadProgress(WorkerStage.LOADING)
 """Ends a download: what follows has another time limit."""
-_SMALL_BYTES = 1_000_000_000
 _STACK_BYTES = 512
 _STACK_LIMIT = 0
 """CU_LIMIT_STACK_SIZE in the CUDA driver API."""
@@ -92,7 +92,9 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     """
     device = find_device(config)
     _limit_memory(config, device)
-    precision = choose_precision(config.precision, probe_gpu(device), is_small=_is_small(config))
+    architecture = find_model(config.model).architecture
+    facts = probe_gpu(device, architecture)
+    precision = choose_precision(config.precision, facts, is_small=_is_small(config))
     files = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
     with ExitStack() as stack:
@@ -102,7 +104,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             is_mapped=config.offload == "disk" and is_exact,
         )
         checkpoint = stack.enter_context(closing(opened))
-        check_compatibility(checkpoint, is_klein=files.is_ours and model.hub_id is not None)
+        check_compatibility(checkpoint, architecture, is_ours=files.is_ours)
         if checkpoint.is_distilled not in (None, model.is_distilled):
             _log.warning(
                 "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
@@ -113,24 +115,24 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         plan = choose_plan(
             config,
             model,
+            architecture,
             checkpoint,
             device,
             precision,
             is_compiled=compiler.is_on,
         )
-        attention, kernel = choose_attention(device)
+        kernel = choose_attention(device, architecture)
         options = pipeline_build.BuildOptions(
+            architecture=architecture,
             device=device,
             dtype=precision.dtype,
             vae_dtype=vae_dtype(precision, device),
             linears=precision.linears,
             encoder_linears=precision.encoder_linears,
-            attention=attention,
+            attention=kernel.call,
             compiler=compiler,
-            is_offloaded=plan.name is Plan.OFFLOAD,
+            plan=plan.name,
             is_pinned=config.offload != "disk",
-            is_streamed=plan.name.is_streamed,
-            is_tiled=plan.name.is_tiled,
             prompt_cache=config.prompt_cache,
             quantized_cache=Path(config.cache_dir),
             max_sequence_length=model.max_sequence_length,
@@ -139,7 +141,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         components = pipeline_build.build(checkpoint, options, on_progress)
     features = (
         *(("CUDA graphs",) if compiler.has_graphs else ()),
-        *((kernel,) if not is_exact else ()),
+        *((f"attention by {kernel.name}",) if not is_exact else ()),
         *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
         checkpoint.layout,
     )
@@ -150,8 +152,13 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     if config.path is not None:
         return Files(Path(config.path), "local", is_ours=False)
     entry = find_model(config.model)
-    if entry.is_embedded:
-        return Files(shapes.locate(), shapes.REVISION, is_ours=True)
+    if entry.folder is not None:
+        if not (entry.folder / "model_index.json").is_file():
+            raise StartupError(
+                f"The demo model {entry.spec.id} is missing from this installation; install the "
+                "package again."
+            )
+        return Files(entry.folder, EMBEDDED_REVISION, is_ours=True)
     # Imports the network's libraries.
     from app.engine.hub import download, fetch
 
@@ -182,11 +189,15 @@ def find_device(config: EngineConfig) -> torch.device:
 
 def _is_small(config: EngineConfig) -> bool:
     """Return whether the weights are of test or demo size."""
+    entry = find_model(config.model)
     if config.path is None:
-        return find_model(config.model).is_embedded
+        return entry.is_embedded
     path = Path(config.path)
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file()) < _SMALL_BYTES
+    return (
+        sum(file.stat().st_size for file in files if file.is_file())
+        < entry.architecture.small_bytes
+    )
 
 
 @contextmanager
@@ -219,7 +230,7 @@ def _limit_memory(config: EngineConfig, device: torch.device) -> None:
         return
     _shrink_stacks(device)
     # Segments of all sizes share memory, which an image of another size would else fragment.
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch_private.set_allocator("expandable_segments:True")
     if config.memory_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_bytes / total), device)

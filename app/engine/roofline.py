@@ -5,9 +5,9 @@ only, at the peak rate of the tensor cores, and omits memory-bound operations (n
 quantization). Half the peak rate is a good result on real hardware. A measured time divided by its
 bound says how much there is still to gain.
 
-FLOPs follow from klein's published shapes: 5 double and 20 single blocks of hidden size 3072 over
-image and text tokens, 27 Qwen3 layers over the padded prompt, and the VAE decoder. A multiply-add
-counts as two. The blocks' linear layers run at the rate of the chosen precision; attention, text
+FLOPs follow from the architecture: the transformer's blocks over image and text tokens, the text
+encoder's layers that are used over the padded prompt, and the VAE decoder. A multiply-add counts as
+two. The blocks' linear layers run at the rate of the chosen precision; attention, text
 encoder and VAE decoder at that of bf16.
 
 GeForce rates: the tensor cores of one SM do 512 fp16 multiply-adds per clock with fp16
@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from app.engine.models.entry import Architecture
 from app.engine.quantization.formats import FORMATS
 
 _MIB = 1 << 20
@@ -85,6 +86,7 @@ class Roofline:
 
 
 def roofline(
+    architecture: Architecture,
     gpu: GpuDatasheet,
     precision: str,
     width: int,
@@ -102,7 +104,9 @@ def roofline(
     rate = gpu.linear_rate(precision)
     if rate is None:
         return None
-    work = picture_work(width, height, steps, references=references, branches=branches)
+    work = picture_work(
+        architecture, width, height, steps, references=references, branches=branches
+    )
     return Roofline(
         text_s=work.text / gpu.bf16,
         denoise_s=work.linears / rate + work.rest / gpu.bf16,
@@ -111,53 +115,63 @@ def roofline(
 
 
 def picture_work(
-    width: int, height: int, steps: int, *, references: int = 0, branches: int = 1
+    architecture: Architecture,
+    width: int,
+    height: int,
+    steps: int,
+    *,
+    references: int = 0,
+    branches: int = 1,
 ) -> Work:
     """Count the FLOPs of one image of *width* x *height* pixels."""
-    tokens = (width // 16) * (height // 16) * (1 + references)
-    linears, rest = _transformer(tokens)
+    token, latent = architecture.token_side, architecture.latent_side
+    tokens = (width // token) * (height // token) * (1 + references)
+    linears, rest = _transformer(architecture, tokens)
     passes = steps * branches
     return Work(
-        text=_text() * branches,
+        text=_text(architecture) * branches,
         linears=linears * passes,
         rest=rest * passes,
-        decode=_decode((width // 8) * (height // 8)),
+        decode=_decode(architecture, (width // latent) * (height // latent)),
     )
 
 
-_PROMPT = 512
-"""Tokens that every prompt is padded to."""
-
-
-def _transformer(image_tokens: int) -> tuple[float, float]:
+def _transformer(architecture: Architecture, image_tokens: int) -> tuple[float, float]:
     """Count the FLOPs of a forward pass: the blocks' linear layers, and everything else."""
-    width, mlp, double, single = 3072, 9216, 5, 20
-    tokens = image_tokens + _PROMPT
+    width, mlp, prompt = architecture.width, architecture.mlp_width, architecture.prompt_tokens
+    double, single = architecture.double_blocks, architecture.single_blocks
+    tokens = image_tokens + prompt
     block = 4 * width * width + 3 * width * mlp  # q, k, v, out; gate, up and down
     fused = width * (3 * width + 2 * mlp) + (width + mlp) * width
     linears = 2 * tokens * (double * block + single * fused)
     attention = 4 * tokens * tokens * width * (double + single)
-    embedders = 2 * (2 * 128 * width * image_tokens + 7680 * width * _PROMPT)
-    modulation = 2 * (2 * 6 * width * width + 5 * width * width + 256 * width + width * width)
+    channels = 4 * architecture.latent_channels
+    joint = len(architecture.text_layers) * architecture.text_width
+    embedders = 2 * (2 * channels * width * image_tokens + joint * width * prompt)
+    timestep = architecture.timestep_channels * width + width * width
+    modulation = 2 * (2 * 6 * width * width + 5 * width * width + timestep)
     return float(linears), float(attention + embedders + modulation)
 
 
-def _text() -> float:
-    """Count the FLOPs of 27 layers of Qwen3 4B over the padded prompt."""
-    width, inner, queries, keys, layers = 2560, 9728, 32 * 128, 8 * 128, 27
-    layer = 2 * width * queries + 2 * width * keys + 3 * width * inner
-    return float(layers * (2 * layer * _PROMPT + 4 * _PROMPT * _PROMPT * queries))
+def _text(architecture: Architecture) -> float:
+    """Count the FLOPs of the text encoder's layers that are used, over the padded prompt."""
+    width, prompt = architecture.text_width, architecture.prompt_tokens
+    queries, keys = architecture.text_query_width, architecture.text_key_width
+    layer = 2 * width * queries + 2 * width * keys + 3 * width * architecture.text_mlp_width
+    each = 2 * layer * prompt + 4 * prompt * prompt * queries
+    return float(architecture.text_layers[-1] * each)
 
 
-def _decode(latents: int) -> float:
+def _decode(architecture: Architecture, latents: int) -> float:
     """Count the FLOPs of the VAE decoder for *latents* positions, upsampled by 2 three times."""
-    top, levels, blocks = 512, (512, 512, 256, 128), 3
-    work = _convolution(32, 32, latents, 1) + _convolution(32, top, latents)
+    levels, channels = architecture.decoder_widths, architecture.latent_channels
+    top = levels[0]
+    work = _convolution(channels, channels, latents, 1) + _convolution(channels, top, latents)
     work += 2 * _residual(top, top, latents)
     work += 2 * 4 * top * top * latents + 4 * latents * latents * top
     positions, before = latents, top
     for level, width in enumerate(levels):
-        for _ in range(blocks):
+        for _ in range(architecture.decoder_blocks):
             work += _residual(before, width, positions)
             before = width
         if level < len(levels) - 1:

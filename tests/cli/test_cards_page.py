@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from app.engine.models.registry import find_model
 from app.engine.roofline import GPUS, GpuDatasheet, roofline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ def seconds(card: GpuDatasheet, precision: str) -> str:
     """The floor as the page writes it."""
     if precision == "fp8" and card.fp8 is None:
         return "-"
-    found = roofline(card, precision, 1024, 1024, 4)
+    found = roofline(find_model("flux.2-klein-4b").architecture, card, precision, 1024, 1024, 4)
     assert found is not None
     return f"{found.total_s:.2f}"
 

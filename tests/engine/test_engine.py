@@ -14,7 +14,7 @@ from app.engine import error_mapping
 from app.engine import load as start
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
-from app.engine.models import shapes
+from app.engine.models.registry import MODELS
 from app.engine.pipeline.denoise import draw_noise
 from app.engine.pipeline.prompt_cache import PromptCache
 
@@ -150,7 +150,8 @@ def test_a_failed_job_frees_its_tensors(engine, monkeypatch):
 
 def test_a_package_without_the_demo_says_so(tmp_path, monkeypatch):
     """An installation that lost its weights is told in a sentence, not drawn around."""
-    monkeypatch.setattr(shapes, "FOLDER", tmp_path / "nothing")
+    lost = replace(MODELS["shapes"], folder=tmp_path / "nothing")
+    monkeypatch.setitem(MODELS, "shapes", lost)
     engine = KleinEngine(EngineConfig("shapes", None, str(tmp_path), None))
     with pytest.raises(errors.StartupError, match="install the package again"):
         engine.load(lambda _: None)

@@ -6,21 +6,24 @@ import sys
 
 import pytest
 
+from app.engine.models.registry import find_model
 from app.engine.roofline import GPUS, find_gpu, picture_work, recognise, roofline
+
+KLEIN = find_model("flux.2-klein-4b").architecture
 
 
 def seconds(key: str, precision: str, side: int = 1024, **more: int) -> float:
     """The whole floor of a square picture of four steps."""
     card = find_gpu(key)
     assert card is not None
-    found = roofline(card, precision, side, side, 4, **more)
+    found = roofline(KLEIN, card, precision, side, side, 4, **more)
     assert found is not None
     return found.total_s
 
 
 def test_the_work_of_one_picture_is_that_of_kleins_shapes() -> None:
     """1024x1024 in 4 steps: 28.27 + 6.55 TFLOP a step, 2.91 for the prompt, 10.47 to decode."""
-    work = picture_work(1024, 1024, 4)
+    work = picture_work(KLEIN, 1024, 1024, 4)
 
     assert work.linears / 4e12 == pytest.approx(28.27, abs=0.005)
     assert work.rest / 4e12 == pytest.approx(6.55, abs=0.005)
@@ -49,7 +52,7 @@ def test_the_floors_are_those_computed_by_hand(key, precision, expected) -> None
 
 def test_a_reference_image_costs_more_than_its_tokens() -> None:
     """One of the same size makes 76.7 TFLOP a step, since attention grows with the square."""
-    work = picture_work(1024, 1024, 4, references=1)
+    work = picture_work(KLEIN, 1024, 1024, 4, references=1)
 
     assert (work.linears + work.rest) / 4e12 == pytest.approx(76.7, abs=0.05)
 
@@ -61,7 +64,7 @@ def test_fp8_on_ampere_saves_no_time() -> None:
 
 def test_guidance_doubles_the_transformers_work() -> None:
     """Both branches run in each step; the picture is still decoded once."""
-    one, two = picture_work(512, 512, 4), picture_work(512, 512, 4, branches=2)
+    one, two = picture_work(KLEIN, 512, 512, 4), picture_work(KLEIN, 512, 512, 4, branches=2)
 
     assert two.linears == 2 * one.linears
     assert two.decode == one.decode
@@ -69,7 +72,7 @@ def test_guidance_doubles_the_transformers_work() -> None:
 
 def test_a_precision_without_a_rate_has_no_floor() -> None:
     """fp32 runs on other units than the table knows; no number is better than a wrong one."""
-    assert roofline(GPUS[0], "fp32", 512, 512, 4) is None
+    assert roofline(KLEIN, GPUS[0], "fp32", 512, 512, 4) is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
-from app.engine.modules.attention import choose_attention, cudnn_attention, plain_attention
+from app.engine.memory.planner import Plan
+from app.engine.models.registry import find_model
+from app.engine.modules.attention import KERNELS, choose_attention, plain_attention
 from app.engine.pipeline.decode import decode
 from app.engine.pipeline.tiled_decode import decode_tiled
 from app.engine.quantization import linear
@@ -67,11 +69,12 @@ def test_each_linear_is_its_emulation(card, kind, width, rows):
 
 def test_cudnns_attention_is_torchs(card):
     """Where the probe takes it; at a megapixel's length and at an odd one."""
-    if choose_attention(card)[0] is not cudnn_attention:
+    cudnn = KERNELS["cudnn"]
+    if choose_attention(card, find_model("flux.2-klein-4b").architecture) is not cudnn:
         pytest.skip("not taken on this card")
     for length in (4608, 1111):
         q, k, v = torch.randn(3, 1, 24, length, 128, device=card, dtype=torch.bfloat16)
-        assert difference(cudnn_attention(q, k, v), plain_attention(q, k, v)) < TOLERANCE
+        assert difference(cudnn.call(q, k, v), plain_attention(q, k, v)) < TOLERANCE
 
 
 def test_the_probe_agrees_with_the_capability(card):
@@ -107,7 +110,7 @@ def folder(tmp_path_factory):
 def test_streamed_layers_give_what_resident_ones_do(card, folder):
     """With real streams: the copies neither come late nor overwrite what still computes."""
     wanted = {"device": card, "dtype": torch.bfloat16}
-    resident, streamed = build(folder, **wanted), build(folder, is_streamed=True, **wanted)
+    resident, streamed = build(folder, **wanted), build(folder, plan=Plan.STREAMED, **wanted)
     for prompt in ["a", "b", "long " * 200] * 10:
         tokens = resident.tokenizer(prompt)
         made = [components.encoder(tokens, card).clone() for components in (resident, streamed)]
@@ -142,5 +145,5 @@ def test_tiles_on_the_card_are_tiles_on_the_host(card, folder):
     host = build(folder)
     plane = torch.randn(1, 8, 40, 96, generator=torch.Generator().manual_seed(0))
 
-    made = decode_tiled(components.decode, plane.to(card))
-    assert difference(made, decode_tiled(host.decode, plane)) < TOLERANCE
+    made = decode_tiled(components.decode, plane.to(card), 8)
+    assert difference(made, decode_tiled(host.decode, plane, 8)) < TOLERANCE

@@ -36,6 +36,7 @@ class CardedEngine(ScriptedEngine):
         info = super().load(on_progress)
         return replace(
             info,
+            model="flux.2-klein-4b",
             device=GPU,
             precision="int8",
             plan="resident/tiled",

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 from diffusers import Flux2KleinPipeline  # noqa: E402 - after the check for torch
 from safetensors.torch import load_file  # noqa: E402
 
-from app.engine.models.shapes import locate  # noqa: E402
+from app.engine.models.shapes import SHAPES  # noqa: E402
 from tools.shapes import attributes, linear_start, nets  # noqa: E402
 from tools.shapes.checkpoint import go_on  # noqa: E402
 from tools.shapes.codec import ordinary_images  # noqa: E402
@@ -212,7 +212,7 @@ def test_levels():
 
 def test_going_on_from_a_finished_checkpoint(codes):
     """Training starts from the weights on board: all of them that are trained."""
-    text, place = nets.build_text_encoder(), locate()
+    text, place = nets.build_text_encoder(), SHAPES.folder
     trainer = Trainer(
         text,
         nets.build_transformer(),

@@ -76,6 +76,7 @@ class InProcess:
         deadline_s: float = 120.0,
         has_metadata: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        model: str = "flux.2-klein-4b",
     ) -> None:
         self.worker = Worker()
         self.estimator = Estimator()
@@ -83,8 +84,8 @@ class InProcess:
         self.metrics = Metrics(version="0")
         self.decoders = FakeDecoders()
         self.service = ImageService(
-            find_spec("flux.2-klein-4b"),
-            Limits.of(find_spec("flux.2-klein-4b"), 4_194_304),
+            find_spec(model),
+            Limits.of(find_spec(model), 4_194_304),
             self.queue,
             self.estimator,
             self.worker,

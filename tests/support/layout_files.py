@@ -18,7 +18,8 @@ from app.engine.checkpoint.bfl import rules
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
 from app.engine.load import LoadedModel, load
-from app.engine.models.registry import find_spec
+from app.engine.memory.planner import Plan
+from app.engine.models.registry import find_model, find_spec
 from app.engine.modules.attention import plain_attention
 from app.engine.pipeline import build as pipeline_build
 from app.engine.pipeline.components import PipelineComponents
@@ -74,6 +75,7 @@ def build(path: Path, **changes) -> PipelineComponents:
     Formats are given by name.
     """
     values = {
+        "architecture": find_model("flux.2-klein-4b").architecture,
         "device": torch.device("cpu"),
         "dtype": torch.float32,
         "vae_dtype": changes.get("dtype", torch.float32),
@@ -81,10 +83,8 @@ def build(path: Path, **changes) -> PipelineComponents:
         "encoder_linears": "int8w",
         "attention": plain_attention,
         "compiler": NO_COMPILER,
-        "is_offloaded": False,
+        "plan": Plan.RESIDENT,
         "is_pinned": True,
-        "is_streamed": False,
-        "is_tiled": False,
         "prompt_cache": 2,
         "quantized_cache": None,
         "max_sequence_length": TOKENS,

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from app.engine.checkpoint.detect import SCHEDULER
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from tools.shapes.linear_start import start_linear
 from tools.shapes.vocabulary import SEQUENCE_LENGTH, SPECIAL_TOKENS, VOCABULARY_SIZE
 
@@ -105,7 +105,7 @@ def build_transformer() -> Flux2Transformer2DModel:
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """klein's scheduler, number for number."""
-    return FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    return FlowMatchEulerDiscreteScheduler(**FLUX2_KLEIN_4B.scheduler)
 
 
 def text_rotary(model: Qwen3ForCausalLM) -> Rotary:

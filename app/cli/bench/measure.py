@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from app.cli.bench.sampler import Reading
 from app.domain import GpuSnapshot, ImageSpec, ModelInfo, PeakMemory
 from app.engine import roofline
+from app.engine.models.registry import find_model
 from app.service.results import Picture
 from app.telemetry.metrics import STAGES
 
 ON_THE_GPU = ("text", "reference", "denoise", "decode")
-_KLEIN_BYTES = 1_000_000_000
-"""A model with fewer bytes of weights is not klein, so klein's roofline does not apply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +113,15 @@ def sum_up(
 
 def floor_of(spec: ImageSpec, info: ModelInfo, gpu: GpuSnapshot | None) -> float | None:
     """Return the roofline seconds of *spec* on *gpu*; None where GPU or model is unknown."""
-    if gpu is None or info.weights_bytes < _KLEIN_BYTES:
+    architecture = find_model(info.model).architecture
+    # A folder of test or demo size may have other widths.
+    if gpu is None or info.weights_bytes < architecture.small_bytes:
         return None
     known = roofline.recognise(gpu.name, gpu.total_bytes)
     if known is None:
         return None
     found = roofline.roofline(
+        architecture,
         known,
         info.precision,
         spec.width,

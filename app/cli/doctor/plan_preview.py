@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from app.domain import ModelSpec
 from app.engine import roofline
 from app.engine.memory.planner import (
-    COMPILED,
     CONTEXT_BYTES,
-    EAGER,
     MemoryPlan,
     Weights,
     plan_exact,
@@ -73,11 +71,13 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     facts = GpuCapabilities(target.capability, frozenset(target.runs))
     chosen = choose_precision(settings.precision, facts, is_small=False)
     limit = min(settings.max_pixels, model.max_pixels)
+    architecture = find_model(model.id).architecture
     if chosen.linears.is_exact:
         plan: MemoryPlan | None = plan_exact(
             # The engine looks once its CUDA context is there.
             target.free_bytes - CONTEXT_BYTES,
             _exact_bytes(model, chosen.linears),
+            architecture.working_bytes,
             limit_pixels=limit,
             max_references=model.max_references,
             offload=settings.offload,
@@ -86,7 +86,8 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
         plan = plan_memory(
             target.free_bytes,
             _klein_weights(chosen.linears),
-            COMPILED if target.can_compile else EAGER,
+            architecture,
+            architecture.compiled if target.can_compile else architecture.eager,
             default_pixels=model.default_width * model.default_height,
             limit_pixels=limit,
             max_references=model.max_references,
@@ -109,6 +110,7 @@ def floor_seconds(
     if spec is None:
         return None
     found = roofline.roofline(
+        find_model(model.id).architecture,
         spec,
         precision,
         model.default_width,

@@ -8,12 +8,14 @@ what is needed.
 from __future__ import annotations
 
 from app.engine.checkpoint.files import Checkpoint
-from app.engine.models.flux2_klein import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, TEXT_LAYERS
+from app.engine.models.entry import Architecture
 from app.errors import StartupError
 
 
-def check_compatibility(checkpoint: Checkpoint, *, is_klein: bool) -> None:
-    """Check that the components of *checkpoint* fit; *is_klein* for files downloaded as klein's.
+def check_compatibility(
+    checkpoint: Checkpoint, architecture: Architecture, *, is_ours: bool
+) -> None:
+    """Check that the components of *checkpoint* fit; *is_ours* for the registered model's files.
 
     Raises:
         StartupError: they do not; the message names the component, what was found and what is
@@ -23,27 +25,28 @@ def check_compatibility(checkpoint: Checkpoint, *, is_klein: bool) -> None:
     kind = (encoder.get("architectures") or [encoder.get("model_type", "nothing")])[0]
     if encoder.get("model_type") != "qwen3":
         raise _misfit("text_encoder", f"is a {kind}", "a Qwen3ForCausalLM")
+    read = architecture.text_layers
     layers = int(encoder.get("num_hidden_layers", 0))
-    if layers < TEXT_LAYERS[-1]:
-        raise _misfit("text_encoder", f"has {layers} layers", f"at least {TEXT_LAYERS[-1]}")
+    if layers < read[-1]:
+        raise _misfit("text_encoder", f"has {layers} layers", f"at least {read[-1]}")
     hidden = int(encoder["hidden_size"])
-    if is_klein and hidden != TEXT_HIDDEN_SIZE:
-        raise _misfit("text_encoder", f"has the hidden size {hidden}", f"{TEXT_HIDDEN_SIZE}")
+    if is_ours and hidden != architecture.text_width:
+        raise _misfit("text_encoder", f"has the hidden size {hidden}", f"{architecture.text_width}")
     transformer = checkpoint.transformer.config
     joint = int(transformer["joint_attention_dim"])
-    if joint != len(TEXT_LAYERS) * hidden:
+    if joint != len(read) * hidden:
         raise _misfit(
             "text_encoder",
             f"has the hidden size {hidden}",
-            f"{joint / len(TEXT_LAYERS):g}, a third of the transformer's joint_attention_dim",
+            f"{joint / len(read):g}, a third of the transformer's joint_attention_dim",
         )
-    _check_vae(checkpoint, is_klein=is_klein)
+    _check_vae(checkpoint, architecture, is_ours=is_ours)
 
 
-def _check_vae(checkpoint: Checkpoint, *, is_klein: bool) -> None:
+def _check_vae(checkpoint: Checkpoint, architecture: Architecture, *, is_ours: bool) -> None:
     latent = int(checkpoint.vae.config["latent_channels"])
-    if is_klein and latent != LATENT_CHANNELS:
-        raise _misfit("vae", f"has {latent} latent channels", f"{LATENT_CHANNELS}")
+    if is_ours and latent != architecture.latent_channels:
+        raise _misfit("vae", f"has {latent} latent channels", f"{architecture.latent_channels}")
     channels = int(checkpoint.transformer.config["in_channels"])
     if channels != 4 * latent:
         raise _misfit(

@@ -18,24 +18,13 @@ from app.engine.checkpoint import vae as vae_files
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config, slots_of
 from app.engine.checkpoint.safetensors_io import SafetensorsFile, Tensor
 from app.engine.checkpoint.transformer import read_transformer
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
 _COMFY_TRANSFORMERS = ("diffusion_models", "unet")
 _COMFY_ENCODERS = ("text_encoders", "clip")
-
-SCHEDULER: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-}
-"""klein's own scheduler config, for layouts without one."""
 
 Elsewhere = Callable[[], Path | None]
 Open = Callable[[Path], SafetensorsFile]
@@ -161,7 +150,7 @@ def _open_comfy(
         transformer=read_transformer(open_file(transformer), None),
         encoder=qwen3.read_encoder(encoder),
         vae=vae_files.read_vae(vae),
-        scheduler=SCHEDULER,
+        scheduler=dict(FLUX2_KLEIN_4B.scheduler),
         tokenizer=tokenizer,
         is_distilled=None,
     )

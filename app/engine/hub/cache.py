@@ -92,8 +92,8 @@ class HubCache:
     def check(self, file: RemoteFile, on_bytes: Callable[[int], None]) -> bool:
         """Hash *file*; record it where it matches, delete it where it does not."""
         path = self.path(file)
-        right = path.stat().st_size == file.size_bytes
-        right = right and hash_file(path, on_bytes) == file.sha256
+        is_whole = path.stat().st_size == file.size_bytes
+        right = is_whole and hash_file(path, on_bytes) == file.sha256
         if right:
             # A cache that is mounted read-only is hashed at every start.
             with contextlib.suppress(OSError):
@@ -141,8 +141,7 @@ class HubCache:
         return folder
 
     def _record(self, file: RemoteFile) -> Path:
-        path = self.path(file)
-        return path.with_name(path.name + ".verified")
+        return Path(f"{self.path(file)}.verified")
 
     def _stamp(self, file: RemoteFile) -> str:
         stat = self.path(file).stat()

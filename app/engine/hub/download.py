@@ -37,7 +37,6 @@ def ensure(
     on_progress: OnProgress,
     *,
     hub: Hub | None = None,
-    free_bytes: Callable[[Path], int] | None = None,
 ) -> Path:
     """Download the missing files of *variant* for *precision*; return the folder of one load.
 
@@ -56,7 +55,7 @@ def ensure(
         _check_present(store, files, meter)
         if not all(store.is_present(file) for file in files):
             with store.locked(lambda: on_progress(LoadProgress(WorkerStage.DOWNLOAD, None, _BUSY))):
-                _check_room(store, files, free_bytes or _free_bytes)
+                _check_room(store, files)
                 _fetch_missing(store, files, hub or Hub(), meter)
         return store.link(f"{variant.spec.id}/{precision}", files)
 
@@ -101,7 +100,6 @@ def verify(
     files = files_for(variant, precision)
     store = HubCache(cache_dir)
     meter = _Meter(on_progress, files)
-    meter.begin(WorkerStage.VERIFY)
     found: dict[RemoteFile, bool | None] = {}
     for file in files:
         found[file] = store.check(file, meter.on_bytes(file)) if store.path(file).exists() else None
@@ -110,7 +108,10 @@ def verify(
 
 
 class _Meter:
-    """Sums the bytes of several files and reports them, at most twice a second."""
+    """Sums the bytes of several files and reports them, at most twice a second.
+
+    It counts the verification, until `begin` says what else.
+    """
 
     def __init__(self, on_progress: OnProgress, files: tuple[RemoteFile, ...]) -> None:
         self._on_progress = on_progress
@@ -118,9 +119,9 @@ class _Meter:
         self._stage, self._done, self._reported_at = WorkerStage.VERIFY, 0, 0.0
         self._reported: int | None = None
 
-    def begin(self, stage: WorkerStage, *, done: int = 0) -> None:
+    def begin(self, stage: WorkerStage) -> None:
         """Start counting for *stage*."""
-        self._stage, self._done, self._reported_at = stage, done, 0.0
+        self._stage, self._done, self._reported_at = stage, 0, 0.0
 
     def on_bytes(self, file: RemoteFile) -> Callable[[int], None]:
         """Return the callback for the bytes done of *file*."""
@@ -130,18 +131,15 @@ class _Meter:
             is_end = done == file.size_bytes and self._reported != self._done + done
             if now - self._reported_at >= _REPORT_EVERY_S or is_end:
                 self._reported_at, self._reported = now, self._done + done
-                self._report(file, self._done + done)
+                numbers = f"{self._reported / 1e9:.2f} of {self._total / 1e9:.2f} GB"
+                fraction = min(1.0, self._reported / max(1, self._total))
+                self._on_progress(LoadProgress(self._stage, fraction, f"{numbers}, {file.path}"))
 
         return report
 
     def add(self, file: RemoteFile) -> None:
         """Count *file* as done."""
         self._done += file.size_bytes
-
-    def _report(self, file: RemoteFile, done: int) -> None:
-        numbers = f"{done / 1e9:.2f} of {self._total / 1e9:.2f} GB"
-        fraction = min(1.0, done / max(1, self._total))
-        self._on_progress(LoadProgress(self._stage, fraction, f"{numbers}, {file.path}"))
 
 
 def _check_allowed(files: tuple[RemoteFile, ...]) -> None:
@@ -166,7 +164,6 @@ def _warn_if_open(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
 
 def _check_present(store: HubCache, files: tuple[RemoteFile, ...], meter: _Meter) -> None:
     """Hash files that have changed since they were verified, and refuse damaged ones."""
-    meter.begin(WorkerStage.VERIFY)
     for file in files:
         is_changed = store.is_present(file) and not store.is_verified(file)
         if is_changed and not store.check(file, meter.on_bytes(file)):
@@ -174,17 +171,11 @@ def _check_present(store: HubCache, files: tuple[RemoteFile, ...], meter: _Meter
         meter.add(file)
 
 
-def _check_room(
-    store: HubCache, files: tuple[RemoteFile, ...], free_bytes: Callable[[Path], int]
-) -> None:
+def _check_room(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
     needed = sum(store.missing_bytes(file) for file in files)
-    free = free_bytes(store.cache_dir)
+    free = shutil.disk_usage(store.cache_dir).free
     if needed > free:
         raise _too_small(f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
-
-
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def _fetch_missing(store: HubCache, files: tuple[RemoteFile, ...], hub: Hub, meter: _Meter) -> None:

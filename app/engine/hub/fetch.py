@@ -95,7 +95,9 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
         if short == _SHORT_ANSWERS:
             raise _gave_up(file, have, hub, reason)
         if idle:
-            hub.wait(max(0.0, min(_wait_s(idle), line.left_s)))
+            # A long silence has thousands of tries, whose power of two overflows a float.
+            wait_s = min(2.0 ** min(idle - 1, 10), _LONGEST_WAIT_S, line.left_s)
+            hub.wait(max(0.0, wait_s))
         if line.left_s <= 0:
             silence = f"has sent nothing for {hub.silence_s:g} s (KLEIN_DOWNLOAD_SILENCE_S)"
             raise _gave_up(file, have, hub, f"{reason} and {silence}" if reason else silence)
@@ -211,19 +213,16 @@ def _check_status(
         part.unlink(missing_ok=True)
     if status == 416 or status >= 500:
         raise _Interrupted(f"answers {status}")
-    if status == 401:
-        found = "does not know the token that it got" if has_token else "wants a token"
-        reason = f"{found} for {name}; set HF_TOKEN to a valid one"
-    elif status == 403:
-        reason = f"does not let you read {name}; accept its terms there and set HF_TOKEN"
-    elif status == 404:
-        reason = f"lacks {file.path} of {name} at the pinned revision; check HF_ENDPOINT"
-    elif status == 429:
-        seconds = response.headers.get("Retry-After", "300")
-        reason = f"has had too many requests from you; wait {seconds} seconds or set HF_TOKEN"
-    else:
-        reason = f"answers {status} for {file.path}; check HF_ENDPOINT and the proxy"
-    raise StartupError(f"{host} {reason}, and start again.")
+    found = "does not know the token that it got" if has_token else "wants a token"
+    seconds = response.headers.get("Retry-After", "300")
+    reasons = {
+        401: f"{found} for {name}; set HF_TOKEN to a valid one",
+        403: f"does not let you read {name}; accept its terms there and set HF_TOKEN",
+        404: f"lacks {file.path} of {name} at the pinned revision; check HF_ENDPOINT",
+        429: f"has had too many requests from you; wait {seconds} seconds or set HF_TOKEN",
+    }
+    other = f"answers {status} for {file.path}; check HF_ENDPOINT and the proxy"
+    raise StartupError(f"{host} {reasons.get(status, other)}, and start again.")
 
 
 def _gave_up(file: RemoteFile, have: int, hub: Hub, reason: str) -> StartupError:
@@ -236,12 +235,6 @@ def _gave_up(file: RemoteFile, have: int, hub: Hub, reason: str) -> StartupError
         f"{file.path} is not whole, because {hub.host} {reason}: {have:,} of {file.size_bytes:,} "
         "bytes have come and are kept; start again to go on from there."
     )
-
-
-def _wait_s(idle: int) -> float:
-    """Return the seconds before the next try after *idle* ones without progress."""
-    # A long silence has thousands of tries, whose power of two overflows a float.
-    return min(2.0 ** min(idle - 1, 10), _LONGEST_WAIT_S)
 
 
 def _size(path: Path) -> int:

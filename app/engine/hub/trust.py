@@ -9,11 +9,12 @@ anyway. The path that an operator names by KLEIN_MODEL is not checked: it may be
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -27,10 +28,7 @@ def why_open(path: Path, root: Path) -> str:
 
     Empty where nobody may, or where *path* does not exist.
     """
-    try:
-        return next((fault for each in _chain(path, root) if (fault := _fault(each))), "")
-    except FileNotFoundError:
-        return ""
+    return _first_fault(_chain(path, root))
 
 
 def is_closed(path: Path, root: Path) -> bool:
@@ -40,16 +38,12 @@ def is_closed(path: Path, root: Path) -> bool:
 
 def why_tree_open(folder: Path, root: Path) -> str:
     """Describe who else may write to *folder*, to its contents, or to a folder above it."""
-    if fault := why_open(folder, root):
-        return fault
-    for above, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            try:
-                if fault := _fault(Path(above, name)):
-                    return fault
-            except FileNotFoundError:
-                continue
-    return ""
+    inside = (
+        Path(above, name)
+        for above, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    )
+    return why_open(folder, root) or _first_fault(inside)
 
 
 def why_swappable(path: Path) -> str:
@@ -147,6 +141,15 @@ def _chain(path: Path, root: Path) -> Iterator[Path]:
     for part in path.relative_to(root).parts:
         root = root / part
         yield root
+
+
+def _first_fault(paths: Iterable[Path]) -> str:
+    """Describe what is wrong with the first faulty path; those that are missing have no fault."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if fault := _fault(path):
+                return fault
+    return ""
 
 
 def _fault(path: Path, *, may_be_sticky: bool = False) -> str:

@@ -14,9 +14,7 @@ from app.domain import ModelSpec
 from app.engine.checkpoint.files import Checkpoint, Slot
 from app.engine.config import EngineConfig
 from app.engine.memory.planner import (
-    COMPILED,
     CONTEXT_BYTES,
-    EAGER,
     GB,
     MemoryPlan,
     Plan,
@@ -24,7 +22,7 @@ from app.engine.memory.planner import (
     plan_exact,
     plan_memory,
 )
-from app.engine.models.flux2_klein import TEXT_LAYERS
+from app.engine.models.entry import Architecture
 from app.engine.quantization.select import Precision
 from app.errors import StartupError
 
@@ -32,6 +30,7 @@ from app.errors import StartupError
 def choose_plan(
     config: EngineConfig,
     model: ModelSpec,
+    architecture: Architecture,
     checkpoint: Checkpoint,
     device: torch.device,
     precision: Precision,
@@ -55,14 +54,16 @@ def choose_plan(
         return plan_exact(
             free,
             count_exact(checkpoint, precision),
+            architecture.working_bytes,
             limit_pixels=limit,
             max_references=model.max_references,
             offload=config.offload,
         )
     plan = plan_memory(
         free,
-        count_weights(checkpoint, precision),
-        COMPILED if is_compiled else EAGER,
+        count_weights(checkpoint, architecture, precision),
+        architecture,
+        architecture.compiled if is_compiled else architecture.eager,
         default_pixels=model.default_width * model.default_height,
         limit_pixels=limit,
         max_references=model.max_references,
@@ -76,13 +77,16 @@ def choose_plan(
     return plan
 
 
-def count_weights(checkpoint: Checkpoint, precision: Precision) -> Weights:
+def count_weights(
+    checkpoint: Checkpoint, architecture: Architecture, precision: Precision
+) -> Weights:
     """Count the bytes of each component in GPU memory, the large linear layers quantized."""
     rest = precision.dtype.itemsize
     layers = {
         name: slot
         for name, slot in checkpoint.encoder.slots.items()
-        if name.startswith("model.layers.") and int(name.split(".")[2]) < TEXT_LAYERS[-1]
+        if name.startswith("model.layers.")
+        and int(name.split(".")[2]) < architecture.text_layers[-1]
     }
     vae = checkpoint.vae.slots.items()
     image_encoder = {name: slot for name, slot in vae if name.startswith("encoder.")}

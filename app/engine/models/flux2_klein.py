@@ -1,4 +1,4 @@
-"""FLUX.2 klein 4B, distilled and base: files, defaults and limits.
+"""FLUX.2 klein 4B, distilled and base: architecture, files, defaults and limits.
 
 Every repository is pinned to a commit, every file to its size and SHA-256.
 """
@@ -9,9 +9,8 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from app.domain import ModelSpec
-from app.engine.models.entry import ModelEntry, RemoteFile
+from app.engine.models.entry import Architecture, ModelEntry, Rates, RemoteFile
 
-KLEIN_KEY = "flux.2-klein-4b"
 _REPOSITORY = "black-forest-labs/FLUX.2-klein-4B"
 _REVISION = "e7b7dc27f91deacad38e78976d1f2b499d76a294"
 
@@ -85,9 +84,66 @@ _BASE = RemoteFile(
     "9c5fed22b76baea749d88fc2abe3ad53245e7b21a0d353a762665eea00043b92",
 )
 
+FLUX2_KLEIN_4B = Architecture(
+    heads=24,
+    head_size=128,
+    mlp_width=9216,
+    double_blocks=5,
+    single_blocks=20,
+    timestep_channels=256,
+    text_layers=(9, 18, 27),
+    text_width=2560,
+    text_mlp_width=9728,
+    text_query_width=32 * 128,
+    text_key_width=8 * 128,
+    prompt_tokens=512,
+    latent_channels=32,
+    latent_side=8,
+    # The transformer takes 2x2 latents as one token.
+    token_side=16,
+    decoder_widths=(512, 512, 256, 128),
+    decoder_blocks=3,
+    # As in `Flux2KleinPipeline`, with its time ids of `_prepare_image_ids`.
+    reference_pixels=1024 * 1024,
+    reference_time=10,
+    scheduler=MappingProxyType(
+        {
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+            "time_shift_type": "exponential",
+        }
+    ),
+    exact_pixels=1_310_720,
+    graph_tokens=2560,
+    # Measured on an H200 at 1024x1024 with random weights: memory does not depend on their values.
+    compiled=Rates(
+        token=83_000,
+        pixel=1_280,
+        encoded_pixel=1_500,
+        tiles=440_000_000,
+        text=300_000_000,
+        margin=250_000_000,
+    ),
+    eager=Rates(
+        token=133_000,
+        pixel=2_450,
+        encoded_pixel=2_000,
+        tiles=850_000_000,
+        text=300_000_000,
+        margin=300_000_000,
+    ),
+    working_bytes=4_000_000_000,
+    small_bytes=1_000_000_000,
+)
+
 KLEIN = ModelEntry(
     spec=ModelSpec(
-        id=KLEIN_KEY,
+        id="flux.2-klein-4b",
         title="FLUX.2 [klein] 4B",
         hub_id=_REPOSITORY,
         owned_by="black-forest-labs",
@@ -103,8 +159,10 @@ KLEIN = ModelEntry(
         max_side=4096,
         max_pixels=4_194_304,
         max_references=4,
-        max_sequence_length=512,
+        max_sequence_length=FLUX2_KLEIN_4B.prompt_tokens,
+        size_multiple=FLUX2_KLEIN_4B.token_side,
     ),
+    architecture=FLUX2_KLEIN_4B,
     shared=_SHARED,
     transformers=MappingProxyType({"fp8": _FP8, "int8": _BF16, "bf16": _BF16, "fp32": _BF16}),
 )
@@ -124,12 +182,7 @@ KLEIN_BASE = ModelEntry(
             "those of FLUX.2-klein-4B, whose equality has not been established."
         ),
     ),
+    architecture=FLUX2_KLEIN_4B,
     shared=_SHARED,
     transformers=MappingProxyType(dict.fromkeys(("fp8", "int8", "bf16", "fp32"), _BASE)),
 )
-
-TEXT_LAYERS = (9, 18, 27)
-"""Qwen3 layers, counted from 1, whose outputs are the prompt embeddings; later ones are unused."""
-
-TEXT_HIDDEN_SIZE = 2560
-LATENT_CHANNELS = 32

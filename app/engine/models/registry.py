@@ -7,12 +7,9 @@ and SHA-256.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from app.domain import ModelSpec
 from app.engine.models.entry import ModelEntry, RemoteFile
-from app.engine.models.flux2_klein import KLEIN, KLEIN_BASE, KLEIN_KEY
+from app.engine.models.flux2_klein import KLEIN, KLEIN_BASE
 from app.engine.models.shapes import SHAPES
 from app.errors import StartupError
 
@@ -28,7 +25,7 @@ def find_model(key: str) -> ModelEntry:
     if "9b" in key.lower():
         raise StartupError(
             "The 9B variants of FLUX.2 klein are not served, because their licence forbids "
-            f"commercial use and they do not fit on a 12 GB card; take {KLEIN_KEY} instead."
+            f"commercial use and they do not fit on a 12 GB card; take {KLEIN.spec.id} instead."
         )
     raise StartupError(
         "This model is not in the catalogue; set KLEIN_MODEL to one of "
@@ -59,7 +56,5 @@ def files_for(variant: ModelEntry, precision: str) -> tuple[RemoteFile, ...]:
     return (*variant.shared, variant.transformers[precision])
 
 
-MODELS: Mapping[str, ModelEntry] = MappingProxyType(
-    {variant.spec.id: variant for variant in (KLEIN, KLEIN_BASE, SHAPES)}
-)
-"""All models by key, the default first."""
+MODELS = {variant.spec.id: variant for variant in (KLEIN, KLEIN_BASE, SHAPES)}
+"""All models by key, the default first. One more is one more entry."""

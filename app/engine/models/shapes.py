@@ -5,29 +5,12 @@ It is a small model of klein's architecture, so klein's loader loads it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from app.domain import ModelSpec
 from app.engine.models.entry import ModelEntry
-from app.errors import StartupError
-
-FOLDER = Path(__file__).resolve().parent / "data" / "shapes"
-
-REVISION = "embedded"
-
-
-def locate() -> Path:
-    """Return the folder of the model's files.
-
-    Raises:
-        StartupError: the installation lacks it.
-    """
-    if not (FOLDER / "model_index.json").is_file():
-        raise StartupError(
-            "The demo model shapes is missing from this installation; install the package again."
-        )
-    return FOLDER
-
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 
 SHAPES = ModelEntry(
     spec=ModelSpec(
@@ -48,10 +31,30 @@ SHAPES = ModelEntry(
         max_pixels=262_144,
         max_references=4,
         max_sequence_length=64,
+        size_multiple=FLUX2_KLEIN_4B.token_side,
         note=(
             "It draws coloured shapes only: one or two of circle, square, triangle, diamond, star, "
             "cross, heart and ring, with colour, size, place and background, such as 'a red circle "
             "on a blue background'."
         ),
     ),
+    # Its sequences are no longer than klein's, and its layers narrower: klein's rates are enough.
+    architecture=replace(
+        FLUX2_KLEIN_4B,
+        heads=5,
+        head_size=32,
+        mlp_width=320,
+        double_blocks=2,
+        single_blocks=6,
+        timestep_channels=64,
+        text_width=64,
+        text_mlp_width=96,
+        text_query_width=4 * 16,
+        text_key_width=2 * 16,
+        prompt_tokens=64,
+        latent_channels=16,
+        decoder_widths=(64, 48, 32, 16),
+        decoder_blocks=2,
+    ),
+    folder=Path(__file__).resolve().parent / "data" / "shapes",
 )

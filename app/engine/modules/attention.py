@@ -1,17 +1,40 @@
-"""Attention kernels, and the probe that selects one for this GPU."""
+"""Attention: the transformer's kernels by name with the probe that selects one, and the VAE's."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
 
+from app.engine import torch_private
+from app.engine.models.entry import Architecture
+
 _log = logging.getLogger(__name__)
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Takes query, key and value, each [1, h, n, 128], and returns the same shape and dtype."""
+"""Takes query, key and value, each [1, h, n, s], and returns the same shape and dtype."""
+
+TOLERANCE = 0.08
+"""The largest `relative_error` at which a kernel counts as correct."""
+
+_HOPPER = (9, 0)
+_PROBED_TOKENS = 640
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """One way to compute attention; `/health` shows *name*."""
+
+    name: str
+    call: Attention
+    fault: Callable[[torch.device], str]
+    """Says why the kernel is not for a device, before it is tried; empty where it may be."""
+    max_error: float = TOLERANCE
+    """The largest `relative_error` against torch's own choice at which it counts as correct."""
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -19,40 +42,68 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return functional.scaled_dot_product_attention(q, k, v)
 
 
-def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Compute attention with cuDNN's kernel, which is written for Hopper and Blackwell."""
-    result: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[
-        0
-    ]
-    return result
-
-
-TOLERANCE = 0.08
-"""The largest `relative_error` at which a kernel counts as correct."""
-
-_HOPPER = (9, 0)
-
-
-def choose_attention(device: torch.device) -> tuple[Attention, str]:
-    """Choose the attention kernel, and return it with its name for the feature list.
-
-    cuDNN's on Hopper and newer where it runs and agrees with PyTorch's, else PyTorch's own choice.
-    """
+def _cudnn_fault(device: torch.device) -> str:
+    if not torch_private.has_cudnn_attention():
+        return "this torch does not offer it"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _HOPPER:
-        return plain_attention, "attention by torch"
-    q, k, v = torch.randn(3, 1, 24, 640, 128, device=device, dtype=torch.bfloat16)
+        return "it is written for Hopper and newer"
+    return ""
+
+
+KERNELS = {
+    "torch": AttentionKernel("torch", plain_attention, lambda device: ""),
+    "cudnn": AttentionKernel("cuDNN", torch_private.cudnn_attention, _cudnn_fault),
+}
+"""All kernels by name; of those that are right on a device, the last is taken."""
+
+
+def choose_attention(device: torch.device, architecture: Architecture) -> AttentionKernel:
+    """Return the last kernel without a fault on *device*, for the heads of *architecture*."""
+    kernels = reversed(KERNELS.values())
+    return next(each for each in kernels if not kernel_fault(each, device, architecture))
+
+
+def kernel_fault(kernel: AttentionKernel, device: torch.device, architecture: Architecture) -> str:
+    """Return why *kernel* cannot be used on *device*: unsuited, failing or wrong; else empty."""
+    if (fault := kernel.fault(device)) or kernel.call is plain_attention:
+        return fault
+    shape = (3, 1, architecture.heads, _PROBED_TOKENS, architecture.head_size)
+    q, k, v = torch.randn(shape, device=device, dtype=torch.bfloat16)
     try:
-        error = relative_error(cudnn_attention(q, k, v), plain_attention(q, k, v))
+        error = relative_error(kernel.call(q, k, v), plain_attention(q, k, v))
     except RuntimeError as failure:
-        _log.info("cuDNN's attention does not run here: %s", failure)
-        return plain_attention, "attention by torch"
-    return (
-        (cudnn_attention, "attention by cuDNN")
-        if error < TOLERANCE
-        else (plain_attention, "attention by torch")
-    )
+        _log.info("%s's attention does not run here: %s", kernel.name, failure)
+        return "it does not run here"
+    return "" if error < kernel.max_error else f"its relative error is {error:.2g}"
 
 
 def relative_error(made: torch.Tensor, right: torch.Tensor) -> float:
     """Return ||made - right|| / ||right||, computed in float32."""
     return float((made.float() - right.float()).norm() / right.float().norm())
+
+
+class WideHeadProcessor:
+    """A processor for diffusers' `Attention` with one head of size 512.
+
+    Fused SDPA kernels support head sizes up to 256 or are slow beyond. Two matmuls and a softmax
+    are several times faster, at the cost of materialising the attention scores: 0.5 GB at
+    1024x1024, less than the decoder's last layers take.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> torch.Tensor:
+        """Compute attention: [1, c, h, w] -> the same; diffusers passes the other three by name."""
+        shape = hidden_states.shape
+        tokens = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # [1, h * w, c]
+        query = attn.to_q(tokens) * attn.scale
+        scores = query @ attn.to_k(tokens).transpose(1, 2)  # [1, h * w, h * w]
+        attended = scores.softmax(dim=-1) @ attn.to_v(tokens)
+        out = attn.to_out[0](attended).transpose(1, 2).reshape(shape)
+        result: torch.Tensor = (out + hidden_states) / attn.rescale_output_factor
+        return result

@@ -12,8 +12,6 @@ The batch size is always 1.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -37,7 +35,6 @@ class SingleBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.joined, self.out = joined, out
-        self.feed_width = _rows(joined) - 3 * width
         self.norm_q, self.norm_k = norms
         self.width, self.eps = width, eps
         self.attention = attention
@@ -49,7 +46,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = modulation.chunk(3, dim=-1)  # [1, d] each
         normed = _modulate(hidden, scale, shift, self.eps)  # [1, n, d]
         # [1, n, 3 * d] and [1, n, 2 * f]
-        qkv, feed = torch.split(self.joined(normed), [3 * self.width, self.feed_width], dim=-1)
+        qkv, feed = torch.tensor_split(self.joined(normed), [3 * self.width], dim=-1)
         q, k, v = _heads(qkv, self.norm_q.shape[0])  # [1, n, h, 128] each
         q, k = (
             _norm_rotate(q, self.norm_q, cos, sin, self.eps),
@@ -113,10 +110,6 @@ class DoubleBlock(nn.Module):
         up = self.text_up(_modulate(text, t_scale2, t_shift2, eps))  # [1, m, 2 * f]
         text = text + t_gate2 * self.text_down(swiglu(up))
         return image, text
-
-
-def _rows(linear: Any) -> int:
-    return int(linear.weight.shape[0])
 
 
 def _modulate(

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
 Rope = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin, each [text tokens + image tokens, 128]."""
+"""cos and sin, each [text tokens + image tokens, head size]."""
 
 Grid = tuple[int, int]
 """Rows and columns of an image's tokens."""
 
-_REFERENCE_TIME = 10
-"""References have time ids 10, 20, ...: `Flux2KleinPipeline._prepare_image_ids`."""
+_KEPT_TABLES = 8
 
 
-class RopeTable:
-    """RoPE tables by shape in an LRU cache of *kept* entries. Not thread-safe."""
+def rope_tables(
+    embed: Callable[[torch.Tensor], Rope], device: torch.device, reference_time: int
+) -> Callable[[int, tuple[Grid, ...]], Rope]:
+    """Return a function of a text length and the grids, of the output, then references.
 
-    def __init__(self, embed: Any, device: torch.device, *, kept: int = 8) -> None:
-        self._embed = embed
-        self._device = device
-        self._kept = kept
-        self._tables: OrderedDict[tuple[int, tuple[Grid, ...]], Rope] = OrderedDict()
+    It keeps the tables that were used last. *embed* maps ids [n, 4] to cos and sin; references have
+    the multiples of *reference_time* as time ids.
+    """
 
-    def get(self, text_length: int, grids: tuple[Grid, ...]) -> Rope:
-        """Return the table for *text_length* tokens and *grids*, of the output, then references."""
-        key = (text_length, grids)
-        if key not in self._tables:
-            self._tables[key] = self._compute(text_length, grids)
-            while len(self._tables) > self._kept:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(key)
-        return self._tables[key]
-
-    def _compute(self, text_length: int, grids: tuple[Grid, ...]) -> Rope:
+    @lru_cache(_KEPT_TABLES)
+    def table(text_length: int, grids: tuple[Grid, ...]) -> Rope:
         one = torch.arange(1)
         text = torch.cartesian_prod(one, one, one, torch.arange(text_length))  # [text_length, 4]
         pictures = [
             torch.cartesian_prod(
-                torch.tensor([number * _REFERENCE_TIME]),
+                torch.tensor([number * reference_time]),
                 torch.arange(height),
                 torch.arange(width),
                 one,
@@ -50,6 +40,8 @@ class RopeTable:
         ]
         # Text and image separately, as diffusers' forward does: the last bits of a vectorised
         # cosine depend on the row's position in the tensor.
-        tables = [self._embed(ids.to(self._device)) for ids in (text, torch.cat(pictures))]
+        tables = [embed(ids.to(device)) for ids in (text, torch.cat(pictures))]
         cos, sin = (torch.cat(halves) for halves in zip(*tables, strict=True))
         return cos, sin
+
+    return table

@@ -6,7 +6,7 @@ weight is in memory twice and a missing one cannot stay randomly initialised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,20 @@ from app.domain import LoadProgress, WorkerStage
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config
 from app.engine.checkpoint.safetensors_io import CPU
 from app.engine.memory.offload import Offloader
-from app.engine.models.flux2_klein import TEXT_LAYERS
-from app.engine.modules.attention import Attention
-from app.engine.modules.rope import RopeTable
-from app.engine.modules.vae_attention import WideHeadProcessor
-from app.engine.pipeline.components import PipelineComponents, Predict
+from app.engine.memory.planner import Plan
+from app.engine.models.entry import Architecture
+from app.engine.modules.attention import Attention, WideHeadProcessor
+from app.engine.modules.rope import rope_tables
+from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
 from app.engine.runtime.compile import Compiler
-from app.engine.runtime.cuda_graphs import GraphPool
-from app.engine.runtime.exact import TextEncoder, transformer_forward
+from app.engine.runtime.cuda_graphs import new_pool
+from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
+from app.engine.runtime.networks import TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokenizer
 from app.errors import StartupError
 
@@ -45,6 +46,7 @@ OnProgress = Callable[[LoadProgress], None]
 class BuildOptions:
     """How the components are built."""
 
+    architecture: Architecture
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
@@ -53,15 +55,23 @@ class BuildOptions:
     encoder_linears: WeightFormat
     attention: Attention
     compiler: Compiler
-    is_offloaded: bool
+    plan: Plan
     is_pinned: bool
-    is_streamed: bool
-    is_tiled: bool
     prompt_cache: int
     quantized_cache: Path | None
     """The cache folder of quantized layers, or None for no cache."""
     max_sequence_length: int
     is_distilled: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the libraries' own modules run."""
+        return self.linears.is_exact
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether one network at a time is on the GPU."""
+        return self.plan is Plan.OFFLOAD
 
 
 def build(
@@ -74,53 +84,45 @@ def build(
     """
     fill = _Filler(checkpoint, options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
-    vae = _build_vae(checkpoint.vae, fill, options.vae_dtype)
+    vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
     _admit_vae(vae, offloader, options)
-    encoder: TextEncoder | FusedTextEncoder
-    if options.linears.is_exact:
-        encoder = _build_encoder(checkpoint.encoder, fill)
-        transformer = _build_transformer(checkpoint.transformer, fill)
+    encoder, transformer = (_build_exact if options.is_exact else _build_fused)(
+        checkpoint, fill, options
+    )
+    if options.is_exact:
         offloader.admit(encoder, stays=not options.is_offloaded)
         offloader.admit(transformer, stays=not options.is_offloaded)
-        predict: Predict = partial(transformer_forward, transformer)
-    else:
-        pool = GraphPool()
-        encoder = _build_fast_encoder(checkpoint.encoder, fill, options, pool)
-        transformer = _build_shell(checkpoint.transformer, fill, options)
-        predict = FusedTransformer(transformer, options.compiler, pool).predict
-    transformer.eval()
+    architecture = options.architecture
     return PipelineComponents(
+        architecture=architecture,
         tokenizer=_read_tokenizer(checkpoint.tokenizer, options.max_sequence_length),
         encoder=encoder,
         cache=PromptCache(options.prompt_cache, options.device),
-        transformer=transformer,
-        predict=predict,
+        transformer=transformer.eval(),
         vae=vae,
         decode=_decoder(vae, options),
-        make_scheduler=lambda: FlowMatchEulerDiscreteScheduler.from_config(checkpoint.scheduler),
+        make_scheduler=partial(FlowMatchEulerDiscreteScheduler.from_config, checkpoint.scheduler),
         device=options.device,
         dtype=options.dtype,
         is_distilled=options.is_distilled,
-        is_tiled=options.is_tiled,
+        is_tiled=options.plan.is_tiled,
         offloader=offloader,
-        rope=RopeTable(transformer.pos_embed, options.device),
-        layout=checkpoint.layout,
+        rope=rope_tables(
+            transformer.network.pos_embed, options.device, architecture.reference_time
+        ),
         weights_bytes=fill.done_bytes,
     )
 
 
+@dataclass(slots=True)
 class _Filler:
     """Reads weights in the options' dtype and reports the load's progress."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, options: BuildOptions, on_progress: OnProgress
-    ) -> None:
-        self._options = options
-        self._on_progress = on_progress
-        components = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
-        self._total = sum(len(part.slots) for part in components)
-        self._count = 0
-        self.done_bytes = 0
+    checkpoint: Checkpoint
+    options: BuildOptions
+    on_progress: OnProgress
+    done: int = 0
+    done_bytes: int = 0
 
     def read(
         self,
@@ -132,132 +134,119 @@ class _Filler:
         """Read one weight of *part*; a *dtype* overrides the options'."""
         value = part.slots[name].read(device)
         if value.is_floating_point():
-            value = value.to(dtype or self._options.dtype)
+            value = value.to(dtype or self.options.dtype)
         self.count(part.label, 1, value.nbytes)
         return value
 
-    def norm(self, part: ComponentFiles) -> Callable[[str], nn.Parameter]:
-        """Return a function that reads a small weight of *part* onto the device."""
-
-        def read(name: str) -> nn.Parameter:
-            value = self.read(part, name, self._options.device)
-            return nn.Parameter(value, requires_grad=False)
-
-        return read
+    def norm(self, part: ComponentFiles, name: str) -> nn.Parameter:
+        """Read a small weight of *part* onto the device."""
+        return nn.Parameter(self.read(part, name, self.options.device), requires_grad=False)
 
     def fill(
         self,
         network: nn.Module,
         part: ComponentFiles,
-        names: Mapping[str, str],
+        prefix: str = "",
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Load the weights of *network*; *names* maps its names to those of *part*."""
-        state = {own: self.read(part, name, dtype=dtype) for own, name in names.items()}
+        """Load the weights of *network*, whose names in *part* begin with *prefix*."""
+        state = {name: self.read(part, prefix + name, dtype=dtype) for name in network.state_dict()}
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
 
     def count(self, label: str, tensors: int, size_bytes: int) -> None:
         """Count tensors and bytes that were read, and report progress every 16 tensors."""
-        before = self._count
-        self._count += tensors
+        before = self.done
+        self.done += tensors
         self.done_bytes += size_bytes
-        if self._count // 16 != before // 16:
-            fraction = min(self._count / self._total, 1.0)
-            self._on_progress(LoadProgress(WorkerStage.WEIGHTS, fraction, label))
+        if self.done // 16 != before // 16:
+            files = self.checkpoint
+            parts = (files.transformer, files.encoder, files.vae)
+            fraction = min(self.done / sum(len(part.slots) for part in parts), 1.0)
+            self.on_progress(LoadProgress(WorkerStage.WEIGHTS, fraction, label))
 
 
-def _build_transformer(part: ComponentFiles, fill: _Filler) -> Any:
-    with torch.device("meta"):
-        network = _from_config(Flux2Transformer2DModel, part)
-    expected = _shapes(network)
-    part.check(expected)
-    fill.fill(network, part, {name: name for name in expected})
-    return network
-
-
-def _build_vae(part: ComponentFiles, fill: _Filler, dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
-        network = _from_config(AutoencoderKLFlux2, part)
-    expected = _shapes(network)
-    part.check(expected)
-    fill.fill(network, part, {name: name for name in expected}, dtype)
-    return network
-
-
-def _build_encoder(part: ComponentFiles, fill: _Filler) -> TextEncoder:
-    """Build the layers up to the last of `TEXT_LAYERS`; those above are only checked."""
-    config = _encoder_config(part)
-    layers = _check_encoder(part, config)
-    kept = layers[: TEXT_LAYERS[-1]]
-    fill.fill(kept, part, {name: f"model.layers.{name}" for name in _shapes(kept)})
-    table = fill.read(part, "model.embed_tokens.weight")
-    return TextEncoder(kept, Qwen3RotaryEmbedding(config), table)
-
-
-def _build_fast_encoder(
-    part: ComponentFiles, fill: _Filler, options: BuildOptions, pool: GraphPool
-) -> FusedTextEncoder:
-    config = _encoder_config(part)
-    _check_encoder(part, config)
-    make = QuantizedLinearBuilder(
-        part,
-        options.encoder_linears,
-        device=options.device,
-        dtype=options.dtype,
-        on_read=fill.count,
-        cache=_quantized_cache(part, options, options.encoder_linears, "encoder"),
+def _build_exact(
+    checkpoint: Checkpoint, fill: _Filler, options: BuildOptions
+) -> tuple[TextEncoder, Transformer]:
+    """Build the libraries' own modules; of the text encoder's layers those that are read."""
+    part = checkpoint.encoder
+    config, layers = _check_encoder(part)
+    kept = layers[: options.architecture.text_layers[-1]]
+    fill.fill(kept, part, "model.layers.")
+    encoder = ExactTextEncoder(
+        kept,
+        Qwen3RotaryEmbedding(config),
+        fill.read(part, "model.embed_tokens.weight"),
+        options.architecture.text_layers,
     )
+    network = _build_network(Flux2Transformer2DModel, checkpoint.transformer, fill)
+    return encoder, ExactTransformer(network)
+
+
+def _build_fused(
+    checkpoint: Checkpoint, fill: _Filler, options: BuildOptions
+) -> tuple[TextEncoder, Transformer]:
+    """Build our own blocks with quantized weights; only the VAE is offloaded."""
+    architecture, pool, part = options.architecture, new_pool(), checkpoint.encoder
+    config, _ = _check_encoder(part)
+    make = _linear_builder(part, options.encoder_linears, "encoder", fill, options)
     layers = nn.ModuleList(
-        encoder_layer(number, make, fill.norm(part), eps=config.rms_norm_eps)
-        for number in range(TEXT_LAYERS[-1])
+        encoder_layer(number, make, partial(fill.norm, part), eps=config.rms_norm_eps)
+        for number in range(architecture.text_layers[-1])
     )
     make.keep()
-    rotary = Qwen3RotaryEmbedding(config).to(options.device)
-    table = fill.read(part, "model.embed_tokens.weight")
-    return FusedTextEncoder(
+    encoder = FusedTextEncoder(
         layers,
-        rotary,
-        table,
+        Qwen3RotaryEmbedding(config).to(options.device),
+        fill.read(part, "model.embed_tokens.weight"),
+        architecture.text_layers,
         options.compiler,
         pool,
-        options.device if options.is_streamed else None,
+        options.device if options.plan.is_streamed else None,
     )
+    network = _build_shell(checkpoint.transformer, fill, options)
+    return encoder, FusedTransformer(network, options.compiler, pool, architecture.graph_tokens)
+
+
+def _build_network(
+    kind: type[nn.Module], part: ComponentFiles, fill: _Filler, dtype: torch.dtype | None = None
+) -> Any:
+    network = _empty(kind, part)
+    fill.fill(network, part, dtype=dtype)
+    return network
 
 
 def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> Any:
     """Build the transformer with fused blocks; the modules outside the blocks are diffusers'."""
-    with torch.device("meta"):
-        shell = _from_config(Flux2Transformer2DModel, part)
-    part.check(_shapes(shell))
-    make = QuantizedLinearBuilder(
-        part,
-        options.linears,
-        device=options.device,
-        dtype=options.dtype,
-        on_read=fill.count,
-        cache=_quantized_cache(part, options, options.linears, "transformer"),
-    )
-    replace_blocks(shell, make, fill.norm(part), options.attention)
+    shell = _empty(Flux2Transformer2DModel, part)
+    make = _linear_builder(part, options.linears, "transformer", fill, options)
+    replace_blocks(shell, make, partial(fill.norm, part), options.attention)
     make.keep()
     for name, parameter in list(shell.named_parameters()):
         if parameter.is_meta:
-            owner = shell.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], fill.norm(part)(name))
+            owner, _, own = name.rpartition(".")
+            setattr(shell.get_submodule(owner), own, fill.norm(part, name))
     return shell
 
 
-def _quantized_cache(
-    part: ComponentFiles, options: BuildOptions, wanted: WeightFormat, name: str
-) -> QuantizedCache | None:
-    return (
-        None
-        if options.quantized_cache is None
-        else QuantizedCache(options.quantized_cache, part, wanted.name, name)
+def _linear_builder(
+    part: ComponentFiles, wanted: WeightFormat, name: str, fill: _Filler, options: BuildOptions
+) -> QuantizedLinearBuilder:
+    cache = options.quantized_cache
+    return QuantizedLinearBuilder(
+        part,
+        wanted,
+        device=options.device,
+        dtype=options.dtype,
+        on_read=fill.count,
+        cache=None if cache is None else QuantizedCache(cache, part, wanted.name, name),
     )
 
 
-def _check_encoder(part: ComponentFiles, config: Any) -> nn.ModuleList:
+def _check_encoder(part: ComponentFiles) -> tuple[Qwen3Config, nn.ModuleList]:
+    """Return the config and all layers, on the meta device, after a check of every tensor."""
+    config = Qwen3Config(**{**part.config, "attn_implementation": "sdpa"})
     with torch.device("meta"):
         layers = nn.ModuleList(
             [Qwen3DecoderLayer(config, number) for number in range(config.num_hidden_layers)]
@@ -266,7 +255,7 @@ def _check_encoder(part: ComponentFiles, config: Any) -> nn.ModuleList:
     expected["model.embed_tokens.weight"] = torch.Size([config.vocab_size, config.hidden_size])
     expected["model.norm.weight"] = torch.Size([config.hidden_size])
     part.check(expected, optional=["lm_head.weight"])
-    return layers
+    return config, layers
 
 
 def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
@@ -274,8 +263,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
     Only edits use the VAE encoder.
     """
-    is_exact = options.linears.is_exact
-    offloader.admit(vae.encoder, stays=is_exact and not options.is_offloaded)
+    offloader.admit(vae.encoder, stays=options.is_exact and not options.is_offloaded)
     offloader.admit(vae.decoder, stays=not options.is_offloaded)
     for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
         if small is not None:
@@ -283,7 +271,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
 
 def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
-    if options.linears.is_exact:
+    if options.is_exact:
         return partial(_decode, vae)
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())
@@ -298,22 +286,22 @@ def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return pixels
 
 
-def _encoder_config(part: ComponentFiles) -> Any:
-    config = Qwen3Config(**part.config)
-    config._attn_implementation = "sdpa"
-    return config
+def _empty(kind: type[nn.Module], part: ComponentFiles) -> nn.Module:
+    """Create *kind* without weights, from the config of *part*, after a check of every tensor.
 
-
-def _from_config(kind: Any, part: ComponentFiles) -> Any:
-    """Create *kind* from its config; keys with a leading underscore are metadata."""
+    Keys of the config with a leading underscore are metadata.
+    """
     arguments = {key: value for key, value in part.config.items() if not key.startswith("_")}
     try:
-        return kind(**arguments)
+        with torch.device("meta"):
+            network = kind(**arguments)
     except (TypeError, ValueError):
         raise StartupError(
             f"{part.label}/config.json does not describe a {kind.__name__}; "
             "it belongs to another model."
         ) from None
+    part.check(_shapes(network))
+    return network
 
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:

@@ -1,20 +1,29 @@
-"""The decode stage: from latents to pixels."""
+"""The decode stage: from latents to pixels, and to previews of a running job.
+
+A preview is the current estimate of the clean latents, decoded small. It delays the image itself,
+so it has to be cheap: the latents are average-pooled to at most 256 pixels a side before the
+decode, a sixteenth of the work at 1024x1024.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from torch.nn import functional
 
+from app.domain import RawImage
 from app.engine import error_mapping
-from app.engine.memory.planner import EXACT_PIXELS
 from app.engine.modules.rope import Grid
 from app.engine.pipeline import image_tensors
-from app.engine.pipeline.components import PipelineComponents
-from app.engine.pipeline.latents import latent_statistics
+from app.engine.pipeline.components import PipelineComponents, pack, unpack
 from app.engine.pipeline.tiled_decode import decode_tiled
 
 _log = logging.getLogger(__name__)
+
+_LONGEST_SIDE = 256
 
 
 def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -> torch.Tensor:
@@ -22,25 +31,39 @@ def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -
 
     In tiles where the memory plan or the size needs it, or after a whole decode ran out of memory.
     """
-    vae = components.vae
+    vae, architecture = components.vae, components.architecture
     with components.offloader.on_gpu(vae.decoder):
-        packed = latents.permute(0, 2, 1).reshape(1, -1, *shape)  # [1, 4 * c, h, w]
-        mean, std = latent_statistics(vae, packed)
-        clean = _unpatchify(packed * std + mean).to(vae.decoder.conv_in.weight.dtype)
-        if components.is_tiled or _pixels(shape) > EXACT_PIXELS:
-            return decode_tiled(components.decode, clean)
-        try:
-            return components.decode(clean)
-        except torch.OutOfMemoryError as error:
-            error_mapping.release(error)
-        _log.warning("The decode found no room and is done in tiles.")
-        return decode_tiled(components.decode, clean)
+        packed = unpack(latents, *shape)  # [1, 4 * c, h, w]
+        mean, std = components.latent_statistics(packed)
+        clean = torch.pixel_shuffle(packed * std + mean, 2)  # [1, c, 2 * h, 2 * w]
+        clean = clean.to(vae.decoder.conv_in.weight.dtype)
+        pixels = shape[0] * shape[1] * architecture.token_pixels
+        if not components.is_tiled and pixels <= architecture.exact_pixels:
+            try:
+                return components.decode(clean)
+            except torch.OutOfMemoryError as error:
+                error_mapping.release(error)
+            _log.warning("The decode found no room and is done in tiles.")
+        return decode_tiled(components.decode, clean, architecture.latent_side)
 
 
-def _pixels(shape: Grid) -> int:
-    return shape[0] * shape[1] * image_tensors.MULTIPLE**2
+def preview_steps(previews: int, steps: int) -> frozenset[int]:
+    """Return the steps after which a preview is made: evenly spaced, never the last."""
+    wanted = {round(steps * number / (previews + 1)) for number in range(1, previews + 1)}
+    return frozenset(step for step in wanted if 0 < step < steps)
 
 
-def _unpatchify(latents: torch.Tensor) -> torch.Tensor:
-    """Reshape [1, 4 * c, h, w] -> [1, c, 2 * h, 2 * w]."""
-    return torch.pixel_shuffle(latents, 2)
+def preview(
+    components: PipelineComponents, estimate: Callable[[], torch.Tensor], shape: Grid
+) -> RawImage:
+    """Decode the current estimate of the clean latents as a small image."""
+    height, width = shape
+    longest = _LONGEST_SIDE // components.architecture.token_side
+    scale = min(1.0, longest / max(height, width))
+    small = (max(1, round(height * scale)), max(1, round(width * scale)))
+    latents = estimate()
+    if small != shape:
+        latents = pack(functional.adaptive_avg_pool2d(unpack(latents, height, width), small))
+    image = image_tensors.to_raw(image_tensors.to_bytes(decode(components, latents, small)).cpu())
+    # Previews are pickled, and a memoryview cannot be.
+    return replace(image, pixels=bytes(image.pixels))

@@ -6,6 +6,7 @@ the pipeline's would; it takes Pillow images, hence Pillow here.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,17 +15,14 @@ from PIL import Image
 from torch.nn import functional
 
 from app.domain import Mask, RawImage
+from app.engine.models.entry import Architecture
 from app.errors import InvalidRequest
 
-REFERENCE_PIXELS = 1024 * 1024
-"""Larger references are scaled down to so many pixels, as in `Flux2KleinPipeline`."""
 
-MULTIPLE = 16
-"""Side in pixels of the square that one token of the transformer covers."""
-
-
-def reference_tensor(image: RawImage, processor: Flux2ImageProcessor) -> torch.Tensor:
-    """Scale to at most one megapixel and crop to whole tokens: [1, 3, h, w] in [-1, 1].
+def reference_tensor(
+    image: RawImage, processor: Flux2ImageProcessor, architecture: Architecture
+) -> torch.Tensor:
+    """Scale down to the model's size of references, crop to whole tokens: [1, 3, h, w] in [-1, 1].
 
     Raises:
         InvalidRequest: the image is too small or too narrow.
@@ -38,13 +36,18 @@ def reference_tensor(image: RawImage, processor: Flux2ImageProcessor) -> torch.T
             "at least 64 pixels, and neither more than 8 times the other.",
             param="image",
         ) from None
-    if image.width * image.height > REFERENCE_PIXELS:
-        picture = processor._resize_to_target_area(picture, REFERENCE_PIXELS)
-    width, height = (side // MULTIPLE * MULTIPLE for side in picture.size)
-    pixels: torch.Tensor = processor.preprocess(
+    pixels, limit = image.width * image.height, architecture.reference_pixels
+    if pixels > limit:
+        # As diffusers' pipeline does.
+        scale = math.sqrt(limit / pixels)
+        size = int(image.width * scale), int(image.height * scale)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    token = architecture.token_side
+    width, height = (side // token * token for side in picture.size)
+    tensor: torch.Tensor = processor.preprocess(
         picture, height=height, width=width, resize_mode="crop"
     )
-    return pixels
+    return tensor
 
 
 def fit_source(image: RawImage, width: int, height: int) -> RawImage:
@@ -71,12 +74,12 @@ def mask_weights(mask: Mask, width: int, height: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width)
 
 
-def mask_tokens(weights: torch.Tensor) -> torch.Tensor:
+def mask_tokens(weights: torch.Tensor, token_side: int) -> torch.Tensor:
     """Downsample a mask to one weight in [0, 1] per token, [1, tokens, 1].
 
     As `Flux2KleinInpaintPipeline` does: thresholded at 128, then bilinear.
     """
-    height, width = (side // MULTIPLE for side in weights.shape)
+    height, width = (side // token_side for side in weights.shape)
     painted = (weights >= 128).float()[None, None]
     small = functional.interpolate(painted, size=(height, width), mode="bilinear")
     return small.reshape(1, height * width, 1)

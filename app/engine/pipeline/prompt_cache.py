@@ -8,19 +8,10 @@ encoder at one precision, so the prompt alone is the key.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import torch
 
 from app.engine.runtime.tokenizer import Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class CachedPrompt:
-    """The tokens of a prompt, and the index of its embeddings in the store."""
-
-    tokens: Tokens
-    place: int
 
 
 class PromptCache:
@@ -33,7 +24,8 @@ class PromptCache:
     def __init__(self, size: int, device: torch.device) -> None:
         self._size = size
         self._device = device
-        self._entries: OrderedDict[str, CachedPrompt] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[Tokens, int]] = OrderedDict()
+        """The tokens of a prompt, and the index of its embeddings in the store."""
         self._store: torch.Tensor | None = None
 
     @property
@@ -41,18 +33,15 @@ class PromptCache:
         """Whether prompts are cached at all."""
         return self._size > 0
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def get(self, prompt: str) -> tuple[Tokens, torch.Tensor] | None:
         """Return the tokens and a copy of the embeddings of *prompt* on the device, or None."""
-        entry = self._entries.get(prompt)
-        if entry is None or self._store is None:
+        if self._store is None or prompt not in self._entries:
             return None
         self._entries.move_to_end(prompt)
+        tokens, place = self._entries[prompt]
         # A copy on the CPU too, so that no caller can change the entry.
-        value = torch.empty_like(self._store[entry.place], device=self._device)
-        return entry.tokens, value.copy_(self._store[entry.place], non_blocking=True)
+        value = torch.empty_like(self._store[place], device=self._device)
+        return tokens, value.copy_(self._store[place], non_blocking=True)
 
     def put(self, prompt: str, tokens: Tokens, embeddings: torch.Tensor) -> None:
         """Store the *embeddings* of *prompt*, unless it is cached; the copy is asynchronous."""
@@ -66,6 +55,6 @@ class PromptCache:
             )
         place = len(self._entries)
         if place == self._size:
-            place = self._entries.popitem(last=False)[1].place
+            _, (_, place) = self._entries.popitem(last=False)
         self._store[place].copy_(embeddings, non_blocking=True)
-        self._entries[prompt] = CachedPrompt(tokens, place)
+        self._entries[prompt] = tokens, place

@@ -10,8 +10,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from app.domain import ImageSpec
 from app.engine.modules.rope import Grid
 from app.engine.pipeline import image_tensors
-from app.engine.pipeline.components import PipelineComponents
-from app.engine.pipeline.latents import latent_statistics, pack
+from app.engine.pipeline.components import PipelineComponents, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,8 @@ def encode_references(components: PipelineComponents, spec: ImageSpec) -> Refere
     """Encode the references; with a mask the first is the source, scaled to the output's size."""
     if not spec.references:
         return References()
-    processor = Flux2ImageProcessor(vae_scale_factor=image_tensors.MULTIPLE)
+    architecture = components.architecture
+    processor = Flux2ImageProcessor(vae_scale_factor=architecture.token_side)
     images = list(spec.references)
     if spec.mask is not None:
         images[0] = image_tensors.fit_source(images[0], spec.width, spec.height)
@@ -51,7 +51,7 @@ def encode_references(components: PipelineComponents, spec: ImageSpec) -> Refere
                 components,
                 image_tensors.source_tensor(image, processor)
                 if number == 0 and spec.mask is not None
-                else image_tensors.reference_tensor(image, processor),
+                else image_tensors.reference_tensor(image, processor, architecture),
             )
             for number, image in enumerate(images)
         ]
@@ -62,7 +62,9 @@ def encode_references(components: PipelineComponents, spec: ImageSpec) -> Refere
         weights = image_tensors.mask_weights(spec.mask, spec.width, spec.height)
         source = Source(
             latents=packed[0],
-            weights=image_tensors.mask_tokens(weights).to(components.device, components.dtype),
+            weights=image_tensors.mask_tokens(weights, architecture.token_side).to(
+                components.device, components.dtype
+            ),
             pixels=image_tensors.to_tensor(images[0]),
             mask=weights,
         )
@@ -73,12 +75,7 @@ def _encode_image(components: PipelineComponents, pixels: torch.Tensor) -> torch
     vae = components.vae
     pixels = pixels.to(components.device, vae.encoder.conv_in.weight.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
-    latents = _patchify(latents)
-    mean, std = latent_statistics(vae, latents)
+    latents = torch.pixel_unshuffle(latents, 2)  # [1, c, 2 * h, 2 * w] -> [1, 4 * c, h, w]
+    mean, std = components.latent_statistics(latents)
     normal: torch.Tensor = ((latents - mean) / std).to(components.dtype)
     return normal
-
-
-def _patchify(latents: torch.Tensor) -> torch.Tensor:
-    """Reshape [1, c, 2 * h, 2 * w] -> [1, 4 * c, h, w]."""
-    return torch.pixel_unshuffle(latents, 2)

@@ -20,21 +20,19 @@ class Text:
 
     embeddings: torch.Tensor
     negative: torch.Tensor | None
-    token_count: int
-    is_cut: bool
+    tokens: Tokens
     is_cached: bool
 
 
 def encode_text(components: PipelineComponents, spec: ImageSpec) -> Text:
-    """Encode the prompt, and the empty prompt where classifier-free guidance runs."""
+    """Encode the prompt, and the empty prompt where classifier-free guidance runs.
+
+    It never runs for a distilled model.
+    """
     tokens, embeddings, is_cached = _embed(components, spec.prompt)
-    negative = _embed(components, "")[1] if is_guided(components, spec) else None
-    return Text(embeddings, negative, tokens.count, tokens.is_cut, is_cached)
-
-
-def is_guided(components: PipelineComponents, spec: ImageSpec) -> bool:
-    """Return whether classifier-free guidance runs: never for a distilled model."""
-    return spec.guidance_scale > 1 and not components.is_distilled
+    is_guided = spec.guidance_scale > 1 and not components.is_distilled
+    negative = _embed(components, "")[1] if is_guided else None
+    return Text(embeddings, negative, tokens, is_cached)
 
 
 def _embed(components: PipelineComponents, prompt: str) -> tuple[Tokens, torch.Tensor, bool]:

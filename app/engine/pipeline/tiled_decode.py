@@ -18,8 +18,6 @@ TILE = 72
 OVERLAP = 16
 """Overlap of adjacent tiles in latents."""
 
-_SCALE = 8
-
 
 def starts(length: int, tile: int = TILE, overlap: int = OVERLAP) -> list[int]:
     """Return the tiles' starts along *length*: the first at 0, the last flush, others evenly."""
@@ -30,37 +28,32 @@ def starts(length: int, tile: int = TILE, overlap: int = OVERLAP) -> list[int]:
 
 
 def decode_tiled(
-    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor
+    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, scale: int
 ) -> torch.Tensor:
-    """Decode [1, c, h, w] in tiles to [1, 3, 8 * h, 8 * w], in the input's dtype."""
+    """Decode [1, c, h, w] in tiles to [1, 3, scale * h, scale * w], in the input's dtype."""
     height, width = latents.shape[2:]
     tile_h, tile_w = min(TILE, height), min(TILE, width)
     rows, columns = starts(height), starts(width)
     total = torch.zeros(
-        (1, 3, height * _SCALE, width * _SCALE), device=latents.device, dtype=torch.float32
+        (1, 3, height * scale, width * scale), device=latents.device, dtype=torch.float32
     )
     weight = torch.zeros_like(total[:, :1])
-    ramp = _ramp(tile_h, len(rows))[:, None] * _ramp(tile_w, len(columns))[None, :]
+    ramp = _ramp(tile_h, len(rows), scale)[:, None] * _ramp(tile_w, len(columns), scale)[None, :]
     ramp = ramp.to(latents.device)
     for row in rows:
         for column in columns:
             tile = latents[:, :, row : row + tile_h, column : column + tile_w].contiguous()
-            top, left = row * _SCALE, column * _SCALE
-            place = (slice(None), slice(None), *_window(top, left, *ramp.shape))
+            top, left = row * scale, column * scale
+            place = (..., slice(top, top + tile_h * scale), slice(left, left + tile_w * scale))
             total[place] += decode(tile).float() * ramp
             weight[place] += ramp
     return (total / weight).to(latents.dtype)
 
 
-def _window(top: int, left: int, height: int, width: int) -> tuple[slice, slice]:
-    return slice(top, top + height), slice(left, left + width)
-
-
-def _ramp(tile: int, count: int) -> torch.Tensor:
+def _ramp(tile: int, count: int, scale: int) -> torch.Tensor:
     """Return weights along a tile: rising over the overlap at both ends, 1 for a single tile."""
-    side = tile * _SCALE
+    side = tile * scale
     if count == 1:
         return torch.ones(side)
-    edge = OVERLAP * _SCALE
-    rise = (torch.arange(side) + 1) / edge
+    rise = (torch.arange(side) + 1) / (OVERLAP * scale)
     return torch.minimum(rise, rise.flip(0)).clamp(max=1.0)

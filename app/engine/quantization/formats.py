@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from app.engine.checkpoint.files import QuantizedLayer
+    from app.engine.models.entry import Architecture
 
 AUTO = "auto"
 """The value of `KLEIN_PRECISION` that leaves the choice to the GPU and its probes."""
@@ -118,11 +119,14 @@ class WeightFormat:
         tensors = (weight.to(dtype),) if layers.quantize is None else layers.quantize(weight)
         return layers.make(*tensors).to(weight.device)
 
-    def fault(self, device: torch.device) -> str:
-        """Say why it does not run on *device*; return an empty string where it does."""
+    def fault(self, device: torch.device, architecture: Architecture) -> str:
+        """Say why it does not run on *device*; return an empty string where it does.
+
+        Where it must win against bf16, it is timed at the widest matmul of *architecture*.
+        """
         from app.engine.quantization.probe import kernel_fault
 
-        return self.missing() or kernel_fault(self, device)
+        return self.missing() or kernel_fault(self, device, architecture)
 
 
 FORMATS: dict[str, WeightFormat] = {

@@ -43,6 +43,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from app.engine import torch_private
 from app.engine.checkpoint.files import QuantizedLayer
 from app.engine.quantization.int8_kernel import Matmul, fused_matmul
 
@@ -87,14 +88,7 @@ class Fp8Linear(nn.Module):
             scale, inverse = self.input_scale, self.input_inverse
         quantized = (flat * inverse).clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
         if x.is_cuda:
-            product = torch._scaled_mm(
-                quantized,
-                self.weight.t(),
-                scale_a=scale,
-                scale_b=self.scale,
-                out_dtype=x.dtype,
-                use_fast_accum=True,
-            )
+            product = torch_private.scaled_mm(quantized, self.weight, scale, self.scale, x.dtype)
         else:
             exact = quantized.float() @ self.weight.float().t()
             product = (exact * (scale * self.scale)).to(x.dtype)
@@ -229,9 +223,9 @@ def _int_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not rows.is_cuda:
         return _int_mm_on_processor(rows, weight)
     count = rows.shape[0]
-    if count <= 16:  # `torch._int_mm` needs more than 16 rows on CUDA
+    if count <= 16:  # torch's kernel needs more than 16 rows on CUDA
         rows = functional.pad(rows, (0, 0, 0, 32 - count))
-    return torch._int_mm(rows, weight.t())[:count]
+    return torch_private.int_mm(rows, weight)[:count]
 
 
 def _int_mm_on_processor(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -13,46 +13,49 @@ from collections.abc import Callable
 
 import torch
 
+from app.engine.models.entry import Architecture
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from app.engine.modules.attention import TOLERANCE, relative_error
 from app.engine.quantization.formats import WeightFormat, automatic
 from app.engine.quantization.select import GpuCapabilities
 
 _log = logging.getLogger(__name__)
-# klein's widest matmul at one megapixel: 4096 image tokens and 512 text tokens.
-_TOKENS = 4608
-_WIDTHS = (3072, 27648)
 _ROUNDS = 4
 
 
-def probe_gpu(device: torch.device) -> GpuCapabilities | None:
+def probe_gpu(
+    device: torch.device, architecture: Architecture = FLUX2_KLEIN_4B
+) -> GpuCapabilities | None:
     """Probe the formats in their order until one runs on *device*; return None for the CPU."""
     if device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(device)
     faults: dict[str, str] = {}
     for each in automatic():
-        if not (fault := each.fault(device)):
+        if not (fault := each.fault(device, architecture)):
             return GpuCapabilities(capability, frozenset([each.name]), faults)
         faults[each.name] = fault
     return GpuCapabilities(capability, frozenset(), faults)
 
 
-def kernel_fault(wanted: WeightFormat, device: torch.device) -> str:
+def kernel_fault(wanted: WeightFormat, device: torch.device, architecture: Architecture) -> str:
     """Say why the matmul of *wanted* is wrong or too slow on *device*; return "" if it is not."""
     if not _is_right(wanted, device):
         return f"{wanted.kernel}'s product does not agree with bf16 here"
     if not wanted.must_win or device.type != "cuda":
         return ""
-    ours, plain = _race(wanted, device)
+    ours, plain = _race(wanted, device, *architecture.widest_matmul)
     torch.cuda.empty_cache()
     _log.info("A matmul in %s takes %.2f ms, in bf16 %.2f ms", wanted.name, 1e3 * ours, 1e3 * plain)
     return "" if ours < plain else f"{ours / plain:.2f} times bf16's time on this card"
 
 
-def _race(wanted: WeightFormat, device: torch.device) -> tuple[float, float]:
-    """Return the seconds of klein's widest matmul in *wanted* and in bf16."""
-    weight = torch.randn(_WIDTHS[::-1], device=device, dtype=torch.bfloat16)
-    x = torch.randn(_TOKENS, _WIDTHS[0], device=device, dtype=torch.bfloat16)
+def _race(
+    wanted: WeightFormat, device: torch.device, rows: int, inputs: int, outputs: int
+) -> tuple[float, float]:
+    """Return the seconds of a matmul of these sizes in *wanted* and in bf16."""
+    weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+    x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
     layer = wanted.build(weight, weight.dtype)
     return _seconds(lambda: layer(x)), _seconds(lambda: x @ weight.t())
 

@@ -16,7 +16,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from app.engine import torch_private
 from app.engine.hub import trust
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class _Compiled:
             self._sizes = sizes
         try:
             return self._first(*inputs) if sizes == self._sizes else self._general(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch_private.compiler_errors() as error:
             self._has_failed = True
             self._failures.append(type(error).__name__)
             _log.warning("Pictures take longer: a function could not be compiled.", exc_info=True)
@@ -150,8 +150,7 @@ def choose_compiler(device: torch.device, cache: Path) -> Compiler:
     # The compiler's progress bars, shown or not, would make a lock between processes, and one that
     # ends without its clean-up (app.worker.child) leaves it behind with a warning.
     tqdm.set_lock(RLock())
-    torch._dynamo.config.recompile_limit = _RECOMPILES
-    torch._dynamo.config.accumulated_recompile_limit = 4 * _RECOMPILES
+    torch_private.limit_recompiles(_RECOMPILES, 4 * _RECOMPILES)
     return Compiler(is_on=True, has_graphs=True, reason="Triton and a C compiler are there")
 
 
@@ -161,10 +160,8 @@ def freeze() -> None:
     The compiler's processes, one for each core, are ended.
     """
     torch.compiler.set_stance("eager_on_recompile")
-    workers = sys.modules.get("torch._inductor.async_compile")
-    if workers is not None:
-        # An image need not wait for their end.
-        Thread(target=workers.shutdown_compile_workers, name="compilers' end", daemon=True).start()
+    # An image need not wait for their end.
+    Thread(target=torch_private.end_compile_workers, name="compilers' end", daemon=True).start()
 
 
 def thaw() -> None:

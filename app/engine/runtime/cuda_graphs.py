@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,17 +14,14 @@ _KEPT_GRAPHS = 4
 _COUNTED_SHAPES = 64
 
 
-class GraphPool:
-    """The memory pool that a model's graphs share, since no two of them run at the same time."""
+GraphPool = Callable[[], Any]
+"""Returns PyTorch's handle of the memory pool that a model's graphs share, created at the first
+call; sharing is possible since no two graphs run at the same time."""
 
-    def __init__(self) -> None:
-        self._handle: Any = None
 
-    def handle(self) -> Any:
-        """Return PyTorch's handle of the pool, created at the first call."""
-        if self._handle is None:
-            self._handle = torch.cuda.graph_pool_handle()
-        return self._handle
+def new_pool() -> GraphPool:
+    """Return a pool for the graphs of one model."""
+    return cache(torch.cuda.graph_pool_handle)
 
 
 class CudaGraphs:
@@ -52,7 +50,7 @@ class CudaGraphs:
                 return function(*inputs)
             while len(self._graphs) >= _KEPT_GRAPHS:
                 self._graphs.popitem(last=False)
-            graph = _Graph(function, inputs, self._pool.handle())
+            graph = _Graph(function, inputs, self._pool())
         self._graphs[key] = graph
         return graph.replay(inputs)
 

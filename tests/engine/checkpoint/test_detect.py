@@ -53,7 +53,7 @@ def expected(folder):
 
 
 def weights_of(loaded) -> dict[str, torch.Tensor]:
-    return loaded.components.transformer.state_dict()
+    return loaded.components.transformer.network.state_dict()
 
 
 def is_near(made: torch.Tensor, right: torch.Tensor, tolerance: float) -> bool:
@@ -68,7 +68,7 @@ def test_one_file_in_bfl_names_gives_the_folders_latents(folder, expected, preci
     loaded = load_model(write_bf16(folder, folder / name, prefix), precision)
 
     right = load_file(folder / "transformer" / WEIGHTS)
-    assert loaded.components.layout == f"diffusers folder with {name}"
+    assert loaded.features[-1] == f"diffusers folder with {name}"
     for key, value in weights_of(loaded).items():
         assert torch.equal(value, right[key].to(value.dtype)), key
     # The last bit of a product hangs on where its weights happen to lie.
@@ -81,7 +81,7 @@ def test_comfyuis_folder_gives_the_folders_latents(folder, expected, tmp_path, v
     tensors = bfl_vae(folder) if vae == "bfl" else None
     loaded = load_model(to_comfy(folder, tmp_path / "models", tensors))
 
-    assert loaded.components.layout == "ComfyUI models folder"
+    assert loaded.features[-1] == "ComfyUI models folder"
     assert is_near(latents(loaded), expected["fp32"], 1e-5)
     right = load_file(folder / "vae" / WEIGHTS)
     assert loaded.components.vae.state_dict().keys() == right.keys()
@@ -102,7 +102,7 @@ def test_on_a_processor_the_vae_stays_in_float32(folder):
     components = load_model(folder, "bf16").components
 
     assert components.vae.decoder.conv_in.weight.dtype is torch.float32
-    assert components.transformer.proj_out.weight.dtype is torch.bfloat16
+    assert components.transformer.network.proj_out.weight.dtype is torch.bfloat16
     assert decode(components, latents(load_model(folder, "bf16")), (4, 6)).dtype is torch.float32
 
 
@@ -170,7 +170,7 @@ def test_fp8_layers_come_near_the_folded_scales(folder, expected, spelling):
     path = spell_fp8(folder, folder / f"near {spelling}.safetensors", spelling)
     loaded = load_model(path, "fp8")
 
-    blocks = loaded.components.transformer.transformer_blocks
+    blocks = loaded.components.transformer.network.transformer_blocks
     assert blocks[0].image_qkv.weight.dtype is torch.float8_e4m3fn
     assert is_near(latents(loaded), expected["fp32"], 0.1)
 
@@ -183,7 +183,7 @@ def test_an_uncalibrated_input_scale_is_looked_up_at_each_call(folder):
             layers = read_transformer(file, None).quantized
             assert all(layer.input_scale is None for layer in layers.values()), scale
     loaded = load_model(write_fp8(folder, folder / "calibrated.safetensors"), "fp8")
-    layer = loaded.components.transformer.transformer_blocks[0].image_out
+    layer = loaded.components.transformer.network.transformer_blocks[0].image_out
     assert isinstance(layer, Fp8Linear)
     assert float(layer.input_scale) == pytest.approx(0.05)
 
@@ -192,7 +192,7 @@ def test_a_layer_may_ask_for_full_precision(folder):
     """`full_precision_matrix_mult` in the header: one byte of weight, but no rounded input."""
     notes = {"full_precision_matrix_mult": True}
     path = write_fp8(folder, folder / "full precision.safetensors", notes=notes)
-    blocks = load_model(path, "fp8").components.transformer.single_transformer_blocks
+    blocks = load_model(path, "fp8").components.transformer.network.single_transformer_blocks
 
     assert isinstance(blocks[0].joined, WeightOnlyLinear)
     assert blocks[0].joined.weight.dtype is torch.float8_e4m3fn

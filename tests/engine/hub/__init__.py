@@ -34,6 +34,7 @@ def published(repository: str, path: str) -> RemoteFile:
 
 VARIANT = ModelEntry(
     spec=KLEIN.spec,
+    architecture=KLEIN.architecture,
     shared=(published(OWN, CONFIG), published(OWN, ENCODER)),
     transformers={
         "fp8": published(FP8, SINGLE),

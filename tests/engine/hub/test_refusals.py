@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,24 +46,29 @@ class TestRefusals:
         assert downloads.waits == []
         assert len(downloads.hub.seen) == 1
 
-    def test_disk_too_small(self, downloads):
+    def test_disk_too_small(self, downloads, monkeypatch):
         """The room is judged before the first request, and both numbers are named."""
         huge = replace(VARIANT.shared[0], size_bytes=12_300_000_000)
         variant = replace(VARIANT, shared=(huge,))
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda folder: SimpleNamespace(free=3_100_000_000)
+        )
 
         downloads.fails(
             r"12\.3 GB are needed and 3\.1 GB are free",
             variant=variant,
-            free_bytes=lambda folder: 3_100_000_000,
         )
 
         assert downloads.hub.seen == []
 
-    def test_what_lies_there_needs_no_room(self, downloads):
+    def test_what_lies_there_needs_no_room(self, downloads, monkeypatch):
         """Only what is still to come counts against the free space."""
         downloads.run("fp8")
 
-        downloads.run("bf16", free_bytes=lambda folder: len(content(BF16)))
+        free = len(content(BF16))
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+        downloads.run("bf16")
 
     def test_folder_that_cannot_be_written(self, downloads):
         """A cache that may not be written to is named as what it is."""
@@ -75,7 +82,7 @@ class TestRefusals:
 
         downloads.fails(
             "not a repository of the catalogue",
-            variant=ModelEntry(spec=KLEIN.spec, transformers={"fp8": stray}),
+            variant=ModelEntry(KLEIN.spec, KLEIN.architecture, transformers={"fp8": stray}),
         )
 
         assert downloads.hub.seen == []

@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.engine.memory.planner import (
-    COMPILED,
     CONTEXT_BYTES,
-    EAGER,
-    EXACT_PIXELS,
     GB,
     PLANS,
     Plan,
@@ -16,7 +13,10 @@ from app.engine.memory.planner import (
     peak_bytes,
     plan_memory,
 )
+from app.engine.models.registry import find_model
 
+ARCHITECTURE = find_model("flux.2-klein-4b").architecture
+COMPILED, EAGER = ARCHITECTURE.compiled, ARCHITECTURE.eager
 # klein 4B's networks as they lie on the card: one byte for each weight of a block.
 KLEIN = Weights(
     transformer=4_070_000_000,
@@ -31,7 +31,7 @@ LIMIT = 4 * MEGAPIXEL
 
 def plan(free_gb: float, weights: Weights = KLEIN, rates=COMPILED, **changes):
     values = {"default_pixels": MEGAPIXEL, "limit_pixels": LIMIT} | changes
-    return plan_memory(int(free_gb * GB), weights, rates, **values)
+    return plan_memory(int(free_gb * GB), weights, ARCHITECTURE, rates, **values)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,11 @@ def test_no_admitted_size_needs_more_than_there_is(free_gb, weights, rates):
     for references, pixels in enumerate(found.max_pixels):
         assert pixels % 4096 == 0
         if pixels:
-            assert peak_bytes(found.name, weights, rates, pixels, references) <= budget
-        if pixels < EXACT_PIXELS - 4096 and pixels < LIMIT:
-            more = peak_bytes(found.name, weights, rates, pixels + 4096, references)
+            assert (
+                peak_bytes(found.name, weights, ARCHITECTURE, rates, pixels, references) <= budget
+            )
+        if pixels < ARCHITECTURE.exact_pixels - 4096 and pixels < LIMIT:
+            more = peak_bytes(found.name, weights, ARCHITECTURE, rates, pixels + 4096, references)
             assert more > budget
 
 
@@ -116,15 +118,17 @@ def test_a_plan_that_is_asked_for_is_taken(name):
 )
 def test_a_megapixel_stays_within_the_envelope(name, bar):
     """What each plan reckons with for 1024x1024 is at most what it is meant to take."""
-    assert peak_bytes(Plan(name), KLEIN, COMPILED, MEGAPIXEL) <= bar * GB
+    assert peak_bytes(Plan(name), KLEIN, ARCHITECTURE, COMPILED, MEGAPIXEL) <= bar * GB
 
 
 @pytest.mark.parametrize(("name", "following"), [*zip(PLANS, (*PLANS[1:], None), strict=True)])
 def test_each_plan_is_taken_to_its_last_byte(name, following):
     """Where its default image just fits; with one byte less it is the next plan's turn."""
-    enough = peak_bytes(name, KLEIN, COMPILED, MEGAPIXEL) + CONTEXT_BYTES
+    enough = peak_bytes(name, KLEIN, ARCHITECTURE, COMPILED, MEGAPIXEL) + CONTEXT_BYTES
     found, less = (
-        plan_memory(free, KLEIN, COMPILED, default_pixels=MEGAPIXEL, limit_pixels=LIMIT)
+        plan_memory(
+            free, KLEIN, ARCHITECTURE, COMPILED, default_pixels=MEGAPIXEL, limit_pixels=LIMIT
+        )
         for free in (enough, enough - 1)
     )
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pytest
+from PIL import Image
 
+from app.domain import ImageSpec
+from app.engine.config import EngineConfig
 from app.engine.models.registry import MODELS, files_for, find_model, find_spec
 from app.errors import StartupError
+from tests.api.apps import app_on
+from tests.api.conftest import client_of
+from tests.support.in_process import InProcess
 
 KLEIN, BASE, SHAPES = "flux.2-klein-4b", "flux.2-klein-base-4b", "shapes"
 
@@ -140,3 +148,61 @@ def test_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "set()\n"
+
+
+@pytest.fixture
+def second(tiny_klein, monkeypatch):
+    """One more model by one more entry: other layers are read, other sizes and steps allowed."""
+    spec = replace(
+        find_spec(SHAPES),
+        id="second",
+        title="a second small model",
+        default_width=96,
+        default_height=64,
+        default_steps=2,
+        max_steps=3,
+        min_side=64,
+        max_side=128,
+        max_pixels=128 * 96,
+        max_sequence_length=48,
+    )
+    layers = replace(find_model(SHAPES).architecture, text_layers=(2, 4, 5), text_width=32)
+    architecture = replace(layers, latent_channels=8)
+    entry = replace(find_model(SHAPES), spec=spec, architecture=architecture, folder=tiny_klein)
+    monkeypatch.setitem(MODELS, "second", entry)
+    return entry
+
+
+@pytest.mark.torch
+def test_a_second_model_is_one_entry(second, tmp_path):
+    """The engine loads it with the entry's numbers, and makes a picture with its defaults."""
+    from app.engine.engine import KleinEngine
+
+    seen = []
+    engine = KleinEngine(EngineConfig("second", None, str(tmp_path), None))
+    info = engine.load(lambda _: None)
+    made = engine.generate(
+        ImageSpec("word " * 20, 96, 64, second.spec.default_steps, 1.0, 7),
+        seen.append,
+        lambda: False,
+    )
+    encoder = engine._started.components.encoder
+    engine.close()
+
+    assert (info.model, info.revision) == ("second", "embedded")
+    assert info.max_pixels == (128 * 96,) * 5
+    assert (made.image.width, made.image.height, len(made.timings.steps)) == (96, 64, 2)
+    assert (made.prompt_tokens, made.is_prompt_cut) == (48, True)
+    assert len(encoder.layers) == 5
+
+
+async def test_a_second_models_defaults_are_the_services(second):
+    """What is left out of a request comes from the entry; what it does not allow is refused."""
+    runtime = InProcess(model="second")
+    async with client_of(app_on(runtime)) as client:
+        plain = await client.post("/generate", json={"prompt": "a red circle"})
+        wrong = await client.post("/generate", json={"prompt": "a", "num_inference_steps": 4})
+
+    assert Image.open(io.BytesIO(plain.content)).size == (96, 64)
+    assert wrong.status_code == 400
+    assert "3" in wrong.json()["error"]["message"]

@@ -51,7 +51,7 @@ def test_a_local_decoder_is_joined_exactly(height, width):
         return functional.interpolate(each[:, :3], scale_factor=8.0)
 
     plane = latents(height, width)
-    assert torch.allclose(tiled_decode.decode_tiled(decode, plane), decode(plane), atol=1e-5)
+    assert torch.allclose(tiled_decode.decode_tiled(decode, plane, 8), decode(plane), atol=1e-5)
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def test_the_tiled_picture_is_the_whole_one(components):
     """
     plane = latents(40, 96)
     whole = components.decode(plane)
-    tiled = tiled_decode.decode_tiled(components.decode, plane)
+    tiled = tiled_decode.decode_tiled(components.decode, plane, 8)
 
     assert tiled.shape == whole.shape == (1, 3, 320, 768)
     error = (tiled - whole).abs()
@@ -104,7 +104,9 @@ def test_a_second_failure_is_the_jobs(components, monkeypatch):
 def test_tiles_are_taken_by_plan_or_by_size(components, monkeypatch, is_tiled, shape):
     """A tiled plan tiles always; any plan tiles over 1.3 megapixels."""
     taken = []
-    monkeypatch.setattr(decode_stage, "decode_tiled", lambda _, each: taken.append(each) or each)
+    monkeypatch.setattr(
+        decode_stage, "decode_tiled", lambda _, each, scale: taken.append(each) or each
+    )
     monkeypatch.setattr(components, "is_tiled", is_tiled)
     decode_stage.decode(components, torch.zeros(1, shape[0] * shape[1], 32), shape)
 

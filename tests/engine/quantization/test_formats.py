@@ -19,6 +19,7 @@ from app.engine.checkpoint.safetensors_io import SafetensorsFile
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from app.engine.memory.budget import choose_plan
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from app.engine.models.registry import find_model, find_spec
 from app.engine.quantization.formats import FORMATS, Layers, WeightFormat, choices
 from app.engine.quantization.select import GpuCapabilities, choose_precision
@@ -121,6 +122,7 @@ def test_a_new_format_is_planned_with_its_bytes(dummy, tiny_klein, monkeypatch):
             choose_plan(
                 config,
                 find_spec(MODEL),
+                FLUX2_KLEIN_4B,
                 checkpoint,
                 torch.device("cuda", 0),
                 choose_precision(name, facts, is_small=False),
@@ -141,7 +143,7 @@ def test_a_new_format_is_offered_and_chosen(dummy):
     assert read_settings({"KLEIN_PRECISION": "dummy"}).precision == "dummy"
     assert parse_precisions("dummy,fp8") == ("dummy", "fp8")
     assert (chosen.name, chosen.reason) == ("dummy", "sm_90 has the dummy's kernel")
-    floors = {roofline(GPUS[0], name, 512, 512, 4) for name in ("int8", "dummy")}
+    floors = {roofline(FLUX2_KLEIN_4B, GPUS[0], name, 512, 512, 4) for name in ("int8", "dummy")}
     assert len(floors) == 1
 
 
@@ -176,7 +178,7 @@ def test_an_entry_builds_a_layer_of_any_size_that_agrees_with_bf16(name):
 
     assert layer(torch.randn(3, 80, dtype=torch.bfloat16)).shape == (3, 48)
     assert all(hasattr(layer, word) for word in FORMATS[name].layers().cached)
-    assert FORMATS[name].fault(CPU) == ""
+    assert FORMATS[name].fault(CPU, FLUX2_KLEIN_4B) == ""
 
 
 def test_an_entry_says_why_it_does_not_run():
@@ -186,8 +188,8 @@ def test_an_entry_says_why_it_does_not_run():
         DUMMY, kernel="a library", layers=lambda: Layers(AffineLinear, lambda w: quantize(-w))
     )
 
-    assert lost.fault(CPU) == "its library is not installed"
-    assert wrong.fault(CPU) == "a library's product does not agree with bf16 here"
+    assert lost.fault(CPU, FLUX2_KLEIN_4B) == "its library is not installed"
+    assert wrong.fault(CPU, FLUX2_KLEIN_4B) == "a library's product does not agree with bf16 here"
 
 
 def test_the_names_come_without_torch():

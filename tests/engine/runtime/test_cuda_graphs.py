@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.engine.runtime import cuda_graphs
-from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
+from app.engine.runtime.cuda_graphs import CudaGraphs, new_pool
 
 pytestmark = pytest.mark.torch
 
@@ -26,7 +26,7 @@ def recorded(monkeypatch):
             return self._function(*inputs)
 
     monkeypatch.setattr(cuda_graphs, "_Graph", Recording)
-    monkeypatch.setattr(GraphPool, "handle", lambda _: "the pool")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
     return seen
 
 
@@ -37,7 +37,7 @@ def run(graphs: CudaGraphs, rows: int) -> None:
 
 def test_a_shape_is_recorded_after_its_first_uses(recorded):
     """Four plain passes, the fifth records, all later ones replay."""
-    graphs = CudaGraphs(GraphPool(), is_on=True, after=4)
+    graphs = CudaGraphs(new_pool(), is_on=True, after=4)
     for _ in range(4):
         run(graphs, 5)
     assert recorded == []
@@ -48,7 +48,7 @@ def test_a_shape_is_recorded_after_its_first_uses(recorded):
 
 def test_nothing_is_recorded_where_graphs_are_off(recorded):
     """Without a card every pass is plain."""
-    graphs = CudaGraphs(GraphPool(), is_on=False, after=1)
+    graphs = CudaGraphs(new_pool(), is_on=False, after=1)
     for _ in range(4):
         run(graphs, 5)
     assert recorded == []
@@ -56,7 +56,7 @@ def test_nothing_is_recorded_where_graphs_are_off(recorded):
 
 def test_the_last_few_are_kept_and_a_lost_one_waits_again(recorded):
     """Five sizes in turn: the fifth takes the oldest's place, which must be used anew to return."""
-    graphs = CudaGraphs(GraphPool(), is_on=True, after=1)
+    graphs = CudaGraphs(new_pool(), is_on=True, after=1)
     for rows in (1, 2, 3, 4, 5):
         run(graphs, rows)
         run(graphs, rows)
@@ -70,7 +70,7 @@ def test_the_last_few_are_kept_and_a_lost_one_waits_again(recorded):
 
 def test_what_is_counted_is_bounded(recorded):
     """A caller who asks for every size there is takes no memory for it."""
-    graphs = CudaGraphs(GraphPool(), is_on=True, after=2)
+    graphs = CudaGraphs(new_pool(), is_on=True, after=2)
     for rows in range(1, 300):
         run(graphs, rows)
     assert len(graphs._uses) == 64

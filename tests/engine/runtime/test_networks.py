@@ -1,0 +1,100 @@
+"""The two implementations of transformer and text encoder: the same calls, the same numbers."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+
+from app.domain import RawImage
+from app.engine.pipeline.components import pack
+from app.engine.pipeline.denoise import draw_noise
+from app.engine.pipeline.references import encode_references
+from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
+from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
+from app.engine.runtime.networks import TextEncoder, Transformer
+from tests.support.layout_files import SPEC, build
+
+pytestmark = pytest.mark.torch
+
+LIMIT = 1e-5
+PROMPTS = ("a red circle", "", "long " * 200)
+"""With padding, with nothing else, and without any."""
+SIZES = ((64, 64), (96, 48), (32, 128))
+REFERENCE = RawImage(80, 64, bytes(number * 7 % 256 for number in range(80 * 64 * 3)))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_klein):
+    """The same weights in both, neither quantized."""
+    exact = build(tiny_klein, linears="fp32")
+    fused = build(tiny_klein, linears="plain", encoder_linears="plain")
+    assert isinstance(exact.transformer, ExactTransformer)
+    assert isinstance(fused.transformer, FusedTransformer)
+    return exact, fused
+
+
+def error(made: torch.Tensor, right: torch.Tensor) -> float:
+    assert made.shape == right.shape
+    return float((made.double() - right.double()).norm() / right.double().norm())
+
+
+def embed(components, prompt: str) -> torch.Tensor:
+    return components.encoder(components.tokenizer(prompt), components.device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["padded", "empty", "full"])
+def test_prompt_embeddings_are_the_same(pair, prompt):
+    """Every layer that is read, at every token, padding included."""
+    right, made = (embed(components, prompt) for components in pair)
+
+    assert error(made, right) <= LIMIT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[2]], ids=["padded", "full"])
+def test_velocities_are_the_same(pair, width, height, prompt):
+    """With a reference image, early and late in the schedule."""
+    spec = replace(SPEC, width=width, height=height, references=(REFERENCE,))
+    made = []
+    for components in pair:
+        references = encode_references(components, spec)
+        tokens = torch.cat([pack(draw_noise(components, spec)), references.latents], dim=1)
+        context = components.transformer.embed_context(embed(pair[0], prompt))
+        rope = components.rope(context.shape[1], (components.grid(spec), *references.grids))
+        made.append(
+            [
+                components.transformer.predict(tokens, torch.tensor([time]), context, rope)
+                for time in (1.0, 0.25)
+            ]
+        )
+
+    for right, other in zip(*made, strict=True):
+        assert error(other, right) <= LIMIT
+
+
+def public(kind: type) -> dict[str, inspect.Signature | type]:
+    """What *kind* offers besides torch's own: each method with its signature."""
+    own = {name: getattr(kind, name) for name in dir(kind) if not hasattr(torch.nn.Module, name)}
+    own["forward"] = kind.forward
+    return {
+        name: inspect.signature(each) if callable(each) else type(each)
+        for name, each in own.items()
+        if not name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(
+    ("protocol", "one", "other"),
+    [
+        (Transformer, ExactTransformer, FusedTransformer),
+        (TextEncoder, ExactTextEncoder, FusedTextEncoder),
+    ],
+)
+def test_both_offer_what_the_pipeline_calls(protocol, one, other):
+    """No method is in one alone, and none takes something else."""
+    assert public(one) == public(other) == public(protocol)
