@@ -97,10 +97,7 @@ class Limiter:
         """Return whether *record* is to be written; count it where not."""
         if record.name == ACCESS and hasattr(record, "images"):
             return True
-        sample = "" if record.name == ACCESS else record.getMessage().partition("\n")[0]
-        if not _is_own(record.name):
-            sample = _DIGITS.sub("0", sample)
-        window = self._window(record, sample[:_MAX_SAMPLE])
+        window = self._window(record.name, *_kind(record))
         window.seen += 1
         return window.seen <= window.most
 
@@ -118,9 +115,9 @@ class Limiter:
         began = [window.began for window in self._windows.values() if window.left_out]
         return max(0.0, min(began) + self._window_s - self._clock()) if began else None
 
-    def _window(self, record: logging.LogRecord, sample: str) -> _Window:
+    def _window(self, logger: str, level: int, sample: str, most: int) -> _Window:
         now = self._clock()
-        key = (record.name, 0 if record.name == ACCESS else record.levelno, sample)
+        key = (logger, level, sample)
         window = self._windows.get(key)
         if window is not None and now < window.began + self._window_s:
             return window
@@ -128,10 +125,8 @@ class Limiter:
             self._over.append(self._windows.pop(key))
         elif len(self._windows) >= _MAX_KINDS:
             self._over.append(self._windows.popitem(last=False)[1])
-        level = logging.INFO if record.name == ACCESS else record.levelno
-        window = _Window(record.name, level, sample, _most(record.name), now)
-        self._windows[key] = window
-        return window
+        self._windows[key] = _Window(logger, level, sample, most, now)
+        return self._windows[key]
 
 
 class LineHandler(logging.Handler):
@@ -238,8 +233,8 @@ class LineHandler(logging.Handler):
             return
         records = self._limiter.due(is_last=is_last)
         if self._dropped:
-            text = f"{self._dropped} lines were dropped, since nobody read standard error."
-            records.insert(0, _record(__name__, logging.WARNING, text))
+            told = f"{self._dropped} lines were dropped, since nobody read standard error."
+            records.insert(0, _record(__name__, logging.WARNING, told))
             self._dropped = 0
         for record in records:
             self._queue(self.format(record).encode(errors="backslashreplace") + b"\n")
@@ -270,14 +265,14 @@ def _write_all(descriptor: int, data: bytes) -> None:
             ready.poll()
 
 
-def _most(logger: str) -> int:
-    if logger == ACCESS:
-        return MOST_ACCESS
-    return MOST_OWN if _is_own(logger) else MOST_FOREIGN
-
-
-def _is_own(logger: str) -> bool:
-    return logger == "app" or logger.startswith("app.")
+def _kind(record: logging.LogRecord) -> tuple[int, str, int]:
+    """Return the level and the sample of a line's kind, and how many are written in a window."""
+    if record.name == ACCESS:
+        return logging.INFO, "", MOST_ACCESS
+    sample = record.getMessage().partition("\n")[0]
+    if record.name == "app" or record.name.startswith("app."):
+        return record.levelno, sample[:_MAX_SAMPLE], MOST_OWN
+    return record.levelno, _DIGITS.sub("0", sample)[:_MAX_SAMPLE], MOST_FOREIGN
 
 
 def _record(logger: str, level: int, text: str) -> logging.LogRecord:

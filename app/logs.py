@@ -71,8 +71,8 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
         extra = " ".join(f"{key}={_bare(value)}" for key, value in _extras(record).items())
-        line = f"{when}Z {record.levelname.lower():7} {_visible(_hide(record.getMessage()))}"
-        line = f"{line} {extra}".rstrip()
+        message = _visible(_hide(record.getMessage()))
+        line = f"{when}Z {record.levelname.lower():7} {message} {extra}".rstrip()
         if record.exc_info:
             # Indented, so that no line of an error's message can be taken for a log line.
             lines = _hide(self.formatException(record.exc_info)).splitlines()
@@ -100,14 +100,14 @@ def _handlers() -> list[LineHandler]:
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
     """Return what a call passed as `extra=`, and the request id where there is one."""
-    extras = {key: _cut(value) for key, value in vars(record).items() if key not in _FIELDS}
+    extras = {
+        key: clip(_hide(value), _MAX_VALUE) if isinstance(value, str) else value
+        for key, value in vars(record).items()
+        if key not in _FIELDS
+    }
     if (context := current_request.get(None)) and context.id:
         extras.setdefault("request_id", context.id)
     return extras
-
-
-def _cut(value: object) -> object:
-    return clip(_hide(value), _MAX_VALUE) if isinstance(value, str) else value
 
 
 def _hide(text: str) -> str:

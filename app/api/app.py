@@ -17,8 +17,7 @@ from app.api.config import ApiConfig
 from app.api.middleware.auth import KeyCheck, KeyRing
 from app.api.middleware.body_limit import BodyLimit
 from app.api.middleware.edge import Edge
-from app.api.middleware.gates import Gates
-from app.api.middleware.origin import HostCheck, check_origin
+from app.api.middleware.gates import Gates, HostCheck, check_origin
 from app.api.native import route as native_route
 from app.api.openai import route as openai_route
 from app.api.openai.image_store import ImageStore

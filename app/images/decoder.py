@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import InvalidRequest
-from app.images.preparing import Edit, Size, Upload, prepare
+from app.images.preparing import Size, Upload, prepare
 
 LENGTH_BYTES = 4
 WARM_BYTES = 16 * 2**20
@@ -58,8 +58,7 @@ def serve(connection: socket.socket, limits: Limits) -> None:
         asked = wire.read()
         images = [wire.upload(*entry) for entry in asked["files"]]
         mask = images.pop() if asked["has_mask"] else None
-        size = asked["size"] and (asked["size"][0], asked["size"][1])
-        wire.answer(images, mask, size)
+        wire.answer(images, mask, asked["size"] and tuple(asked["size"]))
     except (EOFError, OSError):
         return  # the client has disconnected
 
@@ -77,16 +76,16 @@ def pack(message: object) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "big") + text
 
 
+@dataclass(slots=True)
 class _Wire:
     """The decoder's end of the connection."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    connection: socket.socket
 
     def receive(self, size_bytes: int) -> memoryview:
         """Wait for *size_bytes* bytes; raises `EOFError` when the other end has closed."""
         data = memoryview(bytearray(size_bytes))
-        if self._connection.recv_into(data, size_bytes, socket.MSG_WAITALL) < size_bytes:
+        if self.connection.recv_into(data, size_bytes, socket.MSG_WAITALL) < size_bytes:
             raise EOFError
         return data
 
@@ -106,7 +105,17 @@ class _Wire:
         except InvalidRequest as error:
             self._send({"refused": [error.message, error.param, error.code]})
         else:
-            self._send_edit(edit)
+            self._send(
+                {
+                    "references": [[image.width, image.height] for image in edit.references],
+                    "mask": edit.mask and [edit.mask.width, edit.mask.height],
+                    "size": edit.size,
+                }
+            )
+            for image in edit.references:
+                self.connection.sendall(image.pixels)
+            if edit.mask is not None:
+                self.connection.sendall(edit.mask.weights)
 
     def _begin(self, upload: Upload, code: str) -> None:
         self._send({"begin": [upload.param, code]})
@@ -116,19 +125,5 @@ class _Wire:
         found = self.read()
         return found[0], found[1]
 
-    def _send_edit(self, edit: Edit) -> None:
-        mask = edit.mask
-        self._send(
-            {
-                "references": [[image.width, image.height] for image in edit.references],
-                "mask": None if mask is None else [mask.width, mask.height],
-                "size": edit.size,
-            }
-        )
-        for image in edit.references:
-            self._connection.sendall(image.pixels)
-        if mask is not None:
-            self._connection.sendall(mask.weights)
-
     def _send(self, message: object) -> None:
-        self._connection.sendall(pack(message))
+        self.connection.sendall(pack(message))

@@ -103,10 +103,7 @@ class ForkServer:
             os._exit(1)
 
     def _reap(self) -> None:
-        while self._children:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
+        while self._children and (pid := os.waitpid(-1, os.WNOHANG)[0]):
             self._children.discard(pid)
 
     def _obey(self) -> bool:
@@ -124,8 +121,12 @@ def _warm_up() -> None:
         buffer = io.BytesIO()
         picture.convert("RGB" if kind in {"JPEG", "MPO"} else "RGBA").save(buffer, kind)
         upload = Upload(buffer.getvalue(), "image")
-        mask = upload if kind in {"PNG", "WEBP"} else None
-        prepare([upload], mask, (64, 64), lambda width, height: (width, height))
+        prepare(
+            [upload],
+            upload if kind in {"PNG", "WEBP"} else None,
+            (64, 64),
+            lambda width, height: (width, height),
+        )
 
 
 def main(size: str, cpu_s: str, memory_bytes: str) -> None:

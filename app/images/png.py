@@ -59,11 +59,10 @@ def encode_png(
     adler = 1
     for strip in strips:
         adler = _join_adler(adler, strip.adler, strip.size_bytes)
-    header = struct.pack(">IIBBBBB", image.width, image.height, 8, _RGB, 0, 0, 0)
     return b"".join(
         (
             _SIGNATURE,
-            _chunk(b"IHDR", header),
+            _chunk(b"IHDR", struct.pack(">IIBBBBB", image.width, image.height, 8, _RGB, 0, 0, 0)),
             *(_text_chunk(key, text) for key, text in metadata.items()),
             _chunk(b"IDAT", _ZLIB_HEADER),
             *(strip.chunk for strip in strips),

@@ -63,7 +63,9 @@ class DecoderPool:
             _log.error("The decoders could not be started: %s.", error.strerror)
             self._try_again()
         else:
-            self._set_timer(_SERVER_START_S, self._replace_server)
+            self._stop_timer()
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_SERVER_START_S, self._replace_server)
 
     async def prepare(
         self,
@@ -88,7 +90,9 @@ class DecoderPool:
                     async with asyncio.timeout(self._limits.wall_s):
                         return await decoder.prepare(images, mask, size, nearest)
                 except ENDED_EARLY:
-                    if self._is_closed or self._is_orphan(decoder):
+                    if self._server is not None:
+                        self._server.receive()  # perhaps it ended before, and killed the decoder
+                    if self._is_closed or decoder.is_orphan:
                         break  # the image being decoded is not to blame
                     if decoder.began is not None:
                         raise self._beyond_limits(*decoder.began) from None
@@ -148,12 +152,6 @@ class DecoderPool:
             code=code,
         )
 
-    def _is_orphan(self, decoder: Decoder) -> bool:
-        """Return whether the fork server ended before *decoder*, and perhaps killed it."""
-        if self._server is not None:
-            self._server.receive()
-        return decoder.is_orphan
-
     def _on_server_lost(self) -> None:
         """Start another server."""
         self._release_server()
@@ -182,10 +180,6 @@ class DecoderPool:
         self._timer = None
         self.start()
 
-    def _set_timer(self, delay_s: float, then: Callable[[], None]) -> None:
-        self._stop_timer()
-        self._timer = asyncio.get_running_loop().call_later(delay_s, then)
-
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -193,7 +187,7 @@ class DecoderPool:
 
     def _try_again(self) -> None:
         if not self._is_closed and self._timer is None:
-            self._set_timer(self._retry_s, self._retry)
+            self._timer = asyncio.get_running_loop().call_later(self._retry_s, self._retry)
             self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
 
 

@@ -28,8 +28,6 @@ ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
 
 _MAX_MESSAGE_BYTES = 65_536
 _MAX_PIXELS = 64_000_000
-_TURN_BYTES = 2**20
-"""Bytes received before other tasks have their turn."""
 _END_S = 1.0
 """For the fork server to exit by itself once its control socket is closed."""
 _LOOK_S = 0.05
@@ -45,8 +43,10 @@ _MEMORY = {
 A process faults in each page of its memory, which takes ten milliseconds for an image of one
 megapixel.
 """
-_PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from app.images.fork_server import main; "
-_PROGRAM += "main(*sys.argv[1:4])"
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[4:]; from app.images.fork_server import main; "
+    "main(*sys.argv[1:4])"
+)
 
 
 class Server:
@@ -79,17 +79,13 @@ class Server:
             except OSError:
                 self._control.close()
                 raise
+        self.pid = self._process.pid
         self._control.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._control, self.receive)
 
     def __repr__(self) -> str:
         return f"<fork server {self.pid}>"
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
 
     def kill_decoder(self, pid: int) -> None:
         """Have the decoder *pid* killed; no effect on one that has exited."""
@@ -230,16 +226,13 @@ class Decoder:
     async def _receive(self, size_bytes: int) -> bytes:
         loop = asyncio.get_running_loop()
         data = bytearray(size_bytes)
-        view, at, turn = memoryview(data), 0, 0
-        while at < size_bytes:
-            count = await loop.sock_recv_into(self.connection, view[at:])
+        rest = memoryview(data)
+        while rest:
+            count = await loop.sock_recv_into(self.connection, rest)
             if count == 0:
                 raise EOFError
-            at += count
-            turn += count
-            if turn > _TURN_BYTES:  # buffered data is read without yielding to other tasks
-                await asyncio.sleep(0)
-                turn = 0
+            rest = rest[count:]
+            await asyncio.sleep(0)  # buffered data is read without yielding to other tasks
         return bytes(data)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image, ImageOps
 
@@ -29,6 +29,10 @@ MAX_SCANS = 100
 Image.MAX_IMAGE_PIXELS = None
 
 Data = bytes | bytearray | memoryview
+_Refuse = Callable[[str], InvalidRequest]
+"""Makes the error about one upload from a reason, a fixed text."""
+
+_DAMAGED = "is damaged or cut short; save it anew and send it again"
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
 """A marker that has a length or ends the image: TEM, the restarts and the start have none."""
@@ -43,14 +47,14 @@ def decode_upload(
     Raises:
         InvalidRequest: it cannot be used; `param` is *what*, and the message names *index*.
     """
-    refuse = _Refusal(f"The image at index {index}", param=what, code="invalid_image")
+    refuse = partial(_refusal, f"The image at index {index}", what, "invalid_image")
     picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse, max_pixels)
     width, height = picture.size
     if min(width, height) < MIN_SIDE:
         raise refuse(f"is {width}x{height}; both sides need at least {MIN_SIDE} pixels")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise refuse(f"is {width}x{height}; its ratio may be {MAX_RATIO}:1 at most")
-    with refuse.while_decoding():
+    with _decoding(refuse):
         return _from_pillow(_flatten(ImageOps.exif_transpose(picture)))
 
 
@@ -60,11 +64,11 @@ def decode_mask(data: Data, width: int, height: int) -> Mask:
     Raises:
         InvalidRequest: it cannot be used; `param` is `mask`.
     """
-    refuse = _Refusal("The mask", param="mask", code="invalid_mask")
+    refuse = partial(_refusal, "The mask", "mask", "invalid_mask")
     picture = _open(data, ("PNG", "WEBP"), refuse, MAX_PIXELS)
     if not picture.has_transparency_data:
         raise refuse("has no alpha channel; make what is to be repainted transparent")
-    with refuse.while_decoding():
+    with _decoding(refuse):
         alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
     if alpha.size != (width, height):
         raise refuse(
@@ -106,32 +110,22 @@ def _from_pillow(picture: Image.Image) -> RawImage:
     return RawImage(picture.width, picture.height, picture.tobytes())
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """Makes the errors about one upload, each a fixed text."""
-
-    subject: str
-    param: str
-    code: str
-
-    def __call__(self, reason: str) -> InvalidRequest:
-        return InvalidRequest(f"{self.subject} {reason}.", param=self.param, code=self.code)
-
-    def as_damaged(self) -> InvalidRequest:
-        return self("is damaged or cut short; save it anew and send it again")
-
-    @contextmanager
-    def while_decoding(self) -> Iterator[None]:
-        """Turn whatever Pillow raises into a refusal."""
-        try:
-            yield
-        except MemoryError:
-            raise self("needs too much memory to decode; scale it down") from None
-        except Exception:
-            raise self.as_damaged() from None
+def _refusal(subject: str, param: str, code: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{subject} {reason}.", param=param, code=code)
 
 
-def _open(data: Data, formats: tuple[str, ...], refuse: _Refusal, max_pixels: int) -> Image.Image:
+@contextmanager
+def _decoding(refuse: _Refuse) -> Iterator[None]:
+    """Turn whatever Pillow raises into a refusal."""
+    try:
+        yield
+    except MemoryError:
+        raise refuse("needs too much memory to decode; scale it down") from None
+    except Exception:
+        raise refuse(_DAMAGED) from None
+
+
+def _open(data: Data, formats: tuple[str, ...], refuse: _Refuse, max_pixels: int) -> Image.Image:
     """Read the header, and refuse files that must not be decoded."""
     kind = _kind(bytes(data[:12]))
     if kind not in formats:
@@ -142,7 +136,7 @@ def _open(data: Data, formats: tuple[str, ...], refuse: _Refusal, max_pixels: in
         picture = Image.open(io.BytesIO(data), formats=(kind,))
     except Exception:
         # Hostile bytes make decoders raise any exception; none of it may reach the client.
-        raise refuse.as_damaged() from None
+        raise refuse(_DAMAGED) from None
     # The further frames of an MPO file are views from other lenses, not an animation.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise refuse("is animated; send a still picture")

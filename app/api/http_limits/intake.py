@@ -70,15 +70,6 @@ class Framing:
                 )
             self.is_chunked = True
 
-    def check_version(self, http_version: str) -> None:
-        """Check the framing at the end of the head.
-
-        Raises:
-            Unreadable: a chunked body in another version than HTTP/1.1.
-        """
-        if self.is_chunked and http_version != "1.1":
-            raise Unreadable("Transfer-Encoding needs HTTP/1.1; send a Content-Length.")
-
     def head_again(self) -> bytes:
         """Return a minimal head with the same framing; empty where no body follows."""
         if self.is_chunked:

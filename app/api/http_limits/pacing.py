@@ -22,12 +22,14 @@ class MeteredTransport(asyncio.Transport):
     Otherwise the kernel would reset the connection, and a client that is still sending might never
     read the error. Used from the event loop's thread only.
 
-    *may_close*, called at the first `close`, tells whether nothing more will be received.
+    Responses are written to this one; *inner* is for the protocol, which pauses reading there, or
+    closes it whatever is still to be received. *may_close*, called at the first `close`, tells
+    whether nothing more will be received.
     """
 
     def __init__(self, transport: asyncio.Transport, may_close: Callable[[], bool]) -> None:
         super().__init__()
-        self._transport = transport
+        self.inner = transport
         self._may_close = may_close
         self._is_half_closed = False
         self._written_bytes = 0
@@ -43,7 +45,7 @@ class MeteredTransport(asyncio.Transport):
     @property
     def unsent_bytes(self) -> int:
         """Bytes written, but not taken by the kernel yet."""
-        return self._transport.get_write_buffer_size()
+        return self.inner.get_write_buffer_size()
 
     @property
     def taken_bytes(self) -> int:
@@ -55,42 +57,30 @@ class MeteredTransport(asyncio.Transport):
         if self.is_closing():
             return
         self._written_bytes += len(data)
-        self._transport.write(data)
+        self.inner.write(data)
 
     def close(self) -> None:
         """Close once everything is sent, or during an upload only shut down the sending side."""
         if self.is_closing():
             return
         if self._may_close():
-            self._transport.close()
+            self.inner.close()
             return
         self._is_half_closed = True
         try:
-            self._transport.write_eof()
+            self.inner.write_eof()
         except OSError:  # the client has disconnected
-            self._transport.abort()
+            self.inner.abort()
         else:
-            self._transport.resume_reading()
-
-    def finish(self) -> None:
-        """Close once everything is sent, whatever is still to be received."""
-        self._transport.close()
+            self.inner.resume_reading()
 
     def abort(self) -> None:
         """Close now; unsent bytes are lost."""
-        self._transport.abort()
+        self.inner.abort()
 
     def is_closing(self) -> bool:
         """Whether it is closed or closing."""
-        return self._is_half_closed or self._transport.is_closing()
-
-    def pause_reading(self) -> None:
-        """Pause reading; has no effect twice."""
-        self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        """Resume reading; has no effect twice."""
-        self._transport.resume_reading()
+        return self._is_half_closed or self.inner.is_closing()
 
 
 @dataclass(slots=True)

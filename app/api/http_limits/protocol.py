@@ -133,7 +133,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._close_in(self.head_limit_s)
         else:
             self.transport.write(too_many_connections())
-            self.transport.finish()
+            self.transport.inner.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release everything, and tell the app."""
@@ -183,7 +183,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._answering is None:
-            self.transport.finish()
+            self.transport.inner.close()
             return
         self._answering.keep_alive = False
         if self.pipeline or self._framing.is_between or self._framing.is_in_head:
@@ -229,7 +229,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Start the app; the app's own limits apply to the body."""
         if self._is_replaying:
             return
-        self._framing.check_version(self.parser.get_http_version())
+        if self._framing.is_chunked and self.parser.get_http_version() != "1.1":
+            raise Unreadable("Transfer-Encoding needs HTTP/1.1; send a Content-Length.")
         super().on_headers_complete()
         self._framing.is_in_head = False
         self._has_asked = True
@@ -274,8 +275,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._last_words:
             self.transport.write(self._last_words)
             self.transport.close()
-            return
-        self._wait_for_more()
+        else:
+            self._wait_for_more()
 
     # Parsing.
 
@@ -295,9 +296,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._parse_soon()
                 break
         if len(self._intake) < _MAX_UNPARSED_BYTES:
-            self.transport.resume_reading()
+            self.transport.inner.resume_reading()
         else:
-            self.transport.pause_reading()
+            self.transport.inner.pause_reading()
 
     def _has_room(self) -> bool:
         """Whether more may be parsed: neither too many requests wait, nor too much of a body."""
@@ -396,7 +397,7 @@ class GuardedProtocol(HttpToolsProtocol):
             # An earlier request of this connection is still being answered.
             self._close_in(seconds)
         else:
-            self.transport.finish()
+            self.transport.inner.close()
 
     def _may_close(self) -> bool:
         if self._framing.is_between:

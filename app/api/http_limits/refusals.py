@@ -53,8 +53,8 @@ def too_many_connections() -> bytes:
         kind=Kind.QUEUE_FULL,
         retry_after_s=_RETRY_S,
     )
-    advice = f"retry-after: {retry_after(error.retry_after_s)}"
-    return _answer(REPLIES[error.kind].status, error, advice)
+    retry = f"retry-after: {retry_after(error.retry_after_s)}"
+    return _answer(REPLIES[error.kind].status, error, retry)
 
 
 def _answer(status: int, error: KleinError, *more: str) -> bytes:

@@ -26,11 +26,8 @@ class KeyRing:
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple(_digest(key.encode()) for key in keys)
-
-    @property
-    def is_empty(self) -> bool:
+        self.is_empty = not self._digests
         """Whether no key is configured, so that no request needs one."""
-        return not self._digests
 
     def find(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
         """Return the client name of the configured key that *headers* carry, or None.
@@ -60,15 +57,17 @@ class KeyCheck:
         holder = self._keys.find(scope["headers"])
         context.has_key = holder is not None
         context.client = holder or self._proxies.client(scope)
-        if context.has_key or self._is_open(scope["path"]):
+        if (
+            context.has_key
+            or self._keys.is_empty
+            or scope["path"] in self._open_paths
+            or scope["path"].startswith(_OPEN_PREFIXES)
+        ):
             return None
         return KleinError(
             "This needs a valid API key; send it as `Authorization: Bearer <key>`.",
             kind=Kind.UNAUTHORIZED,
         )
-
-    def _is_open(self, path: str) -> bool:
-        return self._keys.is_empty or path in self._open_paths or path.startswith(_OPEN_PREFIXES)
 
 
 def _candidates(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:

@@ -26,43 +26,18 @@ SMALL_BYTES = 64 * 1024
 RETRY_S = 5
 
 
-class _Budget:
-    """Bytes that all bodies being read hold together, and each client's share of them."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._by_client: Counter[str] = Counter()
-
-    def take(self, client: str, size_bytes: int) -> None:
-        """Count *size_bytes* more.
-
-        Raises:
-            Unavailable: a limit is exceeded; the bytes are counted all the same.
-        """
-        self._by_client[client] += size_bytes
-        if self._by_client[client] > three_quarters(self._max_bytes):
-            raise _too_many("Too many of your own large requests are being read")
-        if self._by_client.total() > self._max_bytes:
-            raise _too_many("Too many large requests are being read")
-
-    def give_back(self, client: str, size_bytes: int) -> None:
-        """Count *size_bytes* less."""
-        self._by_client[client] -= size_bytes
-        if not self._by_client[client]:
-            del self._by_client[client]
-
-
 class BodyLimit:
     """ASGI middleware: refuses a body that is too large, takes too long, or finds no room.
 
-    A body is too large by its Content-Length or by the bytes received.
+    A body is too large by its Content-Length or by the bytes received. *max_bytes* is for one body.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, limit_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._limit_s = limit_s
-        self._budget = _Budget(BODIES_AT_ONCE * max_bytes)
+        self._held: Counter[str] = Counter()
+        """Bytes that the bodies being read hold, by client."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a body that cannot exceed the limits."""
@@ -92,12 +67,12 @@ class BodyLimit:
             if received > SMALL_BYTES:
                 more, counted = received - counted, received
                 held += more
-                self._budget.take(context.client, more)
+                self._hold(context.client, more)
             return message
 
         def release_body() -> None:
             nonlocal counted, held
-            self._budget.give_back(context.client, held)
+            self._release(context.client, held)
             counted, held = received, 0
 
         context.release_body = release_body
@@ -105,6 +80,20 @@ class BodyLimit:
             await self._app(scope, receive_some, send)
         finally:
             release_body()
+
+    def _hold(self, client: str, size_bytes: int) -> None:
+        """Count *size_bytes* more, also where a limit is exceeded."""
+        self._held[client] += size_bytes
+        max_bytes = BODIES_AT_ONCE * self._max_bytes
+        if self._held[client] > three_quarters(max_bytes):
+            raise _too_many("Too many of your own large requests are being read")
+        if self._held.total() > max_bytes:
+            raise _too_many("Too many large requests are being read")
+
+    def _release(self, client: str, size_bytes: int) -> None:
+        self._held[client] -= size_bytes
+        if not self._held[client]:
+            del self._held[client]
 
     def _check(self, size_bytes: int) -> None:
         if size_bytes > self._max_bytes:
