@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import ctypes
 
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_M_ARENA_MAX = -8
-
 _LIMITS = {
-    _M_MMAP_THRESHOLD: 2 * 1024 * 1024,
-    _M_TRIM_THRESHOLD: 8 * 1024 * 1024,
-    _M_ARENA_MAX: 4,
+    -3: 2 * 1024 * 1024,  # M_MMAP_THRESHOLD
+    -1: 8 * 1024 * 1024,  # M_TRIM_THRESHOLD
+    -8: 4,  # M_ARENA_MAX
 }
+"""By the options' numbers in glibc's malloc.h."""
 
 
 def bound_heap() -> bool:

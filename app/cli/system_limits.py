@@ -52,16 +52,12 @@ def check_surroundings(*, is_computing: bool) -> None:
 
 def _try_threads() -> None:
     release = Event()
-    started: list[Thread] = []
-    try:
+    with ExitStack() as started, ExitStack() as held:
+        held.callback(release.set)
         for _ in range(_SPARE_THREADS + len(os.sched_getaffinity(0))):
             thread = Thread(target=release.wait)
             thread.start()
-            started.append(thread)
-    finally:
-        release.set()
-        for thread in started:
-            thread.join()
+            started.callback(thread.join)
 
 
 def explain(error: BaseException) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from app import images, logs
 from app.cli.compare.contact_sheet import DIFFERENCE_GAIN, contact_sheet, psnr
-from app.cli.console import aligned, note
+from app.cli.console import MODEL, SIZE, STEPS, Options, aligned, note, tabulate
 from app.cli.warm_worker import (
     check_output,
     choose_seed,
@@ -103,17 +103,15 @@ _COLUMNS: dict[str, Callable[[Compared], str]] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("prompt")
-    parser.add_argument(
-        "--precision", default="fp8,int8,bf16", help="separated by commas (fp8,int8,bf16)"
-    )
-    parser.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
-    parser.add_argument("--size", help="WIDTHxHEIGHT; the model's own size where left out")
-    parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
+OPTIONS: Options = {
+    "prompt": {},
+    "--precision": {"default": "fp8,int8,bf16", "help": "separated by commas (fp8,int8,bf16)"},
+    "-o --output": {"type": Path, "default": Path("compare.png")},
+    **SIZE,
+    **STEPS,
+    "--seed": {"type": int, "default": 0},
+    **MODEL,
+}
 
 
 def run(
@@ -135,8 +133,8 @@ def run(
         raise StartupError("No precision gave a picture, so there is nothing to compare.")
     found = against_reference(found)
     arguments.output.write_bytes(_draw(found, settings, arguments.prompt))
-    table = [list(_COLUMNS), *([read(one) for read in _COLUMNS.values()] for one in found)]
-    print("\n".join([*aligned(table), *(f"not compared: {each}" for each in notes)]))
+    table = aligned(tabulate(_COLUMNS, found))
+    print("\n".join([*table, *(f"not compared: {each}" for each in notes)]))
     print(f"written: {arguments.output} (below: differences, {DIFFERENCE_GAIN} times as strong)")
     rows = [one.as_json() for one in found]
     print(json.dumps({"name": "klein.compare", "rows": rows, "notes": notes}))
