@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
         "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
     ),
     "compare": Command(
-        "app.cli.compare.command", "make one picture at several precisions", loads_model=True
+        "app.cli.compare", "make one picture at several precisions", loads_model=True
     ),
 }
 """Every command by its name; a new one is one entry here and its module."""
@@ -145,8 +145,9 @@ def _run(words: Sequence[str]) -> int:
         add_options(options[name], import_module(command.module).OPTIONS)
     arguments = parser.parse_args(words)
     assert command is not None, "argparse ends the program where no command is named"
-    overrides = {option: getattr(arguments, option) for option in command.settings}
-    settings = read_settings(os.environ, **overrides)
+    settings = read_settings(
+        os.environ, **{option: getattr(arguments, option) for option in command.settings}
+    )
     if not command.reports_old_cache and (old := find_old_cache(settings)) is not None:
         note(old.sentence)
     return int(import_module(command.module).run(arguments, settings))

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli.compare import command as compare
-from app.cli.compare.contact_sheet import contact_sheet, psnr
+from app.cli import compare
+from app.cli.compare import contact_sheet, psnr
 from app.cli.console import add_options
 from app.domain import RawImage
 from app.errors import InvalidRequest, StartupError

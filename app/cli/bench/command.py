@@ -111,8 +111,9 @@ class Bench:
             for spec in specs:
                 what = f"{info.precision} {spec.width}x{spec.height}"
                 try:
-                    row = await self._measure_size(runtime, info, spec, what, sampler)
-                    self.result.rows.append(row)
+                    self.result.rows.append(
+                        await self._measure_size(runtime, info, spec, what, sampler)
+                    )
                 except KleinError as error:
                     self._note(f"{what}: {error.message}")
         sampler.worker_pid = None
@@ -131,10 +132,10 @@ class Bench:
         note(f"{what}: {count} images")
         specs = [replace(spec, prompt=next(self.prompts)) for _ in range(WARM_UP_IMAGES + count)]
         await make_pictures(runtime, specs[:WARM_UP_IMAGES], f"{what}, warming up")
-        since_s = sampler.now_s()
+        first = len(sampler.readings)
         pictures = await make_pictures(runtime, specs[WARM_UP_IMAGES:], what)
         floor_s = floor_of(spec, info, self._read_gpu())
-        return sum_up(spec, info, pictures, sampler.usage(since_s), floor_s)
+        return sum_up(spec, info, pictures, sampler.usage(first), floor_s)
 
     def _read_gpu(self) -> GpuSnapshot | None:
         return None if self.settings.device == "cpu" else self.gpu.read()

@@ -111,17 +111,13 @@ class Sampler:
         self._stopped.set()
         self._thread.join()
 
-    def now_s(self) -> float:
-        """Return seconds since the start, as in `Reading.at_s`."""
-        return time.monotonic() - self._started
-
-    def usage(self, since_s: float) -> Reading:
-        """Return the maximum of each, and mean power, since *since_s*; one more is read now.
+    def usage(self, first: int) -> Reading:
+        """Return the maximum of each, and mean power, from reading *first* on; one is read now.
 
         The GPU's memory is counted without what was used before the start.
         """
         self._read()
-        readings = [reading for reading in self.readings if reading.at_s >= since_s]
+        readings = self.readings[first:]
         used = [one.gpu_bytes for one in readings if one.gpu_bytes is not None]
         power = [one.power_watts for one in readings if one.power_watts is not None]
         heat = [one.temperature_celsius for one in readings if one.temperature_celsius is not None]
@@ -143,7 +139,7 @@ class Sampler:
         processes = (os.getpid(), self.worker_pid)
         self.readings.append(
             Reading(
-                at_s=self.now_s(),
+                at_s=time.monotonic() - self._started,
                 gpu_bytes=gpu.used_bytes if gpu else None,
                 host_bytes=sum(_resident_bytes(pid) for pid in processes if pid),
                 power_watts=gpu.power_watts if gpu else None,

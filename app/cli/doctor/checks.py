@@ -12,7 +12,7 @@ from app.domain import ModelSpec
 from app.engine.memory.planner import MemoryPlan, Plan
 from app.engine.roofline import find_gpu
 from app.settings import Settings
-from app.telemetry.gpu import GpuFacts
+from app.telemetry.gpu import GpuFacts, Holder
 from app.telemetry.preflight import GpuFault, find_faults
 
 PINNED_CUDA = "13.0"
@@ -54,10 +54,8 @@ def tell_forecast(
     found: Report, ahead: PlanPreview, model: ModelSpec, *, is_computed: bool = False
 ) -> None:
     """Report precision, plan, peak and floor; *is_computed* words it as not probed."""
-    reason = ahead.precision_reason
-    if is_computed:
-        reason = f"expected, where the start finds that {reason}"
-    found.tell("precision", f"{ahead.precision}: {reason}")
+    how = "expected, where the start finds that " if is_computed else ""
+    found.tell("precision", f"{ahead.precision}: {how}{ahead.precision_reason}")
     size = f"{model.default_width}x{model.default_height}"
     if ahead.plan is not None:
         found.tell("plan", f"{ahead.plan.name}: {'; '.join(ahead.plan.reasons)}")
@@ -286,13 +284,15 @@ def _judge_host(found: Report, host: HostFound, *, is_klein: bool) -> None:
 
 
 def _names(gpu: GpuFacts) -> str:
-    """Return program, process id, and bytes where the driver reports them."""
-    names = [
-        f"{one.name} ({one.pid}{f', {gigabytes(one.used_bytes)}' if one.used_bytes else ''})"
-        for one in gpu.holders[:_SEVERAL]
-    ]
+    names = [_name(holder) for holder in gpu.holders[:_SEVERAL]]
     more = len(gpu.holders) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def _name(holder: Holder) -> str:
+    """Return program, process id, and bytes where the driver reports them."""
+    size = f", {gigabytes(holder.used_bytes)}" if holder.used_bytes else ""
+    return f"{holder.name} ({holder.pid}{size})"
 
 
 def _data(facts: Facts) -> dict[str, object]:

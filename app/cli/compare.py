@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from app import images, logs
-from app.cli.compare.contact_sheet import DIFFERENCE_GAIN, contact_sheet, psnr
 from app.cli.console import MODEL, SIZE, STEPS, Options, aligned, note, tabulate
 from app.cli.warm_worker import (
     check_output,
@@ -34,13 +34,20 @@ from app.domain import ImageSpec, ModelInfo, ModelSpec, RawImage
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
-from app.images.uploads import decode_upload
+from app.images.uploads import decode_upload, to_pillow
 from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
 _BEST_FIRST = ("fp32", "bf16")
+DIFFERENCE_GAIN = 8
+"""Factor by which differences are amplified."""
+
+_GAP = 8
+_PAPER = "white"
+_INK = "#1e1e1e"
+_AMPLIFIED = [min(255, DIFFERENCE_GAIN * level) for level in range(256)] * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +189,9 @@ async def _make_all(
                 specs,
             ):
                 _, picture = await make_pictures(runtime, specs, precision)
+            found.append(Compared(info, picture, decode_upload(picture.data, what="picture")))
         except StartupError as error:
             notes.append(f"{precision}: {error.message}")
-            continue
-        found.append(Compared(info, picture, decode_upload(picture.data, what="picture")))
     return found, notes
 
 
@@ -198,3 +204,38 @@ def _draw(found: Sequence[Compared], settings: Settings, prompt: str) -> bytes:
     )
     text = {"prompt": prompt, "compared": ", ".join(one.info.precision for one in found)}
     return images.encode(sheet, OutputFormat("png"), text if settings.png_metadata else None)
+
+
+def contact_sheet(
+    images: Sequence[RawImage], captions: Sequence[str], reference: RawImage | None
+) -> RawImage:
+    """Lay *images*, all of one size, side by side, above their differences from *reference*.
+
+    A caption that is wider than its image is cut at the image's edge.
+    """
+    width, height = images[0].width, images[0].height
+    letters = max(10, width // 24)
+    font, lines = ImageFont.load_default(letters), math.ceil(1.3 * letters)
+    rows = 1 if reference is None else 2
+    sheet = Image.new(
+        "RGB",
+        (len(images) * (width + _GAP) - _GAP, rows * (height + _GAP) + lines),
+        _PAPER,
+    )
+    for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, picture = column * (width + _GAP), to_pillow(image)
+        sheet.paste(picture, (x, 0))
+        if reference is not None:
+            difference = ImageChops.difference(picture, to_pillow(reference))
+            sheet.paste(difference.point(_AMPLIFIED), (x, height + _GAP))
+        strip = Image.new("RGB", (width, lines), _PAPER)
+        ImageDraw.Draw(strip).text((0, 0), caption, _INK, font)
+        sheet.paste(strip, (x, sheet.height - lines))
+    return RawImage(sheet.width, sheet.height, sheet.tobytes())
+
+
+def psnr(image: RawImage, reference: RawImage) -> float:
+    """Return the peak signal-to-noise ratio in dB; infinite where the images are equal."""
+    ours, right = (np.frombuffer(each.pixels, np.uint8) for each in (image, reference))
+    error = float(np.mean((ours.astype(np.float64) - right) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
