@@ -40,7 +40,9 @@ from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
-_BEST_FIRST = ("fp32", "bf16")
+_RANKS = {"fp32": 0, "bf16": 1}
+"""The most precise ones, the best first."""
+
 DIFFERENCE_GAIN = 8
 """Factor by which differences are amplified."""
 
@@ -81,11 +83,12 @@ class Compared:
     def as_json(self) -> dict[str, object]:
         """Return plain data; the PSNR of equal images is None, since JSON has no infinity."""
         peak = self.picture.peak
-        is_number = self.psnr_db is not None and math.isfinite(self.psnr_db)
         return {
             "precision": self.info.precision,
             "plan": self.info.plan,
-            "psnr_db": round(self.psnr_db, 2) if self.psnr_db and is_number else None,
+            "psnr_db": (
+                round(self.psnr_db, 2) if self.psnr_db and math.isfinite(self.psnr_db) else None
+            ),
             "is_equal": self.psnr_db == math.inf,
             "is_reference": self.psnr_db is None,
             "latent_error": None if self.latent_error is None else round(self.latent_error, 6),
@@ -140,18 +143,20 @@ def run(
         raise StartupError("No precision gave a picture, so there is nothing to compare.")
     found = against_reference(found)
     arguments.output.write_bytes(_draw(found, settings, arguments.prompt))
-    table = aligned(tabulate(_COLUMNS, found))
-    print("\n".join([*table, *(f"not compared: {each}" for each in notes)]))
+    lines = [*aligned(tabulate(_COLUMNS, found)), *(f"not compared: {each}" for each in notes)]
+    print("\n".join(lines))
     print(f"written: {arguments.output} (below: differences, {DIFFERENCE_GAIN} times as strong)")
-    rows = [one.as_json() for one in found]
-    print(json.dumps({"name": "klein.compare", "rows": rows, "notes": notes}))
+    print(
+        json.dumps(
+            {"name": "klein.compare", "rows": [one.as_json() for one in found], "notes": notes}
+        )
+    )
     return 1 if notes else 0
 
 
 def against_reference(found: Sequence[Compared]) -> list[Compared]:
     """Compare each with the most precise one found: fp32, else bf16, else the last."""
-    order = {name: place for place, name in enumerate(_BEST_FIRST)}
-    best = min(reversed(found), key=lambda one: order.get(one.info.precision, len(order)))
+    best = min(reversed(found), key=lambda one: _RANKS.get(one.info.precision, len(_RANKS)))
     return [one if one is best else _beside(one, best) for one in found]
 
 

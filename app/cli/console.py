@@ -56,9 +56,12 @@ def progress_bar() -> Iterator[Callable[[float | None, str], None]]:
     tqdm.monitor_interval = 0
     tqdm.set_lock(RLock())
     is_silent = sys.stderr is None or not sys.stderr.isatty()
-    look = "{percentage:3.0f}% |{bar:20}| {desc}"
     with tqdm(
-        total=1.0, bar_format=look, dynamic_ncols=True, leave=False, disable=is_silent
+        total=1.0,
+        bar_format="{percentage:3.0f}% |{bar:20}| {desc}",
+        dynamic_ncols=True,
+        leave=False,
+        disable=is_silent,
     ) as bar:
 
         def show(share: float | None, text: str) -> None:

@@ -36,8 +36,7 @@ def run(
     if settings.model not in MODELS and _is_there(settings.model):
         print("KLEIN_MODEL is a local folder or file, there is nothing to download.")
         return 0
-    is_auto = settings.model == "auto"
-    variant = find(next(iter(MODELS)) if is_auto else settings.model)
+    variant = find(next(iter(MODELS)) if settings.model == "auto" else settings.model)
     if variant.is_embedded:
         print(f"{variant.spec.title}: it comes with the package, there is nothing to download.")
         return 0

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING
 
 from app import logs
 from app.cli.console import MODEL, Options
-from app.cli.malloc import bound_heap
 from app.cli.old_cache import find_old_cache
-from app.cli.system_limits import raise_file_limit
+from app.cli.system_limits import bound_heap, raise_file_limit
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
@@ -132,8 +131,9 @@ class _Service:
     _draining: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        say_ready = partial(_say_ready, address(self._listener), self._runtime.model.note)
-        self._runtime.on_ready.append(say_ready)
+        self._runtime.on_ready.append(
+            partial(_say_ready, address(self._listener), self._runtime.model.note)
+        )
         self._runtime.ended.add_done_callback(self._on_ended)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

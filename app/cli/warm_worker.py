@@ -47,8 +47,9 @@ async def warm_runtime(
         StartupError: the worker does not start; one sentence says why.
         InvalidRequest: the model cannot generate a planned spec.
     """
-    patient = settings.model_copy(update={"deadline_s": _PATIENCE_S})
-    runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
+    runtime = build_runtime(
+        settings.model_copy(update={"deadline_s": _PATIENCE_S}), make_engine=make_engine, gpu=gpu
+    )
     specs = plan(runtime.model)
     for spec in specs:
         runtime.service.check(spec)

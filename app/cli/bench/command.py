@@ -121,9 +121,11 @@ class Bench:
     def _plan(self, model: ModelSpec) -> list[ImageSpec]:
         """Return one spec for each size."""
         given = [size for size in (self.arguments.sizes or "").split(",") if size]
-        most = self.settings.max_pixels
-        sizes = [parse_size(size, model, most) for size in given] or _default_sizes(model)
-        return [draft(model, "a plan", *size, self.arguments.steps) for size in sizes]
+        sizes = [parse_size(size, model, self.settings.max_pixels) for size in given]
+        return [
+            draft(model, "a plan", *size, self.arguments.steps)
+            for size in sizes or _default_sizes(model)
+        ]
 
     async def _measure_size(
         self, runtime: Runtime, info: ModelInfo, spec: ImageSpec, what: str, sampler: Sampler

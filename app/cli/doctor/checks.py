@@ -142,16 +142,15 @@ def _judge_torch(found: Report, facts: Facts) -> None:
     torch = facts.torch
     built = f"built for CUDA {torch.cuda}" if torch.cuda else "built for processors only"
     found.tell("torch", f"{torch.version}, {built}")
-    if not isinstance(facts.gpu, GpuFacts) or torch.sees_gpu:
-        return
-    if torch.cuda is None:
+    is_blind = isinstance(facts.gpu, GpuFacts) and not torch.sees_gpu
+    if is_blind and torch.cuda is None:
         found.complain(
             "torch is built for processors only and cannot use the card.",
             f"Install torch's build for CUDA {PINNED_CUDA}: pip install --force-reinstall "
             "-r requirements.lock without an index of processor wheels.",
             is_fatal=True,
         )
-    elif GpuFault.OLD_DRIVER not in _faults(facts):
+    elif is_blind and GpuFault.OLD_DRIVER not in _faults(facts):
         found.complain(
             "NVML sees the card, but torch does not.",
             "See what CUDA_VISIBLE_DEVICES says, and in a container whether the driver's compute "
@@ -216,15 +215,14 @@ def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec) -> None:
 
 def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> None:
     """Report whether torch.compile can work; it is a problem only with a GPU."""
-    missing = compiler.missing
-    if not missing:
-        found.tell("compiling", f"works: {compiler.c_compiler}, Triton")
-        return
-    found.tell("compiling", f"does not work: {', '.join(missing)} missing")
-    if has_gpu:
+    missing = ", ".join(compiler.missing)
+    found.tell(
+        "compiling",
+        f"does not work: {missing} missing" if missing else f"works: {compiler.c_compiler}, Triton",
+    )
+    if missing and has_gpu:
         found.complain(
-            f"Nothing can be compiled ({', '.join(missing)} missing), so pictures take about "
-            "twice as long.",
+            f"Nothing can be compiled ({missing} missing), so pictures take about twice as long.",
             "Install gcc and Python's headers (Debian: gcc libc6-dev python3-dev); Triton comes "
             "with torch's build for CUDA.",
             is_fatal=False,
@@ -233,11 +231,10 @@ def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) ->
 
 def _judge_cache(found: Report, cache: CacheFound) -> None:
     """Report what is downloaded, what is missing, and whether the disk has room for it."""
-    there = cache.total_bytes - cache.missing_bytes
     found.tell(
         "cache",
-        f"{cache.folder}: {gigabytes(there)} of {gigabytes(cache.total_bytes)} there, "
-        f"{gigabytes(cache.missing_bytes)} missing",
+        f"{cache.folder}: {gigabytes(cache.total_bytes - cache.missing_bytes)} of "
+        f"{gigabytes(cache.total_bytes)} there, {gigabytes(cache.missing_bytes)} missing",
     )
     found.tell("disk", f"{gigabytes(cache.disk_free_bytes)} free")
     if not cache.is_writable:
