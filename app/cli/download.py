@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from app.cli.console import progress_bar
+from app.cli.console import Options, progress_bar
 from app.domain import LoadProgress
 from app.engine.hub.download import ensure, missing_bytes, verify
 from app.engine.hub.fetch import Hub
@@ -18,12 +18,11 @@ from app.engine.models.registry import MODELS, files_for, find_model
 from app.engine.quantization.formats import AUTO, FORMATS, choices
 from app.settings import Settings, complete_path
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("--model", help="catalogue key (KLEIN_MODEL)")
-    parser.add_argument("--precision", choices=choices(), help="decides which transformer")
-    parser.add_argument("--verify", action="store_true", help="only hash again what lies there")
+OPTIONS: Options = {
+    "--model": {"help": "catalogue key (KLEIN_MODEL)"},
+    "--precision": {"choices": choices(), "help": "decides which transformer"},
+    "--verify": {"action": "store_true", "help": "only hash again what lies there"},
+}
 
 
 def run(
@@ -37,14 +36,12 @@ def run(
     if settings.model not in MODELS and _is_there(settings.model):
         print("KLEIN_MODEL is a local folder or file, there is nothing to download.")
         return 0
-    is_auto = settings.model == "auto"
-    variant = find(next(iter(MODELS)) if is_auto else settings.model)
+    variant = find(next(iter(MODELS)) if settings.model == "auto" else settings.model)
     if variant.is_embedded:
         print(f"{variant.spec.title}: it comes with the package, there is nothing to download.")
         return 0
-    precision = settings.precision
-    if precision == AUTO:
-        precision = _precision_of_this_machine(settings.device)
+    is_chosen = settings.precision != AUTO
+    precision = settings.precision if is_chosen else _precision_of_this_machine(settings.device)
     close_umask()
     hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:

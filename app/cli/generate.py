@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app import logs
+from app.cli.console import MODEL, SIZE, STEPS, Options
 from app.cli.warm_worker import check_output, choose_seed, draft, make_pictures, warm_runtime
 from app.domain import ImageSpec, ModelSpec
 from app.engine import create_engine
@@ -20,7 +21,7 @@ from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
-_OPTIONS = {
+_NAMES = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "seed": "--seed",
@@ -29,15 +30,15 @@ _OPTIONS = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("prompt")
-    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"))
-    parser.add_argument("--size", help="WIDTHxHEIGHT; the model's own size where left out")
-    parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--seed", type=int, help="-1 or nothing draws one")
-    parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
+OPTIONS: Options = {
+    "prompt": {},
+    "-o --output": {"type": Path, "default": Path("out.png")},
+    **SIZE,
+    **STEPS,
+    "--guidance": {"type": float},
+    "--seed": {"type": int, "help": "-1 or nothing draws one"},
+    **MODEL,
+}
 
 
 def run(
@@ -58,7 +59,7 @@ def run(
     try:
         picture = asyncio.run(_generate(arguments, settings, seed, output, make_engine, gpu))
     except InvalidRequest as error:
-        raise error.renamed(_OPTIONS) from None
+        raise error.renamed(_NAMES) from None
     arguments.output.write_bytes(picture.data)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in picture.seconds.items())
     print(f"{arguments.output}: {picture.width}x{picture.height}, seed {picture.seed}, {stages}")

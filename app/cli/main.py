@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from app import __version__
-from app.cli.console import note
+from app.cli.console import add_options, note
 from app.cli.old_cache import find_old_cache
 from app.cli.system_limits import check_surroundings, explain
 from app.errors import KleinError
@@ -23,8 +23,8 @@ from app.model_choice import read_settings
 class Command:
     """One command, described without importing it.
 
-    *module* has `add_options(parser)` and `run(arguments, settings)`, which returns the exit code;
-    it is imported only where the command is called.
+    *module* has `OPTIONS` and `run(arguments, settings)`, which returns the exit code; it is
+    imported only where the command is called.
     """
 
     module: str
@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
         "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
     ),
     "compare": Command(
-        "app.cli.compare.command", "make one picture at several precisions", loads_model=True
+        "app.cli.compare", "make one picture at several precisions", loads_model=True
     ),
 }
 """Every command by its name; a new one is one entry here and its module."""
@@ -142,11 +142,12 @@ def _run(words: Sequence[str]) -> int:
     if command is not None:
         if command.checks_settings_first:
             read_settings(os.environ)
-        import_module(command.module).add_options(options[name])
+        add_options(options[name], import_module(command.module).OPTIONS)
     arguments = parser.parse_args(words)
     assert command is not None, "argparse ends the program where no command is named"
-    overrides = {option: getattr(arguments, option) for option in command.settings}
-    settings = read_settings(os.environ, **overrides)
+    settings = read_settings(
+        os.environ, **{option: getattr(arguments, option) for option in command.settings}
+    )
     if not command.reports_old_cache and (old := find_old_cache(settings)) is not None:
         note(old.sentence)
     return int(import_module(command.module).run(arguments, settings))

@@ -17,18 +17,18 @@ import logging
 import os
 import signal
 import socket
-import threading
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from app import logs
-from app.cli.malloc import bound_heap
+from app.cli.console import MODEL, Options
 from app.cli.old_cache import find_old_cache
-from app.cli.system_limits import raise_file_limit
+from app.cli.system_limits import bound_heap, raise_file_limit
 from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
-from app.runtime import Runtime, build_runtime
+from app.runtime import Ended, Runtime, build_runtime
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
@@ -52,11 +52,11 @@ END_S = 5.0
 """Seconds that the service may take to exit once it has given up, responses in flight included."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("--host", help="address to listen on (KLEIN_HOST)")
-    parser.add_argument("--port", type=int, help="port to listen on (KLEIN_PORT)")
-    parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
+OPTIONS: Options = {
+    "--host": {"help": "address to listen on (KLEIN_HOST)"},
+    "--port": {"type": int, "help": "port to listen on (KLEIN_PORT)"},
+    **MODEL,
+}
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -119,22 +119,22 @@ def _descriptors() -> int:
     return descriptors
 
 
+@dataclass(slots=True)
 class _Service:
     """The life of one service process from its first request on: serve, drain, end."""
 
-    def __init__(
-        self, listener: socket.socket, runtime: Runtime, server: Server, deadline_s: float
-    ) -> None:
-        self._listener = listener
-        self._runtime = runtime
-        self._server = server
-        self._deadline_s = deadline_s
-        self._exit_code = 0
-        self._draining: asyncio.Task[None] | None = None
-        runtime.on_ready.append(partial(_say_ready, address(listener), runtime.model.note))
-        runtime.ended.add_done_callback(lambda ended: self._on_ended())
+    _listener: socket.socket
+    _runtime: Runtime
+    _server: Server
+    _deadline_s: float
+    _exit_code: int = 0
+    _draining: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
+        self._runtime.on_ready.append(
+            partial(_say_ready, address(self._listener), self._runtime.model.note)
+        )
+        self._runtime.ended.add_done_callback(self._on_ended)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -147,9 +147,7 @@ class _Service:
             self._server.should_exit = True
             self._server.force_exit = True
             self._exit_code = EXIT_SECOND_SIGNAL
-            last = threading.Timer(_INSISTED_S, os._exit, (EXIT_SECOND_SIGNAL,))
-            last.daemon = True
-            last.start()
+            _leave_within(_INSISTED_S, EXIT_SECOND_SIGNAL)
             return
         _log.info("Told to stop: taking nothing new, finishing what was accepted.")
         self._draining = asyncio.get_running_loop().create_task(self._drain())
@@ -165,8 +163,8 @@ class _Service:
         await self._runtime.wait_until_drained(budget_s)
         self._server.end(answers_s=ends_at - loop.time())
 
-    def _on_ended(self) -> None:
-        ended = self._runtime.ended.result()
+    def _on_ended(self, future: asyncio.Future[Ended]) -> None:
+        ended = future.result()
         logs.say(f"klein: {ended.message}")
         self._exit_code = ended.exit_code
         self._server.end()
@@ -176,8 +174,8 @@ class _Service:
 def _leave_within(seconds: float, exit_code: int) -> None:
     """End this process after *seconds*, whatever it waits for then.
 
-    A service that has given up is to be replaced. The kernel's timer is used, since threads and
-    file descriptors may be what is exhausted.
+    A service that has given up, or was told twice to stop, waits for nothing. The kernel's timer
+    is used, since threads and file descriptors may be what is exhausted.
     """
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(exit_code))
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -212,12 +210,11 @@ def _say_ready(url: str, note: str, info: ModelInfo) -> None:
 
 def _check_exposure(settings: Settings) -> None:
     """Refuse to serve other machines without authentication by accident."""
-    if settings.api_keys or settings.trust_network or _is_loopback(settings.host):
-        return
-    raise StartupError(
-        f"{settings.host} can be reached from other machines and no key is set; "
-        "set KLEIN_API_KEYS, or listen on 127.0.0.1, or set KLEIN_TRUST_NETWORK=true."
-    )
+    if not (settings.api_keys or settings.trust_network or _is_loopback(settings.host)):
+        raise StartupError(
+            f"{settings.host} can be reached from other machines and no key is set; "
+            "set KLEIN_API_KEYS, or listen on 127.0.0.1, or set KLEIN_TRUST_NETWORK=true."
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,11 +2,12 @@
 
 Errors of the system (no file descriptors, no processes, no space, no permission) are the operator's
 to resolve and are reported without a traceback, which `KLEIN_LOG_LEVEL=debug` brings back. Any
-other exception is a bug of this program and keeps its traceback.
+other exception is a bug of this program and keeps its traceback. `malloc` is given limits too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -22,7 +23,12 @@ _SPARE_THREADS = 8
 """Threads and processes that a command which computes needs besides one for each core."""
 WANTED_FILES = 2048
 """File descriptors that the service's connections need."""
-_LIMITS = {errno.EMFILE, errno.ENFILE}
+_HEAP_OPTIONS = {
+    -3: 2 * 1024 * 1024,  # M_MMAP_THRESHOLD
+    -1: 8 * 1024 * 1024,  # M_TRIM_THRESHOLD
+    -8: 4,  # M_ARENA_MAX
+}
+"""By their numbers in glibc's malloc.h."""
 
 
 def check_surroundings(*, is_computing: bool) -> None:
@@ -52,16 +58,12 @@ def check_surroundings(*, is_computing: bool) -> None:
 
 def _try_threads() -> None:
     release = Event()
-    started: list[Thread] = []
-    try:
+    with ExitStack() as started, ExitStack() as held:
+        held.callback(release.set)
         for _ in range(_SPARE_THREADS + len(os.sched_getaffinity(0))):
             thread = Thread(target=release.wait)
             thread.start()
-            started.append(thread)
-    finally:
-        release.set()
-        for thread in started:
-            thread.join()
+            started.callback(thread.join)
 
 
 def explain(error: BaseException) -> str:
@@ -81,7 +83,7 @@ def explain(error: BaseException) -> str:
         )
     if not isinstance(error, OSError):
         return ""
-    if error.errno in _LIMITS:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
             f"No more files can be opened, {most} are allowed; raise the limit (ulimit -n 1024, or "
@@ -109,3 +111,21 @@ def raise_file_limit(wanted: int = WANTED_FILES) -> int:
     except (OSError, ValueError):  # macOS has a limit of its own below the hard one
         return soft
     return possible
+
+
+def bound_heap() -> bool:
+    """Make glibc's `malloc` return the memory of freed images to the system.
+
+    A freed block of some megabytes raises glibc's mmap threshold up to 32 MB; from then on images
+    are allocated in the arenas, of which each thread may have one and none shrinks. So the
+    threshold is fixed below the smallest image that matters, and the number of arenas is limited.
+
+    Return whether this process's C library supports it; others, such as musl and macOS's, are left
+    as they are.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        set_option, _ = library.mallopt, library.gnu_get_libc_version
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all(set_option(option, value) == 1 for option, value in _HEAP_OPTIONS.items())

@@ -7,7 +7,7 @@ import os
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from app import logs
@@ -47,29 +47,26 @@ async def warm_runtime(
         StartupError: the worker does not start; one sentence says why.
         InvalidRequest: the model cannot generate a planned spec.
     """
-    patient = settings.model_copy(update={"deadline_s": _PATIENCE_S})
-    runtime = build_runtime(patient, make_engine=make_engine, gpu=gpu)
+    runtime = build_runtime(
+        settings.model_copy(update={"deadline_s": _PATIENCE_S}), make_engine=make_engine, gpu=gpu
+    )
     specs = plan(runtime.model)
     for spec in specs:
         runtime.service.check(spec)
-    ready: asyncio.Future[ModelInfo | str] = asyncio.get_running_loop().create_future()
-
-    def settle(outcome: ModelInfo | str) -> None:
-        if not ready.done():
-            ready.set_result(outcome)
-
-    runtime.on_ready.append(settle)
-    runtime.ended.add_done_callback(lambda ended: settle(ended.result().message))
+    outcomes: asyncio.Queue[ModelInfo | str] = asyncio.Queue()
+    runtime.on_ready.append(outcomes.put_nowait)
+    runtime.ended.add_done_callback(lambda ended: outcomes.put_nowait(ended.result().message))
+    first = None
     async with runtime:
         with progress_bar() as show:
-            while not ready.done():
+            while first is None:
                 status = runtime.service.status()
                 show(status.progress, status.stage)
-                await asyncio.wait({ready}, timeout=_REDRAW_S)
-        info = ready.result()
-        if isinstance(info, str):
-            raise StartupError(info)
-        yield runtime, info, specs
+                with suppress(TimeoutError):
+                    first = await asyncio.wait_for(outcomes.get(), _REDRAW_S)
+        if isinstance(first, str):
+            raise StartupError(first)
+        yield runtime, first, specs
 
 
 async def make_pictures(

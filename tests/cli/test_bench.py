@@ -15,6 +15,7 @@ import pytest
 
 from app.cli.bench import command as bench
 from app.cli.bench.charts import lines_over_time, stage_bars
+from app.cli.console import add_options
 from app.domain import ModelInfo
 from app.errors import InvalidRequest
 from app.settings import Settings
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def arguments(*words: str) -> argparse.Namespace:
     """The command line as the parser reads it."""
     parser = argparse.ArgumentParser()
-    bench.add_options(parser)
+    add_options(parser, bench.OPTIONS)
     return parser.parse_args(words)
 
 

@@ -74,8 +74,8 @@ def test_a_cache_in_the_wrong_place_is_found_and_the_command_moves_it(home) -> N
 
     found = find_old_cache(settings)
     assert found is not None
-    assert found.folder == Path.cwd() / "~" / ".cache" / "klein"
-    assert shlex.quote(str(found.folder)) in found.sentence
+    assert shlex.quote(str(Path.cwd() / "~" / ".cache" / "klein")) in found.what
+    assert found.sentence.startswith(found.what)
     subprocess.run(found.command, shell=True, check=True, cwd="/")
 
     assert (settings.cache_dir / "link").read_text() == "16 GB"

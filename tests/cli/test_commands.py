@@ -19,17 +19,14 @@ def dummy(monkeypatch) -> list[tuple[argparse.Namespace, Settings]]:
     """A command `dummy`, registered by one entry; the runs of it."""
     module, runs = ModuleType("dummy_command"), []
 
-    def add_options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--model")
-        parser.add_argument("--fail", action="store_true")
-
     def run(arguments: argparse.Namespace, settings: Settings) -> int:
         if arguments.fail:
             raise StartupError("The dummy cannot start.")
         runs.append((arguments, settings))
         return 7
 
-    module.add_options, module.run = add_options, run
+    module.OPTIONS = {"--model": {}, "--fail": {"action": "store_true"}}
+    module.run = run
     monkeypatch.setitem(sys.modules, "dummy_command", module)
     monkeypatch.setitem(COMMANDS, "dummy", Command("dummy_command", "do as tests do"))
     return runs

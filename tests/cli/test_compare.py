@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli.compare import command as compare
-from app.cli.compare.contact_sheet import contact_sheet, psnr
+from app.cli import compare
+from app.cli.compare import contact_sheet, psnr
+from app.cli.console import add_options
 from app.domain import RawImage
 from app.errors import InvalidRequest, StartupError
 from app.settings import Settings
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(tmp_path: Path, *words: str) -> int:
     """Run the command on the scripted engine; the sheet goes to sheet.png."""
     parser = argparse.ArgumentParser()
-    compare.add_options(parser)
+    add_options(parser, compare.OPTIONS)
     return compare.run(
         parser.parse_args(["a cat", "-o", str(tmp_path / "sheet.png"), *words]),
         Settings(model="shapes"),

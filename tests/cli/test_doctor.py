@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from app.cli.console import add_options
 from app.cli.doctor import command
-from app.cli.doctor.checks import Facts, diagnose, minimum_driver
-from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
+from app.cli.doctor.checks import diagnose, minimum_driver
+from app.cli.doctor.facts import CacheFound, CompilerFound, Facts, HostFound, TorchFound
 from app.engine.models.registry import find_spec
 from app.errors import StartupError
 from app.model_choice import Choice
@@ -55,7 +56,7 @@ class MissingNvml:
 def ask(capsys, *words: str, nvml: object = None, torch: TorchFound = TORCH, **settings: object):
     """Run the command; the exit code and what it printed."""
     parser = argparse.ArgumentParser()
-    command.add_options(parser)
+    add_options(parser, command.OPTIONS)
     code = command.run(
         parser.parse_args(words),
         Settings(**settings),

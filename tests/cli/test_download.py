@@ -8,6 +8,7 @@ import re
 import pytest
 
 from app.cli import download
+from app.cli.console import add_options
 from app.cli.main import main
 from app.engine.hub.fetch import Hub as Source
 from app.errors import StartupError
@@ -31,7 +32,7 @@ def klein(hub, tmp_path):
 
     def run(*words: str) -> int:
         parser = argparse.ArgumentParser()
-        download.add_options(parser)
+        add_options(parser, download.OPTIONS)
         given = parser.parse_args(words)
         environ = {"KLEIN_CACHE_DIR": str(tmp_path / "cache")}
         settings = Settings.read(environ, model=given.model, precision=given.precision)

@@ -13,6 +13,7 @@ import pytest
 from app.api.config import ApiConfig
 from app.api.native.request import read, table
 from app.cli import generate, warm_worker
+from app.cli.console import add_options
 from app.cli.main import main
 from app.cli.warm_worker import warm_runtime
 from app.domain import ImageSpec
@@ -138,7 +139,7 @@ def is_taken(ask) -> bool:
 def draw(folder: Path, *words: str) -> int:
     """Run the command with the scripted engine."""
     parser = argparse.ArgumentParser()
-    generate.add_options(parser)
+    add_options(parser, generate.OPTIONS)
     given = parser.parse_args(["a", "-o", str(folder / "x.png"), *words])
     settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
     return generate.run(given, settings, make_engine=MakeScriptedEngine(Script()))

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from app.api.app import create_app
-from app.cli.malloc import bound_heap
+from app.cli.system_limits import bound_heap
 from app.domain import Generated, ImageSpec, RawImage
 from app.errors import DeadlineExceeded, OutOfMemory
 from app.jobs.job import Job
@@ -145,7 +145,7 @@ def test_forty_rounds_of_callers_who_leave_leave_no_memory_behind(scripted) -> N
 
 def test_the_heap_is_bounded_where_the_c_library_can_do_it() -> None:
     """With glibc; any other is left alone. In a process of its own, which it changes for good."""
-    code = "from app.cli.malloc import bound_heap; print(bound_heap())"
+    code = "from app.cli.system_limits import bound_heap; print(bound_heap())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")

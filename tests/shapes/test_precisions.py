@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 
 import numpy as np  # noqa: E402 - after the check for torch
 
-from app.cli.compare.contact_sheet import psnr  # noqa: E402
+from app.cli.compare import psnr  # noqa: E402
 from app.domain import ImageSpec, RawImage  # noqa: E402
 from app.engine.config import EngineConfig  # noqa: E402
 from app.engine.engine import KleinEngine  # noqa: E402

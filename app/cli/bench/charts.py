@@ -57,8 +57,10 @@ def lines_over_time(
         ),
     ]
     for name, value in marks.items():
-        lines.append(_rule(left, right, y_of(value), style=' stroke-dasharray="4 4"'))
-        lines.append(_text(right, y_of(value) - 4, name, anchor="end"))
+        lines += [
+            _rule(left, right, y_of(value), style=' stroke-dasharray="4 4"'),
+            _text(right, y_of(value) - 4, name, anchor="end"),
+        ]
     colours = _colours(curves)
     for name, curve in curves.items():
         path = " ".join(
@@ -86,10 +88,10 @@ def _svg(lines: list[str], legend: Mapping[str, str], *, bottom: int) -> str:
     """Return the picture, with the colours of *legend* explained at *bottom*."""
     x = 12.0
     for name, colour in legend.items():
-        lines.append(
-            f'<rect x="{x:.1f}" y="{bottom - 10}" width="10" height="10" fill="{colour}"/>'
-        )
-        lines.append(_text(x + 15, bottom, name))
+        lines += [
+            f'<rect x="{x:.1f}" y="{bottom - 10}" width="10" height="10" fill="{colour}"/>',
+            _text(x + 15, bottom, name),
+        ]
         x += 32 + 7.5 * len(name)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {bottom + 12}" '

@@ -16,11 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from app import logs
-from app.cli.bench.machine import describe_machine
+from app.cli.bench.machine import Sampler, describe_machine
 from app.cli.bench.measure import Row, floor_of, sum_up
 from app.cli.bench.report import Run, render_table, write_report
-from app.cli.bench.sampler import Sampler
-from app.cli.console import note
+from app.cli.console import MODEL, STEPS, Options, note
 from app.cli.warm_worker import (
     check_output,
     draft,
@@ -42,14 +41,14 @@ WARM_UP_IMAGES = 2
 _USUAL_SIZES = ((512, 512), (1024, 1024))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("--sizes", help="WIDTHxHEIGHT, separated by commas")
-    parser.add_argument("-n", type=int, default=20, help="pictures for each size (20)")
-    parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
-    parser.add_argument("--precision", help="separated by commas (KLEIN_PRECISION)")
-    parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
-    parser.add_argument("--out", type=Path, help="write a report to this .md file, charts beside")
+OPTIONS: Options = {
+    "--sizes": {"help": "WIDTHxHEIGHT, separated by commas"},
+    "-n": {"type": int, "default": 20, "help": "pictures for each size (20)"},
+    **STEPS,
+    "--precision": {"help": "separated by commas (KLEIN_PRECISION)"},
+    **MODEL,
+    "--out": {"type": Path, "help": "write a report to this .md file, charts beside"},
+}
 
 
 def run(
@@ -67,8 +66,7 @@ def run(
     if arguments.out:
         check_output(arguments.out)
     logs.set_up(style=settings.log_format, level="warning")
-    index = settings.device if isinstance(settings.device, int) else 0
-    gpu = gpu or Gpu(index, cache_s=0)
+    gpu = gpu or Gpu(settings.device if isinstance(settings.device, int) else 0, cache_s=0)
     result = Run(describe_machine(gpu), datetime.now(UTC).date().isoformat())
     bench = Bench(settings, arguments, make_engine, gpu, result)
     asyncio.run(bench.run(parse_precisions(arguments.precision or settings.precision)))
@@ -113,8 +111,9 @@ class Bench:
             for spec in specs:
                 what = f"{info.precision} {spec.width}x{spec.height}"
                 try:
-                    row = await self._measure_size(runtime, info, spec, what, sampler)
-                    self.result.rows.append(row)
+                    self.result.rows.append(
+                        await self._measure_size(runtime, info, spec, what, sampler)
+                    )
                 except KleinError as error:
                     self._note(f"{what}: {error.message}")
         sampler.worker_pid = None
@@ -122,9 +121,11 @@ class Bench:
     def _plan(self, model: ModelSpec) -> list[ImageSpec]:
         """Return one spec for each size."""
         given = [size for size in (self.arguments.sizes or "").split(",") if size]
-        most = self.settings.max_pixels
-        sizes = [parse_size(size, model, most) for size in given] or _default_sizes(model)
-        return [draft(model, "a plan", *size, self.arguments.steps) for size in sizes]
+        sizes = [parse_size(size, model, self.settings.max_pixels) for size in given]
+        return [
+            draft(model, "a plan", *size, self.arguments.steps)
+            for size in sizes or _default_sizes(model)
+        ]
 
     async def _measure_size(
         self, runtime: Runtime, info: ModelInfo, spec: ImageSpec, what: str, sampler: Sampler
@@ -133,10 +134,10 @@ class Bench:
         note(f"{what}: {count} images")
         specs = [replace(spec, prompt=next(self.prompts)) for _ in range(WARM_UP_IMAGES + count)]
         await make_pictures(runtime, specs[:WARM_UP_IMAGES], f"{what}, warming up")
-        since_s = sampler.now_s()
+        first = len(sampler.readings)
         pictures = await make_pictures(runtime, specs[WARM_UP_IMAGES:], what)
         floor_s = floor_of(spec, info, self._read_gpu())
-        return sum_up(spec, info, pictures, sampler.usage(since_s), floor_s)
+        return sum_up(spec, info, pictures, sampler.usage(first), floor_s)
 
     def _read_gpu(self) -> GpuSnapshot | None:
         return None if self.settings.device == "cpu" else self.gpu.read()

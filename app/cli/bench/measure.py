@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from app.cli.bench.sampler import Reading
+from app.cli.bench.machine import Reading
 from app.domain import GpuSnapshot, ImageSpec, ModelInfo, PeakMemory
 from app.engine import roofline
 from app.engine.models.registry import find_model
@@ -23,6 +23,9 @@ class Spread:
 
     p50: float
     p95: float
+
+    def __str__(self) -> str:
+        return f"{self.p50:.3f} / {self.p95:.3f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +117,9 @@ def sum_up(
 def floor_of(spec: ImageSpec, info: ModelInfo, gpu: GpuSnapshot | None) -> float | None:
     """Return the roofline seconds of *spec* on *gpu*; None where GPU or model is unknown."""
     architecture = find_model(info.model).architecture
+    known = roofline.recognise(gpu.name, gpu.total_bytes) if gpu else None
     # A folder of test or demo size may have other widths.
-    if gpu is None or info.weights_bytes < architecture.small_bytes:
-        return None
-    known = roofline.recognise(gpu.name, gpu.total_bytes)
-    if known is None:
+    if known is None or info.weights_bytes < architecture.small_bytes:
         return None
     found = roofline.roofline(
         architecture,

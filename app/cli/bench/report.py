@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from app.cli.bench.charts import lines_over_time, stage_bars
-from app.cli.bench.machine import Machine
+from app.cli.bench.machine import Machine, Reading
 from app.cli.bench.measure import Row
-from app.cli.bench.sampler import Reading
-from app.cli.console import aligned
+from app.cli.console import aligned, tabulate
 from app.domain import ModelInfo
 
 _SHOWN_STAGES = ("text", "denoise", "decode", "encode")
@@ -74,14 +73,20 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def render_table(run: Run) -> str:
     """Return the result as a table for the terminal."""
-    lines = [f"card       {run.machine.gpu_words}"]
-    lines += [
-        f"{info.precision:10} {info.model}, plan {info.plan}: {_reasons(info)}"
-        for info in run.loaded
+    lines = [
+        f"card       {run.machine.gpu_words}",
+        *(
+            f"{info.precision:10} {info.model}, plan {info.plan}: {_reasons(info)}"
+            for info in run.loaded
+        ),
+        "",
+        *aligned(tabulate(_COLUMNS, run.rows)),
+        "",
+        *aligned(_stage_table("stage p50/p95 s", run.rows)),
+        "",
+        *(f"not measured: {note}" for note in run.notes),
     ]
-    lines += ["", *aligned(_table(run.rows)), ""]
-    lines += aligned(_stage_table("stage p50/p95 s", run.rows))
-    return "\n".join([*lines, "", *(f"not measured: {note}" for note in run.notes)]).rstrip()
+    return "\n".join(lines).rstrip()
 
 
 def write_report(run: Run, path: Path) -> list[Path]:
@@ -108,7 +113,7 @@ def _page(run: Run, stages: str, memory: str) -> str:
         f"# klein on {machine.gpu or machine.processor}",
         f"Measured by `klein bench` on {run.date}: from being accepted to the finished PNG, one "
         "picture after the other, a new prompt each time. GB are 1e9 bytes.",
-        _markdown(_table(run.rows)),
+        _markdown(tabulate(_COLUMNS, run.rows)),
         _explanations(run),
         "## Stages",
         f"![median seconds by stage]({stages})",
@@ -139,8 +144,8 @@ def _explanations(run: Run) -> str:
         "- *host*: memory of both processes.",
         "- *floor*: the work divided by the card's datasheet rates, computed; *reached* is the "
         "floor's share of the median on the card. A dash: not known here.",
+        *(f"- not measured: {note}" for note in run.notes),
     ]
-    lines += [f"- not measured: {note}" for note in run.notes]
     return "\n".join(lines)
 
 
@@ -170,16 +175,9 @@ def _memory_chart(run: Run) -> str:
     return lines_over_time(curves, marks, unit="GB")
 
 
-def _table(rows: Sequence[Row]) -> list[list[str]]:
-    return [list(_COLUMNS), *([read(row) for read in _COLUMNS.values()] for row in rows)]
-
-
 def _stage_table(head: str, rows: Sequence[Row]) -> list[list[str]]:
-    lines = [[head, *_SHOWN_STAGES]]
-    for row in rows:
-        spreads = (row.seconds[stage] for stage in _SHOWN_STAGES)
-        lines.append([row.name, *(f"{each.p50:.3f} / {each.p95:.3f}" for each in spreads)])
-    return lines
+    lines = ([row.name, *(str(row.seconds[stage]) for stage in _SHOWN_STAGES)] for row in rows)
+    return [[head, *_SHOWN_STAGES], *lines]
 
 
 def _markdown(table: list[list[str]]) -> str:

@@ -46,8 +46,11 @@ def answer_for_absent_gpu(key: str, settings: Settings) -> Report:
     found.tell("model", f"{model.id}, {model.title}")
     tell_forecast(found, ahead, model, is_computed=True)
     _tell_otherwise(found, target, ahead, settings, model)
-    rated = sorted(name for name, each in FORMATS.items() if each.is_choice and each.rate)
-    floors_s = {name: floor_seconds(spec, name, model) for name in rated}
+    floors_s = {
+        name: floor_seconds(spec, name, model)
+        for name, each in sorted(FORMATS.items())
+        if each.is_choice and each.rate
+    }
     found.tell("floors", _floors_words(spec, floors_s))
     if ahead.plan is None:
         found.complain(
@@ -59,7 +62,10 @@ def answer_for_absent_gpu(key: str, settings: Settings) -> Report:
     elif settings.plan != "auto":
         judge_asked_plan(found, ahead.plan, model)
     else:
-        _tell_alone(found, target, ahead, settings, model)
+        # Where nothing else, no display either, is on the card.
+        alone = preview_plan(replace(target, free_bytes=spec.memory_bytes), settings, model).plan
+        if alone is not None and alone.name != ahead.plan.name:
+            found.tell("alone", f"with nothing else on the card the plan is {alone.name}")
     found.data.update(
         card=asdict(spec),
         assumed=name_kernels(asdict(replace(target, spec=None)), target.runs),
@@ -101,14 +107,3 @@ def _tell_otherwise(
     if slow.precision_reason != ahead.precision_reason:
         seconds = "" if slow.floor_s is None else f", floor {slow.floor_s:.2f} s"
         found.tell("otherwise", f"{slow.precision}: {slow.precision_reason}{seconds}")
-
-
-def _tell_alone(
-    found: Report, target: Target, ahead: PlanPreview, settings: Settings, model: ModelSpec
-) -> None:
-    """Report the plan for a GPU without a display where it differs."""
-    assert ahead.plan is not None
-    assert target.spec is not None
-    alone = preview_plan(replace(target, free_bytes=target.spec.memory_bytes), settings, model)
-    if alone.plan is not None and alone.plan.name != ahead.plan.name:
-        found.tell("alone", f"with nothing else on the card the plan is {alone.plan.name}")

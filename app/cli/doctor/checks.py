@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from app.cli.doctor.facts import CacheFound, CompilerFound, HostFound, TorchFound
+from app.cli.doctor.facts import CacheFound, CompilerFound, Facts, HostFound
 from app.cli.doctor.plan_preview import PlanPreview, name_kernels
 from app.cli.doctor.report import Report, gigabytes
 from app.domain import ModelSpec
 from app.engine.memory.planner import MemoryPlan, Plan
 from app.engine.roofline import find_gpu
-from app.model_choice import Choice
 from app.settings import Settings
 from app.telemetry.gpu import GpuFacts, Holder
 from app.telemetry.preflight import GpuFault, find_faults
@@ -27,43 +26,18 @@ _SEVERAL = 8
 _FIRST_LOAD_BYTES = 10_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Everything known of the machine; a str says why a fact is missing.
-
-    *gpu* is None where KLEIN_DEVICE is cpu, *model* where none could be chosen.
-    """
-
-    gpu: GpuFacts | str | None
-    torch: TorchFound
-    compiler: CompilerFound
-    host: HostFound
-    choice: Choice | str
-    model: ModelSpec | None
-    forecast: PlanPreview | str | None
-    cache: CacheFound | None
-
-    @property
-    def is_klein(self) -> bool:
-        """Whether the model comes from the hub, unlike the demo model."""
-        return self.model is not None and self.model.hub_id is not None
-
-    @property
-    def faults(self) -> Collection[GpuFault]:
-        """What the start's check would find wrong with the GPU."""
-        cuda = self.torch.cuda or PINNED_CUDA
-        return find_faults(self.gpu, cuda) if isinstance(self.gpu, GpuFacts) else ()
-
-
 def diagnose(facts: Facts, settings: Settings) -> Report:
     """Report the facts, and each problem with its remedy."""
     found = Report(data=_data(facts))
-    _judge_gpu(found, facts, settings)
+    if isinstance(facts.gpu, GpuFacts):
+        _judge_gpu(found, facts, facts.gpu)
+    else:
+        _judge_absence(found, facts, settings)
     _judge_torch(found, facts)
     _judge_model(found, facts, settings)
     if isinstance(facts.forecast, PlanPreview) and facts.model is not None:
         tell_forecast(found, facts.forecast, facts.model)
-        _judge_plan(found, facts, facts.forecast, settings)
+        _judge_plan(found, facts, facts.forecast, facts.model, settings)
     _judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
     if facts.cache is not None:
         _judge_cache(found, facts.cache)
@@ -80,15 +54,13 @@ def tell_forecast(
     found: Report, ahead: PlanPreview, model: ModelSpec, *, is_computed: bool = False
 ) -> None:
     """Report precision, plan, peak and floor; *is_computed* words it as not probed."""
-    reason = ahead.precision_reason
-    if is_computed:
-        reason = f"expected, where the start finds that {reason}"
-    found.tell("precision", f"{ahead.precision}: {reason}")
+    how = "expected, where the start finds that " if is_computed else ""
+    found.tell("precision", f"{ahead.precision}: {how}{ahead.precision_reason}")
     size = f"{model.default_width}x{model.default_height}"
     if ahead.plan is not None:
         found.tell("plan", f"{ahead.plan.name}: {'; '.join(ahead.plan.reasons)}")
         found.tell(
-            "peak", f"{gigabytes(ahead.plan.peak_bytes)} expected at {size}, {_sizes(ahead)}"
+            "peak", f"{gigabytes(ahead.plan.peak_bytes)} expected at {size}, {_sizes(ahead.plan)}"
         )
     if ahead.floor_s is not None:
         found.tell(
@@ -98,9 +70,14 @@ def tell_forecast(
         )
 
 
-def _sizes(ahead: PlanPreview) -> str:
-    assert ahead.plan is not None
-    alone, *beside = ahead.plan.max_pixels
+def _faults(facts: Facts) -> Collection[GpuFault]:
+    """Return what the start's check would find wrong with the GPU."""
+    cuda = facts.torch.cuda or PINNED_CUDA
+    return find_faults(facts.gpu, cuda) if isinstance(facts.gpu, GpuFacts) else ()
+
+
+def _sizes(plan: MemoryPlan) -> str:
+    alone, *beside = plan.max_pixels
     text = f"largest picture {alone / 1e6:.1f} megapixels"
     if not beside:
         return text
@@ -109,22 +86,19 @@ def _sizes(ahead: PlanPreview) -> str:
     return f"{text}, beside a reference image {beside[0] / 1e6:.1f}"
 
 
-def _judge_gpu(found: Report, facts: Facts, settings: Settings) -> None:
+def _judge_gpu(found: Report, facts: Facts, gpu: GpuFacts) -> None:
     needed = minimum_driver(facts.torch.cuda)
-    if facts.gpu is None:
-        found.tell("card", "none wanted: KLEIN_DEVICE is cpu")
-        return
-    if isinstance(facts.gpu, str):
-        found.tell("card", f"none: {facts.gpu}")
-        _judge_absence(found, facts, facts.gpu, settings)
-        return
-    gpu = facts.gpu
     major, minor = gpu.capability
     found.tell("card", f"{gpu.name}, compute capability {major}.{minor}")
     found.tell("driver", f"{gpu.driver}, needed is {needed} or newer")
-    used = f"{gigabytes(gpu.total_bytes)}, of which {gigabytes(gpu.free_bytes)} are free"
-    found.tell("memory", f"{used}; {_holders(gpu)}")
-    if GpuFault.OLD_DRIVER in facts.faults:
+    holders = (
+        f"held by {_names(gpu)}" if gpu.holders else "the driver names nobody who holds the rest"
+    )
+    found.tell(
+        "memory",
+        f"{gigabytes(gpu.total_bytes)}, of which {gigabytes(gpu.free_bytes)} are free; {holders}",
+    )
+    if GpuFault.OLD_DRIVER in _faults(facts):
         found.complain(
             f"The driver {gpu.driver} is too old for torch {facts.torch.version}, which is built "
             f"for CUDA {facts.torch.cuda or PINNED_CUDA}.",
@@ -146,13 +120,17 @@ def _judge_gpu(found: Report, facts: Facts, settings: Settings) -> None:
         )
 
 
-def _judge_absence(found: Report, facts: Facts, reason: str, settings: Settings) -> None:
+def _judge_absence(found: Report, facts: Facts, settings: Settings) -> None:
     """Report a missing GPU; the demo runs on the CPU unless KLEIN_DEVICE names a GPU."""
+    if facts.gpu is None:
+        found.tell("card", "none wanted: KLEIN_DEVICE is cpu")
+        return
+    found.tell("card", f"none: {facts.gpu}")
     is_demo = facts.model is not None and not facts.is_klein
     is_fatal = not is_demo or "device" in settings.model_fields_set
     served = "" if is_fatal else " The demo model is served by the processor."
     found.complain(
-        f"NVML finds no card that can be used: {reason}.{served}",
+        f"NVML finds no card that can be used: {facts.gpu}.{served}",
         f"For klein, install NVIDIA's driver {minimum_driver(facts.torch.cuda)} or newer; in a "
         "container, start it with the card (docker run --gpus all, or compose.yaml as it stands) "
         "and see that nvidia-smi answers there. Without a card, set KLEIN_DEVICE=cpu.",
@@ -164,16 +142,15 @@ def _judge_torch(found: Report, facts: Facts) -> None:
     torch = facts.torch
     built = f"built for CUDA {torch.cuda}" if torch.cuda else "built for processors only"
     found.tell("torch", f"{torch.version}, {built}")
-    if not isinstance(facts.gpu, GpuFacts) or torch.sees_gpu:
-        return
-    if torch.cuda is None:
+    is_blind = isinstance(facts.gpu, GpuFacts) and not torch.sees_gpu
+    if is_blind and torch.cuda is None:
         found.complain(
             "torch is built for processors only and cannot use the card.",
             f"Install torch's build for CUDA {PINNED_CUDA}: pip install --force-reinstall "
             "-r requirements.lock without an index of processor wheels.",
             is_fatal=True,
         )
-    elif GpuFault.OLD_DRIVER not in facts.faults:
+    elif is_blind and GpuFault.OLD_DRIVER not in _faults(facts):
         found.complain(
             "NVML sees the card, but torch does not.",
             "See what CUDA_VISIBLE_DEVICES says, and in a container whether the driver's compute "
@@ -201,22 +178,21 @@ def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
         )
 
 
-def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Settings) -> None:
+def _judge_plan(
+    found: Report, facts: Facts, ahead: PlanPreview, model: ModelSpec, settings: Settings
+) -> None:
     assert isinstance(facts.gpu, GpuFacts)
-    if ahead.plan is None or GpuFault.LITTLE_MEMORY in facts.faults:
-        remedy = "Close what else uses the card."
-        if facts.gpu.holders:
-            remedy = (
-                f"Close what holds it: {_names(facts.gpu)}. If that is klein, it serves already."
-            )
+    if ahead.plan is None or GpuFault.LITTLE_MEMORY in _faults(facts):
         found.complain(
             f"{gigabytes(facts.gpu.free_bytes)} of the card are free, which is too little even "
             "with the text encoder in host memory.",
-            remedy,
+            f"Close what holds it: {_names(facts.gpu)}. If that is klein, it serves already."
+            if facts.gpu.holders
+            else "Close what else uses the card.",
             is_fatal=True,
         )
     elif settings.plan != "auto":
-        judge_asked_plan(found, ahead.plan, facts.model)
+        judge_asked_plan(found, ahead.plan, model)
     elif ahead.plan.name is not Plan.RESIDENT and facts.gpu.holders:
         found.complain(
             f"What else is on the card makes the plan {ahead.plan.name} necessary, which is "
@@ -226,9 +202,8 @@ def _judge_plan(found: Report, facts: Facts, ahead: PlanPreview, settings: Setti
         )
 
 
-def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec | None) -> None:
+def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec) -> None:
     """Report where the plan of KLEIN_PLAN leaves too little room for the default size."""
-    assert model is not None
     if plan.max_pixels[0] < model.default_width * model.default_height:
         found.complain(
             f"KLEIN_PLAN asks for {plan.name}, which leaves no room for a picture of "
@@ -240,15 +215,14 @@ def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec | None) -
 
 def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> None:
     """Report whether torch.compile can work; it is a problem only with a GPU."""
-    missing = compiler.missing
-    if not missing:
-        found.tell("compiling", f"works: {compiler.c_compiler}, Triton")
-        return
-    found.tell("compiling", f"does not work: {', '.join(missing)} missing")
-    if has_gpu:
+    missing = ", ".join(compiler.missing)
+    found.tell(
+        "compiling",
+        f"does not work: {missing} missing" if missing else f"works: {compiler.c_compiler}, Triton",
+    )
+    if missing and has_gpu:
         found.complain(
-            f"Nothing can be compiled ({', '.join(missing)} missing), so pictures take about "
-            "twice as long.",
+            f"Nothing can be compiled ({missing} missing), so pictures take about twice as long.",
             "Install gcc and Python's headers (Debian: gcc libc6-dev python3-dev); Triton comes "
             "with torch's build for CUDA.",
             is_fatal=False,
@@ -257,11 +231,10 @@ def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) ->
 
 def _judge_cache(found: Report, cache: CacheFound) -> None:
     """Report what is downloaded, what is missing, and whether the disk has room for it."""
-    there = cache.total_bytes - cache.missing_bytes
     found.tell(
         "cache",
-        f"{cache.folder}: {gigabytes(there)} of {gigabytes(cache.total_bytes)} there, "
-        f"{gigabytes(cache.missing_bytes)} missing",
+        f"{cache.folder}: {gigabytes(cache.total_bytes - cache.missing_bytes)} of "
+        f"{gigabytes(cache.total_bytes)} there, {gigabytes(cache.missing_bytes)} missing",
     )
     found.tell("disk", f"{gigabytes(cache.disk_free_bytes)} free")
     if not cache.is_writable:
@@ -305,12 +278,6 @@ def _judge_host(found: Report, host: HostFound, *, is_klein: bool) -> None:
             "Close other programs for the first start, or add swap space.",
             is_fatal=False,
         )
-
-
-def _holders(gpu: GpuFacts) -> str:
-    if not gpu.holders:
-        return "the driver names nobody who holds the rest"
-    return f"held by {_names(gpu)}"
 
 
 def _names(gpu: GpuFacts) -> str:

@@ -1,7 +1,8 @@
 """Collect the facts that `klein doctor` reports; `checks` interprets them.
 
 Each source may be missing and says so: torch, a compiler, the cache's folder. `app.telemetry.gpu`
-tells of the GPU. Only `ask_torch` imports torch, since that takes seconds.
+tells of the GPU, `plan_preview` asks the engine's planner. Only `ask_torch` imports torch, since
+that takes seconds.
 """
 
 from __future__ import annotations
@@ -11,14 +12,24 @@ import os
 import shutil
 import sysconfig
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from app.cli.doctor.plan_preview import PlanPreview, Target, preview_plan
+from app.domain import ModelSpec
+from app.engine import roofline
 from app.engine.hub import trust
 from app.engine.hub.download import missing_bytes
 from app.engine.models.entry import ModelEntry
-from app.engine.models.registry import files_for
+from app.engine.models.registry import files_for, find_model
 from app.engine.quantization.formats import FORMATS
+from app.errors import StartupError
+from app.model_choice import Choice, choose_model
+from app.settings import Settings
+from app.telemetry.gpu import Gpu, GpuFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,61 @@ class HostFound:
     available_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything known of the machine; a str says why a fact is missing.
+
+    *gpu* is None where KLEIN_DEVICE is cpu, *model* where none could be chosen.
+    """
+
+    gpu: GpuFacts | str | None
+    torch: TorchFound
+    compiler: CompilerFound
+    host: HostFound
+    choice: Choice | str
+    model: ModelSpec | None
+    forecast: PlanPreview | str | None
+    cache: CacheFound | None
+
+    @property
+    def is_klein(self) -> bool:
+        """Whether the model comes from the hub, unlike the demo model."""
+        return self.model is not None and self.model.hub_id is not None
+
+
+def examine(
+    settings: Settings, gpu: Gpu | None, ask_torch: Callable[[int | None], TorchFound]
+) -> Facts:
+    """Collect all facts; change and download nothing."""
+    index = settings.device if isinstance(settings.device, int) else None
+    # Before torch is asked: its CUDA context would count as used memory.
+    gpu = None if index is None else gpu or Gpu(index)
+    gpu_facts = gpu.facts() if gpu else None
+    torch = ask_torch(index)
+    compiler = _ask_compiler()
+    try:
+        now = gpu.read() if gpu and isinstance(gpu_facts, GpuFacts) else None
+        choice: Choice | str = choose_model(settings, now)
+    except StartupError as error:
+        choice = error.message
+    entry = find_model(choice.key) if isinstance(choice, Choice) else None
+    klein = None if entry is None or entry.is_embedded else entry
+    ahead = _look_ahead(settings, klein, gpu_facts, torch, compiler)
+    precision = ahead.precision if isinstance(ahead, PlanPreview) else "bf16"
+    is_cached = isinstance(choice, Choice) and not choice.path
+    memory = psutil.virtual_memory()
+    return Facts(
+        gpu=gpu_facts,
+        torch=torch,
+        compiler=compiler,
+        host=HostFound(memory.total, memory.available),
+        choice=choice,
+        model=entry.spec if entry else None,
+        forecast=ahead,
+        cache=_ask_cache(klein, settings.cache_dir, precision) if klein and is_cached else None,
+    )
+
+
 def ask_torch(index: int | None) -> TorchFound:
     """Import torch, and probe its kernels on GPU *index* unless that is None."""
     import torch
@@ -93,7 +159,29 @@ def ask_torch(index: int | None) -> TorchFound:
     )
 
 
-def ask_compiler() -> CompilerFound:
+def _look_ahead(
+    settings: Settings,
+    entry: ModelEntry | None,
+    gpu: GpuFacts | str | None,
+    torch: TorchFound,
+    compiler: CompilerFound,
+) -> PlanPreview | str | None:
+    if entry is None or not isinstance(gpu, GpuFacts):
+        return None
+    target = Target(
+        capability=gpu.capability,
+        free_bytes=gpu.free_bytes,
+        runs=torch.runs,
+        can_compile=not compiler.missing,
+        spec=roofline.recognise(gpu.name, gpu.total_bytes),
+    )
+    try:
+        return preview_plan(target, settings, entry.spec)
+    except StartupError as error:
+        return error.message
+
+
+def _ask_compiler() -> CompilerFound:
     """Look for what torch.compile needs."""
     found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
     return CompilerFound(
@@ -103,7 +191,7 @@ def ask_compiler() -> CompilerFound:
     )
 
 
-def ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:
+def _ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:
     """Count the bytes that *variant* needs at *precision*, and those not downloaded yet."""
     wanted = FORMATS[precision].file
     above = folder

@@ -93,8 +93,12 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
             max_references=model.max_references,
             asked=settings.plan,
         )
-    floor_s = floor_seconds(target.spec, chosen.linears.name, model)
-    return PlanPreview(chosen.name, chosen.reason, plan, floor_s)
+    return PlanPreview(
+        chosen.name,
+        chosen.reason,
+        plan,
+        floor_seconds(target.spec, chosen.linears.name, model),
+    )
 
 
 def name_kernels(data: dict[str, object], runs: tuple[str, ...]) -> dict[str, object]:

@@ -62,12 +62,12 @@ class Report:
         return "\n".join([*lines, "", self._verdict()])
 
     def _verdict(self) -> str:
-        fatal = sum(problem.is_fatal for problem in self.problems)
         if self.computed_for is not None:
             answer = "could serve" if self.can_serve else "could not serve"
             return f"Computed, nothing was measured: {self.computed_for} {answer} it."
-        if fatal == 0:
+        if self.can_serve:
             return "It can serve."
+        fatal = sum(problem.is_fatal for problem in self.problems)
         return f"{fatal} {'thing' if fatal == 1 else 'things'} must be fixed before it can serve."
 
 

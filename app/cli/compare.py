@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from app import images, logs
-from app.cli.compare.contact_sheet import DIFFERENCE_GAIN, contact_sheet, psnr
-from app.cli.console import aligned, note
+from app.cli.console import MODEL, SIZE, STEPS, Options, aligned, note, tabulate
 from app.cli.warm_worker import (
     check_output,
     choose_seed,
@@ -34,13 +34,22 @@ from app.domain import ImageSpec, ModelInfo, ModelSpec, RawImage
 from app.engine import create_engine
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
-from app.images.uploads import decode_upload
+from app.images.uploads import decode_upload, to_pillow
 from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
-_BEST_FIRST = ("fp32", "bf16")
+_RANKS = {"fp32": 0, "bf16": 1}
+"""The most precise ones, the best first."""
+
+DIFFERENCE_GAIN = 8
+"""Factor by which differences are amplified."""
+
+_GAP = 8
+_PAPER = "white"
+_INK = "#1e1e1e"
+_AMPLIFIED = [min(255, DIFFERENCE_GAIN * level) for level in range(256)] * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +83,12 @@ class Compared:
     def as_json(self) -> dict[str, object]:
         """Return plain data; the PSNR of equal images is None, since JSON has no infinity."""
         peak = self.picture.peak
-        is_number = self.psnr_db is not None and math.isfinite(self.psnr_db)
         return {
             "precision": self.info.precision,
             "plan": self.info.plan,
-            "psnr_db": round(self.psnr_db, 2) if self.psnr_db and is_number else None,
+            "psnr_db": (
+                round(self.psnr_db, 2) if self.psnr_db and math.isfinite(self.psnr_db) else None
+            ),
             "is_equal": self.psnr_db == math.inf,
             "is_reference": self.psnr_db is None,
             "latent_error": None if self.latent_error is None else round(self.latent_error, 6),
@@ -103,17 +113,15 @@ _COLUMNS: dict[str, Callable[[Compared], str]] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("prompt")
-    parser.add_argument(
-        "--precision", default="fp8,int8,bf16", help="separated by commas (fp8,int8,bf16)"
-    )
-    parser.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
-    parser.add_argument("--size", help="WIDTHxHEIGHT; the model's own size where left out")
-    parser.add_argument("--steps", type=int, help="denoising steps; the model's own if left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", help="catalogue key, local folder, or auto (KLEIN_MODEL)")
+OPTIONS: Options = {
+    "prompt": {},
+    "--precision": {"default": "fp8,int8,bf16", "help": "separated by commas (fp8,int8,bf16)"},
+    "-o --output": {"type": Path, "default": Path("compare.png")},
+    **SIZE,
+    **STEPS,
+    "--seed": {"type": int, "default": 0},
+    **MODEL,
+}
 
 
 def run(
@@ -135,18 +143,20 @@ def run(
         raise StartupError("No precision gave a picture, so there is nothing to compare.")
     found = against_reference(found)
     arguments.output.write_bytes(_draw(found, settings, arguments.prompt))
-    table = [list(_COLUMNS), *([read(one) for read in _COLUMNS.values()] for one in found)]
-    print("\n".join([*aligned(table), *(f"not compared: {each}" for each in notes)]))
+    lines = [*aligned(tabulate(_COLUMNS, found)), *(f"not compared: {each}" for each in notes)]
+    print("\n".join(lines))
     print(f"written: {arguments.output} (below: differences, {DIFFERENCE_GAIN} times as strong)")
-    rows = [one.as_json() for one in found]
-    print(json.dumps({"name": "klein.compare", "rows": rows, "notes": notes}))
+    print(
+        json.dumps(
+            {"name": "klein.compare", "rows": [one.as_json() for one in found], "notes": notes}
+        )
+    )
     return 1 if notes else 0
 
 
 def against_reference(found: Sequence[Compared]) -> list[Compared]:
     """Compare each with the most precise one found: fp32, else bf16, else the last."""
-    order = {name: place for place, name in enumerate(_BEST_FIRST)}
-    best = min(reversed(found), key=lambda one: order.get(one.info.precision, len(order)))
+    best = min(reversed(found), key=lambda one: _RANKS.get(one.info.precision, len(_RANKS)))
     return [one if one is best else _beside(one, best) for one in found]
 
 
@@ -184,10 +194,9 @@ async def _make_all(
                 specs,
             ):
                 _, picture = await make_pictures(runtime, specs, precision)
+            found.append(Compared(info, picture, decode_upload(picture.data, what="picture")))
         except StartupError as error:
             notes.append(f"{precision}: {error.message}")
-            continue
-        found.append(Compared(info, picture, decode_upload(picture.data, what="picture")))
     return found, notes
 
 
@@ -200,3 +209,38 @@ def _draw(found: Sequence[Compared], settings: Settings, prompt: str) -> bytes:
     )
     text = {"prompt": prompt, "compared": ", ".join(one.info.precision for one in found)}
     return images.encode(sheet, OutputFormat("png"), text if settings.png_metadata else None)
+
+
+def contact_sheet(
+    images: Sequence[RawImage], captions: Sequence[str], reference: RawImage | None
+) -> RawImage:
+    """Lay *images*, all of one size, side by side, above their differences from *reference*.
+
+    A caption that is wider than its image is cut at the image's edge.
+    """
+    width, height = images[0].width, images[0].height
+    letters = max(10, width // 24)
+    font, lines = ImageFont.load_default(letters), math.ceil(1.3 * letters)
+    rows = 1 if reference is None else 2
+    sheet = Image.new(
+        "RGB",
+        (len(images) * (width + _GAP) - _GAP, rows * (height + _GAP) + lines),
+        _PAPER,
+    )
+    for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, picture = column * (width + _GAP), to_pillow(image)
+        sheet.paste(picture, (x, 0))
+        if reference is not None:
+            difference = ImageChops.difference(picture, to_pillow(reference))
+            sheet.paste(difference.point(_AMPLIFIED), (x, height + _GAP))
+        strip = Image.new("RGB", (width, lines), _PAPER)
+        ImageDraw.Draw(strip).text((0, 0), caption, _INK, font)
+        sheet.paste(strip, (x, sheet.height - lines))
+    return RawImage(sheet.width, sheet.height, sheet.tobytes())
+
+
+def psnr(image: RawImage, reference: RawImage) -> float:
+    """Return the peak signal-to-noise ratio in dB; infinite where the images are equal."""
+    ours, right = (np.frombuffer(each.pixels, np.uint8) for each in (image, reference))
+    error = float(np.mean((ours.astype(np.float64) - right) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)

@@ -1,1 +1,0 @@
-"""`klein compare`: one image at several precisions; knows no torch and no HTTP."""
