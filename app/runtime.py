@@ -65,7 +65,7 @@ class Runtime:
         self._lag = LoopLag()
         self._estimator = Estimator()
         self._queue = JobQueue(settings.queue_images)
-        self._worker = Supervisor(
+        self.worker = Supervisor(
             make_engine,
             _engine_config(settings, self.choice, device),
             self,
@@ -78,13 +78,13 @@ class Runtime:
             log=(settings.log_format, settings.log_level),
         )
         self.decoders = DecoderPool()
-        self._dispatcher = Dispatcher(self._queue, self._worker, self._estimator)
+        self._dispatcher = Dispatcher(self._queue, self.worker, self._estimator)
         self.service = ImageService(
             self.model,
             Limits.of(self.model, settings.max_pixels, settings.max_references),
             self._queue,
             self._estimator,
-            self._worker,
+            self.worker,
             self.metrics,
             RateLimit(settings.rate_limit_per_minute),
             deadline_s=settings.deadline_s,
@@ -94,11 +94,6 @@ class Runtime:
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
-
-    @property
-    def worker_pid(self) -> int | None:
-        """The worker's process id, None while there is none."""
-        return self._worker.pid
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -119,8 +114,8 @@ class Runtime:
             started.callback(self.service.close)
             # Last but one: a job that was cancelled may wait for the worker's end.
             started.push_async_callback(self._join)
-            started.push_async_callback(self._worker.close)
-            self._worker.start()
+            started.push_async_callback(self.worker.close)
+            self.worker.start()
             started.callback(self.decoders.kill)
             self.decoders.start()
             self._tasks = [
@@ -136,7 +131,7 @@ class Runtime:
         while True:
             try:
                 async with asyncio.timeout(budget_s):
-                    await self.service.wait_until_idle()
+                    await self._queue.wait_until_empty()
                 return
             except TimeoutError:
                 # Reserved places may have become jobs with a later deadline meanwhile.
@@ -155,7 +150,7 @@ class Runtime:
 
     def kill(self) -> None:
         """Kill the worker and the decoders now, with their jobs; `close` must still be called."""
-        self._worker.kill()
+        self.worker.kill()
         self.decoders.kill()
 
     # The supervisor's events.

@@ -15,7 +15,7 @@ from app.images.pool import DecoderPool
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 from app.worker import supervisor
-from app.worker.messages import Done, FromWorker, Generate, Loading, Ready, Stop, ToWorker
+from app.worker.messages import Done, FromWorker, Generate, Stop, ToWorker
 from tests.jobs.conftest import generated
 from tests.support.fakes import INFO
 
@@ -119,11 +119,11 @@ async def test_it_is_ready_from_the_first_picture_on(runtime, processes) -> None
     async with runtime:
         (process,) = processes
         for stage in (WorkerStage.DOWNLOAD, WorkerStage.WEIGHTS, WorkerStage.WARM_UP):
-            process.say(Loading(LoadProgress(stage, 0.5)))
+            process.say(LoadProgress(stage, 0.5))
             status = runtime.service.status()
             assert (status.stage, status.is_ready, status.progress) == (stage, False, 0.5)
             assert runtime.metrics.registry.get_sample_value("klein_ready") == 0
-        process.say(Ready(INFO))
+        process.say(INFO)
         assert runtime.service.status().is_ready
         assert runtime.metrics.registry.get_sample_value("klein_ready") == 1
         assert heard == [INFO]
@@ -133,7 +133,7 @@ async def test_a_service_that_ends_fails_who_waits(runtime, processes) -> None:
     """The job that runs is the worker's to end; the one that waits is answered at once."""
     async with runtime:
         (process,) = processes
-        process.say(Ready(INFO))
+        process.say(INFO)
         running = asyncio.ensure_future(_ask(runtime))
         waiting = asyncio.ensure_future(_ask(runtime))
         await process.asked.wait()
@@ -152,7 +152,7 @@ async def test_a_service_that_ends_fails_who_waits(runtime, processes) -> None:
 async def test_closing_fails_who_waits(runtime, processes) -> None:
     """A job that never ran is told so, and the running one ends with its worker."""
     async with runtime:
-        processes[0].say(Ready(INFO))
+        processes[0].say(INFO)
         asked = [asyncio.ensure_future(_ask(runtime)) for _ in range(2)]
         await processes[0].asked.wait()
     first, second = await asyncio.gather(*asked, return_exceptions=True)
@@ -164,7 +164,7 @@ async def test_closing_fails_who_waits(runtime, processes) -> None:
 async def test_a_drain_waits_for_what_was_accepted(runtime, processes) -> None:
     """Until it has ended, or the time is over."""
     async with runtime:
-        processes[0].say(Ready(INFO))
+        processes[0].say(INFO)
         asked = asyncio.ensure_future(_ask(runtime))
         await processes[0].asked.wait()
         drained = asyncio.ensure_future(runtime.wait_until_drained(runtime.service.drain()))

@@ -7,7 +7,6 @@ first. No operation looks at more than one entry for each client, however many j
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 
 from app.jobs.job import Job
@@ -21,9 +20,9 @@ class FairOrder:
 
     def __init__(self, remembered: int) -> None:
         self._remembered = remembered
-        self._lines: dict[str, OrderedDict[Job, int]] = {}
+        self._lines: dict[str, dict[Job, int]] = {}
         self._count = 0
-        self._first = self._last = 0
+        self._last = 0
         self._turn = 0
         self._last_served: dict[str, int] = {}
         self.work_s = 0.0
@@ -43,13 +42,9 @@ class FairOrder:
     def add(self, job: Job) -> None:
         """Append *job* to its client's queue."""
         self._last += 1
-        self._enter(job, self._last)
-
-    def put_back(self, job: Job) -> None:
-        """Put *job* back in front of its client's queue."""
-        self._first -= 1
-        self._enter(job, self._first)
-        self._lines[job.client].move_to_end(job, last=False)
+        self._lines.setdefault(job.client, {})[job] = self._last
+        self._count += 1
+        self.work_s += job.predicted_s
 
     def remove(self, job: Job) -> None:
         """Remove *job*, which waits."""
@@ -95,8 +90,3 @@ class FairOrder:
         """Return the sort key of a client's turn: the smallest is next."""
         first = next(iter(self._lines[client].values()))
         return self._last_served.get(client, -1), first
-
-    def _enter(self, job: Job, number: int) -> None:
-        self._lines.setdefault(job.client, OrderedDict())[job] = number
-        self._count += 1
-        self.work_s += job.predicted_s

@@ -164,7 +164,7 @@ class ImageService:
             retry_s = self._retry_after_s()
             places = self._queue.reserve(client, 1, retry_after_s=retry_s, is_early=True)
             self._rates.take(client, 1)
-        return Admission(self, client, self._clock(), deadline_s, places)
+        return Admission(self, self._queue, client, self._clock(), deadline_s, places)
 
     def _check_open(self, images: int, client: str, *, held: int = 0) -> None:
         """Refuse *images*, of which *held* have their place already, if there is no room for them.
@@ -244,10 +244,6 @@ class ImageService:
         """Accept nothing new; return the seconds until the last accepted job's deadline."""
         self._is_draining = True
         return max(0.0, self._longest_deadline - self._clock())
-
-    async def wait_until_idle(self) -> None:
-        """Return once everything accepted has ended."""
-        await self._queue.wait_until_empty()
 
     def close(self) -> None:
         """End the encoding threads."""
@@ -336,8 +332,7 @@ class ImageService:
 
     async def encode(self, image: RawImage, output: OutputFormat, note: dict[str, str]) -> bytes:
         """Encode in a thread, while the GPU and the event loop continue."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
+        return await asyncio.get_running_loop().run_in_executor(
             self._encoders,
             images.encode,
             image,

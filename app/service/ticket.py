@@ -31,6 +31,7 @@ class Admission:
     """
 
     service: ImageService = field(repr=False)
+    queue: JobQueue
     client: str
     arrived_at: float
     deadline_s: float | None
@@ -42,7 +43,7 @@ class Admission:
 
     def __exit__(self, *error: object) -> None:
         if self.places is not None:
-            self.places.give_back()
+            self.queue.give_back(self.places)
 
     @property
     def seconds_left(self) -> float:

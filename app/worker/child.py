@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from app import logs
-from app.domain import Engine, LoadProgress, Progress, Stage
+from app.domain import Engine, Progress, Stage
 from app.engine.config import EngineConfig
 from app.errors import GenerationFailed, Kind, KleinError
 from app.request_context import RequestContext, current_request
@@ -27,10 +27,8 @@ from app.worker.messages import (
     Done,
     Failed,
     Generate,
-    Loading,
     Ping,
     Pong,
-    Ready,
     StartFailed,
     Stepped,
     Stop,
@@ -117,15 +115,12 @@ def _on_unsendable(message: Message, outbox: Outbox, leave: Callable[[int], obje
 
 
 def _load(make_engine: EngineFactory, config: EngineConfig, outbox: Outbox) -> Engine | None:
-    def on_progress(progress: LoadProgress) -> None:
-        outbox.put(Loading(progress))
-
     # Importing and compiling make millions of permanent objects; traversing them for garbage again
     # and again takes a tenth of a start.
     gc.disable()
     try:
         engine = make_engine(config)
-        outbox.put(Ready(engine.load(on_progress)))
+        outbox.put(engine.load(outbox.put))
     except KleinError as error:
         _log.debug("The model did not load.", exc_info=True)
         outbox.put(StartFailed(error.message))

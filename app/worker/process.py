@@ -12,6 +12,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from typing import Protocol
 
 from app.engine.config import EngineConfig
@@ -77,7 +78,7 @@ class WorkerProcess:
                 self._pipe,
                 name="worker pipe, down",
                 on_unsendable=self._on_unsendable,
-                on_broken=self._on_broken,
+                on_broken=partial(self._tell, self.kill),
             )
             undo.callback(self._outbox.hang_up)
             threading.Thread(target=self._receive, name="worker pipe, up", daemon=True).start()
@@ -95,7 +96,7 @@ class WorkerProcess:
         """Kill the process now; a hung kernel does not prevent it."""
         if not self._exited.is_set():
             self._process.kill()
-            self._loop.call_later(self._leave_s, self._abandon)
+            self._loop.call_later(self._leave_s, self._end, None)
 
     async def wait(self) -> None:
         """Return once the process has exited."""
@@ -120,9 +121,9 @@ class WorkerProcess:
             _log.exception("What the worker sent cannot be read.")
         self._process.kill()
         self._process.join(self._leave_s)
-        self._tell(self._on_gone)
+        self._tell(self._end, self._process.exitcode)
 
-    def _tell(self, callback: Callable[..., None], *arguments: FromWorker) -> None:
+    def _tell(self, callback: Callable[..., None], *arguments: FromWorker | int | None) -> None:
         # The loop may have closed: then there is no listener left.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *arguments)
@@ -140,33 +141,25 @@ class WorkerProcess:
             error = GenerationFailed(_NOT_SENT)
             self._tell(self._deliver, Failed.of(message.job_id, error))
         else:
-            self._on_broken()
-
-    def _on_broken(self) -> None:
-        self._tell(self.kill)
-
-    def _abandon(self) -> None:
-        """Report its end though it exists: SIGKILL cannot end a process blocked in a driver."""
-        if not self._exited.is_set():
-            self._disown()
-            self._end(None)
+            self._tell(self.kill)
 
     def _disown(self) -> None:
         """Let this process exit without it: Python's clean-up joins every child it knows."""
         _log.error("The worker, process %s, was killed and does not go.", self.pid)
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
 
-    def _on_gone(self) -> None:
-        exit_code = self._process.exitcode
-        if exit_code is None:
-            self._abandon()
-            return
-        # Close its file descriptors at once.
-        self._process.close()
-        self._end(exit_code)
-
     def _end(self, exit_code: int | None) -> None:
-        if not self._exited.is_set():
-            self._outbox.hang_up()
-            self._exited.set()
-            self._listener.on_exit(self, exit_code)
+        """Report the process's end, once; None abandons it.
+
+        SIGKILL cannot end a process blocked in a driver.
+        """
+        if self._exited.is_set():
+            return
+        if exit_code is None:
+            self._disown()
+        else:
+            # Close its file descriptors at once.
+            self._process.close()
+        self._outbox.hang_up()
+        self._exited.set()
+        self._listener.on_exit(self, exit_code)
