@@ -136,7 +136,6 @@ class StartupError(KleinError):
     kind = Kind.STARTUP
 
 
-_UNAVAILABLE = (Kind.QUEUE_FULL, Kind.LOADING, Kind.DRAINING, Kind.WORKER_DOWN)
 CLASSES: dict[Kind, type[KleinError]] = {
     Kind.INVALID: InvalidRequest,
     Kind.CANCELLED: Cancelled,
@@ -145,6 +144,9 @@ CLASSES: dict[Kind, type[KleinError]] = {
     Kind.FAILED: GenerationFailed,
     Kind.FATAL: WorkerLost,
     Kind.STARTUP: StartupError,
-    **dict.fromkeys(_UNAVAILABLE, Unavailable),
+    Kind.QUEUE_FULL: Unavailable,
+    Kind.LOADING: Unavailable,
+    Kind.DRAINING: Unavailable,
+    Kind.WORKER_DOWN: Unavailable,
 }
 """The class of an error that crossed the pipe, by its kind; of all others it is `KleinError`."""

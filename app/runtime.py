@@ -56,18 +56,16 @@ class Runtime:
 
     def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Gpu) -> None:
         self.choice = choose_model(settings, gpu.read() if settings.device != "cpu" else None)
-        device = choose_device(settings, self.choice, gpu)
         self.model = find_spec(self.choice.key)
         self.metrics = Metrics(version=__version__)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.on_ready: list[Callable[[ModelInfo], None]] = []
-        self._gpu = gpu
         self._lag = LoopLag()
         self._estimator = Estimator()
         self._queue = JobQueue(settings.queue_images)
         self.worker = Supervisor(
             make_engine,
-            _engine_config(settings, self.choice, device),
+            _engine_config(settings, self.choice, choose_device(settings, self.choice, gpu)),
             self,
             predict_step_s=self._estimator.predict_step,
             limits=TimeLimits(
@@ -164,7 +162,7 @@ class Runtime:
 
     def on_worker_lost(self, reason: Loss) -> None:
         """Count the lost worker."""
-        self.metrics.worker_lost(reason)
+        self.metrics.lost_workers.labels(reason).inc()
 
     def on_fatal(self, exit_code: int, message: str) -> None:
         """Fail the waiting jobs, and set `ended`."""

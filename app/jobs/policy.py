@@ -74,11 +74,7 @@ class FairOrder:
 
         The order of the clients stays the same from round to round: the client just served is last.
         """
-        rounds = 0
-        for other in self._lines[job.client]:
-            if other is job:
-                break
-            rounds += 1
+        rounds = list(self._lines[job.client]).index(job)
         mine = self._place(job.client)
         return rounds + sum(
             min(len(line), rounds + (self._place(client) < mine))

@@ -177,9 +177,7 @@ class JobQueue:
     def expected_wait_s(self) -> float:
         """Return the predicted seconds until all waiting and running jobs have ended."""
         now = self._clock()
-        left = sum(
-            max(0.0, job.predicted_s - (now - (job.started_at or now))) for job in self._running
-        )
+        left = sum(max(0.0, job.predicted_s - (now - job.started_at)) for job in self._running)
         return left + self._waiting.work_s
 
     def position(self, job: Job) -> int:
@@ -243,10 +241,9 @@ class JobQueue:
         return job
 
     def finish(self, job: Job) -> None:
-        """Record that *job* is off the GPU, whatever its outcome."""
-        if job.state is JobState.RUNNING:
-            self._running.remove(job)
-            self._end(job)
+        """Record that *job*, which ran, is off the GPU, whatever its outcome."""
+        self._running.remove(job)
+        self._end(job)
         self._settle()
 
     async def wait_until_empty(self) -> None:
@@ -283,8 +280,7 @@ class JobQueue:
 
     def _end(self, job: Job) -> None:
         job.state = JobState.ENDED
-        if timer := self._timers.pop(job, None):
-            timer.cancel()
+        self._timers.pop(job).cancel()
 
     def _settle(self) -> None:
         """Wake those that wait until the queue is empty, if it is."""

@@ -161,8 +161,9 @@ class ImageService:
         self._check_open(1, client)
         places = None
         if is_large:
-            retry_s = self._retry_after_s()
-            places = self._queue.reserve(client, 1, retry_after_s=retry_s, is_early=True)
+            places = self._queue.reserve(
+                client, 1, retry_after_s=self._retry_after_s(), is_early=True
+            )
             self._rates.take(client, 1)
         return Admission(self, self._queue, client, self._clock(), deadline_s, places)
 
@@ -347,14 +348,14 @@ class ImageService:
             # Shielded: cancelling this wait must leave the job to the queue, which alone ends it.
             generated = await asyncio.shield(job.future)
         except OutOfMemory:
-            self._metrics.image_out_of_memory()
+            self._metrics.images_out_of_memory.inc()
             raise
         self.held_memory = generated.held
         started = self._clock()
         data = await self.encode(generated.image, output, self._note(job.spec))
         now = self._clock()
         seconds = {
-            "queue": job.queued_s or 0.0,
+            "queue": job.started_at - job.submitted_at,
             "text": generated.timings.text,
             "reference": generated.timings.reference,
             "denoise": generated.timings.denoise,

@@ -15,7 +15,7 @@ from app.errors import Cancelled
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
-from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
+from app.service.results import Picture, Preview, Queued, TicketEvent
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
@@ -113,7 +113,7 @@ class Ticket:
             await _end(finishing)
 
     async def events(self) -> AsyncGenerator[TicketEvent, None]:
-        """Yield the events of the only job, `Finished` last; closing the iterator cancels it.
+        """Yield the events of the only job, its `Picture` last; closing the iterator cancels it.
 
         Raises:
             KleinError: the job failed.
@@ -128,12 +128,12 @@ class Ticket:
             yield Queued(self.queue.position(job))
             while (progress := await moved.get()) is not None:
                 if progress.stage is not Stage.GPU_FREE:
-                    yield StepDone(progress.stage, progress.step, progress.steps)
+                    yield progress
                 if progress.preview is not None:
                     data = await self.service.encode(progress.preview, self.output, {})
                     yield Preview(previews, data, self.output.media_type)
                     previews += 1
-            yield Finished(await finishing)
+            yield await finishing
         finally:
             self.cancel()
             await _end([finishing])

@@ -186,11 +186,10 @@ class Outbox:
             self._pipe.send(message)
         except UnsendableError:
             # The request is named here, since this thread has none.
-            request_id = getattr(message, "request_id", "")
-            naming = current_request.set(RequestContext(request_id))
-            job_id = getattr(message, "job_id", "none")
+            naming = current_request.set(RequestContext(getattr(message, "request_id", "")))
             _log.exception(
-                "A message to the other process could not be written down, job=%s.", job_id
+                "A message to the other process could not be written down, job=%s.",
+                getattr(message, "job_id", "none"),
             )
             current_request.reset(naming)
             self._on_unsendable(message)

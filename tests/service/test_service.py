@@ -13,7 +13,7 @@ from PIL import Image
 from app.domain import ImageSpec, RawImage, Stage, WorkerStage
 from app.errors import Cancelled, GenerationFailed, InvalidRequest, Kind, Unavailable
 from app.images import OutputFormat
-from app.service.results import Finished, Queued
+from app.service.results import Picture, Queued
 from tests.support.in_process import InProcess
 
 PNG = OutputFormat("png")
@@ -110,7 +110,7 @@ async def test_events_end_with_the_picture_or_the_error(at) -> None:
     failing = at.service.submit([SPEC], client="a", output=PNG).events()
 
     assert isinstance(events[0], Queued)
-    assert isinstance(events[-1], Finished)
+    assert isinstance(events[-1], Picture)
     assert await anext(failing) == Queued(0)
     with pytest.raises(GenerationFailed):
         await anext(failing)
