@@ -19,6 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
+SEE_LOG = "The picture could not be made; the service's log says why."
+"""The message of a `GenerationFailed` whose cause nobody foresaw."""
+
 
 class Kind(Enum):
     """What went wrong, independent of any protocol."""

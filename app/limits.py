@@ -97,9 +97,9 @@ class Limits:
                     name,
                 )
         if max(width, height) > self.max_ratio * min(width, height):
-            ratio = self.max_ratio
             raise self._refuse(
-                f"the ratio must lie between 1:{ratio} and {ratio}:1", (width, height)
+                f"the ratio must lie between 1:{self.max_ratio} and {self.max_ratio}:1",
+                (width, height),
             )
         if width * height > self.max_pixels:
             raise self._refuse(f"at most {self.max_pixels:,} pixels are possible", (width, height))

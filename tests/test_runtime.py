@@ -28,8 +28,11 @@ class Process:
 
     pid = 1
 
-    def __init__(self, listener: supervisor.Supervisor, calls: list[str]) -> None:
-        self._listener = listener
+    def __init__(
+        self, on_message: Callable[..., None], on_exit: Callable[..., None], calls: list[str]
+    ) -> None:
+        self._on_message = on_message
+        self._on_exit = on_exit
         self._calls = calls
         self.generates: list[str] = []
         self.asked = asyncio.Event()
@@ -47,10 +50,10 @@ class Process:
 
     def exit(self, code: int) -> None:
         self._calls.append("end worker")
-        self._listener.on_exit(self, code)
+        self._on_exit(self, code)
 
     def say(self, message: FromWorker) -> None:
-        self._listener.on_message(self, message)
+        self._on_message(self, message)
 
     async def wait(self) -> None:
         """It has gone."""
@@ -72,8 +75,8 @@ def processes() -> list[Process]:
 async def runtime(monkeypatch, calls, processes) -> AsyncIterator[Runtime]:
     """One that is built and not started; neither worker nor decoders get a process."""
 
-    def begin(listener: supervisor.Supervisor, *_: object) -> Process:
-        processes.append(Process(listener, calls))
+    def begin(on_message: Callable[..., None], on_exit: Callable[..., None], *_: object) -> Process:
+        processes.append(Process(on_message, on_exit, calls))
         return processes[-1]
 
     def note(word: str) -> Callable[[object], None]:

@@ -7,6 +7,7 @@ first. No operation looks at more than one entry for each client, however many j
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from app.jobs.job import Job
@@ -22,8 +23,7 @@ class FairOrder:
         self._remembered = remembered
         self._lines: dict[str, dict[Job, int]] = {}
         self._count = 0
-        self._last = 0
-        self._turn = 0
+        self._numbers = itertools.count()
         self._last_served: dict[str, int] = {}
         self.work_s = 0.0
         """The predicted seconds of all waiting jobs together."""
@@ -41,8 +41,7 @@ class FairOrder:
 
     def add(self, job: Job) -> None:
         """Append *job* to its client's queue."""
-        self._last += 1
-        self._lines.setdefault(job.client, {})[job] = self._last
+        self._lines.setdefault(job.client, {})[job] = next(self._numbers)
         self._count += 1
         self.work_s += job.predicted_s
 
@@ -61,8 +60,7 @@ class FairOrder:
         client = min(self._lines, key=self._place)
         job = next(iter(self._lines[client]))
         self.remove(job)
-        self._turn += 1
-        self._last_served[client] = self._turn
+        self._last_served[client] = next(self._numbers)
         if len(self._last_served) > self._remembered:
             self._last_served = {
                 name: turn for name, turn in self._last_served.items() if name in self._lines
@@ -84,5 +82,4 @@ class FairOrder:
 
     def _place(self, client: str) -> tuple[int, int]:
         """Return the sort key of a client's turn: the smallest is next."""
-        first = next(iter(self._lines[client].values()))
-        return self._last_served.get(client, -1), first
+        return self._last_served.get(client, -1), next(iter(self._lines[client].values()))

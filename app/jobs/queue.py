@@ -203,11 +203,12 @@ class JobQueue:
         self._free(places)
         self._shares.end_claim(places.client)
         now = self._clock()
-        loop = asyncio.get_running_loop()
         for job in jobs:
             job.submitted_at = now
             self._waiting.add(job)
-            self._timers[job] = loop.call_later(job.deadline - now, self._expire, job)
+            self._timers[job] = asyncio.get_running_loop().call_later(
+                job.deadline - now, self._expire, job
+            )
         self._arrived.set()
         self._settle()
 

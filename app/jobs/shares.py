@@ -78,8 +78,7 @@ class Shares:
             images, work_s = images or before.images, work_s or before.work_s
         elif len(self._claims) >= self._claims_most:
             return
-        until = self._clock() + retry_after_s + PRESENT_S
-        self._claims[client] = _Claim(images, work_s, until)
+        self._claims[client] = _Claim(images, work_s, self._clock() + retry_after_s + PRESENT_S)
 
     def hold_claim(self, client: str) -> None:
         """Keep the claim of *client* on time only: it has got its places."""

@@ -38,7 +38,6 @@ class Preview:
 
     index: int
     picture: bytes = field(repr=False)
-    media_type: str
 
 
 TicketEvent = Queued | Progress | Preview | Picture

@@ -261,11 +261,12 @@ class ImageService:
         left_s = self.seconds_left(admission)
         if left_s <= 0:
             raise DeadlineExceeded(_TOO_SLOW)
-        retry_s = self._retry_after_s()
         if places is None:
-            admission.places = self._queue.reserve(client, images, retry_after_s=retry_s)
+            admission.places = self._queue.reserve(
+                client, images, retry_after_s=self._retry_after_s()
+            )
         else:
-            self._queue.widen(places, images, retry_after_s=retry_s)
+            self._queue.widen(places, images, retry_after_s=self._retry_after_s())
         self._rates.take(client, images - held)
         self._longest_deadline = max(self._longest_deadline, self._clock() + left_s)
 
@@ -287,14 +288,13 @@ class ImageService:
             self._check_open(len(specs), admission.client)
         predicted_s = [self._estimator.predict(spec) for spec in specs]
         deadline = self._clock() + self._checked_seconds_left(admission, sum(predicted_s))
-        loop = asyncio.get_running_loop()
         jobs = [
             Job(
                 id=secrets.token_hex(8),
                 spec=spec,
                 client=admission.client,
                 deadline=deadline,
-                future=loop.create_future(),
+                future=asyncio.get_running_loop().create_future(),
                 predicted_s=seconds,
             )
             for spec, seconds in zip(specs, predicted_s, strict=True)
@@ -416,5 +416,4 @@ def _note(seconds: Mapping[str, float]) -> None:
     notes["images"] = notes.get("images", 0) + 1
     for stage, value in seconds.items():
         before = notes.get(f"{stage}_s", 0.0)
-        together = max(before, value) if stage in _WAITS else before + value
-        notes[f"{stage}_s"] = round(together, 4)
+        notes[f"{stage}_s"] = round(max(before, value) if stage in _WAITS else before + value, 4)

@@ -131,7 +131,7 @@ class Ticket:
                     yield progress
                 if progress.preview is not None:
                     data = await self.service.encode(progress.preview, self.output, {})
-                    yield Preview(previews, data, self.output.media_type)
+                    yield Preview(previews, data)
                     previews += 1
             yield await finishing
         finally:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from functools import partial
-from typing import Protocol
 
 from app.engine.config import EngineConfig
 from app.errors import GenerationFailed
@@ -26,28 +25,19 @@ _log = logging.getLogger(__name__)
 _NOT_SENT = "The request could not be handed to the worker; the service's log says why."
 
 
-class Listener(Protocol):
-    """Receives a worker's messages and its exit, in the event loop's thread."""
-
-    def on_message(self, handle: WorkerProcess, message: FromWorker) -> None:
-        """Handle a message."""
-
-    def on_exit(self, handle: WorkerProcess, exit_code: int | None) -> None:
-        """Handle the exit, after every message that the process sent has been delivered.
-
-        Without an exit code the process could not be ended, and is abandoned.
-        """
-
-
 class WorkerProcess:
     """One process from its start to its end. Made and used in the event loop's thread.
 
-    A thread of its own receives, so neither a large image nor a dying process blocks the loop.
+    *on_message* gets each message of the worker, and *on_exit* its exit after the last of them,
+    both in the loop's thread. Without an exit code the process could not be ended, and is
+    abandoned. A thread of its own receives, so neither a large image nor a dying process blocks
+    the loop.
     """
 
     def __init__(
         self,
-        listener: Listener,
+        on_message: Callable[[WorkerProcess, FromWorker], None],
+        on_exit: Callable[[WorkerProcess, int | None], None],
         make_engine: child.EngineFactory,
         config: EngineConfig,
         log: tuple[str, str],
@@ -60,7 +50,8 @@ class WorkerProcess:
         """
         context = multiprocessing.get_context("spawn")
         self._loop = asyncio.get_running_loop()
-        self._listener = listener
+        self._on_message = on_message
+        self._on_exit = on_exit
         self._leave_s = leave_s
         self._exited = asyncio.Event()
         with ExitStack() as undo:
@@ -130,7 +121,7 @@ class WorkerProcess:
 
     def _deliver(self, message: FromWorker) -> None:
         try:
-            self._listener.on_message(self, message)
+            self._on_message(self, message)
         except Exception:
             _log.exception("What the worker said could not be taken in.")
             self.kill()
@@ -162,4 +153,4 @@ class WorkerProcess:
             self._process.close()
         self._outbox.hang_up()
         self._exited.set()
-        self._listener.on_exit(self, exit_code)
+        self._on_exit(self, exit_code)

@@ -119,7 +119,15 @@ class Supervisor:
         self._events = events
         self._predict_step_s = predict_step_s
         self._limits = limits or TimeLimits()
-        self._launch = partial(WorkerProcess, self, make_engine, config, log, self._limits.close_s)
+        self._launch = partial(
+            WorkerProcess,
+            self.on_message,
+            self.on_exit,
+            make_engine,
+            config,
+            log,
+            self._limits.close_s,
+        )
         self._clock = clock
         self._handle: WorkerProcess | None = None
         self._running: dict[str, _Running] = {}
@@ -197,11 +205,12 @@ class Supervisor:
             await self._is_ready.wait()
         handle = self._handle
         assert handle is not None
-        steps_s = self._limits.silence_steps * self._predict_step_s(spec)
         running = _Running(
             answer=asyncio.get_running_loop().create_future(),
             on_progress=on_progress,
-            silence_s=max(self._limits.silence_s, steps_s),
+            silence_s=max(
+                self._limits.silence_s, self._limits.silence_steps * self._predict_step_s(spec)
+            ),
             step_started=self._clock(),
         )
         self._running[job_id] = running

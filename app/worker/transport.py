@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import multiprocessing
 import queue
 import threading
 from collections.abc import Callable
@@ -34,14 +33,13 @@ class UnsendableError(Exception):
     """The message cannot be pickled. Nothing of it was sent, and the pipe is unchanged."""
 
 
-def pair(context: BaseContext | None = None) -> tuple[End, End]:
+def pair(context: BaseContext) -> tuple[End, End]:
     """Make both ends, one to keep and one to pass to a process at its start.
 
     Raises:
         StartupError: there is no memory that two processes can share.
         OSError: no file descriptors are left.
     """
-    context = context or multiprocessing.get_context()
     ours, theirs = context.Pipe()
     try:
         memory = context.RawArray("B", _WINDOW_BYTES)

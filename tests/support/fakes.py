@@ -259,7 +259,7 @@ class FakeTicket:
                     self._end()
                     raise self.script.error
                 if step <= spec.previews:
-                    yield Preview(step - 1, paint(spec, self.output), self.output.media_type)
+                    yield Preview(step - 1, paint(spec, self.output))
             self._end()
             yield self._picture(spec)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ class Worker:
     """The child's loop in a thread, and the parent's end of its pipe."""
 
     def __init__(self, *script: str) -> None:
-        self.pipe, theirs = pair()
+        self.pipe, theirs = pair(multiprocessing.get_context())
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, args=(theirs, script))
         self._thread.start()

@@ -46,8 +46,8 @@ class Handle:
 
     pid = 1
 
-    def __init__(self, listener, *_) -> None:
-        self._listener = listener
+    def __init__(self, on_message, on_exit, *_) -> None:
+        self._on_exit = on_exit
         self.is_killed = False
 
     def send(self, message) -> None:
@@ -56,7 +56,7 @@ class Handle:
     def kill(self) -> None:
         if not self.is_killed:
             self.is_killed = True
-            self._listener.on_exit(self, -9)
+            self._on_exit(self, -9)
 
     async def wait(self) -> None:
         """It has gone."""
