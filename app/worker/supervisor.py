@@ -171,6 +171,9 @@ class Supervisor:
 
     def start(self) -> None:
         """Start a worker; if it cannot be started, try again later or give up."""
+        # A listener may have killed it in the moment that a restart was planned.
+        if self._is_closing:
+            return
         self._started_at = self._clock()
         self._overdue, self._lost_because = "", None
         try:
@@ -285,8 +288,9 @@ class Supervisor:
         self._fail_running()
         if self._is_closing:
             return
-        is_ready = self.progress.stage == WorkerStage.READY
-        reason = self._lost_because or (Loss.KILLED if is_ready else Loss.STARTUP)
+        reason = self._lost_because or (
+            Loss.KILLED if self.progress.stage == WorkerStage.READY else Loss.STARTUP
+        )
         _log.error("The worker has gone (%s), exit code %s.", reason, exit_code)
         if self._overdue and self.info is None:
             self._give_up(EXIT_START_FAILED, self._overdue)
