@@ -19,6 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
+SEE_LOG = "The picture could not be made; the service's log says why."
+"""The message of a `GenerationFailed` whose cause nobody foresaw."""
+
 
 class Kind(Enum):
     """What went wrong, independent of any protocol."""
@@ -136,7 +139,6 @@ class StartupError(KleinError):
     kind = Kind.STARTUP
 
 
-_UNAVAILABLE = (Kind.QUEUE_FULL, Kind.LOADING, Kind.DRAINING, Kind.WORKER_DOWN)
 CLASSES: dict[Kind, type[KleinError]] = {
     Kind.INVALID: InvalidRequest,
     Kind.CANCELLED: Cancelled,
@@ -145,6 +147,9 @@ CLASSES: dict[Kind, type[KleinError]] = {
     Kind.FAILED: GenerationFailed,
     Kind.FATAL: WorkerLost,
     Kind.STARTUP: StartupError,
-    **dict.fromkeys(_UNAVAILABLE, Unavailable),
+    Kind.QUEUE_FULL: Unavailable,
+    Kind.LOADING: Unavailable,
+    Kind.DRAINING: Unavailable,
+    Kind.WORKER_DOWN: Unavailable,
 }
 """The class of an error that crossed the pipe, by its kind; of all others it is `KleinError`."""

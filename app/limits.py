@@ -49,7 +49,6 @@ class Limits:
     @classmethod
     def of(cls, model: ModelSpec, max_pixels: int, max_references: int | None = None) -> Limits:
         """Combine the model's limits with the operator's."""
-        references = (model.max_references, max_references)
         return cls(
             min_side=model.min_side,
             max_side=model.max_side,
@@ -58,7 +57,9 @@ class Limits:
             max_steps=model.max_steps,
             min_guidance=model.default_guidance if model.is_distilled else 1,
             max_guidance=model.max_guidance,
-            max_references=min(most for most in references if most is not None),
+            max_references=model.max_references
+            if max_references is None
+            else min(model.max_references, max_references),
         )
 
     def check(self, spec: ImageSpec) -> None:
@@ -96,9 +97,9 @@ class Limits:
                     name,
                 )
         if max(width, height) > self.max_ratio * min(width, height):
-            ratio = self.max_ratio
             raise self._refuse(
-                f"the ratio must lie between 1:{ratio} and {ratio}:1", (width, height)
+                f"the ratio must lie between 1:{self.max_ratio} and {self.max_ratio}:1",
+                (width, height),
             )
         if width * height > self.max_pixels:
             raise self._refuse(f"at most {self.max_pixels:,} pixels are possible", (width, height))

@@ -56,9 +56,8 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
         if gpu_now.total_bytes < SMALLEST_GPU_BYTES:
             return Choice(DEMO, None, f"{gpu_now.name} has less than 6 GB")
         return Choice(KLEIN, None, f"{gpu_now.name} can hold it")
-    if name in MODELS:
-        return Choice(name, None, "KLEIN_MODEL names it")
-    if "/" in name or name.startswith(".") or os.path.lexists(name):
+    looks_like_path = "/" in name or name.startswith(".") or os.path.lexists(name)
+    if looks_like_path and name not in MODELS:
         try:
             path = complete_path(Path(name))
         except ValueError as error:

@@ -56,18 +56,16 @@ class Runtime:
 
     def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Gpu) -> None:
         self.choice = choose_model(settings, gpu.read() if settings.device != "cpu" else None)
-        device = choose_device(settings, self.choice, gpu)
         self.model = find_spec(self.choice.key)
         self.metrics = Metrics(version=__version__)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.on_ready: list[Callable[[ModelInfo], None]] = []
-        self._gpu = gpu
         self._lag = LoopLag()
         self._estimator = Estimator()
         self._queue = JobQueue(settings.queue_images)
-        self._worker = Supervisor(
+        self.worker = Supervisor(
             make_engine,
-            _engine_config(settings, self.choice, device),
+            _engine_config(settings, self.choice, choose_device(settings, self.choice, gpu)),
             self,
             predict_step_s=self._estimator.predict_step,
             limits=TimeLimits(
@@ -78,13 +76,13 @@ class Runtime:
             log=(settings.log_format, settings.log_level),
         )
         self.decoders = DecoderPool()
-        self._dispatcher = Dispatcher(self._queue, self._worker, self._estimator)
+        self._dispatcher = Dispatcher(self._queue, self.worker, self._estimator)
         self.service = ImageService(
             self.model,
             Limits.of(self.model, settings.max_pixels, settings.max_references),
             self._queue,
             self._estimator,
-            self._worker,
+            self.worker,
             self.metrics,
             RateLimit(settings.rate_limit_per_minute),
             deadline_s=settings.deadline_s,
@@ -94,11 +92,6 @@ class Runtime:
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
-
-    @property
-    def worker_pid(self) -> int | None:
-        """The worker's process id, None while there is none."""
-        return self._worker.pid
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -119,8 +112,8 @@ class Runtime:
             started.callback(self.service.close)
             # Last but one: a job that was cancelled may wait for the worker's end.
             started.push_async_callback(self._join)
-            started.push_async_callback(self._worker.close)
-            self._worker.start()
+            started.push_async_callback(self.worker.close)
+            self.worker.start()
             started.callback(self.decoders.kill)
             self.decoders.start()
             self._tasks = [
@@ -136,7 +129,7 @@ class Runtime:
         while True:
             try:
                 async with asyncio.timeout(budget_s):
-                    await self.service.wait_until_idle()
+                    await self._queue.wait_until_empty()
                 return
             except TimeoutError:
                 # Reserved places may have become jobs with a later deadline meanwhile.
@@ -155,7 +148,7 @@ class Runtime:
 
     def kill(self) -> None:
         """Kill the worker and the decoders now, with their jobs; `close` must still be called."""
-        self._worker.kill()
+        self.worker.kill()
         self.decoders.kill()
 
     # The supervisor's events.
@@ -169,7 +162,7 @@ class Runtime:
 
     def on_worker_lost(self, reason: Loss) -> None:
         """Count the lost worker."""
-        self.metrics.worker_lost(reason)
+        self.metrics.lost_workers.labels(reason).inc()
 
     def on_fatal(self, exit_code: int, message: str) -> None:
         """Fail the waiting jobs, and set `ended`."""

@@ -181,7 +181,8 @@ class Settings(BaseModel):
                 raise StartupError(
                     f"{name} is not a setting of this service; remove it or see docs/settings.md."
                 )
-            values[key] = _split(text) if key in _LISTS else text
+            parts = tuple(part.strip() for part in text.split(",") if part.strip())
+            values[key] = parts if key in _LISTS else text
         values.update({key: value for key, value in overrides.items() if value is not None})
         try:
             settings = cls.model_validate(values)
@@ -191,10 +192,6 @@ class Settings(BaseModel):
             return settings
         keys = settings.api_keys + _read_keys(settings.api_keys_file)
         return settings.model_copy(update={"api_keys": keys})
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from app.images.pool import DecoderPool
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 from app.worker import supervisor
-from app.worker.messages import Done, FromWorker, Generate, Loading, Ready, Stop, ToWorker
+from app.worker.messages import Done, FromWorker, Generate, Stop, ToWorker
 from tests.jobs.conftest import generated
 from tests.support.fakes import INFO
 
@@ -28,8 +28,11 @@ class Process:
 
     pid = 1
 
-    def __init__(self, listener: supervisor.Supervisor, calls: list[str]) -> None:
-        self._listener = listener
+    def __init__(
+        self, on_message: Callable[..., None], on_exit: Callable[..., None], calls: list[str]
+    ) -> None:
+        self._on_message = on_message
+        self._on_exit = on_exit
         self._calls = calls
         self.generates: list[str] = []
         self.asked = asyncio.Event()
@@ -47,10 +50,10 @@ class Process:
 
     def exit(self, code: int) -> None:
         self._calls.append("end worker")
-        self._listener.on_exit(self, code)
+        self._on_exit(self, code)
 
     def say(self, message: FromWorker) -> None:
-        self._listener.on_message(self, message)
+        self._on_message(self, message)
 
     async def wait(self) -> None:
         """It has gone."""
@@ -72,8 +75,8 @@ def processes() -> list[Process]:
 async def runtime(monkeypatch, calls, processes) -> AsyncIterator[Runtime]:
     """One that is built and not started; neither worker nor decoders get a process."""
 
-    def begin(listener: supervisor.Supervisor, *_: object) -> Process:
-        processes.append(Process(listener, calls))
+    def begin(on_message: Callable[..., None], on_exit: Callable[..., None], *_: object) -> Process:
+        processes.append(Process(on_message, on_exit, calls))
         return processes[-1]
 
     def note(word: str) -> Callable[[object], None]:
@@ -119,11 +122,11 @@ async def test_it_is_ready_from_the_first_picture_on(runtime, processes) -> None
     async with runtime:
         (process,) = processes
         for stage in (WorkerStage.DOWNLOAD, WorkerStage.WEIGHTS, WorkerStage.WARM_UP):
-            process.say(Loading(LoadProgress(stage, 0.5)))
+            process.say(LoadProgress(stage, 0.5))
             status = runtime.service.status()
             assert (status.stage, status.is_ready, status.progress) == (stage, False, 0.5)
             assert runtime.metrics.registry.get_sample_value("klein_ready") == 0
-        process.say(Ready(INFO))
+        process.say(INFO)
         assert runtime.service.status().is_ready
         assert runtime.metrics.registry.get_sample_value("klein_ready") == 1
         assert heard == [INFO]
@@ -133,7 +136,7 @@ async def test_a_service_that_ends_fails_who_waits(runtime, processes) -> None:
     """The job that runs is the worker's to end; the one that waits is answered at once."""
     async with runtime:
         (process,) = processes
-        process.say(Ready(INFO))
+        process.say(INFO)
         running = asyncio.ensure_future(_ask(runtime))
         waiting = asyncio.ensure_future(_ask(runtime))
         await process.asked.wait()
@@ -152,7 +155,7 @@ async def test_a_service_that_ends_fails_who_waits(runtime, processes) -> None:
 async def test_closing_fails_who_waits(runtime, processes) -> None:
     """A job that never ran is told so, and the running one ends with its worker."""
     async with runtime:
-        processes[0].say(Ready(INFO))
+        processes[0].say(INFO)
         asked = [asyncio.ensure_future(_ask(runtime)) for _ in range(2)]
         await processes[0].asked.wait()
     first, second = await asyncio.gather(*asked, return_exceptions=True)
@@ -164,7 +167,7 @@ async def test_closing_fails_who_waits(runtime, processes) -> None:
 async def test_a_drain_waits_for_what_was_accepted(runtime, processes) -> None:
     """Until it has ended, or the time is over."""
     async with runtime:
-        processes[0].say(Ready(INFO))
+        processes[0].say(INFO)
         asked = asyncio.ensure_future(_ask(runtime))
         await processes[0].asked.wait()
         drained = asyncio.ensure_future(runtime.wait_until_drained(runtime.service.drain()))

@@ -10,14 +10,12 @@ import logging
 from functools import partial
 
 from app.domain import Backend, Generated, Progress, Stage
-from app.errors import Cancelled, GenerationFailed, KleinError
+from app.errors import SEE_LOG, Cancelled, GenerationFailed, KleinError
 from app.jobs.estimate import Estimator
 from app.jobs.job import Job, JobState
 from app.jobs.queue import JobQueue
 
 _log = logging.getLogger(__name__)
-
-_FAILED = "The picture could not be made; the service's log says why."
 
 
 class Dispatcher:
@@ -72,7 +70,7 @@ class Dispatcher:
         elif error := task.exception():
             if not isinstance(error, KleinError):
                 _log.error("A job failed inside the service, job=%s.", job.id, exc_info=error)
-                error = GenerationFailed(_FAILED)
+                error = GenerationFailed(SEE_LOG)
             job.fail(error)
         else:
             result = task.result()

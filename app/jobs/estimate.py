@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from app.domain import ImageSpec
 
@@ -76,7 +76,9 @@ class Estimator:
         seconds = max(_SHORTEST_S, min(seconds, self._most_s(units)))
         self._count += 1
         self._ranges.setdefault(_range_of(units), _Range()).add(units, seconds, self._count)
-        self._fixed_s, self._slope_s = _fit(list(self._points()))
+        self._fixed_s, self._slope_s = _fit(
+            [(*known.point, self._weight(known)) for known in self._ranges.values()]
+        )
 
     def predict(self, spec: ImageSpec) -> float:
         """Predict the seconds of *spec* on the GPU."""
@@ -102,12 +104,9 @@ class Estimator:
         next_s = self._ranges[min(larger)].point[1] if larger else 0.0
         return max(_MOST_GROWTH * self._predict(units), next_s)
 
-    def _points(self) -> Iterator[tuple[float, float, float]]:
-        """Yield work, seconds and weight of each range."""
-        for found in self._ranges.values():
-            age = self._count - found.seen_at
-            weight = max(_LEAST_WEIGHT, 0.5 ** (age / _HALF_LIFE))
-            yield *found.point, weight
+    def _weight(self, known: _Range) -> float:
+        halved: float = 0.5 ** ((self._count - known.seen_at) / _HALF_LIFE)
+        return max(_LEAST_WEIGHT, halved)
 
 
 def _range_of(units: float) -> int:

@@ -28,8 +28,8 @@ def _ignore(progress: Progress) -> None:
 class Job:
     """One image to generate; only the queue changes *state*, and the submitter awaits *future*.
 
-    Times are seconds of the queue's clock. *on_progress* is called on the event loop while the job
-    runs.
+    Times are seconds of the queue's clock; *started_at* counts once the job runs. *on_progress* is
+    called on the event loop while the job runs.
     """
 
     id: str
@@ -40,17 +40,12 @@ class Job:
     on_progress: Callable[[Progress], None] = _ignore
     state: JobState = JobState.WAITING
     submitted_at: float = 0.0
-    started_at: float | None = None
+    started_at: float = 0.0
     predicted_s: float = 0.0
     cancel_running: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: cancels it in the worker."""
     context: Context = field(default_factory=copy_context, repr=False)
     """The request's context, in which the job runs too, so that log lines carry the request id."""
-
-    @property
-    def queued_s(self) -> float | None:
-        """Seconds between submission and start; None before the start."""
-        return None if self.started_at is None else self.started_at - self.submitted_at
 
     def succeed(self, result: Generated) -> None:
         """Resolve the future with *result*, unless it is done already."""

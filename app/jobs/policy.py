@@ -7,7 +7,7 @@ first. No operation looks at more than one entry for each client, however many j
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
 from collections.abc import Iterator
 
 from app.jobs.job import Job
@@ -21,10 +21,9 @@ class FairOrder:
 
     def __init__(self, remembered: int) -> None:
         self._remembered = remembered
-        self._lines: dict[str, OrderedDict[Job, int]] = {}
+        self._lines: dict[str, dict[Job, int]] = {}
         self._count = 0
-        self._first = self._last = 0
-        self._turn = 0
+        self._numbers = itertools.count()
         self._last_served: dict[str, int] = {}
         self.work_s = 0.0
         """The predicted seconds of all waiting jobs together."""
@@ -42,14 +41,9 @@ class FairOrder:
 
     def add(self, job: Job) -> None:
         """Append *job* to its client's queue."""
-        self._last += 1
-        self._enter(job, self._last)
-
-    def put_back(self, job: Job) -> None:
-        """Put *job* back in front of its client's queue."""
-        self._first -= 1
-        self._enter(job, self._first)
-        self._lines[job.client].move_to_end(job, last=False)
+        self._lines.setdefault(job.client, {})[job] = next(self._numbers)
+        self._count += 1
+        self.work_s += job.predicted_s
 
     def remove(self, job: Job) -> None:
         """Remove *job*, which waits."""
@@ -66,8 +60,7 @@ class FairOrder:
         client = min(self._lines, key=self._place)
         job = next(iter(self._lines[client]))
         self.remove(job)
-        self._turn += 1
-        self._last_served[client] = self._turn
+        self._last_served[client] = next(self._numbers)
         if len(self._last_served) > self._remembered:
             self._last_served = {
                 name: turn for name, turn in self._last_served.items() if name in self._lines
@@ -79,11 +72,7 @@ class FairOrder:
 
         The order of the clients stays the same from round to round: the client just served is last.
         """
-        rounds = 0
-        for other in self._lines[job.client]:
-            if other is job:
-                break
-            rounds += 1
+        rounds = list(self._lines[job.client]).index(job)
         mine = self._place(job.client)
         return rounds + sum(
             min(len(line), rounds + (self._place(client) < mine))
@@ -93,10 +82,4 @@ class FairOrder:
 
     def _place(self, client: str) -> tuple[int, int]:
         """Return the sort key of a client's turn: the smallest is next."""
-        first = next(iter(self._lines[client].values()))
-        return self._last_served.get(client, -1), first
-
-    def _enter(self, job: Job, number: int) -> None:
-        self._lines.setdefault(job.client, OrderedDict())[job] = number
-        self._count += 1
-        self.work_s += job.predicted_s
+        return self._last_served.get(client, -1), next(iter(self._lines[client].values()))

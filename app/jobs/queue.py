@@ -1,8 +1,8 @@
 """The bounded queue of images. Pure asyncio: no GPU, no HTTP.
 
 A request reserves its places first, perhaps long before its jobs are known, and fills them with
-jobs or gives them back. Every change of state happens in `_settle` or in the synchronous methods
-that call it; coroutines only wait. The bound counts images that wait or have a place; running ones
+jobs or gives them back. Every change of state happens without a wait in between; `take` changes
+nothing until its wait is over. The bound counts images that wait or have a place; running ones
 hold none. The queue's `repr` is its state.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from app.errors import Cancelled, DeadlineExceeded, Kind, KleinError, Unavailable
 from app.jobs.job import Job, JobState
@@ -23,17 +24,12 @@ from app.jobs.shares import Shares
 class Places:
     """Places reserved for *images* jobs of *client*, until they are filled or given back."""
 
-    queue: JobQueue = field(repr=False)
     client: str
     is_early: bool
     """Whether the number of images is still unknown. `wait_until_empty` ignores such places."""
     images: int = 0
     error: KleinError | None = None
     """Why the places cannot be filled any more, once that is so."""
-
-    def give_back(self) -> None:
-        """Free the places, unless they are filled or free already."""
-        self.queue.give_back(self)
 
 
 class JobQueue:
@@ -46,17 +42,16 @@ class JobQueue:
         self._waiting = FairOrder(remembered=4 * capacity)
         self._running: list[Job] = []
         self._places: set[Places] = set()
-        self._reserved: dict[str, int] = {}
-        self._reserved_count = 0
-        self._early_count = 0
-        """How many of the places are early: requests, not images."""
-        self._taker: asyncio.Future[Job] | None = None
+        self._reserved: Counter[str] = Counter()
+        """How many of the places are each client's."""
+        self._is_taking = False
+        self._arrived = asyncio.Event()
         self._timers: dict[Job, asyncio.TimerHandle] = {}
         self._empty = asyncio.Event()
         self._empty.set()
 
     def __repr__(self) -> str:
-        reserved = f"{self._reserved_count} reserved, " if self._reserved_count else ""
+        reserved = f"{self._reserved.total()} reserved, " if self._reserved else ""
         return (
             f"<JobQueue {len(self._waiting)} of {self.capacity} waiting, {reserved}"
             f"{len(self._running)} running>"
@@ -65,7 +60,7 @@ class JobQueue:
     @property
     def size(self) -> int:
         """The places taken, by images that wait or by requests that are being read."""
-        return len(self._waiting) + self._reserved_count
+        return len(self._waiting) + self._reserved.total()
 
     @property
     def running(self) -> int:
@@ -88,9 +83,11 @@ class JobQueue:
                 Kind.QUEUE_FULL,
                 retry_after_s,
             )
-        free = self.capacity + self._idle_places - self.size
+        # A job that starts at once needs no place.
+        free = self.capacity + self._is_taking - self.size
         # While the GPU is idle, nothing is kept.
-        if images <= max(free - self._shares.kept(client), min(free, self._idle_places)):
+        is_idle = self._is_taking and not self._waiting
+        if images <= max(free - self._shares.kept(client), min(free, is_idle)):
             return
         if not is_over_share:
             self._shares.claim(client, retry_after_s, images=images)
@@ -132,9 +129,8 @@ class JobQueue:
             Unavailable: there is no room for all of them.
         """
         self.check_room(client, images, retry_after_s=retry_after_s)
-        places = Places(self, client, is_early)
+        places = Places(client, is_early)
         self._places.add(places)
-        self._early_count += is_early
         self._widen(places, images)
         return places
 
@@ -147,14 +143,12 @@ class JobQueue:
         more = images - places.images
         if more > 0:
             self.check_room(places.client, more, retry_after_s=retry_after_s)
-        self._early_count -= places.is_early
         places.is_early = False
         self._widen(places, more)
 
     def _widen(self, places: Places, more: int) -> None:
         places.images += more
-        self._reserved[places.client] = self._reserved.get(places.client, 0) + more
-        self._reserved_count += more
+        self._reserved[places.client] += more
         self._shares.hold_claim(places.client)
         self._settle()
 
@@ -166,14 +160,11 @@ class JobQueue:
 
     def _free(self, places: Places) -> None:
         self._places.remove(places)
-        self._early_count -= places.is_early
-        self._reserved_count -= places.images
-        left = self._reserved.pop(places.client) - places.images
-        if left:
-            self._reserved[places.client] = left
+        # This subtraction forgets a client with no place left.
+        self._reserved -= Counter({places.client: places.images})
 
     def _held(self, client: str) -> int:
-        return self._waiting.of(client) + self._reserved.get(client, 0)
+        return self._waiting.of(client) + self._reserved[client]
 
     def _is_alone(self, client: str) -> bool:
         """Return whether no other client holds a place, is on the GPU, or has asked lately."""
@@ -183,17 +174,10 @@ class JobQueue:
             and self._shares.is_alone(client)
         )
 
-    @property
-    def _idle_places(self) -> int:
-        """1 while the taker waits, since a job that starts at once needs no place."""
-        return 1 if self._taker is not None and not self._taker.done() else 0
-
     def expected_wait_s(self) -> float:
         """Return the predicted seconds until all waiting and running jobs have ended."""
         now = self._clock()
-        left = sum(
-            max(0.0, job.predicted_s - (now - (job.started_at or now))) for job in self._running
-        )
+        left = sum(max(0.0, job.predicted_s - (now - job.started_at)) for job in self._running)
         return left + self._waiting.work_s
 
     def position(self, job: Job) -> int:
@@ -219,11 +203,13 @@ class JobQueue:
         self._free(places)
         self._shares.end_claim(places.client)
         now = self._clock()
-        loop = asyncio.get_running_loop()
         for job in jobs:
             job.submitted_at = now
             self._waiting.add(job)
-            self._timers[job] = loop.call_later(job.deadline - now, self._expire, job)
+            self._timers[job] = asyncio.get_running_loop().call_later(
+                job.deadline - now, self._expire, job
+            )
+        self._arrived.set()
         self._settle()
 
     def cancel(self, job: Job) -> None:
@@ -242,34 +228,23 @@ class JobQueue:
 
     async def take(self) -> Job:
         """Wait for the next job and mark it as running. Only one task may take at a time."""
-        taker: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
-        self._taker = taker
-        self._settle()
+        self._is_taking = True
         try:
-            return await taker
-        except BaseException:
-            if taker.done() and not taker.cancelled():
-                self._put_back(taker.result())
-            raise
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
         finally:
-            self._taker = None
-
-    def _put_back(self, job: Job) -> None:
-        """Put *job* back at the head: the taker was cancelled in the moment it was served."""
-        self._running.remove(job)
-        if job.future.done():
-            self._end(job)
-        else:
-            job.state = JobState.WAITING
-            job.started_at = None
-            self._waiting.put_back(job)
-        self._settle()
+            self._is_taking = False
+        job = self._waiting.take()
+        self._running.append(job)
+        job.state = JobState.RUNNING
+        job.started_at = self._clock()
+        return job
 
     def finish(self, job: Job) -> None:
-        """Record that *job* is off the GPU, whatever its outcome."""
-        if job.state is JobState.RUNNING:
-            self._running.remove(job)
-            self._end(job)
+        """Record that *job*, which ran, is off the GPU, whatever its outcome."""
+        self._running.remove(job)
+        self._end(job)
         self._settle()
 
     async def wait_until_empty(self) -> None:
@@ -306,18 +281,11 @@ class JobQueue:
 
     def _end(self, job: Job) -> None:
         job.state = JobState.ENDED
-        if timer := self._timers.pop(job, None):
-            timer.cancel()
+        self._timers.pop(job).cancel()
 
     def _settle(self) -> None:
-        """Give the next job to the taker, if there are both."""
-        if self._waiting and self._taker is not None and not self._taker.done():
-            job = self._waiting.take()
-            self._running.append(job)
-            job.state = JobState.RUNNING
-            job.started_at = self._clock()
-            self._taker.set_result(job)
-        if self._waiting or self._running or len(self._places) > self._early_count:
+        """Wake those that wait until the queue is empty, if it is."""
+        if self._waiting or self._running or any(not each.is_early for each in self._places):
             self._empty.clear()
         else:
             self._empty.set()

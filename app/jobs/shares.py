@@ -78,8 +78,7 @@ class Shares:
             images, work_s = images or before.images, work_s or before.work_s
         elif len(self._claims) >= self._claims_most:
             return
-        until = self._clock() + retry_after_s + PRESENT_S
-        self._claims[client] = _Claim(images, work_s, until)
+        self._claims[client] = _Claim(images, work_s, self._clock() + retry_after_s + PRESENT_S)
 
     def hold_claim(self, client: str) -> None:
         """Keep the claim of *client* on time only: it has got its places."""
@@ -92,12 +91,9 @@ class Shares:
 
     def kept(self, client: str) -> int:
         """Return how many places are kept from *client*, for claims older than its own."""
-        kept = 0
-        for claim in self._before(client):
-            if kept >= self._kept_most:
-                break
-            kept = min(self._kept_most, kept + claim.images) if kept else claim.images
-        return min(kept, self.most)
+        wanted = [claim.images for claim in self._before(client) if claim.images]
+        first = wanted[0] if wanted else 0
+        return min(self.most, max(first, min(self._kept_most, sum(wanted))))
 
     def kept_s(self, client: str, spare_s: float) -> float:
         """Return the seconds of GPU time kept from *client*, for the first older claim on time.

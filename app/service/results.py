@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.domain import PeakMemory, Stage
+from app.domain import PeakMemory, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +33,12 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
-class StepDone:
-    """*step* of *steps* are done; *stage* is never `GPU_FREE`."""
-
-    stage: Stage
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
 class Preview:
     """An image decoded from the running latents, perhaps smaller than the final one."""
 
     index: int
     picture: bytes = field(repr=False)
-    media_type: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The finished image."""
-
-    picture: Picture
-
-
-TicketEvent = Queued | StepDone | Preview | Finished
+TicketEvent = Queued | Progress | Preview | Picture
+"""`Progress` is never of the stage `GPU_FREE`; the finished image is the last."""

@@ -161,10 +161,11 @@ class ImageService:
         self._check_open(1, client)
         places = None
         if is_large:
-            retry_s = self._retry_after_s()
-            places = self._queue.reserve(client, 1, retry_after_s=retry_s, is_early=True)
+            places = self._queue.reserve(
+                client, 1, retry_after_s=self._retry_after_s(), is_early=True
+            )
             self._rates.take(client, 1)
-        return Admission(self, client, self._clock(), deadline_s, places)
+        return Admission(self, self._queue, client, self._clock(), deadline_s, places)
 
     def _check_open(self, images: int, client: str, *, held: int = 0) -> None:
         """Refuse *images*, of which *held* have their place already, if there is no room for them.
@@ -245,10 +246,6 @@ class ImageService:
         self._is_draining = True
         return max(0.0, self._longest_deadline - self._clock())
 
-    async def wait_until_idle(self) -> None:
-        """Return once everything accepted has ended."""
-        await self._queue.wait_until_empty()
-
     def close(self) -> None:
         """End the encoding threads."""
         self._encoders.shutdown(wait=True, cancel_futures=True)
@@ -264,11 +261,12 @@ class ImageService:
         left_s = self.seconds_left(admission)
         if left_s <= 0:
             raise DeadlineExceeded(_TOO_SLOW)
-        retry_s = self._retry_after_s()
         if places is None:
-            admission.places = self._queue.reserve(client, images, retry_after_s=retry_s)
+            admission.places = self._queue.reserve(
+                client, images, retry_after_s=self._retry_after_s()
+            )
         else:
-            self._queue.widen(places, images, retry_after_s=retry_s)
+            self._queue.widen(places, images, retry_after_s=self._retry_after_s())
         self._rates.take(client, images - held)
         self._longest_deadline = max(self._longest_deadline, self._clock() + left_s)
 
@@ -290,14 +288,13 @@ class ImageService:
             self._check_open(len(specs), admission.client)
         predicted_s = [self._estimator.predict(spec) for spec in specs]
         deadline = self._clock() + self._checked_seconds_left(admission, sum(predicted_s))
-        loop = asyncio.get_running_loop()
         jobs = [
             Job(
                 id=secrets.token_hex(8),
                 spec=spec,
                 client=admission.client,
                 deadline=deadline,
-                future=loop.create_future(),
+                future=asyncio.get_running_loop().create_future(),
                 predicted_s=seconds,
             )
             for spec, seconds in zip(specs, predicted_s, strict=True)
@@ -336,8 +333,7 @@ class ImageService:
 
     async def encode(self, image: RawImage, output: OutputFormat, note: dict[str, str]) -> bytes:
         """Encode in a thread, while the GPU and the event loop continue."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
+        return await asyncio.get_running_loop().run_in_executor(
             self._encoders,
             images.encode,
             image,
@@ -352,14 +348,14 @@ class ImageService:
             # Shielded: cancelling this wait must leave the job to the queue, which alone ends it.
             generated = await asyncio.shield(job.future)
         except OutOfMemory:
-            self._metrics.image_out_of_memory()
+            self._metrics.images_out_of_memory.inc()
             raise
         self.held_memory = generated.held
         started = self._clock()
         data = await self.encode(generated.image, output, self._note(job.spec))
         now = self._clock()
         seconds = {
-            "queue": job.queued_s or 0.0,
+            "queue": job.started_at - job.submitted_at,
             "text": generated.timings.text,
             "reference": generated.timings.reference,
             "denoise": generated.timings.denoise,
@@ -420,5 +416,4 @@ def _note(seconds: Mapping[str, float]) -> None:
     notes["images"] = notes.get("images", 0) + 1
     for stage, value in seconds.items():
         before = notes.get(f"{stage}_s", 0.0)
-        together = max(before, value) if stage in _WAITS else before + value
-        notes[f"{stage}_s"] = round(together, 4)
+        notes[f"{stage}_s"] = round(max(before, value) if stage in _WAITS else before + value, 4)

@@ -15,7 +15,7 @@ from app.errors import Cancelled
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
-from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
+from app.service.results import Picture, Preview, Queued, TicketEvent
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
@@ -31,6 +31,7 @@ class Admission:
     """
 
     service: ImageService = field(repr=False)
+    queue: JobQueue
     client: str
     arrived_at: float
     deadline_s: float | None
@@ -42,7 +43,7 @@ class Admission:
 
     def __exit__(self, *error: object) -> None:
         if self.places is not None:
-            self.places.give_back()
+            self.queue.give_back(self.places)
 
     @property
     def seconds_left(self) -> float:
@@ -112,7 +113,7 @@ class Ticket:
             await _end(finishing)
 
     async def events(self) -> AsyncGenerator[TicketEvent, None]:
-        """Yield the events of the only job, `Finished` last; closing the iterator cancels it.
+        """Yield the events of the only job, its `Picture` last; closing the iterator cancels it.
 
         Raises:
             KleinError: the job failed.
@@ -127,12 +128,12 @@ class Ticket:
             yield Queued(self.queue.position(job))
             while (progress := await moved.get()) is not None:
                 if progress.stage is not Stage.GPU_FREE:
-                    yield StepDone(progress.stage, progress.step, progress.steps)
+                    yield progress
                 if progress.preview is not None:
                     data = await self.service.encode(progress.preview, self.output, {})
-                    yield Preview(previews, data, self.output.media_type)
+                    yield Preview(previews, data)
                     previews += 1
-            yield Finished(await finishing)
+            yield await finishing
         finally:
             self.cancel()
             await _end([finishing])

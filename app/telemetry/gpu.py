@@ -155,8 +155,9 @@ class Gpu:
             except self._nvml.NVMLError:
                 continue
             for process in processes:
-                name = _program(process.pid)
-                found[process.pid] = Holder(process.pid, name, process.usedGpuMemory)
+                found[process.pid] = Holder(
+                    process.pid, _program(process.pid), process.usedGpuMemory
+                )
         return tuple(sorted(found.values(), key=lambda one: one.used_bytes or 0, reverse=True))
 
     def _optional(self, read: Callable[[], float]) -> float | None:

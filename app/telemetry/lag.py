@@ -33,8 +33,7 @@ class LoopLag:
             took_s = self._clock() - started
             # A block that begins just after a wake is hidden by the sleep, so the whole interval
             # counts: the lag is up to one interval too large and never too small.
-            is_lag = took_s > 2 * INTERVAL_S
-            self.note(took_s if is_lag else took_s - INTERVAL_S)
+            self.note(took_s if took_s > 2 * INTERVAL_S else took_s - INTERVAL_S)
 
     def note(self, lag_s: float) -> None:
         """Record one measurement, in seconds, at the current time."""

@@ -128,10 +128,10 @@ class Metrics:
         self._pixels = Counter(
             "klein_image_pixels", "Pixels of finished images.", registry=registry
         )
-        self._oom = Counter(
+        self.images_out_of_memory = Counter(
             "klein_oom", "Images that failed for want of GPU memory.", registry=registry
         )
-        self._restarts = Counter(
+        self.lost_workers = Counter(
             "klein_worker_restarts", "Workers lost, by reason.", ["reason"], registry=registry
         )
         self._busy = Counter(
@@ -146,7 +146,7 @@ class Metrics:
         # Present from the first scrape on, at 0.
         for counter, values in (
             (self._rejected, REJECTIONS),
-            (self._restarts, tuple(Loss)),
+            (self.lost_workers, tuple(Loss)),
             (self._images, ("generate", "edit")),
             (self._cache, ("hit", "miss")),
         ):
@@ -182,14 +182,12 @@ class Metrics:
             return field(read())
 
         for name, (text, field) in STATUS_GAUGES.items():
-            gauge = Gauge(name, text, registry=self.registry)
-            gauge.set_function(partial(value_of, field))
-        lag = Gauge(
+            Gauge(name, text, registry=self.registry).set_function(partial(value_of, field))
+        Gauge(
             "klein_event_loop_lag_seconds",
             "How late the event loop woke, the most in the last minute.",
             registry=self.registry,
-        )
-        lag.set_function(read_lag_s)
+        ).set_function(read_lag_s)
 
     def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
@@ -225,14 +223,6 @@ class Metrics:
         self._images.labels(mode).inc()
         self._pixels.inc(generated.image.width * generated.image.height)
         self._busy.inc(generated.timings.total)
-
-    def image_out_of_memory(self) -> None:
-        """Count an image that failed for want of GPU memory."""
-        self._oom.inc()
-
-    def worker_lost(self, reason: Loss) -> None:
-        """Count a lost worker."""
-        self._restarts.labels(reason).inc()
 
     def request_finished(self, route: str, outcome: str, seconds: float) -> None:
         """Count a finished request and its *seconds*.

@@ -18,19 +18,17 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from app import logs
-from app.domain import Engine, LoadProgress, Progress, Stage
+from app.domain import Engine, Progress, Stage
 from app.engine.config import EngineConfig
-from app.errors import GenerationFailed, Kind, KleinError
+from app.errors import SEE_LOG, GenerationFailed, Kind, KleinError
 from app.request_context import RequestContext, current_request
 from app.worker.messages import (
     Cancel,
     Done,
     Failed,
     Generate,
-    Loading,
     Ping,
     Pong,
-    Ready,
     StartFailed,
     Stepped,
     Stop,
@@ -47,8 +45,6 @@ EXIT_START_FAILED = 14
 
 EXIT_PIPE = 15
 """Exit code: the pipe to the parent is broken, or an exception was unexpected."""
-
-_FAILED = "The picture could not be made; the service's log says why."
 
 EngineFactory = Callable[[EngineConfig], Engine]
 
@@ -111,21 +107,18 @@ def run(
 def _on_unsendable(message: Message, outbox: Outbox, leave: Callable[[int], object]) -> None:
     """Fail the job whose image cannot be sent; exit where it is a message that the parent needs."""
     if isinstance(message, Done):
-        outbox.put(Failed.of(message.job_id, GenerationFailed(_FAILED)))
+        outbox.put(Failed.of(message.job_id, GenerationFailed(SEE_LOG)))
     elif not isinstance(message, Stepped):
         leave(EXIT_PIPE)
 
 
 def _load(make_engine: EngineFactory, config: EngineConfig, outbox: Outbox) -> Engine | None:
-    def on_progress(progress: LoadProgress) -> None:
-        outbox.put(Loading(progress))
-
     # Importing and compiling make millions of permanent objects; traversing them for garbage again
     # and again takes a tenth of a start.
     gc.disable()
     try:
         engine = make_engine(config)
-        outbox.put(Ready(engine.load(on_progress)))
+        outbox.put(engine.load(outbox.put))
     except KleinError as error:
         _log.debug("The model did not load.", exc_info=True)
         outbox.put(StartFailed(error.message))
@@ -156,7 +149,7 @@ def _serve(engine: Engine, message: Generate, inbox: _Inbox, outbox: Outbox) -> 
         return error.kind
     except Exception:
         _log.exception("A job failed in a way nobody foresaw, job=%s.", job_id)
-        outbox.put(Failed.of(job_id, GenerationFailed(_FAILED)))
+        outbox.put(Failed.of(job_id, GenerationFailed(SEE_LOG)))
         return Kind.FAILED
     finally:
         current_request.reset(naming)

@@ -38,20 +38,6 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
-    """Up: progress of loading the model."""
-
-    progress: LoadProgress
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Up: the model is loaded and warm."""
-
-    info: ModelInfo
-
-
-@dataclass(frozen=True, slots=True)
 class StartFailed:
     """Up: the model cannot be loaded; the worker exits after this."""
 
@@ -104,4 +90,5 @@ class Failed:
 
 
 ToWorker = Generate | Cancel | Ping | Stop
-FromWorker = Loading | Ready | StartFailed | Pong | Stepped | Done | Failed
+FromWorker = LoadProgress | ModelInfo | StartFailed | Pong | Stepped | Done | Failed
+"""`ModelInfo` says that the model is loaded and warm."""

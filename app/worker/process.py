@@ -12,7 +12,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from typing import Protocol
+from functools import partial
 
 from app.engine.config import EngineConfig
 from app.errors import GenerationFailed
@@ -25,28 +25,19 @@ _log = logging.getLogger(__name__)
 _NOT_SENT = "The request could not be handed to the worker; the service's log says why."
 
 
-class Listener(Protocol):
-    """Receives a worker's messages and its exit, in the event loop's thread."""
-
-    def on_message(self, handle: WorkerProcess, message: FromWorker) -> None:
-        """Handle a message."""
-
-    def on_exit(self, handle: WorkerProcess, exit_code: int | None) -> None:
-        """Handle the exit, after every message that the process sent has been delivered.
-
-        Without an exit code the process could not be ended, and is abandoned.
-        """
-
-
 class WorkerProcess:
     """One process from its start to its end. Made and used in the event loop's thread.
 
-    A thread of its own receives, so neither a large image nor a dying process blocks the loop.
+    *on_message* gets each message of the worker, and *on_exit* its exit after the last of them,
+    both in the loop's thread. Without an exit code the process could not be ended, and is
+    abandoned. A thread of its own receives, so neither a large image nor a dying process blocks
+    the loop.
     """
 
     def __init__(
         self,
-        listener: Listener,
+        on_message: Callable[[WorkerProcess, FromWorker], None],
+        on_exit: Callable[[WorkerProcess, int | None], None],
         make_engine: child.EngineFactory,
         config: EngineConfig,
         log: tuple[str, str],
@@ -59,7 +50,8 @@ class WorkerProcess:
         """
         context = multiprocessing.get_context("spawn")
         self._loop = asyncio.get_running_loop()
-        self._listener = listener
+        self._on_message = on_message
+        self._on_exit = on_exit
         self._leave_s = leave_s
         self._exited = asyncio.Event()
         with ExitStack() as undo:
@@ -77,7 +69,7 @@ class WorkerProcess:
                 self._pipe,
                 name="worker pipe, down",
                 on_unsendable=self._on_unsendable,
-                on_broken=self._on_broken,
+                on_broken=partial(self._tell, self.kill),
             )
             undo.callback(self._outbox.hang_up)
             threading.Thread(target=self._receive, name="worker pipe, up", daemon=True).start()
@@ -95,7 +87,7 @@ class WorkerProcess:
         """Kill the process now; a hung kernel does not prevent it."""
         if not self._exited.is_set():
             self._process.kill()
-            self._loop.call_later(self._leave_s, self._abandon)
+            self._loop.call_later(self._leave_s, self._end, None)
 
     async def wait(self) -> None:
         """Return once the process has exited."""
@@ -120,16 +112,16 @@ class WorkerProcess:
             _log.exception("What the worker sent cannot be read.")
         self._process.kill()
         self._process.join(self._leave_s)
-        self._tell(self._on_gone)
+        self._tell(self._end, self._process.exitcode)
 
-    def _tell(self, callback: Callable[..., None], *arguments: FromWorker) -> None:
+    def _tell(self, callback: Callable[..., None], *arguments: FromWorker | int | None) -> None:
         # The loop may have closed: then there is no listener left.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _deliver(self, message: FromWorker) -> None:
         try:
-            self._listener.on_message(self, message)
+            self._on_message(self, message)
         except Exception:
             _log.exception("What the worker said could not be taken in.")
             self.kill()
@@ -140,33 +132,25 @@ class WorkerProcess:
             error = GenerationFailed(_NOT_SENT)
             self._tell(self._deliver, Failed.of(message.job_id, error))
         else:
-            self._on_broken()
-
-    def _on_broken(self) -> None:
-        self._tell(self.kill)
-
-    def _abandon(self) -> None:
-        """Report its end though it exists: SIGKILL cannot end a process blocked in a driver."""
-        if not self._exited.is_set():
-            self._disown()
-            self._end(None)
+            self._tell(self.kill)
 
     def _disown(self) -> None:
         """Let this process exit without it: Python's clean-up joins every child it knows."""
         _log.error("The worker, process %s, was killed and does not go.", self.pid)
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
 
-    def _on_gone(self) -> None:
-        exit_code = self._process.exitcode
-        if exit_code is None:
-            self._abandon()
-            return
-        # Close its file descriptors at once.
-        self._process.close()
-        self._end(exit_code)
-
     def _end(self, exit_code: int | None) -> None:
-        if not self._exited.is_set():
-            self._outbox.hang_up()
-            self._exited.set()
-            self._listener.on_exit(self, exit_code)
+        """Report the process's end, once; None abandons it.
+
+        SIGKILL cannot end a process blocked in a driver.
+        """
+        if self._exited.is_set():
+            return
+        if exit_code is None:
+            self._disown()
+        else:
+            # Close its file descriptors at once.
+            self._process.close()
+        self._outbox.hang_up()
+        self._exited.set()
+        self._on_exit(self, exit_code)

@@ -4,7 +4,7 @@ This module has the policy, `app.worker.process` the process. A worker that dies
 for any reason, or cannot be started is restarted with back-off, until the service gives up. A
 worker that reports why it cannot load the model at the first start ends the service, since another
 try would only hide the reason. A job whose worker died fails and is never run again: it may be the
-cause. Ready and alive differ: `stage` tells them apart.
+cause. Ready and alive differ: `progress` tells them apart.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from app.worker.messages import (
     Failed,
     FromWorker,
     Generate,
-    Loading,
     Ping,
     Pong,
-    Ready,
     StartFailed,
     Stepped,
     Stop,
@@ -121,18 +119,25 @@ class Supervisor:
         self._events = events
         self._predict_step_s = predict_step_s
         self._limits = limits or TimeLimits()
-        self._launch = partial(WorkerProcess, self, make_engine, config, log, self._limits.close_s)
+        self._launch = partial(
+            WorkerProcess,
+            self.on_message,
+            self.on_exit,
+            make_engine,
+            config,
+            log,
+            self._limits.close_s,
+        )
         self._clock = clock
         self._handle: WorkerProcess | None = None
         self._running: dict[str, _Running] = {}
         self._deaths: list[float] = []
         self._failed_starts = 0
         self._lost_because: Loss | None = None
-        self._load_watch: asyncio.TimerHandle | None = None
-        self._beat_watch: asyncio.TimerHandle | None = None
+        self._next: asyncio.TimerHandle | None = None
+        """Its next start, or the limit of its start, or its next beat, whatever it is at."""
         self._leave_watch: asyncio.TimerHandle | None = None
         self._overdue = ""
-        self._restart: asyncio.TimerHandle | None = None
         self._unanswered = 0
         self._started_at = 0.0
         self._is_ready = asyncio.Event()
@@ -142,7 +147,7 @@ class Supervisor:
         self.restart_count = 0
 
     def __repr__(self) -> str:
-        return f"<Supervisor {self.stage}, {len(self._running)} running, {self._handle}>"
+        return f"<Supervisor {self.progress.stage}, {len(self._running)} running, {self._handle}>"
 
     @property
     def is_ready(self) -> bool:
@@ -150,17 +155,14 @@ class Supervisor:
         return self._is_ready.is_set()
 
     @property
-    def stage(self) -> WorkerStage:
-        """What the worker is at."""
-        return self.progress.stage
-
-    @property
     def reason(self) -> str:
         """Why no job could start now, in words that any client may read; empty where one could."""
-        if self.stage == WorkerStage.FAILED:
+        if self.progress.stage == WorkerStage.FAILED:
             # The operator's message (`Events.on_fatal`) may name paths.
             return _FAILED
-        return "" if self.is_ready else self.progress.detail or f"The worker is {self.stage}."
+        return (
+            "" if self.is_ready else self.progress.detail or f"The worker is {self.progress.stage}."
+        )
 
     @property
     def pid(self) -> int | None:
@@ -168,8 +170,18 @@ class Supervisor:
         return self._handle.pid if self._handle else None
 
     def start(self) -> None:
-        """Start the first worker."""
-        self._start_worker()
+        """Start a worker; if it cannot be started, try again later or give up."""
+        # A listener may have killed it in the moment that a restart was planned.
+        if self._is_closing:
+            return
+        self._started_at = self._clock()
+        self._overdue, self._lost_because = "", None
+        try:
+            self._handle = self._launch()
+        except Exception as error:
+            self._on_unstartable(error)
+        else:
+            self._watch_start()
 
     async def wait_until_ready(self) -> None:
         """Return once a job could start."""
@@ -189,18 +201,19 @@ class Supervisor:
         """
         # In a loop: a worker may have exited between its being ready and this task's wake-up.
         while not self.is_ready:
-            if self.stage == WorkerStage.FAILED:
+            if self.progress.stage == WorkerStage.FAILED:
                 raise Unavailable(_OVER, kind=Kind.WORKER_DOWN, retry_after_s=_OVER_RETRY_S)
             if self._is_closing:
                 raise Unavailable(_CLOSING, kind=Kind.DRAINING, retry_after_s=_OVER_RETRY_S)
             await self._is_ready.wait()
         handle = self._handle
         assert handle is not None
-        steps_s = self._limits.silence_steps * self._predict_step_s(spec)
         running = _Running(
             answer=asyncio.get_running_loop().create_future(),
             on_progress=on_progress,
-            silence_s=max(self._limits.silence_s, steps_s),
+            silence_s=max(
+                self._limits.silence_s, self._limits.silence_steps * self._predict_step_s(spec)
+            ),
             step_started=self._clock(),
         )
         self._running[job_id] = running
@@ -227,7 +240,7 @@ class Supervisor:
         self._wake()
         if handle is None:
             return
-        if self.stage != WorkerStage.FAILED:
+        if self.progress.stage != WorkerStage.FAILED:
             handle.send(Stop())
             self._await_leave()
         else:
@@ -246,10 +259,10 @@ class Supervisor:
         if handle is not self._handle:
             return
         match message:
-            case Loading(progress):
-                self._on_loading(progress)
-            case Ready(info):
-                self._on_ready(info)
+            case LoadProgress():
+                self._on_loading(message)
+            case ModelInfo():
+                self._on_ready(message)
             case StartFailed(text):
                 self._on_start_failed(text)
             case Pong():
@@ -275,18 +288,14 @@ class Supervisor:
         self._fail_running()
         if self._is_closing:
             return
-        because, self._lost_because = self._lost_because, None
-        reason = because or (Loss.KILLED if self.stage == WorkerStage.READY else Loss.STARTUP)
+        reason = self._lost_because or (
+            Loss.KILLED if self.progress.stage == WorkerStage.READY else Loss.STARTUP
+        )
         _log.error("The worker has gone (%s), exit code %s.", reason, exit_code)
-        if self.info is None and because is Loss.STARTUP:
-            self._give_up(
-                EXIT_START_FAILED,
-                self._overdue
-                or "The worker process ended while it was loading the model; the log above says "
-                "why.",
-            )
-            return
-        self._plan_restart(reason)
+        if self._overdue and self.info is None:
+            self._give_up(EXIT_START_FAILED, self._overdue)
+        else:
+            self._plan_restart(reason)
 
     def _answerable(self, job_id: str) -> _Running | None:
         running = self._running.get(job_id)
@@ -304,7 +313,7 @@ class Supervisor:
         self._events.on_worker_lost(reason)
         now = self._clock()
         self._deaths.append(now)
-        if self.stage != WorkerStage.READY:
+        if self.progress.stage != WorkerStage.READY:
             self._failed_starts += 1
         decision = restarts.decide(self._deaths, now, self._failed_starts)
         if decision.delay_s is None:
@@ -316,19 +325,7 @@ class Supervisor:
         self.restart_count += 1
         self.progress = LoadProgress(WorkerStage.RESTARTING)
         _log.warning("A new worker starts in %.0f s: %s.", decision.delay_s, decision.reason)
-        self._restart = asyncio.get_running_loop().call_later(decision.delay_s, self._start_worker)
-
-    def _start_worker(self) -> None:
-        if self._is_closing:
-            return
-        self._started_at = self._clock()
-        self._overdue = ""
-        try:
-            self._handle = self._launch()
-        except Exception as error:
-            self._on_unstartable(error)
-            return
-        self._watch_start()
+        self._after(decision.delay_s, self.start)
 
     def _on_unstartable(self, error: Exception) -> None:
         """Try again, except at the first start where the error says what must be fixed first."""
@@ -342,20 +339,16 @@ class Supervisor:
 
     def _on_loading(self, progress: LoadProgress) -> None:
         """Restart the limit of silence: a download may take any time while it reports progress."""
-        before, self.progress = self.stage, progress
+        before, self.progress = self.progress.stage, progress
         if not _FETCHING.isdisjoint((before, progress.stage)):
             self._watch_start()
 
     def _watch_start(self) -> None:
         """Apply the time limit of the start's current stage from now on."""
-        if self._load_watch:
-            self._load_watch.cancel()
-        is_fetching = self.stage in _FETCHING
-        limit_s = self._limits.download_s if is_fetching else self._limits.load_s
-        sentence = _SILENT if is_fetching else _SLOW
-        self._load_watch = asyncio.get_running_loop().call_later(
-            limit_s, self._end_start, sentence.format(limit_s)
-        )
+        limit_s, sentence = self._limits.load_s, _SLOW
+        if self.progress.stage in _FETCHING:
+            limit_s, sentence = self._limits.download_s, _SILENT
+        self._after(limit_s, self._end_start, sentence.format(limit_s))
 
     def _end_start(self, sentence: str) -> None:
         self._overdue = sentence
@@ -363,8 +356,6 @@ class Supervisor:
         self._end_worker(Loss.STARTUP)
 
     def _on_ready(self, info: ModelInfo) -> None:
-        if self._load_watch:
-            self._load_watch.cancel()
         self.info, self._failed_starts = info, 0
         self.progress = LoadProgress(WorkerStage.READY, 1.0)
         self._is_ready.set()
@@ -427,20 +418,25 @@ class Supervisor:
         elif self._handle:
             self._unanswered += 1
             self._handle.send(Ping())
-        self._beat_watch = asyncio.get_running_loop().call_later(self._limits.beat_s, self._beat)
+        self._after(self._limits.beat_s, self._beat)
 
     def _await_leave(self) -> None:
         """Wait a while for the worker to exit by itself."""
-        if self._handle and not self._leave_watch:
+        if self._handle:
             self._leave_watch = asyncio.get_running_loop().call_later(
                 self._limits.close_s, self._handle.kill
             )
 
+    def _after(self, delay_s: float, act: Callable[..., None], *arguments: str) -> None:
+        """Call *act* after *delay_s*, in place of what was to come next."""
+        if self._next:
+            self._next.cancel()
+        self._next = asyncio.get_running_loop().call_later(delay_s, act, *arguments)
+
     def _stop_watching(self) -> None:
-        for timer in (self._restart, self._load_watch, self._beat_watch, self._leave_watch):
+        for timer in (self._next, self._leave_watch):
             if timer:
                 timer.cancel()
-        self._restart = self._load_watch = self._beat_watch = self._leave_watch = None
 
     def _end_worker(self, reason: Loss) -> None:
         self._lost_because = reason

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import multiprocessing
 import queue
 import threading
 from collections.abc import Callable
@@ -34,14 +33,13 @@ class UnsendableError(Exception):
     """The message cannot be pickled. Nothing of it was sent, and the pipe is unchanged."""
 
 
-def pair(context: BaseContext | None = None) -> tuple[End, End]:
+def pair(context: BaseContext) -> tuple[End, End]:
     """Make both ends, one to keep and one to pass to a process at its start.
 
     Raises:
         StartupError: there is no memory that two processes can share.
         OSError: no file descriptors are left.
     """
-    context = context or multiprocessing.get_context()
     ours, theirs = context.Pipe()
     try:
         memory = context.RawArray("B", _WINDOW_BYTES)
@@ -186,11 +184,10 @@ class Outbox:
             self._pipe.send(message)
         except UnsendableError:
             # The request is named here, since this thread has none.
-            request_id = getattr(message, "request_id", "")
-            naming = current_request.set(RequestContext(request_id))
-            job_id = getattr(message, "job_id", "none")
+            naming = current_request.set(RequestContext(getattr(message, "request_id", "")))
             _log.exception(
-                "A message to the other process could not be written down, job=%s.", job_id
+                "A message to the other process could not be written down, job=%s.",
+                getattr(message, "job_id", "none"),
             )
             current_request.reset(naming)
             self._on_unsendable(message)

@@ -7,10 +7,10 @@ import inspect
 
 import pytest
 
-from app.domain import ImageSpec
+from app.domain import ImageSpec, Progress
 from app.errors import InvalidRequest, Kind, OutOfMemory, Unavailable
 from app.images import OutputFormat
-from app.service.results import Finished, Preview, Queued, StepDone
+from app.service.results import Picture, Preview, Queued
 from app.service.service import ImageService
 from app.service.ticket import Admission, Ticket
 from app.telemetry.metrics import Metrics
@@ -92,9 +92,9 @@ async def test_events_tell_the_life_of_one_picture():
     events = [event async for event in ticket.events()]
 
     assert isinstance(events[0], Queued)
-    assert isinstance(events[-1], Finished)
+    assert isinstance(events[-1], Picture)
     assert len([event for event in events if isinstance(event, Preview)]) == 1
-    assert len([event for event in events if isinstance(event, StepDone)]) == 4
+    assert len([event for event in events if isinstance(event, Progress)]) == 4
 
 
 async def test_a_scripted_error_comes_after_the_previews():
@@ -106,7 +106,7 @@ async def test_a_scripted_error_comes_after_the_previews():
     with pytest.raises(OutOfMemory):
         await anext(events)
 
-    assert kinds == [Queued, StepDone, Preview, StepDone]
+    assert kinds == [Queued, Progress, Preview, Progress]
 
 
 async def test_a_closed_stream_cancels_the_ticket():

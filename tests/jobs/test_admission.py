@@ -152,7 +152,7 @@ async def test_what_has_its_place_is_finished_though_the_service_drains(clock) -
     with service.admit(client="a") as admission, service.admit(client="b") as other:
         admission.reserve(1)
         assert service.drain() == 120.0
-        idle = asyncio.ensure_future(service.wait_until_idle())
+        idle = asyncio.ensure_future(runtime.queue.wait_until_empty())
         await asyncio.sleep(0)
         assert not idle.done()
         with pytest.raises(Unavailable) as refused:
@@ -295,7 +295,7 @@ async def test_a_large_body_that_is_still_read_holds_up_no_end(at) -> None:
     ):
         other.reserve(1)
         assert service.drain() == pytest.approx(120.0)
-        idle = asyncio.ensure_future(service.wait_until_idle())
+        idle = asyncio.ensure_future(at.queue.wait_until_empty())
         await asyncio.sleep(0)
         assert not idle.done()
         ticket = other.submit([TINY], PNG)

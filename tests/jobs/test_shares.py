@@ -286,7 +286,7 @@ async def test_a_turn_is_kept_until_the_jobs_come() -> None:
     places = scene.queue.reserve("first", 1, retry_after_s=1)
     assert not has_time(scene, "second", 4.0, 5.0)
     assert not has_time(scene, "first", 4.0, 5.0)
-    places.give_back()
+    scene.queue.give_back(places)
 
     shares = scene.queue._shares
     assert (shares.kept_s("first", 100.0), shares.kept_s("second", 100.0)) == (0.0, 4.0)

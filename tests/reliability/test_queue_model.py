@@ -168,7 +168,7 @@ class QueueModel(RuleBasedStateMachine):
             try:
                 self.queue.fill(places, new)
             finally:
-                places.give_back()
+                self.queue.give_back(places)
 
         self.places.remove(places)
         if places.error is not None:
@@ -184,7 +184,7 @@ class QueueModel(RuleBasedStateMachine):
         """Its pictures are none, or its caller leaves: once or twice, its places are free."""
         self.places.remove(places)
         for _ in range(times):
-            places.give_back()
+            self.queue.give_back(places)
 
     @rule()
     def begin_to_take(self) -> None:
@@ -269,7 +269,7 @@ class QueueModel(RuleBasedStateMachine):
     def teardown(self) -> None:
         """In the end everything is drained: each accepted image has ended, exactly once."""
         for places in self.places:
-            places.give_back()
+            self.queue.give_back(places)
         self.queue.fail_waiting(DeadlineExceeded("the end"))
         for job in self.jobs:
             if job.state is JobState.RUNNING:

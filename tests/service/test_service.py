@@ -13,7 +13,7 @@ from PIL import Image
 from app.domain import ImageSpec, RawImage, Stage, WorkerStage
 from app.errors import Cancelled, GenerationFailed, InvalidRequest, Kind, Unavailable
 from app.images import OutputFormat
-from app.service.results import Finished, Queued
+from app.service.results import Picture, Queued
 from tests.support.in_process import InProcess
 
 PNG = OutputFormat("png")
@@ -82,7 +82,7 @@ async def test_pictures_come_in_order_and_the_ticket_ends_once(at) -> None:
     )
     pictures = await ticket.pictures()
     ticket.cancel()
-    await at.service.wait_until_idle()
+    await at.queue.wait_until_empty()
 
     assert [picture.seed for picture in pictures] == [3, 4, 5]
     assert at.worker.made == 3
@@ -98,7 +98,7 @@ async def test_the_first_error_ends_the_whole_ticket(at) -> None:
     ticket = at.service.submit([SPEC] * 3, client="a", output=PNG)
     with pytest.raises(GenerationFailed):
         await ticket.pictures()
-    await at.service.wait_until_idle()
+    await at.queue.wait_until_empty()
 
     assert repr(at.queue) == "<JobQueue 0 of 4 waiting, 0 running>"
 
@@ -110,7 +110,7 @@ async def test_events_end_with_the_picture_or_the_error(at) -> None:
     failing = at.service.submit([SPEC], client="a", output=PNG).events()
 
     assert isinstance(events[0], Queued)
-    assert isinstance(events[-1], Finished)
+    assert isinstance(events[-1], Picture)
     assert await anext(failing) == Queued(0)
     with pytest.raises(GenerationFailed):
         await anext(failing)
@@ -125,7 +125,7 @@ async def test_leaving_cancels_what_waits(at) -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await at.service.wait_until_idle()
+    await at.queue.wait_until_empty()
 
     assert at.worker.made == 0
     assert all(isinstance(job.future.exception(), Cancelled) for job in ticket.jobs)
@@ -145,7 +145,7 @@ async def test_draining_finishes_what_was_accepted_and_takes_nothing(at) -> None
     assert at.service.status().stage is WorkerStage.DRAINING
     assert not at.service.status().is_ready
     assert len(await ticket.pictures()) == 1
-    await at.service.wait_until_idle()
+    await at.queue.wait_until_empty()
 
 
 async def test_a_cut_prompt_is_told(at) -> None:

@@ -16,13 +16,22 @@ from functools import lru_cache
 
 from PIL import Image
 
-from app.domain import ImageSpec, ModelInfo, ModelSpec, PeakMemory, RawImage, Stage, Status
+from app.domain import (
+    ImageSpec,
+    ModelInfo,
+    ModelSpec,
+    PeakMemory,
+    Progress,
+    RawImage,
+    Stage,
+    Status,
+)
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
-from app.service.results import Finished, Picture, Preview, Queued, StepDone, TicketEvent
+from app.service.results import Picture, Preview, Queued, TicketEvent
 
 SECONDS: Mapping[str, float] = {
     "queue": 0.001,
@@ -245,14 +254,14 @@ class FakeTicket:
             await self._wait()
             steps = spec.num_inference_steps
             for step in range(1, steps + 1):
-                yield StepDone(Stage.DENOISE, step, steps)
+                yield Progress(Stage.DENOISE, step, steps)
                 if self.script.error is not None and step > self.script.previews_before_error:
                     self._end()
                     raise self.script.error
                 if step <= spec.previews:
-                    yield Preview(step - 1, paint(spec, self.output), self.output.media_type)
+                    yield Preview(step - 1, paint(spec, self.output))
             self._end()
-            yield Finished(self._picture(spec))
+            yield self._picture(spec)
         finally:
             self.cancel()
 

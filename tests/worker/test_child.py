@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from dataclasses import replace
 
 import pytest
 
-from app.domain import Stage
+from app.domain import LoadProgress, ModelInfo, Stage
 from app.errors import Kind
 from app.worker import child
 from app.worker.messages import (
@@ -15,10 +16,8 @@ from app.worker.messages import (
     Done,
     Failed,
     Generate,
-    Loading,
     Ping,
     Pong,
-    Ready,
     StartFailed,
     Stepped,
     Stop,
@@ -32,7 +31,7 @@ class Worker:
     """The child's loop in a thread, and the parent's end of its pipe."""
 
     def __init__(self, *script: str) -> None:
-        self.pipe, theirs = pair()
+        self.pipe, theirs = pair(multiprocessing.get_context())
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, args=(theirs, script))
         self._thread.start()
@@ -72,8 +71,8 @@ def test_it_says_how_far_it_is_and_that_it_is_ready(work) -> None:
     """Loading comes first, then what is served."""
     worker = work()
 
-    assert isinstance(worker.pipe.recv(), Loading)
-    assert worker.hear(Ready).info.model == "shapes"
+    assert isinstance(worker.pipe.recv(), LoadProgress)
+    assert worker.hear(ModelInfo).model == "shapes"
     assert worker.end() == 0
 
 
@@ -81,7 +80,7 @@ def test_the_card_is_free_before_the_pixels_arrive(work) -> None:
     """Steps, then CARD_FREE, then the picture, so that the next job can be sent meanwhile."""
     worker = work()
     worker.pipe.send(Generate("j", SPEC))
-    worker.hear(Ready)
+    worker.hear(ModelInfo)
     heard = [worker.pipe.recv() for _ in range(6)]
 
     assert [message.progress.stage for message in heard[:5]] == [Stage.DENOISE] * 4 + [
@@ -154,7 +153,7 @@ def test_a_model_that_cannot_be_loaded_is_said_in_one_sentence(work) -> None:
 def test_it_ends_when_the_parent_hangs_up(work) -> None:
     """An orphan does not stay on the card."""
     worker = work()
-    worker.hear(Ready)
+    worker.hear(ModelInfo)
     worker.pipe.close()
     worker._thread.join(10)
 

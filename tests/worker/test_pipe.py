@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 
 import pytest
@@ -20,7 +21,7 @@ def done(job_id: str, width: int, height: int) -> Done:
 
 @pytest.fixture
 def ends():
-    ours, theirs = pair()
+    ours, theirs = pair(multiprocessing.get_context())
     yield ours, theirs
     ours.close()
     theirs.close()

@@ -11,7 +11,7 @@ from app.domain import LoadProgress, ModelInfo
 from app.runtime import build_runtime
 from app.settings import Settings
 from app.worker import supervisor as module
-from app.worker.messages import Loading, Ready, StartFailed
+from app.worker.messages import StartFailed
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, Supervisor, TimeLimits
 from tests.worker.conftest import CONFIG, Listening
 
@@ -46,8 +46,8 @@ class Handle:
 
     pid = 1
 
-    def __init__(self, listener, *_) -> None:
-        self._listener = listener
+    def __init__(self, on_message, on_exit, *_) -> None:
+        self._on_exit = on_exit
         self.is_killed = False
 
     def send(self, message) -> None:
@@ -56,7 +56,7 @@ class Handle:
     def kill(self) -> None:
         if not self.is_killed:
             self.is_killed = True
-            self._listener.on_exit(self, -9)
+            self._on_exit(self, -9)
 
     async def wait(self) -> None:
         """It has gone."""
@@ -76,7 +76,7 @@ async def started(monkeypatch):
 
 def say(supervisor: Supervisor, stage: str) -> None:
     """Report *stage* as the worker does."""
-    supervisor.on_message(supervisor._handle, Loading(LoadProgress(stage, 0.5)))
+    supervisor.on_message(supervisor._handle, LoadProgress(stage, 0.5))
 
 
 @pytest.mark.parametrize("stage", ["download", "verify"])
@@ -88,7 +88,7 @@ async def test_a_download_may_take_a_day(started, stage) -> None:
         clock.pass_s(100)
     say(supervisor, "weights")
     clock.pass_s(1799)
-    supervisor.on_message(supervisor._handle, Ready(INFO))
+    supervisor.on_message(supervisor._handle, INFO)
     clock.pass_s(100_000)
 
     assert supervisor.is_ready
@@ -130,7 +130,7 @@ async def test_loading_that_takes_too_long_names_its_setting(started, has_downlo
 async def test_a_second_worker_has_the_same_limits(started) -> None:
     """What the first was at when it died does not count for the next."""
     supervisor, clock, listening = started
-    supervisor.on_message(supervisor._handle, Ready(INFO))
+    supervisor.on_message(supervisor._handle, INFO)
     supervisor._handle.kill()
     clock.pass_s(0)
     say(supervisor, "download")
@@ -150,7 +150,7 @@ async def test_starts_that_take_long_to_die_end_the_service_too(started, is_firs
     supervisor, clock, listening = started
     supervisor._clock = lambda: clock.now
     if not is_first:
-        supervisor.on_message(supervisor._handle, Ready(INFO))
+        supervisor.on_message(supervisor._handle, INFO)
         supervisor._handle.kill()
         clock.pass_s(1000)
     for _ in range(3):
@@ -167,7 +167,7 @@ async def test_starts_that_take_long_to_die_end_the_service_too(started, is_firs
 async def test_the_settings_reach_the_supervisor() -> None:
     """The worker gives up by itself first; the supervisor is there for one that hangs."""
     settings = Settings(model="shapes", device="cpu", download_silence_s=7, load_limit_s=11)
-    limits = build_runtime(settings)._worker._limits
+    limits = build_runtime(settings).worker._limits
 
     assert limits.load_s == 11
     assert 7 < limits.download_s <= 7 + 60
@@ -180,6 +180,6 @@ async def test_callers_are_not_told_what_the_operator_is(started) -> None:
     supervisor.on_message(supervisor._handle, StartFailed(sentence))
 
     assert listening.fatal == (EXIT_START_FAILED, sentence)
-    assert supervisor.stage == "failed"
+    assert supervisor.progress.stage == "failed"
     assert supervisor.reason
     assert "alice" not in supervisor.reason

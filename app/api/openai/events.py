@@ -23,7 +23,7 @@ from app.api.pieces import Body, Data
 from app.domain import ImageSpec
 from app.errors import KleinError
 from app.request_context import current_request
-from app.service.results import Finished, Picture, Preview, Queued
+from app.service.results import Picture, Preview, Queued
 from app.service.ticket import Ticket
 
 _log = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ class EventWriter:
                     if isinstance(event, Preview):
                         rest = {"partial_image_index": event.index}
                         yield self._write("partial_image", event.picture, rest)
-                    elif isinstance(event, Finished):
-                        yield _measured(event.picture)
-                        yield self._completed(event.picture)
+                    elif isinstance(event, Picture):
+                        yield _measured(event)
+                        yield self._completed(event)
                     elif isinstance(event, Queued):
                         yield f": queued {event.position}\n\n".encode()
                     else:
