@@ -165,7 +165,7 @@ def _tables() -> list[tuple[str, FieldTable]]:
         pytest.param(table, field.name, id=f"{route}-{field.name}")
         for route, table in _tables()
         for field in table.fields
-        if not field.is_picture
+        if field.max_length is not None
     ],
 )
 @TIMED

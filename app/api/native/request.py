@@ -58,7 +58,7 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
                 "mask",
                 Type.TEXT,
                 "PNG or WebP of the first picture's size; what is transparent is repainted.",
-                is_picture=True,
+                max_length=None,
                 schema={"type": ["string", "null"], "maxLength": MAX_URL},
             ),
         ),

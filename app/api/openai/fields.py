@@ -7,11 +7,11 @@ safety_identifier, complexity, input_fidelity. They are still validated.
 from __future__ import annotations
 
 from app.api.config import ApiConfig
-from app.api.schema import unsupported_values
 from app.api.schema.fields import PROMPT, sampling_fields, side
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
+from app.errors import InvalidRequest
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import MAX_PROMPT, Limits
 
@@ -20,6 +20,8 @@ MAX_PARTIALS = 3
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 """Prefixes of model names that clients hard-code; such a name means the served model."""
 
+_OTHER_FORMATS = ("gif", "svg")
+"""OpenAI's output formats that are not made here."""
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 
@@ -48,7 +50,7 @@ def _common(model: ModelSpec, config: ApiConfig, limits: Limits) -> tuple[Field,
         ),
         *_DELIVERY,
         *_IGNORED,
-        *_impossible(),
+        *_unsupported(),
     )
 
 
@@ -106,8 +108,8 @@ def _encoding() -> tuple[Field, ...]:
             "output_format",
             Type.TEXT,
             "File format of the pictures.",
-            choices=(*format_names(), *unsupported_values.OTHER_FORMATS),
-            veto=unsupported_values.other_format,
+            choices=(*format_names(), *_OTHER_FORMATS),
+            veto=_refuse_other_format,
             default="png",
             schema={"enum": [*format_names(), None], "default": "png"},
         ),
@@ -116,7 +118,7 @@ def _encoding() -> tuple[Field, ...]:
             Type.TEXT,
             "Pictures are always opaque.",
             choices=("transparent", "opaque", "auto"),
-            veto=unsupported_values.transparent,
+            veto=_refuse_transparent,
             schema={"enum": ["opaque", "auto", None]},
         ),
     )
@@ -149,7 +151,7 @@ _IGNORED = (
 )
 
 
-def _impossible() -> tuple[Field, ...]:
+def _unsupported() -> tuple[Field, ...]:
     still = f"only still pictures are made, as {list_words(OUTPUT_FORMATS)}"
     return (
         *(
@@ -157,7 +159,7 @@ def _impossible() -> tuple[Field, ...]:
                 name,
                 Type.ANY,
                 "Not possible here.",
-                refusal=unsupported_values.impossible(name, still),
+                refusal=_impossible(name, still),
             )
             for name in ("svg", "frame_count", "frame_duration_ms")
         ),
@@ -166,7 +168,7 @@ def _impossible() -> tuple[Field, ...]:
             Type.TEXT,
             "Must be empty.",
             max_length=MAX_PROMPT,
-            veto=unsupported_values.negative_prompt,
+            veto=_refuse_negative_prompt,
             schema={"enum": ["", None]},
         ),
     )
@@ -197,7 +199,7 @@ def _edit_only(limits: Limits) -> tuple[Field, ...]:
             "markup",
             Type.ANY,
             "Not possible here.",
-            refusal=unsupported_values.impossible("markup", "only a mask says where to paint"),
+            refusal=_impossible("markup", "only a mask says where to paint"),
         ),
         Field(
             "images",
@@ -224,3 +226,34 @@ def _edit_only(limits: Limits) -> tuple[Field, ...]:
 _EDIT_HINTS = dict.fromkeys(
     ("image", "images", "image[]", "mask"), "pictures go to /v1/images/edits"
 )
+
+
+def _impossible(name: str, why: str) -> str:
+    return f"{name} is not possible here, since {why}; leave it out."
+
+
+def _refuse_transparent(background: str) -> None:
+    if background == "transparent":
+        raise InvalidRequest(
+            "This model makes no transparent background; send opaque or auto.",
+            param="background",
+            code="unsupported_value",
+        )
+
+
+def _refuse_negative_prompt(prompt: str) -> None:
+    if prompt:
+        raise InvalidRequest(
+            _impossible("negative_prompt", "the model has no negative branch"),
+            param="negative_prompt",
+            code="unsupported_parameter",
+        )
+
+
+def _refuse_other_format(name: str) -> None:
+    if name not in format_names():
+        raise InvalidRequest(
+            f"output_format {name} cannot be made here; take {list_words(OUTPUT_FORMATS)}.",
+            param="output_format",
+            code="unsupported_value",
+        )

@@ -75,8 +75,8 @@ class Scanner:
         self._kept_length = 0
         self._values = 0
         self._is_in_string = False
-        self._string: list[str] = []
-        self._string_length = 0
+        self._string = ""
+        """What there is of the current string, unless it is long."""
         self._long: LongText | None = None
         self._longs: dict[str, LongText] = {}
         """By placeholder."""
@@ -134,21 +134,18 @@ class Scanner:
         return len(text)
 
     def _add(self, part: str) -> None:
-        self._string.append(part)
-        self._string_length += len(part)
-        if self._string_length > LONG:
+        self._string += part
+        if self._long is not None or len(self._string) > LONG:
             self._long = self._long or LongText()
-            for known in self._string:
-                self._long.extend(known)
-            self._string = []
+            self._long.extend(self._string)
+            self._string = ""
 
     def _end_string(self) -> None:
         if self._long is not None:
-            placeholder = f"{self._nonce}{len(self._longs)}"
-            self._longs[placeholder] = self._long
-            self._string = [placeholder]
-        self._keep("".join(self._string) + '"')
-        self._is_in_string, self._string, self._string_length, self._long = False, [], 0, None
+            self._string = f"{self._nonce}{len(self._longs)}"
+            self._longs[self._string] = self._long
+        self._keep(self._string + '"')
+        self._is_in_string, self._string, self._long = False, "", None
 
     def _keep(self, part: str) -> None:
         self._kept_length += len(part)
