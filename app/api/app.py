@@ -52,8 +52,6 @@ def create_app(
             yield
 
     config = ApiConfig(
-        max_pixels=settings.max_pixels,
-        max_references=settings.max_references,
         is_strict=settings.unknown_fields == "refuse",
         has_aliases=settings.model_aliases,
         lists_aliases=settings.list_aliases,
@@ -82,7 +80,9 @@ def create_app(
     ):
         app.include_router(router)
     if settings.docs:
-        app.include_router(docs.build_router(lambda model: openapi.describe(app, model, config)))
+        app.include_router(
+            docs.build_router(lambda service: openapi.describe(app, service, config))
+        )
     return app
 
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -150,8 +150,7 @@ async def send_body(
 @contextmanager
 def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | None]]:
     """Tell the connection of *body*; without a server, as in tests, there is none."""
-    extensions: dict[str, Any] = scope.get("extensions") or {}
-    taking: Taking | None = extensions.get(CONNECTION)
+    taking: Taking | None = (scope.get("extensions") or {}).get(CONNECTION)
     if taking is None:
         yield None, None
         return

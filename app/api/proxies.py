@@ -61,15 +61,12 @@ class Proxies:
 
     def _first_untrusted(self, peer: Address, said: str) -> Address:
         """Walk the list from the right past trusted proxies; stop at what is no address."""
-        hop = peer
         for text in said.split(",")[: -_MAX_HOPS - 1 : -1]:
             before = _address(_without_port(text.strip()))
-            if before is None:
+            if before is None or not self._trusts(peer):
                 break
-            hop = before
-            if not self._trusts(hop):
-                break
-        return hop
+            peer = before
+        return peer
 
     def _trusts(self, address: Address | None) -> bool:
         return address is not None and any(address in network for network in self._networks)

@@ -25,36 +25,28 @@ _OTHER_FORMATS = ("gif", "svg")
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 
-def table(model: ModelSpec, config: ApiConfig, *, is_edit: bool) -> FieldTable:
+def table(model: ModelSpec, limits: Limits, config: ApiConfig, *, is_edit: bool) -> FieldTable:
     """Make the table of fields of generations or edits for *model*."""
-    limits = Limits.of(model, config.max_pixels, config.max_references)
-    only = _edit_only(limits) if is_edit else _GENERATION_ONLY
-    hints = {"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS
+    steps = Field(
+        "steps", Type.WHOLE, "Alias of num_inference_steps.", minimum=1, maximum=limits.max_steps
+    )
     return FieldTable(
-        _common(model, config, limits) + only, is_strict=config.is_strict, hints=hints
-    )
-
-
-def _common(model: ModelSpec, config: ApiConfig, limits: Limits) -> tuple[Field, ...]:
-    return (
-        *_subject(model, config),
-        *_shape(model, limits),
-        *_encoding(),
-        *sampling_fields(model, limits),
-        Field(
-            "steps",
-            Type.WHOLE,
-            "Alias of num_inference_steps.",
-            minimum=1,
-            maximum=limits.max_steps,
+        (
+            *_subject(model, limits, config),
+            *_encoding(),
+            *sampling_fields(model, limits),
+            steps,
+            *_DELIVERY,
+            *_IGNORED,
+            *_unsupported(),
+            *(_edit_only(limits) if is_edit else _GENERATION_ONLY),
         ),
-        *_DELIVERY,
-        *_IGNORED,
-        *_unsupported(),
+        is_strict=config.is_strict,
+        hints={"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS,
     )
 
 
-def _subject(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
+def _subject(model: ModelSpec, limits: Limits, config: ApiConfig) -> tuple[Field, ...]:
     return (
         PROMPT,
         Field(
@@ -71,21 +63,6 @@ def _subject(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
             maximum=MAX_IMAGES,
             default=1,
         ),
-    )
-
-
-def _model_schema(model: ModelSpec, config: ApiConfig) -> dict[str, object]:
-    names = [model.id, *([model.hub_id] if model.hub_id else []), "", None]
-    if not config.has_aliases:
-        return {"enum": names}
-    pattern = f"^({'|'.join(ALIASES)})"
-    return {
-        "anyOf": [{"enum": names}, {"type": "string", "pattern": pattern, "maxLength": MAX_TEXT}]
-    }
-
-
-def _shape(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
-    return (
         Field(
             "size",
             Type.TEXT,
@@ -100,6 +77,16 @@ def _shape(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
             for name in ("width", "height")
         ),
     )
+
+
+def _model_schema(model: ModelSpec, config: ApiConfig) -> dict[str, object]:
+    names = [model.id, *([model.hub_id] if model.hub_id else []), "", None]
+    if not config.has_aliases:
+        return {"enum": names}
+    pattern = f"^({'|'.join(ALIASES)})"
+    return {
+        "anyOf": [{"enum": names}, {"type": "string", "pattern": pattern, "maxLength": MAX_TEXT}]
+    }
 
 
 def _encoding() -> tuple[Field, ...]:
