@@ -59,7 +59,6 @@ def create_app(
         public_url=settings.public_url,
         heartbeat_s=heartbeat_s,
     )
-    links = ImageStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
         version=__version__,
@@ -73,7 +72,7 @@ def create_app(
     errors.install(app)
     for router in (
         native_route.build_router(config),
-        openai_route.build_router(config, links),
+        openai_route.build_router(config, ImageStore(lifetime_s=link_lifetime_s, clock=clock)),
         models.build_router(config),
         health.router,
         playground.build_router(),

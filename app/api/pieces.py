@@ -51,8 +51,7 @@ class Data:
     @property
     def size_bytes(self) -> int:
         """How many bytes are sent, after base64."""
-        size = len(self.data)
-        return (size + 2) // 3 * 4 if self.is_base64 else size
+        return (len(self.data) + 2) // 3 * 4 if self.is_base64 else len(self.data)
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """Yield the bytes to send, at most `PIECE_BYTES` at a time."""

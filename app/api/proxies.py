@@ -40,8 +40,8 @@ class Proxies:
 
     def __init__(self, trusted: Iterable[str]) -> None:
         self._networks = tuple(ipaddress.ip_network(each) for each in trusted)
-        self._said: dict[Address, int] = {}
-        self._has_warned = False
+        self._said: dict[Address, int] | None = {}
+        """A hash of what each peer said; None once the operator is warned."""
 
     def are(self, address: str) -> bool:
         """Whether *address* is a trusted proxy, behind which are many clients."""
@@ -76,11 +76,10 @@ class Proxies:
 
         All clients behind it count as one.
         """
-        if self._has_warned:
+        if self._said is None:
             return
         if self._said.setdefault(peer, hash(said)) != hash(said):
-            self._has_warned = True
-            self._said.clear()
+            self._said = None
             _log.warning(
                 "%s sends different X-Forwarded-For addresses, which are ignored, so all its "
                 "callers count as one client. If it is a proxy of yours, name it in "

@@ -35,9 +35,10 @@ def build_router(config: ApiConfig) -> APIRouter:
             with own_names(_OWN_NAMES):
                 ticket = admission.submit(specs, output)
         (picture,) = await await_images(ticket, request.receive)
-        headers = response_headers(picture, context.id)
         return PieceResponse(
-            Body(Data(picture.data)), media_type=picture.media_type, headers=headers
+            Body(Data(picture.data)),
+            media_type=picture.media_type,
+            headers=response_headers(picture, context.id),
         )
 
     return router

@@ -45,8 +45,10 @@ async def read_form(request: Request, table: FieldTable, max_images: int) -> Edi
         elif _has_file(part):
             raise _must_be("text, not a file", shorten(part.name))
         elif part.name in texts:
-            name = shorten(part.name)
-            raise InvalidRequest(f"{name} is there more than once; send it once.", param=name)
+            raise InvalidRequest(
+                f"{shorten(part.name)} is there more than once; send it once.",
+                param=shorten(part.name),
+            )
         else:
             texts[part.name] = part.text()
     values = table.read(texts, is_form=True)

@@ -37,7 +37,7 @@ async def messages(
     An error is sent, and kept for the log.
     """
     verb = "image_edit" if spec.references else "image_generation"
-    common = {
+    common: dict[str, Any] = {
         "size": f"{spec.width}x{spec.height}",
         "quality": asked.quality if asked.quality in ECHOED_QUALITIES else "auto",
         "background": "opaque",
@@ -47,12 +47,12 @@ async def messages(
         async with aclosing(ticket.events()) as events:
             async for event in events:
                 if isinstance(event, Preview):
-                    fields = {**common, "partial_image_index": event.index}
-                    yield _write(f"{verb}.partial_image", event.picture, fields)
+                    rest = common | {"partial_image_index": event.index}
+                    yield _write(f"{verb}.partial_image", event.picture, rest)
                 elif isinstance(event, Finished):
                     yield _measured(event.picture)
-                    fields = {**common, **_result(event.picture, spec)}
-                    yield _write(f"{verb}.completed", event.picture.data, fields)
+                    rest = common | _result(event.picture, spec)
+                    yield _write(f"{verb}.completed", event.picture.data, rest)
                 elif isinstance(event, Queued):
                     yield f": queued {event.position}\n\n".encode()
                 else:

@@ -20,8 +20,6 @@ MAX_PARTIALS = 3
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 """Prefixes of model names that clients hard-code; such a name means the served model."""
 
-_OTHER_FORMATS = ("gif", "svg")
-"""OpenAI's output formats that are not made here."""
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 
@@ -90,13 +88,18 @@ def _model_schema(model: ModelSpec, config: ApiConfig) -> dict[str, object]:
 
 
 def _encoding() -> tuple[Field, ...]:
+    other_formats = {
+        name: f"output_format {name} cannot be made here; take {list_words(OUTPUT_FORMATS)}."
+        for name in ("gif", "svg")
+        if name not in format_names()
+    }
     return (
         Field(
             "output_format",
             Type.TEXT,
             "File format of the pictures.",
-            choices=(*format_names(), *_OTHER_FORMATS),
-            veto=_refuse_other_format,
+            choices=(*format_names(), *other_formats),
+            unsupported=other_formats,
             default="png",
             schema={"enum": [*format_names(), None], "default": "png"},
         ),
@@ -105,7 +108,9 @@ def _encoding() -> tuple[Field, ...]:
             Type.TEXT,
             "Pictures are always opaque.",
             choices=("transparent", "opaque", "auto"),
-            veto=_refuse_transparent,
+            unsupported={
+                "transparent": "This model makes no transparent background; send opaque or auto."
+            },
             schema={"enum": ["opaque", "auto", None]},
         ),
     )
@@ -219,28 +224,10 @@ def _impossible(name: str, why: str) -> str:
     return f"{name} is not possible here, since {why}; leave it out."
 
 
-def _refuse_transparent(background: str) -> None:
-    if background == "transparent":
-        raise InvalidRequest(
-            "This model makes no transparent background; send opaque or auto.",
-            param="background",
-            code="unsupported_value",
-        )
-
-
 def _refuse_negative_prompt(prompt: str) -> None:
     if prompt:
         raise InvalidRequest(
             _impossible("negative_prompt", "the model has no negative branch"),
             param="negative_prompt",
             code="unsupported_parameter",
-        )
-
-
-def _refuse_other_format(name: str) -> None:
-    if name not in format_names():
-        raise InvalidRequest(
-            f"output_format {name} cannot be made here; take {list_words(OUTPUT_FORMATS)}.",
-            param="output_format",
-            code="unsupported_value",
         )

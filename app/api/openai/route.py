@@ -62,8 +62,11 @@ def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
                 "There is no picture behind this link, or no longer; ask for it again.",
                 kind=Kind.NOT_FOUND,
             )
-        headers = {"Cache-Control": f"private, max-age={int(links.lifetime_s)}"}
-        return PieceResponse(Body(Data(link.data)), media_type=link.media_type, headers=headers)
+        return PieceResponse(
+            Body(Data(link.data)),
+            media_type=link.media_type,
+            headers={"Cache-Control": f"private, max-age={int(links.lifetime_s)}"},
+        )
 
     return router
 

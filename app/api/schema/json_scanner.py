@@ -124,7 +124,11 @@ class Scanner:
     def _read_string(self, text: str, at: int) -> int:
         """Read what *text* holds of the current string."""
         end = _end_of_string(text, at)
-        self._add(text[at:end])
+        self._string += text[at:end]
+        if self._long is not None or len(self._string) > LONG:
+            self._long = self._long or LongText()
+            self._long.extend(self._string)
+            self._string = ""
         if text[end : end + 1] == '"':
             self._end_string()
             return end + 1
@@ -132,13 +136,6 @@ class Scanner:
         if len(self._tail) >= _LONGEST_ESCAPE:
             raise _invalid()
         return len(text)
-
-    def _add(self, part: str) -> None:
-        self._string += part
-        if self._long is not None or len(self._string) > LONG:
-            self._long = self._long or LongText()
-            self._long.extend(self._string)
-            self._string = ""
 
     def _end_string(self) -> None:
         if self._long is not None:
@@ -156,13 +153,13 @@ class Scanner:
     def _put_back(self, value: Any) -> Any:
         """Replace every placeholder by its string; in a key, by the string's start."""
         if isinstance(value, dict):
-            return {self._name(name): self._put_back(each) for name, each in value.items()}
+            return {
+                self._longs[name].start() if name in self._longs else name: self._put_back(each)
+                for name, each in value.items()
+            }
         if isinstance(value, list):
             return [self._put_back(each) for each in value]
         return self._longs.get(value, value) if isinstance(value, str) else value
-
-    def _name(self, name: str) -> str:
-        return self._longs[name].start() if name in self._longs else name
 
 
 def parse(text: str) -> Any:

@@ -58,7 +58,7 @@ async def read_parts(request: Request) -> list[Part]:
         InvalidRequest: the form cannot be read, or holds too much.
     """
     form = _Form()
-    parser = _make_parser(_boundary(request.headers.get("content-type", "")), form)
+    parser = _make_parser(request.headers.get("content-type", ""), form)
     boundaries = 0
     async with aclosing(pieces(request)) as stream:
         async for piece in stream:
@@ -75,16 +75,12 @@ def damaged(fault: str) -> InvalidRequest:
     return InvalidRequest(f"The form cannot be read: {fault}.", code="invalid_multipart")
 
 
-def _boundary(content_type: str) -> bytes:
+def _make_parser(content_type: str, form: _Form) -> MultipartParser:
     if len(content_type) > _MAX_TYPE_LENGTH:
         raise damaged(f"its content type has more than {_MAX_TYPE_LENGTH:,} characters")
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if boundary is None:
         raise damaged("its content type has no boundary")
-    return boundary
-
-
-def _make_parser(boundary: bytes, form: _Form) -> MultipartParser:
     try:
         return MultipartParser(
             boundary,

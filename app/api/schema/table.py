@@ -74,8 +74,10 @@ class Field:
     example: object = None
     refusal: str | None = None
     """For an unsupported field: why any value is refused."""
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    """Texts that are valid for the API but not supported here, each with the error's sentence."""
     veto: Callable[[Any], None] | None = None
-    """For a field with unsupported values: raises the error of one."""
+    """For a field whose unsupported values follow a rule: raises the error of one."""
     json_only: bool = False
     schema: Mapping[str, Any] | None = None
     """The JSON Schema, where it is more than type and limits."""
@@ -158,6 +160,10 @@ class Field:
             )
         if isinstance(text, str):
             check_characters(text, self.name)
+            if text in self.unsupported:
+                raise InvalidRequest(
+                    self.unsupported[text], param=self.name, code="unsupported_value"
+                )
         return text
 
     def _check_range(self, number: Any) -> None:

@@ -47,8 +47,9 @@ def build_router(describe: Callable[[ImageService], dict[str, Any]]) -> APIRoute
 
     @router.get("/docs")
     async def page(request: Request, runtime: Running) -> Response:
-        base = str(request.base_url).rstrip("/")
-        return HTMLResponse(_page(describe(runtime.service), base), headers=_HEADERS)
+        return HTMLResponse(
+            _page(describe(runtime.service), str(request.base_url).rstrip("/")), headers=_HEADERS
+        )
 
     return router
 

@@ -102,8 +102,6 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
 def _posts(service: ImageService, config: ApiConfig) -> dict[str, tuple[Json, Json]]:
     """Return each route's request bodies by media type, and its reply."""
     asked = service.model, service.limits, config
-    generate = table(*asked).describe(required=["prompt"])
-    generations = openai_fields.table(*asked, is_edit=False).describe(required=["prompt"])
     edits = openai_fields.table(*asked, is_edit=True)
     form = edits.describe(required=["prompt", "image"], is_form=True)
     form["properties"]["image"] = {
@@ -120,7 +118,12 @@ def _posts(service: ImageService, config: ApiConfig) -> dict[str, tuple[Json, Js
     pictures = _reply("The pictures.", [_JSON], _images_schema())
     pictures["content"][_EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events
     fox = {"prompt": "a red fox in the snow"}
-    plain = {_JSON: {"schema": generations, "example": {**fox, "n": 2, "seed": 7}}}
+    plain = {
+        _JSON: {
+            "schema": openai_fields.table(*asked, is_edit=False).describe(required=["prompt"]),
+            "example": {**fox, "n": 2, "seed": 7},
+        }
+    }
     winter = {"prompt": "make it winter"}
     edited = {
         _FORM: {"schema": form, "example": {**winter, "image": "@picture.png"}},
@@ -131,7 +134,12 @@ def _posts(service: ImageService, config: ApiConfig) -> dict[str, tuple[Json, Js
     }
     return {
         "/generate": (
-            {_JSON: {"schema": generate, "example": {**fox, "seed": 7}}},
+            {
+                _JSON: {
+                    "schema": table(*asked).describe(required=["prompt"]),
+                    "example": {**fox, "seed": 7},
+                }
+            },
             _picture_reply(),
         ),
         "/v1/images": (plain, pictures),
@@ -164,23 +172,26 @@ def _errors(statuses: Iterable[int]) -> Json:
 
 
 def _images_schema() -> Json:
-    item = {
-        "type": "object",
-        "required": ["seed"],
-        "properties": {
-            "b64_json": {"type": "string"},
-            "url": {"type": "string"},
-            "seed": {"type": "integer"},
-        },
-        "additionalProperties": False,
-    }
     return {
         "type": "object",
         "required": ["created", "model", "data", "size", "output_format", "background", "usage"],
         "properties": {
             "created": {"type": "integer"},
             "model": {"type": "string"},
-            "data": {"type": "array", "items": item, "minItems": 1},
+            "data": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["seed"],
+                    "properties": {
+                        "b64_json": {"type": "string"},
+                        "url": {"type": "string"},
+                        "seed": {"type": "integer"},
+                    },
+                    "additionalProperties": False,
+                },
+                "minItems": 1,
+            },
             "background": {"const": "opaque"},
             "output_format": {"enum": list(OUTPUT_FORMATS)},
             "quality": {"type": "string"},
