@@ -51,8 +51,6 @@ def create_app(
             yield
 
     config = ApiConfig(
-        max_pixels=settings.max_pixels,
-        max_references=settings.max_references,
         is_strict=settings.unknown_fields == "refuse",
         has_aliases=settings.model_aliases,
         lists_aliases=settings.list_aliases,
@@ -60,7 +58,6 @@ def create_app(
         public_url=settings.public_url,
         heartbeat_s=heartbeat_s,
     )
-    links = ImageStore(lifetime_s=link_lifetime_s, clock=clock)
     app = FastAPI(
         title="klein-server",
         version=__version__,
@@ -74,14 +71,16 @@ def create_app(
     errors.install(app)
     for router in (
         native_route.build_router(config),
-        openai_route.build_router(config, links),
+        openai_route.build_router(config, ImageStore(lifetime_s=link_lifetime_s, clock=clock)),
         models.build_router(config),
         health.router,
         playground.build_router(),
     ):
         app.include_router(router)
     if settings.docs:
-        app.include_router(docs.build_router(lambda model: openapi.describe(app, model, config)))
+        app.include_router(
+            docs.build_router(lambda service: openapi.describe(app, service, config))
+        )
     return app
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 class ApiConfig:
     """Limits and switches of the HTTP API."""
 
-    max_pixels: int
-    max_references: int
     is_strict: bool
     """Whether a field that no route knows is refused."""
     has_aliases: bool

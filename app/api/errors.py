@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +27,14 @@ _SERVER = "server_error"
 DEFAULT_RETRY_AFTER_S = 5
 MAX_RETRY_AFTER_S = 60  # openai-python gives up on more than 120 s, the AI SDK on 60 s or more
 
+_ADVICE = {
+    401: {"WWW-Authenticate": "Bearer"},
+    # openai-python would silently run the job twice more.
+    500: {"x-should-retry": "false"},
+    504: {"x-should-retry": "false"},
+}
+"""Headers by status, besides Retry-After."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -41,43 +48,42 @@ class Reply:
     """For rejected requests: the label of `klein_requests_rejected_total`."""
 
 
-REPLIES: Mapping[Kind, Reply] = MappingProxyType(
-    {
-        Kind.INVALID: Reply(400, _INVALID, "invalid_value", "invalid"),
-        Kind.UNAUTHORIZED: Reply(401, _INVALID, "invalid_api_key", "unauthorized"),
-        Kind.ORIGIN: Reply(403, _INVALID, "origin_not_allowed", "unauthorized"),
-        Kind.NOT_FOUND: Reply(404, _INVALID, "unknown_url", "invalid"),
-        Kind.METHOD_NOT_ALLOWED: Reply(405, _INVALID, "method_not_allowed", "invalid"),
-        Kind.TOO_LARGE: Reply(413, _INVALID, "request_too_large", "invalid"),
-        Kind.UNSUPPORTED_MEDIA: Reply(415, _INVALID, "unsupported_media_type", "invalid"),
-        Kind.RATE_LIMITED: Reply(
-            429, "rate_limit_error", "rate_limit_exceeded", "rejected", "rate_limit"
-        ),
-        Kind.QUEUE_FULL: Reply(503, _UNAVAILABLE, "server_is_overloaded", "rejected", "queue_full"),
-        Kind.LOADING: Reply(503, _UNAVAILABLE, "model_loading", "rejected", "loading"),
-        Kind.DRAINING: Reply(503, _UNAVAILABLE, "shutting_down", "rejected", "draining"),
-        Kind.WORKER_DOWN: Reply(503, _UNAVAILABLE, "model_loading", "rejected", "worker_down"),
-        Kind.CANCELLED: Reply(499, _INVALID, "client_closed_request", "cancelled"),
-        Kind.DEADLINE: Reply(504, _SERVER, "deadline_exceeded", "deadline"),
-        Kind.OUT_OF_MEMORY: Reply(500, _SERVER, "out_of_memory", "oom"),
-        Kind.FAILED: Reply(500, _SERVER, "generation_failed", "error"),
-        Kind.FATAL: Reply(500, _SERVER, "generation_failed", "error"),
-        Kind.INTERNAL: Reply(500, _SERVER, "internal_error", "error"),
-        Kind.STARTUP: Reply(500, _SERVER, "internal_error", "error"),
-    }
-)
+REPLIES: Mapping[Kind, Reply] = {
+    Kind.INVALID: Reply(400, _INVALID, "invalid_value", "invalid"),
+    Kind.UNAUTHORIZED: Reply(401, _INVALID, "invalid_api_key", "unauthorized"),
+    Kind.ORIGIN: Reply(403, _INVALID, "origin_not_allowed", "unauthorized"),
+    Kind.NOT_FOUND: Reply(404, _INVALID, "unknown_url", "invalid"),
+    Kind.METHOD_NOT_ALLOWED: Reply(405, _INVALID, "method_not_allowed", "invalid"),
+    Kind.TOO_LARGE: Reply(413, _INVALID, "request_too_large", "invalid"),
+    Kind.UNSUPPORTED_MEDIA: Reply(415, _INVALID, "unsupported_media_type", "invalid"),
+    Kind.RATE_LIMITED: Reply(
+        429, "rate_limit_error", "rate_limit_exceeded", "rejected", "rate_limit"
+    ),
+    Kind.QUEUE_FULL: Reply(503, _UNAVAILABLE, "server_is_overloaded", "rejected", "queue_full"),
+    Kind.LOADING: Reply(503, _UNAVAILABLE, "model_loading", "rejected", "loading"),
+    Kind.DRAINING: Reply(503, _UNAVAILABLE, "shutting_down", "rejected", "draining"),
+    Kind.WORKER_DOWN: Reply(503, _UNAVAILABLE, "model_loading", "rejected", "worker_down"),
+    Kind.CANCELLED: Reply(499, _INVALID, "client_closed_request", "cancelled"),
+    Kind.DEADLINE: Reply(504, _SERVER, "deadline_exceeded", "deadline"),
+    Kind.OUT_OF_MEMORY: Reply(500, _SERVER, "out_of_memory", "oom"),
+    Kind.FAILED: Reply(500, _SERVER, "generation_failed", "error"),
+    Kind.FATAL: Reply(500, _SERVER, "generation_failed", "error"),
+    Kind.INTERNAL: Reply(500, _SERVER, "internal_error", "error"),
+    Kind.STARTUP: Reply(500, _SERVER, "internal_error", "error"),
+}
 
 
 def envelope(error: KleinError) -> dict[str, dict[str, str | None]]:
     """Write *error* as OpenAI's error object, always with its four keys."""
     reply = REPLIES[error.kind]
-    body = {
-        "message": error.message,
-        "type": reply.type,
-        "param": error.param,
-        "code": error.code or reply.code,
+    return {
+        "error": {
+            "message": error.message,
+            "type": reply.type,
+            "param": error.param,
+            "code": error.code or reply.code,
+        }
     }
-    return {"error": body}
 
 
 def error_response(error: KleinError, headers: Mapping[str, str] | None = None) -> Response:
@@ -148,7 +154,4 @@ def _advice(error: KleinError) -> dict[str, str]:
     status = REPLIES[error.kind].status
     if status in {429, 503}:
         return {"Retry-After": retry_after(error.retry_after_s)}
-    if status in {500, 504}:
-        # openai-python would silently run the job twice more.
-        return {"x-should-retry": "false"}
-    return {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    return _ADVICE.get(status, {})

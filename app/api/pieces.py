@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -51,8 +51,7 @@ class Data:
     @property
     def size_bytes(self) -> int:
         """How many bytes are sent, after base64."""
-        size = len(self.data)
-        return (size + 2) // 3 * 4 if self.is_base64 else size
+        return (len(self.data) + 2) // 3 * 4 if self.is_base64 else len(self.data)
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """Yield the bytes to send, at most `PIECE_BYTES` at a time."""
@@ -150,8 +149,7 @@ async def send_body(
 @contextmanager
 def _taken(scope: Scope, body: Body) -> Iterator[tuple[Taking | None, Holding | None]]:
     """Tell the connection of *body*; without a server, as in tests, there is none."""
-    extensions: dict[str, Any] = scope.get("extensions") or {}
-    taking: Taking | None = extensions.get(CONNECTION)
+    taking: Taking | None = (scope.get("extensions") or {}).get(CONNECTION)
     if taking is None:
         yield None, None
         return

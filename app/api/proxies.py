@@ -40,8 +40,8 @@ class Proxies:
 
     def __init__(self, trusted: Iterable[str]) -> None:
         self._networks = tuple(ipaddress.ip_network(each) for each in trusted)
-        self._said: dict[Address, int] = {}
-        self._has_warned = False
+        self._said: dict[Address, int] | None = {}
+        """A hash of what each peer said; None once the operator is warned."""
 
     def are(self, address: str) -> bool:
         """Whether *address* is a trusted proxy, behind which are many clients."""
@@ -61,15 +61,12 @@ class Proxies:
 
     def _first_untrusted(self, peer: Address, said: str) -> Address:
         """Walk the list from the right past trusted proxies; stop at what is no address."""
-        hop = peer
         for text in said.split(",")[: -_MAX_HOPS - 1 : -1]:
             before = _address(_without_port(text.strip()))
-            if before is None:
+            if before is None or not self._trusts(peer):
                 break
-            hop = before
-            if not self._trusts(hop):
-                break
-        return hop
+            peer = before
+        return peer
 
     def _trusts(self, address: Address | None) -> bool:
         return address is not None and any(address in network for network in self._networks)
@@ -79,11 +76,10 @@ class Proxies:
 
         All clients behind it count as one.
         """
-        if self._has_warned:
+        if self._said is None:
             return
         if self._said.setdefault(peer, hash(said)) != hash(said):
-            self._has_warned = True
-            self._said.clear()
+            self._said = None
             _log.warning(
                 "%s sends different X-Forwarded-For addresses, which are ignored, so all its "
                 "callers count as one client. If it is a proxy of yours, name it in "

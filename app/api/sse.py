@@ -47,8 +47,13 @@ class EventStream(Response):
         disconnect = asyncio.ensure_future(until_disconnected(receive))
         coming = asyncio.ensure_future(anext(self._messages, None))
         try:
-            start = {"status": self.status_code, "headers": self.raw_headers}
-            await send({"type": "http.response.start", **start})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
             while True:
                 await asyncio.wait(
                     {disconnect, coming},

@@ -341,9 +341,9 @@ async def test_the_demo_model_has_limits_of_its_own(client, service):
     assert "512x512" in str(error_of(refused)["message"])
 
 
-async def test_the_operators_limit_of_pixels_holds(serve):
+async def test_the_operators_limit_of_pixels_holds(client, service):
     """`KLEIN_MAX_PIXELS` below the model's own."""
-    client = await serve(max_pixels=1_835_008)
+    service.max_pixels = 1_835_008
     response = await post(client, size="2048x1024")
 
     assert "1,835,008" in str(error_of(response)["message"])

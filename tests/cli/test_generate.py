@@ -25,8 +25,6 @@ from app.worker.supervisor import Supervisor
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 
 CONFIG = ApiConfig(
-    max_pixels=4_194_304,
-    max_references=4,
     is_strict=True,
     has_aliases=True,
     lists_aliases=False,
@@ -123,8 +121,9 @@ def test_the_rules_are_those_of_http(card, change) -> None:
     spec = replace(SPEC, width=card.default_width, height=card.default_height, **own)
     sent = {"prompt": spec.prompt, **change}
 
-    assert is_taken(lambda: Limits.of(card, CONFIG.max_pixels).check(replace(spec, **change))) == (
-        is_taken(lambda: read(table(card, CONFIG).read(sent), card, CONFIG))
+    limits = Limits.of(card, 4_194_304, 4)
+    assert is_taken(lambda: limits.check(replace(spec, **change))) == (
+        is_taken(lambda: read(table(card, limits, CONFIG).read(sent), card, limits))
     )
 
 

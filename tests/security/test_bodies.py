@@ -18,6 +18,7 @@ from app.api.schema.json_scanner import LongText, Scanner
 from app.api.schema.table import FieldTable, shorten
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, KleinError
+from app.limits import Limits
 from tests.api.conftest import error_of
 from tests.api.pictures import data_url, photo
 from tests.support.timing import TIMED
@@ -25,7 +26,9 @@ from tests.support.timing import TIMED
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 JSON = {"content-type": "application/json"}
-CONFIG = ApiConfig(4_194_304, 4, True, True, False, False, None, 15.0)
+SERVED = find_spec("flux.2-klein-4b")
+LIMITS = Limits.of(SERVED, 4_194_304, 4)
+CONFIG = ApiConfig(True, True, False, False, None, 15.0)
 
 
 def form(*parts: bytes, ending: bytes = b"--B--\r\n") -> bytes:
@@ -151,11 +154,10 @@ async def test_a_content_type_is_short(client):
 
 
 def _tables() -> list[tuple[str, FieldTable]]:
-    served = find_spec("flux.2-klein-4b")
     return [
-        ("generate", table(served, CONFIG)),
-        ("generations", openai_fields.table(served, CONFIG, is_edit=False)),
-        ("edits", openai_fields.table(served, CONFIG, is_edit=True)),
+        ("generate", table(SERVED, LIMITS, CONFIG)),
+        ("generations", openai_fields.table(SERVED, LIMITS, CONFIG, is_edit=False)),
+        ("edits", openai_fields.table(SERVED, LIMITS, CONFIG, is_edit=True)),
     ]
 
 
@@ -165,7 +167,7 @@ def _tables() -> list[tuple[str, FieldTable]]:
         pytest.param(table, field.name, id=f"{route}-{field.name}")
         for route, table in _tables()
         for field in table.fields
-        if not field.is_picture
+        if field.max_length is not None
     ],
 )
 @TIMED
@@ -372,7 +374,7 @@ def _names_cut(value: object) -> object:
 @TIMED
 def test_a_number_in_a_form_is_short(name, is_timed: bool):
     """The pattern's time grows with the square of the length."""
-    table = openai_fields.table(find_spec("flux.2-klein-4b"), CONFIG, is_edit=True)
+    table = openai_fields.table(SERVED, LIMITS, CONFIG, is_edit=True)
     before = time.thread_time()
     with pytest.raises(InvalidRequest):
         table.read({name: "1" * 1_000_000 + "x"}, is_form=True)

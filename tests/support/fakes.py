@@ -81,6 +81,8 @@ class FakeService:
     """What the memory plan can hold beside 0, 1, ... references."""
     closed_by: Kind | None = None
     """Where set, nothing is taken, for this reason."""
+    max_pixels: int = 2**62
+    """The operator's limit."""
     has_failed: bool = False
     """Whether the service has given up."""
     tickets: list[FakeTicket] = field(default_factory=list)
@@ -94,8 +96,8 @@ class FakeService:
 
     @property
     def limits(self) -> Limits:
-        """Those of the model, and of an operator who allows all."""
-        return Limits.of(self.model, self.model.max_pixels)
+        """Those of the model and of the operator."""
+        return Limits.of(self.model, self.max_pixels)
 
     @property
     def waiting(self) -> int:

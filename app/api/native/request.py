@@ -28,9 +28,8 @@ class GenerateRequest:
     mask: Upload | None
 
 
-def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
+def table(model: ModelSpec, limits: Limits, config: ApiConfig) -> FieldTable:
     """Make the table of fields for *model*."""
-    limits = Limits.of(model, config.max_pixels, config.max_references)
     return FieldTable(
         (
             PROMPT,
@@ -58,7 +57,7 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
                 "mask",
                 Type.TEXT,
                 "PNG or WebP of the first picture's size; what is transparent is repainted.",
-                is_picture=True,
+                max_length=None,
                 schema={"type": ["string", "null"], "maxLength": MAX_URL},
             ),
         ),
@@ -66,13 +65,12 @@ def table(model: ModelSpec, config: ApiConfig) -> FieldTable:
     )
 
 
-def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> GenerateRequest:
+def read(values: Mapping[str, Any], model: ModelSpec, limits: Limits) -> GenerateRequest:
     """Apply the rules that a table cannot state to its typed *values*.
 
     Raises:
         InvalidRequest: a value breaks a rule.
     """
-    limits = Limits.of(model, config.max_pixels, config.max_references)
     images = _read_images(values, limits.max_references)
     mask = values.get("mask")
     if mask is not None and not images:

@@ -15,7 +15,6 @@ from app.api.pieces import Body, Data, PieceResponse
 from app.api.schema.body import read_json
 from app.domain import ImageSpec
 from app.images import OutputFormat
-from app.limits import Limits
 from app.request_context import current_request
 from app.runtime import Runtime
 from app.service.ticket import Admission
@@ -36,9 +35,10 @@ def build_router(config: ApiConfig) -> APIRouter:
             with own_names(_OWN_NAMES):
                 ticket = admission.submit(specs, output)
         (picture,) = await await_images(ticket, request.receive)
-        headers = response_headers(picture, context.id)
         return PieceResponse(
-            Body(Data(picture.data)), media_type=picture.media_type, headers=headers
+            Body(Data(picture.data)),
+            media_type=picture.media_type,
+            headers=response_headers(picture, context.id),
         )
 
     return router
@@ -48,12 +48,11 @@ async def _read(
     request: Request, runtime: Runtime, admission: Admission, config: ApiConfig
 ) -> tuple[list[ImageSpec], OutputFormat]:
     """Read and decode the body; uploads are released before the image is queued."""
-    model, edit = runtime.service.model, None
-    fields = table(model, config)
-    asked = read(fields.read(await read_json(request, has_pictures=True)), model, config)
+    model, limits, edit = runtime.service.model, runtime.service.limits, None
+    fields = table(model, limits, config)
+    asked = read(fields.read(await read_json(request, has_pictures=True)), model, limits)
     if asked.images:
         admission.reserve(1)
-        limits = Limits.of(model, config.max_pixels)
         work = runtime.decoders.prepare(
             asked.images, asked.mask, asked.image.size, limits.nearest, client=admission.client
         )

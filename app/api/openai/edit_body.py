@@ -7,7 +7,6 @@ clients differ. File names and declared types are never looked at.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,16 +37,18 @@ async def read_form(request: Request, table: FieldTable, max_images: int) -> Edi
     """Read `multipart/form-data`."""
     texts: dict[str, object] = {}
     files: dict[str, list[Upload]] = {"image": [], "mask": []}
-    parts = deque(await read_parts(request))
+    parts = await read_parts(request)
     while parts:
-        part = parts.popleft()  # no part is held both raw and read
+        part = parts.pop(0)  # no part is held both raw and read
         if picture := _PICTURE.fullmatch(part.name):
             files[picture[1]] += _read_file(part, picture[1])
         elif _has_file(part):
             raise _must_be("text, not a file", shorten(part.name))
         elif part.name in texts:
-            name = shorten(part.name)
-            raise InvalidRequest(f"{name} is there more than once; send it once.", param=name)
+            raise InvalidRequest(
+                f"{shorten(part.name)} is there more than once; send it once.",
+                param=shorten(part.name),
+            )
         else:
             texts[part.name] = part.text()
     values = table.read(texts, is_form=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -29,55 +29,53 @@ from app.service.ticket import Ticket
 _log = logging.getLogger(__name__)
 
 
-class EventWriter:
-    """Writes the events of the request *asked* for the image *spec*."""
+async def messages(
+    ticket: Ticket, asked: ImagesRequest, spec: ImageSpec
+) -> AsyncGenerator[bytes | Body, None]:
+    """Yield the events of *ticket*, which is for *spec* as *asked*, to its end.
 
-    def __init__(self, asked: ImagesRequest, spec: ImageSpec) -> None:
-        self._verb = "image_edit" if spec.references else "image_generation"
-        self._references = spec.references
-        self._common = {
-            "size": f"{spec.width}x{spec.height}",
-            "quality": asked.quality if asked.quality in ECHOED_QUALITIES else "auto",
-            "background": "opaque",
-            "output_format": asked.image.output.format,
-        }
+    An error is sent, and kept for the log.
+    """
+    verb = "image_edit" if spec.references else "image_generation"
+    common: dict[str, Any] = {
+        "size": f"{spec.width}x{spec.height}",
+        "quality": asked.quality if asked.quality in ECHOED_QUALITIES else "auto",
+        "background": "opaque",
+        "output_format": asked.image.output.format,
+    }
+    try:
+        async with aclosing(ticket.events()) as events:
+            async for event in events:
+                if isinstance(event, Preview):
+                    rest = common | {"partial_image_index": event.index}
+                    yield _write(f"{verb}.partial_image", event.picture, rest)
+                elif isinstance(event, Picture):
+                    yield _measured(event)
+                    rest = common | _result(event, spec)
+                    yield _write(f"{verb}.completed", event.data, rest)
+                elif isinstance(event, Queued):
+                    yield f": queued {event.position}\n\n".encode()
+                else:
+                    yield f": {event.stage} {event.step}/{event.steps}\n\n".encode()
+    except KleinError as error:
+        current_request.get().keep(error)
+        yield _error(error)
+    except Exception:
+        _log.exception("A stream failed in a way that nothing expected.")
+        current_request.get().error = internal_error()
+        yield _error(internal_error())
 
-    async def messages(self, ticket: Ticket) -> AsyncGenerator[bytes | Body, None]:
-        """Yield the events of *ticket* to its end; an error is sent, and kept for the log."""
-        try:
-            async with aclosing(ticket.events()) as events:
-                async for event in events:
-                    if isinstance(event, Preview):
-                        rest = {"partial_image_index": event.index}
-                        yield self._write("partial_image", event.picture, rest)
-                    elif isinstance(event, Picture):
-                        yield _measured(event)
-                        yield self._completed(event)
-                    elif isinstance(event, Queued):
-                        yield f": queued {event.position}\n\n".encode()
-                    else:
-                        yield f": {event.stage} {event.step}/{event.steps}\n\n".encode()
-        except KleinError as error:
-            current_request.get().keep(error)
-            yield _error(error)
-        except Exception:
-            _log.exception("A stream failed in a way that nothing expected.")
-            current_request.get().error = internal_error()
-            yield _error(internal_error())
 
-    def _completed(self, picture: Picture) -> Body:
-        rest: dict[str, Any] = {"seed": picture.seed, "usage": usage([picture], self._references)}
-        if picture.warnings:
-            rest["warnings"] = picture.warnings
-        return self._write("completed", picture.data, rest)
+def _result(picture: Picture, spec: ImageSpec) -> dict[str, Any]:
+    warnings = {"warnings": picture.warnings} if picture.warnings else {}
+    return {"seed": picture.seed, "usage": usage([picture], spec.references), **warnings}
 
-    def _write(self, what: str, data: bytes, rest: dict[str, Any]) -> Body:
-        name = f"{self._verb}.{what}"
-        fields = {"created_at": int(time.time()), **self._common, **rest}
-        # As in the plain response, base64 passes no JSON encoder.
-        head = f'event: {name}\ndata: {{"type": "{name}", "b64_json": "'.encode()
-        tail = json.dumps(fields).encode()[1:]
-        return Body(head, Data(data, is_base64=True), b'", ' + tail + b"\n\n")
+
+def _write(name: str, data: bytes, fields: Mapping[str, Any]) -> Body:
+    # As in the plain response, base64 passes no JSON encoder.
+    head = f'event: {name}\ndata: {{"type": "{name}", "b64_json": "'.encode()
+    tail = json.dumps({"created_at": int(time.time()), **fields}).encode()[1:]
+    return Body(head, Data(data, is_base64=True), b'", ' + tail + b"\n\n")
 
 
 def _measured(picture: Picture) -> bytes:

@@ -7,11 +7,11 @@ safety_identifier, complexity, input_fidelity. They are still validated.
 from __future__ import annotations
 
 from app.api.config import ApiConfig
-from app.api.schema import unsupported_values
 from app.api.schema.fields import PROMPT, sampling_fields, side
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
+from app.errors import InvalidRequest
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import MAX_PROMPT, Limits
 
@@ -23,36 +23,28 @@ ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 
 
-def table(model: ModelSpec, config: ApiConfig, *, is_edit: bool) -> FieldTable:
+def table(model: ModelSpec, limits: Limits, config: ApiConfig, *, is_edit: bool) -> FieldTable:
     """Make the table of fields of generations or edits for *model*."""
-    limits = Limits.of(model, config.max_pixels, config.max_references)
-    only = _edit_only(limits) if is_edit else _GENERATION_ONLY
-    hints = {"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS
+    steps = Field(
+        "steps", Type.WHOLE, "Alias of num_inference_steps.", minimum=1, maximum=limits.max_steps
+    )
     return FieldTable(
-        _common(model, config, limits) + only, is_strict=config.is_strict, hints=hints
-    )
-
-
-def _common(model: ModelSpec, config: ApiConfig, limits: Limits) -> tuple[Field, ...]:
-    return (
-        *_subject(model, config),
-        *_shape(model, limits),
-        *_encoding(),
-        *sampling_fields(model, limits),
-        Field(
-            "steps",
-            Type.WHOLE,
-            "Alias of num_inference_steps.",
-            minimum=1,
-            maximum=limits.max_steps,
+        (
+            *_subject(model, limits, config),
+            *_encoding(),
+            *sampling_fields(model, limits),
+            steps,
+            *_DELIVERY,
+            *_IGNORED,
+            *_unsupported(),
+            *(_edit_only(limits) if is_edit else _GENERATION_ONLY),
         ),
-        *_DELIVERY,
-        *_IGNORED,
-        *_impossible(),
+        is_strict=config.is_strict,
+        hints={"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS,
     )
 
 
-def _subject(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
+def _subject(model: ModelSpec, limits: Limits, config: ApiConfig) -> tuple[Field, ...]:
     return (
         PROMPT,
         Field(
@@ -69,21 +61,6 @@ def _subject(model: ModelSpec, config: ApiConfig) -> tuple[Field, ...]:
             maximum=MAX_IMAGES,
             default=1,
         ),
-    )
-
-
-def _model_schema(model: ModelSpec, config: ApiConfig) -> dict[str, object]:
-    names = [model.id, *([model.hub_id] if model.hub_id else []), "", None]
-    if not config.has_aliases:
-        return {"enum": names}
-    pattern = f"^({'|'.join(ALIASES)})"
-    return {
-        "anyOf": [{"enum": names}, {"type": "string", "pattern": pattern, "maxLength": MAX_TEXT}]
-    }
-
-
-def _shape(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
-    return (
         Field(
             "size",
             Type.TEXT,
@@ -100,14 +77,29 @@ def _shape(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
     )
 
 
+def _model_schema(model: ModelSpec, config: ApiConfig) -> dict[str, object]:
+    names = [model.id, *([model.hub_id] if model.hub_id else []), "", None]
+    if not config.has_aliases:
+        return {"enum": names}
+    pattern = f"^({'|'.join(ALIASES)})"
+    return {
+        "anyOf": [{"enum": names}, {"type": "string", "pattern": pattern, "maxLength": MAX_TEXT}]
+    }
+
+
 def _encoding() -> tuple[Field, ...]:
+    other_formats = {
+        name: f"output_format {name} cannot be made here; take {list_words(OUTPUT_FORMATS)}."
+        for name in ("gif", "svg")
+        if name not in format_names()
+    }
     return (
         Field(
             "output_format",
             Type.TEXT,
             "File format of the pictures.",
-            choices=(*format_names(), *unsupported_values.OTHER_FORMATS),
-            veto=unsupported_values.other_format,
+            choices=(*format_names(), *other_formats),
+            unsupported=other_formats,
             default="png",
             schema={"enum": [*format_names(), None], "default": "png"},
         ),
@@ -116,7 +108,9 @@ def _encoding() -> tuple[Field, ...]:
             Type.TEXT,
             "Pictures are always opaque.",
             choices=("transparent", "opaque", "auto"),
-            veto=unsupported_values.transparent,
+            unsupported={
+                "transparent": "This model makes no transparent background; send opaque or auto."
+            },
             schema={"enum": ["opaque", "auto", None]},
         ),
     )
@@ -149,7 +143,7 @@ _IGNORED = (
 )
 
 
-def _impossible() -> tuple[Field, ...]:
+def _unsupported() -> tuple[Field, ...]:
     still = f"only still pictures are made, as {list_words(OUTPUT_FORMATS)}"
     return (
         *(
@@ -157,7 +151,7 @@ def _impossible() -> tuple[Field, ...]:
                 name,
                 Type.ANY,
                 "Not possible here.",
-                refusal=unsupported_values.impossible(name, still),
+                refusal=_impossible(name, still),
             )
             for name in ("svg", "frame_count", "frame_duration_ms")
         ),
@@ -166,7 +160,7 @@ def _impossible() -> tuple[Field, ...]:
             Type.TEXT,
             "Must be empty.",
             max_length=MAX_PROMPT,
-            veto=unsupported_values.negative_prompt,
+            veto=_refuse_negative_prompt,
             schema={"enum": ["", None]},
         ),
     )
@@ -197,7 +191,7 @@ def _edit_only(limits: Limits) -> tuple[Field, ...]:
             "markup",
             Type.ANY,
             "Not possible here.",
-            refusal=unsupported_values.impossible("markup", "only a mask says where to paint"),
+            refusal=_impossible("markup", "only a mask says where to paint"),
         ),
         Field(
             "images",
@@ -224,3 +218,16 @@ def _edit_only(limits: Limits) -> tuple[Field, ...]:
 _EDIT_HINTS = dict.fromkeys(
     ("image", "images", "image[]", "mask"), "pictures go to /v1/images/edits"
 )
+
+
+def _impossible(name: str, why: str) -> str:
+    return f"{name} is not possible here, since {why}; leave it out."
+
+
+def _refuse_negative_prompt(prompt: str) -> None:
+    if prompt:
+        raise InvalidRequest(
+            _impossible("negative_prompt", "the model has no negative branch"),
+            param="negative_prompt",
+            code="unsupported_parameter",
+        )

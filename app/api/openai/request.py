@@ -32,36 +32,31 @@ class ImagesRequest:
     wants_stream: bool
 
 
-def read(values: Mapping[str, Any], model: ModelSpec, config: ApiConfig) -> ImagesRequest:
+def read(
+    values: Mapping[str, Any], model: ModelSpec, limits: Limits, config: ApiConfig
+) -> ImagesRequest:
     """Apply the rules that a table cannot state to its typed *values*.
 
     Raises:
         InvalidRequest: a value breaks a rule.
     """
-    check_model(values.get("model", ""), model, config)
+    if not is_model(values.get("model", ""), model, config):
+        # The status is 400, since Nextcloud takes 404 for a missing API.
+        raise InvalidRequest(
+            f"This model is not served here; send `{model.id}`, or leave `model` out.",
+            param="model",
+            code="model_not_found",
+        )
     stream = values.get("stream", False)
     _check_stream(values, stream=stream)
     prompt = read_prompt(values)
-    size = _read_size(values, Limits.of(model, config.max_pixels))
+    size = _read_size(values, limits)
     return ImagesRequest(
         image=read_image(values, model, prompt=prompt, size=size),
         quality=values.get("quality"),
         wants_links=_wants_links(values, config, stream=stream),
         wants_stream=stream,
     )
-
-
-def check_model(name: str, model: ModelSpec, config: ApiConfig) -> None:
-    """Refuse a name that does not mean the served model.
-
-    The status is 400, since Nextcloud takes 404 for a missing API.
-    """
-    if not is_model(name, model, config):
-        raise InvalidRequest(
-            f"This model is not served here; send `{model.id}`, or leave `model` out.",
-            param="model",
-            code="model_not_found",
-        )
 
 
 def is_model(name: str, model: ModelSpec, config: ApiConfig) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -20,22 +20,24 @@ from app.api.openai import edit_body
 from app.api.openai import fields as openai_fields
 from app.api.openai import request as openai_request
 from app.api.openai import response as openai_response
-from app.api.openai.events import EventWriter
+from app.api.openai.events import messages
 from app.api.openai.image_store import ImageStore
 from app.api.openai.request import SIDES, ImagesRequest
 from app.api.pieces import Body, Data, PieceResponse
 from app.api.schema.body import content_type, read_json
 from app.api.sse import EventStream
-from app.domain import ImageSpec, ModelSpec
+from app.domain import ImageSpec
 from app.errors import Kind, KleinError
-from app.limits import Limits
 from app.request_context import current_request
 from app.runtime import Runtime
 from app.service.results import Picture
-from app.service.ticket import Admission, Ticket
+from app.service.ticket import Admission
 
 _FORM, _JSON = "multipart/form-data", "application/json"
 _FILES = "/v1/images/files/"
+_Read = Callable[
+    [Request, Runtime, Admission, ApiConfig], Awaitable[tuple[ImagesRequest, list[ImageSpec]]]
+]
 _OWN_NAMES = {**SIDES, "references": "image", "images": "n", "deadline_s": DEADLINE}
 
 
@@ -46,21 +48,11 @@ def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
     @router.post("/v1/images", summary="The same as /v1/images/generations")
     @router.post("/v1/images/generations", summary="Make pictures of a prompt")
     async def generations(request: Request, runtime: Running) -> Response:
-        model = runtime.service.model
-        with admit(request, runtime.service, _JSON) as admission:
-            fields = openai_fields.table(model, config, is_edit=False)
-            asked = openai_request.read(fields.read(await read_json(request)), model, config)
-            specs = asked.image.specs(model, runtime.service.random_seed)
-            ticket = _submit(admission, specs, asked)
-        return await _answer(request, model, config, links, asked, specs, ticket)
+        return await _respond(request, runtime, config, links, _read_generation, _JSON)
 
     @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
     async def change(request: Request, runtime: Running) -> Response:
-        with admit(request, runtime.service, _FORM, _JSON) as admission:
-            asked, specs = await _read_edit(request, runtime, admission, config)
-            ticket = _submit(admission, specs, asked)
-        model = runtime.service.model
-        return await _answer(request, model, config, links, asked, specs, ticket)
+        return await _respond(request, runtime, config, links, _read_edit, _FORM, _JSON)
 
     @router.get(_FILES + "{name}", summary="Fetch a picture behind a link", response_class=Response)
     async def file(name: str) -> Response:
@@ -70,29 +62,66 @@ def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
                 "There is no picture behind this link, or no longer; ask for it again.",
                 kind=Kind.NOT_FOUND,
             )
-        headers = {"Cache-Control": f"private, max-age={int(links.lifetime_s)}"}
-        return PieceResponse(Body(Data(link.data)), media_type=link.media_type, headers=headers)
+        return PieceResponse(
+            Body(Data(link.data)),
+            media_type=link.media_type,
+            headers={"Cache-Control": f"private, max-age={int(links.lifetime_s)}"},
+        )
 
     return router
 
 
-def _submit(admission: Admission, specs: Sequence[ImageSpec], asked: ImagesRequest) -> Ticket:
-    """Queue the images of a request whose body is read."""
-    current_request.get().release_body()
-    with own_names(_OWN_NAMES):
-        return admission.submit(specs, asked.image.output)
+async def _respond(
+    request: Request,
+    runtime: Runtime,
+    config: ApiConfig,
+    links: ImageStore,
+    read: _Read,
+    *media_types: str,
+) -> Response:
+    """Queue the images; wait and answer with JSON, or start the stream of events that waits."""
+    with admit(request, runtime.service, *media_types) as admission:
+        asked, specs = await read(request, runtime, admission, config)
+        current_request.get().release_body()
+        with own_names(_OWN_NAMES):
+            ticket = admission.submit(specs, asked.image.output)
+    if asked.wants_stream:
+        stream = messages(ticket, asked, specs[0])
+        return EventStream(stream, heartbeat_s=config.heartbeat_s, on_close=ticket.cancel)
+    pictures = await await_images(ticket, request.receive)
+    urls = None
+    if asked.wants_links:
+        base = config.public_url or str(request.base_url).rstrip("/")
+        urls = [f"{base}{_FILES}{_store(links, picture)}" for picture in pictures]
+    body = openai_response.answer(
+        pictures,
+        asked=asked,
+        model=runtime.service.model.id,
+        created=int(time.time()),
+        references=specs[0].references,
+        links=urls,
+    )
+    return PieceResponse(body, media_type=_JSON, headers=_headers(pictures))
+
+
+async def _read_generation(
+    request: Request, runtime: Runtime, admission: Admission, config: ApiConfig
+) -> tuple[ImagesRequest, list[ImageSpec]]:
+    model, limits = runtime.service.model, runtime.service.limits
+    fields = openai_fields.table(model, limits, config, is_edit=False)
+    asked = openai_request.read(fields.read(await read_json(request)), model, limits, config)
+    return asked, asked.image.specs(model, runtime.service.random_seed)
 
 
 async def _read_edit(
     request: Request, runtime: Runtime, admission: Admission, config: ApiConfig
 ) -> tuple[ImagesRequest, list[ImageSpec]]:
     """Read and decode the body; uploads are released before the images are queued."""
-    model = runtime.service.model
-    fields = openai_fields.table(model, config, is_edit=True)
-    limits = Limits.of(model, config.max_pixels, config.max_references)
+    model, limits = runtime.service.model, runtime.service.limits
+    fields = openai_fields.table(model, limits, config, is_edit=True)
     read = edit_body.read_form if content_type(request) == _FORM else edit_body.read_object
     body = await read(request, fields, limits.max_references)
-    asked = openai_request.read(body.values, model, config)
+    asked = openai_request.read(body.values, model, limits, config)
     with own_names(_OWN_NAMES):
         admission.reserve(asked.image.n)
     with own_names(SIDES):
@@ -103,40 +132,13 @@ async def _read_edit(
     return asked, asked.image.specs(model, runtime.service.random_seed, edit)
 
 
-async def _answer(
-    request: Request,
-    model: ModelSpec,
-    config: ApiConfig,
-    links: ImageStore,
-    asked: ImagesRequest,
-    specs: Sequence[ImageSpec],
-    ticket: Ticket,
-) -> Response:
-    """Wait for the images and answer with JSON, or start the stream of events that waits."""
-    if asked.wants_stream:
-        messages = EventWriter(asked, specs[0]).messages(ticket)
-        return EventStream(messages, heartbeat_s=config.heartbeat_s, on_close=ticket.cancel)
-    pictures = await await_images(ticket, request.receive)
-    urls = None
-    if asked.wants_links:
-        base = config.public_url or str(request.base_url).rstrip("/")
-        client = current_request.get().client
-        names = [
-            links.put(
-                picture.data, format=picture.format, media_type=picture.media_type, client=client
-            )
-            for picture in pictures
-        ]
-        urls = [f"{base}{_FILES}{name}" for name in names]
-    body = openai_response.answer(
-        pictures,
-        asked=asked,
-        model=model.id,
-        created=int(time.time()),
-        references=specs[0].references,
-        links=urls,
+def _store(links: ImageStore, picture: Picture) -> str:
+    return links.put(
+        picture.data,
+        format=picture.format,
+        media_type=picture.media_type,
+        client=current_request.get().client,
     )
-    return PieceResponse(body, media_type=_JSON, headers=_headers(pictures))
 
 
 def _headers(pictures: Sequence[Picture]) -> dict[str, str]:

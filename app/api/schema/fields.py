@@ -55,15 +55,18 @@ def sampling_fields(model: ModelSpec, limits: Limits) -> tuple[Field, ...]:
 
 def side(name: str, about: str, limits: Limits, default: int | None = None) -> Field:
     """Return the field of the image's width or height in pixels."""
-    schema = {
-        "type": ["integer", "null"],
-        "minimum": limits.min_side,
-        "maximum": limits.max_side,
-        "multipleOf": limits.multiple,
-    }
-    if default is not None:
-        schema["default"] = default
-    return Field(name, Type.WHOLE, about, schema=schema)
+    return Field(
+        name,
+        Type.WHOLE,
+        about,
+        schema={
+            "type": ["integer", "null"],
+            "minimum": limits.min_side,
+            "maximum": limits.max_side,
+            "multipleOf": limits.multiple,
+            **({} if default is None else {"default": default}),
+        },
+    )
 
 
 def _about_quality() -> str:

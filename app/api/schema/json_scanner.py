@@ -75,8 +75,8 @@ class Scanner:
         self._kept_length = 0
         self._values = 0
         self._is_in_string = False
-        self._string: list[str] = []
-        self._string_length = 0
+        self._string = ""
+        """What there is of the current string, unless it is long."""
         self._long: LongText | None = None
         self._longs: dict[str, LongText] = {}
         """By placeholder."""
@@ -124,7 +124,11 @@ class Scanner:
     def _read_string(self, text: str, at: int) -> int:
         """Read what *text* holds of the current string."""
         end = _end_of_string(text, at)
-        self._add(text[at:end])
+        self._string += text[at:end]
+        if self._long is not None or len(self._string) > LONG:
+            self._long = self._long or LongText()
+            self._long.extend(self._string)
+            self._string = ""
         if text[end : end + 1] == '"':
             self._end_string()
             return end + 1
@@ -133,22 +137,12 @@ class Scanner:
             raise _invalid()
         return len(text)
 
-    def _add(self, part: str) -> None:
-        self._string.append(part)
-        self._string_length += len(part)
-        if self._string_length > LONG:
-            self._long = self._long or LongText()
-            for known in self._string:
-                self._long.extend(known)
-            self._string = []
-
     def _end_string(self) -> None:
         if self._long is not None:
-            placeholder = f"{self._nonce}{len(self._longs)}"
-            self._longs[placeholder] = self._long
-            self._string = [placeholder]
-        self._keep("".join(self._string) + '"')
-        self._is_in_string, self._string, self._string_length, self._long = False, [], 0, None
+            self._string = f"{self._nonce}{len(self._longs)}"
+            self._longs[self._string] = self._long
+        self._keep(self._string + '"')
+        self._is_in_string, self._string, self._long = False, "", None
 
     def _keep(self, part: str) -> None:
         self._kept_length += len(part)
@@ -159,13 +153,13 @@ class Scanner:
     def _put_back(self, value: Any) -> Any:
         """Replace every placeholder by its string; in a key, by the string's start."""
         if isinstance(value, dict):
-            return {self._name(name): self._put_back(each) for name, each in value.items()}
+            return {
+                self._longs[name].start() if name in self._longs else name: self._put_back(each)
+                for name, each in value.items()
+            }
         if isinstance(value, list):
             return [self._put_back(each) for each in value]
         return self._longs.get(value, value) if isinstance(value, str) else value
-
-    def _name(self, name: str) -> str:
-        return self._longs[name].start() if name in self._longs else name
 
 
 def parse(text: str) -> Any:

@@ -10,22 +10,14 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import (
-    MultipartParser,
-    MultipartState,
-    parse_options_header,
-)
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 
 from app.api.schema.body import pieces
 from app.errors import InvalidRequest
 from app.limits import MAX_PROMPT
-
-if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks
 
 MAX_FILES = 64
 MAX_FIELDS = 64
@@ -65,15 +57,17 @@ async def read_parts(request: Request) -> list[Part]:
     Raises:
         InvalidRequest: the form cannot be read, or holds too much.
     """
-    boundary = _boundary(request.headers.get("content-type", ""))
-    reader = _Reader(boundary)
-    try:
-        async with aclosing(pieces(request)) as stream:
-            async for piece in stream:
-                reader.feed(bytes(piece))
-        return reader.parts
-    finally:
-        reader.close()
+    form = _Form()
+    parser = _make_parser(request.headers.get("content-type", ""), form)
+    boundaries = 0
+    async with aclosing(pieces(request)) as stream:
+        async for piece in stream:
+            # Each false start of a boundary costs the parser microseconds.
+            boundaries += bytes(piece).count(parser.boundary)
+            if boundaries > MAX_FILES + MAX_FIELDS + _MAX_FALSE_BOUNDARIES:
+                raise damaged("it has too many parts")
+            _feed(parser, bytes(piece))
+    return form.parts
 
 
 def damaged(fault: str) -> InvalidRequest:
@@ -81,75 +75,68 @@ def damaged(fault: str) -> InvalidRequest:
     return InvalidRequest(f"The form cannot be read: {fault}.", code="invalid_multipart")
 
 
-def _boundary(content_type: str) -> bytes:
+def _make_parser(content_type: str, form: _Form) -> MultipartParser:
     if len(content_type) > _MAX_TYPE_LENGTH:
         raise damaged(f"its content type has more than {_MAX_TYPE_LENGTH:,} characters")
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if boundary is None:
         raise damaged("its content type has no boundary")
-    return boundary
+    try:
+        return MultipartParser(
+            boundary,
+            {
+                "on_part_data": form.add_data,
+                "on_part_end": form.end_part,
+                "on_header_field": form.add_header_name,
+                "on_header_value": form.add_header_value,
+                "on_header_end": form.end_header,
+                "on_headers_finished": form.begin_part,
+            },
+        )
+    except FormParserError:
+        raise damaged("its boundary is too long") from None
 
 
-class _Reader:
-    """The callbacks of the parser; *parts* are those that are complete."""
+def _feed(parser: MultipartParser, piece: bytes) -> None:
+    try:
+        parser.write(piece)
+    except FormParserError:
+        raise damaged("it is damaged or cut short") from None
+    # The parser reads padding byte by byte.
+    if parser.state is MultipartState.BOUNDARY_PADDING and not piece.strip(b" \t"):
+        raise damaged("it is damaged or cut short")
 
-    def __init__(self, boundary: bytes) -> None:
+
+class _Form:
+    """What the parser has read; *parts* are those that are complete.
+
+    It does not know its parser: a reference cycle would wait for the garbage collector.
+    """
+
+    def __init__(self) -> None:
         self.parts: list[Part] = []
         self._part = Part("")
         self._header = bytearray()
         self._value = bytearray()
         self._disposition = b""
         self._texts_bytes = 0
-        self._boundary = b"\r\n--" + boundary
-        self._boundaries = 0
-        callbacks: MultipartCallbacks = {
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_header_end": self._on_header_end,
-            "on_headers_finished": self._on_headers_finished,
-        }
-        try:
-            self._parser = MultipartParser(boundary, callbacks)
-        except FormParserError:
-            raise damaged("its boundary is too long") from None
 
-    def feed(self, piece: bytes) -> None:
-        """Parse the next bytes."""
-        # Each false start of a boundary costs the parser microseconds.
-        self._boundaries += piece.count(self._boundary)
-        if self._boundaries > MAX_FILES + MAX_FIELDS + _MAX_FALSE_BOUNDARIES:
-            raise damaged("it has too many parts")
-        try:
-            self._parser.write(piece)
-        except FormParserError:
-            raise damaged("it is damaged or cut short") from None
-        # The parser reads padding byte by byte.
-        if self._parser.state is MultipartState.BOUNDARY_PADDING and not piece.strip(b" \t"):
-            raise damaged("it is damaged or cut short")
-
-    def close(self) -> None:
-        """Release everything at once.
-
-        Reader and parser form a reference cycle, which else waits for the garbage collector.
-        """
-        self._parser.callbacks = {}
-        self.parts = []
-        self._part = Part("")
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+    def add_header_name(self, data: bytes, start: int, end: int) -> None:
+        """Append to the current header's name."""
         self._header += data[start:end]
 
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+    def add_header_value(self, data: bytes, start: int, end: int) -> None:
+        """Append to the current header's value."""
         self._value += data[start:end]
 
-    def _on_header_end(self) -> None:
+    def end_header(self) -> None:
+        """Keep the header, if it is the one that names the part."""
         if self._header.lower() == b"content-disposition":
             self._disposition = bytes(self._value)
         self._header, self._value = bytearray(), bytearray()
 
-    def _on_headers_finished(self) -> None:
+    def begin_part(self) -> None:
+        """Begin the part that the headers have named."""
         options = parse_options_header(self._disposition)[1]
         self._disposition = b""
         name = options.get(b"name")
@@ -166,7 +153,8 @@ class _Reader:
         if sum(each.is_file == part.is_file for each in self.parts) == most:
             raise damaged(f"it has more than {most} {what}")
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+    def add_data(self, data: bytes, start: int, end: int) -> None:
+        """Append to the current part, within the limits of texts."""
         part = self._part
         part.content += data[start:end]
         if part.is_file:
@@ -177,5 +165,6 @@ class _Reader:
         if self._texts_bytes > MAX_TEXTS_BYTES:
             raise damaged(f"its texts have more than {MAX_TEXTS_BYTES:,} bytes together")
 
-    def _on_part_end(self) -> None:
+    def end_part(self) -> None:
+        """Add the current part to those that are complete."""
         self.parts.append(self._part)

@@ -33,8 +33,8 @@ class ImageRequest:
         self, model: ModelSpec, random_seed: Callable[[], int], edit: Edit | None = None
     ) -> list[ImageSpec]:
         """Make one spec per image; image i has seed+i, and a drawn seed leaves room for that."""
-        size = self.size or (model.default_width, model.default_height)
-        width, height = edit.size if edit else size
+        default = model.default_width, model.default_height
+        width, height = edit.size if edit else self.size or default
         seed = min(random_seed(), MAX_SEED - self.n + 1) if self.seed is None else self.seed
         return [
             ImageSpec(
@@ -98,13 +98,12 @@ def require_both_sides(values: Mapping[str, Any], instead: str) -> None:
 
 
 def _read_steps(values: Mapping[str, Any], model: ModelSpec) -> int:
-    steps, alias = values.get("num_inference_steps"), values.get("steps")
-    if steps is not None and alias is not None and steps != alias:
+    steps: int = values.get("num_inference_steps", values.get("steps", model.default_steps))
+    if values.get("steps", steps) != steps:
         raise InvalidRequest(
             "steps and num_inference_steps differ; send only one of the two.", param="steps"
         )
-    found = steps if steps is not None else alias
-    return model.default_steps if found is None else int(found)
+    return steps
 
 
 def _read_seed(values: Mapping[str, Any], n: int) -> int | None:

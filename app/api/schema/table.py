@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -45,6 +45,7 @@ class Type(Enum):
     LIST = "array"
     OBJECT = "object"
     ANY = "any"
+    """Of a field whose every value is refused."""
 
 
 _ARTICLES = {
@@ -67,16 +68,17 @@ class Field:
     choices: tuple[str, ...] = ()
     minimum: float = -math.inf
     maximum: float = math.inf
-    max_length: int = MAX_TEXT
+    max_length: int | None = MAX_TEXT
+    """Of a text, in characters; an image has none here, since it is checked when it is decoded."""
     default: object = None
     example: object = None
     refusal: str | None = None
     """For an unsupported field: why any value is refused."""
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    """Texts that are valid for the API but not supported here, each with the error's sentence."""
     veto: Callable[[Any], None] | None = None
-    """For a field with unsupported values: raises the error of one."""
+    """For a field whose unsupported values follow a rule: raises the error of one."""
     json_only: bool = False
-    is_picture: bool = False
-    """For a text that may be long; its length is checked when it is decoded."""
     schema: Mapping[str, Any] | None = None
     """The JSON Schema, where it is more than type and limits."""
 
@@ -88,7 +90,7 @@ class Field:
         """
         if self.refusal is not None:
             raise InvalidRequest(self.refusal, param=self.name, code="unsupported_parameter")
-        typed = self._from_text(value) if is_form else self._from_json(value)
+        typed = self._convert(self._parse(value) if is_form else value)
         if self.choices and typed not in self.choices:
             raise InvalidRequest(
                 f"{self.name} must be one of {', '.join(self.choices)}.", param=self.name
@@ -105,21 +107,31 @@ class Field:
         """Return the field's JSON Schema, with null, which means absent."""
         if self.schema is not None:
             return {"description": self.about, **self.schema}
-        is_never_taken = self.type is Type.ANY or self.refusal is not None
         schema = {
             "description": self.about,
-            "type": "null" if is_never_taken else [self.type.value, "null"],
+            "type": [self.type.value, "null"] if self.refusal is None else "null",
             "enum": [*self.choices, None] if self.choices else None,
             "minimum": self.minimum,
             "maximum": self.maximum,
-            "maxLength": self._most_characters if self.type is Type.TEXT else None,
+            "maxLength": None if self.choices or self.type is not Type.TEXT else self.max_length,
             "default": self.default,
             "examples": None if self.example is None else [self.example],
         }
         unset = (None, -math.inf, math.inf)
         return {key: value for key, value in schema.items() if value not in unset}
 
-    def _from_json(self, value: object) -> object:
+    def _parse(self, value: object) -> object:
+        """Turn a form's text into the value that JSON has for it, or return it as it is."""
+        if not isinstance(value, str) or self.type is Type.TEXT:
+            return value
+        text = value.strip() if len(value) <= _MAX_DIGITS else ""
+        if self.type is Type.WHOLE and _WHOLE.fullmatch(text):
+            return int(text)
+        if self.type is Type.NUMBER and _NUMBER.fullmatch(text):
+            return float(text)
+        return _FLAGS.get(text.lower(), text) if self.type is Type.FLAG else text
+
+    def _convert(self, value: Any) -> object:
         matches = {
             Type.TEXT: isinstance(value, str | LongText),
             Type.WHOLE: _is_whole(value),
@@ -127,33 +139,15 @@ class Field:
             Type.FLAG: isinstance(value, bool),
             Type.LIST: isinstance(value, list),
             Type.OBJECT: isinstance(value, dict),
-            Type.ANY: True,
         }
         if not matches[self.type]:
-            raise self._wrong_type()
-        return int(value) if self.type is Type.WHOLE else value  # type: ignore[call-overload]
-
-    def _from_text(self, value: object) -> object:
-        if not isinstance(value, str):
-            raise self._wrong_type()
-        if self.type in {Type.TEXT, Type.ANY}:
-            return value
-        value = value.strip() if len(value) <= _MAX_DIGITS else ""
-        if self.type is Type.WHOLE and _WHOLE.fullmatch(value):
-            return int(value)
-        if self.type is Type.NUMBER and _NUMBER.fullmatch(value):
-            return float(value)
-        if self.type is Type.FLAG and value.lower() in _FLAGS:
-            return _FLAGS[value.lower()]
-        raise self._wrong_type()
-
-    @property
-    def _most_characters(self) -> int | None:
-        """Return the limit of a text in characters; None for an image or a choice."""
-        return None if self.is_picture or self.choices else self.max_length
+            raise InvalidRequest(
+                f"{self.name} must be {_ARTICLES[self.type]}.", param=self.name, code="invalid_type"
+            )
+        return int(value) if self.type is Type.WHOLE else value
 
     def _check_text(self, text: str | LongText) -> str | LongText:
-        most = self._most_characters
+        most = self.max_length
         # A `LongText` may count both halves of a surrogate pair; only decoding it counts right.
         if isinstance(text, LongText) and most is not None and text.length <= 2 * most:
             text = text.text()
@@ -166,6 +160,10 @@ class Field:
             )
         if isinstance(text, str):
             check_characters(text, self.name)
+            if text in self.unsupported:
+                raise InvalidRequest(
+                    self.unsupported[text], param=self.name, code="unsupported_value"
+                )
         return text
 
     def _check_range(self, number: Any) -> None:
@@ -176,11 +174,6 @@ class Field:
                 param=self.name,
             )
 
-    def _wrong_type(self) -> InvalidRequest:
-        return InvalidRequest(
-            f"{self.name} must be {_ARTICLES[self.type]}.", param=self.name, code="invalid_type"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class FieldTable:
@@ -189,7 +182,7 @@ class FieldTable:
     fields: tuple[Field, ...]
     is_strict: bool = True
     """Whether an unknown name is refused."""
-    hints: Mapping[str, str] | None = None
+    hints: Mapping[str, str] = field(default_factory=dict)
     """Advice for unknown names that are easily taken for known ones."""
 
     def read(self, values: Mapping[str, object], *, is_form: bool = False) -> dict[str, Any]:
@@ -203,15 +196,21 @@ class FieldTable:
             for name, value in values.items()
             if value is not None and not (is_form and value == "")
         }
-        fields = [field for field in self.fields if not (is_form and field.json_only)]
+        fields = [each for each in self.fields if not (is_form and each.json_only)]
         typed = {
-            field.name: field.read(present[field.name], is_form=is_form)
-            for field in fields
-            if field.name in present
+            each.name: each.read(present[each.name], is_form=is_form)
+            for each in fields
+            if each.name in present
         }
-        unknown = set(present) - {field.name for field in fields}
+        unknown = set(present) - {each.name for each in fields}
         if self.is_strict and unknown:
-            raise self._unknown(min(unknown))
+            name = min(unknown)
+            advice = "leave it out, or see /docs for the fields there are"
+            raise InvalidRequest(
+                f"{shorten(name)} is not a field of this request; {self.hints.get(name, advice)}.",
+                param=shorten(name),
+                code="unknown_parameter",
+            )
         return typed
 
     def describe(self, *, required: Iterable[str], is_form: bool = False) -> dict[str, Any]:
@@ -221,26 +220,17 @@ class FieldTable:
             "type": "object",
             "required": list(required),
             "properties": {
-                field.name: field.describe()
-                for field in self.fields
-                if not (is_form and field.json_only)
+                each.name: each.describe()
+                for each in self.fields
+                if not (is_form and each.json_only)
             },
             "additionalProperties": absent if self.is_strict else True,
         }
 
-    def _unknown(self, name: str) -> InvalidRequest:
-        hint = (self.hints or {}).get(name, "leave it out, or see /docs for the fields there are")
-        return InvalidRequest(
-            f"{shorten(name)} is not a field of this request; {hint}.",
-            param=shorten(name),
-            code="unknown_parameter",
-        )
-
 
 def shorten(name: str) -> str:
     """Make a caller's name fit for a message: short, printable, whole characters."""
-    start = name[:_MAX_NAME]
-    clean = "".join(character if character.isprintable() else "?" for character in start)
+    clean = "".join(each if each.isprintable() else "?" for each in name[:_MAX_NAME])
     return clean if len(name) <= _MAX_NAME else f"{clean}..."
 
 

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from app.api.deps import Running
-from app.domain import ModelSpec
+from app.service.service import ImageService
 
 _STYLE = """\
 body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}
@@ -30,20 +30,25 @@ pre{background:#242424}td,h2{border-color:#444}}
 """
 
 
-def build_router(describe: Callable[[ModelSpec], dict[str, Any]]) -> APIRouter:
-    """Make the router; *describe* returns the OpenAPI document for a model."""
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+    )
+}
+
+
+def build_router(describe: Callable[[ImageService], dict[str, Any]]) -> APIRouter:
+    """Make the router; *describe* returns the OpenAPI document for a service."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/openapi.json")
     async def document(runtime: Running) -> Response:
-        return JSONResponse(describe(runtime.service.model))
+        return JSONResponse(describe(runtime.service))
 
     @router.get("/docs")
     async def page(request: Request, runtime: Running) -> Response:
-        base = str(request.base_url).rstrip("/")
-        style = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
         return HTMLResponse(
-            _page(describe(runtime.service.model), base), headers={"Content-Security-Policy": style}
+            _page(describe(runtime.service), str(request.base_url).rstrip("/")), headers=_HEADERS
         )
 
     return router
@@ -51,22 +56,22 @@ def build_router(describe: Callable[[ModelSpec], dict[str, Any]]) -> APIRouter:
 
 def _page(document: dict[str, Any], base: str) -> str:
     info = document["info"]
-    operations = [
-        _operation(base, path, method, operation)
-        for path, methods in document["paths"].items()
-        for method, operation in methods.items()
-    ]
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        "<meta name=viewport content='width=device-width,initial-scale=1'>",
-        f"<title>{escape(info['title'])}</title><style>{_STYLE}</style>",
-        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
-        f"<p>{escape(info['description'])}</p>",
-        "<p>Where keys are set, add <code>-H 'authorization: Bearer &lt;key&gt;'</code>. ",
-        "The same as <a href=/openapi.json>OpenAPI</a>.</p>",
-        *operations,
-    ]
-    return "\n".join(parts)
+    return "\n".join(
+        [
+            "<!doctype html><html lang=en><meta charset=utf-8>",
+            "<meta name=viewport content='width=device-width,initial-scale=1'>",
+            f"<title>{escape(info['title'])}</title><style>{_STYLE}</style>",
+            f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
+            f"<p>{escape(info['description'])}</p>",
+            "<p>Where keys are set, add <code>-H 'authorization: Bearer &lt;key&gt;'</code>. ",
+            "The same as <a href=/openapi.json>OpenAPI</a>.</p>",
+            *(
+                _operation(base, path, method, operation)
+                for path, methods in document["paths"].items()
+                for method, operation in methods.items()
+            ),
+        ]
+    )
 
 
 def _operation(base: str, path: str, method: str, operation: dict[str, Any]) -> str:

@@ -86,8 +86,8 @@ def _answer(request: Request, status: Status, body: dict[str, Any]) -> Response:
     if status.is_ready:
         return JSONResponse(body)
     error = KleinError(status.reason or "The service is not ready.", kind=_kind(status))
-    wait_s = retry_after(max(1, round(status.estimated_wait_s)))
-    return JSONResponse({**body, **envelope(error)}, 503, headers={"Retry-After": wait_s})
+    headers = {"Retry-After": retry_after(round(status.estimated_wait_s))}
+    return JSONResponse({**body, **envelope(error)}, 503, headers=headers)
 
 
 def _kind(status: Status) -> Kind:

@@ -16,9 +16,8 @@ from app.api.deps import DEADLINE, MIN_DEADLINE_S
 from app.api.errors import REPLIES
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
-from app.domain import ModelSpec
 from app.images.formats import OUTPUT_FORMATS
-from app.limits import Limits
+from app.service.service import ImageService
 
 Json = dict[str, Any]
 """A JSON object of the document."""
@@ -66,8 +65,8 @@ _ERROR = {
 }
 
 
-def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> Json:
-    """Return the OpenAPI document for *model*."""
+def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
+    """Return the OpenAPI document for the model and the limits of *service*."""
     document = get_openapi(
         title=app.title, version=app.version, description=_ABOUT, routes=app.routes
     )
@@ -81,36 +80,36 @@ def describe(app: FastAPI, model: ModelSpec, config: ApiConfig) -> Json:
         for operation in methods.values():
             operation["responses"].pop("422", None)
             operation["responses"].update(_errors((401, 500)))
-    for path, (contents, reply) in _posts(model, config).items():
+    for path, (contents, reply) in _posts(service, config).items():
         paths[path]["post"] |= {
             "requestBody": {"required": True, "content": contents},
             "parameters": [_DEADLINE],
             "responses": {"200": reply, **_errors(_GENERATES)},
         }
-    picture = paths["/v1/images/files/{name}"]["get"]
-    picture["responses"] = {"200": _picture_reply(), **_errors((404, 500))}
-    picture["security"] = [{}]
+    paths["/v1/images/files/{name}"]["get"] |= {
+        "responses": {"200": _picture_reply(), **_errors((404, 500))},
+        "security": [{}],
+    }
     lookup = paths["/v1/models/{id}"]["get"]
     lookup["responses"].update(_errors((404,)))
-    lookup["parameters"][0]["example"] = model.id
+    lookup["parameters"][0]["example"] = service.model.id
     for path in ("/health", "/health/ready"):
         paths[path]["get"]["responses"].update(_errors((503,)))
     paths["/metrics"]["get"]["responses"]["200"] = _reply("The exposition.", ["text/plain"], _BYTES)
     return document
 
 
-def _posts(model: ModelSpec, config: ApiConfig) -> dict[str, tuple[Json, Json]]:
+def _posts(service: ImageService, config: ApiConfig) -> dict[str, tuple[Json, Json]]:
     """Return each route's request bodies by media type, and its reply."""
-    generate = table(model, config).describe(required=["prompt"])
-    generations = openai_fields.table(model, config, is_edit=False).describe(required=["prompt"])
-    edits = openai_fields.table(model, config, is_edit=True)
+    asked = service.model, service.limits, config
+    edits = openai_fields.table(*asked, is_edit=True)
     form = edits.describe(required=["prompt", "image"], is_form=True)
     form["properties"]["image"] = {
         "description": "PNG, JPEG or WebP; repeated, or as image[], for more than one.",
         "type": "array",
         "items": _BYTES,
         "minItems": 1,
-        "maxItems": Limits.of(model, config.max_pixels, config.max_references).max_references,
+        "maxItems": service.limits.max_references,
     }
     form["properties"]["mask"] = {
         "description": "PNG or WebP of the first picture's size; transparent is repainted.",
@@ -119,7 +118,12 @@ def _posts(model: ModelSpec, config: ApiConfig) -> dict[str, tuple[Json, Json]]:
     pictures = _reply("The pictures.", [_JSON], _images_schema())
     pictures["content"][_EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events
     fox = {"prompt": "a red fox in the snow"}
-    plain = {_JSON: {"schema": generations, "example": {**fox, "n": 2, "seed": 7}}}
+    plain = {
+        _JSON: {
+            "schema": openai_fields.table(*asked, is_edit=False).describe(required=["prompt"]),
+            "example": {**fox, "n": 2, "seed": 7},
+        }
+    }
     winter = {"prompt": "make it winter"}
     edited = {
         _FORM: {"schema": form, "example": {**winter, "image": "@picture.png"}},
@@ -130,7 +134,12 @@ def _posts(model: ModelSpec, config: ApiConfig) -> dict[str, tuple[Json, Json]]:
     }
     return {
         "/generate": (
-            {_JSON: {"schema": generate, "example": {**fox, "seed": 7}}},
+            {
+                _JSON: {
+                    "schema": table(*asked).describe(required=["prompt"]),
+                    "example": {**fox, "seed": 7},
+                }
+            },
             _picture_reply(),
         ),
         "/v1/images": (plain, pictures),
@@ -144,37 +153,45 @@ def _picture_reply() -> Json:
 
 
 def _reply(about: str, media_types: Iterable[str], schema: Json) -> Json:
-    content = {media_type: {"schema": schema} for media_type in media_types}
-    return {"description": about, "content": content}
+    return {
+        "description": about,
+        "content": {media_type: {"schema": schema} for media_type in media_types},
+    }
 
 
 def _errors(statuses: Iterable[int]) -> Json:
+    codes = {
+        status: sorted({reply.code for reply in REPLIES.values() if reply.status == status})
+        for status in statuses
+    }
     reference = {"$ref": "#/components/schemas/Error"}
-    found = {}
-    for status in statuses:
-        codes = sorted({reply.code for reply in REPLIES.values() if reply.status == status})
-        found[str(status)] = _reply(f"Error: {', '.join(codes)}.", [_JSON], reference)
-    return found
+    return {
+        str(status): _reply(f"Error: {', '.join(names)}.", [_JSON], reference)
+        for status, names in codes.items()
+    }
 
 
 def _images_schema() -> Json:
-    item = {
-        "type": "object",
-        "required": ["seed"],
-        "properties": {
-            "b64_json": {"type": "string"},
-            "url": {"type": "string"},
-            "seed": {"type": "integer"},
-        },
-        "additionalProperties": False,
-    }
     return {
         "type": "object",
         "required": ["created", "model", "data", "size", "output_format", "background", "usage"],
         "properties": {
             "created": {"type": "integer"},
             "model": {"type": "string"},
-            "data": {"type": "array", "items": item, "minItems": 1},
+            "data": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["seed"],
+                    "properties": {
+                        "b64_json": {"type": "string"},
+                        "url": {"type": "string"},
+                        "seed": {"type": "integer"},
+                    },
+                    "additionalProperties": False,
+                },
+                "minItems": 1,
+            },
             "background": {"const": "opaque"},
             "output_format": {"enum": list(OUTPUT_FORMATS)},
             "quality": {"type": "string"},

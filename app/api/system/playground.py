@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -43,44 +42,36 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class StaticFile:
-    """One static file and its media type."""
-
-    body: bytes
-    media_type: str
-
-    def answer(self, request: Request) -> Response:
-        """Return the file, or 304 if its ETag matches."""
-        tag = f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
-        headers = {**_HEADERS, "ETag": tag}
-        if tag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(self.body, media_type=self.media_type, headers=headers)
-
-
 def build_router() -> APIRouter:
     """Make the router; the files are read here, so a package without them does not start."""
     files = {
-        path.name: StaticFile(path.read_bytes(), _TYPES[path.suffix])
+        path.name: (path.read_bytes(), _TYPES[path.suffix])
         for path in sorted(_FOLDER.iterdir())
         if path.suffix in _TYPES
     }
-    page = files.pop(_PAGE)
+    page, page_type = files.pop(_PAGE)
     router = APIRouter(include_in_schema=False)
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def playground(request: Request, runtime: Running) -> Response:
-        body = page.body.replace(_MODEL, _MODEL.replace(b"null", _describe(runtime.service.model)))
-        return StaticFile(body, page.media_type).answer(request)
+        body = page.replace(_MODEL, _MODEL.replace(b"null", _describe(runtime.service.model)))
+        return _answer(request, body, page_type)
 
     @router.api_route("/static/{name}", methods=["GET", "HEAD"])
     async def static(request: Request, name: str) -> Response:
         if name not in files:
             raise KleinError("The page has no such file; it starts at /.", kind=Kind.NOT_FOUND)
-        return files[name].answer(request)
+        return _answer(request, *files[name])
 
     return router
+
+
+def _answer(request: Request, body: bytes, media_type: str) -> Response:
+    """Return a file, or 304 if its ETag matches."""
+    headers = {**_HEADERS, "ETag": f'"{hashlib.sha256(body).hexdigest()[:32]}"'}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type=media_type, headers=headers)
 
 
 def _describe(model: ModelSpec) -> bytes:
