@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from app.engine.memory.planner import MemoryPlan
 from app.engine.models.entry import EMBEDDED_REVISION
 from app.engine.models.registry import find_model
 from app.engine.modules.attention import choose_attention
-from app.engine.pipeline import build as pipeline_build
+from app.engine.pipeline.build import BuildOptions, OnProgress, build
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.quantization.probe import probe_gpu
 from app.engine.quantization.select import Precision, choose_precision, vae_dtype
@@ -31,8 +31,6 @@ from app.engine.runtime.compile import NO_COMPILER, Compiler, choose_compiler
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
-
-OnProgress = Callable[[LoadProgress], None]
 
 _FETCHED = LoadProgress(WorkerStage.LOADING)
 """Ends a download: what follows has another time limit."""
@@ -93,17 +91,18 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     device = find_device(config)
     _limit_memory(config, device)
     architecture = find_model(config.model).architecture
-    facts = probe_gpu(device, architecture)
-    precision = choose_precision(config.precision, facts, is_small=_is_small(config))
+    precision = choose_precision(
+        config.precision, probe_gpu(device, architecture), is_small=_is_small(config)
+    )
     files = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
     with ExitStack() as stack:
-        opened = open_checkpoint(
+        checkpoint = open_checkpoint(
             files.path,
             elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
             is_mapped=config.offload == "disk" and is_exact,
         )
-        checkpoint = stack.enter_context(closing(opened))
+        stack.enter_context(checkpoint.files)
         check_compatibility(checkpoint, architecture, is_ours=files.is_ours)
         if checkpoint.is_distilled not in (None, model.is_distilled):
             _log.warning(
@@ -122,7 +121,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             is_compiled=compiler.is_on,
         )
         kernel = choose_attention(device, architecture)
-        options = pipeline_build.BuildOptions(
+        options = BuildOptions(
             architecture=architecture,
             device=device,
             dtype=precision.dtype,
@@ -138,7 +137,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             max_sequence_length=model.max_sequence_length,
             is_distilled=model.is_distilled,
         )
-        components = pipeline_build.build(checkpoint, options, on_progress)
+        components = build(checkpoint, options, on_progress)
     features = (
         *(("CUDA graphs",) if compiler.has_graphs else ()),
         *((f"attention by {kernel.name}",) if not is_exact else ()),
@@ -162,9 +161,12 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     # Imports the network's libraries.
     from app.engine.hub import download, fetch
 
-    hub = fetch.Hub(silence_s=config.download_silence_s)
     path = download.ensure(
-        entry, Path(config.cache_dir), precision.linears.file, on_progress, hub=hub
+        entry,
+        Path(config.cache_dir),
+        precision.linears.file,
+        on_progress,
+        hub=fetch.Hub(silence_s=config.download_silence_s),
     )
     on_progress(_FETCHED)
     return Files(path, entry.revision, is_ours=True)

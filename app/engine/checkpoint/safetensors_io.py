@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -45,12 +45,8 @@ _PIECE_BYTES = 1 << 24
 """Size of a pinned staging buffer."""
 
 
-class Read(Protocol):
-    """Reads one tensor into newly allocated memory on a device."""
-
-    def __call__(self, device: torch.device = CPU) -> torch.Tensor:
-        """Read the tensor onto *device*."""
-        ...
+Read = Callable[[torch.device], torch.Tensor]
+"""Reads one tensor into newly allocated memory on a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +125,9 @@ class SafetensorsFile:
         if self._map is None:
             # Copy-on-write: no change of a weight can reach the file.
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(
-            self._map, dtype=torch.uint8, offset=tensor.start, count=tensor.size_bytes
-        )
-        return flat.view(tensor.dtype).reshape(tensor.shape)
+        return torch.frombuffer(
+            self._map, dtype=tensor.dtype, offset=tensor.start, count=math.prod(tensor.shape)
+        ).reshape(tensor.shape)
 
     def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         if self._file.read(4) == b"GGUF":

@@ -82,7 +82,8 @@ def build(
     Raises:
         StartupError: the checkpoint is of another model or damaged.
     """
-    fill = _Filler(checkpoint, options, on_progress)
+    parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
+    fill = _Filler(sum(len(part.slots) for part in parts), options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
     vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
     _admit_vae(vae, offloader, options)
@@ -92,9 +93,8 @@ def build(
     if options.is_exact:
         offloader.admit(encoder, stays=not options.is_offloaded)
         offloader.admit(transformer, stays=not options.is_offloaded)
-    architecture = options.architecture
     return PipelineComponents(
-        architecture=architecture,
+        architecture=options.architecture,
         tokenizer=_read_tokenizer(checkpoint.tokenizer, options.max_sequence_length),
         encoder=encoder,
         cache=PromptCache(options.prompt_cache, options.device),
@@ -108,7 +108,7 @@ def build(
         is_tiled=options.plan.is_tiled,
         offloader=offloader,
         rope=rope_tables(
-            transformer.network.pos_embed, options.device, architecture.reference_time
+            transformer.network.pos_embed, options.device, options.architecture.reference_time
         ),
         weights_bytes=fill.done_bytes,
     )
@@ -118,7 +118,7 @@ def build(
 class _Filler:
     """Reads weights in the options' dtype and reports the load's progress."""
 
-    checkpoint: Checkpoint
+    total: int
     options: BuildOptions
     on_progress: OnProgress
     done: int = 0
@@ -160,9 +160,7 @@ class _Filler:
         self.done += tensors
         self.done_bytes += size_bytes
         if self.done // 16 != before // 16:
-            files = self.checkpoint
-            parts = (files.transformer, files.encoder, files.vae)
-            fraction = min(self.done / sum(len(part.slots) for part in parts), 1.0)
+            fraction = min(self.done / self.total, 1.0)
             self.on_progress(LoadProgress(WorkerStage.WEIGHTS, fraction, label))
 
 
@@ -291,10 +289,9 @@ def _empty(kind: type[nn.Module], part: ComponentFiles) -> nn.Module:
 
     Keys of the config with a leading underscore are metadata.
     """
-    arguments = {key: value for key, value in part.config.items() if not key.startswith("_")}
     try:
         with torch.device("meta"):
-            network = kind(**arguments)
+            network = kind(**{key: part.config[key] for key in part.config if key[:1] != "_"})
     except (TypeError, ValueError):
         raise StartupError(
             f"{part.label}/config.json does not describe a {kind.__name__}; "

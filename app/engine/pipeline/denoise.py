@@ -82,7 +82,7 @@ def _velocity(
         if references.latents is not None:
             tokens = torch.cat([latents, references.latents.to(latents.dtype)], dim=1)
         wanted, *unwanted = [
-            transformer.predict(tokens, timestep, context, rope)[:, : latents.shape[1]]
+            transformer.predict(tokens, timestep, context, *rope)[:, : latents.shape[1]]
             for context in contexts
         ]
         if not unwanted:

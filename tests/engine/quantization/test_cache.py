@@ -117,7 +117,7 @@ def test_a_full_disk_costs_time_and_nothing_else(folder, cache, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     right = state(build(folder))
-    monkeypatch.setattr(quantized_cache.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
 
     assert same(right, state(build(folder, quantized_cache=cache)))
     assert list((cache / "converted").iterdir()) == []
