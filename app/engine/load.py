@@ -40,20 +40,11 @@ _STACK_LIMIT = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
-    """Where the model's files are; *is_ours* where the catalogue's entry was downloaded."""
-
-    path: Path
-    revision: str
-    is_ours: bool
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready for its first image."""
 
     components: PipelineComponents
-    files: Files
+    revision: str
     precision: Precision
     plan: MemoryPlan
     features: tuple[str, ...]
@@ -64,7 +55,7 @@ class LoadedModel:
         is_gpu = self.components.device.type == "cuda"
         return ModelInfo(
             model=config.model,
-            revision=self.files.revision,
+            revision=self.revision,
             device=torch.cuda.get_device_name(self.components.device) if is_gpu else "cpu",
             precision=self.precision.name,
             precision_reason=self.precision.reason,
@@ -94,16 +85,16 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     precision = choose_precision(
         config.precision, probe_gpu(device, architecture), is_small=_is_small(config)
     )
-    files = _find(config, precision, on_progress)
+    path, revision = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
     with ExitStack() as stack:
         checkpoint = open_checkpoint(
-            files.path,
+            path,
             elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
             is_mapped=config.offload == "disk" and is_exact,
         )
         stack.enter_context(checkpoint.files)
-        check_compatibility(checkpoint, architecture, is_ours=files.is_ours)
+        check_compatibility(checkpoint, architecture, is_ours=config.path is None)
         if checkpoint.is_distilled not in (None, model.is_distilled):
             _log.warning(
                 "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
@@ -121,35 +112,45 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             is_compiled=compiler.is_on,
         )
         kernel = choose_attention(device, architecture)
-        options = BuildOptions(
-            architecture=architecture,
-            device=device,
-            dtype=precision.dtype,
-            vae_dtype=vae_dtype(precision, device),
-            linears=precision.linears,
-            encoder_linears=precision.encoder_linears,
-            attention=kernel.call,
-            compiler=compiler,
-            plan=plan.name,
-            is_pinned=config.offload != "disk",
-            prompt_cache=config.prompt_cache,
-            quantized_cache=Path(config.cache_dir),
-            max_sequence_length=model.max_sequence_length,
-            is_distilled=model.is_distilled,
+        components = build(
+            checkpoint,
+            BuildOptions(
+                architecture=architecture,
+                device=device,
+                dtype=precision.dtype,
+                vae_dtype=vae_dtype(precision, device),
+                linears=precision.linears,
+                encoder_linears=precision.encoder_linears,
+                attention=kernel.call,
+                compiler=compiler,
+                plan=plan.name,
+                is_pinned=config.offload != "disk",
+                prompt_cache=config.prompt_cache,
+                quantized_cache=Path(config.cache_dir),
+                max_sequence_length=model.max_sequence_length,
+                is_distilled=model.is_distilled,
+            ),
+            on_progress,
         )
-        components = build(checkpoint, options, on_progress)
-    features = (
-        *(("CUDA graphs",) if compiler.has_graphs else ()),
-        *((f"attention by {kernel.name}",) if not is_exact else ()),
-        *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
-        checkpoint.layout,
+    return LoadedModel(
+        components=components,
+        revision=revision,
+        precision=precision,
+        plan=plan,
+        features=(
+            *(("CUDA graphs",) if compiler.has_graphs else ()),
+            *((f"attention by {kernel.name}",) if not is_exact else ()),
+            *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
+            checkpoint.layout,
+        ),
+        compiler=compiler,
     )
-    return LoadedModel(components, files, precision, plan, features, compiler)
 
 
-def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> Files:
+def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> tuple[Path, str]:
+    """Return the folder or file of the model and its revision, after a download where needed."""
     if config.path is not None:
-        return Files(Path(config.path), "local", is_ours=False)
+        return Path(config.path), "local"
     entry = find_model(config.model)
     if entry.folder is not None:
         if not (entry.folder / "model_index.json").is_file():
@@ -157,7 +158,7 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
                 f"The demo model {entry.spec.id} is missing from this installation; install the "
                 "package again."
             )
-        return Files(entry.folder, EMBEDDED_REVISION, is_ours=True)
+        return entry.folder, EMBEDDED_REVISION
     # Imports the network's libraries.
     from app.engine.hub import download, fetch
 
@@ -169,7 +170,7 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
         hub=fetch.Hub(silence_s=config.download_silence_s),
     )
     on_progress(_FETCHED)
-    return Files(path, entry.revision, is_ours=True)
+    return path, entry.revision
 
 
 def find_device(config: EngineConfig) -> torch.device:

@@ -200,5 +200,4 @@ def _open_folder(folder: Path, config: Mapping[str, Any], open_file: Open) -> Co
             "since other formats can run code."
         )
     tensors = {name: found for each in paths for name, found in open_file(each).tensors.items()}
-    sources = tuple(sorted({tensor.file.path for tensor in tensors.values()}))
-    return ComponentFiles(folder.name, config, slots_of(tensors), sources=sources)
+    return ComponentFiles(folder.name, config, slots_of(tensors), sources=tuple(paths))

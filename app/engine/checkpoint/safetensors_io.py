@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -65,7 +66,7 @@ class Tensor:
         return self.file.read(self, device)
 
 
-class SafetensorsFile:
+class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
     """An open safetensors file and context manager. Not thread-safe.
 
     With *is_mapped* CPU tensors are views of the memory-mapped file, valid after `close` too.
@@ -85,9 +86,6 @@ class SafetensorsFile:
         except BaseException:
             self._file.close()
             raise
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -143,8 +141,7 @@ class SafetensorsFile:
         return {name: self._locate(name, entry) for name, entry in entries.items()}, notes
 
     def _locate(self, name: str, entry: TensorEntry) -> Tensor:
-        dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
+        if (dtype := _DTYPES.get(entry.dtype)) is None:
             raise StartupError(
                 f"{self.path.name} holds tensors of the type {entry.dtype[:_SHOWN]!r}, which is "
                 "not supported; use the fp8 or bf16 safetensors file."

@@ -101,8 +101,7 @@ def sort_tensors(
             layers[module] = _layer(file, tensor, module, scales, notes)
         elif (module, "weight") in scales:
             raise _odd(file, f"{module} has a scale but is not fp8")
-    left = sorted({module for module, _ in scales} - set(layers))
-    if left:
+    if left := sorted({module for module, _ in scales} - set(layers)):
         raise _odd(file, f"there is a scale for {left[0]} but no such layer")
     return layers, plain
 
@@ -155,8 +154,7 @@ def _calibrated(scale: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _header_notes(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
-    text = file.metadata.get("_quantization_metadata")
-    if not text:
+    if not (text := file.metadata.get("_quantization_metadata")):
         return {}
     longer, shorter = _PREFIXES
     try:

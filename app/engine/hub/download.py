@@ -164,8 +164,11 @@ def _warn_if_open(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
 def _check_present(store: HubCache, files: tuple[RemoteFile, ...], meter: _Meter) -> None:
     """Hash files that have changed since they were verified, and refuse damaged ones."""
     for file in files:
-        is_changed = store.is_present(file) and not store.is_verified(file)
-        if is_changed and not store.check(file, meter.on_bytes(file)):
+        if (
+            store.is_present(file)
+            and not store.is_verified(file)
+            and not store.check(file, meter.on_bytes(file))
+        ):
             raise damaged(file)
         meter.add(file)
 

@@ -64,11 +64,6 @@ class BuildOptions:
     is_distilled: bool
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the libraries' own modules run."""
-        return self.linears.is_exact
-
-    @property
     def is_offloaded(self) -> bool:
         """Whether one network at a time is on the GPU."""
         return self.plan is Plan.OFFLOAD
@@ -87,10 +82,10 @@ def build(
     offloader = Offloader(options.device, pin=options.is_pinned)
     vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
     _admit_vae(vae, offloader, options)
-    encoder, transformer = (_build_exact if options.is_exact else _build_fused)(
+    encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
         checkpoint, fill, options
     )
-    if options.is_exact:
+    if options.linears.is_exact:
         offloader.admit(encoder, stays=not options.is_offloaded)
         offloader.admit(transformer, stays=not options.is_offloaded)
     return PipelineComponents(
@@ -261,7 +256,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
     Only edits use the VAE encoder.
     """
-    offloader.admit(vae.encoder, stays=options.is_exact and not options.is_offloaded)
+    offloader.admit(vae.encoder, stays=options.linears.is_exact and not options.is_offloaded)
     offloader.admit(vae.decoder, stays=not options.is_offloaded)
     for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
         if small is not None:
@@ -269,7 +264,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
 
 def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
-    if options.is_exact:
+    if options.linears.is_exact:
         return partial(_decode, vae)
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())

@@ -38,8 +38,10 @@ class QuantizedCache:
         self._cache = folder
         self._path = folder / "converted" / f"{name}-{kind}-{digest}.safetensors"
         stats = [(path.name, path.stat()) for path in part.sources]
-        sources = json.dumps([[file, each.st_size, each.st_mtime_ns] for file, each in stats])
-        self._metadata = {"version": _VERSION, "sources": sources}
+        self._metadata = {
+            "version": _VERSION,
+            "sources": json.dumps([[file, each.st_size, each.st_mtime_ns] for file, each in stats]),
+        }
         self._file = self._open()
 
     def read(self, names: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:

@@ -45,11 +45,6 @@ class Transformer(nn.Module):
         self.network = network
         self._double, self._single = double, single
 
-    @property
-    def channels(self) -> int:
-        """The channels of a token."""
-        return int(self.network.config.in_channels)
-
     def embed_context(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Project prompt embeddings to the hidden size: [1, m, joint size] -> [1, m, d]."""
         context: torch.Tensor = self.network.context_embedder(embeddings)

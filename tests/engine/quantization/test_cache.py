@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
-from app.engine.quantization import cache as quantized_cache
 from tests.support.checkpoints import write_tiny_klein
 from tests.support.layout_files import build
 from tests.support.single_files import write_fp8
