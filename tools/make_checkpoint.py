@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.engine.checkpoint.bfl import Piece, rules
+from app.engine.checkpoint.bfl import rules
 from app.engine.quantization.linear import quantize_fp8
 from tools import random_weights
 
@@ -66,7 +66,7 @@ def write_fp8(
     pieces: dict[str, list[torch.Tensor]] = {}
     for rule in rules(shape["num_layers"], shape["num_single_layers"]):
         value = tensors[rule.our_name]
-        if rule.piece is Piece.SWAPPED:
+        if rule.is_swapped:
             value = torch.cat(value.chunk(2)[::-1])
         pieces.setdefault(rule.their_name, []).append(value)
     made, layers = {}, {}

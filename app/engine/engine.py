@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -65,7 +66,12 @@ class KleinEngine:
             warm_up_s = warm_up(
                 self._model,
                 loaded.components.device,
-                self._make,
+                partial(
+                    self.generate,
+                    on_progress=lambda _: None,
+                    is_cancelled=lambda: False,
+                    is_trial=True,
+                ),
                 on_progress,
                 is_compiled=loaded.compiler.is_on,
             )
@@ -112,9 +118,6 @@ class KleinEngine:
             fault = error_mapping.translate(error)
         raise fault
 
-    def _make(self, spec: ImageSpec) -> Generated:
-        return self.generate(spec, lambda _: None, lambda: False, is_trial=True)
-
     def close(self) -> None:
         """Release the model and the GPU's memory."""
         self._noise.shutdown()
@@ -144,8 +147,7 @@ class _Job:
         self._tell(Stage.TEXT, 0)
         text = encode_text(components, spec)
         text_s = clock.lap()
-        references_s = 0.0
-        references = References()
+        references, references_s = References(), 0.0
         if spec.references:
             self._tell(Stage.REFERENCE, 0)
             references = encode_references(components, spec)
@@ -163,7 +165,7 @@ class _Job:
             peak=peak,
             prompt_tokens=text.tokens.count,
             is_prompt_cut=text.tokens.is_cut,
-            is_prompt_cached=text.is_cached if components.cache.is_on else None,
+            is_prompt_cached=text.is_cached if components.cache.size else None,
             held=held,
             latents=kept,
         )
@@ -181,8 +183,9 @@ class _Job:
         def on_step(number: int, estimate: Callable[[], torch.Tensor]) -> None:
             picture = preview(self.components, estimate, shape) if number in shown else None
             steps_s.append(clock.lap())
-            progress = Progress(Stage.DENOISE, number, self.spec.num_inference_steps, picture)
-            self.on_progress(progress)
+            self.on_progress(
+                Progress(Stage.DENOISE, number, self.spec.num_inference_steps, picture)
+            )
 
         latents = denoise(
             self.components,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from app.engine.memory.planner import MemoryPlan
 from app.engine.models.entry import EMBEDDED_REVISION
 from app.engine.models.registry import find_model
 from app.engine.modules.attention import choose_attention
-from app.engine.pipeline import build as pipeline_build
+from app.engine.pipeline.build import BuildOptions, OnProgress, build
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.quantization.probe import probe_gpu
 from app.engine.quantization.select import Precision, choose_precision, vae_dtype
@@ -31,8 +31,6 @@ from app.engine.runtime.compile import NO_COMPILER, Compiler, choose_compiler
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
-
-OnProgress = Callable[[LoadProgress], None]
 
 _FETCHED = LoadProgress(WorkerStage.LOADING)
 """Ends a download: what follows has another time limit."""
@@ -42,20 +40,11 @@ _STACK_LIMIT = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
-    """Where the model's files are; *is_ours* where the catalogue's entry was downloaded."""
-
-    path: Path
-    revision: str
-    is_ours: bool
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready for its first image."""
 
     components: PipelineComponents
-    files: Files
+    revision: str
     precision: Precision
     plan: MemoryPlan
     features: tuple[str, ...]
@@ -66,7 +55,7 @@ class LoadedModel:
         is_gpu = self.components.device.type == "cuda"
         return ModelInfo(
             model=config.model,
-            revision=self.files.revision,
+            revision=self.revision,
             device=torch.cuda.get_device_name(self.components.device) if is_gpu else "cpu",
             precision=self.precision.name,
             precision_reason=self.precision.reason,
@@ -93,18 +82,19 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     device = find_device(config)
     _limit_memory(config, device)
     architecture = find_model(config.model).architecture
-    facts = probe_gpu(device, architecture)
-    precision = choose_precision(config.precision, facts, is_small=_is_small(config))
-    files = _find(config, precision, on_progress)
+    precision = choose_precision(
+        config.precision, probe_gpu(device, architecture), is_small=_is_small(config)
+    )
+    path, revision = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
     with ExitStack() as stack:
-        opened = open_checkpoint(
-            files.path,
+        checkpoint = open_checkpoint(
+            path,
             elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
             is_mapped=config.offload == "disk" and is_exact,
         )
-        checkpoint = stack.enter_context(closing(opened))
-        check_compatibility(checkpoint, architecture, is_ours=files.is_ours)
+        stack.enter_context(checkpoint.files)
+        check_compatibility(checkpoint, architecture, is_ours=config.path is None)
         if checkpoint.is_distilled not in (None, model.is_distilled):
             _log.warning(
                 "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
@@ -122,35 +112,45 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             is_compiled=compiler.is_on,
         )
         kernel = choose_attention(device, architecture)
-        options = pipeline_build.BuildOptions(
-            architecture=architecture,
-            device=device,
-            dtype=precision.dtype,
-            vae_dtype=vae_dtype(precision, device),
-            linears=precision.linears,
-            encoder_linears=precision.encoder_linears,
-            attention=kernel.call,
-            compiler=compiler,
-            plan=plan.name,
-            is_pinned=config.offload != "disk",
-            prompt_cache=config.prompt_cache,
-            quantized_cache=Path(config.cache_dir),
-            max_sequence_length=model.max_sequence_length,
-            is_distilled=model.is_distilled,
+        components = build(
+            checkpoint,
+            BuildOptions(
+                architecture=architecture,
+                device=device,
+                dtype=precision.dtype,
+                vae_dtype=vae_dtype(precision, device),
+                linears=precision.linears,
+                encoder_linears=precision.encoder_linears,
+                attention=kernel.call,
+                compiler=compiler,
+                plan=plan.name,
+                is_pinned=config.offload != "disk",
+                prompt_cache=config.prompt_cache,
+                quantized_cache=Path(config.cache_dir),
+                max_sequence_length=model.max_sequence_length,
+                is_distilled=model.is_distilled,
+            ),
+            on_progress,
         )
-        components = pipeline_build.build(checkpoint, options, on_progress)
-    features = (
-        *(("CUDA graphs",) if compiler.has_graphs else ()),
-        *((f"attention by {kernel.name}",) if not is_exact else ()),
-        *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
-        checkpoint.layout,
+    return LoadedModel(
+        components=components,
+        revision=revision,
+        precision=precision,
+        plan=plan,
+        features=(
+            *(("CUDA graphs",) if compiler.has_graphs else ()),
+            *((f"attention by {kernel.name}",) if not is_exact else ()),
+            *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
+            checkpoint.layout,
+        ),
+        compiler=compiler,
     )
-    return LoadedModel(components, files, precision, plan, features, compiler)
 
 
-def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> Files:
+def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> tuple[Path, str]:
+    """Return the folder or file of the model and its revision, after a download where needed."""
     if config.path is not None:
-        return Files(Path(config.path), "local", is_ours=False)
+        return Path(config.path), "local"
     entry = find_model(config.model)
     if entry.folder is not None:
         if not (entry.folder / "model_index.json").is_file():
@@ -158,16 +158,19 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
                 f"The demo model {entry.spec.id} is missing from this installation; install the "
                 "package again."
             )
-        return Files(entry.folder, EMBEDDED_REVISION, is_ours=True)
+        return entry.folder, EMBEDDED_REVISION
     # Imports the network's libraries.
     from app.engine.hub import download, fetch
 
-    hub = fetch.Hub(silence_s=config.download_silence_s)
     path = download.ensure(
-        entry, Path(config.cache_dir), precision.linears.file, on_progress, hub=hub
+        entry,
+        Path(config.cache_dir),
+        precision.linears.file,
+        on_progress,
+        hub=fetch.Hub(silence_s=config.download_silence_s),
     )
     on_progress(_FETCHED)
-    return Files(path, entry.revision, is_ours=True)
+    return path, entry.revision
 
 
 def find_device(config: EngineConfig) -> torch.device:

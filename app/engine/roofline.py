@@ -101,8 +101,7 @@ def roofline(
     *references* have the output's size; *branches* is 2 where classifier-free guidance runs the
     transformer twice a step.
     """
-    rate = gpu.linear_rate(precision)
-    if rate is None:
+    if (rate := gpu.linear_rate(precision)) is None:
         return None
     work = picture_work(
         architecture, width, height, steps, references=references, branches=branches
@@ -254,12 +253,14 @@ def recognise(name: str, total_bytes: int) -> GpuDatasheet | None:
 
     The memory must agree within 5 %, since different chips are sold under one name.
     """
-    found = (
-        gpu
-        for gpu in GPUS
-        if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes
+    return next(
+        (
+            gpu
+            for gpu in GPUS
+            if gpu.name == name and abs(total_bytes - gpu.memory_bytes) <= 0.05 * gpu.memory_bytes
+        ),
+        None,
     )
-    return next(found, None)
 
 
 def _plain(text: str) -> str:

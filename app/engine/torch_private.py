@@ -119,6 +119,5 @@ def limit_recompiles(each: int, together: int) -> None:
 def end_compile_workers() -> None:
     """End the compiler's processes, if it has any; without the name they live on unused."""
     module = sys.modules.get("torch._inductor.async_compile")
-    end = getattr(module, "shutdown_compile_workers", None)
-    if end is not None:
+    if (end := getattr(module, "shutdown_compile_workers", None)) is not None:
         end()

@@ -92,10 +92,9 @@ def _make_first(model: ModelSpec, make: Make) -> tuple[int, int]:
         size = (_side(model.default_width // scale), _side(model.default_height // scale))
         try:
             _look_at(make(_spec(model, size, "a warm-up picture")).image)
+            return size
         except OutOfMemory:
             _log.warning("A warm-up picture of %sx%s found no room.", *size)
-            continue
-        return size
     raise StartupError(
         "The card has no room even for a small picture; free its memory or set KLEIN_DEVICE=cpu."
     )

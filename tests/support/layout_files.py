@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +91,8 @@ def build(path: Path, **changes) -> PipelineComponents:
     } | changes
     for name in ("linears", "encoder_linears"):
         values[name] = FORMATS[values[name]]
-    with closing(open_checkpoint(path)) as checkpoint:
+    checkpoint = open_checkpoint(path)
+    with checkpoint.files:
         return pipeline_build.build(
             checkpoint, pipeline_build.BuildOptions(**values), lambda _: None
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.engine.checkpoint.bfl import Piece, rules
+from app.engine.checkpoint.bfl import rules
 from app.engine.quantization.linear import quantize_fp8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -21,7 +21,7 @@ def to_bfl(folder: Path) -> dict[str, torch.Tensor]:
     theirs: dict[str, torch.Tensor] = {}
     for rule in rules(config["num_layers"], config["num_single_layers"]):
         value = ours[rule.our_name]
-        if rule.piece is Piece.SWAPPED:
+        if rule.is_swapped:
             value = torch.cat(value.chunk(2)[::-1])
         if rule.their_name in theirs:
             value = torch.cat([theirs[rule.their_name], value])

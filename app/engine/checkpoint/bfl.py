@@ -7,20 +7,8 @@ A table only. Whole names are matched, never substrings: a rule for the substrin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
 
 import torch
-
-
-class Piece(Enum):
-    """Which part of BFL's tensor diffusers' tensor is."""
-
-    WHOLE = "whole"
-    QUERY = 0
-    KEY = 1
-    VALUE = 2
-    SWAPPED = "swapped"
-    """Its halves are swapped: BFL has (shift, scale), diffusers (scale, shift)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +17,10 @@ class Rule:
 
     ours: str
     theirs: str
-    piece: Piece = Piece.WHOLE
+    third: int | None = None
+    """Which third of BFL's tensor it is: query, key or value; None for all of it."""
+    is_swapped: bool = False
+    """Whether its halves are swapped: BFL has (shift, scale), diffusers (scale, shift)."""
     is_norm: bool = False
 
     @property
@@ -44,21 +35,14 @@ class Rule:
 
     def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of diffusers' tensor, given that of BFL's."""
-        if self.piece in _THIRDS:
-            return (theirs[0] // 3, *theirs[1:])
-        return theirs
+        return theirs if self.third is None else (theirs[0] // 3, *theirs[1:])
 
     def take(self, theirs: torch.Tensor) -> torch.Tensor:
         """Return diffusers' tensor, given BFL's."""
-        if self.piece in _THIRDS:
-            third: torch.Tensor = theirs.chunk(3)[self.piece.value]
-            return third.clone()
-        if self.piece is Piece.SWAPPED:
-            return torch.cat(theirs.chunk(2)[::-1])
-        return theirs
+        if self.third is not None:
+            return theirs.chunk(3)[self.third].clone()
+        return torch.cat(theirs.chunk(2)[::-1]) if self.is_swapped else theirs
 
-
-_THIRDS = (Piece.QUERY, Piece.KEY, Piece.VALUE)
 
 _TOP = (
     Rule("x_embedder", "img_in"),
@@ -69,20 +53,20 @@ _TOP = (
     Rule("double_stream_modulation_txt.linear", "double_stream_modulation_txt.lin"),
     Rule("single_stream_modulation.linear", "single_stream_modulation.lin"),
     Rule("proj_out", "final_layer.linear"),
-    Rule("norm_out.linear", "final_layer.adaLN_modulation.1", Piece.SWAPPED),
+    Rule("norm_out.linear", "final_layer.adaLN_modulation.1", is_swapped=True),
 )
 _DOUBLE = (
-    Rule("attn.to_q", "img_attn.qkv", Piece.QUERY),
-    Rule("attn.to_k", "img_attn.qkv", Piece.KEY),
-    Rule("attn.to_v", "img_attn.qkv", Piece.VALUE),
+    Rule("attn.to_q", "img_attn.qkv", third=0),
+    Rule("attn.to_k", "img_attn.qkv", third=1),
+    Rule("attn.to_v", "img_attn.qkv", third=2),
     Rule("attn.to_out.0", "img_attn.proj"),
     Rule("attn.norm_q", "img_attn.norm.query_norm", is_norm=True),
     Rule("attn.norm_k", "img_attn.norm.key_norm", is_norm=True),
     Rule("ff.linear_in", "img_mlp.0"),
     Rule("ff.linear_out", "img_mlp.2"),
-    Rule("attn.add_q_proj", "txt_attn.qkv", Piece.QUERY),
-    Rule("attn.add_k_proj", "txt_attn.qkv", Piece.KEY),
-    Rule("attn.add_v_proj", "txt_attn.qkv", Piece.VALUE),
+    Rule("attn.add_q_proj", "txt_attn.qkv", third=0),
+    Rule("attn.add_k_proj", "txt_attn.qkv", third=1),
+    Rule("attn.add_v_proj", "txt_attn.qkv", third=2),
     Rule("attn.to_add_out", "txt_attn.proj"),
     Rule("attn.norm_added_q", "txt_attn.norm.query_norm", is_norm=True),
     Rule("attn.norm_added_k", "txt_attn.norm.key_norm", is_norm=True),

@@ -32,8 +32,7 @@ def check_compatibility(
     hidden = int(encoder["hidden_size"])
     if is_ours and hidden != architecture.text_width:
         raise _misfit("text_encoder", f"has the hidden size {hidden}", f"{architecture.text_width}")
-    transformer = checkpoint.transformer.config
-    joint = int(transformer["joint_attention_dim"])
+    joint = int(checkpoint.transformer.config["joint_attention_dim"])
     if joint != len(read) * hidden:
         raise _misfit(
             "text_encoder",

@@ -16,7 +16,7 @@ from typing import Any
 from app.engine.checkpoint import qwen3
 from app.engine.checkpoint import vae as vae_files
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config, slots_of
-from app.engine.checkpoint.safetensors_io import SafetensorsFile, Tensor
+from app.engine.checkpoint.safetensors_io import SafetensorsFile
 from app.engine.checkpoint.transformer import read_transformer
 from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from app.errors import StartupError
@@ -90,19 +90,19 @@ def _open_diffusers(
     config = read_config(path / "transformer" / "config.json")
     own = sorted(path.glob("*.safetensors"))
     is_folder = any((path / "transformer").glob("*.safetensors"))
-    layout = "diffusers folder"
-    if transformer_file is not None or (not is_folder and len(own) == 1):
-        chosen = transformer_file or own[0]
-        transformer = read_transformer(open_file(chosen), config)
-        layout = f"diffusers folder with {chosen.name}"
-    else:
-        transformer = _open_folder(path / "transformer", config, open_file)
+    if transformer_file is None and len(own) == 1 and not is_folder:
+        transformer_file = own[0]
+    transformer = (
+        _open_folder(path / "transformer", config, open_file)
+        if transformer_file is None
+        else read_transformer(open_file(transformer_file), config)
+    )
     encoder, vae = (
         _open_folder(path / name, read_config(path / name / "config.json"), open_file)
         for name in ("text_encoder", "vae")
     )
     return Checkpoint(
-        layout=layout,
+        layout="diffusers folder" + (f" with {transformer_file.name}" if transformer_file else ""),
         transformer=transformer,
         encoder=encoder,
         vae=vae,
@@ -164,7 +164,7 @@ def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:
         for pattern in ("*.safetensors", "*.gguf")
         for file in (path / name).glob(pattern)
     )
-    others = [file for name in folders for file in sorted((path / name).glob("*"))]
+    others = (file for name in folders for file in sorted((path / name).glob("*")))
     pickled = next((file for file in others if file.suffix.lower() in PICKLES), None)
     if not found and pickled is not None:
         raise _pickled(pickled)
@@ -193,15 +193,11 @@ def _open_folder(folder: Path, config: Mapping[str, Any], open_file: Open) -> Co
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths or not all(each.is_file() for each in paths):
-        others = sorted(folder.glob("*")) if folder.is_dir() else []
-        found = [each.name for each in others if each.suffix.lower() in PICKLES]
+        found = [each.name for each in sorted(folder.glob("*")) if each.suffix.lower() in PICKLES]
         raise StartupError(
             f"{folder.name} holds no whole set of safetensors files"
             f"{' but ' + found[0] if found else ''}; only safetensors are read, "
             "since other formats can run code."
         )
-    tensors: dict[str, Tensor] = {}
-    for each in paths:
-        tensors |= open_file(each).tensors
-    sources = tuple(sorted({tensor.file.path for tensor in tensors.values()}))
-    return ComponentFiles(folder.name, config, slots_of(tensors), sources=sources)
+    tensors = {name: found for each in paths for name, found in open_file(each).tensors.items()}
+    return ComponentFiles(folder.name, config, slots_of(tensors), sources=tuple(paths))

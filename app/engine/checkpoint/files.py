@@ -43,7 +43,7 @@ class QuantizedLayer:
     is_full_precision: bool
     """Whether the file requires a matmul in full precision for this layer."""
 
-    def restored(self, device: torch.device = CPU) -> torch.Tensor:
+    def read(self, device: torch.device = CPU) -> torch.Tensor:
         """Return the dequantized weight, float32 [out, in]."""
         scale = self.weight_scale.float().to(device)
         if scale.numel() > 1:
@@ -103,10 +103,7 @@ class Checkpoint:
     tokenizer: Path
     is_distilled: bool | None
     files: ExitStack = field(default_factory=ExitStack, repr=False)
-
-    def close(self) -> None:
-        """Close every file."""
-        self.files.close()
+    """Closes every file."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

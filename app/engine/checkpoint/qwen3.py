@@ -17,11 +17,12 @@ def read_encoder(file: SafetensorsFile) -> ComponentFiles:
         StartupError: the file is no Qwen3.
     """
     layers, plain = sort_tensors(file, file.tensors)
-    slots = {}
-    for name, tensor in plain.items():
-        layer = layers.get(name.removesuffix(".weight"))
-        read = tensor.read if layer is None else layer.restored
-        slots[name] = Slot(tensor.shape, tensor.dtype, read)
+    slots = {
+        name: Slot(
+            tensor.shape, tensor.dtype, layers.get(name.removesuffix(".weight"), tensor).read
+        )
+        for name, tensor in plain.items()
+    }
     return ComponentFiles(file.path.name, _config_of(file, plain), slots, sources=(file.path,))
 
 

@@ -31,7 +31,7 @@ _MAX_TOKENS = 2_000_000
 _TOKEN = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
-class HeaderError(ValueError):
+class HeaderError(Exception):
     """The header is invalid; the message completes "the file is not whole: ..."."""
 
 
@@ -78,8 +78,6 @@ def parse_json(text: bytes | str) -> Any:
     _check_tokens(raw)
     try:
         return json.loads(raw, object_pairs_hook=_once, parse_constant=_refuse_constant)
-    except HeaderError:
-        raise
     except (ValueError, RecursionError):
         raise HeaderError("its header cannot be read") from None
 

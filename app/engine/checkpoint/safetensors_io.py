@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -45,12 +46,8 @@ _PIECE_BYTES = 1 << 24
 """Size of a pinned staging buffer."""
 
 
-class Read(Protocol):
-    """Reads one tensor into newly allocated memory on a device."""
-
-    def __call__(self, device: torch.device = CPU) -> torch.Tensor:
-        """Read the tensor onto *device*."""
-        ...
+Read = Callable[[torch.device], torch.Tensor]
+"""Reads one tensor into newly allocated memory on a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class Tensor:
         return self.file.read(self, device)
 
 
-class SafetensorsFile:
+class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
     """An open safetensors file and context manager. Not thread-safe.
 
     With *is_mapped* CPU tensors are views of the memory-mapped file, valid after `close` too.
@@ -89,9 +86,6 @@ class SafetensorsFile:
         except BaseException:
             self._file.close()
             raise
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -129,10 +123,9 @@ class SafetensorsFile:
         if self._map is None:
             # Copy-on-write: no change of a weight can reach the file.
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(
-            self._map, dtype=torch.uint8, offset=tensor.start, count=tensor.size_bytes
-        )
-        return flat.view(tensor.dtype).reshape(tensor.shape)
+        return torch.frombuffer(
+            self._map, dtype=tensor.dtype, offset=tensor.start, count=math.prod(tensor.shape)
+        ).reshape(tensor.shape)
 
     def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         if self._file.read(4) == b"GGUF":
@@ -148,8 +141,7 @@ class SafetensorsFile:
         return {name: self._locate(name, entry) for name, entry in entries.items()}, notes
 
     def _locate(self, name: str, entry: TensorEntry) -> Tensor:
-        dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
+        if (dtype := _DTYPES.get(entry.dtype)) is None:
             raise StartupError(
                 f"{self.path.name} holds tensors of the type {entry.dtype[:_SHOWN]!r}, which is "
                 "not supported; use the fp8 or bf16 safetensors file."

@@ -17,7 +17,7 @@ import torch
 
 from app.engine.checkpoint.bfl import Rule, rules
 from app.engine.checkpoint.files import ComponentFiles, QuantizedLayer, Slot, slots_of
-from app.engine.checkpoint.safetensors_header import parse_json
+from app.engine.checkpoint.safetensors_header import HeaderError, parse_json
 from app.engine.checkpoint.safetensors_io import CPU, SafetensorsFile, Tensor
 from app.errors import StartupError
 
@@ -43,8 +43,9 @@ def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) ->
             f"{file.path.name} holds no FLUX.2 transformer in Black Forest Labs' names; "
             "give the published fp8 or bf16 file."
         )
-    is_in = (each for each in _PREFIXES if any(name.startswith(each) for name in file.tensors))
-    prefix = next(is_in, "")
+    prefix = next(
+        (each for each in _PREFIXES if any(name.startswith(each) for name in file.tensors)), ""
+    )
     tensors = {name.removeprefix(prefix): each for name, each in file.tensors.items()}
     layers, plain = sort_tensors(file, tensors)
     if config is None:
@@ -57,7 +58,7 @@ def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) ->
         rule.our_name: Slot(
             rule.shape(plain[rule.their_name].shape),
             plain[rule.their_name].dtype,
-            partial(_read, rule, plain[rule.their_name], layers.get(rule.theirs)),
+            partial(_read, rule, layers.get(rule.theirs, plain[rule.their_name])),
         )
         for rule in table
         if rule.their_name in plain
@@ -73,10 +74,8 @@ def read_transformer(file: SafetensorsFile, config: Mapping[str, Any] | None) ->
     )
 
 
-def _read(
-    rule: Rule, tensor: Tensor, layer: QuantizedLayer | None, device: torch.device = CPU
-) -> torch.Tensor:
-    return rule.take(tensor.read(device) if layer is None else layer.restored(device))
+def _read(rule: Rule, theirs: Tensor | QuantizedLayer, device: torch.device = CPU) -> torch.Tensor:
+    return rule.take(theirs.read(device))
 
 
 def sort_tensors(
@@ -102,8 +101,7 @@ def sort_tensors(
             layers[module] = _layer(file, tensor, module, scales, notes)
         elif (module, "weight") in scales:
             raise _odd(file, f"{module} has a scale but is not fp8")
-    left = sorted({module for module, _ in scales} - set(layers))
-    if left:
+    if left := sorted({module for module, _ in scales} - set(layers)):
         raise _odd(file, f"there is a scale for {left[0]} but no such layer")
     return layers, plain
 
@@ -156,18 +154,16 @@ def _calibrated(scale: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _header_notes(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
-    text = file.metadata.get("_quantization_metadata")
-    if not text:
+    if not (text := file.metadata.get("_quantization_metadata")):
         return {}
+    longer, shorter = _PREFIXES
     try:
-        layers: dict[str, dict[str, Any]] = dict(parse_json(text)["layers"])
-    except (ValueError, KeyError, TypeError):
+        return {
+            name.removeprefix(longer).removeprefix(shorter): {**note}
+            for name, note in parse_json(text)["layers"].items()
+        }
+    except (HeaderError, AttributeError, KeyError, TypeError, ValueError):
         raise _odd(file, "its _quantization_metadata cannot be read") from None
-    if not all(isinstance(note, dict) for note in layers.values()):
-        raise _odd(file, "its _quantization_metadata cannot be read")
-    for prefix in _PREFIXES:
-        layers = {name.removeprefix(prefix): note for name, note in layers.items()}
-    return layers
 
 
 def _note(file: SafetensorsFile, tensor: Tensor) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def _note(file: SafetensorsFile, tensor: Tensor) -> dict[str, Any]:
     text = bytes(tensor.read().reshape(-1).tolist()).strip(b"\0 ")
     try:
         note = parse_json(text) if text else {}
-    except ValueError:
+    except HeaderError:
         note = None
     if not isinstance(note, dict):
         raise _odd(file, f"{tensor.name[:_SHOWN]} cannot be read")
@@ -185,11 +181,15 @@ def _note(file: SafetensorsFile, tensor: Tensor) -> dict[str, Any]:
 
 def _config_of(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Derive the transformer's config from the shapes of the weights."""
+    if any(name.startswith("guidance_in") for name in tensors):
+        raise StartupError(
+            f"{file.path.name} is FLUX.2 [dev], which is another model; give FLUX.2 klein 4B."
+        )
     try:
         width, channels = tensors["img_in.weight"].shape
         size = tensors["single_blocks.0.norm.query_norm.scale"].shape[0]
         joined = tensors["single_blocks.0.linear1.weight"].shape[0]
-        config = {
+        return {
             "in_channels": channels,
             "num_layers": _count(tensors, "double_blocks"),
             "num_single_layers": _count(tensors, "single_blocks"),
@@ -203,18 +203,10 @@ def _config_of(file: SafetensorsFile, tensors: Mapping[str, Tensor]) -> dict[str
         }
     except KeyError as missing:
         raise _odd(file, f"it lacks {missing}") from None
-    if any(name.startswith("guidance_in") for name in tensors):
-        raise StartupError(
-            f"{file.path.name} is FLUX.2 [dev], which is another model; give FLUX.2 klein 4B."
-        )
-    return config
 
 
 def _count(tensors: Mapping[str, Tensor], group: str) -> int:
-    count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
-    if count > len(tensors):
-        raise ValueError(group)
-    return count
+    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
 
 
 def _odd(file: SafetensorsFile, what: str) -> StartupError:

@@ -74,8 +74,9 @@ def _config_of(file: SafetensorsFile, slots: Mapping[str, Slot]) -> dict[str, An
     try:
         down = _widths(slots, "encoder.down_blocks")
         up = _widths(slots, "decoder.up_blocks")[::-1]
-        config = {
+        return {
             "block_out_channels": down,
+            "decoder_block_out_channels": up if up != down else None,
             "latent_channels": slots["decoder.conv_in.weight"].shape[1],
             "norm_num_groups": min(_GROUPS, *down, *up),
         }
@@ -83,9 +84,6 @@ def _config_of(file: SafetensorsFile, slots: Mapping[str, Slot]) -> dict[str, An
         raise StartupError(
             f"{file.path.name} is no VAE of FLUX.2; use flux2-vae.safetensors."
         ) from None
-    if up != down:
-        config["decoder_block_out_channels"] = up
-    return config
 
 
 def _widths(slots: Mapping[str, Slot], group: str) -> list[int]:

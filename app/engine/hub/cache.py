@@ -17,17 +17,15 @@ import contextlib
 import fcntl
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO
 
-from app.engine.hub.fetch import hash_file, partial_path
-from app.engine.hub.trust import is_closed, make_folder
+from app.engine.hub.fetch import hash_file, partial_path, size_of
+from app.engine.hub.trust import is_closed, make_folder, whole_file
 from app.engine.models.entry import RemoteFile
 from app.errors import StartupError
 
@@ -59,8 +57,7 @@ class HubCache:
         """Return the bytes of *file* that are still to be downloaded."""
         if self.is_present(file):
             return 0
-        part = partial_path(self.path(file))
-        return max(0, file.size_bytes - (part.stat().st_size if part.is_file() else 0))
+        return max(0, file.size_bytes - size_of(partial_path(self.path(file))))
 
     def is_verified(self, file: RemoteFile) -> bool:
         """Return whether *file* is unchanged since its hash was verified.
@@ -85,15 +82,16 @@ class HubCache:
         """
         record = self._record(file)
         if is_closed(self.path(file), self.cache_dir):
-            _write_whole(record, self._stamp(file))
+            with whole_file(record) as written:
+                written.write(self._stamp(file).encode())
+                os.fchmod(written.fileno(), 0o644)
         else:
             record.unlink(missing_ok=True)
 
     def check(self, file: RemoteFile, on_bytes: Callable[[int], None]) -> bool:
         """Hash *file*; record it where it matches, delete it where it does not."""
         path = self.path(file)
-        is_whole = path.stat().st_size == file.size_bytes
-        right = is_whole and hash_file(path, on_bytes) == file.sha256
+        right = size_of(path) == file.size_bytes and hash_file(path, on_bytes) == file.sha256
         if right:
             # A cache that is mounted read-only is hashed at every start.
             with contextlib.suppress(OSError):
@@ -110,7 +108,10 @@ class HubCache:
         # Do not follow a link that another user may have put there, and do not truncate.
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         with os.fdopen(descriptor, "r+") as lock:
-            while not _is_taken(lock):
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 on_wait()
                 time.sleep(0.2)
             yield
@@ -127,7 +128,9 @@ class HubCache:
             if path.is_symlink():
                 if path not in wanted or path.resolve() != wanted[path].resolve():
                     path.unlink()
-            elif path in wanted or (not path.is_dir() and _is_loadable(path)):
+            elif path in wanted or (
+                not path.is_dir() and any(fnmatch(path.name.lower(), kind) for kind in _LOADABLE)
+            ):
                 raise StartupError(
                     f"{path.relative_to(self.cache_dir)} in KLEIN_CACHE_DIR is no file of a "
                     "download; remove it and start again."
@@ -146,28 +149,3 @@ class HubCache:
     def _stamp(self, file: RemoteFile) -> str:
         stat = self.path(file).stat()
         return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n"
-
-
-def _is_loadable(path: Path) -> bool:
-    return any(fnmatch(path.name.lower(), kind) for kind in _LOADABLE)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write *text* beside *path* and rename it: nothing is written through a link."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            os.fchmod(file.fileno(), 0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _is_taken(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -144,12 +144,11 @@ class _Meter:
 
 def _check_allowed(files: tuple[RemoteFile, ...]) -> None:
     allowed = {name for entry in MODELS.values() for name in entry.repositories}
-    for file in files:
-        if file.repository not in allowed:
-            raise StartupError(
-                f"{file.repository} is not a repository of the catalogue; nothing is downloaded "
-                f"from elsewhere than {', '.join(sorted(allowed))}."
-            )
+    if foreign := {file.repository for file in files} - allowed:
+        raise StartupError(
+            f"{min(foreign)} is not a repository of the catalogue; nothing is downloaded "
+            f"from elsewhere than {', '.join(sorted(allowed))}."
+        )
 
 
 def _warn_if_open(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
@@ -165,8 +164,11 @@ def _warn_if_open(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
 def _check_present(store: HubCache, files: tuple[RemoteFile, ...], meter: _Meter) -> None:
     """Hash files that have changed since they were verified, and refuse damaged ones."""
     for file in files:
-        is_changed = store.is_present(file) and not store.is_verified(file)
-        if is_changed and not store.check(file, meter.on_bytes(file)):
+        if (
+            store.is_present(file)
+            and not store.is_verified(file)
+            and not store.check(file, meter.on_bytes(file))
+        ):
             raise damaged(file)
         meter.add(file)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -58,23 +58,23 @@ class _Interrupted(Exception):
     """The transfer ended early for a reason that may be temporary."""
 
 
+@dataclass(slots=True)
 class _Line:
     """Reports progress, and measures how long no bytes have come."""
 
-    def __init__(self, hub: Hub, on_bytes: OnBytes) -> None:
-        self._hub = hub
-        self._on_bytes = on_bytes
-        self._heard_at = hub.clock()
+    hub: Hub
+    report: OnBytes
+    heard_at: float
 
     def on_bytes(self, done: int) -> None:
         """Record progress and report it."""
-        self._heard_at = self._hub.clock()
-        self._on_bytes(done)
+        self.heard_at = self.hub.clock()
+        self.report(done)
 
     @property
     def left_s(self) -> float:
         """The seconds until the silence counts as a failure."""
-        return self._heard_at + self._hub.silence_s - self._hub.clock()
+        return self.heard_at + self.hub.silence_s - self.hub.clock()
 
 
 def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
@@ -89,8 +89,8 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
     if os.path.lexists(part) and not may_go_on(part):
         # Its owner could go on changing it, or make this process write elsewhere.
         part.unlink()
-    reason, idle, short, line = "", 0, 0, _Line(hub, on_bytes)
-    while (have := _size(part)) < file.size_bytes:
+    reason, idle, short, line = "", 0, 0, _Line(hub, on_bytes, hub.clock())
+    while (have := size_of(part)) < file.size_bytes:
         on_bytes(have)
         if short == _SHORT_ANSWERS:
             raise _gave_up(file, have, hub, reason)
@@ -106,8 +106,8 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
             reason, short = "sends less than the whole file", short + 1
         except _Interrupted as error:
             reason, short = str(error), 0
-        idle, short = (0, 0) if _size(part) > have else (idle + 1, short)
-    if _size(part) != file.size_bytes or file.sha256 != hash_file(
+        idle, short = (0, 0) if size_of(part) > have else (idle + 1, short)
+    if size_of(part) != file.size_bytes or file.sha256 != hash_file(
         part, lambda done: on_bytes(file.size_bytes)
     ):
         part.unlink()
@@ -118,6 +118,11 @@ def fetch(file: RemoteFile, target: Path, hub: Hub, on_bytes: OnBytes) -> None:
 def partial_path(target: Path) -> Path:
     """Return the path of the partial file while *target* is downloaded."""
     return target.with_name(target.name + ".part")
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file, 0 where it is missing."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def hash_file(path: Path, on_bytes: OnBytes = lambda done: None) -> str:
@@ -148,7 +153,7 @@ def _append(file: RemoteFile, part: Path, hub: Hub, line: _Line) -> None:
     headers = {"Accept-Encoding": "identity", "User-Agent": f"klein-server/{__version__}"}
     if token := hub.token or get_token():
         headers["Authorization"] = f"Bearer {token}"
-    if have := _size(part):
+    if have := size_of(part):
         headers["Range"] = f"bytes={have}-"
     reason = "cannot be reached"
     try:
@@ -156,8 +161,7 @@ def _append(file: RemoteFile, part: Path, hub: Hub, line: _Line) -> None:
         with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
             reason = "broke the connection off"
             _check_status(response, file, part, hub.host, has_token=bool(token))
-            # Blocks as they come: buffering would lose the last ones when the connection breaks.
-            _write(response.iter_bytes(), part, _start(response, have), file, line.on_bytes)
+            _write(response, part, have, file, line.on_bytes)
     except OfflineModeIsEnabled:
         raise StartupError(
             f"{file.path} is not in the cache and HF_HUB_OFFLINE forbids downloading it; unset "
@@ -170,19 +174,15 @@ def _append(file: RemoteFile, part: Path, hub: Hub, line: _Line) -> None:
         raise _Interrupted(reason) from error
 
 
-def _start(response: Any, have: int) -> int:
-    """Return the offset at which the response begins: 0 where the range was ignored."""
+def _write(response: Any, part: Path, have: int, file: RemoteFile, on_bytes: OnBytes) -> None:
+    """Write the body to *part*, behind the *have* bytes there unless the range was ignored."""
     found = response.headers.get("Content-Range", "")
-    return have if response.status_code == 206 and found.startswith(f"bytes {have}-") else 0
-
-
-def _write(
-    blocks: Iterator[bytes], part: Path, start: int, file: RemoteFile, on_bytes: OnBytes
-) -> None:
+    is_rest = response.status_code == 206 and found.startswith(f"bytes {have}-")
+    start = synced = have if is_rest else 0
     with part.open("ab" if start else "wb") as sink:
-        synced = start
         try:
-            for block in blocks:
+            # Blocks as they come: buffering would lose the last ones when the connection breaks.
+            for block in response.iter_bytes():
                 sink.write(block)
                 start += len(block)
                 on_bytes(start)
@@ -235,10 +235,3 @@ def _gave_up(file: RemoteFile, have: int, hub: Hub, reason: str) -> StartupError
         f"{file.path} is not whole, because {hub.host} {reason}: {have:,} of {file.size_bytes:,} "
         "bytes have come and are kept; start again to go on from there."
     )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

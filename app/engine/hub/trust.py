@@ -16,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _SHARED_MODE = 0o755
@@ -52,8 +53,8 @@ def why_swappable(path: Path) -> str:
     That is whoever may write to a folder on the way to it, from / down and through links. In a
     sticky folder only owners may rename.
     """
-    ways = (_fault(each, may_be_sticky=True) for each in _passed(path))
-    return next((fault for fault in ways if fault), "")
+    faults = (_fault(each, may_be_sticky=True) for each in _passed(path))
+    return next(filter(None, faults), "")
 
 
 def make_folder(folder: Path, root: Path, mode: int = _SHARED_MODE) -> None:
@@ -65,6 +66,24 @@ def make_folder(folder: Path, root: Path, mode: int = _SHARED_MODE) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     for each in _chain(folder, root):
         each.mkdir(mode=mode if each == folder else _SHARED_MODE, exist_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside *path* to be written, and rename it to *path* once it is on the disk.
+
+    No reader sees a partial file, and nothing is written through a link.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def close_umask() -> None:

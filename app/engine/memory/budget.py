@@ -103,8 +103,10 @@ def count_weights(
 
 def count_exact(checkpoint: Checkpoint, precision: Precision) -> int:
     """Count the bytes of all weights where none is quantized."""
-    components = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
-    return sum(_bytes(part.slots, precision.dtype.itemsize) for part in components)
+    return sum(
+        _bytes(part.slots, precision.dtype.itemsize)
+        for part in (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
+    )
 
 
 def _bytes(
@@ -115,8 +117,9 @@ def _bytes(
     A *matrix* of None is the *rest* too.
     """
     large = rest if matrix is None else matrix
-    sizes = (
-        (large if len(slot.shape) == 2 and word in name else rest) * math.prod(slot.shape)
-        for name, slot in slots.items()
+    return math.ceil(
+        sum(
+            (large if len(slot.shape) == 2 and word in name else rest) * math.prod(slot.shape)
+            for name, slot in slots.items()
+        )
     )
-    return math.ceil(sum(sizes))

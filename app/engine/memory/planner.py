@@ -86,13 +86,12 @@ def peak_bytes(
 ) -> int:
     """Estimate the peak GPU memory of an image of *pixels*, in bytes."""
     resident = weights.transformer + weights.decoder + (0 if plan.is_streamed else weights.encoder)
-    tokens = pixels // architecture.token_pixels + architecture.prompt_tokens
-    tokens += references * architecture.reference_tokens
+    image_tokens = pixels // architecture.token_pixels + references * architecture.reference_tokens
     is_tiled = plan.is_tiled or pixels > architecture.exact_pixels
     stages = (
         rates.text
         + (2 * weights.encoder // architecture.text_layers[-1] if plan.is_streamed else 0),
-        rates.token * tokens,
+        rates.token * (image_tokens + architecture.prompt_tokens),
         12 * pixels + (rates.tiles if is_tiled else rates.pixel * pixels),
         weights.image_encoder + rates.encoded_pixel * architecture.reference_pixels
         if references

@@ -146,5 +146,7 @@ class ModelEntry:
     @property
     def revision(self) -> str:
         """The commit of the model's own repository."""
-        found = (file.revision for file in self.files if file.repository == self.spec.hub_id)
-        return next(found, EMBEDDED_REVISION)
+        return next(
+            (file.revision for file in self.files if file.repository == self.spec.hub_id),
+            EMBEDDED_REVISION,
+        )

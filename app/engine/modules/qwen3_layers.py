@@ -21,12 +21,12 @@ class EncoderLayer(nn.Module):
     """`Qwen3DecoderLayer` with fused QKV and gate/up projections, without a KV cache."""
 
     def __init__(
-        self, linears: dict[str, nn.Module], norms: dict[str, nn.Parameter], *, eps: float
+        self, linears: dict[str, Any], norms: dict[str, nn.Parameter], *, eps: float
     ) -> None:
         super().__init__()
         self.qkv, self.out = linears["qkv"], linears["out"]
         self.up, self.down = linears["up"], linears["down"]
-        self.query_width = _columns(self.out)
+        self.query_width = int(self.out.weight.shape[1])
         self.norm_in, self.norm_post = norms["in"], norms["post"]
         self.norm_q, self.norm_k = norms["q"], norms["k"]
         self.eps = eps
@@ -54,10 +54,6 @@ class EncoderLayer(nn.Module):
         hidden = hidden + self.out(attended.transpose(1, 2).flatten(2))
         down: torch.Tensor = self.down(swiglu(self.up(rms_norm(hidden, self.norm_post, self.eps))))
         return hidden + down
-
-
-def _columns(linear: Any) -> int:
-    return int(linear.weight.shape[1])
 
 
 def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

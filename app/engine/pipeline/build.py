@@ -64,11 +64,6 @@ class BuildOptions:
     is_distilled: bool
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the libraries' own modules run."""
-        return self.linears.is_exact
-
-    @property
     def is_offloaded(self) -> bool:
         """Whether one network at a time is on the GPU."""
         return self.plan is Plan.OFFLOAD
@@ -82,19 +77,19 @@ def build(
     Raises:
         StartupError: the checkpoint is of another model or damaged.
     """
-    fill = _Filler(checkpoint, options, on_progress)
+    parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
+    fill = _Filler(sum(len(part.slots) for part in parts), options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
     vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
     _admit_vae(vae, offloader, options)
-    encoder, transformer = (_build_exact if options.is_exact else _build_fused)(
+    encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
         checkpoint, fill, options
     )
-    if options.is_exact:
+    if options.linears.is_exact:
         offloader.admit(encoder, stays=not options.is_offloaded)
         offloader.admit(transformer, stays=not options.is_offloaded)
-    architecture = options.architecture
     return PipelineComponents(
-        architecture=architecture,
+        architecture=options.architecture,
         tokenizer=_read_tokenizer(checkpoint.tokenizer, options.max_sequence_length),
         encoder=encoder,
         cache=PromptCache(options.prompt_cache, options.device),
@@ -108,7 +103,7 @@ def build(
         is_tiled=options.plan.is_tiled,
         offloader=offloader,
         rope=rope_tables(
-            transformer.network.pos_embed, options.device, architecture.reference_time
+            transformer.network.pos_embed, options.device, options.architecture.reference_time
         ),
         weights_bytes=fill.done_bytes,
     )
@@ -118,7 +113,7 @@ def build(
 class _Filler:
     """Reads weights in the options' dtype and reports the load's progress."""
 
-    checkpoint: Checkpoint
+    total: int
     options: BuildOptions
     on_progress: OnProgress
     done: int = 0
@@ -160,9 +155,7 @@ class _Filler:
         self.done += tensors
         self.done_bytes += size_bytes
         if self.done // 16 != before // 16:
-            files = self.checkpoint
-            parts = (files.transformer, files.encoder, files.vae)
-            fraction = min(self.done / sum(len(part.slots) for part in parts), 1.0)
+            fraction = min(self.done / self.total, 1.0)
             self.on_progress(LoadProgress(WorkerStage.WEIGHTS, fraction, label))
 
 
@@ -263,7 +256,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
     Only edits use the VAE encoder.
     """
-    offloader.admit(vae.encoder, stays=options.is_exact and not options.is_offloaded)
+    offloader.admit(vae.encoder, stays=options.linears.is_exact and not options.is_offloaded)
     offloader.admit(vae.decoder, stays=not options.is_offloaded)
     for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
         if small is not None:
@@ -271,7 +264,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
 
 def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
-    if options.is_exact:
+    if options.linears.is_exact:
         return partial(_decode, vae)
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())
@@ -291,10 +284,9 @@ def _empty(kind: type[nn.Module], part: ComponentFiles) -> nn.Module:
 
     Keys of the config with a leading underscore are metadata.
     """
-    arguments = {key: value for key, value in part.config.items() if not key.startswith("_")}
     try:
         with torch.device("meta"):
-            network = kind(**arguments)
+            network = kind(**{key: part.config[key] for key in part.config if key[:1] != "_"})
     except (TypeError, ValueError):
         raise StartupError(
             f"{part.label}/config.json does not describe a {kind.__name__}; "

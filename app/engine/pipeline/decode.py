@@ -35,8 +35,8 @@ def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -
     with components.offloader.on_gpu(vae.decoder):
         packed = unpack(latents, *shape)  # [1, 4 * c, h, w]
         mean, std = components.latent_statistics(packed)
-        clean = torch.pixel_shuffle(packed * std + mean, 2)  # [1, c, 2 * h, 2 * w]
-        clean = clean.to(vae.decoder.conv_in.weight.dtype)
+        # [1, c, 2 * h, 2 * w]
+        clean = torch.pixel_shuffle(packed * std + mean, 2).to(vae.decoder.conv_in.weight.dtype)
         pixels = shape[0] * shape[1] * architecture.token_pixels
         if not components.is_tiled and pixels <= architecture.exact_pixels:
             try:

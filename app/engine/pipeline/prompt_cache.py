@@ -22,16 +22,11 @@ class PromptCache:
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._size = size
+        self.size = size
         self._device = device
         self._entries: OrderedDict[str, tuple[Tokens, int]] = OrderedDict()
         """The tokens of a prompt, and the index of its embeddings in the store."""
         self._store: torch.Tensor | None = None
-
-    @property
-    def is_on(self) -> bool:
-        """Whether prompts are cached at all."""
-        return self._size > 0
 
     def get(self, prompt: str) -> tuple[Tokens, torch.Tensor] | None:
         """Return the tokens and a copy of the embeddings of *prompt* on the device, or None."""
@@ -45,16 +40,16 @@ class PromptCache:
 
     def put(self, prompt: str, tokens: Tokens, embeddings: torch.Tensor) -> None:
         """Store the *embeddings* of *prompt*, unless it is cached; the copy is asynchronous."""
-        if self._size == 0 or prompt in self._entries:
+        if self.size == 0 or prompt in self._entries:
             return
         if self._store is None:
             self._store = torch.empty(
-                (self._size, *embeddings.shape),
+                (self.size, *embeddings.shape),
                 dtype=embeddings.dtype,
                 pin_memory=self._device.type == "cuda",
             )
         place = len(self._entries)
-        if place == self._size:
+        if place == self.size:
             _, (_, place) = self._entries.popitem(last=False)
         self._store[place].copy_(embeddings, non_blocking=True)
         self._entries[prompt] = tokens, place

@@ -74,8 +74,8 @@ def encode_references(components: PipelineComponents, spec: ImageSpec) -> Refere
 def _encode_image(components: PipelineComponents, pixels: torch.Tensor) -> torch.Tensor:
     vae = components.vae
     pixels = pixels.to(components.device, vae.encoder.conv_in.weight.dtype)
-    latents = vae.encode(pixels).latent_dist.mode()
-    latents = torch.pixel_unshuffle(latents, 2)  # [1, c, 2 * h, 2 * w] -> [1, 4 * c, h, w]
+    # [1, c, 2 * h, 2 * w] -> [1, 4 * c, h, w]
+    latents = torch.pixel_unshuffle(vae.encode(pixels).latent_dist.mode(), 2)
     mean, std = components.latent_statistics(latents)
     normal: torch.Tensor = ((latents - mean) / std).to(components.dtype)
     return normal

@@ -37,8 +37,7 @@ def encode_text(components: PipelineComponents, spec: ImageSpec) -> Text:
 
 def _embed(components: PipelineComponents, prompt: str) -> tuple[Tokens, torch.Tensor, bool]:
     """Return tokens and embeddings of *prompt*, and whether they came from the cache."""
-    found = components.cache.get(prompt)
-    if found is not None:
+    if (found := components.cache.get(prompt)) is not None:
         return *found, True
     tokens = components.tokenizer(prompt)
     with components.offloader.on_gpu(components.encoder):

@@ -38,8 +38,8 @@ def decode_tiled(
         (1, 3, height * scale, width * scale), device=latents.device, dtype=torch.float32
     )
     weight = torch.zeros_like(total[:, :1])
-    ramp = _ramp(tile_h, len(rows), scale)[:, None] * _ramp(tile_w, len(columns), scale)[None, :]
-    ramp = ramp.to(latents.device)
+    down, across = _ramp(tile_h, len(rows), scale), _ramp(tile_w, len(columns), scale)
+    ramp = (down[:, None] * across[None, :]).to(latents.device)
     for row in rows:
         for column in columns:
             tile = latents[:, :, row : row + tile_h, column : column + tile_w].contiguous()

@@ -51,7 +51,7 @@ class QuantizedLinearBuilder:
         elif (take := self.format.layers().take) is not None:
             made = take(layer, self.device)
         else:
-            made = self.format.build(layer.restored(self.device), self.dtype)
+            made = self.format.build(layer.read(self.device), self.dtype)
         size = sum(each.nbytes for each in [*made.parameters(), *made.buffers()])
         self.on_read(self.part.label, len(modules), size)
         return made

@@ -12,16 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from app.engine.checkpoint.files import ComponentFiles
 from app.engine.checkpoint.safetensors_io import NAMES, SafetensorsFile
-from app.engine.hub.trust import is_closed, make_folder, why_open
+from app.engine.hub.trust import is_closed, make_folder, whole_file, why_open
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -39,8 +38,10 @@ class QuantizedCache:
         self._cache = folder
         self._path = folder / "converted" / f"{name}-{kind}-{digest}.safetensors"
         stats = [(path.name, path.stat()) for path in part.sources]
-        sources = json.dumps([[file, each.st_size, each.st_mtime_ns] for file, each in stats])
-        self._metadata = {"version": _VERSION, "sources": sources}
+        self._metadata = {
+            "version": _VERSION,
+            "sources": json.dumps([[file, each.st_size, each.st_mtime_ns] for file, each in stats]),
+        }
         self._file = self._open()
 
     def read(self, names: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:
@@ -61,7 +62,7 @@ class QuantizedCache:
             if reason := why_open(self._path.parent, self._cache):
                 _log.warning("The 8 bit weights are quantized at each start, because %s.", reason)
                 return
-            _write_whole(self._path, tensors, self._metadata)
+            _write(self._path, tensors, self._metadata)
         except OSError as error:
             _log.warning(
                 "The 8 bit weights could not be kept in KLEIN_CACHE_DIR (%s); "
@@ -75,21 +76,16 @@ class QuantizedCache:
             self._file.close()
 
     def _open(self) -> SafetensorsFile | None:
-        try:
-            if not is_closed(self._path, self._cache):
-                return None
-            file = SafetensorsFile(self._path)
-        except (OSError, StartupError):
-            return None
-        if file.metadata == self._metadata:
-            return file
-        file.close()
+        with suppress(OSError, StartupError):
+            if is_closed(self._path, self._cache):
+                file = SafetensorsFile(self._path)
+                if file.metadata == self._metadata:
+                    return file
+                file.close()
         return None
 
 
-def _write_whole(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, value in tensors.items():
@@ -101,16 +97,8 @@ def _write_whole(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for value in tensors.values():
-                plain = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
-                file.write(plain.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in tensors.values():
+            plain = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
+            file.write(plain.numpy().data)

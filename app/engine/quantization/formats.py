@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from app.errors import StartupError
@@ -42,34 +43,20 @@ class Layers:
     """The layer's attributes that the cache stores, in the order of `make`'s arguments."""
 
 
-def _plain() -> Layers:
+def _layers(kind: str) -> Layers:
+    """Import torch and return the layers that the formats below are made of."""
     from app.engine.quantization import linear
 
-    return Layers(linear.plain_linear, cached=())
+    return {
+        "plain": Layers(linear.plain_linear, cached=()),
+        "fp8": Layers(linear.Fp8Linear, linear.quantize_fp8, linear.take_fp8),
+        "fp8w": Layers(linear.WeightOnlyLinear, linear.quantize_fp8, linear.take_fp8_weight),
+        "int8": Layers(linear.int8_linear, linear.quantize_rotated),
+        "int8w": Layers(linear.WeightOnlyLinear, linear.quantize_int8),
+    }[kind]
 
 
-def _fp8() -> Layers:
-    from app.engine.quantization import linear
-
-    return Layers(linear.Fp8Linear, linear.quantize_fp8, linear.take_fp8)
-
-
-def _fp8_weights() -> Layers:
-    from app.engine.quantization import linear
-
-    return Layers(linear.WeightOnlyLinear, linear.quantize_fp8, linear.take_fp8_weight)
-
-
-def _int8() -> Layers:
-    from app.engine.quantization import linear
-
-    return Layers(linear.int8_linear, linear.quantize_rotated)
-
-
-def _int8_weights() -> Layers:
-    from app.engine.quantization import linear
-
-    return Layers(linear.WeightOnlyLinear, linear.quantize_int8)
+_plain = partial(_layers, "plain")
 
 
 def _missing_kitchen() -> str:
@@ -134,7 +121,7 @@ FORMATS: dict[str, WeightFormat] = {
     for each in (
         WeightFormat(
             name="fp8",
-            layers=_fp8,
+            layers=partial(_layers, "fp8"),
             weight_bytes=1,
             file="fp8",
             rate="fp8",
@@ -144,7 +131,7 @@ FORMATS: dict[str, WeightFormat] = {
         ),
         WeightFormat(
             name="int8",
-            layers=_int8,
+            layers=partial(_layers, "int8"),
             weight_bytes=1,
             rate="int8",
             kernel="comfy-kitchen",
@@ -154,8 +141,16 @@ FORMATS: dict[str, WeightFormat] = {
         ),
         WeightFormat(name="bf16", weight_bytes=2, is_exact=True),
         WeightFormat(name="fp32", weight_bytes=4, is_exact=True, dtype="float32", rate=None),
-        WeightFormat(name="fp8w", layers=_fp8_weights, weight_bytes=1, is_choice=False, file="fp8"),
-        WeightFormat(name="int8w", layers=_int8_weights, weight_bytes=1, is_choice=False),
+        WeightFormat(
+            name="fp8w",
+            layers=partial(_layers, "fp8w"),
+            weight_bytes=1,
+            is_choice=False,
+            file="fp8",
+        ),
+        WeightFormat(
+            name="int8w", layers=partial(_layers, "int8w"), weight_bytes=1, is_choice=False
+        ),
         WeightFormat(name="plain", weight_bytes=2, is_choice=False),
     )
 }

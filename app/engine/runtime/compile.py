@@ -77,39 +77,33 @@ class Compiler:
         return _Compiled(function, first, general, self.failures)
 
 
+@dataclass(slots=True)
 class _Compiled:
     """Calls *first* with the sizes of its first call, *general* with all others.
 
     Once compilation has failed, *function* itself is called; the error goes to *failures*.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        first: Callable[..., Any],
-        general: Callable[..., Any],
-        failures: list[str],
-    ) -> None:
-        self._function = function
-        self._first = first
-        self._general = general
-        self._failures = failures
-        self._has_failed = False
-        self._sizes: list[torch.Size] | None = None
+    function: Callable[..., Any]
+    first: Callable[..., Any]
+    general: Callable[..., Any]
+    failures: list[str]
+    has_failed: bool = False
+    sizes: list[torch.Size] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        if self._has_failed:
-            return self._function(*inputs)
+        if self.has_failed:
+            return self.function(*inputs)
         sizes = [each.shape for each in inputs if isinstance(each, torch.Tensor)]
-        if self._sizes is None:
-            self._sizes = sizes
+        if self.sizes is None:
+            self.sizes = sizes
         try:
-            return self._first(*inputs) if sizes == self._sizes else self._general(*inputs)
+            return self.first(*inputs) if sizes == self.sizes else self.general(*inputs)
         except torch_private.compiler_errors() as error:
-            self._has_failed = True
-            self._failures.append(type(error).__name__)
+            self.has_failed = True
+            self.failures.append(type(error).__name__)
             _log.warning("Pictures take longer: a function could not be compiled.", exc_info=True)
-        return self._function(*inputs)
+        return self.function(*inputs)
 
 
 def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,9 +113,12 @@ def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
     code has dynamic shapes already.
     """
     assert isinstance(function, FunctionType)
-    code = function.__code__.replace()
     return FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
 
 

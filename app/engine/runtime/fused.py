@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from app.engine.memory.layer_stream import StreamedLayers
-from app.engine.modules.rope import Rope
 from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
 from app.engine.runtime.networks import Double, Layer, Single, TextEncoder, Transformer
@@ -35,12 +34,17 @@ class FusedTransformer(Transformer):
         self._graph_tokens = graph_tokens
 
     def predict(
-        self, tokens: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, rope: Rope
+        self,
+        tokens: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the velocity, by a graph where the pass is short."""
         if tokens.shape[1] + context.shape[1] > self._graph_tokens:
-            return super().predict(tokens, timestep, context, rope)
-        return self._graphs.run(self._run, (tokens, timestep, context, *rope))
+            return super().predict(tokens, timestep, context, cos, sin)
+        return self._graphs.run(super().predict, (tokens, timestep, context, cos, sin))
 
 
 class FusedTextEncoder(TextEncoder):

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from app.engine.modules.rope import Rope
 from app.engine.runtime.tokenizer import Tokens
 
 Double = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -46,27 +45,12 @@ class Transformer(nn.Module):
         self.network = network
         self._double, self._single = double, single
 
-    @property
-    def channels(self) -> int:
-        """The channels of a token."""
-        return int(self.network.config.in_channels)
-
     def embed_context(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Project prompt embeddings to the hidden size: [1, m, joint size] -> [1, m, d]."""
         context: torch.Tensor = self.network.context_embedder(embeddings)
         return context
 
     def predict(
-        self, tokens: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, rope: Rope
-    ) -> torch.Tensor:
-        """Predict the velocity of *tokens*, output image first, then references: [1, n, channels].
-
-        *timestep* is [1] in 0..1, *context* [1, m, d] comes from `embed_context`, *rope* from
-        `RopeTable`.
-        """
-        return self._run(tokens, timestep, context, *rope)
-
-    def _run(
         self,
         tokens: torch.Tensor,
         timestep: torch.Tensor,
@@ -74,6 +58,11 @@ class Transformer(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> torch.Tensor:
+        """Predict the velocity of *tokens*, output image first, then references: [1, n, channels].
+
+        *timestep* is [1] in 0..1, *context* [1, m, d] comes from `embed_context`, *cos* and *sin*
+        from `rope_tables`.
+        """
         network = self.network
         embedding = network.time_guidance_embed(timestep.to(tokens.dtype) * 1000, None)
         image_modulation = network.double_stream_modulation_img(embedding)

@@ -22,26 +22,26 @@ class Tokens:
     is_cut: bool
 
 
+@dataclass(frozen=True, slots=True)
 class Tokenizer:
     """Applies the chat template, then tokenizes, truncates and pads to *max_length*."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self._tokenizer = tokenizer
-        self._max_length = max_length
+    tokenizer: Any
+    max_length: int
 
     def __call__(self, prompt: str) -> Tokens:
         """Tokenize *prompt*, truncated and padded as `Flux2KleinPipeline` does."""
-        text = self._tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
         )
-        ids: list[int] = self._tokenizer(text).input_ids
-        kept = ids[: self._max_length]
-        padding = self._max_length - len(kept)
+        ids: list[int] = self.tokenizer(text).input_ids
+        kept = ids[: self.max_length]
+        padding = self.max_length - len(kept)
         return Tokens(
-            ids=torch.tensor([kept + [self._tokenizer.pad_token_id] * padding]),
+            ids=torch.tensor([kept + [self.tokenizer.pad_token_id] * padding]),
             mask=torch.tensor([[1] * len(kept) + [0] * padding]),
             count=len(kept),
             is_cut=len(ids) > len(kept),

@@ -82,7 +82,7 @@ def single(tiny_klein, tmp_path):
 
 def test_it_opens_as_it_is(single) -> None:
     """What the others change is what they are refused for."""
-    open_checkpoint(single()).close()
+    open_checkpoint(single()).files.close()
 
 
 @pytest.mark.parametrize(

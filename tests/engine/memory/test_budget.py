@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -31,7 +30,8 @@ FACTS = GpuCapabilities((8, 9), frozenset(["fp8"]))
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_klein):
-    with closing(open_checkpoint(tiny_klein)) as opened:
+    opened = open_checkpoint(tiny_klein)
+    with opened.files:
         yield opened
 
 

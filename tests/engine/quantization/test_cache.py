@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
-from app.engine.quantization import cache as quantized_cache
 from tests.support.checkpoints import write_tiny_klein
 from tests.support.layout_files import build
 from tests.support.single_files import write_fp8
@@ -117,7 +116,7 @@ def test_a_full_disk_costs_time_and_nothing_else(folder, cache, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     right = state(build(folder))
-    monkeypatch.setattr(quantized_cache.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
 
     assert same(right, state(build(folder, quantized_cache=cache)))
     assert list((cache / "converted").iterdir()) == []

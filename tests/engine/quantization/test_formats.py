@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import closing
 from dataclasses import fields, replace
 
 import pytest
@@ -110,7 +109,8 @@ def test_a_new_format_is_planned_with_its_bytes(dummy, tiny_klein, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20_000_000_000, 24_000_000_000))
     facts = GpuCapabilities((8, 6), frozenset())
     config = EngineConfig(MODEL, str(tiny_klein), "", 0)
-    with closing(open_checkpoint(tiny_klein)) as checkpoint:
+    checkpoint = open_checkpoint(tiny_klein)
+    with checkpoint.files:
         slots = {**checkpoint.transformer.slots, **checkpoint.encoder.slots}
         large = [
             slot.shape[0] * slot.shape[1]

@@ -68,7 +68,7 @@ def test_velocities_are_the_same(pair, width, height, prompt):
         rope = components.rope(context.shape[1], (components.grid(spec), *references.grids))
         made.append(
             [
-                components.transformer.predict(tokens, torch.tensor([time]), context, rope)
+                components.transformer.predict(tokens, torch.tensor([time]), context, *rope)
                 for time in (1.0, 0.25)
             ]
         )
