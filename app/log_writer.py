@@ -156,10 +156,10 @@ class LineHandler(logging.Handler):
         """Queue the line; count it where the queue is full."""
         try:
             with self._changed:
-                if self._limiter.admits(record):
-                    self.say(self.format(record))
-                else:
-                    self._changed.notify_all()  # the count is due when the window ends
+                is_admitted = self._limiter.admits(record)
+                self._changed.notify_all()  # a count is due when its window ends
+            if is_admitted:
+                self.say(self.format(record))
         except Exception:
             self.handleError(record)
 

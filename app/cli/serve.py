@@ -175,8 +175,10 @@ def _leave_within(seconds: float, exit_code: int) -> None:
     """End this process after *seconds*, whatever it waits for then.
 
     A service that has given up, or was told twice to stop, waits for nothing. The kernel's timer
-    is used, since threads and file descriptors may be what is exhausted.
+    is used, since threads and file descriptors may be what is exhausted. An earlier end stays.
     """
+    if 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:
+        return
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(exit_code))
     signal.setitimer(signal.ITIMER_REAL, seconds)
 

@@ -85,8 +85,12 @@ class _Wire:
     def receive(self, size_bytes: int) -> memoryview:
         """Wait for *size_bytes* bytes; raises `EOFError` when the other end has closed."""
         data = memoryview(bytearray(size_bytes))
-        if self.connection.recv_into(data, size_bytes, socket.MSG_WAITALL) < size_bytes:
-            raise EOFError
+        rest = data
+        while rest:
+            # Fewer bytes than asked for arrive where the process was stopped meanwhile.
+            if not (count := self.connection.recv_into(rest, flags=socket.MSG_WAITALL)):
+                raise EOFError
+            rest = rest[count:]
         return data
 
     def read(self) -> Any:

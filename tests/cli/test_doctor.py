@@ -236,6 +236,12 @@ def test_a_good_machine_has_no_problems() -> None:
             True,
         ),
         (
+            {"gpu": replace(CARD, driver="390.157", cuda=None)},
+            "The driver 390.157 is too old for torch 2.13.0+cu130",
+            "driver 580 or newer",
+            True,
+        ),
+        (
             {"gpu": replace(CARD, name="NVIDIA GeForce GTX 1080", capability=(6, 1))},
             "older than what CUDA 13 runs on",
             "RTX",

@@ -71,9 +71,16 @@ def tell_forecast(
 
 
 def _faults(facts: Facts) -> Collection[GpuFault]:
-    """Return what the start's check would find wrong with the GPU."""
-    cuda = facts.torch.cuda or PINNED_CUDA
-    return find_faults(facts.gpu, cuda) if isinstance(facts.gpu, GpuFacts) else ()
+    """Return what the start's check would find wrong with the GPU.
+
+    A driver that does not say which CUDA it knows, as the oldest, is judged by its version.
+    """
+    gpu, cuda = facts.gpu, facts.torch.cuda
+    if not isinstance(gpu, GpuFacts):
+        return ()
+    found = find_faults(gpu, cuda or PINNED_CUDA)
+    is_old = gpu.cuda is None and int(gpu.driver.partition(".")[0]) < minimum_driver(cuda)
+    return {*found, GpuFault.OLD_DRIVER} if is_old else found
 
 
 def _sizes(plan: MemoryPlan) -> str:
