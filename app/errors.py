@@ -79,13 +79,15 @@ class InvalidRequest(KleinError):
     kind = Kind.INVALID
     code = "invalid_value"
 
-    def renamed(self, names: Mapping[str, str]) -> InvalidRequest:
-        """Return the error with its field, and its message's first word, translated by *names*."""
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Translate the field, and the message's first word, by *names*.
+
+        The error stays the same object: another one would leave this one's traceback, and with it
+        what the request has read, to the garbage collector.
+        """
         subject, space, rest = self.message.partition(" ")
-        message = names.get(subject, subject) + space + rest
-        return InvalidRequest(
-            message, param=names.get(self.param or "", self.param), code=self.code
-        )
+        self.message = names.get(subject, subject) + space + rest
+        self.param = names.get(self.param or "", self.param)
 
 
 class Unavailable(KleinError):

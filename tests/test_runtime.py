@@ -178,6 +178,18 @@ async def test_a_drain_waits_for_what_was_accepted(runtime, processes) -> None:
         assert await asked == 1
 
 
+async def test_the_service_gets_the_operators_limits() -> None:
+    """KLEIN_MAX_PIXELS and KLEIN_MAX_REFERENCES, where the model's own are larger."""
+    settings = Settings(device="cpu", model="/", max_pixels=2_000_000, max_references=2)
+    built = build_runtime(settings, make_engine=lambda config: None)
+    limits = built.service.limits
+    await built.close()
+
+    assert (limits.max_pixels, limits.max_references) == (2_000_000, 2)
+    assert built.model.max_pixels > 2_000_000
+    assert built.model.max_references > 2
+
+
 def test_the_engine_gets_what_the_settings_say() -> None:
     """The parts of the settings that the worker reads."""
     settings = Settings(model="shapes", device="cpu", max_pixels=2_000_000, prompt_cache=3)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
-    """Limits and switches of the HTTP API."""
+    """Switches of the HTTP API."""
 
     is_strict: bool
     """Whether a field that no route knows is refused."""

@@ -107,7 +107,8 @@ def own_names(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        raise error.renamed(names) from None
+        error.rename(names)
+        raise
 
 
 def internal_error() -> KleinError:

@@ -59,7 +59,8 @@ def run(
     try:
         picture = asyncio.run(_generate(arguments, settings, seed, output, make_engine, gpu))
     except InvalidRequest as error:
-        raise error.renamed(_NAMES) from None
+        error.rename(_NAMES)
+        raise
     arguments.output.write_bytes(picture.data)
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in picture.seconds.items())
     print(f"{arguments.output}: {picture.width}x{picture.height}, seed {picture.seed}, {stages}")

@@ -147,8 +147,7 @@ def test_a_hung_worker_is_replaced(scripted, tmp_path: Path) -> None:
     assert server.metric("klein_worker_restarts_total", reason="hang") == 1
 
 
-@TIMED
-def test_three_deaths_end_the_service(scripted, tmp_path: Path, is_timed: bool) -> None:
+def test_three_deaths_end_the_service(scripted, tmp_path: Path) -> None:
     """Exit code 70 and one sentence; the back-off was 0 and 1 s; whoever waited was
     answered, and the end did not keep anyone."""
     gate = tmp_path / "gate"
@@ -161,10 +160,12 @@ def test_three_deaths_end_the_service(scripted, tmp_path: Path, is_timed: bool) 
         started = time.monotonic()
         statuses = sorted(job.result() for job in jobs)
     code = server.wait(timeout_s=20)
+    waited_s = time.monotonic() - started
     (sentence,) = [line for line in server.lines if line.startswith("klein: ")]
 
     assert code == 70
-    assert not is_timed or time.monotonic() - started >= 1.0
+    # A busy machine only makes it longer.
+    assert waited_s >= 1.0
     assert statuses == [500, 500, 500, 503, 503, 503]
     assert "3 times in ten minutes" in sentence
     assert "Traceback" not in server.log

@@ -4,6 +4,7 @@ garbage collector, which may not look for hours, and the system gets its pages b
 from __future__ import annotations
 
 import asyncio
+import base64
 import ctypes
 import gc
 import itertools
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -20,11 +22,13 @@ import pytest
 from app.api.app import create_app
 from app.cli.system_limits import bound_heap
 from app.domain import Generated, ImageSpec, RawImage
-from app.errors import DeadlineExceeded, OutOfMemory
+from app.errors import DeadlineExceeded, InvalidRequest, OutOfMemory
+from app.images.preparing import Upload
 from app.jobs.job import Job
 from app.service.results import Picture
 from app.service.ticket import Ticket
 from app.settings import Settings
+from tests.api.pictures import photo
 from tests.api.sockets import listening, until
 from tests.e2e.test_service import wait_until
 from tests.reliability.test_overload import picture_form
@@ -47,11 +51,11 @@ def garbage() -> Iterator[None]:
     gc.enable()
 
 
-async def cycles(port: int) -> Counter[str]:
+async def cycles(port: int, heavy: tuple[type, ...] = HEAVY) -> Counter[str]:
     """Count what has any weight in it, by name, once another request has been answered."""
     await ask(port, request_bytes("/health/live", b"", "GET"))
     gc.collect()
-    found = Counter(type(one).__name__ for one in gc.garbage if isinstance(one, HEAVY))
+    found = Counter(type(one).__name__ for one in gc.garbage if isinstance(one, heavy))
     gc.garbage.clear()
     return found
 
@@ -103,6 +107,27 @@ async def test_an_error_leaves_nothing_behind() -> None:
             left[name, error] = await cycles(port)
 
     assert {name: found for name, found in left.items() if found} == {}
+
+
+@pytest.mark.usefixtures("garbage")
+@pytest.mark.parametrize("fault", ["a damaged picture", "a size that does not fit", "a mask"])
+async def test_a_refused_edit_leaves_nothing_behind(fault: str) -> None:
+    """What was uploaded goes with the refusal, by whomever it is refused."""
+    runtime = InProcess(capacity=16)
+    image = {"image_url": "data:image/png;base64," + base64.b64encode(photo(64, 64)).decode()}
+    bad = {"image_url": "data:image/png;base64," + base64.b64encode(b"x" * 10_000).decode()}
+    fields = {
+        "a damaged picture": {"images": [bad]},
+        "a size that does not fit": {"images": [image], "size": "2048x2032", "n": 2},
+        "a mask": {"images": [image], "mask": {"image_url": image["image_url"]}},
+    }[fault]
+    runtime.service.limits = replace(runtime.service.limits, max_pixels=2_000_000)
+    async with listening(create_app(Settings.read({}), lambda _: runtime)) as port:
+        answer = await ask(port, request_bytes("/v1/images/edits", {"prompt": "x"} | fields))
+        assert answer.status == 400
+        left = await cycles(port, (*HEAVY, Upload, InvalidRequest))
+
+    assert left == {}
 
 
 @pytest.mark.usefixtures("garbage")

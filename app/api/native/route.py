@@ -23,7 +23,7 @@ _OWN_NAMES = {"references": "images", "deadline_s": DEADLINE}
 
 
 def build_router(config: ApiConfig) -> APIRouter:
-    """Make the router with the limits of *config*."""
+    """Make the router."""
     router = APIRouter(tags=["native"])
 
     @router.post("/generate", summary="Make one picture, answered as its bytes")

@@ -11,15 +11,15 @@ from app.images.preparing import Upload
 MAX_URL = 20_971_520
 """Characters of an image in JSON; OpenAI's own limit."""
 
-_DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
+_DATA_URL = re.compile(rb"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
 _HEAD = 64
-"""Characters within which the prefix of a data URL must end."""
+"""Bytes within which the prefix of a data URL must end."""
 
 
 def data_url(text: str | LongText, param: str) -> Upload:
     """Take the base64 out of a data URL; any other URL is refused and never fetched."""
     long = _as_long(text, param)
-    head = _DATA_URL.match(long.start()[:_HEAD])
+    head = _DATA_URL.match(long.content[:_HEAD])
     if head is None:
         raise InvalidRequest(
             f"{param} must be a data URL such as data:image/png;base64,...; nothing is fetched.",
@@ -32,7 +32,7 @@ def data_url(text: str | LongText, param: str) -> Upload:
 def base64_or_data_url(text: str | LongText, param: str) -> Upload:
     """Take a data URL or plain base64, which has no colon in its alphabet."""
     long = _as_long(text, param)
-    if ":" in long.start()[:_HEAD]:
+    if b":" in long.content[:_HEAD]:
         return data_url(long, param)
     return Upload(memoryview(long.content), param, is_base64=True)
 
