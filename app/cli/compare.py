@@ -32,6 +32,7 @@ from app.cli.warm_worker import (
 )
 from app.domain import ImageSpec, ModelInfo, ModelSpec, RawImage
 from app.engine import create_engine
+from app.engine.quantization.formats import FORMATS
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
 from app.images.uploads import decode_upload, to_pillow
@@ -39,9 +40,6 @@ from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
-
-_RANKS = {"fp32": 0, "bf16": 1}
-"""The most precise ones, the best first."""
 
 DIFFERENCE_GAIN = 8
 """Factor by which differences are amplified."""
@@ -155,8 +153,8 @@ def run(
 
 
 def against_reference(found: Sequence[Compared]) -> list[Compared]:
-    """Compare each with the most precise one found: fp32, else bf16, else the last."""
-    best = min(reversed(found), key=lambda one: _RANKS.get(one.info.precision, len(_RANKS)))
+    """Compare each with the one of most bytes a weight; of equal ones with the last."""
+    best = max(reversed(found), key=lambda one: FORMATS[one.info.precision].weight_bytes)
     return [one if one is best else _beside(one, best) for one in found]
 
 

@@ -22,6 +22,7 @@ MAX_PIXELS = 25_000_000
 MIN_SIDE = 64
 MAX_RATIO = 8
 REFERENCE_PIXELS = 1024 * 1024
+REFERENCE_MULTIPLE = 16
 MAX_SCANS = 100
 """Limit of scans of a JPEG. Each covers the whole image; an encoder makes about ten."""
 
@@ -91,7 +92,9 @@ def prepare_reference(image: RawImage) -> RawImage:
         scale = math.sqrt(REFERENCE_PIXELS / pixels)
         size = int(image.width * scale), int(image.height * scale)
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    width, height = picture.width // 16 * 16, picture.height // 16 * 16
+    width, height = (
+        side // REFERENCE_MULTIPLE * REFERENCE_MULTIPLE for side in (picture.width, picture.height)
+    )
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return _from_pillow(picture.crop((left, top, left + width, top + height)))
 

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.engine.models.registry import MODELS
 from app.errors import InvalidRequest
+from app.images import uploads
 from app.images.uploads import decode_upload
 from tests.images import ORIENTATION, picture, raw, saved
+
+
+def test_a_reference_is_as_large_as_the_model_reads_it():
+    """`images` knows no model: its two numbers are those of every architecture."""
+    for entry in MODELS.values():
+        assert entry.architecture.reference_pixels == uploads.REFERENCE_PIXELS
+        assert entry.architecture.token_side == uploads.REFERENCE_MULTIPLE
 
 
 class TestUpload:

@@ -117,14 +117,14 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A registered model: its specification, its architecture, and its files by precision."""
+    """A registered model: its specification, its architecture, and its files."""
 
     spec: ModelSpec
     architecture: Architecture
     shared: tuple[RemoteFile, ...] = ()
     """Text encoder, VAE, tokenizer and configs, needed at every precision."""
     transformers: Mapping[str, RemoteFile] = field(default_factory=dict)
-    """The file of the transformer's weights by precision; empty for an embedded model."""
+    """The transformer's file by the dtype of its blocks' weights; empty for an embedded model."""
     folder: Path | None = None
     """Where an embedded model's files lie, so that nothing is downloaded; None for any other."""
 

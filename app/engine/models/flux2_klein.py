@@ -164,7 +164,7 @@ KLEIN = ModelEntry(
     ),
     architecture=FLUX2_KLEIN_4B,
     shared=_SHARED,
-    transformers=MappingProxyType({"fp8": _FP8, "int8": _BF16, "bf16": _BF16, "fp32": _BF16}),
+    transformers=MappingProxyType({"fp8": _FP8, "bf16": _BF16}),
 )
 
 KLEIN_BASE = ModelEntry(
@@ -184,5 +184,5 @@ KLEIN_BASE = ModelEntry(
     ),
     architecture=FLUX2_KLEIN_4B,
     shared=_SHARED,
-    transformers=MappingProxyType(dict.fromkeys(("fp8", "int8", "bf16", "fp32"), _BASE)),
+    transformers=MappingProxyType({"fp8": _BASE, "bf16": _BASE}),
 )

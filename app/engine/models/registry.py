@@ -38,22 +38,22 @@ def find_spec(key: str) -> ModelSpec:
     return find_model(key).spec
 
 
-def files_for(variant: ModelEntry, precision: str) -> tuple[RemoteFile, ...]:
-    """Return the files that *variant* needs at *precision*: `fp8`, `int8`, `bf16` or `fp32`.
+def files_for(variant: ModelEntry, kind: str) -> tuple[RemoteFile, ...]:
+    """Return the files that *variant* needs with its transformer's file *kind*.
 
-    int8 weights are quantized from the bf16 file, since quantizing fp8 again adds a second error.
+    A weight format names the kind that it is made from (`WeightFormat.file`).
 
     Raises:
-        StartupError: there are no files for *precision*.
+        StartupError: there is no such file.
     """
     if variant.is_embedded:
         return ()
-    if precision not in variant.transformers:
+    if kind not in variant.transformers:
         raise StartupError(
-            f"{variant.spec.id} has no files for the precision {precision}; "
+            f"{variant.spec.id} has no files for the precision {kind}; "
             f"take one of {', '.join(variant.transformers)}."
         )
-    return (*variant.shared, variant.transformers[precision])
+    return (*variant.shared, variant.transformers[kind])
 
 
 MODELS = {variant.spec.id: variant for variant in (KLEIN, KLEIN_BASE, SHAPES)}

@@ -15,6 +15,7 @@ from PIL import Image
 from app.domain import ImageSpec
 from app.engine.config import EngineConfig
 from app.engine.models.registry import MODELS, files_for, find_model, find_spec
+from app.engine.quantization.formats import FORMATS
 from app.errors import StartupError
 from tests.api.apps import app_on
 from tests.api.conftest import client_of
@@ -24,7 +25,10 @@ KLEIN, BASE, SHAPES = "flux.2-klein-4b", "flux.2-klein-base-4b", "shapes"
 
 
 def gigabytes(key: str, precision: str) -> float:
-    return round(sum(file.size_bytes for file in files_for(find_model(key), precision)) / 1e9, 1)
+    return round(
+        sum(file.size_bytes for file in files_for(find_model(key), FORMATS[precision].file)) / 1e9,
+        1,
+    )
 
 
 def test_keys():
@@ -53,7 +57,7 @@ def test_download_size(key, precision, expected):
 def test_only_one_transformer():
     """No load brings the transformer twice, as a snapshot of the repository would."""
     for precision in ("fp8", "int8", "bf16"):
-        names = [file.path for file in files_for(find_model(KLEIN), precision)]
+        names = [file.path for file in files_for(find_model(KLEIN), FORMATS[precision].file)]
         weights = [name for name in names if name.endswith(".safetensors")]
 
         assert len(weights) == 4
@@ -135,7 +139,7 @@ def test_nine_billion(key):
 
 def test_unknown_precision():
     """A precision that has no files is refused with those that have."""
-    with pytest.raises(StartupError, match="one of fp8, int8, bf16, fp32"):
+    with pytest.raises(StartupError, match="one of fp8, bf16"):
         files_for(find_model(KLEIN), "fp4")
 
 
