@@ -16,7 +16,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY pyproject.toml README.md ./
 COPY app ./app
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --disable-pip-version-check --constraint requirements.lock ".[int8]"
+    pip install --disable-pip-version-check --constraint requirements.lock .
 
 FROM ${BASE} AS runtime
 # torch.compile writes C++ and Triton writes C when the service starts: both need a compiler, libc's headers and

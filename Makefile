@@ -57,7 +57,6 @@ coverage: $(VENV)/.test ## `make test` with branch coverage, child processes cou
 test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs what they call
 	@tests/container/install_tools.sh
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable ".[int8]"
 	$(BIN)/pytest -m "(system or full) and not gpu"
 
 image-check: $(VENV)/.test ## build the image and run the service in it, without an engine

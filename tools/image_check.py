@@ -98,7 +98,7 @@ def check(context: Path, *, fresh: bool) -> None:
         with workshop.mounted() as rootfs:
             service = compose.load([context / "compose.yaml"], {})["services"]["klein"]
             place = Place(rootfs, facts["config"], compose.environment(service, {}), Path(folder))
-            with step("the int8 extra, no weights"):
+            with step("the int8 kernels, no weights"):
                 check_files(rootfs)
             with step("a read-only root, a user without capabilities"):
                 check_confinement(place)
@@ -147,7 +147,7 @@ def check_files(rootfs: Path) -> None:
     """Hold the image's files: the int8 kernels are there, no weights but the demo's, no model."""
     packages = list((rootfs / "opt/klein/lib").glob("python3*/site-packages"))
     expect(len(packages) == 1, f"not one environment: {packages}.")
-    expect((packages[0] / "comfy_kitchen").is_dir(), "the int8 extra is not installed.")
+    expect((packages[0] / "comfy_kitchen").is_dir(), "the int8 kernels are not installed.")
     found = (path for path in (rootfs / "opt/klein").rglob("*.safetensors"))
     weights = [path for path in found if packages[0] / "app" not in path.parents]
     expect(not weights, f"weights in the image: {weights[:3]}.")

@@ -28,7 +28,10 @@ def freeze(requirements: list[str], constraint: Path | None) -> list[str]:
         subprocess.run([*pip, "install", "--quiet", *torch], check=True)
         subprocess.run([*pip, "install", "--quiet", *extra, *requirements], check=True)
         lines = subprocess.run([*pip, "freeze"], check=True, capture_output=True, text=True).stdout
-    return sorted(line.split("+cpu")[0] for line in lines.splitlines() if "==" in line)
+    found = (line.split("+cpu")[0] for line in lines.splitlines() if "==" in line)
+    # A dependency of some machines only stays one.
+    tails = {r.partition("==")[0]: r[r.index(";") :] for r in requirements if ";" in r}
+    return sorted(line + tails.get(line.partition("==")[0], "") for line in found)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.system, pytest.mark.torch]
 @pytest.fixture(scope="module")
 def product():
     found = int8_kernel.fused_matmul()
-    assert found is not None, "comfy-kitchen is not installed; `make test-system` does it"
+    assert found is not None, "comfy-kitchen is not installed; requirements.lock has it"
     return found
 
 
