@@ -208,6 +208,8 @@ class ModelInfo:
     warm_up_s: float = 0.0
     """Seconds of the warm-up image at the default size: the estimator's first sample."""
     load_s: float = 0.0
+    advice: tuple[str, ...] = ()
+    """What is missing on this machine: what it costs, and the command that mends it."""
 
 
 @dataclass(frozen=True, slots=True)

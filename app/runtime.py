@@ -154,7 +154,9 @@ class Runtime:
     # The supervisor's events.
 
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
-        """Learn the speed of the warm-up image and log what is served."""
+        """Learn the speed of the warm-up image and log what is served and what is missing."""
+        for sentence in info.advice:
+            _log.warning(sentence)
         self._estimator.learn(warm_up_spec(self.model), info.warm_up_s)
         self.metrics.model_ready(info, seconds)
         for callback in self.on_ready:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from app.domain import LoadProgress, ModelInfo, ModelSpec, WorkerStage
-from app.engine import torch_private
+from app.engine import advice, roofline, torch_private
 from app.engine.checkpoint.compatibility import check_compatibility
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
@@ -25,9 +25,16 @@ from app.engine.models.registry import find_model
 from app.engine.modules.attention import choose_attention
 from app.engine.pipeline.build import BuildOptions, OnProgress, build
 from app.engine.pipeline.components import PipelineComponents
+from app.engine.quantization.formats import FORMATS
 from app.engine.quantization.probe import probe_gpu
-from app.engine.quantization.select import Precision, choose_precision, vae_dtype
+from app.engine.quantization.select import (
+    GpuCapabilities,
+    Precision,
+    choose_precision,
+    vae_dtype,
+)
 from app.engine.runtime.compile import NO_COMPILER, Compiler, choose_compiler
+from app.engine.runtime.toolchain import find_compiler, install_command
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -49,6 +56,8 @@ class LoadedModel:
     plan: MemoryPlan
     features: tuple[str, ...]
     compiler: Compiler
+    advice: tuple[str, ...] = ()
+    """What is missing besides a compiler."""
 
     def info(self, config: EngineConfig, warm_up_s: float, load_s: float) -> ModelInfo:
         """Describe what was loaded and how."""
@@ -69,6 +78,7 @@ class LoadedModel:
             weights_bytes=self.components.weights_bytes,
             warm_up_s=warm_up_s,
             load_s=load_s,
+            advice=(*_compiler_advice(self.compiler), *self.advice),
         )
 
 
@@ -82,9 +92,8 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     device = find_device(config)
     _limit_memory(config, device)
     architecture = find_model(config.model).architecture
-    precision = choose_precision(
-        config.precision, probe_gpu(device, architecture), is_small=_is_small(config)
-    )
+    facts, is_small = probe_gpu(device, architecture), _is_small(config)
+    precision = choose_precision(config.precision, facts, is_small=is_small)
     path, revision = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
     with ExitStack() as stack:
@@ -144,7 +153,32 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             checkpoint.layout,
         ),
         compiler=compiler,
+        advice=() if facts is None or is_small else _format_advice(config, precision, facts),
     )
+
+
+def _compiler_advice(compiler: Compiler) -> Iterator[str]:
+    """Say what is missing where functions are not compiled, or failed to be."""
+    if compiler.remedy:
+        yield str(advice.on_compiler(compiler.reason, advice.to_run(compiler.remedy)))
+    elif compiler.failures and (missing := find_compiler().missing):
+        reason = f"{' and '.join(missing)} missing"
+        yield str(advice.on_compiler(reason, advice.to_run(install_command(missing))))
+
+
+def _format_advice(
+    config: EngineConfig, precision: Precision, facts: GpuCapabilities
+) -> tuple[str, ...]:
+    """Say what it costs that a format's library is missing which was probed or asked for."""
+    total = torch.cuda.get_device_properties(config.device).total_memory
+    card = advice.Card(
+        facts.capability, roofline.recognise(torch.cuda.get_device_name(config.device), total)
+    )
+    names = (*facts.faults, precision.linears.name)
+    lacking = {name: why for name in names if (why := FORMATS[name].missing())}
+    entry = find_model(config.model)
+    found = advice.on_formats(config.precision, lacking, precision.linears, card, entry)
+    return tuple(map(str, found))
 
 
 def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -> tuple[Path, str]:

@@ -76,6 +76,7 @@ async def test_health_tells_model_precision_and_plan(client):
     assert body["worker"]["precision"] == "int8"
     assert body["worker"]["precision_reason"]
     assert body["worker"]["plan_reasons"]
+    assert body["worker"]["advice"] == []
     assert body["queue"]["capacity"] == 32
 
 

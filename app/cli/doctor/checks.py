@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict
 
-from app.cli.doctor.facts import CacheFound, CompilerFound, Facts, HostFound
+from app.cli.doctor.facts import CacheFound, Facts, HostFound
 from app.cli.doctor.plan_preview import PlanPreview, name_kernels
 from app.cli.doctor.report import Report, gigabytes
 from app.domain import ModelSpec
+from app.engine.advice import Card, on_compiler, on_formats, to_run
 from app.engine.memory.planner import MemoryPlan, Plan
-from app.engine.roofline import find_gpu
+from app.engine.models.registry import find_model
+from app.engine.quantization.formats import FORMATS
+from app.engine.roofline import find_gpu, recognise
+from app.engine.runtime.toolchain import CompilerFound, install_command
 from app.settings import Settings
 from app.telemetry.gpu import GpuFacts, Holder
 from app.telemetry.preflight import GpuFault, find_faults
@@ -38,6 +42,7 @@ def diagnose(facts: Facts, settings: Settings) -> Report:
     if isinstance(facts.forecast, PlanPreview) and facts.model is not None:
         tell_forecast(found, facts.forecast, facts.model)
         _judge_plan(found, facts, facts.forecast, facts.model, settings)
+        _judge_formats(found, facts, facts.forecast, facts.model, settings)
     _judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
     if facts.cache is not None:
         _judge_cache(found, facts.cache)
@@ -220,6 +225,17 @@ def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec) -> None:
         )
 
 
+def _judge_formats(
+    found: Report, facts: Facts, ahead: PlanPreview, model: ModelSpec, settings: Settings
+) -> None:
+    """Report each format whose library is missing, with what that costs on this card."""
+    assert isinstance(facts.gpu, GpuFacts)
+    card = Card(facts.gpu.capability, recognise(facts.gpu.name, facts.gpu.total_bytes))
+    taken, entry = FORMATS[ahead.linears], find_model(model.id)
+    for each in on_formats(settings.precision, facts.torch.lacking, taken, card, entry):
+        found.complain(each.what, each.remedy, is_fatal=False)
+
+
 def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> None:
     """Report whether torch.compile can work; it is a problem only with a GPU."""
     missing = ", ".join(compiler.missing)
@@ -228,12 +244,8 @@ def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) ->
         f"does not work: {missing} missing" if missing else f"works: {compiler.c_compiler}, Triton",
     )
     if missing and has_gpu:
-        found.complain(
-            f"Nothing can be compiled ({missing} missing), so pictures take about twice as long.",
-            "Install gcc and Python's headers (Debian: gcc libc6-dev python3-dev); Triton comes "
-            "with torch's build for CUDA.",
-            is_fatal=False,
-        )
+        advice = on_compiler(f"{missing} missing", to_run(install_command(compiler.missing)))
+        found.complain(advice.what, advice.remedy, is_fatal=False)
 
 
 def _judge_cache(found: Report, cache: CacheFound) -> None:

@@ -7,13 +7,11 @@ that takes seconds.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sysconfig
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,6 +24,7 @@ from app.engine.hub.download import missing_bytes
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import files_for, find_model
 from app.engine.quantization.formats import FORMATS
+from app.engine.runtime.toolchain import CompilerFound, find_compiler
 from app.errors import StartupError
 from app.model_choice import Choice, choose_model
 from app.settings import Settings
@@ -34,31 +33,16 @@ from app.telemetry.gpu import Gpu, GpuFacts
 
 @dataclass(frozen=True, slots=True)
 class TorchFound:
-    """What torch reports; *runs* names the formats whose kernels passed their probes."""
+    """What torch reports; *runs* names the formats whose kernels passed their probes.
+
+    *lacking* maps the names of probed formats whose library is missing to the reason.
+    """
 
     version: str
     cuda: str | None
     sees_gpu: bool
     runs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class CompilerFound:
-    """What torch.compile needs; None or False for what is missing."""
-
-    c_compiler: str | None
-    has_triton: bool
-    has_headers: bool
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """The names of what is missing."""
-        parts = (
-            ("a C compiler", self.c_compiler is not None),
-            ("Python's headers", self.has_headers),
-            ("Triton", self.has_triton),
-        )
-        return tuple(name for name, is_there in parts if not is_there)
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +98,7 @@ def examine(
     gpu = None if index is None else gpu or Gpu(index)
     gpu_facts = gpu.facts() if gpu else None
     torch = ask_torch(index)
-    compiler = _ask_compiler()
+    compiler = find_compiler()
     try:
         now = gpu.read() if gpu and isinstance(gpu_facts, GpuFacts) else None
         choice: Choice | str = choose_model(settings, now)
@@ -151,11 +135,13 @@ def ask_torch(index: int | None) -> TorchFound:
     from app.engine.quantization.probe import probe_gpu
 
     facts = probe_gpu(torch.device("cuda", index))
+    probed = facts.faults if facts else ()
     return TorchFound(
         str(torch.__version__),
         torch.version.cuda,
         sees_gpu=True,
         runs=tuple(facts.runs) if facts else (),
+        lacking={name: why for name in probed if (why := FORMATS[name].missing())},
     )
 
 
@@ -179,16 +165,6 @@ def _look_ahead(
         return preview_plan(target, settings, entry.spec)
     except StartupError as error:
         return error.message
-
-
-def _ask_compiler() -> CompilerFound:
-    """Look for what torch.compile needs."""
-    found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
-    return CompilerFound(
-        c_compiler=next((path for path in found if path), None),
-        has_triton=importlib.util.find_spec("triton") is not None,
-        has_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
-    )
 
 
 def _ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:

@@ -46,6 +46,8 @@ class PlanPreview:
     plan: MemoryPlan | None
     floor_s: float | None
     """Roofline seconds of one image at the model's defaults; None without a datasheet."""
+    linears: str
+    """The format of the transformer's layers."""
 
 
 def assume(spec: roofline.GpuDatasheet) -> Target:
@@ -98,6 +100,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
         chosen.reason,
         plan,
         floor_seconds(target.spec, chosen.linears.name, model),
+        chosen.linears.name,
     )
 
 

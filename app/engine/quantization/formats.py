@@ -60,9 +60,9 @@ _plain = partial(_layers, "plain")
 
 
 def _missing_kitchen() -> str:
-    from app.engine.quantization.int8_kernel import fused_matmul
+    from app.engine.quantization.int8_kernel import why_missing
 
-    return "" if fused_matmul() else "comfy-kitchen, the extra `int8`, is not installed"
+    return why_missing()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +90,8 @@ class WeightFormat:
     """Whose matmul runs, in messages."""
     missing: Callable[[], str] = str
     """Says what the kernel needs and is not installed; empty where nothing is missing."""
+    package: str = ""
+    """What pip installs for the kernel."""
     must_win: bool = False
     """Whether the probe also has to find it faster than bf16."""
     substitute: str | None = None
@@ -136,6 +138,7 @@ FORMATS: dict[str, WeightFormat] = {
             rate="int8",
             kernel="comfy-kitchen",
             missing=_missing_kitchen,
+            package="comfy-kitchen==0.2.40",
             must_win=True,
             reason="the card multiplies in int8 faster than in bf16; fp8 it does not know",
         ),

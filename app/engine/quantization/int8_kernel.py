@@ -1,4 +1,4 @@
-"""The fused int8 matmul of comfy-kitchen, where that library is installed (extra `int8`).
+"""The fused int8 matmul of comfy-kitchen, where that library is installed.
 
 Rotation and quantization of the input, the matmul and its scaling are two kernels there. With
 PyTorch alone they are eight, and the int32 result goes to memory and back. It knows no layers.
@@ -24,17 +24,27 @@ _PACKAGE = "comfy_kitchen"
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-@functools.cache
 def fused_matmul() -> Matmul | None:
     """Return the library's matmul; None where it is not installed or cannot be imported."""
+    return _load()[0]
+
+
+def why_missing() -> str:
+    """Say why there is no fused matmul; return an empty string where there is one."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[Matmul | None, str]:
+    """Import the library, which takes a second; return its matmul, or None and the reason."""
     if importlib.util.find_spec(_PACKAGE) is None:
-        return None
+        return None, "comfy-kitchen is not installed"
     try:
         importlib.import_module(_PACKAGE)
         operation = torch.ops.comfy_kitchen.int8_linear
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
-        _log.warning("comfy-kitchen is installed and does not load: %s", error)
-        return None
+        _log.warning("comfy-kitchen is installed and does not load.", exc_info=True)
+        return None, f"comfy-kitchen is installed and does not load ({type(error).__name__})"
 
     def product(
         x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, group: int
@@ -42,4 +52,4 @@ def fused_matmul() -> Matmul | None:
         made: torch.Tensor = operation(x, weight, scale, None, _CODES[x.dtype], True, group)
         return made
 
-    return product
+    return product, ""

@@ -12,10 +12,8 @@ Compilation can fail on a GPU or driver that nobody tried: then that function ru
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 from app.engine import torch_private
 from app.engine.hub import trust
+from app.engine.runtime.toolchain import HEADERS, UNCOMPILED, find_compiler, install_command
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +44,8 @@ class Compiler:
     backend: str | Callable[..., Any] = field(default="inductor", repr=False)
     failures: list[str] = field(default_factory=list, repr=False)
     """The compiler's errors for the functions that it could not compile."""
+    remedy: str = ""
+    """The command that installs what is missing; empty where nothing is."""
 
     @property
     def summary(self) -> str:
@@ -131,17 +132,11 @@ def choose_compiler(device: torch.device, cache: Path) -> Compiler:
     """Compile on a GPU where Triton and a C compiler are found; cache the results in *cache*."""
     if device.type != "cuda":
         return Compiler(is_on=False, has_graphs=False, reason="the processor needs none")
-    missing = [
-        name
-        for name, is_there in (
-            ("Triton", importlib.util.find_spec("triton") is not None),
-            ("a C compiler", shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")),
-        )
-        if not is_there
-    ]
-    if missing:
-        _log.warning("Pictures take about twice as long: %s is missing.", " and ".join(missing))
-        return Compiler(is_on=False, has_graphs=False, reason=f"{' and '.join(missing)} missing")
+    # Whether a function needs the headers shows when it is compiled.
+    if missing := [each for each in find_compiler().missing if each != HEADERS]:
+        reason = f"{' and '.join(missing)} missing"
+        remedy = install_command(missing)
+        return Compiler(is_on=False, has_graphs=False, reason=reason, remedy=remedy)
     if reason := _keep_results(cache):
         return Compiler(is_on=False, has_graphs=False, reason=reason)
     # The compiler's progress bars, shown or not, would make a lock between processes, and one that
@@ -180,8 +175,9 @@ def _keep_results(cache: Path) -> str:
                 break
         else:
             _log.warning(
-                "Pictures take about twice as long, since nothing is compiled: %s, and %s; mount "
-                "the folder of temporary files so that code in it can be run (exec), or %s",
+                "Pictures take about %s times as long, since nothing is compiled: %s, and %s; "
+                "mount the folder of temporary files so that code in it can be run (exec), or %s",
+                UNCOMPILED,
                 reason,
                 fault,
                 remedy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from threading import Event
 
@@ -102,16 +103,14 @@ def test_the_processor_compiles_nothing(tmp_path):
     assert compiler.compile(double) is double
 
 
-def test_a_missing_compiler_is_one_warning(tmp_path, monkeypatch, caplog):
-    """No Triton, no C compiler: everything runs uncompiled, and the log says why, once."""
-    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+def test_a_missing_compiler_comes_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    """No Triton, no C compiler: everything runs uncompiled, and it is known why."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda name: "/" if name == "apt-get" else None)
     compiler = choose_compiler(torch.device("cuda"), tmp_path)
 
-    assert (compiler.is_on, compiler.reason) == (False, "Triton and a C compiler missing")
-    assert [each.name for each in caplog.records if each.levelname == "WARNING"] == [
-        "app.engine.runtime.compile"
-    ]
+    assert (compiler.is_on, compiler.reason) == (False, "a C compiler and Triton missing")
+    assert compiler.remedy.startswith("sudo apt-get install gcc g++ python3-dev && pip install ")
 
 
 def test_the_compilers_processes_end_with_the_compiling(monkeypatch):
