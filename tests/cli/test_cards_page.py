@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 from app.engine.models.registry import find_model
+from app.engine.quantization.formats import FORMATS
 from app.engine.roofline import GPUS, GpuDatasheet, roofline
+from app.engine.runtime.toolchain import UNCOMPILED
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "cards.md").read_text()
+PAGE, _, REST = (ROOT / "docs" / "cards.md").read_text().partition("\n## What it gets\n")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
@@ -50,3 +53,22 @@ def test_a_measured_number_comes_with_its_report() -> None:
         link = re.fullmatch(r"\[\d+\.\d+\]\((.+)\)", row[6])
         assert link, row
         assert (ROOT / "docs" / link[1]).resolve().is_file()
+
+
+@pytest.mark.torch
+def test_what_a_card_gets_is_what_the_program_computes() -> None:
+    """Precision, plan, peak and sizes; if not, run the tool."""
+    tool = runpy.run_path(str(ROOT / "tools" / "cards_page.py"))
+
+    assert tool["PAGE"].read_text() == tool["page"]()
+    assert tool["table"]() in REST
+
+
+def test_what_is_missing_costs_what_the_program_says() -> None:
+    """The floors of an RTX 3060 and the factor without a compiler, as advice gives them."""
+    card = GPUS[0]
+
+    assert card.key == "rtx-3060"
+    assert f"{seconds(card, 'bf16')} s then, and not {seconds(card, 'int8')} s" in REST
+    assert f"about\n{UNCOMPILED} times as long" in REST
+    assert FORMATS["int8"].package in REST
