@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from app.engine.models.registry import find_model
+from app.cli.doctor.checks import PINNED_CUDA, minimum_driver
+from app.cli.doctor.plan_preview import OTHERS_BYTES, klein_weights
+from app.engine.models.registry import files_for, find_model
 from app.engine.quantization.formats import FORMATS
 from app.engine.roofline import GPUS, GpuDatasheet, roofline
-from app.engine.runtime.toolchain import UNCOMPILED
+from app.engine.runtime.toolchain import INSTALLERS, UNCOMPILED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, _, REST = (ROOT / "docs" / "cards.md").read_text().partition("\n## What it gets\n")
@@ -72,3 +74,33 @@ def test_what_is_missing_costs_what_the_program_says() -> None:
     assert f"{seconds(card, 'bf16')} s then, and not {seconds(card, 'int8')} s" in REST
     assert f"about\n{UNCOMPILED} times as long" in REST
     assert FORMATS["int8"].package in REST
+
+
+def test_the_readmes_needs_are_those_of_the_program() -> None:
+    """Downloads by published sizes, rounded weights by the planner's, driver, floors, commands."""
+    readme = (ROOT / "README.md").read_text()
+    needs = readme.partition("## What it needs\n")[2].partition("\n## ")[0]
+    klein, card = find_model("flux.2-klein-4b"), GPUS[0]
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:]]
+        for line in needs.splitlines()
+        if line.startswith("| ")
+    }
+    downloads = [
+        sum(file.size_bytes for file in files_for(klein, FORMATS[name].file)) / 1e9
+        for name in ("int8", "fp8")
+    ]
+    weights = klein_weights(FORMATS["int8"])
+    blocks = weights.transformer - OTHERS_BYTES
+
+    assert rows["the model's download"][:2] == [f"{each:.1f} GB" for each in downloads]
+    assert rows["rounded weights, kept beside it"][:2] == [
+        f"{each / 1e9:.1f} GB" for each in (blocks + weights.encoder, weights.encoder)
+    ]
+    times = [f"{each * 8e9 / 100e6 / 60:.0f}" for each in downloads]
+    assert f"takes {times[0]} minutes in int8 and {times[1]} in fp8" in needs
+    assert f"CUDA {PINNED_CUDA} ({minimum_driver(None)} or newer" in needs
+    assert f"{seconds(card, 'bf16')} s for a picture, and {seconds(card, 'int8')} s" in needs
+    assert f"pip install {FORMATS['int8'].package}" in needs
+    assert f"about {UNCOMPILED} times as long" in needs
+    assert INSTALLERS["apt-get"] in needs

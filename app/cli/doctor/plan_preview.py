@@ -26,6 +26,10 @@ DISPLAY_BYTES = 2_000_000_000
 """Memory assumed in use on a GPU that is not installed: display, browser, driver."""
 
 
+OTHERS_BYTES = 390_000_000
+"""The transformer's weights outside its blocks, which no format rounds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A GPU to plan for, found or assumed; *runs* names the formats whose kernels run on it."""
@@ -87,7 +91,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     else:
         plan = plan_memory(
             target.free_bytes,
-            _klein_weights(chosen.linears),
+            klein_weights(chosen.linears),
             architecture,
             architecture.compiled if target.can_compile else architecture.eager,
             default_pixels=model.default_width * model.default_height,
@@ -128,14 +132,14 @@ def floor_seconds(
     return found.total_s if found else None
 
 
-def _klein_weights(linears: WeightFormat) -> Weights:
+def klein_weights(linears: WeightFormat) -> Weights:
     """Return klein 4B's bytes with its large layers in *linears*.
 
     Transformer: 3.68 G parameters of the blocks, and 0.195 G others at 2 bytes. Text encoder: 27
     layers. VAE decoder and encoder: 2 bytes.
     """
     return Weights(
-        transformer=round(3_680_000_000 * linears.weight_bytes) + 390_000_000,
+        transformer=round(3_680_000_000 * linears.weight_bytes) + OTHERS_BYTES,
         encoder=round(2_730_000_000 * FORMATS[linears.encoder].weight_bytes),
         decoder=99_200_000,
         image_encoder=68_900_000,

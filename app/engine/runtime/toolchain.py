@@ -23,7 +23,7 @@ Not measured by this project on such a card: in int8, klein base 9B took 1.64 s 
 TRITON = "Triton"
 HEADERS = "Python's headers"
 
-_INSTALLERS = {
+INSTALLERS = {
     "apt-get": "sudo apt-get install gcc g++ python3-dev",
     "dnf": "sudo dnf install gcc gcc-c++ python3-devel",
     "zypper": "sudo zypper install gcc gcc-c++ python3-devel",
@@ -66,6 +66,6 @@ def find_compiler() -> CompilerFound:
 
 def install_command(missing: Collection[str]) -> str:
     """Return the command that installs *missing*, by this system's own installer."""
-    system = next((line for name, line in _INSTALLERS.items() if shutil.which(name)), _BY_HAND)
+    system = next((line for name, line in INSTALLERS.items() if shutil.which(name)), _BY_HAND)
     commands = [system] if set(missing) - {TRITON} else []
     return " && ".join(commands + [_WITH_TRITON] * (TRITON in missing))
