@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from app.engine import roofline
 from app.engine.models.entry import ModelEntry
@@ -74,8 +75,14 @@ def on_formats(
             cost = _cost(name, why, taken, card, entry) if asked == AUTO else None
         if cost is not None:
             package = FORMATS[name].package
-            pip = f"{sys.executable} -m pip install --force-reinstall {package}"
+            pip = f"{_python()} -m pip install --force-reinstall {package}"
             yield Advice(cost, to_run(pip))
+
+
+def _python() -> str:
+    """Return how to call this Python; `/health` shows it, so not where it lies on this machine."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python3"
 
 
 def _cost(name: str, why: str, taken: WeightFormat, card: Card, entry: ModelEntry) -> str | None:

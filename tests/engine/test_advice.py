@@ -24,7 +24,23 @@ from tests.support.fakes import INFO
 ROOT = Path(__file__).resolve().parents[2]
 KLEIN = find_model("flux.2-klein-4b")
 LACKING = {"int8": "comfy-kitchen is not installed"}
-PIP = f"To mend it: {sys.executable} -m pip install --force-reinstall comfy-kitchen==0.2.40"
+INSTALL = "-m pip install --force-reinstall comfy-kitchen==0.2.40"
+PIP = f"To mend it: .venv/bin/python {INSTALL}"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_virtual_environment(monkeypatch, tmp_path):
+    """The service was started in the folder of its environment, as `make serve` does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+
+
+def test_no_path_of_the_machine_is_told(monkeypatch, tmp_path):
+    """`/health` shows the sentence: elsewhere the command names no folder."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    assert told("rtx-3060", "fp8w")[0].endswith(f"To mend it: python3 {INSTALL}")
 
 
 def told(key: str, taken: str, asked: str = "auto", lacking=LACKING) -> list[str]:
