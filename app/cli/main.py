@@ -61,6 +61,9 @@ COMMANDS: dict[str, Command] = {
         "say what will be served here, and what is amiss",
         reports_old_cache=True,
     ),
+    "cache": Command(
+        "app.cli.cache", "list what lies on the disk, or delete what can be made again"
+    ),
     "bench": Command(
         "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
     ),
