@@ -67,6 +67,9 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
     ),
+    "selftest": Command(
+        "app.cli.selftest", "check the pictures of these weights, for a report", loads_model=True
+    ),
     "compare": Command(
         "app.cli.compare", "make one picture at several precisions", loads_model=True
     ),
