@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 LEAST_DB = 20.0
 """The least PSNR of each 8-bit picture against the reference's of the same seed."""
 LEAST_DEVIATION = 4.0
-"""The least standard deviation of a picture's values, of 255."""
+"""The least standard deviation over a picture's pixels, of 255."""
 MOST_SATURATED = 0.5
 """The largest share of a picture's values that may be 0 or 255."""
 
@@ -148,7 +148,8 @@ def judge(tested: Made | str, reference: Made | str | None) -> list[Check]:
     info, pixels = tested.info, [np.frombuffer(each.pixels, np.uint8) for each in tested.images]
     latents = [np.frombuffer(each.latents or b"", np.float32) for each in tested.pictures]
     bad, count = sum(int((~np.isfinite(each)).sum()) for each in latents), sum(map(len, latents))
-    deviations = [float(each.std()) for each in pixels]
+    # Of the channel that varies most: a picture of one colour has none.
+    deviations = [float(each.reshape(-1, 3).std(axis=0).max()) for each in pixels]
     shares = [float(((each == 0) | (each == 255)).mean()) for each in pixels]
     return [
         Check(
