@@ -79,7 +79,10 @@ def _served(model: str, variant: str) -> tuple[RemoteFile, ...]:
 def _told(pruned: Pruned, *, is_trial: bool) -> list[str]:
     done = "would delete" if is_trial else "deleted"
     lines = [f"{done}: {each.name}, {each.size_bytes:,} bytes" for each in pruned.removed]
-    lines += [f"kept, in use: {each.name}, {each.size_bytes:,} bytes" for each in pruned.in_use]
+    lines += [
+        f"kept, in use or where others may write: {each.name}, {each.size_bytes:,} bytes"
+        for each in pruned.kept
+    ]
     if pruned.is_downloading:
         lines.append("Nothing was deleted, because another process downloads into the cache.")
     left = "would be left" if is_trial else "left"

@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from app.engine.hub.cache import HubCache
+from app.engine.hub.trust import why_open
 from app.engine.models.entry import RemoteFile
 from app.engine.models.registry import MODELS
 
@@ -56,10 +57,10 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was deleted, what would have been but is in use, and the bytes that are left."""
+    """What was deleted, what was kept (in use, or others may write there), and what is left."""
 
     removed: tuple[Stored, ...]
-    in_use: tuple[Stored, ...]
+    kept: tuple[Stored, ...]
     left_bytes: int
     is_downloading: bool
     """Whether another process downloads into the cache, so that nothing was deleted."""
@@ -138,8 +139,8 @@ def prune(
     """Delete until the cache takes at most *limit_bytes*, or nothing is left that may go.
 
     Derived files go first, the least recently used before others, then the published files of
-    which none is in *served*; with None no published file goes. What is in use stays, and so do
-    downloads. With *is_trial* nothing is deleted.
+    which none is in *served*; with None no published file goes. What is in use stays, as do
+    downloads and folders that others may write to. With *is_trial* nothing is deleted.
 
     Raises:
         OSError: something cannot be deleted.
@@ -148,22 +149,24 @@ def prune(
     left = sum(each.size_bytes for each in stored)
     if left <= limit_bytes:
         return Pruned((), (), left, is_downloading=False)
-    removed, in_use = [], []
+    removed, kept = [], []
     try:
         with HubCache(cache_dir).locked(_refuse):
             for each in _candidates(stored, cache_dir, served):
                 if left <= limit_bytes:
                     break
-                if _remove(each, is_trial=is_trial):
+                # Through a link that others put there, files elsewhere would be deleted.
+                is_safe = not why_open(each.path.parent, cache_dir)
+                if is_safe and _remove(each, is_trial=is_trial):
                     removed.append(each)
                     left -= each.size_bytes
                 else:
-                    in_use.append(each)
+                    kept.append(each)
             if not is_trial:
                 _remove_dangling(cache_dir / "models")
     except _Busy:
         return Pruned((), (), left, is_downloading=True)
-    return Pruned(tuple(removed), tuple(in_use), left, is_downloading=False)
+    return Pruned(tuple(removed), tuple(kept), left, is_downloading=False)
 
 
 def _candidates(
@@ -180,11 +183,11 @@ def _candidates(
     if served is None:
         return derived
     hub = HubCache(cache_dir)
-    kept = {hub.path(file) for file in served}
+    wanted = {hub.path(file) for file in served}
     published = [
         each
         for each in stored
-        if each.kind is Kind.PUBLISHED and not any(each.path in path.parents for path in kept)
+        if each.kind is Kind.PUBLISHED and not any(each.path in path.parents for path in wanted)
     ]
     return [*derived, *sorted(published, key=lambda each: each.used_at)]
 

@@ -123,7 +123,7 @@ def test_what_another_process_holds_stays_until_it_ends(cache) -> None:
         pruned = disk.prune(cache, 0, served=KLEIN.files)
         holder.kill()
 
-    assert names(pruned.in_use) == [OTHER.revision]
+    assert names(pruned.kept) == [OTHER.revision]
     assert HubCache(cache).is_present(OTHER)
     assert names(disk.prune(cache, 0, served=KLEIN.files).removed) == [OTHER.revision]
 
@@ -135,8 +135,8 @@ def test_what_this_process_uses_stays_and_is_the_last_used(cache) -> None:
     pruned = disk.prune(cache, 0)
 
     assert names(pruned.removed) == ["new-int8.safetensors"]
-    assert sorted(names(pruned.in_use)) == ["compiled", "old-int8.safetensors"]
-    assert all(each.used_at > 1e9 for each in pruned.in_use)
+    assert sorted(names(pruned.kept)) == ["compiled", "old-int8.safetensors"]
+    assert all(each.used_at > 1e9 for each in pruned.kept)
 
 
 def test_a_use_changes_no_time_that_others_compare(cache) -> None:
@@ -180,3 +180,12 @@ def test_links_are_not_followed(cache, tmp_path_factory) -> None:
     disk.prune(cache, 0, served=())
 
     assert precious.exists()
+
+
+def test_nothing_is_deleted_where_others_may_write(cache) -> None:
+    """They could put a link in a folder's place, and have files elsewhere deleted."""
+    (cache / "converted").chmod(0o777)
+    pruned = disk.prune(cache, 0)
+
+    assert names(pruned.removed) == ["compiled"]
+    assert len(pruned.kept) == 2

@@ -129,7 +129,7 @@ def test_what_was_written_or_read_is_in_use_until_it_is_released(folder, cache):
     for _ in ("written", "read"):
         build(folder, quantized_cache=cache, linears="int8")
         pruned = disk.prune(cache, 0)
-        assert pruned.in_use
+        assert pruned.kept
         assert not pruned.removed
         disk.release()
 
