@@ -140,6 +140,6 @@ def test_the_python_example_runs(shapes, tmp_path):
 @pytest.mark.parametrize("command", ALONE)
 def test_commands_without_a_card(command, tmp_path):
     """Each runs here as it stands there."""
-    done = run(command, tmp_path)
+    done = run(command, tmp_path, timeout_s=300)
 
     assert done.returncode == 0, done.stderr.decode()
