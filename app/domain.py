@@ -46,7 +46,7 @@ class ImageSpec:
     previews: int = 0
     """How many previews of the latents to send with the progress, spread over the steps."""
     wants_latents: bool = False
-    """Whether the final latents come back with the image; only `klein compare` asks for them."""
+    """Whether the final latents come back with the image; only commands ask for them."""
 
     @property
     def pixels(self) -> int:

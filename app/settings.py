@@ -82,6 +82,9 @@ class Settings(BaseModel):
     cache_dir: CompletePath = Path("~/.cache/klein")
     """Where models are downloaded to, and quantized weights and compiled code are kept. A relative
     path counts from the folder that the service is started in."""
+    cache_max_gb: float = Field(default=0.0, ge=0, le=1_000_000)
+    """GB that the cache may take; 0 sets no limit. Above it, each load deletes quantized weights
+    and compiled code, the least recently used first, but nothing in use and no download."""
     queue_images: int = Field(default=32, ge=1, le=10_000)
     """How many images may wait; a request for n images takes n places."""
     deadline_s: Seconds = 120.0

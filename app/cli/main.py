@@ -61,8 +61,14 @@ COMMANDS: dict[str, Command] = {
         "say what will be served here, and what is amiss",
         reports_old_cache=True,
     ),
+    "cache": Command(
+        "app.cli.cache", "list what lies on the disk, or delete what can be made again"
+    ),
     "bench": Command(
         "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
+    ),
+    "selftest": Command(
+        "app.cli.selftest", "check the pictures of these weights, for a report", loads_model=True
     ),
     "compare": Command(
         "app.cli.compare", "make one picture at several precisions", loads_model=True

@@ -29,5 +29,7 @@ class EngineConfig:
     """Capacity of the prompt cache in host memory, in prompts of 8 MB each; 0 disables it."""
     download_silence_s: float = 120.0
     """Seconds without a received byte after which a download fails."""
+    cache_max_bytes: int = 0
+    """What the cache may take; above it derived files are deleted after a load. 0: no limit."""
     max_pixels: int = 4_194_304
     """The operator's limit of an output's size, in pixels; the memory plan may set a lower one."""

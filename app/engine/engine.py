@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ from app.domain import (
 )
 from app.engine import error_mapping
 from app.engine.config import EngineConfig
+from app.engine.hub import disk
 from app.engine.load import LoadedModel, load
 from app.engine.models.registry import find_spec
 from app.engine.pipeline import image_tensors
@@ -86,6 +88,7 @@ class KleinEngine:
                     "or choose KLEIN_PRECISION=fp8."
                 ) from None
             raise StartupError("The model could not be loaded; the log above says why.") from None
+        _prune_cache(self._config)
         # Objects that exist now are permanent; later collections need not traverse them.
         gc.freeze()
         return loaded.info(self._config, warm_up_s, time.perf_counter() - begun)
@@ -125,7 +128,27 @@ class KleinEngine:
         if self._started is not None:
             gc.unfreeze()
         self._started = None
+        disk.release()
         error_mapping.give_back()
+
+
+def _prune_cache(config: EngineConfig) -> None:
+    """Keep KLEIN_CACHE_MAX_GB, as far as derived files go that nobody uses; never fail."""
+    if not (limit := config.cache_max_bytes):
+        return
+    try:
+        pruned = disk.prune(Path(config.cache_dir), limit)
+    except OSError as error:
+        _log.warning("KLEIN_CACHE_DIR could not be pruned (%s).", error.strerror)
+        return
+    for each in pruned.removed:
+        _log.info("Deleted %s, %.2f GB, for KLEIN_CACHE_MAX_GB.", each.name, each.size_bytes / 1e9)
+    if pruned.left_bytes > limit:
+        _log.warning(
+            "KLEIN_CACHE_DIR takes %.2f GB, more than KLEIN_CACHE_MAX_GB: what is left is "
+            "published, in use or being downloaded; klein cache list shows it.",
+            pruned.left_bytes / 1e9,
+        )
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from app.engine import advice, roofline, torch_private
 from app.engine.checkpoint.compatibility import check_compatibility
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
-from app.engine.hub import trust
+from app.engine.hub import disk, trust
 from app.engine.memory.budget import choose_plan
 from app.engine.memory.planner import MemoryPlan
 from app.engine.models.entry import EMBEDDED_REVISION
@@ -103,6 +103,9 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             is_mapped=config.offload == "disk" and is_exact,
         )
         stack.enter_context(checkpoint.files)
+        for part in (checkpoint.transformer, checkpoint.encoder, checkpoint.vae):
+            for source in part.sources:
+                disk.hold_published(source, Path(config.cache_dir))
         check_compatibility(checkpoint, architecture, is_ours=config.path is None)
         if checkpoint.is_distilled not in (None, model.is_distilled):
             _log.warning(

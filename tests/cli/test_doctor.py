@@ -240,6 +240,14 @@ def test_a_good_machine_has_no_problems() -> None:
     assert judge().problems == []
 
 
+def test_it_prints_the_sums_of_the_cache() -> None:
+    """By kind and together; of an empty cache there is nothing to say."""
+    told = dict(judge(stored={"published": 8 * GB, "quantized": 4 * GB}).lines)
+
+    assert told["stored"] == "12.0 GB in the cache: published 8.0 GB, quantized 4.0 GB"
+    assert "stored" not in dict(judge().lines)
+
+
 @pytest.mark.parametrize(
     ("changes", "what", "remedy", "is_fatal"),
     [

@@ -38,6 +38,9 @@ ALONE = (
     pytest.param("klein doctor", marks=pytest.mark.full),
     pytest.param('klein generate "a red circle" -o out.png', marks=pytest.mark.full),
     pytest.param("klein doctor --card rtx-3060", marks=pytest.mark.full),
+    pytest.param("klein selftest", marks=pytest.mark.full),
+    pytest.param("klein cache list", marks=pytest.mark.full),
+    pytest.param("klein cache prune --to-gb 20 --dry-run", marks=pytest.mark.full),
     pytest.param('klein compare "a red circle" --precision bf16,fp32', marks=pytest.mark.full),
 )
 COLLECTED = (
@@ -48,6 +51,7 @@ NOT_RUN_HERE = {
     "klein serve --host 127.0.0.1 --port 8000 --model auto": "each Server of the tests is that",
     "klein download --model flux.2-klein-4b": "8 GB; tests/engine/hub has a hub of its own",
     "klein bench --out report.md": "minutes; tests/cli/test_bench.py measures less",
+    "klein cache prune --to-gb 20": "it deletes; tests/cli/test_cache.py has a cache of its own",
     "docker compose up": "needs a card; tests/container/test_compose.py reads the file",
     "docker compose -f compose.yaml -f docker/compose.cpu.yaml up": "`make image-check` does",
     "docker compose --profile monitoring up": "tests/monitoring checks what it mounts",
@@ -136,6 +140,6 @@ def test_the_python_example_runs(shapes, tmp_path):
 @pytest.mark.parametrize("command", ALONE)
 def test_commands_without_a_card(command, tmp_path):
     """Each runs here as it stands there."""
-    done = run(command, tmp_path)
+    done = run(command, tmp_path, timeout_s=300)
 
     assert done.returncode == 0, done.stderr.decode()

@@ -26,7 +26,12 @@ SPEC = ImageSpec("a red circle", 64, 64, 3, 1.0, 7)
 @pytest.fixture(scope="module")
 def engine(tiny_klein, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    engine = KleinEngine(EngineConfig("flux.2-klein-4b", str(tiny_klein), str(cache), None))
+    (cache / "converted").mkdir()
+    (cache / "converted" / "old-int8.safetensors").write_bytes(bytes(10))
+    engine = KleinEngine(
+        EngineConfig("flux.2-klein-4b", str(tiny_klein), str(cache), None, cache_max_bytes=1)
+    )
+    engine.cache = cache
     engine.info = engine.load(lambda _: None)
     yield engine
     engine.close()
@@ -41,6 +46,11 @@ def test_it_says_what_it_loaded(engine):
     assert info.plan_reasons
     assert info.warm_up_s > 0
     assert info.weights_bytes > 100_000
+
+
+def test_a_load_prunes_the_cache_to_its_limit(engine):
+    """What an earlier model was quantized to goes; a limit of 0 is none."""
+    assert not (engine.cache / "converted" / "old-int8.safetensors").exists()
 
 
 def test_it_reports_stages_and_steps(engine):

@@ -46,6 +46,9 @@ def diagnose(facts: Facts, settings: Settings) -> Report:
     _judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
     if facts.cache is not None:
         _judge_cache(found, facts.cache)
+    if facts.stored:
+        kinds = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in facts.stored.items())
+        found.tell("stored", f"{gigabytes(sum(facts.stored.values()))} in the cache: {kinds}")
     _judge_host(found, facts.host, is_klein=facts.is_klein)
     return found
 

@@ -19,7 +19,7 @@ import psutil
 from app.cli.doctor.plan_preview import PlanPreview, Target, preview_plan
 from app.domain import ModelSpec
 from app.engine import roofline
-from app.engine.hub import trust
+from app.engine.hub import disk, trust
 from app.engine.hub.download import missing_bytes
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import files_for, find_model
@@ -82,6 +82,8 @@ class Facts:
     model: ModelSpec | None
     forecast: PlanPreview | str | None
     cache: CacheFound | None
+    stored: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each kind of file in the cache folder."""
 
     @property
     def is_klein(self) -> bool:
@@ -119,6 +121,7 @@ def examine(
         model=entry.spec if entry else None,
         forecast=ahead,
         cache=_ask_cache(klein, settings.cache_dir, precision) if klein and is_cached else None,
+        stored=disk.sums(disk.survey(settings.cache_dir)),
     )
 
 

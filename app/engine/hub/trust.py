@@ -10,6 +10,7 @@ anyway. The path that an operator names by KLEIN_MODEL is not checked: it may be
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shlex
 import stat
@@ -77,6 +78,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
+            # Shows that it is being written (`app.engine.hub.disk`), where the disk has locks.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(handle)

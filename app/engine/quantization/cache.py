@@ -20,6 +20,7 @@ import torch
 
 from app.engine.checkpoint.files import ComponentFiles
 from app.engine.checkpoint.safetensors_io import NAMES, SafetensorsFile
+from app.engine.hub.disk import QUANTIZED, hold
 from app.engine.hub.trust import is_closed, make_folder, whole_file, why_open
 from app.errors import StartupError
 
@@ -36,7 +37,7 @@ class QuantizedCache:
         places = "\n".join(str(path.resolve()) for path in part.sources)
         digest = hashlib.sha256(places.encode()).hexdigest()[:12]
         self._cache = folder
-        self._path = folder / "converted" / f"{name}-{kind}-{digest}.safetensors"
+        self._path = folder / QUANTIZED / f"{name}-{kind}-{digest}.safetensors"
         stats = [(path.name, path.stat()) for path in part.sources]
         self._metadata = {
             "version": _VERSION,
@@ -63,6 +64,7 @@ class QuantizedCache:
                 _log.warning("The 8 bit weights are quantized at each start, because %s.", reason)
                 return
             _write(self._path, tensors, self._metadata)
+            hold(self._path)
         except OSError as error:
             _log.warning(
                 "The 8 bit weights could not be kept in KLEIN_CACHE_DIR (%s); "
@@ -80,6 +82,7 @@ class QuantizedCache:
             if is_closed(self._path, self._cache):
                 file = SafetensorsFile(self._path)
                 if file.metadata == self._metadata:
+                    hold(self._path)
                     return file
                 file.close()
         return None

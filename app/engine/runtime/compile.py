@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from app.engine import torch_private
-from app.engine.hub import trust
+from app.engine.hub import disk, trust
 from app.engine.runtime.toolchain import HEADERS, UNCOMPILED, find_compiler, install_command
 
 _log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def _keep_results(cache: Path) -> str:
 
     Return why there is no folder for it, empty where there is one.
     """
-    own = cache / "compiled"
+    own = cache / disk.COMPILED
     folder, reason = own, _why_unfit(own, cache)
     if reason:
         remedy = trust.remedy(cache) if _is_open(own, cache) else trust.ANOTHER_FOLDER
@@ -193,6 +193,7 @@ def _keep_results(cache: Path) -> str:
     # takes precedence over Inductor's.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    disk.hold(folder)
     return ""
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
+from app.engine.hub import disk
 from tests.support.checkpoints import write_tiny_klein
 from tests.support.layout_files import build
 from tests.support.single_files import write_fp8
@@ -121,3 +122,15 @@ def test_a_full_disk_costs_time_and_nothing_else(folder, cache, monkeypatch, cap
     assert same(right, state(build(folder, quantized_cache=cache)))
     assert list((cache / "converted").iterdir()) == []
     assert "No space left on device" in caplog.text
+
+
+def test_what_was_written_or_read_is_in_use_until_it_is_released(folder, cache):
+    """No pruning takes it from a running service; afterwards it may go."""
+    for _ in ("written", "read"):
+        build(folder, quantized_cache=cache, linears="int8")
+        pruned = disk.prune(cache, 0)
+        assert pruned.kept
+        assert not pruned.removed
+        disk.release()
+
+    assert {each.kind for each in disk.prune(cache, 0).removed} == {disk.Kind.QUANTIZED}
