@@ -125,8 +125,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Show the medians of all rounds, one line for each service and amount of memory."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["note"].rsplit(", round", 1)[0], row["name"]), []).append(row)
-    print("\n| | service | seconds, each round | most in use, GB | PSNR, dB: median, least |")
+        groups.setdefault((row["note"].split(", ")[1], row["name"]), []).append(row)
+    print(
+        "\n| memory | service | seconds, each round | most in use, GB | PSNR, dB: median, least |"
+    )
     print("|" + "---|" * 5)
     for (note, name), group in groups.items():
         seconds = ", ".join(f"{row['seconds_median']:.3f}" for row in group)

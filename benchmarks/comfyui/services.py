@@ -239,7 +239,7 @@ class Comfy(Service):
             said: dict[str, Any] = dict(done["status"]["messages"]).get("execution_error", {})
             raise RuntimeError(
                 f"ComfyUI made no picture, in {said.get('node_type')}: "
-                f"{said.get('exception_type')}: {said.get('exception_message')}"
+                f"{said.get('exception_type')}: {said.get('exception_message', '')[:500]}"
             )
         return done
 
