@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # waits, and need not import torch first.
 PYTEST := $(BIN)/pytest
 TEST = $(PYTEST) -m "not gpu and not system and not full"
-ENGINE_TESTS := tests/engine tests/images tests/shapes
+ENGINE_TESTS := tests/engine tests/images tests/shapes tests/benchmarks
 
 .PHONY: help serve test test-engine test-service test-fast test-system coverage image-check check fmt \
 	lock clean soak bench-gpu

@@ -114,7 +114,7 @@ def _series(
             connection.connect()
         taken, headers, body = _post(connection, side, prompt or f"picture {number} {note}")
         seconds.append(taken)
-        timings.append(_timings(headers.get("server-timing", "")))
+        timings.append(read_timings(headers.get("server-timing", "")))
     stages = {
         stage: round(statistics.median(each.get(stage, 0.0) for each in timings) / 1000, 5)
         for stage in sorted({stage for each in timings for stage in each})
@@ -188,7 +188,7 @@ def _post(
     return taken, {key.lower(): value for key, value in answer.getheaders()}, body
 
 
-def _timings(header: str) -> dict[str, float]:
+def read_timings(header: str) -> dict[str, float]:
     """Read Server-Timing: milliseconds by stage."""
     return {name: float(value) for name, value in re.findall(r"([\w-]+);dur=([\d.]+)", header)}
 
