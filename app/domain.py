@@ -7,7 +7,7 @@ plain data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -210,6 +210,11 @@ class ModelInfo:
     load_s: float = 0.0
     advice: tuple[str, ...] = ()
     """What is missing on this machine: what it costs, and the command that mends it."""
+    attention: str = ""
+    """The kernel of the transformer's attention; empty where the libraries' own modules run."""
+    race: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Milliseconds of a step at the default size by `linears` and `attention`, then by format or
+    kernel, as timed on this card; empty where nothing was timed."""
 
 
 @dataclass(frozen=True, slots=True)

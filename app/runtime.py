@@ -199,6 +199,7 @@ def _engine_config(settings: Settings, choice: Choice, device: int | None) -> En
         cache_dir=str(settings.cache_dir),
         device=device,
         precision=settings.precision,
+        attention=settings.attention,
         offload=settings.offload,
         plan=settings.plan,
         download_silence_s=settings.download_silence_s,

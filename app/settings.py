@@ -71,6 +71,9 @@ class Settings(BaseModel):
     """Index of the CUDA GPU, or `cpu`."""
     precision: str = "auto"
     """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why."""
+    attention: str = "auto"
+    """Attention of the 8-bit transformer: `torch`, `cudnn` or `int8`; `auto` takes the fastest
+    that keeps its bound on this card."""
     offload: Literal["auto", "none", "model", "disk"] = "auto"
     """Where weights wait that do not fit on the GPU (bf16 only): in host memory or on disk."""
     plan: Literal["auto", "resident", "resident tiled", "streamed", "streamed tiled"] = "auto"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from app.cli.console import Options, progress_bar
 from app.domain import LoadProgress
-from app.engine.hub.download import ensure, missing_bytes, verify
+from app.engine.hub.download import choose_file, ensure, missing_bytes, verify
 from app.engine.hub.fetch import Hub
 from app.engine.hub.trust import close_umask
 from app.engine.models.entry import ModelEntry
@@ -41,12 +41,16 @@ def run(
         print(f"{variant.spec.title}: it comes with the package, there is nothing to download.")
         return 0
     is_chosen = settings.precision != AUTO
-    precision = settings.precision if is_chosen else _precision_of_this_machine(settings.device)
     close_umask()
+    precision = settings.precision if is_chosen else _precision_of_this_machine(variant, settings)
+    linears = FORMATS[precision]
+    wanted = choose_file(
+        variant, settings.cache_dir, linears.file, "" if is_chosen else linears.also_from
+    )
     hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:
-        return _verify(variant, settings.cache_dir, FORMATS[precision].file)
-    return _download(variant, settings.cache_dir, precision, hub)
+        return _verify(variant, settings.cache_dir, wanted)
+    return _download(variant, settings.cache_dir, precision, wanted, hub)
 
 
 def _is_there(name: str) -> bool:
@@ -55,8 +59,7 @@ def _is_there(name: str) -> bool:
     return False
 
 
-def _download(variant: ModelEntry, cache_dir: Path, precision: str, hub: Hub) -> int:
-    wanted = FORMATS[precision].file
+def _download(variant: ModelEntry, cache_dir: Path, precision: str, wanted: str, hub: Hub) -> int:
     files = files_for(variant, wanted)
     total = sum(file.size_bytes for file in files)
     missing = missing_bytes(variant, cache_dir, wanted)
@@ -85,16 +88,23 @@ def _verify(variant: ModelEntry, cache_dir: Path, wanted: str) -> int:
     return 0 if right == len(found) else 1
 
 
-def _precision_of_this_machine(index: int | str) -> str:
-    """Return the precision that the service would choose here, by testing the GPU as it does."""
+def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
+    """Return the precision that the service would choose here, by the race that it holds."""
     import torch
 
-    from app.engine.quantization.probe import probe_gpu
     from app.engine.quantization.select import choose_precision
+    from app.engine.race.measure import capabilities, race
+    from app.engine.race.results import choose
+    from app.engine.runtime.compile import missing_tools
 
-    has_gpu = isinstance(index, int) and index < torch.cuda.device_count()
-    device = torch.device("cuda", int(index)) if has_gpu else torch.device("cpu")
-    return choose_precision(AUTO, probe_gpu(device), is_small=False).name
+    index, facts = settings.device, None
+    if isinstance(index, int) and index < torch.cuda.device_count():
+        device = torch.device("cuda", index)
+        results = race(
+            device, variant.architecture, settings.cache_dir, is_compiled=not missing_tools()
+        )
+        facts = capabilities(results, choose(results))
+    return choose_precision(AUTO, facts, is_small=False).name
 
 
 def _told_by(show: Callable[[float | None, str], None]) -> Callable[[LoadProgress], None]:

@@ -19,6 +19,8 @@ class EngineConfig:
     """Index of the CUDA device, or None for the CPU."""
     precision: str = "auto"
     """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
+    attention: str = "auto"
+    """`auto`, or a name of `app.engine.modules.attention.KERNELS`."""
     offload: str = "auto"
     """`auto`, `none`, `model` or `disk`."""
     plan: str = "auto"

@@ -6,7 +6,7 @@ import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,9 +20,15 @@ from app.engine.config import EngineConfig
 from app.engine.hub import disk, trust
 from app.engine.memory.budget import choose_plan
 from app.engine.memory.planner import MemoryPlan
-from app.engine.models.entry import EMBEDDED_REVISION
+from app.engine.models.entry import EMBEDDED_REVISION, Architecture
 from app.engine.models.registry import find_model
-from app.engine.modules.attention import choose_attention
+from app.engine.modules.attention import (
+    AUTO,
+    KERNELS,
+    AttentionKernel,
+    check_attention,
+    choose_attention,
+)
 from app.engine.pipeline.build import BuildOptions, OnProgress, build
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.quantization.formats import FORMATS
@@ -33,7 +39,9 @@ from app.engine.quantization.select import (
     choose_precision,
     vae_dtype,
 )
-from app.engine.runtime.compile import NO_COMPILER, Compiler, choose_compiler
+from app.engine.race.measure import capabilities, race
+from app.engine.race.results import Results, choose
+from app.engine.runtime.compile import NO_COMPILER, Compiler, choose_compiler, missing_tools
 from app.engine.runtime.toolchain import find_compiler, install_command
 from app.errors import StartupError
 
@@ -41,6 +49,7 @@ _log = logging.getLogger(__name__)
 
 _FETCHED = LoadProgress(WorkerStage.LOADING)
 """Ends a download: what follows has another time limit."""
+_FROM_FP8 = "; made from an fp8 file, whose error adds to its own: about 2.9 % together"
 _STACK_BYTES = 512
 _STACK_LIMIT = 0
 """CU_LIMIT_STACK_SIZE in the CUDA driver API."""
@@ -56,6 +65,8 @@ class LoadedModel:
     plan: MemoryPlan
     features: tuple[str, ...]
     compiler: Compiler
+    attention: str
+    race: Results | None
     advice: tuple[str, ...] = ()
     """What is missing besides a compiler."""
 
@@ -79,6 +90,8 @@ class LoadedModel:
             warm_up_s=warm_up_s,
             load_s=load_s,
             advice=(*_compiler_advice(self.compiler), *self.advice),
+            attention=self.attention,
+            race=self.race.milliseconds if self.race else {},
         )
 
 
@@ -92,7 +105,8 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     device = find_device(config)
     _limit_memory(config, device)
     architecture = find_model(config.model).architecture
-    facts, is_small = probe_gpu(device, architecture), _is_small(config)
+    is_small = _is_small(config)
+    facts, kernel, results = _judge(config, device, architecture, is_small=is_small)
     precision = choose_precision(config.precision, facts, is_small=is_small)
     path, revision = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
@@ -106,6 +120,8 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         for part in (checkpoint.transformer, checkpoint.encoder, checkpoint.vae):
             for source in part.sources:
                 disk.hold_published(source, Path(config.cache_dir))
+        if precision.linears.also_from and checkpoint.transformer.quantized:
+            precision = replace(precision, reason=precision.reason + _FROM_FP8)
         check_compatibility(checkpoint, architecture, is_ours=config.path is None)
         if checkpoint.is_distilled not in (None, model.is_distilled):
             _log.warning(
@@ -123,7 +139,6 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             precision,
             is_compiled=compiler.is_on,
         )
-        kernel = choose_attention(device, architecture)
         components = build(
             checkpoint,
             BuildOptions(
@@ -156,8 +171,34 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             checkpoint.layout,
         ),
         compiler=compiler,
+        attention="" if is_exact else kernel.name,
+        race=results,
         advice=() if facts is None or is_small else _format_advice(config, precision, facts),
     )
+
+
+def _judge(
+    config: EngineConfig, device: torch.device, architecture: Architecture, *, is_small: bool
+) -> tuple[GpuCapabilities | None, AttentionKernel, Results | None]:
+    """Return what the GPU can, its attention kernel, and the race that both come from, if any."""
+    check_attention(config.attention)
+    asked = FORMATS.get(config.precision)
+    if device.type == "cpu" or is_small or (asked is not None and asked.is_exact):
+        kernel = choose_attention(device, architecture, config.attention)
+        return probe_gpu(device, architecture), kernel, None
+    results = race(device, architecture, Path(config.cache_dir), is_compiled=not missing_tools())
+    is_auto = config.attention == AUTO
+    winner = choose(
+        results,
+        "" if config.precision == AUTO else config.precision,
+        "" if is_auto else config.attention,
+    )
+    kernel = (
+        KERNELS[winner.attention]
+        if is_auto and winner.attention
+        else choose_attention(device, architecture, config.attention)
+    )
+    return capabilities(results, winner), kernel, results
 
 
 def _compiler_advice(compiler: Compiler) -> Iterator[str]:
@@ -199,10 +240,13 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     # Imports the network's libraries.
     from app.engine.hub import download, fetch
 
+    linears = precision.linears
+    instead = linears.also_from if config.precision == AUTO else ""
+    wanted = download.choose_file(entry, Path(config.cache_dir), linears.file, instead)
     path = download.ensure(
         entry,
         Path(config.cache_dir),
-        precision.linears.file,
+        wanted,
         on_progress,
         hub=fetch.Hub(silence_s=config.download_silence_s),
     )

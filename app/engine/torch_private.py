@@ -80,6 +80,15 @@ def int_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (x.double() @ weight.double().t()).int()
 
 
+def spin(cycles: int) -> None:
+    """Keep the GPU busy for *cycles* of its clock, while the host queues what is to be timed.
+
+    Without the name, a timing also counts the host's time where that is longer.
+    """
+    if (wait := getattr(torch.cuda, "_sleep", None)) is not None:
+        wait(cycles)
+
+
 def has_cudnn_attention() -> bool:
     """Return whether torch offers cuDNN's attention by itself."""
     return hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention")

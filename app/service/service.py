@@ -394,6 +394,7 @@ class ImageService:
             "size": f"{spec.width}x{spec.height}",
             "model": self.model.id,
             "precision": info.precision if info else "",
+            **_raced(info),
         }
 
     def _retry_after_s(self) -> int:
@@ -402,6 +403,17 @@ class ImageService:
         if not self._worker.is_ready:
             wait_s = max(wait_s, 5)
         return max(1, min(60, wait_s + random.randint(0, 1 + wait_s // 4)))
+
+
+def _raced(info: ModelInfo | None) -> dict[str, str]:
+    """Return the attention's kernel and the race's times, where there are any, for an image."""
+    if info is None or not info.attention:
+        return {}
+    times = "; ".join(
+        f"{part} {', '.join(f'{name} {ms:.1f} ms' for name, ms in laps.items())}"
+        for part, laps in info.race.items()
+    )
+    return {"attention": info.attention} | ({"race": times} if times else {})
 
 
 def _note(seconds: Mapping[str, float]) -> None:

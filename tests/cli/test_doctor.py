@@ -24,6 +24,7 @@ from app.model_choice import Choice
 from app.settings import Settings
 from app.telemetry.gpu import Gpu, GpuFacts, Holder
 from app.telemetry.preflight import check_gpu
+from tests.engine.race.test_results import RTX_3060
 from tests.support.fake_nvml import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -360,11 +361,41 @@ def test_a_card_that_is_not_there_is_computed(capsys) -> None:
 
     assert code == 0
     assert "28 SMs at 1.777 GHz" in said
-    assert "int8: expected, where the start finds" in said
+    assert "int8: expected, the fastest that keeps its bound; computed" in said
+    assert "attention  int8" in said
     assert "plan       resident" in said
     assert "bf16 5.99 s, int8 2.66 s" in said
     assert "fp8 5.99" not in said
     assert "Computed, nothing was measured" in said
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("card", "linears", "attention"),
+    [("rtx-3060", "int8", "int8"), ("rtx-4070", "int8", "int8"), ("h200", "fp8", "cudnn")],
+)
+def test_a_card_that_is_not_there_races_on_paper(capsys, card, linears, attention) -> None:
+    """At the rates of its datasheet, and the answer says so; by hand it is as asked."""
+    ahead = json.loads(ask(capsys, "--card", card, "--json")[1])["forecast"]
+    by_hand = ask(capsys, "--card", card, "--json", precision="bf16", attention="torch")[1]
+
+    assert (ahead["precision"], ahead["attention"]) == (linears, attention)
+    assert "computed from the datasheet" in ahead["precision_reason"]
+    assert json.loads(by_hand)["forecast"]["attention"] == ""
+
+
+@pytest.mark.torch
+def test_what_was_timed_is_what_is_told(capsys, tmp_path) -> None:
+    """Instead of what a probe would say; where nothing was timed, how that is done."""
+    _, said = ask(capsys, cache_dir=tmp_path, torch=replace(TORCH, race=RTX_3060))
+    _, before = ask(capsys, cache_dir=tmp_path)
+    _, again = ask(capsys, "--race", cache_dir=tmp_path)
+
+    told = " ".join(said.split())
+    assert "timed here, ms a step: int8 350.0, bf16 1300.0; attention int8 90.0, torch" in told
+    assert "attention int8, by the same times" in told
+    assert "race not held yet; the first start does" in " ".join(before.split())
+    assert "There is no card here on which the race could be held." in again
 
 
 @pytest.mark.torch

@@ -52,6 +52,7 @@ NOT_RUN_HERE = {
     "klein download --model flux.2-klein-4b": "8 GB; tests/engine/hub has a hub of its own",
     "klein bench --out report.md": "minutes; tests/cli/test_bench.py measures less",
     "klein cache prune --to-gb 20": "it deletes; tests/cli/test_cache.py has a cache of its own",
+    "klein doctor --race": "needs a card; tests/gpu/test_race.py holds the race",
     "docker compose up": "needs a card; tests/container/test_compose.py reads the file",
     "docker compose -f compose.yaml -f docker/compose.cpu.yaml up": "`make image-check` does",
     "docker compose --profile monitoring up": "tests/monitoring checks what it mounts",

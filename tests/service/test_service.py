@@ -171,6 +171,20 @@ async def test_the_file_says_how_it_was_made(at) -> None:
     }
 
 
+async def test_the_file_says_what_was_timed(at) -> None:
+    """Where a race chose: the attention's kernel, and the times of a step."""
+    at.worker.info = replace(
+        at.worker.info,
+        attention="cuDNN",
+        race={"linears": {"fp8": 19.25, "int8": 36.0}, "attention": {"cudnn": 9.9}},
+    )
+    (picture,) = await at.service.submit([SPEC], client="a", output=PNG).pictures()
+
+    told = Image.open(io.BytesIO(picture.data)).info
+    assert told["attention"] == "cuDNN"
+    assert told["race"] == "linears fp8 19.2 ms, int8 36.0 ms; attention cudnn 9.9 ms"
+
+
 @pytest.mark.parametrize(
     ("info", "is_ready", "kind"), [(None, False, Kind.LOADING), ("kept", False, Kind.WORKER_DOWN)]
 )

@@ -103,7 +103,7 @@ def _tell_otherwise(
     found: Report, target: Target, ahead: PlanPreview, settings: Settings, model: ModelSpec
 ) -> None:
     """Report the precision chosen where the start-up probe finds no working 8-bit kernel."""
-    slow = preview_plan(replace(target, runs=()), settings, model)
+    slow = preview_plan(replace(target, runs=(), race=None), settings, model)
     if slow.precision_reason != ahead.precision_reason:
         seconds = "" if slow.floor_s is None else f", floor {slow.floor_s:.2f} s"
         found.tell("otherwise", f"{slow.precision}: {slow.precision_reason}{seconds}")

@@ -41,6 +41,8 @@ def diagnose(facts: Facts, settings: Settings) -> Report:
     _judge_model(found, facts, settings)
     if isinstance(facts.forecast, PlanPreview) and facts.model is not None:
         tell_forecast(found, facts.forecast, facts.model)
+        if facts.torch.race is None:
+            found.tell("race", "not held yet; the first start does, or klein doctor --race now")
         _judge_plan(found, facts, facts.forecast, facts.model, settings)
         _judge_formats(found, facts, facts.forecast, facts.model, settings)
     _judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
@@ -62,8 +64,10 @@ def tell_forecast(
     found: Report, ahead: PlanPreview, model: ModelSpec, *, is_computed: bool = False
 ) -> None:
     """Report precision, plan, peak and floor; *is_computed* words it as not probed."""
-    how = "expected, where the start finds that " if is_computed else ""
+    how = "expected, " if is_computed else ""
     found.tell("precision", f"{ahead.precision}: {how}{ahead.precision_reason}")
+    if ahead.attention:
+        found.tell("attention", f"{ahead.attention}, by the same times")
     size = f"{model.default_width}x{model.default_height}"
     if ahead.plan is not None:
         found.tell("plan", f"{ahead.plan.name}: {'; '.join(ahead.plan.reasons)}")

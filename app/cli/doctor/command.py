@@ -2,7 +2,7 @@
 
 `facts` asks the machine and the engine's planner, and `checks` turns the answers into a report. The
 exit code is 0 where the service can serve what its settings name, else 1. `--card rtx-3060` answers
-for a GPU that is not installed.
+for a GPU that is not installed. `--race` holds the race of the first start, and keeps its result.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 
 from app.cli.console import MODEL, Options
+from app.cli.doctor import facts
 from app.cli.doctor.absent_gpu import answer_for_absent_gpu
 from app.cli.doctor.checks import diagnose
-from app.cli.doctor.facts import TorchFound, ask_torch, examine
+from app.cli.doctor.facts import TorchFound
 from app.cli.old_cache import find_old_cache
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
 
 OPTIONS: Options = {
     "--json": {"action": "store_true", "help": "one JSON document instead of words"},
+    "--race": {"action": "store_true", "help": "time the formats and kernels on the card again"},
     "--card": {"help": "answer for a card that is not there, such as rtx-3060"},
     **MODEL,
 }
@@ -31,13 +34,21 @@ def run(
     settings: Settings,
     *,
     gpu: Gpu | None = None,
-    ask_torch: Callable[[int | None], TorchFound] = ask_torch,
+    ask_torch: Callable[[int | None], TorchFound] | None = None,
 ) -> int:
     """Print the report; return 0 where the service can serve, else 1."""
     if arguments.card:
         found = answer_for_absent_gpu(arguments.card, settings)
     else:
-        found = diagnose(examine(settings, gpu, ask_torch), settings)
+        asking = partial(facts.ask_torch, cache=settings.cache_dir, again=arguments.race)
+        examined = facts.examine(settings, gpu, ask_torch or asking)
+        found = diagnose(examined, settings)
+        if arguments.race and examined.torch.race is None:
+            found.complain(
+                "There is no card here on which the race could be held.",
+                "Ask where torch sees the card, with KLEIN_DEVICE naming it.",
+                is_fatal=False,
+            )
         if (old := find_old_cache(settings)) is not None:
             found.complain(old.what, old.command, is_fatal=False)
     print(json.dumps(found.as_json(), indent=2) if arguments.json else found.render())

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,10 +21,11 @@ from app.cli.doctor.plan_preview import PlanPreview, Target, preview_plan
 from app.domain import ModelSpec
 from app.engine import roofline
 from app.engine.hub import disk, trust
-from app.engine.hub.download import missing_bytes
+from app.engine.hub.download import choose_file, missing_bytes
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import files_for, find_model
-from app.engine.quantization.formats import FORMATS
+from app.engine.quantization.formats import AUTO, FORMATS, automatic
+from app.engine.race.results import Results
 from app.engine.runtime.toolchain import CompilerFound, find_compiler
 from app.errors import StartupError
 from app.model_choice import Choice, choose_model
@@ -43,6 +45,8 @@ class TorchFound:
     sees_gpu: bool
     runs: tuple[str, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
+    race: Results | None = None
+    """The race that a start would go by; None where none was held yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +124,16 @@ def examine(
         choice=choice,
         model=entry.spec if entry else None,
         forecast=ahead,
-        cache=_ask_cache(klein, settings.cache_dir, precision) if klein and is_cached else None,
+        cache=_ask_cache(klein, settings, precision) if klein and is_cached else None,
         stored=disk.sums(disk.survey(settings.cache_dir)),
     )
 
 
-def ask_torch(index: int | None) -> TorchFound:
-    """Import torch, and probe its kernels on GPU *index* unless that is None."""
+def ask_torch(index: int | None, *, cache: Path, again: bool) -> TorchFound:
+    """Import torch, and probe its kernels on GPU *index* unless that is None.
+
+    A race that was kept in *cache* says more than probes; *again* holds it, and keeps the result.
+    """
     import torch
 
     with warnings.catch_warnings():
@@ -135,16 +142,22 @@ def ask_torch(index: int | None) -> TorchFound:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index is None or index >= count:
         return TorchFound(str(torch.__version__), torch.version.cuda, sees_gpu=False)
+    from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
     from app.engine.quantization.probe import probe_gpu
+    from app.engine.race import measure
+    from app.engine.runtime.compile import missing_tools
 
-    facts = probe_gpu(torch.device("cuda", index))
-    probed = facts.faults if facts else ()
+    device, is_compiled = torch.device("cuda", index), not missing_tools()
+    hold_or_recall = partial(measure.race, again=True) if again else measure.known
+    race = hold_or_recall(device, FLUX2_KLEIN_4B, cache, is_compiled=is_compiled)
+    facts = probe_gpu(device)
     return TorchFound(
         str(torch.__version__),
         torch.version.cuda,
         sees_gpu=True,
         runs=tuple(facts.runs) if facts else (),
-        lacking={name: why for name in probed if (why := FORMATS[name].missing())},
+        lacking={each.name: why for each in automatic() if (why := each.missing())},
+        race=race,
     )
 
 
@@ -161,6 +174,7 @@ def _look_ahead(
         capability=gpu.capability,
         free_bytes=gpu.free_bytes,
         runs=torch.runs,
+        race=torch.race,
         can_compile=not compiler.missing,
         spec=roofline.recognise(gpu.name, gpu.total_bytes),
     )
@@ -170,9 +184,11 @@ def _look_ahead(
         return error.message
 
 
-def _ask_cache(variant: ModelEntry, folder: Path, precision: str) -> CacheFound:
+def _ask_cache(variant: ModelEntry, settings: Settings, precision: str) -> CacheFound:
     """Count the bytes that *variant* needs at *precision*, and those not downloaded yet."""
-    wanted = FORMATS[precision].file
+    folder, linears = settings.cache_dir, FORMATS[precision]
+    instead = linears.also_from if settings.precision == AUTO else ""
+    wanted = choose_file(variant, folder, linears.file, instead)
     above = folder
     while not above.exists() and above != above.parent:
         above = above.parent

@@ -7,7 +7,7 @@ previewed too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.domain import ModelSpec
 from app.engine import roofline
@@ -18,9 +18,14 @@ from app.engine.memory.planner import (
     plan_exact,
     plan_memory,
 )
-from app.engine.models.registry import files_for, find_model
+from app.engine.models.entry import Architecture
+from app.engine.models.registry import MODELS, files_for, find_model
 from app.engine.quantization.formats import FORMATS, WeightFormat, automatic
+from app.engine.race.results import Lap, Results, choose
 from app.settings import Settings
+
+_HOPPER_INT8 = 0.42
+"""833 of 1979 TFLOP/s for a matmul of 4608 x 3072 x 27648 on an H100; attention reached less."""
 
 DISPLAY_BYTES = 2_000_000_000
 """Memory assumed in use on a GPU that is not installed: display, browser, driver."""
@@ -39,6 +44,8 @@ class Target:
     runs: tuple[str, ...]
     can_compile: bool = True
     spec: roofline.GpuDatasheet | None = None
+    race: Results | None = None
+    """What was timed, or computed of the datasheet; None where *runs* alone decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,8 @@ class PlanPreview:
     """Roofline seconds of one image at the model's defaults; None without a datasheet."""
     linears: str
     """The format of the transformer's layers."""
+    attention: str = ""
+    """The attention kernel that a race chose; empty where none was held."""
 
 
 def assume(spec: roofline.GpuDatasheet) -> Target:
@@ -62,6 +71,46 @@ def assume(spec: roofline.GpuDatasheet) -> Target:
         free_bytes=spec.memory_bytes - DISPLAY_BYTES,
         runs=tuple(usual[:1]),
         spec=spec,
+        race=compute_race(spec, find_model(next(iter(MODELS))).architecture),
+    )
+
+
+def compute_race(spec: roofline.GpuDatasheet, architecture: Architecture) -> Results:
+    """Compute a race from a datasheet: FLOPs of a step's parts, divided by the peak rates.
+
+    comfy-kitchen's kernels do not use Hopper's own instructions, and count with the share of the
+    peak that was measured there.
+    """
+    from app.engine.modules.attention import KERNELS
+
+    tokens = architecture.step_tokens
+    blocks = architecture.double_blocks + architecture.single_blocks
+    linears = sum(2 * tokens * x.inputs * x.outputs * x.count for x in architecture.matmuls)
+    attention = 4 * tokens**2 * architecture.width * blocks
+
+    def timed(lap: Lap, flops: float, kind: str | None, oldest: tuple[int, int]) -> Lap:
+        rate = getattr(spec, kind or "bf16")
+        if rate is None or spec.capability < oldest:
+            return replace(lap, fault="this card does not know it")
+        share = _HOPPER_INT8 if kind == "int8" and spec.capability == (9, 0) else 1.0
+        return replace(lap, seconds=flops / (rate * share))
+
+    return Results(
+        spec.capability,
+        tuple(
+            timed(
+                Lap(each.name, must_win=each.must_win, is_reference=each.reason is None),
+                linears,
+                each.rate,
+                each.oldest,
+            )
+            for each in (*automatic(), FORMATS["bf16"])
+        ),
+        tuple(
+            timed(Lap(name, is_challenger=each.must_win), attention, each.rate, each.oldest)
+            for name, each in reversed(KERNELS.items())
+        ),
+        is_computed=True,
     )
 
 
@@ -74,7 +123,18 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     # Imports torch, so only where a preview is needed.
     from app.engine.quantization.select import GpuCapabilities, choose_precision
 
-    facts = GpuCapabilities(target.capability, frozenset(target.runs))
+    facts, attention = GpuCapabilities(target.capability, frozenset(target.runs)), ""
+    if target.race is not None:
+        from app.engine.modules.attention import AUTO, check_attention
+        from app.engine.race.measure import capabilities
+
+        check_attention(settings.attention)
+        winner = choose(
+            target.race,
+            "" if settings.precision == AUTO else settings.precision,
+            "" if settings.attention == AUTO else settings.attention,
+        )
+        facts, attention = capabilities(target.race, winner), winner.attention
     chosen = choose_precision(settings.precision, facts, is_small=False)
     limit = min(settings.max_pixels, model.max_pixels)
     architecture = find_model(model.id).architecture
@@ -105,6 +165,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
         plan,
         floor_seconds(target.spec, chosen.linears.name, model),
         chosen.linears.name,
+        attention="" if chosen.linears.is_exact else attention,
     )
 
 

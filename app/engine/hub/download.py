@@ -90,6 +90,16 @@ def missing_bytes(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
     return sum(store.missing_bytes(file) for file in files_for(variant, precision))
 
 
+def choose_file(variant: ModelEntry, cache_dir: Path, wanted: str, instead: str) -> str:
+    """Return *instead* where it is there and *wanted* is not, else *wanted*: a download is spared.
+
+    Both are keys of `ModelEntry.transformers`; an empty *instead* is none.
+    """
+    if instead not in variant.transformers or not missing_bytes(variant, cache_dir, wanted):
+        return wanted
+    return wanted if missing_bytes(variant, cache_dir, instead) else instead
+
+
 def verify(
     variant: ModelEntry, cache_dir: Path, precision: str, on_progress: OnProgress
 ) -> dict[RemoteFile, bool | None]:

@@ -1,10 +1,11 @@
 """Whether the cache can be trusted: only where no other user can have written to it.
 
-A record that a file was verified, weights quantized on an earlier start, and compiled code, which
-is executed, are trusted where each of them and every folder from the cache's own down to it belongs
-to this user or to root, and nobody else may write there. For compiled code the folders above the
-cache are checked too: whoever may rename one of them can replace the cache. root may do anything
-anyway. The path that an operator names by KLEIN_MODEL is not checked: it may belong to anyone.
+A record that a file was verified, weights quantized on an earlier start, a race that was kept, and
+compiled code, which is executed, are trusted where each of them and every folder from the cache's
+own down to it belongs to this user or to root, and nobody else may write there. For compiled code
+the folders above the cache are checked too: whoever may rename one of them can replace the cache.
+root may do anything anyway. The path that an operator names by KLEIN_MODEL is not checked: it may
+belong to anyone.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def remedy(root: Path) -> str:
     return (
         f"{ANOTHER_FOLDER}, or run: chown -R {os.geteuid()} "
         f"{place} && chmod -R go-w {place} && find {place} -name '*.verified' -delete && "
-        f"rm -rf {place}/compiled {place}/converted"
+        f"rm -rf {place}/compiled {place}/converted {place}/race"
     )
 
 

@@ -41,6 +41,15 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class Matmul:
+    """One linear layer of the blocks, [inputs] -> [outputs], that each step runs *count* times."""
+
+    inputs: int
+    outputs: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """The numbers of a model's networks, and those that were measured with them.
 
@@ -111,8 +120,29 @@ class Architecture:
 
         It is the single blocks' first: query, key, value, and the MLP's gate and values.
         """
-        rows = self.reference_tokens + self.prompt_tokens
-        return rows, self.width, 3 * self.width + 2 * self.mlp_width
+        return self.step_tokens, self.width, 3 * self.width + 2 * self.mlp_width
+
+    @property
+    def step_tokens(self) -> int:
+        """The tokens of a step, for an image as large as a reference."""
+        return self.reference_tokens + self.prompt_tokens
+
+    @property
+    def matmuls(self) -> tuple[Matmul, ...]:
+        """The blocks' linear layers over all tokens of a step, a double block's two streams as one.
+
+        The single blocks' two, then the double blocks': query, key and value; out; up; down.
+        """
+        width, mlp = self.width, self.mlp_width
+        single, double = self.single_blocks, self.double_blocks
+        return (
+            Matmul(width, 3 * width + 2 * mlp, single),
+            Matmul(width + mlp, width, single),
+            Matmul(width, 3 * width, double),
+            Matmul(width, width, double),
+            Matmul(width, 2 * mlp, double),
+            Matmul(mlp, width, double),
+        )
 
 
 @dataclass(frozen=True, slots=True)

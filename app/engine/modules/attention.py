@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from torch.nn import functional
 
 from app.engine import torch_private
 from app.engine.models.entry import Architecture
+from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +23,9 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 TOLERANCE = 0.08
 """The largest `relative_error` at which a kernel counts as correct."""
+
+AUTO = "auto"
+"""The value of `KLEIN_ATTENTION` that leaves the choice to the race, or to the order here."""
 
 _HOPPER = (9, 0)
 _PROBED_TOKENS = 640
@@ -35,6 +41,12 @@ class AttentionKernel:
     """Says why the kernel is not for a device, before it is tried; empty where it may be."""
     max_error: float = TOLERANCE
     """The largest `relative_error` against torch's own choice at which it counts as correct."""
+    must_win: bool = False
+    """Whether it is taken only where a race found it faster on the card, or by its name."""
+    rate: str = "bf16"
+    """The field of `roofline.GpuDatasheet` with the rate of its matmuls."""
+    oldest: tuple[int, int] = (0, 0)
+    """The compute capability from which on it usually runs."""
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -50,17 +62,72 @@ def _cudnn_fault(device: torch.device) -> str:
     return ""
 
 
+def _int8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Compute attention with comfy-kitchen: q, k, v and the probabilities quantized to int8."""
+    made: torch.Tensor = torch.ops.comfy_kitchen.int8_attention(q, k, v, None)
+    return made
+
+
+def _int8_fault(device: torch.device) -> str:
+    if importlib.util.find_spec("comfy_kitchen") is None:
+        return "comfy-kitchen, the extra `int8`, is not installed"
+    try:
+        library = importlib.import_module("comfy_kitchen.sage_attention")
+        if device.type == "cuda" and library.is_available(device):
+            return ""
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        _log.warning("comfy-kitchen's attention does not load: %s", error)
+    return "this comfy-kitchen does not offer it here"
+
+
 KERNELS = {
     "torch": AttentionKernel("torch", plain_attention, lambda device: ""),
-    "cudnn": AttentionKernel("cuDNN", torch_private.cudnn_attention, _cudnn_fault),
+    "cudnn": AttentionKernel("cuDNN", torch_private.cudnn_attention, _cudnn_fault, oldest=_HOPPER),
+    "int8": AttentionKernel(
+        "comfy-kitchen in int8",
+        _int8_attention,
+        _int8_fault,
+        max_error=0.03,
+        must_win=True,
+        rate="int8",
+        oldest=(7, 5),
+    ),
 }
-"""All kernels by name; of those that are right on a device, the last is taken."""
+"""All kernels by name; without a race, the last that is right on a device is taken."""
 
 
-def choose_attention(device: torch.device, architecture: Architecture) -> AttentionKernel:
-    """Return the last kernel without a fault on *device*, for the heads of *architecture*."""
-    kernels = reversed(KERNELS.values())
+def choose_attention(
+    device: torch.device, architecture: Architecture, asked: str = AUTO
+) -> AttentionKernel:
+    """Return the kernel *asked* for, or the last without a fault that need not win a race.
+
+    Raises:
+        StartupError: the kernel *asked* for is not known, or does not run here for the heads of
+            *architecture*.
+    """
+    check_attention(asked)
+    if asked != AUTO:
+        if fault := kernel_fault(KERNELS[asked], device, architecture):
+            raise StartupError(
+                f"KLEIN_ATTENTION asks for {asked}, which cannot be used: {fault}. Set "
+                "KLEIN_ATTENTION=auto to take what runs here."
+            )
+        return KERNELS[asked]
+    kernels = (each for each in reversed(KERNELS.values()) if not each.must_win)
     return next(each for each in kernels if not kernel_fault(each, device, architecture))
+
+
+def check_attention(asked: str) -> None:
+    """Check a value of `KLEIN_ATTENTION`.
+
+    Raises:
+        StartupError: it is neither `auto` nor a kernel's name.
+    """
+    if asked not in (AUTO, *KERNELS):
+        raise StartupError(
+            "KLEIN_ATTENTION has a value that does not fit: Input should be "
+            f"{', '.join(map(repr, (AUTO, *KERNELS)))}. Correct it and start again."
+        )
 
 
 def kernel_fault(kernel: AttentionKernel, device: torch.device, architecture: Architecture) -> str:

@@ -41,6 +41,8 @@ class Layers:
     """Makes a layer from a file's own fp8 weight; None where that is restored and quantized."""
     cached: tuple[str, ...] = ("weight", "scale")
     """The layer's attributes that the cache stores, in the order of `make`'s arguments."""
+    fused: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]] | None = None
+    """Computes a layer at its cost in a compiled block; None where that is the layer's own."""
 
 
 def _layers(kind: str) -> Layers:
@@ -49,7 +51,9 @@ def _layers(kind: str) -> Layers:
 
     return {
         "plain": Layers(linear.plain_linear, cached=()),
-        "fp8": Layers(linear.Fp8Linear, linear.quantize_fp8, linear.take_fp8),
+        "fp8": Layers(
+            linear.Fp8Linear, linear.quantize_fp8, linear.take_fp8, fused=linear.fused_fp8
+        ),
         "fp8w": Layers(linear.WeightOnlyLinear, linear.quantize_fp8, linear.take_fp8_weight),
         "int8": Layers(linear.int8_linear, linear.quantize_rotated),
         "int8w": Layers(linear.WeightOnlyLinear, linear.quantize_int8),
@@ -84,6 +88,8 @@ class WeightFormat:
     """The format of the text encoder's layers."""
     file: str = "bf16"
     """The transformer's file, a key of `ModelEntry.transformers`."""
+    also_from: str = ""
+    """The file that `auto` takes instead where it is there and *file* is not; both errors add."""
     rate: str | None = "bf16"
     """The field of `roofline.GpuDatasheet` with its matmul's rate; None where there is none."""
     kernel: str = "PyTorch"
@@ -94,6 +100,8 @@ class WeightFormat:
     """What pip installs for the kernel."""
     must_win: bool = False
     """Whether the probe also has to find it faster than bf16."""
+    max_error: float = 0.04
+    """The largest relative error of a heavy-tailed product at which a race admits it."""
     substitute: str | None = None
     """The format that takes its place on a GPU that does not run its kernel."""
     reason: str | None = None
@@ -139,6 +147,7 @@ FORMATS: dict[str, WeightFormat] = {
             kernel="comfy-kitchen",
             missing=_missing_kitchen,
             package="comfy-kitchen==0.2.40",
+            also_from="fp8",
             must_win=True,
             reason="the card multiplies in int8 faster than in bf16; fp8 it does not know",
         ),

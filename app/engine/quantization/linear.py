@@ -38,6 +38,7 @@ a precision on an image can be computed on a CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -179,6 +180,21 @@ def plain_linear(weight: torch.Tensor) -> nn.Linear:
     layer = nn.Linear(columns, rows, bias=False, device="meta")
     layer.weight = _parameter(weight)
     return layer
+
+
+def fused_fp8(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the matmul of an `Fp8Linear` after one pass over x, as a compiled block has it.
+
+    The block's compiler fuses the quantization into the operation before; eagerly it is six passes,
+    which take longer than the matmul.
+    """
+    assert isinstance(layer, Fp8Linear)
+    weight, scale = layer.weight, layer.scale
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        return torch_private.scaled_mm(x.to(torch.float8_e4m3fn), weight, scale, scale, x.dtype)
+
+    return multiply
 
 
 def take_fp8(layer: QuantizedLayer, device: torch.device) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from app.engine.quantization.formats import AUTO, FORMATS, WeightFormat, automatic, check_choice
+from app.errors import StartupError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,12 @@ class GpuCapabilities:
     """Formats whose probes passed; those after the first of them are not probed."""
     faults: Mapping[str, str] = field(default_factory=dict)
     """Why others do not run."""
+    fastest: str = ""
+    """The format that a race chose among them; empty where none was held."""
+    told: str = ""
+    """What the race says for its choice."""
+    broken: Mapping[str, str] = field(default_factory=dict)
+    """Why formats cannot be used here, not even by name."""
 
 
 def choose_precision(asked: str, facts: GpuCapabilities | None, *, is_small: bool) -> Precision:
@@ -46,7 +53,7 @@ def choose_precision(asked: str, facts: GpuCapabilities | None, *, is_small: boo
     *is_small*: below a gigabyte of weights, as the demo and the tests' models are.
 
     Raises:
-        StartupError: *asked* is not one of `formats.choices`.
+        StartupError: *asked* is not one of `formats.choices`, or its kernel is wrong on this GPU.
     """
     check_choice(asked)
     if asked != AUTO:
@@ -57,6 +64,8 @@ def choose_precision(asked: str, facts: GpuCapabilities | None, *, is_small: boo
         return _choice("bf16", "on the processor, to halve the memory")
     if is_small:
         return _choice("bf16", "a small model, which 8 bit would not help")
+    if facts.fastest:
+        return _choice(facts.fastest, facts.told)
     for each in automatic():
         if each.reason and each.name in facts.runs:
             return _choice(each.name, each.reason.format(*facts.capability))
@@ -78,6 +87,11 @@ def _as_asked(wanted: WeightFormat, facts: GpuCapabilities | None, *, is_small: 
     if facts is None and not wanted.is_exact:
         dtype = torch.float32 if is_small else torch.bfloat16
         return Precision(wanted.name, dtype, "emulated on the processor, to compare", wanted)
+    if facts is not None and (fault := facts.broken.get(wanted.name)):
+        raise StartupError(
+            f"KLEIN_PRECISION asks for {wanted.name}, which cannot be used: {fault}. Set "
+            "KLEIN_PRECISION=auto to take what runs here."
+        )
     if facts is not None and wanted.substitute and wanted.name not in facts.runs:
         return _substitute(wanted, "as asked for")
     return _choice(wanted.name, "as asked for")

@@ -128,12 +128,17 @@ NO_COMPILER = Compiler(
 )
 
 
+def missing_tools() -> list[str]:
+    """Return what compiling needs and is not here; a function may do without the headers."""
+    # Whether it needs them shows when it is compiled.
+    return [each for each in find_compiler().missing if each != HEADERS]
+
+
 def choose_compiler(device: torch.device, cache: Path) -> Compiler:
     """Compile on a GPU where Triton and a C compiler are found; cache the results in *cache*."""
     if device.type != "cuda":
         return Compiler(is_on=False, has_graphs=False, reason="the processor needs none")
-    # Whether a function needs the headers shows when it is compiled.
-    if missing := [each for each in find_compiler().missing if each != HEADERS]:
+    if missing := missing_tools():
         reason = f"{' and '.join(missing)} missing"
         remedy = install_command(missing)
         return Compiler(is_on=False, has_graphs=False, reason=reason, remedy=remedy)

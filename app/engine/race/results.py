@@ -1,0 +1,145 @@
+"""What a race found, and the choice that follows: plain data and pure functions.
+
+The parts of a step, its linear layers and its attention, are timed one by one, so the time of a
+combination is their sum. Each part has an incumbent, which is taken without a race: the first of
+the laps that is right and no challenger. Whoever takes its place must make the whole step 5 %
+faster, since less than that is within what two runs differ by, and an incumbent is the one that has
+been used longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+MARGIN = 1.05
+"""How many times faster the step must become for each part that is exchanged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """What one weight format or attention kernel showed."""
+
+    name: str
+    seconds: float | None = None
+    """Of its part in one step at the default size; None where it does not run."""
+    error: float | None = None
+    """Relative, with heavy-tailed inputs; None where it was not measured."""
+    bound: float = 1.0
+    """The largest *error* at which it is admitted."""
+    fault: str = ""
+    """Why it does not run here; empty where it does."""
+    is_challenger: bool = False
+    """Whether it is never an incumbent: it is taken for its time only."""
+    must_win: bool = False
+    """Whether it must be faster than the reference."""
+    is_reference: bool = False
+    """Whether it is timed for comparison only, as bf16 is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A race on a card: the laps of each part, those preferred first."""
+
+    capability: tuple[int, int]
+    linears: tuple[Lap, ...]
+    attention: tuple[Lap, ...]
+    disturbed: str = ""
+    """What else used the card, so that the times decide nothing; empty where nothing was seen."""
+    is_computed: bool = False
+    """Whether the times come from a datasheet."""
+
+    @property
+    def milliseconds(self) -> dict[str, dict[str, float]]:
+        """The times by part and name, rounded, for people and scripts."""
+        return {
+            part: {lap.name: round(1e3 * lap.seconds, 2) for lap in laps if lap.seconds}
+            for part, laps in (("linears", self.linears), ("attention", self.attention))
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Winner:
+    """The choice; *linears* is empty where no 8-bit format is admitted, and *reason* says why."""
+
+    linears: str
+    attention: str
+    reason: str
+
+
+def choose(results: Results, linears: str = "", attention: str = "") -> Winner:
+    """Choose the fastest combination; a part that the operator names stays as named."""
+    formats = _entrants(results.linears, linears)
+    kernels = _entrants(results.attention, attention)
+    if results.disturbed:
+        formats, kernels = formats[:1], kernels[:1]
+    # Each exchange of an incumbent, which stands first, has to be worth its margin.
+    pairs = product(enumerate(formats or [Lap("")]), enumerate(kernels or [Lap("")]))
+    best = min(pairs, key=_handicapped)
+    (format_place, taken), (kernel_place, kernel) = best
+    is_kept = not format_place and not kernel_place
+    return Winner(taken.name, kernel.name, _reason(results, is_kept=is_kept))
+
+
+def faults(laps: tuple[Lap, ...]) -> dict[str, str]:
+    """Return why laps are not admitted, by name."""
+    plain_s = next((lap.seconds for lap in laps if lap.is_reference), None)
+    found = {lap.name: _fault(lap, plain_s) for lap in laps if not lap.is_reference}
+    return {name: why for name, why in found.items() if why}
+
+
+def settle(run: Callable[[], Results], wait: Callable[[], None]) -> Results:
+    """Hold a race by *run*; one that was disturbed is repeated once, after *wait*."""
+    results = run()
+    if results.disturbed:
+        wait()
+        results = run()
+    return results
+
+
+def _entrants(laps: tuple[Lap, ...], named: str) -> list[Lap]:
+    """Return the admitted laps, the incumbent first, or the one that is *named*."""
+    if named:
+        return [lap for lap in laps if lap.name == named] or [Lap(named)]
+    wrong = faults(laps)
+    admitted = [lap for lap in laps if not lap.is_reference and lap.name not in wrong]
+    return sorted(admitted, key=lambda lap: lap.is_challenger)
+
+
+def _fault(lap: Lap, plain_s: float | None) -> str:
+    if lap.fault:
+        return lap.fault
+    if lap.error is not None and not lap.error <= lap.bound:  # NaN too
+        return f"its error of {lap.error:.1%} is more than {lap.bound:.0%}"
+    if lap.must_win and plain_s and lap.seconds and lap.seconds >= plain_s:
+        return f"{lap.seconds / plain_s:.2f} times bf16's time on this card"
+    return ""
+
+
+def _handicapped(pair: tuple[tuple[int, Lap], tuple[int, Lap]]) -> float:
+    """Return a combination's seconds, times the margin for each part that is no incumbent."""
+    seconds = sum(lap.seconds or 0.0 for _, lap in pair)
+    return seconds * float(MARGIN ** sum(place > 0 for place, _ in pair))
+
+
+def _reason(results: Results, *, is_kept: bool) -> str:
+    if results.disturbed:
+        why = f"chosen without the times, since the card was disturbed twice: {results.disturbed}"
+    elif is_kept:
+        why = "nothing else makes a step 5 % faster"
+    else:
+        why = "the fastest that keeps its bound"
+    return "; ".join([why, *_told(results)])
+
+
+def _told(results: Results) -> Iterator[str]:
+    how = "computed from the datasheet" if results.is_computed else "timed here"
+    times = (
+        ("" if part == "linears" else f"{part} ")
+        + ", ".join(f"{name} {ms:.1f}" for name, ms in sorted(laps.items(), key=lambda x: x[1]))
+        for part, laps in results.milliseconds.items()
+    )
+    yield f"{how}, ms a step: {'; '.join(times)}"
+    for laps in (results.linears, results.attention):
+        yield from (f"{name} left out: {why}" for name, why in faults(laps).items())

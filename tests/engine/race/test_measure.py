@@ -1,0 +1,128 @@
+"""What is timed and what errors are found; the times themselves are made up here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from app.engine.models.registry import find_model
+from app.engine.modules.attention import KERNELS, AttentionKernel, plain_attention
+from app.engine.quantization.formats import FORMATS
+from app.engine.race import measure
+from app.engine.race.results import choose
+from tests.engine.race.test_results import H100, RTX_3060, RTX_4070, without_library
+
+pytestmark = pytest.mark.torch
+
+CPU = torch.device("cpu")
+KLEIN = find_model("flux.2-klein-4b").architecture
+SHAPES = replace(find_model("shapes").architecture, reference_pixels=256**2)
+
+
+def test_the_matmuls_are_the_step():
+    """28.27 TFLOP in klein's linear layers at 1024x1024."""
+    flops = sum(2 * KLEIN.step_tokens * x.inputs * x.outputs * x.count for x in KLEIN.matmuls)
+
+    assert flops == pytest.approx(28.27e12, rel=1e-3)
+    assert KLEIN.matmuls[0].outputs == KLEIN.widest_matmul[2]
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_each_piece_has_room(is_compiled):
+    """Weights, input with its copies, and output below 256 MB, in equal parts of the whole."""
+    for matmul in KLEIN.matmuls:
+        rows, outputs = measure.piece(matmul, KLEIN.step_tokens, is_compiled=is_compiled)
+        copies = 3 if is_compiled else 17
+        used = 2 * matmul.inputs * outputs + rows * (matmul.inputs * copies + 2 * outputs)
+
+        assert used < 210_000_000
+        assert KLEIN.step_tokens % rows == matmul.outputs % outputs == 0
+
+
+@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.04), ("int8", 0.02), ("bf16", 0.003)])
+def test_the_emulated_formats_keep_their_bounds(name, bound):
+    """With heavy-tailed weights and inputs."""
+    assert 0 < measure.linear_error(FORMATS[name], CPU, 768) < bound <= FORMATS[name].max_error
+
+
+def test_attention_is_held_against_float32():
+    """torch's own is right, and one that rounds its values to one byte is seen."""
+    rough = AttentionKernel("rough", lambda q, k, v: plain_attention(q, k, 2 * v), lambda _: "")
+
+    assert measure.attention_error(KERNELS["torch"], CPU, 256, 64) < 0.005
+    assert measure.attention_error(rough, CPU, 256, 64) == pytest.approx(1.0, abs=0.01)
+    assert KERNELS["int8"].max_error == 0.03
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "bf16"])
+def test_the_layer_that_is_timed_is_one_of_its_format(name):
+    """As large as asked, with weights of one byte where the format has them."""
+    plain = FORMATS[name].build(torch.randn(128, 64), torch.bfloat16)
+    layer = measure.repeated_layer(FORMATS[name], 64, 128, CPU)
+    fused = FORMATS[name].layers().fused
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+
+    assert type(layer) is type(plain)
+    assert (layer.weight.shape, layer.weight.dtype) == (plain.weight.shape, plain.weight.dtype)
+    assert (fused(layer) if fused else layer)(x).shape == (32, 128)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A race on no card, in which each call takes a millisecond; how often one was timed."""
+    calls = []
+    monkeypatch.setattr(measure, "_warm", lambda device: None)
+    monkeypatch.setattr(measure, "_seconds", lambda run, spreads: calls.append(run) or 1e-3)
+    monkeypatch.setattr(measure, "linear_error", lambda *_: 0.01)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    return calls
+
+
+def test_a_step_is_as_often_a_matmul_as_the_blocks_run_it(counted, monkeypatch):
+    """Two double and six single blocks: 2 * 4 and 6 * 2 matmuls, and 8 times attention."""
+    monkeypatch.setattr(measure, "_busy", lambda device: "")
+    made = measure.hold(CPU, SHAPES, is_compiled=True)
+    linears, attention = ({lap.name: lap for lap in p} for p in (made.linears, made.attention))
+
+    assert linears["fp8"].seconds == linears["bf16"].seconds == pytest.approx(20e-3)
+    assert attention["torch"].seconds == pytest.approx(8e-3)
+    assert "Hopper" in attention["cudnn"].fault
+    assert [lap.name for lap in made.attention] == ["int8", "cudnn", "torch"]
+    assert not made.disturbed
+
+
+@pytest.mark.parametrize(("load", "said"), [(None, ""), (0.1, ""), (0.87, "others used 87% of it")])
+def test_others_on_the_card_are_noticed(monkeypatch, load, said):
+    """By what NVML says before anything of ours runs."""
+    gpu = SimpleNamespace(read=lambda: SimpleNamespace(utilization_ratio=load))
+    monkeypatch.setattr(measure, "Gpu", lambda index: gpu)
+
+    assert measure._busy(CPU) == said
+
+
+def test_equal_runs_that_differ_are_noticed(counted, monkeypatch):
+    """What NVML does not see, on a card that is shared by other means."""
+    monkeypatch.setattr(measure, "_busy", lambda device: "")
+    monkeypatch.setattr(measure, "_seconds", lambda run, spreads: spreads.append(0.4) or 1e-3)
+
+    assert measure.hold(CPU, SHAPES, is_compiled=True).disturbed == "equal runs differed by 40%"
+
+
+@pytest.mark.parametrize(
+    ("results", "runs", "fastest"),
+    [
+        (RTX_3060, {"int8"}, "int8"),
+        (RTX_4070, {"fp8", "int8"}, "int8"),
+        (H100, {"fp8"}, "fp8"),
+        (without_library(RTX_3060), set(), ""),
+    ],
+)
+def test_the_choice_of_the_precision_follows(results, runs, fastest):
+    """What is admitted, what was fastest, and why others were left out."""
+    facts = measure.capabilities(results, choose(results))
+
+    assert (facts.runs, facts.fastest) == (runs, fastest)
+    assert set(facts.faults) == {"fp8", "int8"} - runs
