@@ -70,7 +70,7 @@ def _int8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 def _int8_fault(device: torch.device) -> str:
     if importlib.util.find_spec("comfy_kitchen") is None:
-        return "comfy-kitchen, the extra `int8`, is not installed"
+        return "comfy-kitchen is not installed"
     try:
         library = importlib.import_module("comfy_kitchen.sage_attention")
         if device.type == "cuda" and library.is_available(device):

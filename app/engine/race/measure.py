@@ -170,8 +170,14 @@ def repeated_layer(
     layers = wanted.layers()
     part = torch.randn(outputs // _COPIES, inputs, device=device, dtype=torch.bfloat16)
     tensors = (part,) if layers.quantize is None else layers.quantize(part)
-    whole = [torch.cat([each] * _COPIES) if each.dim() else each for each in tensors]
-    return layers.make(*whole).to(device)
+    return layers.make(*map(_repeated, tensors)).to(device)
+
+
+def _repeated(tensor: torch.Tensor) -> torch.Tensor:
+    """Repeat *tensor* along its first dimension; as bytes, which every dtype can be copied as."""
+    if not tensor.dim():
+        return tensor
+    return torch.cat([tensor.view(torch.uint8)] * _COPIES).view(tensor.dtype)
 
 
 def _linear_lap(

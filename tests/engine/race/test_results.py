@@ -14,7 +14,7 @@ INT8 = Lap("int8", 0.0, 0.0128, 0.04, must_win=True)
 TORCH = Lap("torch", 0.0, 0.002, 0.08)
 CUDNN = Lap("cudnn", 0.0, 0.002, 0.08)
 KITCHEN = Lap("int8", 0.0, 0.027, 0.03, is_challenger=True)
-GONE = "comfy-kitchen, the extra `int8`, is not installed"
+GONE = "comfy-kitchen is not installed"
 NO_FP8 = replace(FP8, seconds=None, error=None, fault="fp8's product does not run here")
 NO_CUDNN = replace(CUDNN, seconds=None, error=None, fault="it is written for Hopper and newer")
 
