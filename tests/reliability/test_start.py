@@ -269,15 +269,11 @@ def test_no_network_and_no_cache(tmp_path) -> None:
 @pytest.mark.torch
 def test_a_full_disk(tmp_path) -> None:
     """How much is needed and free, and which setting names another disk."""
-    from app.engine.hub.download import ensure
+    from app.engine.hub import download
     from app.engine.models.registry import MODELS
 
+    usage = SimpleNamespace(free=1_000_000_000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(StartupError, match="KLEIN_CACHE_DIR is too small") as refused:
-        ensure(
-            MODELS["flux.2-klein-4b"],
-            tmp_path,
-            "fp8",
-            lambda progress: None,
-            free_bytes=lambda folder: 1_000_000_000,
-        )
+        download.ensure(MODELS["flux.2-klein-4b"], tmp_path, "fp8", lambda progress: None)
     assert "1.0 GB are free" in refused.value.message
