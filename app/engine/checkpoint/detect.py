@@ -2,7 +2,7 @@
 
 Known are diffusers' folder, the same with the transformer as one file at its top (as the
 catalogue's download puts it), ComfyUI's models folder as it stands, and one file beside any of
-them. Of ComfyUI's folder the tokenizer is the package's, unless it holds one.
+them. Where a folder holds no tokenizer, as ComfyUI's, it is the package's.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _open(path: Path, elsewhere: Elsewhere, vae: Path | None, *, is_mapped: bool
         def open_file(file: Path) -> SafetensorsFile:
             return opened.enter_context(SafetensorsFile(file, is_mapped=is_mapped))
 
-        given = None if vae is None else _open_vae(vae, open_file)
+        given = None if vae is None else open_vae(vae, open_file)
         if path.is_file():
             checkpoint = _open_file(path, elsewhere, open_file, given)
         elif (path / "model_index.json").is_file():
@@ -117,7 +117,7 @@ def _open_diffusers(
         encoder=open_part("text_encoder"),
         vae=vae or open_part("vae"),
         scheduler=read_config(path / "scheduler" / "scheduler_config.json"),
-        tokenizer=path / "tokenizer",
+        tokenizer=_find_tokenizer(path),
         is_distilled=index.get("is_distilled"),
     )
 
@@ -142,19 +142,28 @@ def _open_comfy(
 ) -> Checkpoint:
     transformer = transformer_file or _only(path, _COMFY_TRANSFORMERS, "klein")
     encoder = open_file(_only(path, _COMFY_ENCODERS, "qwen_3_4b"))
-    own = path / "tokenizer"
     return Checkpoint(
         layout="ComfyUI models folder",
         transformer=read_transformer(open_file(transformer), None),
         encoder=qwen3.read_encoder(encoder),
         vae=vae or vae_files.read_vae(open_file(_only(path, ("vae",), "flux2"))),
         scheduler=dict(FLUX2_KLEIN_4B.scheduler),
-        tokenizer=own if (own / "tokenizer_config.json").is_file() else TOKENIZER,
+        tokenizer=_find_tokenizer(path),
         is_distilled=None,
     )
 
 
-def _open_vae(path: Path, open_file: Open) -> ComponentFiles:
+def _find_tokenizer(path: Path) -> Path:
+    own = path / "tokenizer"
+    return own if own.is_dir() else TOKENIZER
+
+
+def open_vae(path: Path, open_file: Open) -> ComponentFiles:
+    """Open the file that KLEIN_VAE names.
+
+    Raises:
+        StartupError: it is missing, or holds no VAE of FLUX.2.
+    """
     if path.suffix.lower() in PICKLES:
         raise _pickled(path)
     if not path.is_file():

@@ -18,6 +18,7 @@ from pathlib import Path
 from app.domain import LoadProgress, WorkerStage
 from app.engine.hub.cache import HubCache
 from app.engine.hub.fetch import Hub, damaged, fetch
+from app.engine.hub.hf_cache import find_file
 from app.engine.hub.trust import make_folder, remedy, why_open
 from app.engine.models.entry import ModelEntry, RemoteFile
 from app.engine.models.registry import MODELS, files_for
@@ -83,6 +84,17 @@ def lay_out_shared(
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(store.path(file).resolve())
     return True
+
+
+def find_shared(variant: ModelEntry, cache_dir: Path) -> dict[RemoteFile, Path]:
+    """Return where the files lie that `lay_out_shared` would link, unhashed; none unless all do."""
+    store = HubCache(cache_dir)
+    found = {
+        file: store.path(file) if store.is_present(file) else find_file(file)
+        for file in variant.shared
+    }
+    there = {file: path for file, path in found.items() if path is not None}
+    return there if len(there) == len(found) else {}
 
 
 def missing_bytes(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
