@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.engine.checkpoint.detect import open_checkpoint
+from app.engine.checkpoint.notes import read_notes
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
 from app.engine.checkpoint.transformer import read_transformer
 from app.engine.memory.budget import count_weights
@@ -261,16 +262,19 @@ def test_a_folder_with_nothing_but_a_transformer_is_that_file(folder, tmp_path, 
     write_fp8(folder, tmp_path / "flux-2-klein-4b-fp8.safetensors")
 
     assert load_model(tmp_path).features[-1].endswith("with flux-2-klein-4b-fp8.safetensors")
+    assert read_notes(tmp_path).fp8_layers == 20
 
 
 @pytest.mark.parametrize("layout", ["whole folder", "one file", "ComfyUI"])
 def test_another_vae_is_used_instead_of_the_models(folder, small, tmp_path, layout):
     """Told by name, counted by its own bytes; the model's own is not even looked for."""
-    vae = shutil.copy(small / "vae" / WEIGHTS, tmp_path / "full_encoder_small_decoder.safetensors")
+    vae = tmp_path / "full_encoder_small_decoder.safetensors"
+    shutil.copy(small / "vae" / WEIGHTS, vae)
     path = Path(shutil.copytree(folder, tmp_path / "model"))
     if layout == "ComfyUI":
         path = to_comfy(folder, tmp_path / "models")
     shutil.rmtree(path / "vae")
+    assert read_notes(path, vae).fp8_layers == 0
     if layout == "one file":
         path = write_bf16(folder, path / "alone.safetensors")
 
