@@ -14,7 +14,7 @@ COPY requirements.lock ./
 # 5.2 GB, counted by the wheels: 4.8 of them torch with CUDA, 0.2 comfy-kitchen.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --disable-pip-version-check --requirement requirements.lock
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY app ./app
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --disable-pip-version-check --constraint requirements.lock .

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.domain import GpuSnapshot
+from app.engine.hub.hf_cache import find_snapshot
 from app.engine.models.registry import MODELS, find_spec
 from app.engine.quantization.formats import check_choice
 from app.errors import StartupError
@@ -66,7 +67,11 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
             raise StartupError(
                 "KLEIN_MODEL is a path at which there is nothing; correct it and start again."
             )
-        return Choice(find_spec(settings.variant).id, str(path.resolve()), "KLEIN_MODEL is a path")
+        # A file keeps its name: in Hugging Face's cache it is a link to one named by a hash.
+        path = path.parent.resolve() / path.name if path.is_file() else path.resolve()
+        found = find_snapshot(path)
+        reason = "KLEIN_MODEL is a path" + ("" if found == path else " in Hugging Face's cache")
+        return Choice(find_spec(settings.variant).id, str(found), reason)
     return Choice(find_spec(name).id, None, "KLEIN_MODEL names it")
 
 

@@ -198,6 +198,7 @@ def _engine_config(settings: Settings, choice: Choice, device: int | None) -> En
         path=choice.path,
         cache_dir=str(settings.cache_dir),
         device=device,
+        vae=None if settings.vae is None else str(settings.vae),
         precision=settings.precision,
         attention=settings.attention,
         offload=settings.offload,

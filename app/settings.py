@@ -64,9 +64,13 @@ class Settings(BaseModel):
     """Port to listen on; 0 takes a free one."""
     model: str = Field(default="auto", min_length=1)
     """A catalogue key, a local folder or file, or `auto`: klein where a GPU holds it, else
-    `shapes`."""
+    `shapes`. A folder may be ComfyUI's models folder, one in diffusers' layout, or a repository's
+    in Hugging Face's cache."""
     variant: str = "flux.2-klein-4b"
     """For a local path: the catalogue key whose names, defaults and limits it is served under."""
+    vae: CompletePath | None = None
+    """A safetensors file with the VAE to use instead of the model's, such as that of
+    FLUX.2-small-decoder."""
     device: int | Literal["cpu"] = 0
     """Index of the CUDA GPU, or `cpu`."""
     precision: str = "auto"

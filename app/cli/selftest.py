@@ -256,7 +256,7 @@ def _read_notes(choice: Choice, settings: Settings, tested: Made | str) -> FileN
         file = FORMATS[tested.info.precision].file
         path = settings.cache_dir / "models" / entry.spec.id / file
     try:
-        return read_notes(path)
+        return read_notes(path, settings.vae)
     except KleinError as error:
         return error.message
 

@@ -35,3 +35,5 @@ class EngineConfig:
     """What the cache may take; above it derived files are deleted after a load. 0: no limit."""
     max_pixels: int = 4_194_304
     """The operator's limit of an output's size, in pixels; the memory plan may set a lower one."""
+    vae: str | None = None
+    """A file with another VAE, given by the operator, or None for the model's."""

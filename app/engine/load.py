@@ -17,7 +17,7 @@ from app.engine import advice, roofline, torch_private
 from app.engine.checkpoint.compatibility import check_compatibility
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
-from app.engine.hub import disk, trust
+from app.engine.hub import disk
 from app.engine.memory.budget import choose_plan
 from app.engine.memory.planner import MemoryPlan
 from app.engine.models.entry import EMBEDDED_REVISION, Architecture
@@ -114,6 +114,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         checkpoint = open_checkpoint(
             path,
             elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
+            vae=None if config.vae is None else Path(config.vae),
             is_mapped=config.offload == "disk" and is_exact,
         )
         stack.enter_context(checkpoint.files)
@@ -168,6 +169,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             *(("CUDA graphs",) if compiler.has_graphs else ()),
             *((f"attention by {kernel.name}",) if not is_exact else ()),
             *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
+            *((f"VAE {checkpoint.vae.label}",) if config.vae else ()),
             checkpoint.layout,
         ),
         compiler=compiler,
@@ -286,26 +288,21 @@ def _is_small(config: EngineConfig) -> bool:
 
 @contextmanager
 def _downloaded(config: EngineConfig, on_progress: OnProgress) -> Iterator[Path | None]:
-    """Return the folder of an earlier download, with the components that others lack."""
+    """Yield a folder of the parts that a transformer alone lacks, at their pinned revision.
+
+    Only what the catalogue's entry of this model names is in it.
+    """
     if config.path is None or not (entry := find_model(config.model)).files:
         yield None
         return
-    cache, reason = Path(config.cache_dir), ""
-    for found in sorted(cache.rglob("model_index.json")):
-        # Not hashed here, so the download's record must be valid and the file unchanged.
-        if not (reason := trust.why_tree_open(found.parent, cache)):
-            yield found.parent
-            return
     from app.engine.hub.download import lay_out_shared
 
-    # Where others may write to the folder, only these files are read, and nobody can add to them.
+    # A folder of its own: only these files are read, and nobody can add to them.
     with TemporaryDirectory(prefix="klein-parts-") as name:
-        is_whole = lay_out_shared(entry, cache, folder := Path(name), on_progress)
+        is_whole = lay_out_shared(entry, Path(config.cache_dir), Path(name), on_progress)
         if is_whole:
             on_progress(_FETCHED)
-        elif reason:
-            _log.warning("No part is taken from KLEIN_CACHE_DIR, because %s.", reason)
-        yield folder if is_whole else None
+        yield Path(name) if is_whole else None
 
 
 def _limit_memory(config: EngineConfig, device: torch.device) -> None:

@@ -232,3 +232,15 @@ def test_the_file_says_why_it_listens_everywhere() -> None:
 
     assert "KLEIN_API_KEYS" in reason
     assert "loopback" in reason
+
+
+def test_comfyuis_folder_can_be_mounted(tmp_path: Path) -> None:
+    """The commented line, uncommented: read-only, at the path that KLEIN_MODEL is to have."""
+    line = re.compile(r"# (- \S+/ComfyUI/models:)")
+    text = (ROOT / "compose.yaml").read_text()
+    assert len(line.findall(text)) == 1
+    (path,) = re.findall(r"set KLEIN_MODEL=(\S+)\.$", text, re.M)
+    (tmp_path / "compose.yaml").write_text(line.sub(r"\1", text))
+
+    volumes = klein([tmp_path / "compose.yaml"])["volumes"]
+    assert volumes == ["models:/models", f"/home/me/ComfyUI/models:{path}:ro"]

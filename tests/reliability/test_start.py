@@ -267,7 +267,7 @@ def test_no_network_and_no_cache(tmp_path) -> None:
 
 @pytest.mark.full
 @pytest.mark.torch
-def test_a_full_disk(tmp_path) -> None:
+def test_a_full_disk(tmp_path, monkeypatch) -> None:
     """How much is needed and free, and which setting names another disk."""
     from app.engine.hub import download
     from app.engine.models.registry import MODELS

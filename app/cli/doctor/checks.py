@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 
 from app.cli.doctor.facts import CacheFound, Facts, HostFound
+from app.cli.doctor.files import FilesFound
 from app.cli.doctor.plan_preview import PlanPreview, name_kernels
 from app.cli.doctor.report import Report, gigabytes
 from app.domain import ModelSpec
@@ -185,6 +186,8 @@ def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
     found.tell("model", f"{facts.choice.key}: {facts.choice.reason}")
     if facts.choice.path:
         found.tell("files", facts.choice.path)
+    if facts.files is not None:
+        _judge_files(found, facts.files)
     if isinstance(facts.forecast, str):
         found.complain(
             facts.forecast, "Set KLEIN_PRECISION=auto to let the card decide.", is_fatal=True
@@ -195,6 +198,18 @@ def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
             "Take a card, or the demo: KLEIN_MODEL=shapes.",
             is_fatal=False,
         )
+
+
+def _judge_files(found: Report, files: FilesFound) -> None:
+    """Report what lies at the path, component by component, and what prevents its use."""
+    if files.layout is not None:
+        found.tell("layout", files.layout)
+    for name, text in files.parts.items():
+        found.tell("part", f"{name}: {text}")
+    if files.problem:
+        what, _, remedy = files.problem.partition("; ")
+        remedy = remedy or "replace the part that is named, or give another path."
+        found.complain(f"{what.rstrip('.')}.", f"{remedy[0].upper()}{remedy[1:]}", is_fatal=True)
 
 
 def _judge_plan(

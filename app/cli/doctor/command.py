@@ -1,8 +1,9 @@
 """`klein doctor`: what this machine is, what the service will do on it, errors and warnings.
 
-`facts` asks the machine and the engine's planner, and `checks` turns the answers into a report. The
-exit code is 0 where the service can serve what its settings name, else 1. `--card rtx-3060` answers
-for a GPU that is not installed. `--race` holds the race of the first start, and keeps its result.
+`facts` asks the machine and the engine's planner, `files` reads the headers of what KLEIN_MODEL or
+`--model` leads to, and `checks` turns the answers into a report. The exit code is 0 where the
+service can serve what its settings name, else 1. `--card rtx-3060` answers for a GPU that is not
+installed. `--race` holds the race of the first start, and keeps its result.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from app.cli.doctor.files import FilesFound, examine_files, examine_vae
 from app.cli.doctor.plan_preview import PlanPreview, Target, preview_plan
 from app.domain import ModelSpec
 from app.engine import roofline
@@ -88,6 +89,8 @@ class Facts:
     cache: CacheFound | None
     stored: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each kind of file in the cache folder."""
+    files: FilesFound | None = None
+    """What lies at the paths of KLEIN_MODEL and KLEIN_VAE, where they are set."""
 
     @property
     def is_klein(self) -> bool:
@@ -126,7 +129,19 @@ def examine(
         forecast=ahead,
         cache=_ask_cache(klein, settings, precision) if klein and is_cached else None,
         stored=disk.sums(disk.survey(settings.cache_dir)),
+        files=_examine_given(settings, choice, entry),
     )
+
+
+def _examine_given(
+    settings: Settings, choice: Choice | str, entry: ModelEntry | None
+) -> FilesFound | None:
+    """Judge the files that the settings name by path."""
+    if isinstance(choice, str) or entry is None:
+        return None
+    if choice.path:
+        return examine_files(Path(choice.path), settings.vae, entry, settings.cache_dir)
+    return examine_vae(settings.vae) if settings.vae else None
 
 
 def ask_torch(index: int | None, *, cache: Path, again: bool) -> TorchFound:

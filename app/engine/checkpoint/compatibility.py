@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from app.engine.checkpoint.files import Checkpoint
 from app.engine.models.entry import Architecture
+from app.engine.models.flux2_klein import TOKENIZER, TOKENIZER_WORDS
 from app.errors import StartupError
 
 
@@ -39,23 +40,31 @@ def check_compatibility(
             f"has the hidden size {hidden}",
             f"{joint / len(read):g}, a third of the transformer's joint_attention_dim",
         )
+    words = int(encoder.get("vocab_size", 0))
+    if checkpoint.tokenizer == TOKENIZER and words < TOKENIZER_WORDS:
+        raise _misfit(
+            "text_encoder",
+            f"has a vocabulary of {words}",
+            f"at least {TOKENIZER_WORDS}, or the folder tokenizer that belongs to it",
+        )
     _check_vae(checkpoint, architecture, is_ours=is_ours)
 
 
 def _check_vae(checkpoint: Checkpoint, architecture: Architecture, *, is_ours: bool) -> None:
+    part = "vae" if checkpoint.vae.label == "vae" else f"vae ({checkpoint.vae.label})"
     latent = int(checkpoint.vae.config["latent_channels"])
     if is_ours and latent != architecture.latent_channels:
-        raise _misfit("vae", f"has {latent} latent channels", f"{architecture.latent_channels}")
+        raise _misfit(part, f"has {latent} latent channels", f"{architecture.latent_channels}")
     channels = int(checkpoint.transformer.config["in_channels"])
     if channels != 4 * latent:
         raise _misfit(
-            "vae",
+            part,
             f"has {latent} latent channels",
             f"{channels / 4:g}, a quarter of the transformer's in_channels {channels}",
         )
     if not {"bn.running_mean", "bn.running_var"} <= set(checkpoint.vae.slots):
         raise _misfit(
-            "vae", "has no batch-norm statistics (bn.running_mean, bn.running_var)", "FLUX.2's VAE"
+            part, "has no batch-norm statistics (bn.running_mean, bn.running_var)", "FLUX.2's VAE"
         )
 
 

@@ -2,7 +2,7 @@
 
 Known are diffusers' folder, the same with the transformer as one file at its top (as the
 catalogue's download puts it), ComfyUI's models folder as it stands, and one file beside any of
-them.
+them. Where a folder holds no tokenizer, as ComfyUI's, it is the package's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from app.engine.checkpoint import vae as vae_files
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config, slots_of
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
 from app.engine.checkpoint.transformer import read_transformer
-from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B, TOKENIZER
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -35,13 +35,17 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def open_checkpoint(
-    path: Path, *, elsewhere: Elsewhere = lambda: None, is_mapped: bool = False
+    path: Path,
+    *,
+    elsewhere: Elsewhere = lambda: None,
+    vae: Path | None = None,
+    is_mapped: bool = False,
 ) -> Checkpoint:
     """Detect the layout of *path* by its content and open it.
 
-    Components that *path* lacks (a tokenizer, or all but the transformer) are looked for in what
-    *elsewhere* returns, a folder in diffusers' layout; it is called only then. With *is_mapped*
-    weights stay in the files (`SafetensorsFile`).
+    Where *path* is a transformer alone, the other components are looked for in what *elsewhere*
+    returns, a folder in diffusers' layout; it is called only then. The file *vae* takes the place
+    of the model's VAE. With *is_mapped* weights stay in the files (`SafetensorsFile`).
 
     Raises:
         StartupError: the layout is unknown, or a file of it is damaged or unsupported.
@@ -51,7 +55,7 @@ def open_checkpoint(
     if path.is_file() and path.suffix.lower() in PICKLES:
         raise _pickled(path)
     try:
-        return _open(path, elsewhere, is_mapped=is_mapped)
+        return _open(path, elsewhere, vae, is_mapped=is_mapped)
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         # Names and shapes may be anything; they are validated where each is needed.
         # It may also be a bug of this program, which the sentence would hide.
@@ -62,18 +66,21 @@ def open_checkpoint(
         ) from None
 
 
-def _open(path: Path, elsewhere: Elsewhere, *, is_mapped: bool) -> Checkpoint:
+def _open(path: Path, elsewhere: Elsewhere, vae: Path | None, *, is_mapped: bool) -> Checkpoint:
     with ExitStack() as opened:
 
         def open_file(file: Path) -> SafetensorsFile:
             return opened.enter_context(SafetensorsFile(file, is_mapped=is_mapped))
 
+        given = None if vae is None else open_vae(vae, open_file)
         if path.is_file():
-            checkpoint = _open_file(path, elsewhere, open_file)
+            checkpoint = _open_file(path, elsewhere, open_file, given)
         elif (path / "model_index.json").is_file():
-            checkpoint = _open_diffusers(path, open_file)
+            checkpoint = _open_diffusers(path, open_file, given)
         elif any((path / name).is_dir() for name in _COMFY_TRANSFORMERS):
-            checkpoint = _open_comfy(path, None, elsewhere, open_file)
+            checkpoint = _open_comfy(path, None, open_file, given)
+        elif len(alone := sorted(path.glob("*.safetensors"))) == 1:
+            checkpoint = _open_file(alone[0], elsewhere, open_file, given)
         else:
             raise StartupError(
                 f"{path.name} is no model that is known; give a folder with a model_index.json, "
@@ -84,7 +91,10 @@ def _open(path: Path, elsewhere: Elsewhere, *, is_mapped: bool) -> Checkpoint:
 
 
 def _open_diffusers(
-    path: Path, open_file: Open, transformer_file: Path | None = None
+    path: Path,
+    open_file: Open,
+    vae: ComponentFiles | None,
+    transformer_file: Path | None = None,
 ) -> Checkpoint:
     index = read_config(path / "model_index.json")
     config = read_config(path / "transformer" / "config.json")
@@ -97,28 +107,30 @@ def _open_diffusers(
         if transformer_file is None
         else read_transformer(open_file(transformer_file), config)
     )
-    encoder, vae = (
-        _open_folder(path / name, read_config(path / name / "config.json"), open_file)
-        for name in ("text_encoder", "vae")
-    )
+
+    def open_part(name: str) -> ComponentFiles:
+        return _open_folder(path / name, read_config(path / name / "config.json"), open_file)
+
     return Checkpoint(
         layout="diffusers folder" + (f" with {transformer_file.name}" if transformer_file else ""),
         transformer=transformer,
-        encoder=encoder,
-        vae=vae,
+        encoder=open_part("text_encoder"),
+        vae=vae or open_part("vae"),
         scheduler=read_config(path / "scheduler" / "scheduler_config.json"),
-        tokenizer=path / "tokenizer",
+        tokenizer=_find_tokenizer(path),
         is_distilled=index.get("is_distilled"),
     )
 
 
-def _open_file(path: Path, elsewhere: Elsewhere, open_file: Open) -> Checkpoint:
+def _open_file(
+    path: Path, elsewhere: Elsewhere, open_file: Open, vae: ComponentFiles | None
+) -> Checkpoint:
     """Open one file as the transformer; the other components are those of the folder it is in."""
     if path.parent.name in _COMFY_TRANSFORMERS:
-        return _open_comfy(path.parent.parent, path, elsewhere, open_file)
+        return _open_comfy(path.parent.parent, path, open_file, vae)
     for find in (lambda: path.parent, elsewhere):
         if (folder := find()) is not None and (folder / "model_index.json").is_file():
-            return _open_diffusers(folder, open_file, path)
+            return _open_diffusers(folder, open_file, vae, path)
     raise StartupError(
         f"{path.name} holds the transformer only; put it beside a diffusers folder's "
         "model_index.json or into ComfyUI's models/diffusion_models, or download the model once."
@@ -126,34 +138,39 @@ def _open_file(path: Path, elsewhere: Elsewhere, open_file: Open) -> Checkpoint:
 
 
 def _open_comfy(
-    path: Path, transformer_file: Path | None, elsewhere: Elsewhere, open_file: Open
+    path: Path, transformer_file: Path | None, open_file: Open, vae: ComponentFiles | None
 ) -> Checkpoint:
     transformer = transformer_file or _only(path, _COMFY_TRANSFORMERS, "klein")
-    tokenizer = next(
-        (
-            folder / "tokenizer"
-            for find in (lambda: path, elsewhere)
-            if (folder := find()) is not None
-            and (folder / "tokenizer" / "tokenizer_config.json").is_file()
-        ),
-        None,
-    )
-    if tokenizer is None:
-        raise StartupError(
-            "ComfyUI's models folder holds no tokenizer; copy the folder tokenizer of "
-            "FLUX.2-klein-4B into it."
-        )
     encoder = open_file(_only(path, _COMFY_ENCODERS, "qwen_3_4b"))
-    vae = open_file(_only(path, ("vae",), "flux2"))
     return Checkpoint(
         layout="ComfyUI models folder",
         transformer=read_transformer(open_file(transformer), None),
         encoder=qwen3.read_encoder(encoder),
-        vae=vae_files.read_vae(vae),
+        vae=vae or vae_files.read_vae(open_file(_only(path, ("vae",), "flux2"))),
         scheduler=dict(FLUX2_KLEIN_4B.scheduler),
-        tokenizer=tokenizer,
+        tokenizer=_find_tokenizer(path),
         is_distilled=None,
     )
+
+
+def _find_tokenizer(path: Path) -> Path:
+    own = path / "tokenizer"
+    return own if own.is_dir() else TOKENIZER
+
+
+def open_vae(path: Path, open_file: Open) -> ComponentFiles:
+    """Open the file that KLEIN_VAE names.
+
+    Raises:
+        StartupError: it is missing, or holds no VAE of FLUX.2.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise _pickled(path)
+    if not path.is_file():
+        raise StartupError(
+            f"KLEIN_VAE names {path}, which is no file; give a VAE in one safetensors file."
+        )
+    return vae_files.read_vae(open_file(path))
 
 
 def _only(path: Path, folders: tuple[str, ...], word: str) -> Path:

@@ -42,16 +42,20 @@ class FileNotes:
         )
 
 
-def read_notes(path: Path) -> FileNotes:
+def read_notes(path: Path, vae: Path | None = None) -> FileNotes:
     """Read the notes and scales of the transformer at *path*, a file or a model's folder.
+
+    *vae* is KLEIN_VAE: the folder may hold no other.
 
     Raises:
         StartupError: it cannot be read.
     """
-    if path.is_file():
-        with SafetensorsFile(path) as file:
+    is_model = (path / "model_index.json").is_file()
+    files = [path] if path.is_file() else [] if is_model else sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        with SafetensorsFile(files[0]) as file:
             return _notes_of(read_transformer(file, None))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, vae=vae)
     with checkpoint.files:
         return _notes_of(checkpoint.transformer)
 

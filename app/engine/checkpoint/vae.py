@@ -44,7 +44,7 @@ def read_vae(file: SafetensorsFile) -> ComponentFiles:
     slots = slots_of(file.tensors)
     if any(name.startswith("decoder.up.") for name in slots):
         slots = _from_bfl(file.tensors)
-    return ComponentFiles(file.path.name, _config_of(file, slots), slots)
+    return ComponentFiles(file.path.name, _config_of(file, slots), slots, sources=(file.path,))
 
 
 def _from_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:

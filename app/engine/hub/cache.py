@@ -9,6 +9,9 @@ record beside it then states its size, mtime and inode. While all three match, a
 file without reading its gigabytes; when they do not, as after copying a cache, or where others may
 write (`app.engine.hub.trust`), it is hashed again. The device number is not compared: it changes
 where the same volume is mounted again.
+
+A file of that size and hash in Hugging Face's own cache is linked instead of downloaded: as
+a second name of the same bytes, or, from another file system, by a symbolic link.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from app.engine.hub.fetch import hash_file, partial_path, size_of
-from app.engine.hub.trust import is_closed, make_folder, whole_file
+from app.engine.hub.hf_cache import find_file
+from app.engine.hub.trust import is_closed, make_folder, whole_file, why_swappable
 from app.engine.models.entry import RemoteFile
 from app.errors import StartupError
 
@@ -55,7 +59,7 @@ class HubCache:
 
     def missing_bytes(self, file: RemoteFile) -> int:
         """Return the bytes of *file* that are still to be downloaded."""
-        if self.is_present(file):
+        if self.is_present(file) or find_file(file) is not None:
             return 0
         return max(0, file.size_bytes - size_of(partial_path(self.path(file))))
 
@@ -67,7 +71,7 @@ class HubCache:
         record = self._record(file)
         try:
             return (
-                is_closed(self.path(file), self.cache_dir)
+                self._is_closed(file)
                 and is_closed(record, self.cache_dir)
                 and record.read_text() == self._stamp(file)
             )
@@ -81,7 +85,7 @@ class HubCache:
         closed.
         """
         record = self._record(file)
-        if is_closed(self.path(file), self.cache_dir):
+        if self._is_closed(file):
             with whole_file(record) as written:
                 written.write(self._stamp(file).encode())
                 os.fchmod(written.fileno(), 0o644)
@@ -99,6 +103,31 @@ class HubCache:
         else:
             path.unlink()
         return right
+
+    def adopt(self, file: RemoteFile, on_bytes: Callable[[int], None]) -> bool:
+        """Link *file* from Hugging Face's cache; return whether the right one was there."""
+        path, source = self.path(file), find_file(file)
+        if source is None:
+            return False
+        make_folder(path.parent, self.cache_dir)
+        link = path.with_name(f".{path.name}.link")
+        link.unlink(missing_ok=True)
+        try:
+            link.hardlink_to(source)
+        except OSError:
+            # Another file system, or another user's file.
+            link.symlink_to(source)
+        try:
+            if hash_file(link, on_bytes) != file.sha256:
+                return False
+            link.replace(path)
+        except PermissionError:
+            return False
+        finally:
+            link.unlink(missing_ok=True)
+        self.mark_verified(file)
+        _log.info("%s is taken from Hugging Face's cache.", file.path)
+        return True
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -142,6 +171,12 @@ class HubCache:
                 make_folder(link.parent, self.cache_dir)
                 link.symlink_to(os.path.relpath(target, link.parent))
         return folder
+
+    def _is_closed(self, file: RemoteFile) -> bool:
+        """Return whether nobody else may write *file* or replace what a link leads to."""
+        path = self.path(file)
+        is_linked = path.is_symlink()
+        return is_closed(path, self.cache_dir) and not (is_linked and why_swappable(path))
 
     def _record(self, file: RemoteFile) -> Path:
         return Path(f"{self.path(file)}.verified")

@@ -1,5 +1,6 @@
 """Downloads a variant's files into the cache: missing ones only, trusted once verified.
 
+One that Hugging Face's own cache holds is linked from there instead.
 With every file in place the network is not used at all. A file that differs from the catalogue in
 size or SHA-256 is deleted and named, before a loader reads it.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from app.domain import LoadProgress, WorkerStage
 from app.engine.hub.cache import HubCache
 from app.engine.hub.fetch import Hub, damaged, fetch
+from app.engine.hub.hf_cache import find_file
 from app.engine.hub.trust import make_folder, remedy, why_open
 from app.engine.models.entry import ModelEntry, RemoteFile
 from app.engine.models.registry import MODELS, files_for
@@ -65,23 +67,34 @@ def lay_out_shared(
 ) -> bool:
     """Link an earlier download's files that every precision of *variant* needs into *folder*.
 
-    Nothing is downloaded. Files that others may have written are hashed first. Return whether all
-    files exist.
+    Nothing is downloaded; what Hugging Face's cache holds counts as downloaded. Files that others
+    may have written are hashed first. Return whether all files exist.
 
     Raises:
         StartupError: a file is damaged; it is deleted.
     """
     store = HubCache(cache_dir)
-    if not all(store.is_present(file) for file in variant.shared):
-        return False
     with _explained_disk_errors():
         _warn_if_open(store, variant.shared)
+        if not _adopt_missing(store, variant.shared, on_progress):
+            return False
         _check_present(store, variant.shared, _Meter(on_progress, variant.shared))
         for file in variant.shared:
             link = folder / file.path
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(store.path(file).resolve())
     return True
+
+
+def find_shared(variant: ModelEntry, cache_dir: Path) -> dict[RemoteFile, Path]:
+    """Return where the files lie that `lay_out_shared` would link, unhashed; none unless all do."""
+    store = HubCache(cache_dir)
+    found = {
+        file: store.path(file) if store.is_present(file) else find_file(file)
+        for file in variant.shared
+    }
+    there = {file: path for file, path in found.items() if path is not None}
+    return there if len(there) == len(found) else {}
 
 
 def missing_bytes(variant: ModelEntry, cache_dir: Path, precision: str) -> int:
@@ -193,11 +206,23 @@ def _check_room(store: HubCache, files: tuple[RemoteFile, ...]) -> None:
 def _fetch_missing(store: HubCache, files: tuple[RemoteFile, ...], hub: Hub, meter: _Meter) -> None:
     meter.begin(WorkerStage.DOWNLOAD)
     for file in sorted(files, key=store.is_present, reverse=True):
-        if not store.is_present(file):
+        if not store.is_present(file) and not store.adopt(file, meter.on_bytes(file)):
             make_folder(store.path(file).parent, store.cache_dir)
             fetch(file, store.path(file), hub, meter.on_bytes(file))
             store.mark_verified(file)
         meter.add(file)
+
+
+def _adopt_missing(store: HubCache, files: tuple[RemoteFile, ...], on_progress: OnProgress) -> bool:
+    """Link what is missing from Hugging Face's cache; return whether all files exist then."""
+    missing = tuple(file for file in files if not store.is_present(file))
+    if any(store.missing_bytes(file) for file in missing):
+        return False
+    if not missing:
+        return True
+    meter = _Meter(on_progress, missing)
+    with store.locked(lambda: on_progress(LoadProgress(WorkerStage.DOWNLOAD, None, _BUSY))):
+        return all(store.adopt(file, meter.on_bytes(file)) for file in missing)
 
 
 def _too_small(numbers: str) -> StartupError:

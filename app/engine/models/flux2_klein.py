@@ -6,6 +6,7 @@ Every repository is pinned to a commit, every file to its size and SHA-256.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 from app.domain import ModelSpec
@@ -13,6 +14,10 @@ from app.engine.models.entry import Architecture, ModelEntry, Rates, RemoteFile
 
 _REPOSITORY = "black-forest-labs/FLUX.2-klein-4B"
 _REVISION = "e7b7dc27f91deacad38e78976d1f2b499d76a294"
+TOKENIZER = Path(__file__).parent / "data" / "qwen3-tokenizer"
+"""Qwen3's tokenizer, for folders of others that hold none; tools/make_tokenizer.py writes it."""
+TOKENIZER_WORDS = 151_669
+"""Its ids are below this, so a text encoder needs at least as many embeddings."""
 
 
 def _klein_file(path: str, size_bytes: int, sha256: str) -> RemoteFile:

@@ -109,6 +109,23 @@ def build(
     )
 
 
+def check_parts(checkpoint: Checkpoint) -> None:
+    """Check name and shape of every tensor, as `build` does, without reading one.
+
+    Raises:
+        StartupError: the checkpoint is of another model or damaged.
+    """
+    check_vae(checkpoint.vae)
+    _check_encoder(checkpoint.encoder)
+    _empty(Flux2Transformer2DModel, checkpoint.transformer)
+    _read_tokenizer(checkpoint.tokenizer, 1)
+
+
+def check_vae(part: ComponentFiles) -> None:
+    """Check name and shape of every tensor of a VAE; raises as `check_parts` does."""
+    _empty(AutoencoderKLFlux2, part)
+
+
 @dataclass(slots=True)
 class _Filler:
     """Reads weights in the options' dtype and reports the load's progress."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from app.engine.checkpoint.detect import open_checkpoint
+from app.engine.checkpoint.notes import read_notes
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
 from app.engine.checkpoint.transformer import read_transformer
+from app.engine.memory.budget import count_weights
+from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
 from app.engine.pipeline.decode import decode
+from app.engine.quantization.formats import FORMATS
 from app.engine.quantization.linear import Fp8Linear, WeightOnlyLinear
+from app.errors import StartupError
 from tests.support.layout_files import (
     bfl_vae,
     build,
@@ -42,6 +49,14 @@ SPELLINGS = (
 @pytest.fixture(scope="module")
 def folder(tiny_klein, tmp_path_factory):
     return Path(shutil.copytree(tiny_klein, tmp_path_factory.mktemp("tiny") / "model"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model with the same encoder and a narrower decoder."""
+    vae = dict(TINY.vae) | {"block_out_channels": (8, 8, 16, 16)}
+    vae["decoder_block_out_channels"] = (8, 8, 8, 24)
+    return write_random(tmp_path_factory.mktemp("small") / "model", replace(TINY, vae=vae))
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +122,10 @@ def test_on_a_processor_the_vae_stays_in_float32(folder):
 
 
 @pytest.mark.parametrize("is_bfl", [False, True])
-def test_the_small_decoder_is_told_from_its_widths(tmp_path, is_bfl):
+def test_the_small_decoder_is_told_from_its_widths(small, tmp_path, is_bfl):
     """Same encoder, narrower decoder: the picture is that of the folder that says so in words."""
-    vae = dict(TINY.vae) | {"block_out_channels": (8, 8, 16, 16)}
-    small = replace(TINY, vae=vae | {"decoder_block_out_channels": (8, 8, 8, 24)})
-    folder = write_random(tmp_path / "small", small)
-    tensors = bfl_vae(folder) if is_bfl else None
-    right, found = load_model(folder), load_model(to_comfy(folder, tmp_path / "models", tensors))
+    tensors = bfl_vae(small) if is_bfl else None
+    right, found = load_model(small), load_model(to_comfy(small, tmp_path / "models", tensors))
     latent = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(1))
 
     with torch.no_grad():
@@ -216,7 +228,104 @@ def test_parts_of_an_earlier_download_are_asked_for_only_where_they_lack(
         path = write_bf16(folder, tmp_path / "alone.safetensors")
     elif layout == "ComfyUI":
         path = to_comfy(folder, tmp_path / "models")
-        shutil.rmtree(path / "tokenizer")
 
     load_model(path)
-    assert bool(asked) == (layout != "whole folder")
+    assert bool(asked) == (layout == "one file")
+
+
+def test_comfyuis_three_files_work_as_they_stand(folder, tmp_path):
+    """Without a tokenizer in it, the package's is taken, whose ids the encoder must know."""
+    models = to_comfy(folder, tmp_path / "models")
+    shutil.rmtree(models / "tokenizer")
+    assert sorted(path.name for path in models.iterdir()) == [
+        "diffusion_models",
+        "text_encoders",
+        "vae",
+    ]
+    with pytest.raises(StartupError, match="vocabulary of 272, needed is at least 151669"):
+        load_model(models)
+
+    path = models / "text_encoders" / "qwen_3_4b.safetensors"
+    tensors = load_file(path)
+    name = "model.embed_tokens.weight"
+    tensors[name] = torch.randn(151_936, tensors[name].shape[1]).to(tensors[name].dtype)
+    save_file(tensors, path)
+    loaded = load_model(models)
+    tokens = loaded.components.tokenizer("a red circle")
+    assert tokens.ids[0, :4].tolist() == [151_644, 872, 198, 64]
+    assert latents(loaded).isfinite().all()
+
+
+def test_a_folder_with_nothing_but_a_transformer_is_that_file(folder, tmp_path, monkeypatch):
+    """As the repository of the fp8 file, whose other parts are those of the catalogue's entry."""
+    monkeypatch.setattr("app.engine.load._downloaded", lambda *_: nullcontext(folder))
+    write_fp8(folder, tmp_path / "flux-2-klein-4b-fp8.safetensors")
+
+    assert load_model(tmp_path).features[-1].endswith("with flux-2-klein-4b-fp8.safetensors")
+    assert read_notes(tmp_path).fp8_layers == 20
+
+
+@pytest.mark.parametrize("layout", ["whole folder", "one file", "ComfyUI"])
+def test_another_vae_is_used_instead_of_the_models(folder, small, tmp_path, layout):
+    """Told by name, counted by its own bytes; the model's own is not even looked for."""
+    vae = tmp_path / "full_encoder_small_decoder.safetensors"
+    shutil.copy(small / "vae" / WEIGHTS, vae)
+    path = Path(shutil.copytree(folder, tmp_path / "model"))
+    if layout == "ComfyUI":
+        path = to_comfy(folder, tmp_path / "models")
+    shutil.rmtree(path / "vae")
+    assert read_notes(path, vae).fp8_layers == 0
+    if layout == "one file":
+        path = write_bf16(folder, path / "alone.safetensors")
+
+    loaded = load_model(path, vae=str(vae))
+
+    assert "VAE full_encoder_small_decoder.safetensors" in loaded.features
+    assert loaded.components.vae.decoder.conv_in.weight.shape[0] == 24
+    right = load_file(small / "vae" / WEIGHTS)
+    for key, value in loaded.components.vae.state_dict().items():
+        assert torch.equal(value, right[key]), key
+
+
+def test_another_vaes_bytes_are_what_the_planner_counts(folder, small):
+    """The narrow decoder's, not the model's."""
+    precision = SimpleNamespace(
+        dtype=torch.bfloat16, linears=FORMATS["fp8"], encoder_linears=FORMATS["int8w"]
+    )
+    found = {}
+    for vae in (None, small / "vae" / WEIGHTS):
+        checkpoint = open_checkpoint(folder, vae=vae)
+        with checkpoint.files:
+            found[vae] = count_weights(checkpoint, FLUX2_KLEIN_4B, precision)
+    tensors = load_file(small / "vae" / WEIGHTS)
+    assert found[vae].decoder == 2 * sum(
+        value.numel() for name, value in tensors.items() if not name.startswith("encoder.")
+    )
+    assert found[vae].decoder != found[None].decoder
+    assert found[vae].transformer == found[None].transformer
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing.safetensors", "KLEIN_VAE names .*missing.safetensors, which is no file"),
+        ("vae.ckpt", "vae.ckpt is not read, since its format can run code"),
+        ("other.safetensors", "other.safetensors is no VAE of FLUX.2"),
+        ("narrow.safetensors", r"vae \(narrow.safetensors\) has 2 latent channels"),
+        ("plain.safetensors", r"vae \(plain.safetensors\) has no batch-norm statistics"),
+    ],
+)
+def test_another_vae_that_does_not_fit_is_refused_by_name(folder, tmp_path, name, words):
+    """FLUX.1's has half the latents and no statistics."""
+    tensors = load_file(folder / "vae" / WEIGHTS)
+    if name.startswith("narrow"):
+        tensors["decoder.conv_in.weight"] = tensors["decoder.conv_in.weight"][:, :2].contiguous()
+    if name.startswith("plain"):
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("bn.")}
+    if name.startswith("other"):
+        tensors = {"weight": torch.zeros(2)}
+    if not name.startswith("missing"):
+        save_file(tensors, tmp_path / name)
+
+    with pytest.raises(StartupError, match=words):
+        load_model(folder, vae=str(tmp_path / name))

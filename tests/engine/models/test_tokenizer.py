@@ -1,0 +1,105 @@
+"""The tokenizer that comes with the package is Qwen's: the same files, the same ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Tokenizer
+
+from app.engine.models.flux2_klein import KLEIN, TOKENIZER, TOKENIZER_WORDS
+from app.engine.runtime.tokenizer import Tokenizer
+from tools import make_tokenizer
+
+pytestmark = pytest.mark.torch
+
+PUBLISHED = {file.path: file.sha256 for file in KLEIN.shared}
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return Qwen2Tokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+
+
+def sha256(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def test_the_files_are_the_published_ones(packaged) -> None:
+    """By the catalogue's hashes: the vocabulary, and the added tokens with their numbers."""
+    for name in ("vocab.json", "merges.txt"):
+        assert sha256((TOKENIZER / name).read_bytes()) == PUBLISHED[f"tokenizer/{name}"]
+    added = {str(token): number for number, token in packaged.added_tokens_decoder.items()}
+    written = json.dumps(dict(sorted(added.items())), indent=2) + "\n"
+    assert sha256(written) == PUBLISHED["tokenizer/added_tokens.json"]
+    assert (packaged.pad_token_id, len(packaged)) == (151_643, TOKENIZER_WORDS)
+    config = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+    assert config == make_tokenizer.config()
+    assert (TOKENIZER / "chat_template.jinja").read_text() == make_tokenizer.TEMPLATE
+
+
+@pytest.mark.full
+def test_it_is_the_published_tokenizer_bit_by_bit(packaged) -> None:
+    """Saved in transformers' form, and with what its version 4 wrote there, it is the hub's file:
+    normalization, splitting, merges, ids, and which tokens are special."""
+    packed = json.loads(packaged.backend_tokenizer.to_str())
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    bytewise["use_regex"] = False
+    packed["pre_tokenizer"]["pretokenizers"][1] = bytewise
+    packed |= {"post_processor": bytewise, "decoder": bytewise}
+    written = json.dumps(packed, ensure_ascii=False, indent=2)
+    assert sha256(written) == PUBLISHED["tokenizer/tokenizer.json"]
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.full)])
+def test_ids_are_those_of_the_vocabulary(packaged, count) -> None:
+    """Words, numbers, many scripts, white space, composed and split letters, added tokens."""
+    right = Qwen2Tokenizer(str(TOKENIZER / "vocab.json"), str(TOKENIZER / "merges.txt"))
+    right.add_tokens(
+        [name for group in make_tokenizer.ADDED for name in group], special_tokens=True
+    )
+    strings = list(made_up(random.Random(16), count))
+    assert len(set(strings)) > 0.95 * count
+    assert packaged(strings).input_ids == right(strings).input_ids
+
+
+def made_up(chance: random.Random, count: int):
+    """Yield prompts of parts of every kind."""
+    words = (ROOT / "docs" / "security.md").read_text().split()
+    added = [name for group in make_tokenizer.ADDED for name in group]
+    alphabets = [(0x20, 0x7F), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x5FF), (0x900, 0xDFF)]
+    alphabets += [(0x2000, 0x2BFF), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3)]
+    alphabets += [(0x1F300, 0x1FAFF), (0x9, 0xD)]
+    for _ in range(count):
+        parts = []
+        for _ in range(chance.randint(1, 12)):
+            low, high = chance.choice(alphabets)
+            letters = [chr(chance.randint(low, high)) for _ in range(chance.randint(1, 6))]
+            parts += [chance.choice((chance.choice(words), "".join(letters)))]
+            parts += [chance.choice((" ", " ", "", "  ", "\n", "\r\n\n", str(chance.random())))]
+            parts += [chance.choice(added)] if chance.random() < 0.1 else []
+        yield "".join(parts)
+
+
+def test_the_prompts_frame_is_the_models(packaged) -> None:
+    """The chat template, and padding with the token that the model was trained with."""
+    tokens = Tokenizer(packaged, 64)("a red circle")
+    text = (
+        "<|im_start|>user\na red circle<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert packaged.decode(tokens.ids[0, : tokens.count]) == text
+    assert tokens.ids[0, tokens.count :].unique().tolist() == [151_643]
+    assert tokens.ids[0, 0] == 151_644
+
+
+def test_its_makers_are_named() -> None:
+    """In the file that wheel and image carry."""
+    notice = " ".join((ROOT / "NOTICE").read_text().split())
+    assert "Qwen" in notice
+    assert "Apache License, Version 2.0" in notice
+    assert TOKENIZER.relative_to(ROOT).as_posix() in notice
+    assert 'license-files = ["LICENSE", "NOTICE"]' in (ROOT / "pyproject.toml").read_text()
