@@ -103,7 +103,8 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
         results = race(
             device, variant.architecture, settings.cache_dir, is_compiled=not missing_tools()
         )
-        facts = capabilities(results, choose(results))
+        named = "" if settings.attention == AUTO else settings.attention
+        facts = capabilities(results, choose(results, attention=named))
     return choose_precision(AUTO, facts, is_small=False).name
 
 

@@ -130,7 +130,10 @@ def run(
     notes = _read_notes(choice, settings, tested)
     checks = [*judge(tested, reference), _judge_file(notes)]
     _write(sheet, [each for each in (tested, reference) if isinstance(each, Made)])
-    report.write_text(json.dumps(_document(checks, tested, reference, notes), indent=2) + "\n")
+    report.write_text(
+        json.dumps(_strict(_document(checks, tested, reference, notes)), indent=2, allow_nan=False)
+        + "\n"
+    )
     for check in checks:
         print(f"{'passed' if check.passed else 'FAILED':8}{check.name}: {check.figure}")
     is_made = isinstance(tested, Made)
@@ -301,6 +304,15 @@ def _document(
         ],
         "file": notes if isinstance(notes, str) else asdict(notes),
     }
+
+
+def _strict(value: object) -> object:
+    """Write numbers that JSON does not have, such as a damaged scale's NaN, as text."""
+    if isinstance(value, dict):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _device(tested: Made | str) -> str:

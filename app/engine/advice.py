@@ -75,14 +75,15 @@ def on_formats(
             cost = _cost(name, why, taken, card, entry) if asked == AUTO else None
         if cost is not None:
             package = FORMATS[name].package
-            pip = f"{_python()} -m pip install --force-reinstall {package}"
-            yield Advice(cost, to_run(pip))
+            yield Advice(cost, to_run(_pip(f"install --force-reinstall {package}")))
 
 
-def _python() -> str:
-    """Return how to call this Python; `/health` shows it, so not where it lies on this machine."""
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python3"
+def _pip(command: str) -> str:
+    """Return how to call pip for this Python; `/health` shows it, so no folder but `.venv`."""
+    path, here = Path(sys.executable), Path.cwd()
+    if path.is_relative_to(here / ".venv"):
+        return f"{path.relative_to(here)} -m pip {command}"
+    return f"pip {command} (in klein's environment)"
 
 
 def _cost(name: str, why: str, taken: WeightFormat, card: Card, entry: ModelEntry) -> str | None:
@@ -105,5 +106,5 @@ def _cost(name: str, why: str, taken: WeightFormat, card: Card, entry: ModelEntr
         )
     return (
         f"{text}: {width}x{height} takes this card at least {now.total_s:.2f} s as it is, and "
-        f"{then.total_s:.2f} s in {name} (computed from its datasheet)."
+        f"{then.total_s:.2f} s in {name} (computed from its datasheet, attention in bf16)."
     )

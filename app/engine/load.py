@@ -195,12 +195,11 @@ def _judge(
         "" if config.precision == AUTO else config.precision,
         "" if is_auto else config.attention,
     )
-    kernel = (
-        KERNELS[winner.attention]
-        if is_auto and winner.attention
-        else choose_attention(device, architecture, config.attention)
-    )
-    return capabilities(results, winner), kernel, results
+    raced = KERNELS.get(winner.attention) if is_auto else None
+    # A kept race imported nothing: the kernel's library is loaded here, or has gone since.
+    if raced is None or raced.fault(device):
+        raced = choose_attention(device, architecture, config.attention)
+    return capabilities(results, winner), raced, results
 
 
 def _compiler_advice(compiler: Compiler) -> Iterator[str]:

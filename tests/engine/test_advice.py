@@ -40,7 +40,11 @@ def test_no_path_of_the_machine_is_told(monkeypatch, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
-    assert told("rtx-3060", "fp8w")[0].endswith(f"To mend it: python3 {INSTALL}")
+    told_here = told("rtx-3060", "fp8w")[0]
+
+    assert told_here.endswith(f"pip {INSTALL.partition(' pip ')[2]} (in klein's environment)")
+    monkeypatch.chdir("/")
+    assert told("rtx-3060", "fp8w")[0] == told_here
 
 
 def told(key: str, taken: str, asked: str = "auto", lacking=LACKING) -> list[str]:

@@ -21,7 +21,7 @@ from app.engine.memory.planner import (
 from app.engine.models.entry import Architecture
 from app.engine.models.registry import MODELS, files_for, find_model
 from app.engine.quantization.formats import FORMATS, WeightFormat, automatic
-from app.engine.race.results import Lap, Results, choose
+from app.engine.race.results import Lap, Results, choose, wrong
 from app.settings import Settings
 
 _HOPPER_INT8 = 0.42
@@ -121,14 +121,17 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
         StartupError: this GPU cannot run the precision that the settings name.
     """
     # Imports torch, so only where a preview is needed.
+    from app.engine.modules.attention import AUTO, check_attention, unusable
     from app.engine.quantization.select import GpuCapabilities, choose_precision
 
+    check_attention(settings.attention)
     facts, attention = GpuCapabilities(target.capability, frozenset(target.runs)), ""
     if target.race is not None:
-        from app.engine.modules.attention import AUTO, check_attention
         from app.engine.race.measure import capabilities
 
-        check_attention(settings.attention)
+        for lap in target.race.attention:
+            if lap.name == settings.attention and (fault := wrong(lap)):
+                raise unusable(lap.name, fault)
         winner = choose(
             target.race,
             "" if settings.precision == AUTO else settings.precision,

@@ -168,7 +168,8 @@ def open_vae(path: Path, open_file: Open) -> ComponentFiles:
         raise _pickled(path)
     if not path.is_file():
         raise StartupError(
-            f"KLEIN_VAE names {path}, which is no file; give a VAE in one safetensors file."
+            f"KLEIN_VAE names {path.name}, which is no file there; give a VAE in one safetensors "
+            "file."
         )
     return vae_files.read_vae(open_file(path))
 

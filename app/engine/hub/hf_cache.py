@@ -45,7 +45,12 @@ def find_snapshot(folder: Path) -> Path:
     """
     if not folder.name.startswith(_PREFIX) or not (folder / "snapshots").is_dir():
         return folder
-    found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    # A snapshot may hold nothing but the one small file that somebody looked at.
+    found = sorted(
+        path
+        for path in (folder / "snapshots").iterdir()
+        if (path / "model_index.json").is_file() or any(path.glob("*.safetensors"))
+    )
     pinned = {file.revision for entry in MODELS.values() for file in entry.files}
     main = folder / "refs" / "main"
     branch = {main.read_text().strip()} if main.is_file() else set()

@@ -108,13 +108,18 @@ def choose_attention(
     check_attention(asked)
     if asked != AUTO:
         if fault := kernel_fault(KERNELS[asked], device, architecture):
-            raise StartupError(
-                f"KLEIN_ATTENTION asks for {asked}, which cannot be used: {fault}. Set "
-                "KLEIN_ATTENTION=auto to take what runs here."
-            )
+            raise unusable(asked, fault)
         return KERNELS[asked]
     kernels = (each for each in reversed(KERNELS.values()) if not each.must_win)
     return next(each for each in kernels if not kernel_fault(each, device, architecture))
+
+
+def unusable(asked: str, fault: str) -> StartupError:
+    """Return the error for a kernel that was asked for and cannot run here."""
+    return StartupError(
+        f"KLEIN_ATTENTION asks for {asked}, which cannot be used: {fault}. Set "
+        "KLEIN_ATTENTION=auto to take what runs here."
+    )
 
 
 def check_attention(asked: str) -> None:

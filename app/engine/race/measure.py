@@ -31,7 +31,7 @@ from app.engine.modules.attention import (
 from app.engine.quantization.formats import FORMATS, WeightFormat, automatic
 from app.engine.quantization.select import GpuCapabilities
 from app.engine.race.kept import CARD, race_once, recall
-from app.engine.race.results import Lap, Results, Winner, faults, settle
+from app.engine.race.results import Lap, Results, Winner, faults, settle, wrong
 from app.telemetry.gpu import Gpu, GpuFacts
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def known(
 
 def capabilities(results: Results, winner: Winner) -> GpuCapabilities:
     """Return what the choice of the precision has to know of a race."""
-    left_out = faults(results.linears)
+    left_out = faults(results.linears, is_timed=not results.disturbed)
     return GpuCapabilities(
         results.capability,
         frozenset(each.name for each in automatic() if each.name not in left_out),
@@ -97,9 +97,11 @@ def capabilities(results: Results, winner: Winner) -> GpuCapabilities:
         fastest=winner.linears,
         told=winner.reason,
         broken={
-            lap.name: lap.fault
+            lap.name: fault
             for lap in results.linears
-            if lap.fault and not FORMATS[lap.name].substitute and not FORMATS[lap.name].missing()
+            if (fault := wrong(lap))
+            and not FORMATS[lap.name].substitute
+            and not FORMATS[lap.name].missing()
         },
     )
 
@@ -304,6 +306,7 @@ def _key(device: torch.device, architecture: Architecture, *, is_compiled: bool)
         "driver": facts.driver if isinstance(facts, GpuFacts) else "",
         "torch": str(torch.__version__),
         "comfy-kitchen": _version("comfy-kitchen"),
+        "missing": ", ".join(filter(None, (each.missing() for each in automatic()))),
         "klein-server": __version__,
         "compiled": str(is_compiled),
         "step": f"{architecture.step_tokens} x {architecture.heads} {architecture.matmuls}",

@@ -70,8 +70,9 @@ class Winner:
 
 def choose(results: Results, linears: str = "", attention: str = "") -> Winner:
     """Choose the fastest combination; a part that the operator names stays as named."""
-    formats = _entrants(results.linears, linears)
-    kernels = _entrants(results.attention, attention)
+    is_timed = not results.disturbed
+    formats = _entrants(results.linears, linears, is_timed=is_timed)
+    kernels = _entrants(results.attention, attention, is_timed=is_timed)
     if results.disturbed:
         formats, kernels = formats[:1], kernels[:1]
     # Each exchange of an incumbent, which stands first, has to be worth its margin.
@@ -82,9 +83,14 @@ def choose(results: Results, linears: str = "", attention: str = "") -> Winner:
     return Winner(taken.name, kernel.name, _reason(results, is_kept=is_kept))
 
 
-def faults(laps: tuple[Lap, ...]) -> dict[str, str]:
-    """Return why laps are not admitted, by name."""
-    plain_s = next((lap.seconds for lap in laps if lap.is_reference), None)
+def wrong(lap: Lap) -> str:
+    """Return why *lap* could not even be taken by name: it does not run, or its error is large."""
+    return _fault(lap, None)
+
+
+def faults(laps: tuple[Lap, ...], *, is_timed: bool = True) -> dict[str, str]:
+    """Return why laps are not admitted, by name; *is_timed*: whether their seconds count."""
+    plain_s = next((lap.seconds for lap in laps if lap.is_reference and is_timed), None)
     found = {lap.name: _fault(lap, plain_s) for lap in laps if not lap.is_reference}
     return {name: why for name, why in found.items() if why}
 
@@ -98,12 +104,12 @@ def settle(run: Callable[[], Results], wait: Callable[[], None]) -> Results:
     return results
 
 
-def _entrants(laps: tuple[Lap, ...], named: str) -> list[Lap]:
+def _entrants(laps: tuple[Lap, ...], named: str, *, is_timed: bool) -> list[Lap]:
     """Return the admitted laps, the incumbent first, or the one that is *named*."""
     if named:
         return [lap for lap in laps if lap.name == named] or [Lap(named)]
-    wrong = faults(laps)
-    admitted = [lap for lap in laps if not lap.is_reference and lap.name not in wrong]
+    left_out = faults(laps, is_timed=is_timed)
+    admitted = [lap for lap in laps if not lap.is_reference and lap.name not in left_out]
     return sorted(admitted, key=lambda lap: lap.is_challenger)
 
 
@@ -142,4 +148,5 @@ def _told(results: Results) -> Iterator[str]:
     )
     yield f"{how}, ms a step: {'; '.join(times)}"
     for laps in (results.linears, results.attention):
-        yield from (f"{name} left out: {why}" for name, why in faults(laps).items())
+        left_out = faults(laps, is_timed=not results.disturbed)
+        yield from (f"{name} left out: {why}" for name, why in left_out.items())

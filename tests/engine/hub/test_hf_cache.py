@@ -134,16 +134,24 @@ class TestAsAModel:
     def folder(self, hf_cache) -> Path:
         folder = hf_cache / f"models--{OWN.replace('/', '--')}"
         for name in ("a" * 40, "b" * 40):
-            (folder / "snapshots" / name).mkdir(parents=True)
+            self.fill(folder, name)
+        # Somebody has only looked at a README here.
+        (folder / "snapshots" / ("c" * 40)).mkdir()
         return folder
+
+    def fill(self, folder: Path, name: str) -> Path:
+        """Make a snapshot of a model."""
+        path = folder / "snapshots" / name
+        path.mkdir(parents=True)
+        (path / "model_index.json").write_text("{}")
+        return path
 
     def choose(self, path: Path):
         return choose_model(Settings(model=str(path), device="cpu"), None)
 
     def test_the_pinned_snapshot_is_taken(self, folder) -> None:
         """Before that of the branch."""
-        pinned = folder / "snapshots" / MODELS["flux.2-klein-4b"].revision
-        pinned.mkdir()
+        pinned = self.fill(folder, MODELS["flux.2-klein-4b"].revision)
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text("b" * 40)
 
@@ -159,7 +167,7 @@ class TestAsAModel:
         (folder / "refs" / "main").write_text("b" * 40 + "\n")
         assert find_snapshot(folder).name == "b" * 40
         (folder / "refs" / "main").unlink()
-        (folder / "snapshots" / ("b" * 40)).rmdir()
+        (folder / "snapshots" / ("b" * 40) / "model_index.json").unlink()
         assert find_snapshot(folder).name == "a" * 40
 
     def test_a_file_of_it_keeps_its_name(self, hf_cache) -> None:

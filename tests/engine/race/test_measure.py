@@ -11,8 +11,10 @@ import torch
 from app.engine.models.registry import find_model
 from app.engine.modules.attention import KERNELS, AttentionKernel, plain_attention
 from app.engine.quantization.formats import FORMATS
+from app.engine.quantization.select import choose_precision
 from app.engine.race import measure
 from app.engine.race.results import choose
+from app.errors import StartupError
 from tests.engine.race.test_results import H100, RTX_3060, RTX_4070, without_library
 
 pytestmark = pytest.mark.torch
@@ -126,3 +128,26 @@ def test_the_choice_of_the_precision_follows(results, runs, fastest):
 
     assert (facts.runs, facts.fastest) == (runs, fastest)
     assert set(facts.faults) == {"fp8", "int8"} - runs
+
+
+@pytest.mark.parametrize("error", [0.05, float("nan")])
+def test_a_wrong_product_is_refused_by_name_too(error):
+    """It runs, but its error is beyond the bound, or no number."""
+    laps = tuple(replace(lap, error=error) for lap in RTX_3060.linears)
+    results = replace(RTX_3060, linears=laps)
+    facts = measure.capabilities(results, choose(results, "int8"))
+
+    with pytest.raises(StartupError, match="asks for int8, which cannot be used: its error"):
+        choose_precision("int8", facts, is_small=False)
+
+
+def test_a_library_that_is_mended_races_anew(monkeypatch):
+    """Its version may be the same, so what it lacked is part of the key."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="u"))
+    card, keys = torch.device("cuda", 0), []
+    for missing in ("comfy-kitchen is installed and does not load (OSError)", ""):
+        entry = replace(FORMATS["int8"], missing=lambda missing=missing: missing)
+        monkeypatch.setitem(FORMATS, "int8", entry)
+        keys.append(measure._key(card, SHAPES, is_compiled=True))
+
+    assert keys[0] != keys[1]

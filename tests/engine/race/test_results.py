@@ -80,7 +80,8 @@ def test_a_card_in_use_decides_nothing():
     """The order that holds without times is taken, and the reason says so."""
     used = "others used 87 % of it"
     chosen = choose(replace(RTX_4070, disturbed=used))
-    ampere = choose(replace(RTX_3060, disturbed=used))
+    slow = (NO_FP8, lap(INT8, 1350), lap(BF16, 1300))
+    ampere = choose(replace(RTX_3060, linears=slow, disturbed=used))
 
     assert (chosen.linears, chosen.attention) == ("fp8", "torch")
     assert (ampere.linears, ampere.attention) == ("int8", "torch")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,9 +24,15 @@ CARD = torch.device("cuda", 0)
 KLEIN = find_model("flux.2-klein-4b")
 
 
-def judge(monkeypatch, results, **more: str):
+def judge(monkeypatch, results, gone=(), **more: str):
     """What a start takes where the race's *results* are these; a race that is not held fails."""
     monkeypatch.setattr(loading, "race", lambda *_, **__: results)
+    for name, kernel in KERNELS.items():
+        fault = (lambda _: "it has gone") if name in gone else (lambda _: "")
+        monkeypatch.setitem(KERNELS, name, replace(kernel, fault=fault))
+    monkeypatch.setattr(
+        loading, "choose_attention", lambda *_: KERNELS[more.get("attention", "torch")]
+    )
     config = EngineConfig(KLEIN.spec.id, None, "/x", 0, **more)
     facts, kernel, raced = loading._judge(config, CARD, KLEIN.architecture, is_small=False)
     return choose_precision(config.precision, facts, is_small=False), kernel, raced
@@ -46,13 +54,18 @@ def test_the_race_says_which_weights_and_which_file(
     precision, taken, raced = judge(monkeypatch, results, precision=asked)
 
     assert (precision.linears.name, precision.linears.file) == (linears, file)
-    assert (taken, raced) == (KERNELS[kernel], results)
+    assert (taken.name, raced) == (KERNELS[kernel].name, results)
     assert ("ms a step" in precision.reason) == (asked == "auto")
 
 
 def test_an_attention_by_hand_is_taken(monkeypatch):
     """Where it runs; torch's does everywhere."""
     assert judge(monkeypatch, RTX_4070, attention="torch")[1] is KERNELS["torch"]
+
+
+def test_a_kernel_that_has_gone_since_the_race_is_not_taken(monkeypatch):
+    """The race was kept, and the library does not load any more: a start must not end there."""
+    assert judge(monkeypatch, RTX_4070, gone=["int8"])[1] is KERNELS["torch"]
 
 
 @pytest.mark.parametrize(
