@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 
 from app.cli.main import main
+from app.engine.hub.cache import HubCache
+from app.engine.models.flux2_klein import KLEIN
+
+FIRST = "encoder-int8-0123456789ab.safetensors"
+SECOND = "transformer-int8-0123456789ab.safetensors"
 
 
 @pytest.fixture
@@ -12,8 +17,8 @@ def cache(tmp_path, monkeypatch):
     """A cache with 3,000 bytes of quantized weights."""
     folder = tmp_path / "converted"
     folder.mkdir()
-    for name, size in (("a", 1000), ("b", 2000)):
-        (folder / f"{name}.safetensors").write_bytes(bytes(size))
+    for name, size in ((FIRST, 1000), (SECOND, 2000)):
+        (folder / name).write_bytes(bytes(size))
     monkeypatch.setenv("KLEIN_CACHE_DIR", str(tmp_path))
     return tmp_path
 
@@ -42,10 +47,7 @@ def test_it_prunes_to_the_limit_and_says_what(cache, monkeypatch, capsys) -> Non
     """By the option or the setting; a trial first."""
     assert main(["cache", "prune", "--to-gb", "0", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        *(
-            f"would delete: {name}"
-            for name in ("a.safetensors, 1,000 bytes", "b.safetensors, 2,000 bytes")
-        ),
+        *(f"would delete: {name}" for name in (f"{FIRST}, 1,000 bytes", f"{SECOND}, 2,000 bytes")),
         "would be left: 0 bytes",
     ]
     monkeypatch.setenv("KLEIN_CACHE_MAX_GB", "0.0000025")
@@ -55,8 +57,9 @@ def test_it_prunes_to_the_limit_and_says_what(cache, monkeypatch, capsys) -> Non
 
 def test_a_limit_that_cannot_be_reached_ends_with_1(cache, capsys) -> None:
     """What is in the way is a download."""
-    (cache / "hub" / "o--n" / "0123").mkdir(parents=True)
-    (cache / "hub" / "o--n" / "0123" / "a.part").write_bytes(bytes(10))
+    folder = HubCache(cache).path(KLEIN.files[0]).parent
+    folder.mkdir(parents=True)
+    (folder / "a.part").write_bytes(bytes(10))
 
     assert main(["cache", "prune", "--to-gb", "0.000000005", "--model", "shapes", "--dry-run"]) == 1
     assert "would be left: 10 bytes" in capsys.readouterr().out

@@ -7,14 +7,20 @@ lock on downloads (`HubCache.locked`) is held while anything is deleted.
 
 The time of last use is the mtime of a quantized file, of the folder of compiled code and of the
 record beside a published file: nothing compares these, and mounts with noatime keep them.
+
+Only what has exactly the names that klein gives is listed, and deleted: KLEIN_CACHE_DIR may be a
+folder that others use too, such as Hugging Face's own cache.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterable
+import stat
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,6 +34,18 @@ from app.engine.models.registry import MODELS
 
 COMPILED = "compiled"
 QUANTIZED = "converted"
+
+_OLD = r"\.old-[a-z0-9_]{8}"
+"""Ends the hidden name of what an interrupted pruning left of a folder."""
+
+_REVISION = re.compile(rf"[0-9a-f]{{40}}|\.[0-9a-f]{{40}}{_OLD}")
+_COMPILED_FOLDER = re.compile(rf"{COMPILED}|\.{COMPILED}{_OLD}")
+_RACE_FOLDER = re.compile("race")
+_QUANTIZED_FILE = re.compile(r"(encoder|transformer)-[A-Za-z0-9._]+-[0-9a-f]{12}\.safetensors")
+_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.part")
+
+_PATIENCE_S = 1.0
+_MAX_LINKS = 40
 
 
 class Kind(StrEnum):
@@ -45,7 +63,8 @@ class Stored:
     """One thing in the cache that is kept or deleted whole; *used_at* in seconds since the epoch.
 
     Compiled code is one thing, since its files refer to each other, and so are the files of one
-    revision of a repository.
+    revision of a repository. A file with more than one name, as one shared with Hugging Face's
+    cache, counts 0 bytes: deleting it here frees nothing.
     """
 
     kind: Kind
@@ -73,26 +92,32 @@ class _Busy(Exception):
 _held: list[int] = []
 
 
-def hold(path: Path, mark: Path | None = None) -> None:
-    """Note that *path* is in use now, and keep it from being pruned until `release`.
+def hold(path: Path) -> None:
+    """Note by its mtime that *path* is in use now, and keep it from being pruned until `release`.
 
-    The mtime of *mark*, else that of *path*, says when. Where *path* cannot be locked, as on some
-    network drives, it is only noted.
+    Where *path* cannot be locked, as on some network drives, it is only noted.
     """
     with suppress(OSError):
-        os.utime(mark or path)
-    with suppress(OSError):
-        _held.append(_lock(path, fcntl.LOCK_SH))
+        os.utime(path)
+    _keep(path)
 
 
 def hold_published(path: Path, cache_dir: Path) -> None:
     """Hold *path*, or what it links to, where that is a published file of the cache.
 
-    Its own mtime stays, which its record and the quantized weights made of it name.
+    Its own mtime stays, which its record and the quantized weights made of it name. One that is a
+    link into another cache is held by its record alone.
     """
-    target = path.resolve()
-    if target.is_relative_to((cache_dir / "hub").resolve()):
-        hold(target, Path(f"{target}.verified"))
+    hub = (cache_dir / "hub").resolve()
+    with suppress(OSError, RuntimeError):
+        for _ in range(_MAX_LINKS):
+            path = path.parent.resolve() / path.name
+            if path.is_relative_to(hub):
+                hold(Path(f"{path}.verified"))
+                if _is_own_file(path):
+                    _keep(path)
+                return
+            path = path.parent / path.readlink()
 
 
 def release() -> None:
@@ -103,13 +128,15 @@ def release() -> None:
 
 def survey(cache_dir: Path) -> list[Stored]:
     """List what the cache holds, kind by kind; change nothing, lock nothing."""
-    hub, converted = cache_dir / "hub", cache_dir / QUANTIZED
     places: dict[Kind, Iterable[Path]] = {
-        Kind.PUBLISHED: (path for path in hub.glob("*/*") if path.is_dir()),
-        Kind.QUANTIZED: converted.glob("*.safetensors"),
-        Kind.COMPILED: cache_dir.glob(f"{COMPILED}*"),
-        Kind.PARTIAL: (*hub.rglob("*.part"), *converted.glob(".*.part")),
-        Kind.RACE: cache_dir.glob("race*"),
+        Kind.PUBLISHED: _revisions(cache_dir),
+        Kind.QUANTIZED: _named(cache_dir / QUANTIZED, _QUANTIZED_FILE, _is_own_file),
+        Kind.COMPILED: _named(cache_dir, _COMPILED_FOLDER, _is_own_folder),
+        Kind.PARTIAL: (
+            *(part for revision in _revisions(cache_dir) for part in _parts(revision)),
+            *_named(cache_dir / QUANTIZED, _TEMPORARY, _is_own_file),
+        ),
+        Kind.RACE: _named(cache_dir, _RACE_FOLDER, _is_own_folder),
     }
     found = []
     for kind, paths in places.items():
@@ -162,8 +189,8 @@ def prune(
                     left -= each.size_bytes
                 else:
                     kept.append(each)
-            if not is_trial:
-                _remove_dangling(cache_dir / "models")
+            if removed and not is_trial:
+                _remove_dangling(cache_dir)
     except _Busy:
         return Pruned((), (), left, is_downloading=True)
     return Pruned(tuple(removed), tuple(kept), left, is_downloading=False)
@@ -177,7 +204,7 @@ def _candidates(
         each
         for each in stored
         if each.kind in (Kind.QUANTIZED, Kind.COMPILED)
-        or (each.kind is Kind.PARTIAL and each.path.parent.name == QUANTIZED)
+        or (each.kind is Kind.PARTIAL and each.path.parent == cache_dir / QUANTIZED)
     ]
     derived.sort(key=lambda each: each.used_at)
     if served is None:
@@ -187,7 +214,10 @@ def _candidates(
     published = [
         each
         for each in stored
-        if each.kind is Kind.PUBLISHED and not any(each.path in path.parents for path in wanted)
+        if each.kind is Kind.PUBLISHED
+        and not any(each.path in path.parents for path in wanted)
+        # A download that was interrupted goes on with what is there.
+        and not _parts(each.path)
     ]
     return [*derived, *sorted(published, key=lambda each: each.used_at)]
 
@@ -196,7 +226,8 @@ def _remove(stored: Stored, *, is_trial: bool) -> bool:
     """Delete *stored*, unless a process holds it or a file in it; return whether it may go."""
     held = [stored.path]
     if stored.kind is Kind.PUBLISHED:
-        held += [path for path in stored.path.rglob("*") if path.is_file()]
+        # Files of another cache are none of ours; the records beside the links to them are.
+        held += [path for path in _inside(stored.path) if _is_own_file(path)]
     with ExitStack() as locked:
         for path in held:
             try:
@@ -206,10 +237,12 @@ def _remove(stored: Stored, *, is_trial: bool) -> bool:
                 return False
         if is_trial:
             return True
-        if stored.path.is_dir():
+        if re.search(f"{_OLD}$", stored.path.name):
+            shutil.rmtree(stored.path)
+        elif stored.path.is_dir():
             # A service that starts meanwhile finds a whole folder or none. Should this process
             # end here, the next survey lists what is left.
-            grave = Path(mkdtemp(prefix=f"{stored.path.name}-", dir=stored.path.parent))
+            grave = Path(mkdtemp(prefix=f".{stored.path.name}.old-", dir=stored.path.parent))
             stored.path.rename(grave / stored.path.name)
             shutil.rmtree(grave)
         else:
@@ -218,7 +251,12 @@ def _remove(stored: Stored, *, is_trial: bool) -> bool:
 
 
 def _describe(kind: Kind, path: Path, cache_dir: Path) -> Stored:
-    inside = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    name, used_at = path.name, path.lstat().st_mtime
+    inside: dict[Path, os.stat_result] = {}
+    for each in _inside(path) if path.is_dir() else (path,):
+        # One that has gone meanwhile is not counted.
+        with suppress(OSError):
+            inside[each] = each.lstat()
     if kind is Kind.PUBLISHED:
         owners = [
             key
@@ -226,12 +264,59 @@ def _describe(kind: Kind, path: Path, cache_dir: Path) -> Stored:
             if any(path in HubCache(cache_dir).path(file).parents for file in entry.files)
         ]
         name = f"{path.parent.name} {path.name[:8]} ({', '.join(owners) or 'of no model'})"
-        records = [each for each in inside if each.suffix == ".verified"]
-        inside = [each for each in inside if each.suffix != ".part"]
-        used_at = max((each.stat().st_mtime for each in records or inside), default=0.0)
-    else:
-        name, used_at = path.name, path.stat().st_mtime
-    return Stored(kind, name, path, sum(each.lstat().st_size for each in inside), used_at)
+        records = [found for each, found in inside.items() if each.suffix == ".verified"]
+        inside = {each: found for each, found in inside.items() if not each.name.endswith(".part")}
+        used_at = max((found.st_mtime for found in records or inside.values()), default=0.0)
+    size = sum(found.st_size for found in inside.values() if found.st_nlink == 1)
+    return Stored(kind, name, path, size, used_at)
+
+
+def _revisions(cache_dir: Path) -> Iterator[Path]:
+    """Yield the folders of revisions of the catalogue's repositories."""
+    for name in sorted({name for entry in MODELS.values() for name in entry.repositories}):
+        folder = cache_dir / "hub" / name.replace("/", "--")
+        yield from _named(folder, _REVISION, _is_own_folder)
+
+
+def _named(folder: Path, name: re.Pattern[str], is_right: Callable[[Path], bool]) -> list[Path]:
+    """Return what lies in *folder* with such a name and *is_right*; none where it is missing."""
+    return [path for path in folder.glob("*") if name.fullmatch(path.name) and is_right(path)]
+
+
+def _parts(revision: Path) -> list[Path]:
+    return [path for path in _inside(revision) if path.name.endswith(".part")]
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yield the files below *folder*, and links to files; nothing through a link."""
+    return (Path(above, name) for above, _, names in os.walk(folder) for name in names)
+
+
+def _is_own_file(path: Path) -> bool:
+    with suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
+
+
+def _is_own_folder(path: Path) -> bool:
+    with suppress(OSError):
+        return stat.S_ISDIR(path.lstat().st_mode)
+    return False
+
+
+def _keep(path: Path) -> None:
+    """Lock *path* until `release`; a pruning, or its trial, has a moment to finish with it."""
+    patient_until = time.monotonic() + _PATIENCE_S
+    with suppress(OSError):
+        while True:
+            try:
+                _held.append(_lock(path, fcntl.LOCK_SH))
+            except BlockingIOError:
+                if time.monotonic() > patient_until:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
 
 
 def _lock(path: Path, operation: int) -> int:
@@ -249,13 +334,29 @@ def _lock(path: Path, operation: int) -> int:
     return descriptor
 
 
-def _remove_dangling(models: Path) -> None:
-    """Remove the folders of links (`HubCache.link`) of which a target is gone."""
-    for folder in models.glob("*/*"):
-        links = [path for path in folder.rglob("*") if path.is_symlink()]
-        if not all(link.exists() for link in links):
+def _remove_dangling(cache_dir: Path) -> None:
+    """Remove the links of each load (`HubCache.link`) of which a published file is gone.
+
+    Links to elsewhere stay, and all in folders that are links or that others may write to.
+    """
+    models, hub = cache_dir / "models", (cache_dir / "hub").resolve()
+    for key in MODELS:
+        for folder in (models / key).glob("*"):
+            if any(each.is_symlink() for each in (models, models / key, folder)):
+                continue
+            links = [path for path in _inside(folder) if _leads_into(path, hub)]
+            if all(link.exists() for link in links):
+                continue
             for link in links:
-                link.unlink()
+                if not why_open(link.parent, cache_dir):
+                    link.unlink()
+
+
+def _leads_into(link: Path, hub: Path) -> bool:
+    # Links in a circle lead nowhere.
+    with suppress(OSError, RuntimeError):
+        return link.is_symlink() and link.resolve().is_relative_to(hub)
+    return False
 
 
 def _refuse() -> None:
