@@ -24,7 +24,7 @@ from app.cli.console import MODEL, SIZE, Options, note
 from app.cli.warm_worker import check_output, draft, make_pictures, parse_size, warm_runtime
 from app.domain import ImageSpec, ModelInfo, ModelSpec, RawImage
 from app.engine import create_engine
-from app.engine.hub.download import missing_bytes
+from app.engine.hub.download import choose_file, missing_bytes
 from app.engine.models.registry import find_model
 from app.engine.quantization.formats import AUTO, FORMATS
 from app.errors import InvalidRequest, KleinError
@@ -120,6 +120,8 @@ def run(
         return asyncio.run(_make(chosen, arguments.size, make_engine, gpu))
 
     tested = make(tested_name, settings.plan)
+    # Now, since the reference may bring another file of the transformer.
+    notes = _read_notes(choice, settings, tested)
     reference: Made | str | None = "not made, since the first worker failed"
     if isinstance(tested, Made):
         reference = None
@@ -127,7 +129,6 @@ def run(
             exact = "fp32" if is_small and on_processor else "bf16"
             _tell_download(choice, settings, exact)
             reference = make(exact, "auto")
-    notes = _read_notes(choice, settings, tested)
     checks = [*judge(tested, reference), _judge_file(notes)]
     _write(sheet, [each for each in (tested, reference) if isinstance(each, Made)])
     report.write_text(
@@ -256,7 +257,9 @@ def _read_notes(choice: Choice, settings: Settings, tested: Made | str) -> FileN
     elif isinstance(tested, str):
         return "not read, since the worker failed"
     else:
-        file = FORMATS[tested.info.precision].file
+        taken = FORMATS[tested.info.precision]
+        instead = taken.also_from if settings.precision == AUTO else ""
+        file = choose_file(entry, settings.cache_dir, taken.file, instead)
         path = settings.cache_dir / "models" / entry.spec.id / file
     try:
         return read_notes(path, settings.vae)

@@ -82,7 +82,8 @@ def lay_out_shared(
         for file in variant.shared:
             link = folder / file.path
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(store.path(file).resolve())
+            # Not resolved: `disk.hold_published` finds the cache's own path by this link.
+            link.symlink_to(store.path(file).absolute())
     return True
 
 
