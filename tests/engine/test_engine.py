@@ -27,7 +27,7 @@ SPEC = ImageSpec("a red circle", 64, 64, 3, 1.0, 7)
 def engine(tiny_klein, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     (cache / "converted").mkdir()
-    (cache / "converted" / "old-int8.safetensors").write_bytes(bytes(10))
+    (cache / "converted" / "encoder-int8-0123456789ab.safetensors").write_bytes(bytes(10))
     engine = KleinEngine(
         EngineConfig("flux.2-klein-4b", str(tiny_klein), str(cache), None, cache_max_bytes=1)
     )
@@ -50,7 +50,7 @@ def test_it_says_what_it_loaded(engine):
 
 def test_a_load_prunes_the_cache_to_its_limit(engine):
     """What an earlier model was quantized to goes; a limit of 0 is none."""
-    assert not (engine.cache / "converted" / "old-int8.safetensors").exists()
+    assert not (engine.cache / "converted" / "encoder-int8-0123456789ab.safetensors").exists()
 
 
 def test_it_reports_stages_and_steps(engine):
