@@ -44,9 +44,8 @@ def run(
     close_umask()
     precision = settings.precision if is_chosen else _precision_of_this_machine(variant, settings)
     linears = FORMATS[precision]
-    wanted = choose_file(
-        variant, settings.cache_dir, linears.file, "" if is_chosen else linears.also_from
-    )
+    instead = linears.instead(settings.precision)
+    wanted = choose_file(variant, settings.cache_dir, linears.file, instead)
     hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:
         return _verify(variant, settings.cache_dir, wanted)
@@ -103,8 +102,7 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
         results = race(
             device, variant.architecture, settings.cache_dir, is_compiled=not missing_tools()
         )
-        named = "" if settings.attention == AUTO else settings.attention
-        facts = capabilities(results, choose(results, attention=named))
+        facts = capabilities(results, choose(results, attention=settings.attention))
     return choose_precision(AUTO, facts, is_small=False).name
 
 

@@ -258,7 +258,7 @@ def _read_notes(choice: Choice, settings: Settings, tested: Made | str) -> FileN
         return "not read, since the worker failed"
     else:
         taken = FORMATS[tested.info.precision]
-        instead = taken.also_from if settings.precision == AUTO else ""
+        instead = taken.instead(settings.precision)
         file = choose_file(entry, settings.cache_dir, taken.file, instead)
         path = settings.cache_dir / "models" / entry.spec.id / file
     try:

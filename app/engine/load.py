@@ -189,13 +189,8 @@ def _judge(
         kernel = choose_attention(device, architecture, config.attention)
         return probe_gpu(device, architecture), kernel, None
     results = race(device, architecture, Path(config.cache_dir), is_compiled=not missing_tools())
-    is_auto = config.attention == AUTO
-    winner = choose(
-        results,
-        "" if config.precision == AUTO else config.precision,
-        "" if is_auto else config.attention,
-    )
-    raced = KERNELS.get(winner.attention) if is_auto else None
+    winner = choose(results, config.precision, config.attention)
+    raced = KERNELS.get(winner.attention) if config.attention == AUTO else None
     # A kept race imported nothing: the kernel's library is loaded here, or has gone since.
     if raced is None or raced.fault(device):
         raced = choose_attention(device, architecture, config.attention)
@@ -242,8 +237,9 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     from app.engine.hub import download, fetch
 
     linears = precision.linears
-    instead = linears.also_from if config.precision == AUTO else ""
-    wanted = download.choose_file(entry, Path(config.cache_dir), linears.file, instead)
+    wanted = download.choose_file(
+        entry, Path(config.cache_dir), linears.file, linears.instead(config.precision)
+    )
     path = download.ensure(
         entry,
         Path(config.cache_dir),

@@ -25,7 +25,7 @@ from app.engine.hub import disk, trust
 from app.engine.hub.download import choose_file, missing_bytes
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import files_for, find_model
-from app.engine.quantization.formats import AUTO, FORMATS, automatic
+from app.engine.quantization.formats import FORMATS, automatic
 from app.engine.race.results import Results
 from app.engine.runtime.toolchain import CompilerFound, find_compiler
 from app.errors import StartupError
@@ -202,8 +202,7 @@ def _look_ahead(
 def _ask_cache(variant: ModelEntry, settings: Settings, precision: str) -> CacheFound:
     """Count the bytes that *variant* needs at *precision*, and those not downloaded yet."""
     folder, linears = settings.cache_dir, FORMATS[precision]
-    instead = linears.also_from if settings.precision == AUTO else ""
-    wanted = choose_file(variant, folder, linears.file, instead)
+    wanted = choose_file(variant, folder, linears.file, linears.instead(settings.precision))
     above = folder
     while not above.exists() and above != above.parent:
         above = above.parent

@@ -121,7 +121,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
         StartupError: this GPU cannot run the precision that the settings name.
     """
     # Imports torch, so only where a preview is needed.
-    from app.engine.modules.attention import AUTO, check_attention, unusable
+    from app.engine.modules.attention import check_attention, unusable
     from app.engine.quantization.select import GpuCapabilities, choose_precision
 
     check_attention(settings.attention)
@@ -132,11 +132,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
         for lap in target.race.attention:
             if lap.name == settings.attention and (fault := wrong(lap)):
                 raise unusable(lap.name, fault)
-        winner = choose(
-            target.race,
-            "" if settings.precision == AUTO else settings.precision,
-            "" if settings.attention == AUTO else settings.attention,
-        )
+        winner = choose(target.race, settings.precision, settings.attention)
         facts, attention = capabilities(target.race, winner), winner.attention
     chosen = choose_precision(settings.precision, facts, is_small=False)
     limit = min(settings.max_pixels, model.max_pixels)

@@ -116,6 +116,10 @@ class WeightFormat:
         tensors = (weight.to(dtype),) if layers.quantize is None else layers.quantize(weight)
         return layers.make(*tensors).to(weight.device)
 
+    def instead(self, asked: str) -> str:
+        """Return the file that may take the place of `file`; none where *asked* names a format."""
+        return self.also_from if asked == AUTO else ""
+
     def fault(self, device: torch.device, architecture: Architecture) -> str:
         """Say why it does not run on *device*; return an empty string where it does.
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from app.engine.quantization.formats import AUTO
+
 MARGIN = 1.05
 """How many times faster the step must become for each part that is exchanged."""
 
@@ -68,8 +70,11 @@ class Winner:
     reason: str
 
 
-def choose(results: Results, linears: str = "", attention: str = "") -> Winner:
-    """Choose the fastest combination; a part that the operator names stays as named."""
+def choose(results: Results, linears: str = AUTO, attention: str = AUTO) -> Winner:
+    """Choose the fastest combination; a part that the operator names stays as named.
+
+    *linears* and *attention* are values of `KLEIN_PRECISION` and `KLEIN_ATTENTION`.
+    """
     is_timed = not results.disturbed
     formats = _entrants(results.linears, linears, is_timed=is_timed)
     kernels = _entrants(results.attention, attention, is_timed=is_timed)
@@ -106,7 +111,7 @@ def settle(run: Callable[[], Results], wait: Callable[[], None]) -> Results:
 
 def _entrants(laps: tuple[Lap, ...], named: str, *, is_timed: bool) -> list[Lap]:
     """Return the admitted laps, the incumbent first, or the one that is *named*."""
-    if named:
+    if named != AUTO:
         return [lap for lap in laps if lap.name == named] or [Lap(named)]
     left_out = faults(laps, is_timed=is_timed)
     admitted = [lap for lap in laps if not lap.is_reference and lap.name not in left_out]

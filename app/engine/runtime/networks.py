@@ -38,8 +38,8 @@ class Transformer(nn.Module):
     def __init__(
         self,
         network: Any,
-        double: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-        single: Callable[..., torch.Tensor],
+        double: Double,
+        single: Single,
     ) -> None:
         super().__init__()
         self.network = network
@@ -93,7 +93,7 @@ class TextEncoder(nn.Module):
         rotary: nn.Module,
         table: torch.Tensor,
         read: tuple[int, ...],
-        layer: Callable[..., torch.Tensor],
+        layer: Layer,
     ) -> None:
         super().__init__()
         self.layers, self.rotary, self.table, self.read = layers, rotary, table, read
