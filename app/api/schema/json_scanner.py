@@ -28,7 +28,9 @@ MAX_VALUES = 10_000
 LONG = 65_536
 """Characters, escapes unparsed, above which a string is cut out."""
 
-_STRING = re.compile(r'(?:[^"\\]++|\\(?:u[0-9a-fA-F]{4}|[^u]))*+', re.DOTALL)
+# Without possessive quantifiers, which match too little before Python 3.11.5 (gh-106052).
+_QUOTE = re.compile(r'(?<!\\)(?:\\\\)*(")')
+_PARTIAL = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _CONTROL = re.compile("[\0-\x1f]")
 _LONGEST_ESCAPE = len(r"\u0000")
 _NAME_BYTES = 400
@@ -133,8 +135,6 @@ class Scanner:
             self._end_string()
             return end + 1
         self._tail = text[end:]
-        if len(self._tail) >= _LONGEST_ESCAPE:
-            raise _invalid()
         return len(text)
 
     def _end_string(self) -> None:
@@ -184,8 +184,15 @@ def _end_of_string(text: str, at: int) -> int:
     quote = text.find('"', at)
     limit = len(text) if quote < 0 else quote
     escape = text.find("\\", at, limit)
-    match = None if escape < 0 else _STRING.match(text, escape)
-    return limit if match is None else match.end()
+    if escape < 0:
+        return limit
+    if quote >= 0 and (closing := _QUOTE.search(text, escape)):
+        return closing.start(1)
+    last = text.rfind("\\", max(escape, len(text) - _LONGEST_ESCAPE + 1))
+    run = text[escape : last + 1]
+    # Of an even run each backslash belongs to a pair.
+    is_odd = (len(run) - len(run.rstrip("\\"))) % 2
+    return last if is_odd and _PARTIAL.fullmatch(text, last) else len(text)
 
 
 def _invalid() -> InvalidRequest:
