@@ -16,17 +16,8 @@ import torch
 from torch import nn
 
 from app.engine.kernels import blocks
-from app.engine.kernels.blocks import Change
 from app.engine.modules.attention import Attention
-from app.engine.modules.ops import (
-    State,
-    after_swiglu,
-    gated,
-    input_cast,
-    modulated,
-    settle,
-    split_last,
-)
+from app.engine.modules.ops import added, modulated, settle
 
 
 class SingleBlock(nn.Module):
@@ -62,10 +53,9 @@ class SingleBlock(nn.Module):
             qkv, (self.norm_q, self.norm_k), cos, sin, self.eps, heads, is_interleaved=True
         )
         q, k = heads.transpose(1, 2).unsqueeze(1)
-        v = split_last(qkv[..., 2 * self.width :], size).transpose(1, 2)
+        v = qkv[..., 2 * self.width :].view(*q.transpose(1, 2).shape).transpose(1, 2)
         attended = self.attention(q, k, v)  # [1, h, n, 128]
-        both = blocks.join(attended, feed, input_cast(self.out))
-        return settle(gated(self.out, both, hidden, gate))
+        return settle(added(self.out, hidden, gate, attended, feed))
 
 
 class DoubleBlock(nn.Module):
@@ -99,8 +89,8 @@ class DoubleBlock(nn.Module):
         sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block on image [1, n, d] and text [1, m, d]; each modulation is [1, 6 * d]."""
-        shift, scale, gate, *rest = image_modulation.chunk(6, dim=-1)
-        t_shift, t_scale, t_gate, *t_rest = text_modulation.chunk(6, dim=-1)
+        shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
+        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
         length, size = text.shape[1], self.norm_q.shape[0]
         text, text_qkv = modulated(self.text_qkv, (text, None), t_scale, t_shift, self.eps)
         image, qkv = modulated(self.image_qkv, (image, None), scale, shift, self.eps)
@@ -114,23 +104,9 @@ class DoubleBlock(nn.Module):
                 each, norms, cos[part], sin[part], self.eps, heads[:, part], is_interleaved=True
             )
         attended = self.attention(*heads.transpose(1, 2).unsqueeze(1))  # [1, h, m + n, 128]
-        merged = blocks.merge(attended[:, :, length:], input_cast(self.image_out))
-        image_state = gated(self.image_out, merged, image, gate)
-        merged = blocks.merge(attended[:, :, :length], input_cast(self.text_out))
-        text_state = gated(self.text_out, merged, text, t_gate)
-        image = _feed(self.image_up, self.image_down, image_state, *rest, self.eps)
-        return image, _feed(self.text_up, self.text_down, text_state, *t_rest, self.eps)
-
-
-def _feed(
-    up: nn.Module,
-    down: nn.Module,
-    state: State,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    gate: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    """Run the MLP of a double block, with its norm and residual: [1, n, d]."""
-    hidden, middle = modulated(up, state, scale, shift, eps)  # [1, n, d], [1, n, 2 * f]
-    return settle((hidden, Change(gate, after_swiglu(down, middle))))
+        image_state = added(self.image_out, image, gate, attended[:, :, length:])
+        text_state = added(self.text_out, text, t_gate, attended[:, :, :length])
+        image, up = modulated(self.image_up, image_state, scale2, shift2, self.eps)
+        image = settle(added(self.image_down, image, gate2, feed=up))  # *up* is [1, n, 2 * f]
+        text, up = modulated(self.text_up, text_state, t_scale2, t_shift2, self.eps)
+        return image, settle(added(self.text_down, text, t_gate2, feed=up))

@@ -88,13 +88,12 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""
-        scale, cast = self.input_scale, self.input_cast
-        if scale is None or cast is None:
-            # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the
-            # last bit would round all values half way between two fp8 numbers the other way.
-            scale = blocks.amax(x).clamp(min=_TINY) * (1 / FP8_LIMIT)
-            cast = Cast(1 / scale)
-        return self._multiply(blocks.quantize(x, cast), scale, x.dtype)
+        if self.input_scale is not None and (cast := self.input_cast) is not None:
+            return self._multiply(blocks.quantize(x, cast), self.input_scale, x.dtype)
+        # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the last
+        # bit would round all values half way between two fp8 numbers the other way.
+        scale = blocks.amax(x).clamp(min=_TINY) * (1 / FP8_LIMIT)
+        return self._multiply(blocks.quantize(x, Cast(1 / scale)), scale, x.dtype)
 
     def _multiply(
         self, quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
