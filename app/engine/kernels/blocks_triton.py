@@ -7,8 +7,6 @@ Nothing is specialised on the number of rows: a new size compiles nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -17,10 +15,10 @@ _LIMIT = tl.constexpr(448.0)
 
 @triton.jit
 def _store_as(
-    place: Any,
-    value: Any,
-    inverse: Any,
-    mask: Any,
+    place: tl.tensor,
+    value: tl.tensor,
+    inverse: tl.tensor,
+    mask: tl.tensor,
     CASTS: tl.constexpr,
 ) -> None:
     """Store *value*, with CASTS after a division by a scale, in the dtype of *place*."""
@@ -32,16 +30,16 @@ def _store_as(
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_modulate(
-    x: Any,
-    gate: Any,
-    update: Any,
-    settled: Any,
-    scale: Any,
-    shift: Any,
-    inverse: Any,
-    out: Any,
-    rows: Any,
-    eps: Any,
+    x: tl.tensor,
+    gate: tl.tensor,
+    update: tl.tensor,
+    settled: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    eps: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -72,13 +70,13 @@ def norm_modulate(
 
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm(
-    x: Any,
-    update: Any,
-    settled: Any,
-    weight: Any,
-    out: Any,
-    rows: Any,
-    eps: Any,
+    x: tl.tensor,
+    update: tl.tensor,
+    settled: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    eps: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -103,11 +101,11 @@ def rms_norm(
 
 @triton.jit(do_not_specialize=["rows"])
 def gate_add(
-    x: Any,
-    gate: Any,
-    update: Any,
-    out: Any,
-    rows: Any,
+    x: tl.tensor,
+    gate: tl.tensor,
+    update: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -126,14 +124,14 @@ def gate_add(
 
 @triton.jit(do_not_specialize=["rows"])
 def join(
-    heads: Any,
-    feed: Any,
-    inverse: Any,
-    out: Any,
-    rows: Any,
-    head_stride: Any,
-    row_stride: Any,
-    feed_stride: Any,
+    heads: tl.tensor,
+    feed: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    head_stride: tl.tensor,
+    row_stride: tl.tensor,
+    feed_stride: tl.tensor,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     FEED: tl.constexpr,
@@ -190,12 +188,12 @@ def join(
 
 @triton.jit
 def _merge(
-    heads: Any,
-    column: Any,
-    head_stride: Any,
-    inverse: Any,
-    out: Any,
-    known: Any,
+    heads: tl.tensor,
+    column: tl.tensor,
+    head_stride: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    known: tl.tensor,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     CASTS: tl.constexpr,
@@ -208,11 +206,11 @@ def _merge(
 
 @triton.jit
 def _swiglu(
-    feed: Any,
-    column: Any,
-    inverse: Any,
-    out: Any,
-    known: Any,
+    feed: tl.tensor,
+    column: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    known: tl.tensor,
     FEED: tl.constexpr,
     CASTS: tl.constexpr,
 ) -> None:
@@ -224,13 +222,13 @@ def _swiglu(
 
 @triton.jit
 def _load_pairs(
-    place: Any,
-    mask: Any,
+    place: tl.tensor,
+    mask: tl.tensor,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-) -> Any:
+) -> tuple[tl.tensor, tl.tensor]:
     """Load [ROWS, HEADS, 2 * HALF] from *place* [ROWS, HEADS, 1] as the two parts of each pair."""
     if INTERLEAVED:
         value = tl.load(place + tl.arange(0, 2 * HALF)[None, None, :], mask, other=0)
@@ -244,11 +242,11 @@ def _load_pairs(
 
 @triton.jit
 def _store_pairs(
-    place: Any,
-    first: Any,
-    second: Any,
-    inverse: Any,
-    mask: Any,
+    place: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    inverse: tl.tensor,
+    mask: tl.tensor,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -266,19 +264,19 @@ def _store_pairs(
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_rotate(
-    qkv: Any,
-    weight_q: Any,
-    weight_k: Any,
-    cos: Any,
-    sin: Any,
-    inverses: Any,
-    out: Any,
-    rows: Any,
-    qkv_stride: Any,
-    part_stride: Any,
-    row_stride: Any,
-    head_stride: Any,
-    eps: Any,
+    qkv: tl.tensor,
+    weight_q: tl.tensor,
+    weight_k: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    inverses: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    qkv_stride: tl.tensor,
+    part_stride: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
+    eps: tl.tensor,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
@@ -351,9 +349,9 @@ def norm_rotate(
 
 @triton.jit
 def amax(
-    x: Any,
-    out: Any,
-    size: Any,
+    x: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """Write the largest |x| of each program's share of *x*, a flat tensor of *size* elements."""
