@@ -116,13 +116,10 @@ class WeightOnlyLinear(nn.Module):
         self.scale = _parameter(scale.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by the unscaled weights, then scale: [..., in] -> [..., out].
-
-        Scaled in float32: inductor matches a matmul scaled in the weights' dtype to its CPU kernel
-        `_weight_int8pack_mm`, whose lowering fails on CUDA.
-        """
+        """Multiply by the unscaled weights, then scale, in float32: [..., in] -> [..., out]."""
         product = functional.linear(x, self.weight.to(x.dtype))
-        return (product.float() * self.scale).to(x.dtype)
+        # In one pass: with one dimension at least, the scale is not rounded to the dtype of x.
+        return product.mul_(self.scale.reshape(-1))
 
 
 class Int8Linear(nn.Module):
