@@ -1,10 +1,11 @@
 """FLUX.2's transformer blocks with fused projections.
 
 The formulas are those of diffusers' `transformer_flux2.py`. Projections of the same input are
-concatenated into one matmul, the attention kernel is chosen explicitly, and nothing causes a graph
-break in `torch.compile`. The order of operations differs from diffusers', so these blocks are used
-with 8-bit weights only, where the last bits are lost anyway; at bf16 diffusers' own modules run and
-the pixels are equal to diffusers'.
+concatenated into one matmul, the attention kernel is chosen explicitly, and what lies between is
+joined into few kernels (`app.engine.kernels.blocks`): so a block leaves its last residual to the
+norm of the next (`app.engine.modules.ops.State`). The order of operations differs from diffusers',
+so these blocks are used with 8-bit weights only, where the last bits are lost anyway; at bf16
+diffusers' own modules run and the pixels are equal to diffusers'.
 
 Shapes: n tokens, m text tokens, d the hidden size, h heads of size 128, f the MLP's hidden size.
 The batch size is always 1.
@@ -12,12 +13,14 @@ The batch size is always 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from app.engine.kernels import blocks
 from app.engine.modules.attention import Attention
-from app.engine.modules.ops import added, modulated, settle
+from app.engine.modules.ops import State, added, modulated, settle
 
 
 class SingleBlock(nn.Module):
@@ -40,11 +43,11 @@ class SingleBlock(nn.Module):
         self.attention = attention
 
     def forward(
-        self, hidden: torch.Tensor, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """Run the block: [1, n, d] -> [1, n, d]; *modulation* is [1, 3 * d], *cos* [n, 128]."""
+        self, state: State, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> State:
+        """Run the block on [1, n, d]; *modulation* is [1, 3 * d], *cos* and *sin* [n, 128]."""
         shift, scale, gate = modulation.chunk(3, dim=-1)  # [1, d] each
-        hidden, joined = modulated(self.joined, (hidden, None), scale, shift, self.eps)
+        hidden, joined = modulated(self.joined, state, scale, shift, self.eps)
         # [1, n, 3 * d] and [1, n, 2 * f]
         qkv, feed = torch.tensor_split(joined, [3 * self.width], dim=-1)
         size = self.norm_q.shape[0]
@@ -55,7 +58,7 @@ class SingleBlock(nn.Module):
         q, k = heads.transpose(1, 2).unsqueeze(1)
         v = qkv[..., 2 * self.width :].view(*q.transpose(1, 2).shape).transpose(1, 2)
         attended = self.attention(q, k, v)  # [1, h, n, 128]
-        return settle(added(self.out, hidden, gate, attended, feed))
+        return added(self.out, hidden, gate, attended, feed)
 
 
 class DoubleBlock(nn.Module):
@@ -81,19 +84,19 @@ class DoubleBlock(nn.Module):
 
     def forward(
         self,
-        image: torch.Tensor,
-        text: torch.Tensor,
+        image_state: State,
+        text_state: State,
         image_modulation: torch.Tensor,
         text_modulation: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[State, State]:
         """Run the block on image [1, n, d] and text [1, m, d]; each modulation is [1, 6 * d]."""
         shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
+        text, text_qkv = modulated(self.text_qkv, text_state, t_scale, t_shift, self.eps)
+        image, qkv = modulated(self.image_qkv, image_state, scale, shift, self.eps)
         length, size = text.shape[1], self.norm_q.shape[0]
-        text, text_qkv = modulated(self.text_qkv, (text, None), t_scale, t_shift, self.eps)
-        image, qkv = modulated(self.image_qkv, (image, None), scale, shift, self.eps)
         tokens, width = length + image.shape[1], image.shape[2]
         heads = image.new_empty(3, tokens, width // size, size)
         for each, norms, part in (
@@ -107,6 +110,27 @@ class DoubleBlock(nn.Module):
         image_state = added(self.image_out, image, gate, attended[:, :, length:])
         text_state = added(self.text_out, text, t_gate, attended[:, :, :length])
         image, up = modulated(self.image_up, image_state, scale2, shift2, self.eps)
-        image = settle(added(self.image_down, image, gate2, feed=up))  # *up* is [1, n, 2 * f]
+        image_state = added(self.image_down, image, gate2, feed=up)  # *up* is [1, n, 2 * f]
         text, up = modulated(self.text_up, text_state, t_scale2, t_shift2, self.eps)
-        return image, settle(added(self.text_down, text, t_gate2, feed=up))
+        return image_state, added(self.text_down, text, t_gate2, feed=up)
+
+
+def run_doubles(
+    blocks: Iterable[nn.Module], image: torch.Tensor, text: torch.Tensor, *inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run double *blocks*, each with the same *inputs*, on image and text."""
+    states: tuple[State, State] = (image, None), (text, None)
+    for block in blocks:
+        states = block(*states, *inputs)
+    image, text = map(settle, states)
+    return image, text
+
+
+def run_singles(
+    blocks: Iterable[nn.Module], hidden: torch.Tensor, *inputs: torch.Tensor
+) -> torch.Tensor:
+    """Run single *blocks*, each with the same *inputs*, on all tokens, text first."""
+    state: State = hidden, None
+    for block in blocks:
+        state = block(state, *inputs)
+    return settle(state)
