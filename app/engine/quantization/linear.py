@@ -12,8 +12,8 @@
 The error of fp8 was measured on synthetic data.
 
 - fp8: one scale for the whole matrix, and one for x; the published file has both.
-  With a static input scale the quantization is one elementwise pass that a compiler fuses into the
-  operation before; without it the amax is computed first.
+  With a static input scale the kernel that makes x quantizes it as it stores it
+  (`app.engine.modules.ops`); without it the amax is computed first.
 - fp8w: for GPUs without fp8 tensor cores, and for layers marked `full_precision_matrix_mult`.
 - int8w: int8 values are exact in bf16 and the scale is applied to the matmul's result, so only the
   weights are quantized. The text encoder suffers from quantized activations: an error of 28 % at
@@ -191,10 +191,9 @@ def plain_linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def fused_fp8(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the matmul of an `Fp8Linear` after one pass over x, as a compiled block has it.
+    """Return the matmul of an `Fp8Linear` after one pass over x, which is what a block pays.
 
-    The block's compiler fuses the quantization into the operation before; eagerly it is six passes,
-    which take longer than the matmul.
+    There the operation before stores x quantized; the layer alone reads it once more.
     """
     assert isinstance(layer, Fp8Linear)
     weight, scale = layer.weight, layer.scale
@@ -264,5 +263,5 @@ def _int_mm_on_processor(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tens
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:
-    # A parameter, not a plain tensor: torch.compile then treats its shape as static.
+    # A parameter, not a plain tensor: `app.engine.memory.layer_stream` moves those.
     return nn.Parameter(value, requires_grad=False)
