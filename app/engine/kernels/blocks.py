@@ -25,10 +25,11 @@ FP8_LIMIT = 448.0
 # Rows and columns that a program takes at once, and its warps, as measured on an H100.
 _NORM_ROWS, _NORM_WARPS = 1, 4
 _ADD_ROWS, _ADD_WARPS = 4, 4
-_JOIN_ROWS, _JOIN_WARPS, _COLUMNS = 4, 4, 1024
-_HEAD_ROWS, _HEAD_BLOCK, _HEAD_WARPS = 4, 8, 4
-_AMAX_BLOCK = 4096
-_PARTIAL = 512
+_JOIN_ROWS, _JOIN_WARPS, _COLUMNS = 2, 8, 1024
+_HEAD_ROWS, _HEAD_BLOCK, _HEAD_WARPS = 2, 8, 4
+_AMAX_BLOCK, _PROGRAMS = 4096, 512
+_TINY = 1e-12
+"""The least amax, against a division by zero."""
 
 
 class Cast(NamedTuple):
@@ -168,51 +169,56 @@ def quantize(x: torch.Tensor, cast: Cast) -> torch.Tensor:
     return _join(x.reshape(1, 1, -1, x.shape[-1]), None, cast).view(x.shape)
 
 
-def amax(x: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value of *x* in float32, []."""
+def find_scale(x: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor) -> None:
+    """Write max |x| / 448 to *scale*, and its inverse, float32 [] each: nothing is cut by it."""
     kernels = _kernels(x)
     if kernels is None:
-        return x.float().abs().amax()
-    partial = torch.empty(_PARTIAL, dtype=torch.float32, device=x.device)
-    kernels.amax[(_PARTIAL,)](x.contiguous(), partial, x.numel(), BLOCK=_AMAX_BLOCK, num_warps=4)
-    return partial.amax()
+        # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the last
+        # bit would round all values half way between two fp8 numbers the other way.
+        scale.copy_(x.float().abs().amax().clamp(min=_TINY) * (1 / FP8_LIMIT))
+        inverse.copy_(1 / scale)
+        return
+    largest = torch.empty(_PROGRAMS, dtype=torch.float32, device=x.device)
+    kernels.amax[(_PROGRAMS,)](x.contiguous(), largest, x.numel(), BLOCK=_AMAX_BLOCK, num_warps=4)
+    kernels.find_scale[(1,)](largest, scale, inverse, LEAST=_TINY, COUNT=_PROGRAMS, num_warps=4)
 
 
 def norm_rotate(
     qkv: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
     eps: float,
-    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None = None,
     *,
     is_interleaved: bool,
-    inverses: torch.Tensor | None = None,
 ) -> None:
-    """Write q and k, normed by heads (RMSNorm) and rotated (RoPE), to *out*; v too, if it has room.
+    """Write *q* and *k*, normed by heads (RMSNorm) and rotated (RoPE), and *v*, where it is given.
 
-    *qkv* is [1, n, (h + 2 * g) * s] and may be a slice, *out* is [2 or 3, n, h, s] and may have any
-    strides but the last; each of the g KV heads is written once for each of its query heads. The
-    weights *norms* are [s], *cos* and *sin* [n, s], equal for both of a pair of lanes. Pairs are
-    neighbours where *is_interleaved*, else the halves of a head. *inverses*, float32 [3], scales
-    what is written in e4m3.
+    *qkv* is [1, n, (h + 2 * g) * s] and may be a slice. The others are [1, h, n, s] with the same
+    strides, of which the last is 1; each of the g KV heads is written once for each of its query
+    heads. q and k may be e4m3: normed, they need no scale. The weights *norms* are [s], cos and sin
+    of *rope* [n, s], equal for both of a pair of lanes. Pairs are neighbours where
+    *is_interleaved*, else the halves of a head.
     """
-    parts, tokens, heads, size = out.shape
+    _, heads, tokens, size = q.shape
     groups = (qkv.shape[-1] // size - heads) // 2
     kernels = _kernels(qkv)
     if kernels is None:
-        _norm_rotate(qkv, norms, cos, sin, eps, out, is_interleaved, inverses)
+        _norm_rotate(qkv, norms, rope, eps, (q, k, v), is_interleaved)
         return
-    kernels.norm_rotate[(-(-tokens // _HEAD_ROWS), parts)](
+    kernels.norm_rotate[(-(-tokens // _HEAD_ROWS), 2 if v is None else 3)](
         qkv,
         *norms,
-        cos,
-        sin,
-        inverses,
-        out,
+        *rope,
+        q,
+        k,
+        v,
         tokens,
-        qkv.stride(-2),
-        *out.stride()[:3],
+        qkv.stride(1),
+        q.stride(2),
+        q.stride(1),
         eps,
         HEADS=heads,
         GROUPS=groups,
@@ -220,7 +226,7 @@ def norm_rotate(
         ROWS=_HEAD_ROWS,
         BLOCK=min(_HEAD_BLOCK, _power(heads)),
         INTERLEAVED=is_interleaved,
-        CASTS=inverses is not None,
+        CASTS=q.dtype == torch.float8_e4m3fn,
         num_warps=_HEAD_WARPS,
     )
 
@@ -289,24 +295,22 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 def _norm_rotate(
     qkv: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
     eps: float,
-    out: torch.Tensor,
+    outs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     is_interleaved: bool,
-    inverses: torch.Tensor | None,
 ) -> None:
-    parts, tokens, heads, size = out.shape
+    _, heads, tokens, size = outs[0].shape
     joined = qkv.view(tokens, -1, size)
     groups = (joined.shape[1] - heads) // 2
-    split = torch.split(joined, [heads, groups, groups], dim=1)
-    for part in range(parts):
-        made = split[part]
-        if part < 2:
-            made = _rotate(_rms_norm(made, norms[part], eps), cos, sin, is_interleaved)
-        if inverses is not None:
-            made = Cast(inverses[part], out.dtype)(made)
-        out[part] = made.repeat_interleave(heads // made.shape[1], dim=1)
+    parts = torch.split(joined, [heads, groups, groups], dim=1)
+    for part, norm, out in zip(parts, (*norms, None), outs, strict=True):
+        if out is None:
+            continue
+        if norm is not None:
+            part = _rotate(_rms_norm(part, norm, eps), *rope, is_interleaved)
+        spread = part.repeat_interleave(heads // part.shape[1], dim=1).transpose(0, 1)
+        out.copy_(spread.clamp(-FP8_LIMIT, FP8_LIMIT) if out.dtype != qkv.dtype else spread)
 
 
 def _rotate(

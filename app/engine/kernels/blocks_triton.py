@@ -21,10 +21,11 @@ def _store_as(
     mask: tl.tensor,
     CASTS: tl.constexpr,
 ) -> None:
-    """Store *value*, with CASTS after a division by a scale, in the dtype of *place*."""
+    """Store *value* in the dtype of *place*; with CASTS, that is e4m3, times *inverse*, if any."""
     if CASTS:
-        scaled = value * tl.load(inverse)
-        value = tl.clamp(scaled, -_LIMIT, _LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if inverse is not None:
+            value *= tl.load(inverse)
+        value = tl.clamp(value, -_LIMIT, _LIMIT, propagate_nan=tl.PropagateNan.ALL)
     tl.store(place, value.to(place.dtype.element_ty), mask)
 
 
@@ -245,7 +246,6 @@ def _store_pairs(
     place: tl.tensor,
     first: tl.tensor,
     second: tl.tensor,
-    inverse: tl.tensor,
     mask: tl.tensor,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
@@ -255,11 +255,11 @@ def _store_pairs(
 ) -> None:
     if INTERLEAVED:
         value = tl.reshape(tl.join(first, second), [ROWS, HEADS, 2 * HALF])
-        _store_as(place + tl.arange(0, 2 * HALF)[None, None, :], value, inverse, mask, CASTS)
+        _store_as(place + tl.arange(0, 2 * HALF)[None, None, :], value, None, mask, CASTS)
     else:
         lane = tl.arange(0, HALF)[None, None, :]
-        _store_as(place + lane, first, inverse, mask, CASTS)
-        _store_as(place + HALF + lane, second, inverse, mask, CASTS)
+        _store_as(place + lane, first, None, mask, CASTS)
+        _store_as(place + HALF + lane, second, None, mask, CASTS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -269,11 +269,11 @@ def norm_rotate(
     weight_k: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
-    inverses: tl.tensor,
-    out: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
     rows: tl.tensor,
     qkv_stride: tl.tensor,
-    part_stride: tl.tensor,
     row_stride: tl.tensor,
     head_stride: tl.tensor,
     eps: tl.tensor,
@@ -290,27 +290,17 @@ def norm_rotate(
     part = tl.program_id(1)
     known = (row < rows)[:, None, None]
     wide = row.to(tl.int64)[:, None, None]
-    inverse = inverses + part if CASTS else inverses
     source = qkv + wide * qkv_stride
-    made = out + part * part_stride + wide * row_stride
+    made = wide * row_stride
     if part == 2:
-        for start in range(0, HEADS, BLOCK):
-            head = start + tl.arange(0, BLOCK)[None, :, None]
-            mask = known & (head < HEADS)
-            place = source + (HEADS + GROUPS + head // (HEADS // GROUPS)) * (2 * HALF)
-            first, second = _load_pairs(place, mask, HALF, ROWS, BLOCK, INTERLEAVED)
-            _store_pairs(
-                made + head * head_stride,
-                first,
-                second,
-                inverse,
-                mask,
-                HALF,
-                ROWS,
-                BLOCK,
-                INTERLEAVED,
-                CASTS,
-            )
+        if v is not None:
+            for start in range(0, HEADS, BLOCK):
+                head = start + tl.arange(0, BLOCK)[None, :, None]
+                mask = known & (head < HEADS)
+                taken = HEADS + GROUPS + head // (HEADS // GROUPS)
+                lane = tl.arange(0, 2 * HALF)[None, None, :]
+                value = tl.load(source + taken * (2 * HALF) + lane, mask)
+                tl.store(v + made + head * head_stride + lane, value, mask)
     else:
         # Both of a pair are turned by one angle.
         one = tl.zeros([1, 1, 1], tl.int32)
@@ -318,8 +308,10 @@ def norm_rotate(
         angle_cos, _ = _load_pairs(cos + table, known, HALF, ROWS, 1, INTERLEAVED)
         angle_sin, _ = _load_pairs(sin + table, known, HALF, ROWS, 1, INTERLEAVED)
         weight = weight_q
+        out = q
         if part == 1:
             weight = weight_k
+            out = k
         w_first, w_second = _load_pairs(weight + one, one == 0, HALF, 1, 1, INTERLEAVED)
         for start in range(0, HEADS, BLOCK):
             head = start + tl.arange(0, BLOCK)[None, :, None]
@@ -334,10 +326,9 @@ def norm_rotate(
             size = tl.rsqrt(squares + eps)[:, :, None]
             first, second = first * size * w_first, second * size * w_second
             _store_pairs(
-                made + head * head_stride,
+                out + made + head * head_stride,
                 first * angle_cos - second * angle_sin,
                 second * angle_cos + first * angle_sin,
-                inverse,
                 mask,
                 HALF,
                 ROWS,
@@ -348,12 +339,7 @@ def norm_rotate(
 
 
 @triton.jit
-def amax(
-    x: tl.tensor,
-    out: tl.tensor,
-    size: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
+def amax(x: tl.tensor, out: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Write the largest |x| of each program's share of *x*, a flat tensor of *size* elements."""
     largest = tl.zeros([BLOCK], tl.float32)
     lane = tl.arange(0, BLOCK)
@@ -362,3 +348,18 @@ def amax(
         value = tl.load(x + start + lane, start + lane < size, other=0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
     tl.store(out + tl.program_id(0), tl.max(largest))
+
+
+@triton.jit
+def find_scale(
+    largest: tl.tensor,
+    scale: tl.tensor,
+    inverse: tl.tensor,
+    LEAST: tl.constexpr,
+    COUNT: tl.constexpr,
+) -> None:
+    """Write the scale of e4m3 that is due to COUNT values of `amax`, and 1 / scale."""
+    top = tl.maximum(tl.max(tl.load(largest + tl.arange(0, COUNT))), LEAST)
+    found = top * (1 / 448.0)
+    tl.store(scale, found)
+    tl.store(inverse, 1 / found)

@@ -22,6 +22,10 @@ from app.engine.kernels import blocks
 from app.engine.modules.attention import Attention
 from app.engine.modules.ops import State, added, modulated, settle
 
+Modulation = tuple[torch.Tensor, ...]
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, each [n, 128]."""
+
 
 class SingleBlock(nn.Module):
     """`Flux2SingleTransformerBlock`: attention and MLP in parallel, from one projection."""
@@ -42,21 +46,18 @@ class SingleBlock(nn.Module):
         self.width, self.eps = width, eps
         self.attention = attention
 
-    def forward(
-        self, state: State, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> State:
-        """Run the block on [1, n, d]; *modulation* is [1, 3 * d], *cos* and *sin* [n, 128]."""
-        shift, scale, gate = modulation.chunk(3, dim=-1)  # [1, d] each
+    def forward(self, state: State, modulation: Modulation, rope: Rope) -> State:
+        """Run the block on [1, n, d]; *modulation* is shift, scale and gate, [1, d] each."""
+        shift, scale, gate = modulation
         hidden, joined = modulated(self.joined, state, scale, shift, self.eps)
         # [1, n, 3 * d] and [1, n, 2 * f]
         qkv, feed = torch.tensor_split(joined, [3 * self.width], dim=-1)
         size = self.norm_q.shape[0]
-        heads = hidden.new_empty(2, hidden.shape[1], self.width // size, size)
-        blocks.norm_rotate(
-            qkv, (self.norm_q, self.norm_k), cos, sin, self.eps, heads, is_interleaved=True
-        )
-        q, k = heads.transpose(1, 2).unsqueeze(1)
-        v = qkv[..., 2 * self.width :].view(*q.transpose(1, 2).shape).transpose(1, 2)
+        heads = (1, hidden.shape[1], self.width // size, size)
+        q, k = (hidden.new_empty(heads).transpose(1, 2) for _ in range(2))
+        norms = self.norm_q, self.norm_k
+        blocks.norm_rotate(qkv, norms, rope, self.eps, q, k, is_interleaved=True)
+        v = qkv[..., 2 * self.width :].view(heads).transpose(1, 2)
         attended = self.attention(q, k, v)  # [1, h, n, 128]
         return added(self.out, hidden, gate, attended, feed)
 
@@ -86,27 +87,29 @@ class DoubleBlock(nn.Module):
         self,
         image_state: State,
         text_state: State,
-        image_modulation: torch.Tensor,
-        text_modulation: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        image_modulation: Modulation,
+        text_modulation: Modulation,
+        image_rope: Rope,
+        text_rope: Rope,
     ) -> tuple[State, State]:
-        """Run the block on image [1, n, d] and text [1, m, d]; each modulation is [1, 6 * d]."""
-        shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
-        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
+        """Run the block on image [1, n, d] and text [1, m, d].
+
+        A modulation is shift, scale and gate of the attention, then of the MLP, [1, d] each.
+        """
+        shift, scale, gate, shift2, scale2, gate2 = image_modulation
+        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation
         text, text_qkv = modulated(self.text_qkv, text_state, t_scale, t_shift, self.eps)
         image, qkv = modulated(self.image_qkv, image_state, scale, shift, self.eps)
         length, size = text.shape[1], self.norm_q.shape[0]
-        tokens, width = length + image.shape[1], image.shape[2]
-        heads = image.new_empty(3, tokens, width // size, size)
-        for each, norms, part in (
-            (text_qkv, (self.norm_text_q, self.norm_text_k), slice(length)),
-            (qkv, (self.norm_q, self.norm_k), slice(length, None)),
+        heads = (1, length + image.shape[1], image.shape[2] // size, size)
+        joint = [image.new_empty(heads).transpose(1, 2) for _ in range(3)]
+        for part, given, norms, rope in (
+            (slice(length), text_qkv, (self.norm_text_q, self.norm_text_k), text_rope),
+            (slice(length, None), qkv, (self.norm_q, self.norm_k), image_rope),
         ):
-            blocks.norm_rotate(
-                each, norms, cos[part], sin[part], self.eps, heads[:, part], is_interleaved=True
-            )
-        attended = self.attention(*heads.transpose(1, 2).unsqueeze(1))  # [1, h, m + n, 128]
+            q, k, v = (each[:, :, part] for each in joint)
+            blocks.norm_rotate(given, norms, rope, self.eps, q, k, v, is_interleaved=True)
+        attended = self.attention(*joint)  # [1, h, m + n, 128], text first
         image_state = added(self.image_out, image, gate, attended[:, :, length:])
         text_state = added(self.text_out, text, t_gate, attended[:, :, :length])
         image, up = modulated(self.image_up, image_state, scale2, shift2, self.eps)
@@ -116,9 +119,24 @@ class DoubleBlock(nn.Module):
 
 
 def run_doubles(
-    blocks: Iterable[nn.Module], image: torch.Tensor, text: torch.Tensor, *inputs: torch.Tensor
+    blocks: Iterable[nn.Module],
+    image: torch.Tensor,
+    text: torch.Tensor,
+    image_modulation: torch.Tensor,
+    text_modulation: torch.Tensor,
+    *rope: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run double *blocks*, each with the same *inputs*, on image and text."""
+    """Run double *blocks* on image [1, n, d] and text [1, m, d].
+
+    The modulations are [1, 6 * d], cos and sin of *rope* [m + n, 128].
+    """
+    length = text.shape[1]
+    inputs = (
+        image_modulation.chunk(6, dim=-1),
+        text_modulation.chunk(6, dim=-1),
+        tuple(each[length:] for each in rope),
+        tuple(each[:length] for each in rope),
+    )
     states: tuple[State, State] = (image, None), (text, None)
     for block in blocks:
         states = block(*states, *inputs)
@@ -127,10 +145,11 @@ def run_doubles(
 
 
 def run_singles(
-    blocks: Iterable[nn.Module], hidden: torch.Tensor, *inputs: torch.Tensor
+    blocks: Iterable[nn.Module], hidden: torch.Tensor, modulation: torch.Tensor, *rope: torch.Tensor
 ) -> torch.Tensor:
-    """Run single *blocks*, each with the same *inputs*, on all tokens, text first."""
+    """Run single *blocks* on [1, n, d]; *modulation* is [1, 3 * d], cos and sin [n, 128]."""
+    parts = modulation.chunk(3, dim=-1)
     state: State = hidden, None
     for block in blocks:
-        state = block(state, *inputs)
+        state = block(state, parts, rope)
     return settle(state)

@@ -26,10 +26,9 @@ def modulated(
 
     [1, n, d] -> [1, n, d] and [1, n, out]; *scale* and *shift* are [1, d].
     """
-    own = getattr(layer, "modulated", None)
-    if own is not None:
+    if hasattr(type(layer), "modulated"):
         hidden = settle(state)
-        return hidden, own(hidden, scale, shift, eps)
+        return hidden, layer.modulated(hidden, scale, shift, eps)
     hidden, normed = blocks.norm_modulate(*state, scale, shift, eps, _input_cast(layer))
     return hidden, _multiply(layer, normed, hidden.dtype)
 
@@ -42,10 +41,9 @@ def added(
     feed: torch.Tensor | None = None,
 ) -> State:
     """Return residual + gate * `joined`, perhaps still to be added; *gate* is [1, d]."""
-    own = getattr(layer, "added", None)
-    if own is not None:
+    if hasattr(type(layer), "added"):
         x = None if heads is None else blocks.merge(heads)
-        return own(residual, gate, x, feed), None
+        return layer.added(residual, gate, x, feed), None
     return residual, Change(gate, joined(layer, heads, feed))
 
 

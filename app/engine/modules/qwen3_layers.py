@@ -42,17 +42,10 @@ class EncoderLayer(nn.Module):
         size = self.norm_q.shape[0]
         _, normed = blocks.rms_norm(hidden, self.norm_in, self.eps)
         # GQA: KV heads are expanded to h, since not every SDPA backend takes `enable_gqa`.
-        heads = hidden.new_empty(3, hidden.shape[1], self.query_width // size, size)
-        blocks.norm_rotate(
-            self.qkv(normed),
-            (self.norm_q, self.norm_k),
-            cos[0],
-            sin[0],
-            self.eps,
-            heads,
-            is_interleaved=False,
-        )
-        q, k, v = heads.transpose(1, 2).unsqueeze(1)  # [1, h, n, s] each
+        heads = (1, hidden.shape[1], self.query_width // size, size)
+        q, k, v = (hidden.new_empty(heads).transpose(1, 2) for _ in range(3))
+        norms, rope = (self.norm_q, self.norm_k), (cos[0], sin[0])
+        blocks.norm_rotate(self.qkv(normed), norms, rope, self.eps, q, k, v, is_interleaved=False)
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         hidden, normed = blocks.rms_norm(
             hidden, self.norm_post, self.eps, joined(self.out, attended)

@@ -72,39 +72,34 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.weight = _parameter(weight)
         self.scale = _parameter(scale.float().reshape(()))
-        given = None if input_scale is None else input_scale.float().reshape(())
-        self.input_scale = None if given is None else _parameter(given)
-        self.input_inverse = None if given is None else _parameter(1 / given)
+        self._is_static = input_scale is not None
+        # One place for all calls: cuBLAS chooses a kernel anew where the scale lies elsewhere.
+        found = torch.ones_like(self.scale) if input_scale is None else input_scale
+        self.input_scale = _parameter(found.float().reshape(()))
+        self.input_inverse = _parameter(1 / self.input_scale)
 
     @property
     def input_cast(self) -> Cast | None:
         """How `multiply` takes its input; None where its scale is not known before."""
-        return None if self.input_inverse is None else Cast(self.input_inverse)
+        return Cast(self.input_inverse) if self._is_static else None
 
     def multiply(self, quantized: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Multiply an input that `input_cast` made, to *dtype*: [..., in] -> [..., out]."""
-        assert self.input_scale is not None
-        return self._multiply(quantized, self.input_scale, dtype)
+        flat = quantized.reshape(-1, quantized.shape[-1])
+        if flat.is_cuda:
+            product = torch_private.scaled_mm(
+                flat, self.weight, self.input_scale, self.scale, dtype
+            )
+        else:
+            exact = flat.float() @ self.weight.float().t()
+            product = (exact * (self.input_scale * self.scale)).to(dtype)
+        return product.view(*quantized.shape[:-1], -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""
-        if self.input_scale is not None and (cast := self.input_cast) is not None:
-            return self._multiply(blocks.quantize(x, cast), self.input_scale, x.dtype)
-        # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the last
-        # bit would round all values half way between two fp8 numbers the other way.
-        scale = blocks.amax(x).clamp(min=_TINY) * (1 / FP8_LIMIT)
-        return self._multiply(blocks.quantize(x, Cast(1 / scale)), scale, x.dtype)
-
-    def _multiply(
-        self, quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        flat = quantized.reshape(-1, quantized.shape[-1])
-        if flat.is_cuda:
-            product = torch_private.scaled_mm(flat, self.weight, scale, self.scale, dtype)
-        else:
-            exact = flat.float() @ self.weight.float().t()
-            product = (exact * (scale * self.scale)).to(dtype)
-        return product.view(*quantized.shape[:-1], -1)
+        if not self._is_static:
+            blocks.find_scale(x, self.input_scale, self.input_inverse)
+        return self.multiply(blocks.quantize(x, Cast(self.input_inverse)), x.dtype)
 
 
 class WeightOnlyLinear(nn.Module):
