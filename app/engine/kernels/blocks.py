@@ -198,7 +198,7 @@ def norm_rotate(
 
     *qkv* is [1, n, (h + 2 * g) * s] and may be a slice. The others are [1, h, n, s] with the same
     strides, of which the last is 1; each of the g KV heads is written once for each of its query
-    heads. q and k may be e4m3: normed, they need no scale. The weights *norms* are [s], cos and sin
+    heads. The weights *norms* are [s], cos and sin
     of *rope* [n, s], equal for both of a pair of lanes. Pairs are neighbours where
     *is_interleaved*, else the halves of a head.
     """
@@ -226,7 +226,6 @@ def norm_rotate(
         ROWS=_HEAD_ROWS,
         BLOCK=min(_HEAD_BLOCK, _power(heads)),
         INTERLEAVED=is_interleaved,
-        CASTS=q.dtype == torch.float8_e4m3fn,
         num_warps=_HEAD_WARPS,
     )
 
@@ -309,8 +308,7 @@ def _norm_rotate(
             continue
         if norm is not None:
             part = _rotate(_rms_norm(part, norm, eps), *rope, is_interleaved)
-        spread = part.repeat_interleave(heads // part.shape[1], dim=1).transpose(0, 1)
-        out.copy_(spread.clamp(-FP8_LIMIT, FP8_LIMIT) if out.dtype != qkv.dtype else spread)
+        out[0] = part.repeat_interleave(heads // part.shape[1], dim=1).transpose(0, 1)
 
 
 def _rotate(

@@ -21,11 +21,11 @@ def _store_as(
     mask: tl.tensor,
     CASTS: tl.constexpr,
 ) -> None:
-    """Store *value* in the dtype of *place*; with CASTS, that is e4m3, times *inverse*, if any."""
+    """Store *value* in the dtype of *place*; with CASTS, that is e4m3, times *inverse*."""
     if CASTS:
-        if inverse is not None:
-            value *= tl.load(inverse)
-        value = tl.clamp(value, -_LIMIT, _LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.clamp(
+            value * tl.load(inverse), -_LIMIT, _LIMIT, propagate_nan=tl.PropagateNan.ALL
+        )
     tl.store(place, value.to(place.dtype.element_ty), mask)
 
 
@@ -251,15 +251,15 @@ def _store_pairs(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    CASTS: tl.constexpr,
 ) -> None:
+    dtype = place.dtype.element_ty
     if INTERLEAVED:
         value = tl.reshape(tl.join(first, second), [ROWS, HEADS, 2 * HALF])
-        _store_as(place + tl.arange(0, 2 * HALF)[None, None, :], value, None, mask, CASTS)
+        tl.store(place + tl.arange(0, 2 * HALF)[None, None, :], value.to(dtype), mask)
     else:
         lane = tl.arange(0, HALF)[None, None, :]
-        _store_as(place + lane, first, None, mask, CASTS)
-        _store_as(place + HALF + lane, second, None, mask, CASTS)
+        tl.store(place + lane, first.to(dtype), mask)
+        tl.store(place + HALF + lane, second.to(dtype), mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -283,7 +283,6 @@ def norm_rotate(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    CASTS: tl.constexpr,
 ) -> None:
     """Write q and k normed by heads and rotated, v as it is; k and v once for each query head."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -334,7 +333,6 @@ def norm_rotate(
                 ROWS,
                 BLOCK,
                 INTERLEAVED,
-                CASTS,
             )
 
 

@@ -52,7 +52,6 @@ def rotated(
     is_interleaved: bool,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    made_in: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """`norm_rotate` from a column slice into the last rows of something longer."""
     tokens, heads, size, _ = sizes
@@ -63,15 +62,12 @@ def rotated(
     )
     cos, sin = (each.to(device) for each in turned(tokens, size, is_interleaved=is_interleaved))
     shape = (1, tokens + 3, heads, size)
-    outs = [
-        torch.zeros(shape, dtype=each, device=device).transpose(1, 2)
-        for each in (made_in or dtype, made_in or dtype, dtype)
-    ]
+    outs = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(3)]
     ends = (each[:, :, 3:] for each in outs)
     blocks.norm_rotate(
         wide[..., :-64], (q, k), (cos, sin), EPS, *ends, is_interleaved=is_interleaved
     )
-    assert not any(each[:, :, :3].float().any() for each in outs)
+    assert not any(each[:, :, :3].any() for each in outs)
     return tuple(each[0, :, 3:].transpose(0, 1) for each in outs)
 
 
@@ -192,27 +188,16 @@ def test_each_kernel_is_its_emulation(card, sizes, is_cast):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_interleaved", [True, False])
-@pytest.mark.parametrize("is_cast", [False, True], ids=["bf16", "fp8"])
-def test_the_heads_kernel_is_its_emulation(card, is_cast, is_interleaved):
-    """At klein's sizes and small ones, with as many KV heads as query heads and with half."""
-    if is_cast and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this card knows no fp8")
-    made_in = torch.float8_e4m3fn if is_cast else None
-    for sizes in (KLEIN, SMALL):
-        for groups in (sizes.heads, sizes.heads // 2):
-            made, right = (
-                rotated(
-                    sizes,
-                    groups,
-                    is_interleaved=is_interleaved,
-                    device=device,
-                    dtype=dtype,
-                    made_in=made_in,
-                )
-                for device, dtype in ((card, torch.bfloat16), ("cpu", torch.float32))
-            )
-            for pair in zip(made, right, strict=True):
-                assert difference(*pair) < (0.02 if is_cast else 1e-2)
+@pytest.mark.parametrize("sizes", [KLEIN, SMALL], ids=["klein", "small"])
+def test_the_heads_kernel_is_its_emulation(card, sizes, is_interleaved):
+    """With as many KV heads as query heads and with half."""
+    for groups in (sizes.heads, sizes.heads // 2):
+        made, right = (
+            rotated(sizes, groups, is_interleaved=is_interleaved, device=device, dtype=dtype)
+            for device, dtype in ((card, torch.bfloat16), ("cpu", torch.float32))
+        )
+        for pair in zip(made, right, strict=True):
+            assert difference(*pair) < 1e-2
 
 
 @pytest.mark.gpu
