@@ -1,10 +1,10 @@
 """Two trees' services on one card at the same time, asked in turn.
 
-    python benchmarks/pair.py --before ~/klein-before --folder /tmp/klein-random --cache /tmp/klein-cache
+    python benchmarks/pair.py --before ~/klein-before --folder /tmp/klein-random
 
 `--before` is a folder with another commit of this repository, which runs with this Python. Both
-services stay loaded; in each round both make the same pictures, and the order of the two changes from
-round to round, so that the card's temperature and its clocks are the same for both. Rows
+services stay loaded; in each round both make the same pictures, and the order of the two changes
+from round to round, so that the card's temperature and its clocks are the same for both. Rows
 `klein.pair` go to benchmarks/results.jsonl (or --out); the last lines are the ratios.
 """
 
