@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from app.engine.modules.attention import Attention
-from app.engine.modules.ops import rms_norm, split_last, swiglu
+from app.engine.modules.ops import added, modulated, rms_norm, split_last
 
 
 class SingleBlock(nn.Module):
@@ -44,17 +43,16 @@ class SingleBlock(nn.Module):
     ) -> torch.Tensor:
         """Run the block: [1, n, d] -> [1, n, d]; *modulation* is [1, 3 * d], *cos* [n, 128]."""
         shift, scale, gate = modulation.chunk(3, dim=-1)  # [1, d] each
-        normed = _modulate(hidden, scale, shift, self.eps)  # [1, n, d]
+        joined = modulated(self.joined, hidden, scale, shift, self.eps)
         # [1, n, 3 * d] and [1, n, 2 * f]
-        qkv, feed = torch.tensor_split(self.joined(normed), [3 * self.width], dim=-1)
+        qkv, feed = torch.tensor_split(joined, [3 * self.width], dim=-1)
         q, k, v = _heads(qkv, self.norm_q.shape[0])  # [1, n, h, 128] each
         q, k = (
             _norm_rotate(q, self.norm_q, cos, sin, self.eps),
             _norm_rotate(k, self.norm_k, cos, sin, self.eps),
         )
         attended = _attend(self.attention, q, k, v)  # [1, n, d]
-        joined: torch.Tensor = self.out(torch.cat([attended, swiglu(feed)], dim=-1))
-        return hidden + gate * joined
+        return added(self.out, hidden, gate, attended, feed)
 
 
 class DoubleBlock(nn.Module):
@@ -91,8 +89,8 @@ class DoubleBlock(nn.Module):
         shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
         size, eps, length = self.norm_q.shape[0], self.eps, text.shape[1]
-        q, k, v = _heads(self.image_qkv(_modulate(image, scale, shift, eps)), size)
-        tq, tk, tv = _heads(self.text_qkv(_modulate(text, t_scale, t_shift, eps)), size)
+        q, k, v = _heads(modulated(self.image_qkv, image, scale, shift, eps), size)
+        tq, tk, tv = _heads(modulated(self.text_qkv, text, t_scale, t_shift, eps), size)
         q = _norm_rotate(q, self.norm_q, cos[length:], sin[length:], eps)
         k = _norm_rotate(k, self.norm_k, cos[length:], sin[length:], eps)
         tq = _norm_rotate(tq, self.norm_text_q, cos[:length], sin[:length], eps)
@@ -103,19 +101,13 @@ class DoubleBlock(nn.Module):
             torch.cat([tk, k], dim=1),
             torch.cat([tv, v], dim=1),
         )
-        image = image + gate * self.image_out(attended[:, length:])
-        text = text + t_gate * self.text_out(attended[:, :length])
-        up = self.image_up(_modulate(image, scale2, shift2, eps))  # [1, n, 2 * f]
-        image = image + gate2 * self.image_down(swiglu(up))
-        up = self.text_up(_modulate(text, t_scale2, t_shift2, eps))  # [1, m, 2 * f]
-        text = text + t_gate2 * self.text_down(swiglu(up))
+        image = added(self.image_out, image, gate, attended[:, length:])
+        text = added(self.text_out, text, t_gate, attended[:, :length])
+        up = modulated(self.image_up, image, scale2, shift2, eps)  # [1, n, 2 * f]
+        image = added(self.image_down, image, gate2, feed=up)
+        up = modulated(self.text_up, text, t_scale2, t_shift2, eps)  # [1, m, 2 * f]
+        text = added(self.text_down, text, t_gate2, feed=up)
         return image, text
-
-
-def _modulate(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
-) -> torch.Tensor:
-    return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 def _heads(qkv: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
