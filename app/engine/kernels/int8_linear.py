@@ -129,7 +129,7 @@ def emulate(weights: Weights, rotation: torch.Tensor, operands: Operands) -> tor
 
 
 def _input(operands: Operands) -> torch.Tensor:
-    """Return what is rotated, float32 [1, n, K]."""
+    """Return what is rotated, float32 [1, n, K], rounded to the inputs' dtype."""
     parts = []
     if operands.x is not None:
         x = operands.x.float()
@@ -141,7 +141,8 @@ def _input(operands: Operands) -> torch.Tensor:
     if operands.feed is not None:
         gate, value = operands.feed.float().chunk(2, dim=-1)
         parts.append(functional.silu(gate) * value)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return joined.to(operands.given.dtype).float()
 
 
 def hadamard(size: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ def quantize(
     rows = given.shape[0]
     values = torch.empty((rows, width), dtype=torch.int8, device=given.device)
     scales = torch.empty(rows, dtype=torch.float32, device=given.device)
-    part = triton.next_power_of_2(-(-width // _PARTS))
+    part = max(256, triton.next_power_of_2(-(-width // _PARTS)))
     _quantize[(rows,)](
         x,
         feed,
