@@ -9,7 +9,6 @@ Only widths are constants: a new number of rows compiles nothing.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -161,15 +160,16 @@ def _load(
 ) -> tl.tensor:
     """Load *columns* of a row of [x, SwiGLU(feed)] as float32; 0 past the end."""
     if feed is None:
-        return tl.load(x + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    inner = columns - BEFORE
-    mask = (columns >= BEFORE) & (columns < WIDTH)
-    gate = tl.load(feed + inner, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(feed + (WIDTH - BEFORE) + inner, mask=mask, other=0.0).to(tl.float32)
-    made = gate * tl.sigmoid(gate) * value
-    if BEFORE > 0:
-        first = tl.load(x + columns, mask=columns < BEFORE, other=0.0).to(tl.float32)
-        made = tl.where(columns < BEFORE, first, made)
+        made = tl.load(x + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    else:
+        inner = columns - BEFORE
+        mask = (columns >= BEFORE) & (columns < WIDTH)
+        gate = tl.load(feed + inner, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(feed + (WIDTH - BEFORE) + inner, mask=mask, other=0.0).to(tl.float32)
+        made = gate * tl.sigmoid(gate) * value
+        if BEFORE > 0:
+            first = tl.load(x + columns, mask=columns < BEFORE, other=0.0).to(tl.float32)
+            made = tl.where(columns < BEFORE, first, made)
     return made
 
 
@@ -204,10 +204,10 @@ def _round(x: tl.tensor) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["rows"])
 def _multiply(
-    values: Any,
-    weight: Any,
-    made: Any,
-    residual: Any,
+    values: tl.tensor,
+    weight: tl.tensor,
+    made: tl.tensor,
+    residual: tl.tensor,
     scales: tl.tensor,
     weight_scale: tl.tensor,
     gate: tl.tensor,
@@ -247,8 +247,8 @@ def _finish(
     factor: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
-    made: Any,
-    residual: Any,
+    made: tl.tensor,
+    residual: tl.tensor,
     weight_scale: tl.tensor,
     gate: tl.tensor,
     outputs: tl.tensor,

@@ -20,8 +20,8 @@ from app.engine.kernels.int8_linear import (
     hadamard,
 )
 from app.engine.modules import ops
-from app.engine.quantization.linear import quantize_rotated
 from app.engine.quantization.linear import int8_linear as make_layer
+from app.engine.quantization.linear import quantize_rotated
 
 pytestmark = pytest.mark.torch
 
