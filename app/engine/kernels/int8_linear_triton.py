@@ -9,17 +9,18 @@ Only widths are constants: a new number of rows compiles nothing.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TINY = tl.constexpr(1e-12)
 _LIMIT = tl.constexpr(127.0)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2 ** 23: a float32 of less than 2 ** 22 is rounded to an integer by adding it."""
-_PARTS = 3
+_PART, _WARPS = 1024, 4
+"""How many columns of a row are handled at once, and by how many warps."""
 _ROWS, _COLUMNS, _DEPTH, _BAND = 128, 256, 128, 8
 
 
@@ -38,7 +39,8 @@ def quantize(
     rows = given.shape[0]
     values = torch.empty((rows, width), dtype=torch.int8, device=given.device)
     scales = torch.empty(rows, dtype=torch.float32, device=given.device)
-    part = max(256, triton.next_power_of_2(-(-width // _PARTS)))
+    # Parts that lie in x or in the feed, each of a power of two.
+    part = math.gcd(before, width, _PART)
     _quantize[(rows,)](
         x,
         feed,
@@ -53,7 +55,8 @@ def quantize(
         BEFORE=before,
         WIDTH=width,
         PART=part,
-        num_warps=max(4, part // 512),
+        PARTS=width // part,
+        num_warps=_WARPS,
         num_stages=1,
     )
     return values, scales
@@ -68,29 +71,45 @@ def multiply(
     gate: torch.Tensor | None,
 ) -> torch.Tensor:
     """Multiply int8 [n, K] by the transpose of int8 [N, K], scale, and add: bf16 [n, N]."""
-    count, depth = values.shape
+    rows, depth = values.shape
     outputs = weight.shape[0]
-    made = torch.empty((count, outputs), dtype=torch.bfloat16, device=values.device)
-    block = [_ROWS, _COLUMNS // 2]
-    _multiply[(-(-count // _ROWS) * -(-outputs // _COLUMNS),)](
-        TensorDescriptor.from_tensor(values, [_ROWS, _DEPTH]),
-        TensorDescriptor.from_tensor(weight, [_COLUMNS, _DEPTH]),
-        TensorDescriptor.from_tensor(made, block),
-        None if residual is None else TensorDescriptor.from_tensor(residual, block),
+    made = torch.empty((rows, outputs), dtype=torch.bfloat16, device=values.device)
+    tiles = -(-rows // _ROWS) * -(-outputs // _COLUMNS)
+    # The setting is of the thread, and one call may be another thread's.
+    triton.set_allocator(_allocate)
+    _multiply[(min(tiles, _processors(values.device)),)](
+        values,
+        weight,
+        made,
+        residual,
         scales,
         weight_scale,
         gate,
-        count,
+        rows,
         outputs,
         depth,
+        0 if residual is None else residual.stride(0),
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         DEPTH=_DEPTH,
         BAND=_BAND,
-        num_warps=8,
+        num_warps=4,
         num_stages=4,
     )
     return made
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Return memory for the descriptors of a launch, which torch gives back in its stream's order.
+
+    torch aligns to 512 bytes, more than any descriptor asks for.
+    """
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -115,71 +134,81 @@ def _quantize(
     BEFORE: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:
-    """Quantize one row, which three parts of PART columns hold."""
+    """Quantize one row, in PARTS of PART columns that stay in registers."""
     row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, PART)
-    j = PART + i
-    k = 2 * PART + i
     if x is not None:
         x += row * x_stride
     if feed is not None:
         feed += row * feed_stride
-    a = _load(x, feed, i, BEFORE, WIDTH)
-    b = _load(x, feed, j, BEFORE, WIDTH)
-    c = _load(x, feed, k, BEFORE, WIDTH)
+    inside = tl.arange(0, PART)
+    parts = ()
+    for number in tl.static_range(PARTS):
+        parts += (_load(x, feed, number * PART, inside, BEFORE, WIDTH),)
     if scale is not None:
-        mean = tl.sum(a + b + c) / WIDTH
-        a = tl.where(i < WIDTH, a - mean, 0.0)
-        b = tl.where(j < WIDTH, b - mean, 0.0)
-        c = tl.where(k < WIDTH, c - mean, 0.0)
-        inverse = tl.rsqrt(tl.sum(a * a + b * b + c * c) / WIDTH + eps)
-        a = _modulate(a * inverse, scale, shift, i, WIDTH)
-        b = _modulate(b * inverse, scale, shift, j, WIDTH)
-        c = _modulate(c * inverse, scale, shift, k, WIDTH)
-    a = _rotate(a, hadamard, PART)
-    b = _rotate(b, hadamard, PART)
-    c = _rotate(c, hadamard, PART)
-    amax = tl.max(tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.abs(c)))
-    amax = tl.maximum(amax, 16 * _TINY)
-    tl.store(scales + row, amax / (16 * _LIMIT))
-    factor = _LIMIT / amax
+        parts = _modulate(parts, scale, shift, inside, eps, WIDTH, PART, PARTS)
+    amax = tl.zeros((PART,), dtype=tl.float32)
+    turned = ()
+    for number in tl.static_range(PARTS):
+        turned += (_rotate(parts[number], hadamard, PART),)
+        amax = tl.maximum(amax, tl.abs(turned[number]))
+    most = tl.maximum(tl.max(amax), 16 * _TINY)
+    tl.store(scales + row, most / (16 * _LIMIT))
+    factor = _LIMIT / most
     values += row * WIDTH
-    tl.store(values + i, _round(a * factor), mask=i < WIDTH)
-    tl.store(values + j, _round(b * factor), mask=j < WIDTH)
-    tl.store(values + k, _round(c * factor), mask=k < WIDTH)
+    for number in tl.static_range(PARTS):
+        # Rounded to the nearest integer, halves to even.
+        rounded = (turned[number] * factor + _ROUND) - _ROUND
+        tl.store(values + number * PART + inside, rounded.to(tl.int8))
 
 
 @triton.jit
 def _load(
     x: tl.tensor,
     feed: tl.tensor,
-    columns: tl.tensor,
+    start: tl.constexpr,
+    inside: tl.tensor,
     BEFORE: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Load *columns* of a row of [x, SwiGLU(feed)] as float32; 0 past the end."""
-    if feed is None:
-        made = tl.load(x + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    """Load the columns from *start* on of a row of [x, SwiGLU(feed)], as float32."""
+    if feed is None or start < BEFORE:
+        made = tl.load(x + start + inside).to(tl.float32)
     else:
-        inner = columns - BEFORE
-        mask = (columns >= BEFORE) & (columns < WIDTH)
-        gate = tl.load(feed + inner, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(feed + (WIDTH - BEFORE) + inner, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(feed + (start - BEFORE) + inside).to(tl.float32)
+        value = tl.load(feed + (WIDTH - BEFORE) + (start - BEFORE) + inside).to(tl.float32)
         made = gate * tl.sigmoid(gate) * value
-        if BEFORE > 0:
-            first = tl.load(x + columns, mask=columns < BEFORE, other=0.0).to(tl.float32)
-            made = tl.where(columns < BEFORE, first, made)
     return made
 
 
 @triton.jit
 def _modulate(
-    x: tl.tensor, scale: tl.tensor, shift: tl.tensor, columns: tl.tensor, WIDTH: tl.constexpr
-) -> tl.tensor:
-    mask = columns < WIDTH
-    factor = 1 + tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32)
-    return x * factor + tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
+    parts: tl.tuple,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    inside: tl.tensor,
+    eps: tl.tensor,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> tl.tuple:
+    """Return LayerNorm(row) * (1 + scale) + shift."""
+    total = tl.zeros((PART,), dtype=tl.float32)
+    for number in tl.static_range(PARTS):
+        total += parts[number]
+    mean = tl.sum(total) / WIDTH
+    total = tl.zeros((PART,), dtype=tl.float32)
+    for number in tl.static_range(PARTS):
+        total += (parts[number] - mean) * (parts[number] - mean)
+    inverse = tl.rsqrt(tl.sum(total) / WIDTH + eps)
+    made = ()
+    for number in tl.static_range(PARTS):
+        columns = number * PART + inside
+        normed = (parts[number] - mean) * inverse
+        factor = 1 + tl.load(scale + columns).to(tl.float32)
+        made += (normed * factor + tl.load(shift + columns).to(tl.float32),)
+    return made
 
 
 @triton.jit
@@ -196,12 +225,6 @@ def _rotate(x: tl.tensor, hadamard: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
     return tl.reshape(tl.permute(tl.reshape(x, (SIZE // 256, 16, 16)), (0, 2, 1)), (SIZE,))
 
 
-@triton.jit
-def _round(x: tl.tensor) -> tl.tensor:
-    """Round to the nearest integer, halves to even."""
-    return ((x + _ROUND) - _ROUND).to(tl.int8)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _multiply(
     values: tl.tensor,
@@ -214,31 +237,45 @@ def _multiply(
     rows: tl.tensor,
     outputs: tl.tensor,
     depth: tl.tensor,
+    residual_stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ) -> None:
-    """Compute one tile, of ROWS x COLUMNS; tiles go in bands of BAND rows of tiles."""
-    program = tl.program_id(0)
-    high, wide = tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS)
-    first = program // (BAND * wide) * BAND
-    size = min(high - first, BAND)
-    inside = program % (BAND * wide)
-    row = (first + inside % size) * ROWS
-    column = inside // size * COLUMNS
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
-    for step in range(tl.cdiv(depth, DEPTH)):
-        left = values.load([row, step * DEPTH])
-        right = weight.load([column, step * DEPTH])
-        sums = tl.dot(left, right.T, sums, out_dtype=tl.int32)
-    # In two halves, which take fewer registers and less shared memory.
+    """Compute every so many tiles of ROWS x COLUMNS, which go in bands of BAND rows of tiles.
+
+    The compiler gives the loads to warps of their own, which fill the next tile's buffers while the
+    others write the last one.
+    """
     HALF: tl.constexpr = COLUMNS // 2
-    left, right = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, HALF)), (0, 2, 1)))
-    i = row + tl.arange(0, ROWS)
-    factor = tl.load(scales + i, mask=i < rows, other=0.0)[:, None]
-    _finish(left, factor, row, column, made, residual, weight_scale, gate, outputs, HALF)
-    _finish(right, factor, row, column + HALF, made, residual, weight_scale, gate, outputs, HALF)
+    left = tl.make_tensor_descriptor(values, [rows, depth], [depth, 1], [ROWS, DEPTH])
+    right = tl.make_tensor_descriptor(weight, [outputs, depth], [depth, 1], [COLUMNS, DEPTH])
+    out = tl.make_tensor_descriptor(made, [rows, outputs], [outputs, 1], [ROWS, HALF])
+    if residual is not None:
+        before = tl.make_tensor_descriptor(
+            residual, [rows, outputs], [residual_stride, 1], [ROWS, HALF]
+        )
+    else:
+        before = out
+    high, wide = tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS)
+    for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), warp_specialize=True):
+        first = tile // (BAND * wide) * BAND
+        inside = tile % (BAND * wide)
+        size = min(high - first, BAND)
+        row = (first + inside % size) * ROWS
+        column = inside // size * COLUMNS
+        sums = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
+        for step in range(tl.cdiv(depth, DEPTH)):
+            a = left.load([row, step * DEPTH])
+            b = right.load([column, step * DEPTH])
+            sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
+        i = row + tl.arange(0, ROWS)
+        factor = tl.load(scales + i, mask=i < rows, other=0.0)[:, None]
+        # In two halves, which take fewer registers and less shared memory.
+        c, d = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, HALF)), (0, 2, 1)))
+        _finish(c, factor, row, column, out, before, weight_scale, gate, outputs, HALF)
+        _finish(d, factor, row, column + HALF, out, before, weight_scale, gate, outputs, HALF)
 
 
 @triton.jit
@@ -247,18 +284,18 @@ def _finish(
     factor: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
-    made: tl.tensor,
-    residual: tl.tensor,
+    out: tl.tensor,
+    before: tl.tensor,
     weight_scale: tl.tensor,
     gate: tl.tensor,
     outputs: tl.tensor,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Scale int32 *sums*, add them to the residual if any, and write them."""
+    """Scale int32 *sums*, add them to the residual *before* if any, and write them."""
     j = column + tl.arange(0, COLUMNS)
     mask = j < outputs
-    out = sums.to(tl.float32) * factor * tl.load(weight_scale + j, mask=mask, other=0.0)[None, :]
-    if residual is not None:
+    made = sums.to(tl.float32) * factor * tl.load(weight_scale + j, mask=mask, other=0.0)[None, :]
+    if gate is not None:
         amount = tl.load(gate + j, mask=mask, other=0.0).to(tl.float32)[None, :]
-        out = residual.load([row, column]).to(tl.float32) + amount * out
-    made.store([row, column], out.to(tl.bfloat16))
+        made = before.load([row, column]).to(tl.float32) + amount * made
+    out.store([row, column], made.to(tl.bfloat16))

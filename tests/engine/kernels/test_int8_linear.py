@@ -37,6 +37,7 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
 def make(kind: str, width: int, outputs: int, rows: int) -> Operands:
     """Operands of *kind*; where a block passes slices, slices."""
     x, feed = draw(1, rows, width, seed=0), draw(1, rows, 2 * width + 64, seed=1)[..., 64:]
+    before = min(1024, width // 2)
     addition = Addition(draw(1, rows, outputs, seed=2), draw(1, 6 * outputs, seed=3)[:, :outputs])
     return {
         "plain": Operands(x),
@@ -44,7 +45,7 @@ def make(kind: str, width: int, outputs: int, rows: int) -> Operands:
             x, modulation=Modulation(*draw(1, 2 * width, seed=4).chunk(2, 1), 1e-6)
         ),
         "swiglu": Operands(None, feed),
-        "joined": Operands(x[..., :256], feed[..., : 2 * (width - 256)], addition=addition),
+        "joined": Operands(x[..., :before], feed[..., 2 * before :], addition=addition),
         "residual": Operands(x, addition=addition),
     }[kind]
 
@@ -151,6 +152,20 @@ def test_the_kernels_are_their_emulation(card, kind, width, rows):
 
     there = Weights(*(each.to(card) for each in quantized[:2]))
     assert difference(int8_linear.multiply(there, moved(operands, card)), right) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("width", "outputs"), [(12288, 3072), (768, 27648)])
+def test_the_kernels_are_their_emulation_at_full_size(card, width, outputs):
+    """With more tiles than the card has processors; a part of a rotation group in each input."""
+    _, quantized = weights(width, outputs)
+    there = Weights(*(each.to(card) for each in quantized[:2]))
+    operands = moved(make("joined", width, outputs, 4600), card)
+    operands = operands._replace(x=operands.x[..., :128], feed=operands.feed.repeat(1, 1, 2))
+    operands = operands._replace(feed=operands.feed[..., : 2 * (width - 128)])
+
+    right = emulate(there, ROTATION.to(card), operands)
+    assert difference(int8_linear.multiply(there, operands), right) < 0.01
 
 
 @pytest.mark.gpu
