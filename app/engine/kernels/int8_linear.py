@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ import torch
 from torch.nn import functional
 
 from app.engine import torch_private
+
+_log = logging.getLogger(__name__)
 
 GROUP = 256
 """The rotation group of the kernels."""
@@ -33,6 +36,8 @@ _EXACT_SUM = 1024
 _MOST_INPUTS = 12288
 """What a row may have, which the first kernel holds in registers."""
 _HOPPER = (9, 0)
+_TRIED = 512
+"""Rows, inputs and outputs of a trial."""
 
 
 class Weights(NamedTuple):
@@ -82,13 +87,33 @@ class Operands(NamedTuple):
 
 
 def fault(device: torch.device) -> str:
-    """Say why the kernels are not for *device*; empty where they are.
+    """Say why the kernels are not for *device*; empty where they are, which is tried.
 
     They are written for Hopper's `wgmma`, and were measured on no other card.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
-        return "it is written for Hopper"
-    return "" if importlib.util.find_spec("triton") else "Triton is missing"
+        return "they are written for Hopper"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is missing"
+    return _try(device)
+
+
+@functools.cache
+def _try(device: torch.device) -> str:
+    """Say why a small product is not right; Triton needs a C compiler and a folder to run from."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    values = (30 * draw(_TRIED, _TRIED)).clamp(-_LIMIT, _LIMIT).to(torch.int8)
+    weights = Weights(values, draw(_TRIED).abs())
+    operands = Operands(draw(1, _TRIED, _TRIED).bfloat16())
+    try:
+        made = multiply(weights, operands).float()
+    # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
+    except Exception as error:
+        _log.warning("The int8 layer's own kernels do not run here.", exc_info=True)
+        return f"they do not run here ({type(error).__name__})"
+    right = emulate(weights, hadamard(GROUP).to(device), operands).float()
+    return "" if (made - right).norm() < 0.02 * right.norm() else "they compute something else here"
 
 
 def fits(weights: Weights) -> bool:
