@@ -130,18 +130,15 @@ def multiply(weights: Weights, operands: Operands) -> torch.Tensor:
         operands = operands._replace(x=joined, feed=None)
     scale, shift, eps = operands.modulation or (None, None, 0.0)
     residual, gate = operands.addition or (None, None)
-    made: torch.Tensor = torch.ops.klein.int8_linear(
-        weights.values,
-        weights.scales,
-        operands.x,
-        operands.feed,
-        scale,
-        shift,
-        eps,
-        residual,
-        gate,
-    )
-    return made
+    kernels, given = _kernels(), operands.given
+    with torch.cuda.device(given.device):
+        values, scales = kernels.quantize(
+            _rows(operands.x), _rows(operands.feed), scale, shift, eps
+        )
+        made: torch.Tensor = kernels.multiply(
+            values, scales, weights.values, weights.scales, _rows(residual), gate
+        )
+    return made.view(*given.shape[:-1], -1)
 
 
 def emulate(weights: Weights, rotation: torch.Tensor, operands: Operands) -> torch.Tensor:
@@ -211,50 +208,6 @@ def _int_mm_on_processor(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tens
     return torch.stack([(x.float() @ w.float().t()).int() for x, w in pieces]).sum(
         0, dtype=torch.int32
     )
-
-
-_LIBRARY = torch.library.Library("klein", "FRAGMENT")  # type: ignore[no-untyped-call]
-"""Holds the operation; `torch.library.custom_op` would take the host three times as long a call."""
-_LIBRARY.define(  # type: ignore[no-untyped-call]
-    "int8_linear(Tensor weight, Tensor weight_scale, Tensor? x, Tensor? feed, Tensor? scale, "
-    "Tensor? shift, float eps, Tensor? residual, Tensor? gate) -> Tensor"
-)
-
-
-@torch.library.impl(_LIBRARY, "int8_linear", "CUDA")
-def _int8_linear(
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    x: torch.Tensor | None,
-    feed: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    eps: float,
-    residual: torch.Tensor | None,
-    gate: torch.Tensor | None,
-) -> torch.Tensor:
-    kernels: Any = _kernels()
-    given = feed if x is None else x
-    assert given is not None
-    with torch.cuda.device(given.device):
-        values, scales = kernels.quantize(_rows(x), _rows(feed), scale, shift, eps)
-        made: torch.Tensor = kernels.multiply(
-            values, scales, weight, weight_scale, _rows(residual), gate
-        )
-    return made.view(*given.shape[:-1], -1)
-
-
-@torch.library.register_fake("klein::int8_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _shape_of_int8_linear(
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    x: torch.Tensor | None,
-    feed: torch.Tensor | None,
-    *others: Any,
-) -> torch.Tensor:
-    given = feed if x is None else x
-    assert given is not None
-    return given.new_empty((*given.shape[:-1], weight.shape[0]))
 
 
 def _rows(tensor: torch.Tensor | None) -> torch.Tensor | None:

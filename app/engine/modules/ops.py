@@ -1,67 +1,75 @@
-"""Operations shared by the fused blocks and the Qwen3 layers, and those around a block's layers.
+"""What stands around a block's linear layers, done with a layer in as few passes as it allows.
 
 A layer whose kernels take in what stands before or after it has a method of the same name as the
-function here, `modulated` or `added`. Around any other layer it is torch's, for a compiler to fuse.
+function here, `modulated` or `added`. Around any other it is one kernel of
+`app.engine.kernels.blocks`, which also casts the input where the layer has an `input_cast` and
+multiplies what was cast so (`multiply`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
-from torch.nn import functional
+
+from app.engine.kernels import blocks
+from app.engine.kernels.blocks import Cast, Change
+
+State = tuple[torch.Tensor, Change | None]
+"""Hidden states, [1, n, d], and what is still to be added to them."""
 
 
 def modulated(
-    layer: nn.Module, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """Return *layer* of `modulate`: [1, n, d] -> [1, n, out]."""
-    own = getattr(layer, "modulated", None)
-    made: torch.Tensor = (
-        layer(modulate(x, scale, shift, eps)) if own is None else own(x, scale, shift, eps)
-    )
-    return made
+    layer: Any, state: State, scale: torch.Tensor, shift: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the settled hidden states x, and *layer* of LayerNorm(x) * (1 + scale) + shift.
+
+    [1, n, d] -> [1, n, d] and [1, n, out]; *scale* and *shift* are [1, d].
+    """
+    if hasattr(type(layer), "modulated"):
+        hidden = settle(state)
+        return hidden, layer.modulated(hidden, scale, shift, eps)
+    hidden, normed = blocks.norm_modulate(*state, scale, shift, eps, _input_cast(layer))
+    return hidden, _multiply(layer, normed, hidden.dtype)
 
 
 def added(
-    layer: nn.Module,
+    layer: Any,
     residual: torch.Tensor,
     gate: torch.Tensor,
-    x: torch.Tensor | None = None,
+    heads: torch.Tensor | None = None,
     feed: torch.Tensor | None = None,
+) -> State:
+    """Return residual + gate * `joined`, perhaps still to be added; *gate* is [1, d]."""
+    if hasattr(type(layer), "added"):
+        x = None if heads is None else blocks.merge(heads)
+        return layer.added(residual, gate, x, feed), None
+    return residual, Change(gate, joined(layer, heads, feed))
+
+
+def joined(
+    layer: Any, heads: torch.Tensor | None = None, feed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return residual + gate * *layer* of `join`: [1, n, d]; the gate is [1, d]."""
-    own = getattr(layer, "added", None)
-    made: torch.Tensor = (
-        residual + gate * layer(join(x, feed)) if own is None else own(residual, gate, x, feed)
-    )
-    return made
+    """Return *layer* of heads and SwiGLU(feed) beside each other, of which one may be missing.
+
+    [1, h, n, s] and [1, n, 2 * f] -> [1, n, out].
+    """
+    given = feed if heads is None else heads
+    assert given is not None
+    return _multiply(layer, blocks.join(heads, feed, _input_cast(layer)), given.dtype)
 
 
-def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return LayerNorm(x) * (1 + scale) + shift: [1, n, d]; *scale* and *shift* are [1, d]."""
-    return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+def settle(state: State) -> torch.Tensor:
+    """Add what is still to be added."""
+    hidden, change = state
+    return hidden if change is None else blocks.gate_add(hidden, *change)
 
 
-def join(x: torch.Tensor | None, feed: torch.Tensor | None) -> torch.Tensor:
-    """Return [x, SwiGLU(feed)], of which one may be missing: [1, n, c] and [1, n, 2 * f]."""
-    if feed is None:
-        assert x is not None
-        return x
-    return swiglu(feed) if x is None else torch.cat([x, swiglu(feed)], dim=-1)
+def _input_cast(layer: Any) -> Cast | None:
+    cast: Cast | None = getattr(layer, "input_cast", None)
+    return cast
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * value (SwiGLU, arXiv 2002.05202): [..., 2 * f] -> [..., f]."""
-    gate, value = x.chunk(2, dim=-1)
-    return functional.silu(gate) * value
-
-
-def split_last(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Reshape [..., n * size] -> [..., n, size]."""
-    return x.reshape(*x.shape[:-1], -1, size)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return RMSNorm of *x* over its last dimension (arXiv 1910.07467), normalised in float32."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+def _multiply(layer: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    product: torch.Tensor = layer(x) if x.dtype == dtype else layer.multiply(x, dtype)
+    return product

@@ -16,9 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from app.engine.kernels import int8_linear
+from app.engine.kernels import blocks, int8_linear
 from app.engine.kernels.int8_linear import Operands, Weights
-from app.engine.modules import ops
 
 _log = logging.getLogger(__name__)
 
@@ -92,4 +91,6 @@ def _first_operand(operands: Operands) -> tuple[torch.Tensor, str | None]:
     x, feed, modulation, _ = operands
     if x is None:
         return operands.given, "swiglu"
-    return ops.join(x if modulation is None else ops.modulate(x, *modulation), feed), None
+    if modulation is not None:
+        x = blocks.norm_modulate(x, None, *modulation)[1]
+    return x if feed is None else blocks.join(x.unsqueeze(1), feed), None

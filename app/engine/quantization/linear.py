@@ -12,8 +12,8 @@
 The error of fp8 was measured on synthetic data.
 
 - fp8: one scale for the whole matrix, and one for x; the published file has both.
-  With a static input scale the quantization is one elementwise pass that a compiler fuses into the
-  operation before; without it the amax is computed first.
+  With a static input scale the kernel that makes x quantizes it as it stores it
+  (`app.engine.modules.ops`); without it the amax is computed first.
 - fp8w: for GPUs without fp8 tensor cores, and for layers marked `full_precision_matrix_mult`.
 - int8w: int8 values are exact in bf16 and the scale is applied to the matmul's result, so only the
   weights are quantized. The text encoder suffers from quantized activations: an error of 28 % at
@@ -45,6 +45,8 @@ from torch.nn import functional
 
 from app.engine import torch_private
 from app.engine.checkpoint.files import QuantizedLayer
+from app.engine.kernels import blocks
+from app.engine.kernels.blocks import FP8_LIMIT, Cast
 from app.engine.kernels.int8_linear import (
     TINY,
     Addition,
@@ -56,9 +58,6 @@ from app.engine.kernels.int8_linear import (
     rotate,
 )
 from app.engine.quantization.int8_kernel import Product, fused_product
-
-FP8_LIMIT = 448.0
-"""The largest finite value of float8_e4m3fn."""
 
 _INT8_LIMIT = 127.0
 # The rotation is a Kronecker power of a 4x4 matrix.
@@ -74,27 +73,34 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.weight = _parameter(weight)
         self.scale = _parameter(scale.float().reshape(()))
-        given = None if input_scale is None else input_scale.float().reshape(())
-        self.input_scale = None if given is None else _parameter(given)
-        self.input_inverse = None if given is None else _parameter(1 / given)
+        self._is_static = input_scale is not None
+        # One place for all calls: cuBLAS chooses a kernel anew where the scale lies elsewhere.
+        found = torch.ones_like(self.scale) if input_scale is None else input_scale
+        self.input_scale = _parameter(found.float().reshape(()))
+        self.input_inverse = _parameter(1 / self.input_scale)
+
+    @property
+    def input_cast(self) -> Cast | None:
+        """How `multiply` takes its input; None where its scale is not known before."""
+        return Cast(self.input_inverse) if self._is_static else None
+
+    def multiply(self, quantized: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply an input that `input_cast` made, to *dtype*: [..., in] -> [..., out]."""
+        flat = quantized.reshape(-1, quantized.shape[-1])
+        if flat.is_cuda:
+            product = torch_private.scaled_mm(
+                flat, self.weight, self.input_scale, self.scale, dtype
+            )
+        else:
+            exact = flat.float() @ self.weight.float().t()
+            product = (exact * (self.input_scale * self.scale)).to(dtype)
+        return product.view(*quantized.shape[:-1], -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        if self.input_scale is None or self.input_inverse is None:
-            # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the
-            # last bit would round all values half way between two fp8 numbers the other way.
-            scale = flat.abs().amax().clamp(min=TINY) * (1 / FP8_LIMIT)
-            inverse = 1 / scale
-        else:
-            scale, inverse = self.input_scale, self.input_inverse
-        quantized = (flat * inverse).clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
-        if x.is_cuda:
-            product = torch_private.scaled_mm(quantized, self.weight, scale, self.scale, x.dtype)
-        else:
-            exact = quantized.float() @ self.weight.float().t()
-            product = (exact * (scale * self.scale)).to(x.dtype)
-        return product.view(*x.shape[:-1], -1)
+        if not self._is_static:
+            blocks.find_scale(x, self.input_scale, self.input_inverse)
+        return self.multiply(blocks.quantize(x, Cast(self.input_inverse)), x.dtype)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -106,13 +112,10 @@ class WeightOnlyLinear(nn.Module):
         self.scale = _parameter(scale.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by the unscaled weights, then scale: [..., in] -> [..., out].
-
-        Scaled in float32: inductor matches a matmul scaled in the weights' dtype to its CPU kernel
-        `_weight_int8pack_mm`, whose lowering fails on CUDA.
-        """
+        """Multiply by the unscaled weights, then scale, in float32: [..., in] -> [..., out]."""
         product = functional.linear(x, self.weight.to(x.dtype))
-        return (product.float() * self.scale).to(x.dtype)
+        # In one pass: with one dimension at least, the scale is not rounded to the dtype of x.
+        return product.mul_(self.scale.reshape(-1))
 
 
 class Int8Linear(nn.Module):
@@ -200,10 +203,9 @@ def plain_linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def fused_fp8(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the matmul of an `Fp8Linear` after one pass over x, as a compiled block has it.
+    """Return the matmul of an `Fp8Linear` after one pass over x, which is what a block pays.
 
-    The block's compiler fuses the quantization into the operation before; eagerly it is six passes,
-    which take longer than the matmul.
+    There the operation before stores x quantized; the layer alone reads it once more.
     """
     assert isinstance(layer, Fp8Linear)
     weight, scale = layer.weight, layer.scale
@@ -234,5 +236,5 @@ def rotation_group(width: int) -> int:
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:
-    # A parameter, not a plain tensor: torch.compile then treats its shape as static.
+    # A parameter, not a plain tensor: `app.engine.memory.layer_stream` moves those.
     return nn.Parameter(value, requires_grad=False)

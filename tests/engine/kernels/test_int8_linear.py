@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
 from app.engine.kernels import int8_linear
@@ -72,7 +71,11 @@ def test_the_emulation_is_the_blocks_own_arithmetic(kind):
     if modulation is not None:
         x = functional.layer_norm(x, (WIDTH,), eps=1e-6)
         x = x * (1 + modulation.scale.float()) + modulation.shift.float()
-    right = ops.join(x, feed) @ exact.t()
+    parts = [] if x is None else [x]
+    if feed is not None:
+        gate, value = feed.chunk(2, dim=-1)
+        parts.append(functional.silu(gate) * value)
+    right = torch.cat(parts, dim=-1) @ exact.t()
     if addition is not None:
         right = addition.residual + addition.gate * right
 
@@ -81,33 +84,22 @@ def test_the_emulation_is_the_blocks_own_arithmetic(kind):
     assert difference(made, right) < 0.02
 
 
-def test_a_layer_without_kernels_keeps_the_blocks_order_of_operations():
-    """To the bit, as fp8's pictures need it."""
-    layer = nn.Linear(WIDTH, WIDTH, bias=False)
-    x, feed = draw(1, 5, WIDTH, seed=0).float(), draw(1, 5, WIDTH, seed=1).float()
-    scale, shift, gate = draw(3, 1, WIDTH, seed=2).float()
-    normed = functional.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale) + shift
-    half, value = feed.chunk(2, dim=-1)
-    both = torch.cat([x[..., : WIDTH // 2], functional.silu(half) * value], dim=-1)
-
-    assert torch.equal(ops.modulated(layer, x, scale, shift, 1e-6), layer(normed))
-    made = ops.added(layer, x, gate, x[..., : WIDTH // 2], feed)
-    assert torch.equal(made, x + gate * layer(both))
-    assert torch.equal(ops.added(layer, x, gate, x), x + gate * layer(x))
-
-
 def test_a_block_reaches_an_int8_layers_own_methods():
     """What the layer computes with its surroundings is what `ops` returns."""
     exact, quantized = weights(WIDTH, WIDTH)
     layer = make_layer(*quantize_rotated(exact))
     operands = make("modulated", WIDTH, WIDTH, rows=5)
     assert operands.modulation is not None
-    made = ops.modulated(layer, operands.x, *operands.modulation)
+    hidden, made = ops.modulated(layer, (operands.x, None), *operands.modulation)
+    assert hidden is operands.x
     assert torch.equal(made, emulate(quantized, ROTATION, operands))
 
     operands = make("joined", WIDTH, WIDTH, rows=5)
     assert operands.addition is not None
-    made = ops.added(layer, *operands.addition, operands.x, operands.feed)
+    assert operands.x is not None
+    heads = operands.x.unflatten(-1, (3, -1)).transpose(1, 2)
+    made, change = ops.added(layer, *operands.addition, heads, operands.feed)
+    assert change is None
     assert torch.equal(made, emulate(quantized, ROTATION, operands))
 
 
@@ -166,17 +158,3 @@ def test_the_kernels_are_their_emulation_at_full_size(card, width, outputs):
 
     right = emulate(there, ROTATION.to(card), operands)
     assert difference(int8_linear.multiply(there, operands), right) < 0.01
-
-
-@pytest.mark.gpu
-def test_the_compiler_passes_the_kernels_through(card):
-    """As one graph, with the shapes that it expects."""
-    _, quantized = weights(WIDTH, OUTPUTS)
-    there = Weights(*(each.to(card) for each in quantized[:2]))
-
-    def run(x):
-        return 2 * int8_linear.multiply(there, Operands(x))
-
-    x = draw(1, 40, WIDTH, seed=0).to(card)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), run(x))
