@@ -204,7 +204,7 @@ class TestTheLibrary:
 
         monkeypatch.setattr("importlib.import_module", fail)
         assert kernel.why_missing() == "comfy-kitchen is installed and does not load (OSError)"
-        assert kernel.fused_matmul() is None
+        assert kernel.library_product() is None
 
     def test_a_processor_does_without(self, kernel, monkeypatch) -> None:
         """Neither the probe nor a layer imports it there: it takes a second and 200 MB of disk."""

@@ -1,7 +1,9 @@
-"""The fused int8 matmul of comfy-kitchen, where that library is installed.
+"""Whose kernels compute an int8 layer on a GPU: comfy-kitchen's, or on Hopper ours.
 
-Rotation and quantization of the input, the matmul and its scaling are two kernels there. With
-PyTorch alone they are eight, and the int32 result goes to memory and back. It knows no layers.
+Rotation and quantization of the input, the matmul and its scaling are two kernels in the library.
+With PyTorch alone they are eight, and the int32 result goes to memory and back. The library also
+takes in the SwiGLU before a layer, and the gate and residual after it, but no LayerNorm. Ours take
+in all of it (`app.engine.kernels.int8_linear`). Nothing here knows layers.
 """
 
 from __future__ import annotations
@@ -14,18 +16,34 @@ from collections.abc import Callable
 
 import torch
 
+from app.engine.kernels import blocks, int8_linear
+from app.engine.kernels.int8_linear import Operands, Weights
+
 _log = logging.getLogger(__name__)
 
-Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Maps x [..., K], int8 weight [N, K], float32 scales [N] and a rotation group to [..., N]."""
+Product = Callable[[Weights, Operands], torch.Tensor]
+"""Computes what `app.engine.kernels.int8_linear.multiply` does."""
 
 _PACKAGE = "comfy_kitchen"
 # The library's codes of the output's dtype.
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_LEAST_GROUP = 16
+"""The smallest rotation group of the library's kernels."""
 
 
-def fused_matmul() -> Matmul | None:
-    """Return the library's matmul; None where it is not installed or cannot be imported."""
+def fused_product(weights: Weights) -> Product | None:
+    """Return what computes a layer of *weights* on the GPU; None where nothing is fused there."""
+    if not torch.cuda.is_available():
+        return None
+    device = weights.values.device
+    device = device if device.type == "cuda" else torch.device("cuda")
+    if int8_linear.fits(weights) and not int8_linear.fault(device):
+        return int8_linear.multiply
+    return library_product() if weights.group >= _LEAST_GROUP else None
+
+
+def library_product() -> Product | None:
+    """Return the library's product; None where it is not installed or cannot be imported."""
     return _load()[0]
 
 
@@ -35,8 +53,8 @@ def why_missing() -> str:
 
 
 @functools.cache
-def _load() -> tuple[Matmul | None, str]:
-    """Import the library, which takes a second; return its matmul, or None and the reason."""
+def _load() -> tuple[Product | None, str]:
+    """Import the library, which takes a second; return its product, or None and the reason."""
     if importlib.util.find_spec(_PACKAGE) is None:
         return None, "comfy-kitchen is not installed"
     try:
@@ -46,10 +64,33 @@ def _load() -> tuple[Matmul | None, str]:
         _log.warning("comfy-kitchen is installed and does not load.", exc_info=True)
         return None, f"comfy-kitchen is installed and does not load ({type(error).__name__})"
 
-    def product(
-        x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, group: int
-    ) -> torch.Tensor:
-        made: torch.Tensor = operation(x, weight, scale, None, _CODES[x.dtype], True, group)
+    def product(weights: Weights, operands: Operands) -> torch.Tensor:
+        rows, before = _first_operand(operands)
+        residual, gate = operands.addition or (None, None)
+        made: torch.Tensor = operation(
+            rows,
+            weights.values,
+            weights.scales,
+            None,
+            _CODES[rows.dtype],
+            True,
+            weights.group,
+            before,
+            None,
+            0.0,
+            residual,
+            None if gate is None else gate.flatten(),
+        )
         return made
 
     return product, ""
+
+
+def _first_operand(operands: Operands) -> tuple[torch.Tensor, str | None]:
+    """Return what the library multiplies, and what it does before: SwiGLU, alone, or nothing."""
+    x, feed, modulation, _ = operands
+    if x is None:
+        return operands.given, "swiglu"
+    if modulation is not None:
+        x = blocks.norm_modulate(x, None, *modulation)[1]
+    return x if feed is None else blocks.join(x.unsqueeze(1), feed), None

@@ -21,8 +21,8 @@ The error of fp8 was measured on synthetic data.
 - int8: the rows of w are quantized beforehand, the rows of x at each call. Plain quantization by
   rows fails on the outliers of a transformer's activations, so both are first rotated by a Hadamard
   matrix in groups along K (ConvRot, arXiv 2512.03673), which spreads an outlier over its group and
-  cancels in the matmul. The fast kernel on sm_80 to sm_86 is comfy-kitchen's
-  (`app.engine.quantization.int8_kernel`), and so the rotation is its too.
+  cancels in the matmul. The fast kernel is comfy-kitchen's (`app.engine.quantization.int8_kernel`),
+  and so the rotation is its too; on Hopper it is ours (`app.engine.kernels.int8_linear`).
 
 The memory layout is that of `nn.Linear`, [out, in] row-major: its transpose is the column-major
 right operand that `_scaled_mm` needs. None of the networks' large layers has a bias.
@@ -37,7 +37,6 @@ a precision on an image can be computed on a CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -48,17 +47,19 @@ from app.engine import torch_private
 from app.engine.checkpoint.files import QuantizedLayer
 from app.engine.kernels import blocks
 from app.engine.kernels.blocks import FP8_LIMIT, Cast
-from app.engine.quantization.int8_kernel import Matmul, fused_matmul
+from app.engine.kernels.int8_linear import (
+    TINY,
+    Addition,
+    Modulation,
+    Operands,
+    Weights,
+    emulate,
+    hadamard,
+    rotate,
+)
+from app.engine.quantization.int8_kernel import Product, fused_product
 
 _INT8_LIMIT = 127.0
-_LEAST_FUSED = 16
-"""The smallest rotation group of comfy-kitchen's kernels."""
-
-_TINY = 1e-12
-"""The least amax, against a division by zero."""
-
-_EXACT_SUM = 1024
-"""The sum of so many int8 products is at most 2 ** 24, which float32 represents exactly."""
 # The rotation is a Kronecker power of a 4x4 matrix.
 _GROUPS = (256, 64, 16, 4)
 
@@ -120,7 +121,8 @@ class WeightOnlyLinear(nn.Module):
 class Int8Linear(nn.Module):
     """int8 weights and activations, both rotated in groups of *group* along K.
 
-    On a GPU *product* computes it, where given: comfy-kitchen's fused kernel.
+    On a GPU *product* computes it, where given, with what stands around the layer in a block
+    (`app.engine.modules.ops`); elsewhere the same arithmetic in float32.
     """
 
     rotation: torch.Tensor
@@ -130,37 +132,52 @@ class Int8Linear(nn.Module):
         weight: torch.Tensor,
         scale: torch.Tensor,
         group: int,
-        product: Matmul | None = None,
+        product: Product | None = None,
     ) -> None:
         super().__init__()
         self._group = group
-        # klein has groups of 256 in every layer.
-        self._product = product if group >= _LEAST_FUSED else None
+        self._product = product
         self.weight = _parameter(weight)
         self.scale = _parameter(scale.float())
         self.register_buffer("rotation", hadamard(group), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate and quantize the rows of *x*, multiply in int8, scale: [..., in] -> [..., out]."""
-        if self._product is not None and x.is_cuda:
-            return self._product(x, self.weight, self.scale, self._group)
-        flat = rotate(x.reshape(-1, x.shape[-1]).float(), self.rotation)
-        scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / _INT8_LIMIT
-        quantized = (flat / scale).round().to(torch.int8)
-        product = _int_mm(quantized, self.weight).float()
-        return (product * scale * self.scale).to(x.dtype).view(*x.shape[:-1], -1)
+        return self._multiply(Operands(x))
+
+    def modulated(
+        self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Multiply LayerNorm(x) * (1 + scale) + shift: [1, n, in] -> [1, n, out]."""
+        return self._multiply(Operands(x, modulation=Modulation(scale, shift, eps)))
+
+    def added(
+        self,
+        residual: torch.Tensor,
+        gate: torch.Tensor,
+        x: torch.Tensor | None,
+        feed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return residual + gate * the product with [x, SwiGLU(feed)]: [1, n, out]."""
+        return self._multiply(Operands(x, feed, addition=Addition(residual, gate)))
+
+    def _multiply(self, operands: Operands) -> torch.Tensor:
+        weights = Weights(self.weight, self.scale, self._group)
+        if self._product is not None and self.weight.is_cuda:
+            return self._product(weights, operands)
+        return emulate(weights, self.rotation, operands)
 
 
 def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize *weight* to fp8 (e4m3); return it and its float32 scale, []."""
-    scale = weight.abs().amax().float().clamp(min=_TINY) / FP8_LIMIT
+    scale = weight.abs().amax().float().clamp(min=TINY) / FP8_LIMIT
     quantized = (weight.float() / scale).clamp(-FP8_LIMIT, FP8_LIMIT)
     return quantized.to(torch.float8_e4m3fn), scale
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize *weight* to int8 by rows; return it and its float32 scales, [out]."""
-    scale = weight.abs().amax(dim=1).float().clamp(min=_TINY) / _INT8_LIMIT
+    scale = weight.abs().amax(dim=1).float().clamp(min=TINY) / _INT8_LIMIT
     quantized = (weight.float() / scale[:, None]).round()
     return quantized.to(torch.int8), scale
 
@@ -173,8 +190,8 @@ def quantize_rotated(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def int8_linear(weight: torch.Tensor, scale: torch.Tensor) -> Int8Linear:
     """Build the int8 layer of a rotated and quantized weight, with the fused kernel if any."""
-    product = fused_matmul() if torch.cuda.is_available() else None
-    return Int8Linear(weight, scale, rotation_group(weight.shape[1]), product)
+    group = rotation_group(weight.shape[1])
+    return Int8Linear(weight, scale, group, fused_product(Weights(weight, scale, group)))
 
 
 def plain_linear(weight: torch.Tensor) -> nn.Linear:
@@ -216,45 +233,6 @@ def take_fp8_weight(layer: QuantizedLayer, device: torch.device) -> nn.Module:
 def rotation_group(width: int) -> int:
     """Return the largest rotation group that divides *width*."""
     return next(group for group in (*_GROUPS, 1) if width % group == 0)
-
-
-def hadamard(size: int) -> torch.Tensor:
-    """Return the regular, orthonormal and symmetric Hadamard matrix of *size*, a power of four.
-
-    Regular: all rows have the same sum, so a constant added to a group does not accumulate in one
-    element (ConvRot, arXiv 2512.03673).
-    """
-    matrix, four = torch.ones(1, 1), 1 - 2 * torch.eye(4).flip(1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, four)
-    return matrix / math.sqrt(size)
-
-
-def rotate(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Multiply each group of *rows*, [M, K], along K by *rotation*, [group, group]."""
-    groups = rows.reshape(rows.shape[0], -1, len(rotation))
-    return (groups @ rotation.to(rows.dtype)).reshape(rows.shape)
-
-
-def _int_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiply exactly: int8 [M, K] times the transpose of int8 [N, K] -> int32 [M, N]."""
-    if not rows.is_cuda:
-        return _int_mm_on_processor(rows, weight)
-    count = rows.shape[0]
-    if count <= 16:  # torch's kernel needs more than 16 rows on CUDA
-        rows = functional.pad(rows, (0, 0, 0, 32 - count))
-    return torch_private.int_mm(rows, weight)[:count]
-
-
-def _int_mm_on_processor(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiply in float32 in pieces along K, each short enough to be exact.
-
-    Many times faster than integers on CPUs without int8 instructions.
-    """
-    pieces = zip(*(torch.split(each, _EXACT_SUM, 1) for each in (rows, weight)), strict=True)
-    return torch.stack([(x.float() @ w.float().t()).int() for x, w in pieces]).sum(
-        0, dtype=torch.int32
-    )
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:
