@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 from app.engine.kernels.group_norm import FeatureMap, add, measure, normalize, phase_weight
+from app.engine.modules.attention import attend_wide
 
 
+@torch.no_grad()
 def fuse_vae(vae: Any) -> None:
     """Replace decoder and encoder of *vae*, diffusers' `AutoencoderKLFlux2`, which has its weights.
 
@@ -48,7 +50,8 @@ class FusedDecoder(nn.Module):
         image = self.middle(_start(latents, self.conv_in))
         for block in self.blocks:
             image = block(image)
-        return self.head(image)
+        pixels: torch.Tensor = self.head(image)
+        return pixels
 
 
 class FusedEncoder(nn.Module):
@@ -74,7 +77,8 @@ class FusedEncoder(nn.Module):
         image = _start(pixels, self.conv_in)
         for block in self.blocks:
             image = block(image)
-        return self.head(self.middle(image))
+        moments: torch.Tensor = self.head(self.middle(image))
+        return moments
 
 
 class _Resnet(nn.Module):
@@ -119,30 +123,21 @@ class _Resnet(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention over all pixels with one head as wide as the channels, 512.
-
-    Fused SDPA kernels support head sizes up to 256 or are slow beyond. Two matmuls and a softmax
-    are several times faster, at the cost of materialising the attention scores: 0.5 GB at
-    1024x1024, less than the decoder's last layers take.
-    """
+    """Attention over all pixels, with its norm and the residual."""
 
     bias: torch.Tensor
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
-        self.norm, self.scale = attention.group_norm, attention.scale
-        self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
-        self.out = attention.to_out[0]
-        self.register_buffer("bias", self.out.bias.float())
+        self.attention = attention
+        self.register_buffer("bias", attention.to_out[0].bias.float())
 
     def forward(self, image: FeatureMap) -> FeatureMap:
-        shape = image.data.shape
-        rows = normalize(image, self.norm, has_silu=False).permute(0, 2, 3, 1).flatten(1, 2)
-        scores = (self.to_q(rows) * self.scale) @ self.to_k(rows).transpose(1, 2)
-        attended = scores.softmax(dim=-1) @ self.to_v(rows)
-        made = functional.linear(attended, self.out.weight)
-        made = made.view(1, *shape[2:], shape[1]).permute(0, 3, 1, 2)
-        return add(made, image, self.bias)
+        shape, attention = image.data.shape, self.attention
+        rows = normalize(image, attention.group_norm, has_silu=False)
+        rows = attend_wide(attention, rows.permute(0, 2, 3, 1).flatten(1, 2))
+        made = functional.linear(rows, attention.to_out[0].weight)
+        return add(made.view(1, *shape[2:], shape[1]).permute(0, 3, 1, 2), image, self.bias)
 
 
 class _Middle(nn.Sequential):
@@ -202,7 +197,8 @@ class _Head(nn.Module):
 
     def forward(self, image: FeatureMap) -> torch.Tensor:
         made = functional.conv2d(normalize(image, self.norm), self.weight, padding=1)
-        return made[:, : len(self.bias)] + self.bias[:, None, None]
+        pixels: torch.Tensor = made[:, : len(self.bias)] + self.bias[:, None, None]
+        return pixels
 
 
 def _resnets(resnets: Any, pending: torch.Tensor | None) -> nn.Sequential:
@@ -220,4 +216,5 @@ def _start(x: torch.Tensor, conv: Any) -> FeatureMap:
 
 def _convolve(x: torch.Tensor, conv: Any) -> torch.Tensor:
     """Convolve without the bias."""
-    return functional.conv2d(x, conv.weight, padding=1)
+    data: torch.Tensor = functional.conv2d(x, conv.weight, padding=1)
+    return data

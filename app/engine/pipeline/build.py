@@ -25,6 +25,7 @@ from app.engine.memory.offload import Offloader
 from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
 from app.engine.modules.attention import Attention, WideHeadProcessor
+from app.engine.modules.fused_vae import fuse_vae
 from app.engine.modules.rope import rope_tables
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
@@ -81,6 +82,7 @@ def build(
     fill = _Filler(sum(len(part.slots) for part in parts), options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
     vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
+    _adapt_vae(vae, options)
     _admit_vae(vae, offloader, options)
     encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
         checkpoint, fill, options
@@ -95,7 +97,7 @@ def build(
         cache=PromptCache(options.prompt_cache, options.device),
         transformer=transformer.eval(),
         vae=vae,
-        decode=_decoder(vae, options),
+        decode=partial(_decode, vae),
         make_scheduler=partial(FlowMatchEulerDiscreteScheduler.from_config, checkpoint.scheduler),
         device=options.device,
         dtype=options.dtype,
@@ -268,6 +270,17 @@ def _check_encoder(part: ComponentFiles) -> tuple[Qwen3Config, nn.ModuleList]:
     return config, layers
 
 
+def _adapt_vae(vae: Any, options: BuildOptions) -> None:
+    """Take our own passes of the VAE where Triton runs; exact ones are diffusers' as they are."""
+    if options.linears.is_exact:
+        return
+    if options.compiler.is_on:
+        fuse_vae(vae)
+        return
+    for attention in vae.decoder.mid_block.attentions:
+        attention.set_processor(WideHeadProcessor())
+
+
 def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
     """Register the VAE: its encoder is offloaded unless all is exact and resident.
 
@@ -278,14 +291,6 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
     for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
         if small is not None:
             offloader.admit(small, stays=True)
-
-
-def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
-    if options.linears.is_exact:
-        return partial(_decode, vae)
-    for attention in vae.decoder.mid_block.attentions:
-        attention.set_processor(WideHeadProcessor())
-    return partial(options.compiler.compile(_decode, whole=False, convolves=True), vae)
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
