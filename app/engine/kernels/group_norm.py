@@ -14,7 +14,6 @@ An upsampling convolution leaves its result *phased*, [1, 4 * c, h / 2 + 1, w / 
 
 from __future__ import annotations
 
-import functools
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,14 @@ import torch
 from torch.nn import functional
 
 _TILE = 4096
-_CHUNKS = 1056
-_WARPS = 4
+"""Values that a program holds at once."""
 _TILES = 2
-_REVERSE = True
+"""Tiles that a program of `scale_silu` takes."""
+_CHUNKS = 1024
+"""The most programs of `measure`: nearly eight for each multiprocessor of an H100."""
+_MERGED = 4096
+"""Values that a program of `merge` holds at once."""
+_WARPS = 4
 
 
 @dataclass(slots=True)
@@ -113,8 +116,8 @@ def normalize(
     """Return silu(norm(image)), [1, c, h, w]; without *has_silu* the norm alone."""
     assert image.moments is not None
     if image.data.is_cuda:
-        return _normalize(image, norm, has_silu)
-    factor, term = _coefficients(image, norm)
+        return _normalize(image, image.moments, norm, has_silu)
+    factor, term = _coefficients(image, image.moments[0], norm)
     out = _plain(image).float() * factor[:, None, None] + term[:, None, None]
     return (functional.silu(out) if has_silu else out).to(image.data.dtype)
 
@@ -131,11 +134,12 @@ def _moments(data: torch.Tensor) -> torch.Tensor:
     return torch.stack((mean, (rows - mean[:, None]).square().sum(1)))[None]
 
 
-def _coefficients(image: FeatureMap, norm: torch.nn.GroupNorm) -> torch.Tensor:
-    """Return factor and term of each channel, float32 [2, c], from the moments of one chunk."""
-    assert image.moments is not None
+def _coefficients(
+    image: FeatureMap, moments: torch.Tensor, norm: torch.nn.GroupNorm
+) -> torch.Tensor:
+    """Return factor and term of each channel, float32 [2, c], from *moments* of all pixels."""
     pixels = image.height * image.width
-    mean, spread = image.moments[0]
+    mean, spread = moments
     pending = torch.zeros_like(mean) if image.bias is None else image.bias
     means = (mean + pending).view(norm.num_groups, -1)
     middle = means.mean(1, keepdim=True)
@@ -146,9 +150,22 @@ def _coefficients(image: FeatureMap, norm: torch.nn.GroupNorm) -> torch.Tensor:
     return torch.stack((factor, term))
 
 
-@functools.cache
-def _kernels() -> Any:
-    return importlib.import_module("app.engine.kernels.group_norm_triton")
+def _launch(name: str, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel with *constants* in the order of its parameters.
+
+    What Triton compiled is kept here by dtypes and constants, all that it depends on: finding it
+    again is three quarters of the 28 us that a launch takes through Triton's own table.
+    """
+    kinds = (each.dtype for each in arguments if isinstance(each, torch.Tensor))
+    key = (name, arguments[0].device, *kinds, *constants.values())
+    if (compiled := _compiled.get(key)) is not None:
+        compiled[programs, 1, 1](*arguments, *constants.values())
+        return
+    kernel = getattr(importlib.import_module("app.engine.kernels.group_norm_triton"), name)
+    _compiled[key] = kernel[(programs,)](*arguments, **constants, num_warps=_WARPS)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _columns(channels: int) -> int:
@@ -156,19 +173,21 @@ def _columns(channels: int) -> int:
     return 1 << (channels - 1).bit_length()
 
 
-def _chunk(pixels: int, rows: int) -> int:
-    """Return the pixels of a chunk: whole tiles, of at most `_CHUNKS` chunks."""
-    return -(-pixels // (_CHUNKS * rows)) * rows
+def _tiling(image: FeatureMap) -> tuple[int, int, int]:
+    """Return the columns and rows of a tile, and the pixels of a chunk: four tiles or more."""
+    columns = _columns(image.channels)
+    rows = _TILE // columns
+    return columns, rows, rows * max(4, -(-image.height * image.width // (_CHUNKS * rows)))
 
 
 def _measure(x: torch.Tensor, image: FeatureMap, bias: torch.Tensor | None) -> torch.Tensor:
     channels, pixels = image.channels, image.height * image.width
-    columns = _columns(channels)
-    rows = _TILE // columns
-    chunk = _chunk(pixels, rows)
+    columns, rows, chunk = _tiling(image)
     chunks = -(-pixels // chunk)
     moments = torch.empty((chunks, 2, channels), dtype=torch.float32, device=x.device)
-    _kernels().measure[(chunks,)](
+    _launch(
+        "measure",
+        chunks,
         x,
         image.data,
         moments if bias is None else bias,
@@ -181,23 +200,20 @@ def _measure(x: torch.Tensor, image: FeatureMap, bias: torch.Tensor | None) -> t
         ROWS=rows,
         ADDS=bias is not None,
         IS_PHASED=image.is_phased,
-        REVERSE=_REVERSE,
-        num_warps=_WARPS,
     )
     return moments
 
 
-def _normalize(image: FeatureMap, norm: torch.nn.GroupNorm, has_silu: bool) -> torch.Tensor:
+def _normalize(
+    image: FeatureMap, moments: torch.Tensor, norm: torch.nn.GroupNorm, has_silu: bool
+) -> torch.Tensor:
     channels, pixels = image.channels, image.height * image.width
-    columns = _columns(channels)
-    rows = _TILE // columns
-    chunk = _chunk(pixels, rows)
-    moments = image.moments
-    assert moments is not None
+    columns, rows, chunk = _tiling(image)
     coefficients = torch.empty((2, channels), dtype=torch.float32, device=moments.device)
     group = channels // norm.num_groups
-    kernels = _kernels()
-    kernels.merge[(norm.num_groups,)](
+    _launch(
+        "merge",
+        norm.num_groups,
         moments,
         moments if image.bias is None else image.bias,
         norm.weight,
@@ -210,18 +226,18 @@ def _normalize(image: FeatureMap, norm: torch.nn.GroupNorm, has_silu: bool) -> t
         CHANNELS=channels,
         GROUP=group,
         COLUMNS=_columns(group),
-        ROWS=512 // _columns(group),
+        ROWS=_MERGED // _columns(group),
         HAS_BIAS=image.bias is not None,
-        num_warps=4,
     )
-    shape = (1, channels, image.height, image.width)
     out = torch.empty(
-        shape,
+        (1, channels, image.height, image.width),
         dtype=image.data.dtype,
         device=image.data.device,
         memory_format=torch.channels_last,
     )
-    kernels.scale_silu[(-(-pixels // (rows * _TILES)),)](
+    _launch(
+        "scale_silu",
+        -(-pixels // (rows * _TILES)),
         image.data,
         coefficients,
         out,
@@ -233,7 +249,5 @@ def _normalize(image: FeatureMap, norm: torch.nn.GroupNorm, has_silu: bool) -> t
         TILES=_TILES,
         IS_PHASED=image.is_phased,
         HAS_SILU=has_silu,
-        REVERSE=False,
-        num_warps=_WARPS,
     )
     return out

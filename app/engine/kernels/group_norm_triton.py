@@ -64,15 +64,13 @@ def measure(
     ROWS: tl.constexpr,
     ADDS: tl.constexpr,
     IS_PHASED: tl.constexpr,
-    REVERSE: tl.constexpr,
 ) -> None:
     """Write mean and squared deviations of each channel over a chunk; with ADDS the sum into x.
 
     Sums are of differences from the chunk's first pixel, which keeps them small beside the spread.
     """
-    number = tl.program_id(0)
-    if REVERSE:
-        number = tl.num_programs(0) - 1 - number
+    # From the end, which the convolution has left in the cache.
+    number = tl.num_programs(0) - 1 - tl.program_id(0)
     first = number * chunk
     channels = tl.arange(0, COLUMNS)
     is_channel = channels < CHANNELS
@@ -170,18 +168,14 @@ def scale_silu(
     TILES: tl.constexpr,
     IS_PHASED: tl.constexpr,
     HAS_SILU: tl.constexpr,
-    REVERSE: tl.constexpr,
 ) -> None:
     """Write silu(x * factor + term) of TILES tiles."""
-    number = tl.program_id(0)
-    if REVERSE:
-        number = tl.num_programs(0) - 1 - number
     channels = tl.arange(0, COLUMNS)
     is_channel = channels < CHANNELS
     factor = tl.load(coefficients + channels, mask=is_channel, other=0.0)[None, :]
     term = tl.load(coefficients + CHANNELS + channels, mask=is_channel, other=0.0)[None, :]
     for tile in tl.static_range(TILES):
-        rows = (number * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        rows = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         mask = (rows < pixels)[:, None] & is_channel[None, :]
         there = _places(rows, width, CHANNELS, IS_PHASED)[:, None] + channels[None, :]
         value = tl.load(x + there, mask=mask, other=0.0).to(tl.float32) * factor + term

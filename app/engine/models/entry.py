@@ -95,6 +95,8 @@ class Architecture:
     largest that take less memory than an image of the default size."""
     graph_tokens: int
     """Up to so many tokens, prompt included, a pass is bound by kernel launches, not by kernels."""
+    graph_pixels: int
+    """The same of a decode, in pixels: previews, mostly. Graphs keep the memory of a decode."""
     compiled: Rates
     eager: Rates
     working_bytes: int

@@ -20,12 +20,16 @@ from app.engine.modules.attention import attend_wide
 
 @torch.no_grad()
 def fuse_vae(vae: Any) -> None:
-    """Replace decoder and encoder of *vae*, diffusers' `AutoencoderKLFlux2`, which has its weights.
+    """Replace the parts of *vae*, diffusers' `AutoencoderKLFlux2`, which has its weights.
 
     They are reordered to channels_last, as the convolutions of a card take them.
     """
     vae.to(memory_format=torch.channels_last)
     vae.decoder, vae.encoder = FusedDecoder(vae.decoder), FusedEncoder(vae.encoder)
+    if vae.post_quant_conv is not None:
+        vae.post_quant_conv = _Points(vae.post_quant_conv)
+    if vae.quant_conv is not None:
+        vae.quant_conv = _Points(vae.quant_conv)
 
 
 class FusedDecoder(nn.Module):
@@ -111,14 +115,7 @@ class _Resnet(nn.Module):
     def _residual(self, image: FeatureMap) -> FeatureMap:
         if self.shortcut is None:
             return image
-        data, weight = image.data, self.shortcut.weight
-        if image.is_phased:
-            # A convolution of one pixel has no neighbours: each phase is an image of its own.
-            rows = data.permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
-            flat = functional.linear(rows, weight[:, :, 0, 0])
-            data = flat.view(1, *data.shape[2:], -1).permute(0, 3, 1, 2)
-        else:
-            data = functional.conv2d(data, weight)
+        data = _convolve_points(image.data, self.shortcut.weight)
         return FeatureMap(data, image.height, image.width)
 
 
@@ -138,6 +135,17 @@ class _Attention(nn.Module):
         rows = attend_wide(attention, rows.permute(0, 2, 3, 1).flatten(1, 2))
         made = functional.linear(rows, attention.to_out[0].weight)
         return add(made.view(1, *shape[2:], shape[1]).permute(0, 3, 1, 2), image, self.bias)
+
+
+class _Points(nn.Module):
+    """A convolution with a kernel of one pixel, diffusers' *conv*."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _convolve_points(x, self.weight, self.bias)
 
 
 class _Middle(nn.Sequential):
@@ -218,3 +226,16 @@ def _convolve(x: torch.Tensor, conv: Any) -> torch.Tensor:
     """Convolve without the bias."""
     data: torch.Tensor = functional.conv2d(x, conv.weight, padding=1)
     return data
+
+
+def _convolve_points(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Convolve with a kernel of one pixel, as a matmul: cuDNN plans milliseconds for each size.
+
+    It has no neighbours, so each phase of a phased image is an image of its own.
+    """
+    wide, narrow = weight.shape[:2]
+    rows = x.permute(0, 2, 3, 1).reshape(-1, narrow)
+    flat = functional.linear(rows, weight.view(wide, narrow), bias)
+    return flat.view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)

@@ -33,7 +33,7 @@ from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_laye
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
 from app.engine.runtime.compile import Compiler
-from app.engine.runtime.cuda_graphs import new_pool
+from app.engine.runtime.cuda_graphs import CudaGraphs, new_pool
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
 from app.engine.runtime.networks import TextEncoder, Transformer
@@ -97,7 +97,7 @@ def build(
         cache=PromptCache(options.prompt_cache, options.device),
         transformer=transformer.eval(),
         vae=vae,
-        decode=partial(_decode, vae),
+        decode=_decoder(vae, options),
         make_scheduler=partial(FlowMatchEulerDiscreteScheduler.from_config, checkpoint.scheduler),
         device=options.device,
         dtype=options.dtype,
@@ -291,6 +291,21 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
     for small in (vae.quant_conv, vae.post_quant_conv, vae.bn):
         if small is not None:
             offloader.admit(small, stays=True)
+
+
+def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the decode; ours replays a graph for small images, which are bound by launches."""
+    whole = partial(_decode, vae)
+    if options.linears.is_exact or not options.compiler.has_graphs:
+        return whole
+    graphs = CudaGraphs(new_pool(), is_on=True, after=1)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        pixels = latents.shape[2] * latents.shape[3] * options.architecture.latent_side**2
+        is_small = pixels <= options.architecture.graph_pixels
+        return graphs.run(whole, (latents,)) if is_small else whole(latents)
+
+    return decode
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
