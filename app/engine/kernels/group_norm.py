@@ -41,13 +41,13 @@ class FeatureMap:
     height: int
     width: int
     bias: torch.Tensor | None = None
-    """Float32 [c], still to be added."""
+    """[c], still to be added."""
     moments: torch.Tensor | None = None
     """Float32 [chunks, 2, c]: mean and sum of squared deviations of each chunk's pixels."""
 
     @property
     def is_phased(self) -> bool:
-        """Whether *data* is as an upsampling convolution leaves it."""
+        """Whether *data* is as an upsampling convolution leaves it, of four rows or more."""
         return self.data.shape[2] != self.height
 
     @property
@@ -153,8 +153,8 @@ def _coefficients(
 def _launch(name: str, programs: int, *arguments: Any, **constants: Any) -> None:
     """Launch a kernel with *constants* in the order of its parameters.
 
-    What Triton compiled is kept here by dtypes and constants, all that it depends on: finding it
-    again is three quarters of the 28 us that a launch takes through Triton's own table.
+    What Triton compiled is kept here by dtypes and constants, all that it depends on where tensors
+    are aligned, as whole allocations are: looking it up takes Triton most of a launch's 28 us.
     """
     kinds = (each.dtype for each in arguments if isinstance(each, torch.Tensor))
     key = (name, arguments[0].device, *kinds, *constants.values())

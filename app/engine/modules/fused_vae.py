@@ -3,7 +3,7 @@
 The formulas are those of diffusers' `Decoder` and `Encoder`; what differs is how often an image
 passes through memory. Convolutions run without their bias, norms as `kernels.group_norm` does, and
 an upsampling convolution works on the small image with weights for each of four pixels, 4/9 of the
-arithmetic. Nothing is compiled, so a new size costs nothing.
+arithmetic. Nothing is compiled for a size.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ class _Downsample(nn.Module):
 class _Head(nn.Module):
     """The last norm and convolution.
 
-    The decoder's three colours become eight channels, five of them empty: NHWC convolutions of a
-    card need a multiple of eight, or they transpose everything.
+    The decoder's three colours become eight channels, five of them empty: convolutions in
+    channels_last are written for multiples of eight.
     """
 
     weight: torch.Tensor
