@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
 
 from app.engine.memory.offload import Offloader
+from app.engine.models.registry import find_model
 from app.engine.modules.fused_vae import FusedDecoder, fuse_vae
+from app.engine.pipeline import build as pipeline_build
+from app.engine.quantization.formats import FORMATS
 from app.engine.runtime.compile import Compiler
+from app.engine.runtime.cuda_graphs import CudaGraphs
 from tests.support.layout_files import build
 
 pytestmark = pytest.mark.torch
@@ -73,3 +78,25 @@ def test_they_are_taken_where_nothing_must_be_exact(tiny_klein, linears, is_ours
     components = build(tiny_klein, linears=linears, compiler=compiler)
 
     assert isinstance(components.vae.decoder, FusedDecoder) == is_ours
+
+
+def test_small_pictures_are_decoded_by_graphs(monkeypatch):
+    """Previews are, up to 256x256; a graph of a large picture would keep its memory."""
+
+    class Graphs(CudaGraphs):
+        def run(self, function, inputs):
+            replayed.append(inputs[0].shape)
+            return function(*inputs)
+
+    replayed, vae = [], SimpleNamespace(post_quant_conv=None, decoder=torch.neg)
+    options = SimpleNamespace(
+        linears=FORMATS["fp8"],
+        compiler=Compiler(is_on=True, has_graphs=True, reason="a test"),
+        architecture=find_model("flux.2-klein-4b").architecture,
+    )
+    monkeypatch.setattr(pipeline_build, "CudaGraphs", Graphs)
+    decode = pipeline_build._decoder(vae, options)
+
+    for side in (16, 32, 33):
+        assert decode(torch.ones(1, 4, side, side)).shape[2] == side
+    assert [shape[2] for shape in replayed] == [16, 32]
