@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLFlux2
 from torch.nn import functional
 
 from app.engine.modules.attention import WideHeadProcessor
+from app.engine.modules.fused_vae import fuse_vae
 from benchmarks.rows import Bench
 from tools.random_weights import FULL, TINY
 
@@ -133,14 +134,5 @@ def _decoders(bench: Bench, device: str, dtype: torch.dtype) -> None:
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())
     _say("decode, eager, plain attention", seconds(lambda: vae.decoder(latents), 3))
-    if device == "cpu":
-        return
-    begun = time.perf_counter()
-    compiled: Callable[..., object] = torch.compile(vae.decoder)
-    _say("decode, compiled, plain attention", seconds(lambda: compiled(latents), 5))
-    print(f"  compiled in {time.perf_counter() - begun:.0f} s", flush=True)
-    wide = vae.decoder.to(memory_format=torch.channels_last)
-    turned = latents.to(memory_format=torch.channels_last)
-    _say("decode, eager, channels last", seconds(lambda: wide(turned), 3))
-    compiled_wide: Callable[..., object] = torch.compile(wide)
-    _say("decode, compiled, channels last", seconds(lambda: compiled_wide(turned), 5))
+    fuse_vae(vae)
+    _say("decode, our passes", seconds(lambda: vae.decoder(latents)))

@@ -87,12 +87,14 @@ def peak_bytes(
     """Estimate the peak GPU memory of an image of *pixels*, in bytes."""
     resident = weights.transformer + weights.decoder + (0 if plan.is_streamed else weights.encoder)
     image_tokens = pixels // architecture.token_pixels + references * architecture.reference_tokens
-    is_tiled = plan.is_tiled or pixels > architecture.exact_pixels
+    decoded = pixels
+    if pixels > architecture.exact_pixels:
+        decoded = (architecture.large_tile * architecture.latent_side) ** 2
     stages = (
         rates.text
         + (2 * weights.encoder // architecture.text_layers[-1] if plan.is_streamed else 0),
         rates.token * (image_tokens + architecture.prompt_tokens),
-        12 * pixels + (rates.tiles if is_tiled else rates.pixel * pixels),
+        12 * pixels + (rates.tiles if plan.is_tiled else rates.pixel * decoded),
         weights.image_encoder + rates.encoded_pixel * architecture.reference_pixels
         if references
         else 0,

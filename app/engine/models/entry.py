@@ -90,8 +90,13 @@ class Architecture:
     """The scheduler's config, for checkpoints without one."""
     exact_pixels: int
     """Larger images are decoded in tiles: the VAE's attention scores grow with the square."""
+    large_tile: int
+    """The longest side, in latents, of the tiles of larger images where a plan decodes whole: the
+    largest that take less memory than an image of the default size."""
     graph_tokens: int
     """Up to so many tokens, prompt included, a pass is bound by kernel launches, not by kernels."""
+    graph_pixels: int
+    """The same of a decode, in pixels: previews, mostly. Graphs keep the memory of a decode."""
     compiled: Rates
     eager: Rates
     working_bytes: int

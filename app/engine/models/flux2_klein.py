@@ -124,7 +124,9 @@ FLUX2_KLEIN_4B = Architecture(
         }
     ),
     exact_pixels=1_310_720,
+    large_tile=104,
     graph_tokens=2560,
+    graph_pixels=256 * 256,
     # Measured on an H200 at 1024x1024 with random weights: memory does not depend on their values.
     compiled=Rates(
         token=83_000,

@@ -154,13 +154,21 @@ def relative_error(made: torch.Tensor, right: torch.Tensor) -> float:
     return float((made.float() - right.float()).norm() / right.float().norm())
 
 
-class WideHeadProcessor:
-    """A processor for diffusers' `Attention` with one head of size 512.
+def attend_wide(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Attend with one head as wide as diffusers' *attention*, 512: [1, n, c] -> the same.
 
-    Fused SDPA kernels support head sizes up to 256 or are slow beyond. Two matmuls and a softmax
-    are several times faster, at the cost of materialising the attention scores: 0.5 GB at
-    1024x1024, less than the decoder's last layers take.
+    Without the last projection. Fused SDPA kernels support head sizes up to 256 or are slow beyond.
+    Two matmuls and a softmax are several times faster, at the cost of materialising the attention
+    scores: 0.5 GB at 1024x1024, less than the decoder's last layers take.
     """
+    query = attention.to_q(tokens) * attention.scale
+    scores = query @ attention.to_k(tokens).transpose(1, 2)  # [1, n, n]
+    attended: torch.Tensor = scores.softmax(dim=-1) @ attention.to_v(tokens)
+    return attended
+
+
+class WideHeadProcessor:
+    """A processor for diffusers' `Attention` that computes `attend_wide`."""
 
     def __call__(
         self,
@@ -173,9 +181,6 @@ class WideHeadProcessor:
         """Compute attention: [1, c, h, w] -> the same; diffusers passes the other three by name."""
         shape = hidden_states.shape
         tokens = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # [1, h * w, c]
-        query = attn.to_q(tokens) * attn.scale
-        scores = query @ attn.to_k(tokens).transpose(1, 2)  # [1, h * w, h * w]
-        attended = scores.softmax(dim=-1) @ attn.to_v(tokens)
-        out = attn.to_out[0](attended).transpose(1, 2).reshape(shape)
+        out = attn.to_out[0](attend_wide(attn, tokens)).transpose(1, 2).reshape(shape)
         result: torch.Tensor = (out + hidden_states) / attn.rescale_output_factor
         return result

@@ -25,6 +25,7 @@ from app.engine.memory.offload import Offloader
 from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
 from app.engine.modules.attention import Attention, WideHeadProcessor
+from app.engine.modules.fused_vae import fuse_vae
 from app.engine.modules.rope import rope_tables
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
@@ -32,7 +33,7 @@ from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_laye
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
 from app.engine.runtime.compile import Compiler
-from app.engine.runtime.cuda_graphs import new_pool
+from app.engine.runtime.cuda_graphs import CudaGraphs, new_pool
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
 from app.engine.runtime.networks import TextEncoder, Transformer
@@ -81,6 +82,7 @@ def build(
     fill = _Filler(sum(len(part.slots) for part in parts), options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
     vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
+    _adapt_vae(vae, options)
     _admit_vae(vae, offloader, options)
     encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
         checkpoint, fill, options
@@ -268,6 +270,17 @@ def _check_encoder(part: ComponentFiles) -> tuple[Qwen3Config, nn.ModuleList]:
     return config, layers
 
 
+def _adapt_vae(vae: Any, options: BuildOptions) -> None:
+    """Take our own passes of the VAE where Triton runs; exact ones are diffusers' as they are."""
+    if options.linears.is_exact:
+        return
+    if options.compiler.is_on:
+        fuse_vae(vae)
+        return
+    for attention in vae.decoder.mid_block.attentions:
+        attention.set_processor(WideHeadProcessor())
+
+
 def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
     """Register the VAE: its encoder is offloaded unless all is exact and resident.
 
@@ -281,11 +294,18 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 
 
 def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
-    if options.linears.is_exact:
-        return partial(_decode, vae)
-    for attention in vae.decoder.mid_block.attentions:
-        attention.set_processor(WideHeadProcessor())
-    return partial(options.compiler.compile(_decode, whole=False, convolves=True), vae)
+    """Return the decode; ours replays a graph for small images, which are bound by launches."""
+    whole = partial(_decode, vae)
+    if options.linears.is_exact or not options.compiler.has_graphs:
+        return whole
+    graphs = CudaGraphs(new_pool(), is_on=True, after=1)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        pixels = latents.shape[2] * latents.shape[3] * options.architecture.latent_side**2
+        is_small = pixels <= options.architecture.graph_pixels
+        return graphs.run(whole, (latents,)) if is_small else whole(latents)
+
+    return decode
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:

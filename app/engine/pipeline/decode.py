@@ -29,7 +29,8 @@ _LONGEST_SIDE = 256
 def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -> torch.Tensor:
     """Decode packed latents of *shape*, [1, tokens, 4 * c], to pixels [1, 3, h, w] in [-1, 1].
 
-    In tiles where the memory plan or the size needs it, or after a whole decode ran out of memory.
+    In tiles where the memory plan or the size needs it; in small ones where the plan does, or after
+    the decode ran out of memory.
     """
     vae, architecture = components.vae, components.architecture
     with components.offloader.on_gpu(vae.decoder):
@@ -38,13 +39,16 @@ def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -
         # [1, c, 2 * h, 2 * w]
         clean = torch.pixel_shuffle(packed * std + mean, 2).to(vae.decoder.conv_in.weight.dtype)
         pixels = shape[0] * shape[1] * architecture.token_pixels
-        if not components.is_tiled and pixels <= architecture.exact_pixels:
+        side = architecture.latent_side
+        if not components.is_tiled:
             try:
-                return components.decode(clean)
+                if pixels <= architecture.exact_pixels:
+                    return components.decode(clean)
+                return decode_tiled(components.decode, clean, side, architecture.large_tile)
             except torch.OutOfMemoryError as error:
                 error_mapping.release(error)
             _log.warning("The decode found no room and is done in tiles.")
-        return decode_tiled(components.decode, clean, architecture.latent_side)
+        return decode_tiled(components.decode, clean, side)
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:

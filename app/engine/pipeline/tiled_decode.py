@@ -13,27 +13,37 @@ from collections.abc import Callable
 import torch
 
 TILE = 72
-"""Side of a tile in latents, 576 pixels: four tiles at 1024x1024, with 27 % more work."""
+"""The usual side of a tile in latents, 576 pixels: four at 1024x1024, with 27 % more work."""
 
 OVERLAP = 16
-"""Overlap of adjacent tiles in latents."""
+"""Overlap of adjacent tiles in latents, at least."""
 
 
-def starts(length: int, tile: int = TILE, overlap: int = OVERLAP) -> list[int]:
-    """Return the tiles' starts along *length*: the first at 0, the last flush, others evenly."""
-    if length <= tile:
-        return [0]
-    count = -(-(length - overlap) // (tile - overlap))
-    return [round(number * (length - tile) / (count - 1)) for number in range(count)]
+def starts(length: int, longest: int = TILE) -> tuple[int, list[int]]:
+    """Return the side of the tiles along *length*, `TILE` to *longest*, and where they start.
+
+    As few as possible, then as small: the first at 0, the last flush, the others evenly. No smaller
+    than `TILE`, since the norms of a tile see nothing else of the image.
+    """
+    if length <= longest:
+        return length, [0]
+    count = -(-(length - OVERLAP) // (longest - OVERLAP))
+    tile = max(TILE, -(-(length + (count - 1) * OVERLAP) // count))
+    return tile, [round(number * (length - tile) / (count - 1)) for number in range(count)]
 
 
 def decode_tiled(
-    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, scale: int
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    scale: int,
+    longest: int = TILE,
 ) -> torch.Tensor:
-    """Decode [1, c, h, w] in tiles to [1, 3, scale * h, scale * w], in the input's dtype."""
+    """Decode [1, c, h, w] in tiles to [1, 3, scale * h, scale * w], in the input's dtype.
+
+    *longest* is the longest side of a tile in latents.
+    """
     height, width = latents.shape[2:]
-    tile_h, tile_w = min(TILE, height), min(TILE, width)
-    rows, columns = starts(height), starts(width)
+    (tile_h, rows), (tile_w, columns) = starts(height, longest), starts(width, longest)
     total = torch.zeros(
         (1, 3, height * scale, width * scale), device=latents.device, dtype=torch.float32
     )

@@ -27,20 +27,22 @@ def latents(height: int, width: int, channels: int = 8) -> torch.Tensor:
     return functional.interpolate(small, size=(height, width), mode="bilinear")
 
 
+@pytest.mark.parametrize("longest", [72, 104])
 @pytest.mark.parametrize("length", [1, 8, 71, 72, 73, 96, 128, 129, 192, 250, 256, 512])
-def test_tiles_cover_a_side_and_overlap_enough(length):
+def test_tiles_cover_a_side_and_overlap_enough(length, longest):
     """From 0 to the end without a gap, none beyond it."""
-    found = tiled_decode.starts(length)
+    tile, found = tiled_decode.starts(length, longest)
 
     assert found[0] == 0
-    assert found[-1] + min(tiled_decode.TILE, length) == length
+    assert found[-1] + tile == length
     for one, other in itertools.pairwise(found):
-        assert 0 < other - one <= tiled_decode.TILE - tiled_decode.OVERLAP
+        assert 0 < other - one <= tile - tiled_decode.OVERLAP
 
 
-def test_four_tiles_make_a_megapixel():
-    """1024x1024 is 128 latents a side, two tiles each way."""
-    assert tiled_decode.starts(128) == [0, 56]
+def test_tiles_are_few_and_then_small():
+    """1024x1024 is 128 latents a side, two tiles each way; larger ones need no whole tiles."""
+    assert tiled_decode.starts(128) == (72, [0, 56])
+    assert tiled_decode.starts(256, 104) == (96, [0, 80, 160])
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 80), (40, 130), (72, 72), (24, 16)])
@@ -100,14 +102,37 @@ def test_a_second_failure_is_the_jobs(components, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("is_tiled", "shape"), [(True, (5, 5)), (False, (81, 64))])
-def test_tiles_are_taken_by_plan_or_by_size(components, monkeypatch, is_tiled, shape):
-    """A tiled plan tiles always; any plan tiles over 1.3 megapixels."""
+@pytest.mark.parametrize(
+    ("is_tiled", "shape", "longest"),
+    [(True, (5, 5), 72), (True, (81, 64), 72), (False, (81, 64), 104)],
+)
+def test_tiles_are_taken_by_plan_or_by_size(components, monkeypatch, is_tiled, shape, longest):
+    """A tiled plan tiles always; any plan tiles over 1.3 megapixels, with larger tiles."""
     taken = []
     monkeypatch.setattr(
-        decode_stage, "decode_tiled", lambda _, each, scale: taken.append(each) or each
+        decode_stage,
+        "decode_tiled",
+        lambda _, each, scale, side=72: taken.append(side) or each,
     )
     monkeypatch.setattr(components, "is_tiled", is_tiled)
     decode_stage.decode(components, torch.zeros(1, shape[0] * shape[1], 32), shape)
 
-    assert len(taken) == 1
+    assert taken == [longest]
+
+
+@torch.no_grad()
+def test_where_large_tiles_find_no_room_small_ones_are_taken(components, monkeypatch):
+    """The picture is made once more, as under a plan that tiles."""
+    sides = []
+
+    def decode(each):
+        sides.append(each.shape[2:])
+        if len(sides) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return functional.interpolate(each[:, :3], scale_factor=8.0)
+
+    monkeypatch.setattr(components, "decode", decode)
+    made = decode_stage.decode(components, torch.randn(1, 128 * 48, 32), (128, 48))
+
+    assert made.shape == (1, 3, 2048, 768)
+    assert sides[:2] == [(96, 96), (72, 72)]
