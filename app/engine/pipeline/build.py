@@ -28,6 +28,7 @@ from app.engine.modules.attention import Attention, WideHeadProcessor
 from app.engine.modules.rope import rope_tables
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
+from app.engine.pipeline.reference_cache import ReferenceCache
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
@@ -58,6 +59,7 @@ class BuildOptions:
     plan: Plan
     is_pinned: bool
     prompt_cache: int
+    reference_cache: int
     quantized_cache: Path | None
     """The cache folder of quantized layers, or None for no cache."""
     max_sequence_length: int
@@ -93,6 +95,7 @@ def build(
         tokenizer=_read_tokenizer(checkpoint.tokenizer, options.max_sequence_length),
         encoder=encoder,
         cache=PromptCache(options.prompt_cache, options.device),
+        references=ReferenceCache(options.reference_cache, options.device),
         transformer=transformer.eval(),
         vae=vae,
         decode=_decoder(vae, options),
