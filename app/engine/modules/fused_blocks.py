@@ -14,10 +14,19 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from app.engine.kernels import blocks
+from app.engine.kernels.blocks import Change
 from app.engine.modules.attention import Attention
-from app.engine.modules.ops import rms_norm, split_last, swiglu
+from app.engine.modules.ops import (
+    State,
+    after_swiglu,
+    gated,
+    input_cast,
+    modulated,
+    settle,
+    split_last,
+)
 
 
 class SingleBlock(nn.Module):
@@ -44,17 +53,19 @@ class SingleBlock(nn.Module):
     ) -> torch.Tensor:
         """Run the block: [1, n, d] -> [1, n, d]; *modulation* is [1, 3 * d], *cos* [n, 128]."""
         shift, scale, gate = modulation.chunk(3, dim=-1)  # [1, d] each
-        normed = _modulate(hidden, scale, shift, self.eps)  # [1, n, d]
+        hidden, joined = modulated(self.joined, (hidden, None), scale, shift, self.eps)
         # [1, n, 3 * d] and [1, n, 2 * f]
-        qkv, feed = torch.tensor_split(self.joined(normed), [3 * self.width], dim=-1)
-        q, k, v = _heads(qkv, self.norm_q.shape[0])  # [1, n, h, 128] each
-        q, k = (
-            _norm_rotate(q, self.norm_q, cos, sin, self.eps),
-            _norm_rotate(k, self.norm_k, cos, sin, self.eps),
+        qkv, feed = torch.tensor_split(joined, [3 * self.width], dim=-1)
+        size = self.norm_q.shape[0]
+        heads = hidden.new_empty(2, hidden.shape[1], self.width // size, size)
+        blocks.norm_rotate(
+            qkv, (self.norm_q, self.norm_k), cos, sin, self.eps, heads, is_interleaved=True
         )
-        attended = _attend(self.attention, q, k, v)  # [1, n, d]
-        joined: torch.Tensor = self.out(torch.cat([attended, swiglu(feed)], dim=-1))
-        return hidden + gate * joined
+        q, k = heads.transpose(1, 2).unsqueeze(1)
+        v = split_last(qkv[..., 2 * self.width :], size).transpose(1, 2)
+        attended = self.attention(q, k, v)  # [1, h, n, 128]
+        both = blocks.join(attended, feed, input_cast(self.out))
+        return settle(gated(self.out, both, hidden, gate))
 
 
 class DoubleBlock(nn.Module):
@@ -88,55 +99,38 @@ class DoubleBlock(nn.Module):
         sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block on image [1, n, d] and text [1, m, d]; each modulation is [1, 6 * d]."""
-        shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
-        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
-        size, eps, length = self.norm_q.shape[0], self.eps, text.shape[1]
-        q, k, v = _heads(self.image_qkv(_modulate(image, scale, shift, eps)), size)
-        tq, tk, tv = _heads(self.text_qkv(_modulate(text, t_scale, t_shift, eps)), size)
-        q = _norm_rotate(q, self.norm_q, cos[length:], sin[length:], eps)
-        k = _norm_rotate(k, self.norm_k, cos[length:], sin[length:], eps)
-        tq = _norm_rotate(tq, self.norm_text_q, cos[:length], sin[:length], eps)
-        tk = _norm_rotate(tk, self.norm_text_k, cos[:length], sin[:length], eps)
-        attended = _attend(  # [1, m + n, d], text first
-            self.attention,
-            torch.cat([tq, q], dim=1),
-            torch.cat([tk, k], dim=1),
-            torch.cat([tv, v], dim=1),
-        )
-        image = image + gate * self.image_out(attended[:, length:])
-        text = text + t_gate * self.text_out(attended[:, :length])
-        up = self.image_up(_modulate(image, scale2, shift2, eps))  # [1, n, 2 * f]
-        image = image + gate2 * self.image_down(swiglu(up))
-        up = self.text_up(_modulate(text, t_scale2, t_shift2, eps))  # [1, m, 2 * f]
-        text = text + t_gate2 * self.text_down(swiglu(up))
-        return image, text
+        shift, scale, gate, *rest = image_modulation.chunk(6, dim=-1)
+        t_shift, t_scale, t_gate, *t_rest = text_modulation.chunk(6, dim=-1)
+        length, size = text.shape[1], self.norm_q.shape[0]
+        text, text_qkv = modulated(self.text_qkv, (text, None), t_scale, t_shift, self.eps)
+        image, qkv = modulated(self.image_qkv, (image, None), scale, shift, self.eps)
+        tokens, width = length + image.shape[1], image.shape[2]
+        heads = image.new_empty(3, tokens, width // size, size)
+        for each, norms, part in (
+            (text_qkv, (self.norm_text_q, self.norm_text_k), slice(length)),
+            (qkv, (self.norm_q, self.norm_k), slice(length, None)),
+        ):
+            blocks.norm_rotate(
+                each, norms, cos[part], sin[part], self.eps, heads[:, part], is_interleaved=True
+            )
+        attended = self.attention(*heads.transpose(1, 2).unsqueeze(1))  # [1, h, m + n, 128]
+        merged = blocks.merge(attended[:, :, length:], input_cast(self.image_out))
+        image_state = gated(self.image_out, merged, image, gate)
+        merged = blocks.merge(attended[:, :, :length], input_cast(self.text_out))
+        text_state = gated(self.text_out, merged, text, t_gate)
+        image = _feed(self.image_up, self.image_down, image_state, *rest, self.eps)
+        return image, _feed(self.text_up, self.text_down, text_state, *t_rest, self.eps)
 
 
-def _modulate(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+def _feed(
+    up: nn.Module,
+    down: nn.Module,
+    state: State,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    gate: torch.Tensor,
+    eps: float,
 ) -> torch.Tensor:
-    return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
-def _heads(qkv: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split fused QKV: [1, n, 3 * d] -> three of [1, n, h, size]."""
-    q, k, v = (split_last(each, size) for each in qkv.chunk(3, dim=-1))
-    return q, k, v
-
-
-def _norm_rotate(
-    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """Apply RMSNorm per head of [1, n, h, 128], then RoPE on interleaved pairs, in float32."""
-    normed = rms_norm(x, weight, eps).float()
-    even, odd = split_last(normed, 2).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # [1, n, h, 128]
-    return (normed * cos[None, :, None] + turned * sin[None, :, None]).to(x.dtype)
-
-
-def _attend(
-    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    """Compute attention: q, k, v of [1, n, h, 128] each -> [1, n, d]."""
-    swapped = (each.transpose(1, 2) for each in (q, k, v))  # [1, h, n, 128] each
-    return attention(*swapped).transpose(1, 2).flatten(2)
+    """Run the MLP of a double block, with its norm and residual: [1, n, d]."""
+    hidden, middle = modulated(up, state, scale, shift, eps)  # [1, n, d], [1, n, 2 * f]
+    return settle((hidden, Change(gate, after_swiglu(down, middle))))

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from app.engine.modules.ops import rms_norm, split_last, swiglu
+from app.engine.kernels import blocks
+from app.engine.modules.ops import after_swiglu
 
 
 class EncoderLayer(nn.Module):
@@ -39,25 +40,22 @@ class EncoderLayer(nn.Module):
         *mask* is bool [1, 1, n, n], True where a key is attended to; *cos*, *sin* are [1, n, s].
         """
         size = self.norm_q.shape[0]
-        # [1, n, h + 2 * g, s]
-        joined = split_last(self.qkv(rms_norm(hidden, self.norm_in, self.eps)), size)
-        heads = self.query_width // size
-        groups = (joined.shape[2] - heads) // 2
-        q, k, v = torch.split(joined, [heads, groups, groups], dim=2)
-        q = _rotate_halves(rms_norm(q, self.norm_q, self.eps), cos, sin)
-        k = _rotate_halves(rms_norm(k, self.norm_k, self.eps), cos, sin)
-        # GQA: KV heads are expanded to h here, since not every SDPA backend takes `enable_gqa`.
-        k, v = (each.repeat_interleave(heads // groups, dim=2) for each in (k, v))
-        attended = functional.scaled_dot_product_attention(  # [1, h, n, s]
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        _, normed = blocks.rms_norm(hidden, self.norm_in, self.eps)
+        # GQA: KV heads are expanded to h, since not every SDPA backend takes `enable_gqa`.
+        heads = hidden.new_empty(3, hidden.shape[1], self.query_width // size, size)
+        blocks.norm_rotate(
+            self.qkv(normed),
+            (self.norm_q, self.norm_k),
+            cos[0],
+            sin[0],
+            self.eps,
+            heads,
+            is_interleaved=False,
         )
-        hidden = hidden + self.out(attended.transpose(1, 2).flatten(2))
-        down: torch.Tensor = self.down(swiglu(self.up(rms_norm(hidden, self.norm_post, self.eps))))
+        attended = functional.scaled_dot_product_attention(  # [1, h, n, s]
+            *heads.transpose(1, 2).unsqueeze(1), attn_mask=mask
+        )
+        attended = self.out(blocks.merge(attended))
+        hidden, normed = blocks.rms_norm(hidden, self.norm_post, self.eps, attended)
+        down: torch.Tensor = after_swiglu(self.down, self.up(normed))
         return hidden + down
-
-
-def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE as Qwen does, on the two halves of each head: [1, n, h, s] -> the same."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x * cos[:, :, None] + turned * sin[:, :, None]

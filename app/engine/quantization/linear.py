@@ -46,10 +46,9 @@ from torch.nn import functional
 
 from app.engine import torch_private
 from app.engine.checkpoint.files import QuantizedLayer
+from app.engine.kernels import blocks
+from app.engine.kernels.blocks import FP8_LIMIT, Cast
 from app.engine.quantization.int8_kernel import Matmul, fused_matmul
-
-FP8_LIMIT = 448.0
-"""The largest finite value of float8_e4m3fn."""
 
 _INT8_LIMIT = 127.0
 _LEAST_FUSED = 16
@@ -77,23 +76,36 @@ class Fp8Linear(nn.Module):
         self.input_scale = None if given is None else _parameter(given)
         self.input_inverse = None if given is None else _parameter(1 / given)
 
+    @property
+    def input_cast(self) -> Cast | None:
+        """How `multiply` takes its input; None where its scale is not known before."""
+        return None if self.input_inverse is None else Cast(self.input_inverse)
+
+    def multiply(self, quantized: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply an input that `input_cast` made, to *dtype*: [..., in] -> [..., out]."""
+        assert self.input_scale is not None
+        return self._multiply(quantized, self.input_scale, dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        if self.input_scale is None or self.input_inverse is None:
+        scale, cast = self.input_scale, self.input_cast
+        if scale is None or cast is None:
             # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the
             # last bit would round all values half way between two fp8 numbers the other way.
-            scale = flat.abs().amax().clamp(min=_TINY) * (1 / FP8_LIMIT)
-            inverse = 1 / scale
+            scale = blocks.amax(x).clamp(min=_TINY) * (1 / FP8_LIMIT)
+            cast = Cast(1 / scale)
+        return self._multiply(blocks.quantize(x, cast), scale, x.dtype)
+
+    def _multiply(
+        self, quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        flat = quantized.reshape(-1, quantized.shape[-1])
+        if flat.is_cuda:
+            product = torch_private.scaled_mm(flat, self.weight, scale, self.scale, dtype)
         else:
-            scale, inverse = self.input_scale, self.input_inverse
-        quantized = (flat * inverse).clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
-        if x.is_cuda:
-            product = torch_private.scaled_mm(quantized, self.weight, scale, self.scale, x.dtype)
-        else:
-            exact = quantized.float() @ self.weight.float().t()
-            product = (exact * (scale * self.scale)).to(x.dtype)
-        return product.view(*x.shape[:-1], -1)
+            exact = flat.float() @ self.weight.float().t()
+            product = (exact * (scale * self.scale)).to(dtype)
+        return product.view(*quantized.shape[:-1], -1)
 
 
 class WeightOnlyLinear(nn.Module):

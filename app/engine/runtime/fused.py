@@ -17,7 +17,7 @@ from torch import nn
 from app.engine.memory.layer_stream import StreamedLayers
 from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
-from app.engine.runtime.networks import Double, Layer, Single, TextEncoder, Transformer
+from app.engine.runtime.networks import TextEncoder, Transformer
 
 _PICTURE_STEPS = 4
 """Eager steps before a capture: a default image's, so the second image of a size is captured."""
@@ -29,7 +29,7 @@ class FusedTransformer(Transformer):
     def __init__(
         self, network: Any, compiler: Compiler, pool: GraphPool, graph_tokens: int
     ) -> None:
-        super().__init__(network, compiler.compile(_call_double), compiler.compile(_call_single))
+        super().__init__(network, _run, _run)
         self._graphs = CudaGraphs(pool, is_on=compiler.has_graphs, after=_PICTURE_STEPS)
         self._graph_tokens = graph_tokens
 
@@ -61,7 +61,7 @@ class FusedTextEncoder(TextEncoder):
         streamed_to: torch.device | None = None,
     ) -> None:
         places = layers if streamed_to is None else StreamedLayers(layers, streamed_to)
-        super().__init__(places, rotary, table, read, compiler.compile(_call_layer))
+        super().__init__(places, rotary, table, read, _run)
         has_graphs = compiler.has_graphs and streamed_to is None
         self._graphs = CudaGraphs(pool, is_on=has_graphs, after=1)
 
@@ -70,16 +70,5 @@ class FusedTextEncoder(TextEncoder):
         return self._graphs.run(super()._encode, (hidden, mask))
 
 
-# Plain functions, since torch.compile caches by code object: one for each kind of block.
-
-
-def _call_double(block: Double, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(block: nn.Module, *inputs: Any) -> Any:
     return block(*inputs)
-
-
-def _call_single(block: Single, *inputs: torch.Tensor) -> torch.Tensor:
-    return block(*inputs)
-
-
-def _call_layer(layer: Layer, *inputs: torch.Tensor) -> torch.Tensor:
-    return layer(*inputs)

@@ -1,0 +1,277 @@
+"""The Triton kernels of `app.engine.kernels.blocks`; importing this imports Triton.
+
+Each program takes a few rows, one row being one token. All compute in float32 and round once, when
+they store. Memory is what they cost, so loads are 16 bytes wide: rows begin at multiples of that.
+Nothing is specialised on the number of rows: a new size compiles nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LIMIT = tl.constexpr(448.0)
+
+
+@triton.jit
+def _store_as(place, value, inverse, mask, CASTS: tl.constexpr):
+    """Store *value*, with CASTS after a division by a scale, in the dtype of *place*."""
+    if CASTS:
+        scaled = value * tl.load(inverse)
+        value = tl.clamp(scaled, -_LIMIT, _LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(place, value.to(place.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_modulate(
+    x,
+    gate,
+    update,
+    settled,
+    scale,
+    shift,
+    inverse,
+    out,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    UPDATES: tl.constexpr,
+    CASTS: tl.constexpr,
+):
+    """Write LayerNorm(x) * (1 + scale) + shift; with UPDATES x + gate * update is x, and stored."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    fits = column < WIDTH
+    mask = (row < rows)[:, None] & fits
+    place = row.to(tl.int64)[:, None] * WIDTH + column
+    value = tl.load(x + place, mask, other=0).to(tl.float32)
+    if UPDATES:
+        change = tl.load(update + place, mask, other=0).to(tl.float32)
+        value += tl.load(gate + column, fits, other=0).to(tl.float32) * change
+        rounded = value.to(settled.dtype.element_ty)
+        tl.store(settled + place, rounded, mask)
+        value = rounded.to(tl.float32)
+    mean = tl.sum(value, 1) / WIDTH
+    centred = tl.where(fits, value - mean[:, None], 0)
+    inverse_deviation = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
+    factor = 1 + tl.load(scale + column, fits, other=0).to(tl.float32)
+    made = centred * inverse_deviation[:, None] * factor
+    made += tl.load(shift + column, fits, other=0).to(tl.float32)
+    _store_as(out + place, made, inverse, mask, CASTS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm(
+    x,
+    update,
+    settled,
+    weight,
+    out,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    UPDATES: tl.constexpr,
+):
+    """Write RMSNorm(x) * weight; with UPDATES x + update takes the place of x, and is stored."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    fits = column < WIDTH
+    mask = (row < rows)[:, None] & fits
+    place = row.to(tl.int64)[:, None] * WIDTH + column
+    value = tl.load(x + place, mask, other=0).to(tl.float32)
+    if UPDATES:
+        value += tl.load(update + place, mask, other=0).to(tl.float32)
+        rounded = value.to(settled.dtype.element_ty)
+        tl.store(settled + place, rounded, mask)
+        value = rounded.to(tl.float32)
+    inverse_size = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
+    made = value * inverse_size[:, None] * tl.load(weight + column, fits, other=0).to(tl.float32)
+    tl.store(out + place, made.to(out.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_add(
+    x,
+    gate,
+    update,
+    out,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Write x + gate * update."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    fits = column < WIDTH
+    mask = (row < rows)[:, None] & fits
+    place = row.to(tl.int64)[:, None] * WIDTH + column
+    value = tl.load(x + place, mask).to(tl.float32)
+    change = tl.load(update + place, mask).to(tl.float32)
+    value += tl.load(gate + column, fits).to(tl.float32) * change
+    tl.store(out + place, value.to(out.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def join(
+    heads,
+    feed,
+    inverse,
+    out,
+    rows,
+    head_stride,
+    row_stride,
+    feed_stride,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    FEED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CASTS: tl.constexpr,
+):
+    """Write the heads' WIDTH columns, then FEED columns silu(gate) * value of *feed*."""
+    block = tl.program_id(1)
+    before: tl.constexpr = tl.cdiv(WIDTH, BLOCK)
+    # In one program all rows have the same block of columns, from the one or the other.
+    lanes = tl.arange(0, BLOCK)[None, :]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    out += row * (WIDTH + FEED)
+    if FEED == 0:
+        _merge(heads + row * row_stride, block * BLOCK + lanes, head_stride, inverse, out,
+               row < rows, WIDTH, SIZE, CASTS)
+    elif WIDTH == 0:
+        _swiglu(feed + row * feed_stride, block * BLOCK + lanes, inverse, out,
+                row < rows, FEED, CASTS)
+    elif block < before:
+        _merge(heads + row * row_stride, block * BLOCK + lanes, head_stride, inverse, out,
+               row < rows, WIDTH, SIZE, CASTS)
+    else:
+        _swiglu(feed + row * feed_stride, (block - before) * BLOCK + lanes, inverse, out + WIDTH,
+                row < rows, FEED, CASTS)
+
+
+@triton.jit
+def _merge(heads, column, head_stride, inverse, out, known, WIDTH: tl.constexpr,
+           SIZE: tl.constexpr, CASTS: tl.constexpr):
+    mask = known & (column < WIDTH)
+    place = heads + column // SIZE * head_stride + column % SIZE
+    value = tl.load(place, mask, other=0).to(tl.float32)
+    _store_as(out + column, value, inverse, mask, CASTS)
+
+
+@triton.jit
+def _swiglu(feed, column, inverse, out, known, FEED: tl.constexpr, CASTS: tl.constexpr):
+    mask = known & (column < FEED)
+    gate = tl.load(feed + column, mask, other=0).to(tl.float32)
+    value = tl.load(feed + FEED + column, mask, other=0).to(tl.float32)
+    _store_as(out + column, gate * tl.sigmoid(gate) * value, inverse, mask, CASTS)
+
+
+@triton.jit
+def _load_pairs(place, mask, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+                INTERLEAVED: tl.constexpr):
+    """Load [ROWS, HEADS, 2 * HALF] from *place* [ROWS, HEADS, 1] as the two parts of each pair."""
+    if INTERLEAVED:
+        value = tl.load(place + tl.arange(0, 2 * HALF)[None, None, :], mask, other=0)
+        first, second = tl.split(tl.reshape(value, [ROWS, HEADS, HALF, 2]))
+    else:
+        lane = tl.arange(0, HALF)[None, None, :]
+        first = tl.load(place + lane, mask, other=0)
+        second = tl.load(place + HALF + lane, mask, other=0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(place, first, second, inverse, mask, HALF: tl.constexpr, ROWS: tl.constexpr,
+                 HEADS: tl.constexpr, INTERLEAVED: tl.constexpr, CASTS: tl.constexpr):
+    if INTERLEAVED:
+        value = tl.reshape(tl.join(first, second), [ROWS, HEADS, 2 * HALF])
+        _store_as(place + tl.arange(0, 2 * HALF)[None, None, :], value, inverse, mask, CASTS)
+    else:
+        lane = tl.arange(0, HALF)[None, None, :]
+        _store_as(place + lane, first, inverse, mask, CASTS)
+        _store_as(place + HALF + lane, second, inverse, mask, CASTS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_rotate(
+    qkv,
+    weight_q,
+    weight_k,
+    cos,
+    sin,
+    inverses,
+    out,
+    rows,
+    qkv_stride,
+    part_stride,
+    row_stride,
+    head_stride,
+    eps,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CASTS: tl.constexpr,
+):
+    """Write q and k normed by heads and rotated, v as it is; k and v once for each query head."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    known = (row < rows)[:, None, None]
+    wide = row.to(tl.int64)[:, None, None]
+    inverse = inverses + part if CASTS else inverses
+    source = qkv + wide * qkv_stride
+    made = out + part * part_stride + wide * row_stride
+    if part == 2:
+        for start in range(0, HEADS, BLOCK):
+            head = start + tl.arange(0, BLOCK)[None, :, None]
+            mask = known & (head < HEADS)
+            place = source + (HEADS + GROUPS + head // (HEADS // GROUPS)) * (2 * HALF)
+            first, second = _load_pairs(place, mask, HALF, ROWS, BLOCK, INTERLEAVED)
+            _store_pairs(made + head * head_stride, first, second, inverse, mask,
+                         HALF, ROWS, BLOCK, INTERLEAVED, CASTS)
+    else:
+        # Both of a pair are turned by one angle.
+        one = tl.zeros([1, 1, 1], tl.int32)
+        table = wide * (2 * HALF)
+        angle_cos, _ = _load_pairs(cos + table, known, HALF, ROWS, 1, INTERLEAVED)
+        angle_sin, _ = _load_pairs(sin + table, known, HALF, ROWS, 1, INTERLEAVED)
+        weight = weight_q
+        if part == 1:
+            weight = weight_k
+        w_first, w_second = _load_pairs(weight + one, one == 0, HALF, 1, 1, INTERLEAVED)
+        for start in range(0, HEADS, BLOCK):
+            head = start + tl.arange(0, BLOCK)[None, :, None]
+            mask = known & (head < HEADS)
+            taken = head
+            if part == 1:
+                taken = HEADS + head // (HEADS // GROUPS)
+            first, second = _load_pairs(source + taken * (2 * HALF), mask, HALF, ROWS, BLOCK,
+                                        INTERLEAVED)
+            squares = tl.sum(first * first + second * second, 2) / (2 * HALF)
+            size = tl.rsqrt(squares + eps)[:, :, None]
+            first, second = first * size * w_first, second * size * w_second
+            _store_pairs(
+                made + head * head_stride,
+                first * angle_cos - second * angle_sin,
+                second * angle_cos + first * angle_sin,
+                inverse, mask, HALF, ROWS, BLOCK, INTERLEAVED, CASTS,
+            )
+
+
+@triton.jit
+def amax(x, out, size, BLOCK: tl.constexpr):
+    """Write the largest |x| of each program's share of *x*, a flat tensor of *size* elements."""
+    largest = tl.zeros([BLOCK], tl.float32)
+    lane = tl.arange(0, BLOCK)
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(begin, size, tl.num_programs(0) * BLOCK):
+        value = tl.load(x + start + lane, start + lane < size, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(value))
+    tl.store(out + tl.program_id(0), tl.max(largest))

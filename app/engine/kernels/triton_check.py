@@ -1,0 +1,33 @@
+"""Whether Triton's kernels can be compiled and launched here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from functools import cache
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def triton_fault() -> str:
+    """Say why no kernel of Triton runs on the current GPU; empty where one did, which is tried.
+
+    Triton needs a C compiler and a folder from which code can be run, and each GPU its own
+    assembler; whether all are there shows when something is launched. The folder must be set
+    before (`app.engine.runtime.compile`).
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is missing"
+    try:
+        kernels = importlib.import_module("app.engine.kernels.blocks_triton")
+        made = torch.zeros(1, device="cuda")
+        kernels.amax[(1,)](torch.full((16,), -2.0, device="cuda"), made, 16, BLOCK=16)
+    # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
+    except Exception as error:  # noqa: BLE001
+        _log.warning("Triton's kernels do not run here.", exc_info=True)
+        return f"Triton's kernels do not run here ({type(error).__name__})"
+    return "" if made.item() == 2 else "Triton's kernels compute something else here"
