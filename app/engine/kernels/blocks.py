@@ -22,8 +22,13 @@ from app.engine.kernels.triton_check import triton_fault
 FP8_LIMIT = 448.0
 """The largest finite value of float8_e4m3fn."""
 
+# Rows and columns that a program takes at once, and its warps, as measured on an H100.
+_NORM_ROWS, _NORM_WARPS = 1, 4
+_ADD_ROWS, _ADD_WARPS = 4, 4
+_JOIN_ROWS, _JOIN_WARPS, _COLUMNS = 4, 4, 1024
+_HEAD_ROWS, _HEAD_BLOCK, _HEAD_WARPS = 4, 8, 4
+_AMAX_BLOCK = 4096
 _PARTIAL = 512
-_NO_CHANGE = (None, None)
 
 
 class Cast(NamedTuple):
@@ -46,11 +51,11 @@ class Change(NamedTuple):
 
 def norm_modulate(
     x: torch.Tensor,
+    change: Change | None,
     scale: torch.Tensor,
     shift: torch.Tensor,
     eps: float,
     cast: Cast | None = None,
-    change: Change | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x, with *change* added, and LayerNorm(x) * (1 + scale) + shift, cast: [1, n, d] each.
 
@@ -64,7 +69,7 @@ def norm_modulate(
         return x, made if cast is None else cast(made)
     width, out = x.shape[-1], _like(x, cast)
     settled = x if change is None else torch.empty_like(x)
-    gate, update = change or _NO_CHANGE
+    gate, update = change or (None, None)
     rows, block = x.numel() // width, _power(width)
     kernels.norm_modulate[(-(-rows // _NORM_ROWS),)](
         x,
@@ -128,32 +133,32 @@ def gate_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch
     return out
 
 
-def swiglu(up: torch.Tensor, cast: Cast | None = None) -> torch.Tensor:
-    """Return silu(gate) * value (SwiGLU, arXiv 2002.05202), cast: [1, n, 2 * f] -> [1, n, f]."""
-    if _kernels(up) is None:
-        made = _swiglu(up)
-        return made if cast is None else cast(made)
-    return _join(None, up, cast)
+def join(
+    heads: torch.Tensor | None, feed: torch.Tensor | None, cast: Cast | None = None
+) -> torch.Tensor:
+    """Return *heads* and SwiGLU(feed) beside each other, cast; one of both may be missing.
 
-
-def join(heads: torch.Tensor, up: torch.Tensor, cast: Cast | None = None) -> torch.Tensor:
-    """Return *heads*, [1, h, n, s], and swiglu(up) beside each other, cast: [1, n, h * s + f].
-
-    *up* is [1, n, 2 * f]. Both may be slices: only their last dimension must be contiguous.
+    SwiGLU is silu(gate) * value (arXiv 2002.05202). [1, h, n, s] and [1, n, 2 * f] ->
+    [1, n, h * s + f]; both may be slices: only their last dimension must be contiguous.
     """
-    if _kernels(up) is None:
-        made = torch.cat([merge(heads), _swiglu(up)], dim=-1)
-        return made if cast is None else cast(made)
-    return _join(heads, up, cast)
+    if feed is None and cast is None:
+        assert heads is not None
+        return merge(heads)
+    given = feed if heads is None else heads
+    assert given is not None
+    if _kernels(given) is not None:
+        return _join(heads, feed, cast)
+    parts = [merge(heads)] if heads is not None else []
+    if feed is not None:
+        gate, value = feed.chunk(2, dim=-1)
+        parts.append(functional.silu(gate) * value)
+    made = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    return made if cast is None else cast(made)
 
 
-def merge(heads: torch.Tensor, cast: Cast | None = None) -> torch.Tensor:
-    """Return [1, h, n, s] as [1, n, h * s], cast; a copy only where it must be."""
-    if cast is None:
-        return heads.transpose(1, 2).flatten(2)
-    if _kernels(heads) is None:
-        return cast(heads.transpose(1, 2).flatten(2))
-    return _join(heads, None, cast)
+def merge(heads: torch.Tensor) -> torch.Tensor:
+    """Return [1, h, n, s] as [1, n, h * s], a copy only where it must be."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def quantize(x: torch.Tensor, cast: Cast) -> torch.Tensor:
@@ -220,13 +225,6 @@ def norm_rotate(
     )
 
 
-_NORM_ROWS, _NORM_WARPS = 1, 4
-_ADD_ROWS, _ADD_WARPS = 4, 4
-_JOIN_ROWS, _JOIN_WARPS, _COLUMNS = 4, 4, 1024
-_HEAD_ROWS, _HEAD_BLOCK, _HEAD_WARPS = 4, 8, 4
-_AMAX_BLOCK = 4096
-
-
 def _kernels(x: torch.Tensor) -> Any:
     """Return the module of kernels where they can be launched on *x*, else None."""
     return _module() if x.is_cuda and not triton_fault() else None
@@ -237,29 +235,30 @@ def _module() -> Any:
     return importlib.import_module("app.engine.kernels.blocks_triton")
 
 
-def _join(heads: torch.Tensor | None, up: torch.Tensor | None, cast: Cast | None) -> torch.Tensor:
-    given = heads if heads is not None else up
-    assert given is not None
+def _join(heads: torch.Tensor | None, feed: torch.Tensor | None, cast: Cast | None) -> torch.Tensor:
+    width = size = head_stride = row_stride = feed_width = feed_stride = 0
+    if feed is not None:
+        given, feed_width, feed_stride = feed, feed.shape[-1] // 2, feed.stride(-2)
+    if heads is not None:
+        given, size, width = heads, heads.shape[3], heads.shape[1] * heads.shape[3]
+        _, head_stride, row_stride, _ = heads.stride()
     rows = given.shape[-2]
-    size = heads.shape[3] if heads is not None else 1
-    width = 0 if heads is None else heads.shape[1] * size
-    feed = 0 if up is None else up.shape[-1] // 2
     dtype = given.dtype if cast is None else cast.dtype
-    out = torch.empty(1, rows, width + feed, dtype=dtype, device=given.device)
-    block = _column_block(max(width, feed))
-    blocks = -(-width // block) + -(-feed // block)
+    out = torch.empty(1, rows, width + feed_width, dtype=dtype, device=given.device)
+    block = _column_block(max(width, feed_width))
+    blocks = -(-width // block) + -(-feed_width // block)
     _module().join[(-(-rows // _JOIN_ROWS), blocks)](
         heads,
-        up,
+        feed,
         cast and cast.inverse,
         out,
         rows,
-        0 if heads is None else heads.stride(1),
-        0 if heads is None else heads.stride(2),
-        0 if up is None else up.stride(-2),
+        head_stride,
+        row_stride,
+        feed_stride,
         WIDTH=width,
         SIZE=size,
-        FEED=feed,
+        FEED=feed_width,
         BLOCK=block,
         ROWS=_JOIN_ROWS,
         CASTS=cast is not None,
@@ -280,11 +279,6 @@ def _power(size: int) -> int:
 
 def _column_block(width: int) -> int:
     return min(_COLUMNS, _power(width))
-
-
-def _swiglu(up: torch.Tensor) -> torch.Tensor:
-    gate, value = up.chunk(2, dim=-1)
-    return functional.silu(gate) * value
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -321,7 +315,7 @@ def _rotate(
     """Apply RoPE in the dtype of *cos*: [n, h, s] -> the same."""
     wide = x.to(cos.dtype)
     if is_interleaved:
-        even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        even, odd = wide[..., ::2], wide[..., 1::2]
         turned = torch.stack([-odd, even], dim=-1).flatten(-2)
     else:
         first, second = wide.chunk(2, dim=-1)

@@ -14,7 +14,13 @@ _LIMIT = tl.constexpr(448.0)
 
 
 @triton.jit
-def _store_as(place, value, inverse, mask, CASTS: tl.constexpr):
+def _store_as(
+    place: tl.tensor,
+    value: tl.tensor,
+    inverse: tl.tensor,
+    mask: tl.tensor,
+    CASTS: tl.constexpr,
+) -> None:
     """Store *value*, with CASTS after a division by a scale, in the dtype of *place*."""
     if CASTS:
         scaled = value * tl.load(inverse)
@@ -24,22 +30,22 @@ def _store_as(place, value, inverse, mask, CASTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_modulate(
-    x,
-    gate,
-    update,
-    settled,
-    scale,
-    shift,
-    inverse,
-    out,
-    rows,
-    eps,
+    x: tl.tensor,
+    gate: tl.tensor,
+    update: tl.tensor,
+    settled: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    eps: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     UPDATES: tl.constexpr,
     CASTS: tl.constexpr,
-):
+) -> None:
     """Write LayerNorm(x) * (1 + scale) + shift; with UPDATES x + gate * update is x, and stored."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -64,18 +70,18 @@ def norm_modulate(
 
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm(
-    x,
-    update,
-    settled,
-    weight,
-    out,
-    rows,
-    eps,
+    x: tl.tensor,
+    update: tl.tensor,
+    settled: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    eps: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     UPDATES: tl.constexpr,
-):
+) -> None:
     """Write RMSNorm(x) * weight; with UPDATES x + update takes the place of x, and is stored."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -95,15 +101,15 @@ def rms_norm(
 
 @triton.jit(do_not_specialize=["rows"])
 def gate_add(
-    x,
-    gate,
-    update,
-    out,
-    rows,
+    x: tl.tensor,
+    gate: tl.tensor,
+    update: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-):
+) -> None:
     """Write x + gate * update."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -118,21 +124,21 @@ def gate_add(
 
 @triton.jit(do_not_specialize=["rows"])
 def join(
-    heads,
-    feed,
-    inverse,
-    out,
-    rows,
-    head_stride,
-    row_stride,
-    feed_stride,
+    heads: tl.tensor,
+    feed: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    head_stride: tl.tensor,
+    row_stride: tl.tensor,
+    feed_stride: tl.tensor,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     FEED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     CASTS: tl.constexpr,
-):
+) -> None:
     """Write the heads' WIDTH columns, then FEED columns silu(gate) * value of *feed*."""
     block = tl.program_id(1)
     before: tl.constexpr = tl.cdiv(WIDTH, BLOCK)
@@ -141,22 +147,57 @@ def join(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     out += row * (WIDTH + FEED)
     if FEED == 0:
-        _merge(heads + row * row_stride, block * BLOCK + lanes, head_stride, inverse, out,
-               row < rows, WIDTH, SIZE, CASTS)
+        _merge(
+            heads + row * row_stride,
+            block * BLOCK + lanes,
+            head_stride,
+            inverse,
+            out,
+            row < rows,
+            WIDTH,
+            SIZE,
+            CASTS,
+        )
     elif WIDTH == 0:
-        _swiglu(feed + row * feed_stride, block * BLOCK + lanes, inverse, out,
-                row < rows, FEED, CASTS)
+        _swiglu(
+            feed + row * feed_stride, block * BLOCK + lanes, inverse, out, row < rows, FEED, CASTS
+        )
     elif block < before:
-        _merge(heads + row * row_stride, block * BLOCK + lanes, head_stride, inverse, out,
-               row < rows, WIDTH, SIZE, CASTS)
+        _merge(
+            heads + row * row_stride,
+            block * BLOCK + lanes,
+            head_stride,
+            inverse,
+            out,
+            row < rows,
+            WIDTH,
+            SIZE,
+            CASTS,
+        )
     else:
-        _swiglu(feed + row * feed_stride, (block - before) * BLOCK + lanes, inverse, out + WIDTH,
-                row < rows, FEED, CASTS)
+        _swiglu(
+            feed + row * feed_stride,
+            (block - before) * BLOCK + lanes,
+            inverse,
+            out + WIDTH,
+            row < rows,
+            FEED,
+            CASTS,
+        )
 
 
 @triton.jit
-def _merge(heads, column, head_stride, inverse, out, known, WIDTH: tl.constexpr,
-           SIZE: tl.constexpr, CASTS: tl.constexpr):
+def _merge(
+    heads: tl.tensor,
+    column: tl.tensor,
+    head_stride: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    known: tl.tensor,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    CASTS: tl.constexpr,
+) -> None:
     mask = known & (column < WIDTH)
     place = heads + column // SIZE * head_stride + column % SIZE
     value = tl.load(place, mask, other=0).to(tl.float32)
@@ -164,7 +205,15 @@ def _merge(heads, column, head_stride, inverse, out, known, WIDTH: tl.constexpr,
 
 
 @triton.jit
-def _swiglu(feed, column, inverse, out, known, FEED: tl.constexpr, CASTS: tl.constexpr):
+def _swiglu(
+    feed: tl.tensor,
+    column: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    known: tl.tensor,
+    FEED: tl.constexpr,
+    CASTS: tl.constexpr,
+) -> None:
     mask = known & (column < FEED)
     gate = tl.load(feed + column, mask, other=0).to(tl.float32)
     value = tl.load(feed + FEED + column, mask, other=0).to(tl.float32)
@@ -172,8 +221,14 @@ def _swiglu(feed, column, inverse, out, known, FEED: tl.constexpr, CASTS: tl.con
 
 
 @triton.jit
-def _load_pairs(place, mask, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-                INTERLEAVED: tl.constexpr):
+def _load_pairs(
+    place: tl.tensor,
+    mask: tl.tensor,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
     """Load [ROWS, HEADS, 2 * HALF] from *place* [ROWS, HEADS, 1] as the two parts of each pair."""
     if INTERLEAVED:
         value = tl.load(place + tl.arange(0, 2 * HALF)[None, None, :], mask, other=0)
@@ -186,8 +241,18 @@ def _load_pairs(place, mask, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def _store_pairs(place, first, second, inverse, mask, HALF: tl.constexpr, ROWS: tl.constexpr,
-                 HEADS: tl.constexpr, INTERLEAVED: tl.constexpr, CASTS: tl.constexpr):
+def _store_pairs(
+    place: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    inverse: tl.tensor,
+    mask: tl.tensor,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CASTS: tl.constexpr,
+) -> None:
     if INTERLEAVED:
         value = tl.reshape(tl.join(first, second), [ROWS, HEADS, 2 * HALF])
         _store_as(place + tl.arange(0, 2 * HALF)[None, None, :], value, inverse, mask, CASTS)
@@ -199,19 +264,19 @@ def _store_pairs(place, first, second, inverse, mask, HALF: tl.constexpr, ROWS: 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_rotate(
-    qkv,
-    weight_q,
-    weight_k,
-    cos,
-    sin,
-    inverses,
-    out,
-    rows,
-    qkv_stride,
-    part_stride,
-    row_stride,
-    head_stride,
-    eps,
+    qkv: tl.tensor,
+    weight_q: tl.tensor,
+    weight_k: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    inverses: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    qkv_stride: tl.tensor,
+    part_stride: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
+    eps: tl.tensor,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
@@ -219,7 +284,7 @@ def norm_rotate(
     BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     CASTS: tl.constexpr,
-):
+) -> None:
     """Write q and k normed by heads and rotated, v as it is; k and v once for each query head."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -234,8 +299,18 @@ def norm_rotate(
             mask = known & (head < HEADS)
             place = source + (HEADS + GROUPS + head // (HEADS // GROUPS)) * (2 * HALF)
             first, second = _load_pairs(place, mask, HALF, ROWS, BLOCK, INTERLEAVED)
-            _store_pairs(made + head * head_stride, first, second, inverse, mask,
-                         HALF, ROWS, BLOCK, INTERLEAVED, CASTS)
+            _store_pairs(
+                made + head * head_stride,
+                first,
+                second,
+                inverse,
+                mask,
+                HALF,
+                ROWS,
+                BLOCK,
+                INTERLEAVED,
+                CASTS,
+            )
     else:
         # Both of a pair are turned by one angle.
         one = tl.zeros([1, 1, 1], tl.int32)
@@ -252,8 +327,9 @@ def norm_rotate(
             taken = head
             if part == 1:
                 taken = HEADS + head // (HEADS // GROUPS)
-            first, second = _load_pairs(source + taken * (2 * HALF), mask, HALF, ROWS, BLOCK,
-                                        INTERLEAVED)
+            first, second = _load_pairs(
+                source + taken * (2 * HALF), mask, HALF, ROWS, BLOCK, INTERLEAVED
+            )
             squares = tl.sum(first * first + second * second, 2) / (2 * HALF)
             size = tl.rsqrt(squares + eps)[:, :, None]
             first, second = first * size * w_first, second * size * w_second
@@ -261,12 +337,23 @@ def norm_rotate(
                 made + head * head_stride,
                 first * angle_cos - second * angle_sin,
                 second * angle_cos + first * angle_sin,
-                inverse, mask, HALF, ROWS, BLOCK, INTERLEAVED, CASTS,
+                inverse,
+                mask,
+                HALF,
+                ROWS,
+                BLOCK,
+                INTERLEAVED,
+                CASTS,
             )
 
 
 @triton.jit
-def amax(x, out, size, BLOCK: tl.constexpr):
+def amax(
+    x: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """Write the largest |x| of each program's share of *x*, a flat tensor of *size* elements."""
     largest = tl.zeros([BLOCK], tl.float32)
     lane = tl.arange(0, BLOCK)

@@ -27,7 +27,7 @@ def triton_fault() -> str:
         made = torch.zeros(1, device="cuda")
         kernels.amax[(1,)](torch.full((16,), -2.0, device="cuda"), made, 16, BLOCK=16)
     # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         _log.warning("Triton's kernels do not run here.", exc_info=True)
         return f"Triton's kernels do not run here ({type(error).__name__})"
     return "" if made.item() == 2 else "Triton's kernels compute something else here"

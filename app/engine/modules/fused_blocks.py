@@ -1,10 +1,11 @@
 """FLUX.2's transformer blocks with fused projections.
 
 The formulas are those of diffusers' `transformer_flux2.py`. Projections of the same input are
-concatenated into one matmul, the attention kernel is chosen explicitly, and nothing causes a graph
-break in `torch.compile`. The order of operations differs from diffusers', so these blocks are used
-with 8-bit weights only, where the last bits are lost anyway; at bf16 diffusers' own modules run and
-the pixels are equal to diffusers'.
+concatenated into one matmul, the attention kernel is chosen explicitly, and what lies between is
+joined into few kernels (`app.engine.kernels.blocks`): so a block leaves its last residual to the
+norm of the next (`app.engine.modules.ops.State`). The order of operations differs from diffusers',
+so these blocks are used with 8-bit weights only, where the last bits are lost anyway; at bf16
+diffusers' own modules run and the pixels are equal to diffusers'.
 
 Shapes: n tokens, m text tokens, d the hidden size, h heads of size 128, f the MLP's hidden size.
 The batch size is always 1.
@@ -12,21 +13,14 @@ The batch size is always 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from app.engine.kernels import blocks
-from app.engine.kernels.blocks import Change
 from app.engine.modules.attention import Attention
-from app.engine.modules.ops import (
-    State,
-    after_swiglu,
-    gated,
-    input_cast,
-    modulated,
-    settle,
-    split_last,
-)
+from app.engine.modules.ops import State, added, modulated, settle
 
 
 class SingleBlock(nn.Module):
@@ -49,11 +43,11 @@ class SingleBlock(nn.Module):
         self.attention = attention
 
     def forward(
-        self, hidden: torch.Tensor, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """Run the block: [1, n, d] -> [1, n, d]; *modulation* is [1, 3 * d], *cos* [n, 128]."""
+        self, state: State, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> State:
+        """Run the block on [1, n, d]; *modulation* is [1, 3 * d], *cos* and *sin* [n, 128]."""
         shift, scale, gate = modulation.chunk(3, dim=-1)  # [1, d] each
-        hidden, joined = modulated(self.joined, (hidden, None), scale, shift, self.eps)
+        hidden, joined = modulated(self.joined, state, scale, shift, self.eps)
         # [1, n, 3 * d] and [1, n, 2 * f]
         qkv, feed = torch.tensor_split(joined, [3 * self.width], dim=-1)
         size = self.norm_q.shape[0]
@@ -62,10 +56,9 @@ class SingleBlock(nn.Module):
             qkv, (self.norm_q, self.norm_k), cos, sin, self.eps, heads, is_interleaved=True
         )
         q, k = heads.transpose(1, 2).unsqueeze(1)
-        v = split_last(qkv[..., 2 * self.width :], size).transpose(1, 2)
+        v = qkv[..., 2 * self.width :].view(*q.transpose(1, 2).shape).transpose(1, 2)
         attended = self.attention(q, k, v)  # [1, h, n, 128]
-        both = blocks.join(attended, feed, input_cast(self.out))
-        return settle(gated(self.out, both, hidden, gate))
+        return added(self.out, hidden, gate, attended, feed)
 
 
 class DoubleBlock(nn.Module):
@@ -91,19 +84,19 @@ class DoubleBlock(nn.Module):
 
     def forward(
         self,
-        image: torch.Tensor,
-        text: torch.Tensor,
+        image_state: State,
+        text_state: State,
         image_modulation: torch.Tensor,
         text_modulation: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[State, State]:
         """Run the block on image [1, n, d] and text [1, m, d]; each modulation is [1, 6 * d]."""
-        shift, scale, gate, *rest = image_modulation.chunk(6, dim=-1)
-        t_shift, t_scale, t_gate, *t_rest = text_modulation.chunk(6, dim=-1)
+        shift, scale, gate, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
+        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = text_modulation.chunk(6, dim=-1)
+        text, text_qkv = modulated(self.text_qkv, text_state, t_scale, t_shift, self.eps)
+        image, qkv = modulated(self.image_qkv, image_state, scale, shift, self.eps)
         length, size = text.shape[1], self.norm_q.shape[0]
-        text, text_qkv = modulated(self.text_qkv, (text, None), t_scale, t_shift, self.eps)
-        image, qkv = modulated(self.image_qkv, (image, None), scale, shift, self.eps)
         tokens, width = length + image.shape[1], image.shape[2]
         heads = image.new_empty(3, tokens, width // size, size)
         for each, norms, part in (
@@ -114,23 +107,30 @@ class DoubleBlock(nn.Module):
                 each, norms, cos[part], sin[part], self.eps, heads[:, part], is_interleaved=True
             )
         attended = self.attention(*heads.transpose(1, 2).unsqueeze(1))  # [1, h, m + n, 128]
-        merged = blocks.merge(attended[:, :, length:], input_cast(self.image_out))
-        image_state = gated(self.image_out, merged, image, gate)
-        merged = blocks.merge(attended[:, :, :length], input_cast(self.text_out))
-        text_state = gated(self.text_out, merged, text, t_gate)
-        image = _feed(self.image_up, self.image_down, image_state, *rest, self.eps)
-        return image, _feed(self.text_up, self.text_down, text_state, *t_rest, self.eps)
+        image_state = added(self.image_out, image, gate, attended[:, :, length:])
+        text_state = added(self.text_out, text, t_gate, attended[:, :, :length])
+        image, up = modulated(self.image_up, image_state, scale2, shift2, self.eps)
+        image_state = added(self.image_down, image, gate2, feed=up)  # *up* is [1, n, 2 * f]
+        text, up = modulated(self.text_up, text_state, t_scale2, t_shift2, self.eps)
+        return image_state, added(self.text_down, text, t_gate2, feed=up)
 
 
-def _feed(
-    up: nn.Module,
-    down: nn.Module,
-    state: State,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    gate: torch.Tensor,
-    eps: float,
+def run_doubles(
+    blocks: Iterable[nn.Module], image: torch.Tensor, text: torch.Tensor, *inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run double *blocks*, each with the same *inputs*, on image and text."""
+    states: tuple[State, State] = (image, None), (text, None)
+    for block in blocks:
+        states = block(*states, *inputs)
+    image, text = map(settle, states)
+    return image, text
+
+
+def run_singles(
+    blocks: Iterable[nn.Module], hidden: torch.Tensor, *inputs: torch.Tensor
 ) -> torch.Tensor:
-    """Run the MLP of a double block, with its norm and residual: [1, n, d]."""
-    hidden, middle = modulated(up, state, scale, shift, eps)  # [1, n, d], [1, n, 2 * f]
-    return settle((hidden, Change(gate, after_swiglu(down, middle))))
+    """Run single *blocks*, each with the same *inputs*, on all tokens, text first."""
+    state: State = hidden, None
+    for block in blocks:
+        state = block(state, *inputs)
+    return settle(state)

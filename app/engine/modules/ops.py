@@ -1,13 +1,16 @@
-"""What fused blocks do with a linear layer, whose input some layers take already cast.
+"""What stands around a block's linear layers, done with a layer in as few passes as it allows.
 
-A layer may have an `input_cast` (`app.engine.kernels.blocks.Cast`): then `multiply` takes the cast
-input, and the kernel that makes the input casts it.
+A layer whose kernels take in what stands before or after it has a method of the same name as the
+function here, `modulated` or `added`. Around any other it is one kernel of
+`app.engine.kernels.blocks`, which also casts the input where the layer has an `input_cast` and
+multiplies what was cast so (`multiply`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from app.engine.kernels import blocks
 from app.engine.kernels.blocks import Cast, Change
@@ -16,37 +19,46 @@ State = tuple[torch.Tensor, Change | None]
 """Hidden states, [1, n, d], and what is still to be added to them."""
 
 
-def input_cast(layer: nn.Module) -> Cast | None:
-    """Return how *layer* wants its input cast, if it does."""
-    cast: Cast | None = getattr(layer, "input_cast", None)
-    return cast
-
-
-def multiply(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply *x*, cast if *layer* has an `input_cast`, to *dtype*: [1, n, in] -> [1, n, out]."""
-    product: torch.Tensor = layer(x) if x.dtype == dtype else layer.multiply(x, dtype)
-    return product
-
-
 def modulated(
-    layer: nn.Module, state: State, scale: torch.Tensor, shift: torch.Tensor, eps: float
+    layer: Any, state: State, scale: torch.Tensor, shift: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the settled hidden states, and the product with their modulated LayerNorm."""
-    hidden, change = state
-    hidden, normed = blocks.norm_modulate(hidden, scale, shift, eps, input_cast(layer), change)
-    return hidden, multiply(layer, normed, hidden.dtype)
+    """Return the settled hidden states x, and *layer* of LayerNorm(x) * (1 + scale) + shift.
+
+    [1, n, d] -> [1, n, d] and [1, n, out]; *scale* and *shift* are [1, d].
+    """
+    own = getattr(layer, "modulated", None)
+    if own is not None:
+        hidden = settle(state)
+        return hidden, own(hidden, scale, shift, eps)
+    hidden, normed = blocks.norm_modulate(*state, scale, shift, eps, _input_cast(layer))
+    return hidden, _multiply(layer, normed, hidden.dtype)
 
 
-def after_swiglu(layer: nn.Module, up: torch.Tensor) -> torch.Tensor:
-    """Return the product with swiglu(up): [1, n, 2 * f] -> [1, n, out]."""
-    return multiply(layer, blocks.swiglu(up, input_cast(layer)), up.dtype)
-
-
-def gated(
-    layer: nn.Module, x: torch.Tensor, hidden: torch.Tensor, gate: torch.Tensor
+def added(
+    layer: Any,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+    heads: torch.Tensor | None = None,
+    feed: torch.Tensor | None = None,
 ) -> State:
-    """Return *hidden* with gate * product of *x*, cast as in `multiply`, still to be added."""
-    return hidden, Change(gate, multiply(layer, x, hidden.dtype))
+    """Return residual + gate * `joined`, perhaps still to be added; *gate* is [1, d]."""
+    own = getattr(layer, "added", None)
+    if own is not None:
+        x = None if heads is None else blocks.merge(heads)
+        return own(residual, gate, x, feed), None
+    return residual, Change(gate, joined(layer, heads, feed))
+
+
+def joined(
+    layer: Any, heads: torch.Tensor | None = None, feed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return *layer* of heads and SwiGLU(feed) beside each other, of which one may be missing.
+
+    [1, h, n, s] and [1, n, 2 * f] -> [1, n, out].
+    """
+    given = feed if heads is None else heads
+    assert given is not None
+    return _multiply(layer, blocks.join(heads, feed, _input_cast(layer)), given.dtype)
 
 
 def settle(state: State) -> torch.Tensor:
@@ -55,6 +67,11 @@ def settle(state: State) -> torch.Tensor:
     return hidden if change is None else blocks.gate_add(hidden, *change)
 
 
-def split_last(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Reshape [..., n * size] -> [..., n, size]."""
-    return x.reshape(*x.shape[:-1], -1, size)
+def _input_cast(layer: Any) -> Cast | None:
+    cast: Cast | None = getattr(layer, "input_cast", None)
+    return cast
+
+
+def _multiply(layer: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    product: torch.Tensor = layer(x) if x.dtype == dtype else layer.multiply(x, dtype)
+    return product

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from app.engine.kernels import blocks
-from app.engine.modules.ops import after_swiglu
+from app.engine.modules.ops import joined
 
 
 class EncoderLayer(nn.Module):
@@ -52,10 +52,10 @@ class EncoderLayer(nn.Module):
             heads,
             is_interleaved=False,
         )
-        attended = functional.scaled_dot_product_attention(  # [1, h, n, s]
-            *heads.transpose(1, 2).unsqueeze(1), attn_mask=mask
+        q, k, v = heads.transpose(1, 2).unsqueeze(1)  # [1, h, n, s] each
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        hidden, normed = blocks.rms_norm(
+            hidden, self.norm_post, self.eps, joined(self.out, attended)
         )
-        attended = self.out(blocks.merge(attended))
-        hidden, normed = blocks.rms_norm(hidden, self.norm_post, self.eps, attended)
-        down: torch.Tensor = after_swiglu(self.down, self.up(normed))
+        down: torch.Tensor = joined(self.down, feed=self.up(normed))
         return hidden + down

@@ -12,8 +12,8 @@
 The error of fp8 was measured on synthetic data.
 
 - fp8: one scale for the whole matrix, and one for x; the published file has both.
-  With a static input scale the quantization is one elementwise pass that a compiler fuses into the
-  operation before; without it the amax is computed first.
+  With a static input scale the kernel that makes x quantizes it as it stores it
+  (`app.engine.modules.ops`); without it the amax is computed first.
 - fp8w: for GPUs without fp8 tensor cores, and for layers marked `full_precision_matrix_mult`.
 - int8w: int8 values are exact in bf16 and the scale is applied to the matmul's result, so only the
   weights are quantized. The text encoder suffers from quantized activations: an error of 28 % at
@@ -88,13 +88,12 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""
-        scale, cast = self.input_scale, self.input_cast
-        if scale is None or cast is None:
-            # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the
-            # last bit would round all values half way between two fp8 numbers the other way.
-            scale = blocks.amax(x).clamp(min=_TINY) * (1 / FP8_LIMIT)
-            cast = Cast(1 / scale)
-        return self._multiply(blocks.quantize(x, cast), scale, x.dtype)
+        if self.input_scale is not None and (cast := self.input_cast) is not None:
+            return self._multiply(blocks.quantize(x, cast), self.input_scale, x.dtype)
+        # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the last
+        # bit would round all values half way between two fp8 numbers the other way.
+        scale = blocks.amax(x).clamp(min=_TINY) * (1 / FP8_LIMIT)
+        return self._multiply(blocks.quantize(x, Cast(1 / scale)), scale, x.dtype)
 
     def _multiply(
         self, quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
@@ -117,13 +116,10 @@ class WeightOnlyLinear(nn.Module):
         self.scale = _parameter(scale.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by the unscaled weights, then scale: [..., in] -> [..., out].
-
-        Scaled in float32: inductor matches a matmul scaled in the weights' dtype to its CPU kernel
-        `_weight_int8pack_mm`, whose lowering fails on CUDA.
-        """
+        """Multiply by the unscaled weights, then scale, in float32: [..., in] -> [..., out]."""
         product = functional.linear(x, self.weight.to(x.dtype))
-        return (product.float() * self.scale).to(x.dtype)
+        # In one pass: with one dimension at least, the scale is not rounded to the dtype of x.
+        return product.mul_(self.scale.reshape(-1))
 
 
 class Int8Linear(nn.Module):
@@ -195,10 +191,9 @@ def plain_linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def fused_fp8(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the matmul of an `Fp8Linear` after one pass over x, as a compiled block has it.
+    """Return the matmul of an `Fp8Linear` after one pass over x, which is what a block pays.
 
-    The block's compiler fuses the quantization into the operation before; eagerly it is six passes,
-    which take longer than the matmul.
+    There the operation before stores x quantized; the layer alone reads it once more.
     """
     assert isinstance(layer, Fp8Linear)
     weight, scale = layer.weight, layer.scale
@@ -268,5 +263,5 @@ def _int_mm_on_processor(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tens
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:
-    # A parameter, not a plain tensor: torch.compile then treats its shape as static.
+    # A parameter, not a plain tensor: `app.engine.memory.layer_stream` moves those.
     return nn.Parameter(value, requires_grad=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from app.engine.runtime.networks import Double, Layer, Single, TextEncoder, Transformer
+from app.engine.runtime.networks import Layer, TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokens
 
 
@@ -15,7 +16,7 @@ class ExactTransformer(Transformer):
     """Runs the blocks of *network*, diffusers' own."""
 
     def __init__(self, network: Any) -> None:
-        super().__init__(network, _run_double, _run_single)
+        super().__init__(network, _run_doubles, _run_singles)
 
 
 class ExactTextEncoder(TextEncoder):
@@ -40,33 +41,39 @@ class ExactTextEncoder(TextEncoder):
         return None if is_full else super()._mask(tokens, device)
 
 
-def _run_double(
-    block: Double,
+def _run_doubles(
+    blocks: Iterable[nn.Module],
     image: torch.Tensor,
     text: torch.Tensor,
     image_modulation: torch.Tensor,
     text_modulation: torch.Tensor,
     *rope: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    text, image = block(
-        hidden_states=image,
-        encoder_hidden_states=text,
-        temb_mod_img=image_modulation,
-        temb_mod_txt=text_modulation,
-        image_rotary_emb=rope,
-    )
+    for block in blocks:
+        text, image = block(
+            hidden_states=image,
+            encoder_hidden_states=text,
+            temb_mod_img=image_modulation,
+            temb_mod_txt=text_modulation,
+            image_rotary_emb=rope,
+        )
     return image, text
 
 
-def _run_single(
-    block: Single, hidden: torch.Tensor, modulation: torch.Tensor, *rope: torch.Tensor
+def _run_singles(
+    blocks: Iterable[nn.Module],
+    hidden: torch.Tensor,
+    modulation: torch.Tensor,
+    *rope: torch.Tensor,
 ) -> torch.Tensor:
-    return block(
-        hidden_states=hidden,
-        encoder_hidden_states=None,
-        temb_mod=modulation,
-        image_rotary_emb=rope,
-    )
+    for block in blocks:
+        hidden = block(
+            hidden_states=hidden,
+            encoder_hidden_states=None,
+            temb_mod=modulation,
+            image_rotary_emb=rope,
+        )
+    return hidden
 
 
 def _run_layer(

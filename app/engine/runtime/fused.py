@@ -1,10 +1,9 @@
-"""Our fused blocks and layers, compiled and as CUDA graphs.
+"""Our fused blocks and layers, eager and as CUDA graphs.
 
-All blocks of a kind share their compiled code, since weights are inputs of it. It is compiled
-twice, with static shapes for the default size and with dynamic shapes for every other; nothing is
-compiled after the warm-up (`app.engine.runtime.compile`). Small images and the text encoder do so
-little work per kernel that launches on the CPU are the bottleneck: there the whole pass is captured
-as a CUDA graph per shape and replayed.
+Nothing is compiled for a size: the blocks launch kernels of which each is compiled once
+(`app.engine.kernels`). Small images and the text encoder do so little work per kernel that launches
+on the CPU are the bottleneck: there the whole pass is captured as a CUDA graph per shape and
+replayed.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from app.engine.memory.layer_stream import StreamedLayers
+from app.engine.modules.fused_blocks import run_doubles, run_singles
 from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
 from app.engine.runtime.networks import TextEncoder, Transformer
@@ -29,7 +29,7 @@ class FusedTransformer(Transformer):
     def __init__(
         self, network: Any, compiler: Compiler, pool: GraphPool, graph_tokens: int
     ) -> None:
-        super().__init__(network, _run, _run)
+        super().__init__(network, run_doubles, run_singles)
         self._graphs = CudaGraphs(pool, is_on=compiler.has_graphs, after=_PICTURE_STEPS)
         self._graph_tokens = graph_tokens
 
@@ -61,7 +61,7 @@ class FusedTextEncoder(TextEncoder):
         streamed_to: torch.device | None = None,
     ) -> None:
         places = layers if streamed_to is None else StreamedLayers(layers, streamed_to)
-        super().__init__(places, rotary, table, read, _run)
+        super().__init__(places, rotary, table, read, _run_layer)
         has_graphs = compiler.has_graphs and streamed_to is None
         self._graphs = CudaGraphs(pool, is_on=has_graphs, after=1)
 
@@ -70,5 +70,6 @@ class FusedTextEncoder(TextEncoder):
         return self._graphs.run(super()._encode, (hidden, mask))
 
 
-def _run(block: nn.Module, *inputs: Any) -> Any:
-    return block(*inputs)
+def _run_layer(layer: nn.Module, *inputs: Any) -> torch.Tensor:
+    made: torch.Tensor = layer(*inputs)
+    return made

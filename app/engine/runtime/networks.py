@@ -1,7 +1,7 @@
 """The transformer and the text encoder as the pipeline sees them, each with two implementations.
 
 `app.engine.runtime.exact` runs the libraries' own blocks, `app.engine.runtime.fused` ours. What a
-network does outside its blocks is here, once; an implementation gives the functions that run one.
+network does outside its blocks is here, once; an implementation gives the functions that run them.
 
 Shapes: n image and reference tokens, m text tokens, d the hidden size. The batch size is always 1.
 """
@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from app.engine.runtime.tokenizer import Tokens
 
-Double = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""A double block, of image, text, their modulations, cos and sin; returns image and text."""
+Doubles = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""Runs double blocks on image, text, their modulations, cos and sin; returns image and text."""
 
-Single = Callable[..., torch.Tensor]
-"""A single block, of all tokens, text first, their modulation, cos and sin."""
+Singles = Callable[..., torch.Tensor]
+"""Runs single blocks on all tokens, text first, their modulation, cos and sin."""
 
 Layer = Callable[..., torch.Tensor]
 """A layer of the text encoder, of the hidden states, the mask, cos and sin."""
@@ -38,12 +38,12 @@ class Transformer(nn.Module):
     def __init__(
         self,
         network: Any,
-        double: Double,
-        single: Single,
+        doubles: Doubles,
+        singles: Singles,
     ) -> None:
         super().__init__()
         self.network = network
-        self._double, self._single = double, single
+        self._doubles, self._singles = doubles, singles
 
     def embed_context(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Project prompt embeddings to the hidden size: [1, m, joint size] -> [1, m, d]."""
@@ -68,14 +68,19 @@ class Transformer(nn.Module):
         image_modulation = network.double_stream_modulation_img(embedding)
         text_modulation = network.double_stream_modulation_txt(embedding)
         single_modulation = network.single_stream_modulation(embedding)
-        image, text = network.x_embedder(tokens), context  # [1, n, d], [1, m, d]
-        for block in network.transformer_blocks:
-            image, text = self._double(
-                block, image, text, image_modulation, text_modulation, cos, sin
-            )
+        image, text = self._doubles(
+            network.transformer_blocks,
+            network.x_embedder(tokens),  # [1, n, d]
+            context,
+            image_modulation,
+            text_modulation,
+            cos,
+            sin,
+        )
         hidden = torch.cat([text, image], dim=1)  # [1, m + n, d]
-        for block in network.single_transformer_blocks:
-            hidden = self._single(block, hidden, single_modulation, cos, sin)
+        hidden = self._singles(
+            network.single_transformer_blocks, hidden, single_modulation, cos, sin
+        )
         hidden = network.norm_out(hidden[:, context.shape[1] :], embedding)
         velocity: torch.Tensor = network.proj_out(hidden)
         return velocity
