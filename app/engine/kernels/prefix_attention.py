@@ -22,7 +22,7 @@ from app.engine.kernels import blocks
 _QUERIES, _KEYS, _WARPS, _STAGES = 64, 64, 4, 2
 
 
-def prefix_attention(
+def attend(
     qkv: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor],
     cos: torch.Tensor,
@@ -65,6 +65,11 @@ def prefix_attention(
         num_stages=_STAGES,
     )
     return out
+
+
+def fits(tokens: int) -> bool:
+    """Return whether the kernel takes so many tokens."""
+    return tokens >= max(_QUERIES, _KEYS) and tokens & (tokens - 1) == 0
 
 
 @cache

@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from app.engine.kernels import wide_int8
-from app.engine.kernels.prefix_attention import prefix_attention
+from app.engine.kernels import prefix_attention, wide_int8
 from app.engine.modules.qwen3_layers import EncoderLayer
 
 
 class WideEncoderLayer(EncoderLayer):
     """`EncoderLayer` of `WeightOnlyLinear`s with int8 weights."""
+
+    @staticmethod
+    def fits(tokens: int, shapes: Mapping[str, tuple[int, int]]) -> bool:
+        """Return whether it runs with so many tokens and linear layers of *shapes*, [out, in]."""
+        return prefix_attention.fits(tokens) and wide_int8.fits(tokens, shapes.values())
 
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -27,7 +33,7 @@ class WideEncoderLayer(EncoderLayer):
         qkv = wide_int8.multiply(
             terms, self.qkv.weight, self.qkv.scale, dtype, own, self.query_width
         )
-        attended = prefix_attention(
+        attended = prefix_attention.attend(
             qkv,
             (self.norm_q, self.norm_k),
             cos[0],
