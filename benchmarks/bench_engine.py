@@ -193,8 +193,14 @@ def _first_of_sizes(bench: Bench, engine: KleinEngine) -> None:
             begun = time.perf_counter()
             make(engine, bench.side, f"size {number}", width=width, height=height)
             seconds.append(time.perf_counter() - begun)
-        text = " ".join(f"{each:.3f}" for each in seconds)
-        print(f"  first and warm {width}x{height}: {text}", flush=True)
+        bench.write(
+            "klein.first_size",
+            seconds[:1],
+            width=width,
+            height=height,
+            note="the first of a size",
+            warm_s=round(statistics.median(seconds[2:]), 5),
+        )
 
 
 def profile(bench: Bench) -> None:
