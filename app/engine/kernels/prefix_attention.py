@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from app.engine.kernels import blocks
-
 _QUERIES, _KEYS, _WARPS, _STAGES = 64, 64, 4, 2
 
 
@@ -39,12 +37,7 @@ def attend(
     """
     tokens, size = qkv.shape[0], norms[0].shape[0]
     if not qkv.is_cuda:
-        parts = qkv.new_empty(3, tokens, heads, size)
-        blocks.norm_rotate(qkv[None], norms, cos, sin, eps, parts, is_interleaved=False)
-        q, k, v = parts.transpose(1, 2)
-        mask = own & torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return attended.transpose(0, 1).flatten(1)
+        return _attend(qkv.view(tokens, -1, size), norms, cos, sin, own, heads, eps)
     out = qkv.new_empty(tokens, heads * size)
     _kernels().attend[(-(-tokens // _QUERIES), heads)](
         qkv,
@@ -70,6 +63,40 @@ def attend(
 def fits(tokens: int) -> bool:
     """Return whether the kernel takes so many tokens."""
     return tokens >= max(_QUERIES, _KEYS) and tokens & (tokens - 1) == 0
+
+
+def _attend(
+    joined: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    own: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> torch.Tensor:
+    """Attend in torch: [n, h + 2 * g, s] -> [n, h * s]."""
+    tokens, groups = len(joined), (joined.shape[1] - heads) // 2
+    q, k, v = torch.split(joined, [heads, groups, groups], dim=1)
+    q, k = (
+        _rotate(_norm(each, weight, eps), cos, sin)
+        for each, weight in zip((q, k), norms, strict=True)
+    )
+    k, v = (each.repeat_interleave(heads // groups, dim=1) for each in (k, v))
+    mask = own & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    q, k, v = (each.transpose(0, 1) for each in (q, k, v))
+    attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attended.transpose(0, 1).flatten(1)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of lanes from both halves of a head: [n, heads, s]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 @cache
