@@ -92,6 +92,8 @@ class Generated:
     is_prompt_cut: bool
     is_prompt_cached: bool | None = None
     """Whether the prompt embeddings came from the cache; None where no cache is in use."""
+    are_references_cached: tuple[bool, ...] = ()
+    """For each reference whether its latents came from the cache; empty where none is in use."""
     held: PeakMemory | None = None
     """What torch holds on the GPU after the job; None without a GPU."""
     latents: bytes | None = field(default=None, repr=False)

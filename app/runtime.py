@@ -205,6 +205,7 @@ def _engine_config(settings: Settings, choice: Choice, device: int | None) -> En
         plan=settings.plan,
         download_silence_s=settings.download_silence_s,
         prompt_cache=settings.prompt_cache,
+        reference_cache=settings.reference_cache,
         cache_max_bytes=int(settings.cache_max_gb * 1e9),
         max_pixels=settings.max_pixels,
     )

@@ -86,6 +86,9 @@ class Settings(BaseModel):
     memory, `tiled` decodes in tiles."""
     prompt_cache: int = Field(default=32, ge=0, le=1024)
     """How many prompts' embeddings are kept in host memory, 8 MB each; 0 keeps none."""
+    reference_cache: int = Field(default=32, ge=0, le=1024)
+    """How many references' latents are kept in host memory, 1 MB for each megapixel; 0 keeps
+    none."""
     cache_dir: CompletePath = Path("~/.cache/klein")
     """Where models are downloaded to, and quantized weights and compiled code are kept. A relative
     path counts from the folder that the service is started in."""

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,9 @@ def _more_than_plain(bench: Bench, engine: KleinEngine, info: ModelInfo) -> None
     # The left half is kept, the right one painted.
     mask = Mask(side, side, (bytes(side // 2) + b"\xff" * (side // 2)) * side)
     for changes in (
-        {"note": "one reference", "references": (reference,)},
-        {"note": "a masked edit", "references": (reference,), "mask": mask},
+        {"note": "one reference", "new": reference},
+        {"note": "one reference, kept", "references": (reference,)},
+        {"note": "a masked edit", "new": reference, "mask": mask},
         {"note": "three previews", "previews": 3},
     ):
         run = partial(series, bench, engine, info, side, "klein.engine", repeats=5, **changes)
@@ -134,15 +136,17 @@ def series(
     prompt: str | None = None,
     repeats: int | None = None,
     before: int | None = None,
+    new: RawImage | None = None,
     **changes: Any,
 ) -> None:
-    """Make pictures one after the other and write a row."""
+    """Make pictures one after the other and write a row; each with a reference like *new*."""
     for number in range(3):
-        make(engine, side, prompt or f"warm {number} {note}", **changes)
+        make(engine, side, prompt or f"warm {number} {note}", **(_like(new, number) | changes))
     seconds, made = [], []
     for number in range(repeats or bench.repeats):
+        given = _like(new, 3 + number) | changes
         begun = time.perf_counter()
-        made.append(make(engine, side, prompt or f"picture {number} {note}", **changes))
+        made.append(make(engine, side, prompt or f"picture {number} {note}", **given))
         seconds.append(time.perf_counter() - begun)
     stages = {
         stage: round(statistics.median(getattr(each.timings, stage) for each in made), 5)
@@ -170,6 +174,13 @@ def series(
         sha256=sha256(made[-1].image.pixels),
         distinct_bytes=len(set(made[-1].image.pixels)),
     )
+
+
+def _like(image: RawImage | None, number: int) -> dict[str, Any]:
+    """Return the references of a picture: *image* with another first pixel, which no cache has."""
+    if image is None:
+        return {}
+    return {"references": (replace(image, pixels=bytes([number] * 3) + image.pixels[3:]),)}
 
 
 def _first_of_sizes(bench: Bench, engine: KleinEngine) -> None:

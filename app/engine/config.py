@@ -29,6 +29,8 @@ class EngineConfig:
     """GPU memory that this process may allocate, or None for what is free."""
     prompt_cache: int = 32
     """Capacity of the prompt cache in host memory, in prompts of 8 MB each; 0 disables it."""
+    reference_cache: int = 32
+    """Capacity of the reference cache in host memory, in megapixels of 1 MB each; 0 disables it."""
     download_silence_s: float = 120.0
     """Seconds without a received byte after which a download fails."""
     cache_max_bytes: int = 0

@@ -37,6 +37,7 @@ from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.decode import decode, preview, preview_steps
 from app.engine.pipeline.denoise import denoise, draw_noise
+from app.engine.pipeline.reference_cache import ReferenceKey, reference_keys
 from app.engine.pipeline.references import References, Source, encode_references
 from app.engine.pipeline.text import Text, encode_text
 from app.engine.runtime import compile as compile_module
@@ -53,7 +54,7 @@ class KleinEngine:
         self._config = config
         self._model = find_spec(config.model)
         self._started: LoadedModel | None = None
-        self._noise = ThreadPoolExecutor(1, "noise")
+        self._helpers = ThreadPoolExecutor(2, "engine helper")
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
         """Load the weights, generate the warm-up image, and describe the loaded model.
@@ -115,15 +116,17 @@ class KleinEngine:
         try:
             # Concurrent with the text stage: on the CPU it takes as long as a text encoder pass.
             components = self._started.components
-            noise = self._noise.submit(draw_noise, components, spec)
-            return _Job(components, spec, noise, on_progress, is_cancelled, is_trial).run()
+            noise = self._helpers.submit(draw_noise, components, spec)
+            is_looked_up = spec.references and components.references.size
+            keys = self._helpers.submit(reference_keys, spec) if is_looked_up else None
+            return _Job(components, spec, noise, keys, on_progress, is_cancelled, is_trial).run()
         except Exception as error:
             fault = error_mapping.translate(error)
         raise fault
 
     def close(self) -> None:
         """Release the model and the GPU's memory."""
-        self._noise.shutdown()
+        self._helpers.shutdown()
         compile_module.thaw()
         if self._started is not None:
             gc.unfreeze()
@@ -158,6 +161,8 @@ class _Job:
     components: PipelineComponents
     spec: ImageSpec
     noise: Future[torch.Tensor]
+    keys: Future[tuple[ReferenceKey, ...]] | None
+    """Of the references; None where none are cached."""
     on_progress: Callable[[Progress], None]
     is_cancelled: Callable[[], bool]
     is_trial: bool
@@ -173,12 +178,15 @@ class _Job:
         references, references_s = References(), 0.0
         if spec.references:
             self._tell(Stage.REFERENCE, 0)
-            references = encode_references(components, spec)
+            references = encode_references(
+                components, spec, self.keys.result() if self.keys else ()
+            )
             references_s = clock.lap()
         latents, steps_s = self._denoise(text, references, clock)
         self._tell(Stage.DECODE, spec.num_inference_steps)
         pixels = self._decode(latents, references.source)
         timings = StageTimings(text_s, references_s, sum(steps_s), clock.lap(), steps_s)
+        are_cached = references.are_cached
         kept = latents.float().cpu().numpy().tobytes() if spec.wants_latents else None
         del latents, references
         peak, held = clock.memory()
@@ -189,6 +197,7 @@ class _Job:
             prompt_tokens=text.tokens.count,
             is_prompt_cut=text.tokens.is_cut,
             is_prompt_cached=text.is_cached if components.cache.size else None,
+            are_references_cached=are_cached,
             held=held,
             latents=kept,
         )
@@ -244,9 +253,12 @@ class _Clock:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        """Synchronize the GPU and return the seconds since the last lap."""
+        """Wait for the GPU's work and return the seconds since the last lap.
+
+        The copy of embeddings to their cache, on a stream of its own, may go on.
+        """
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         now = time.perf_counter()
         passed, self._last = now - self._last, now
         return passed

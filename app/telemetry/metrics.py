@@ -143,12 +143,19 @@ class Metrics:
             ["result"],
             registry=registry,
         )
+        self._reference_cache = Counter(
+            "klein_reference_cache_requests",
+            "References looked up in the latents' cache, by result.",
+            ["result"],
+            registry=registry,
+        )
         # Present from the first scrape on, at 0.
         for counter, values in (
             (self._rejected, REJECTIONS),
             (self.lost_workers, tuple(Loss)),
             (self._images, ("generate", "edit")),
             (self._cache, ("hit", "miss")),
+            (self._reference_cache, ("hit", "miss")),
         ):
             for value in values:
                 counter.labels(value)
@@ -220,6 +227,8 @@ class Metrics:
                 self._last_peak.labels(self._gpu, kind).set(size)
         if generated.is_prompt_cached is not None:
             self._cache.labels("hit" if generated.is_prompt_cached else "miss").inc()
+        for is_cached in generated.are_references_cached:
+            self._reference_cache.labels("hit" if is_cached else "miss").inc()
         self._images.labels(mode).inc()
         self._pixels.inc(generated.image.width * generated.image.height)
         self._busy.inc(generated.timings.total)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app import errors
-from app.domain import ImageSpec, Stage
+from app.domain import ImageSpec, Mask, RawImage, Stage
 from app.engine import error_mapping
 from app.engine import load as start
 from app.engine.config import EngineConfig
@@ -17,6 +17,7 @@ from app.engine.engine import KleinEngine
 from app.engine.models.registry import MODELS
 from app.engine.pipeline.denoise import draw_noise
 from app.engine.pipeline.prompt_cache import PromptCache
+from app.engine.pipeline.reference_cache import ReferenceCache
 
 pytestmark = pytest.mark.torch
 
@@ -82,6 +83,31 @@ def test_it_says_whether_the_prompt_was_kept(engine, monkeypatch):
     kept = [made.is_prompt_cached for made in (first, again, without)]
     assert kept == [False, True, None]
     assert first.image == again.image == without.image
+
+
+def test_pictures_of_one_edit_encode_its_references_once(engine, monkeypatch):
+    """A masked edit's source and another picture: the second time from the cache, bit by bit."""
+    components = engine._started.components
+    monkeypatch.setattr(components, "references", ReferenceCache(1, torch.device("cpu")))
+    source, other = (RawImage(64, 64, bytes([shade]) * 64 * 64 * 3) for shade in (50, 200))
+    mask = Mask(64, 64, bytes([0, 255]) * 32 * 64)
+    wanted = replace(SPEC, references=(source, other), mask=mask)
+    encoded = []
+    encode = components.vae.encode
+    monkeypatch.setattr(
+        components.vae, "encode", lambda pixels: (encoded.append(pixels), encode(pixels))[1]
+    )
+    first, other_seed, again = (
+        engine.generate(replace(wanted, seed=seed), lambda _: None, lambda: False)
+        for seed in (7, 8, 7)
+    )
+    assert len(encoded) == 2
+    monkeypatch.setattr(components, "references", ReferenceCache(0, torch.device("cpu")))
+    without = engine.generate(wanted, lambda _: None, lambda: False)
+
+    assert first.image == again.image == without.image != other_seed.image
+    cached = [made.are_references_cached for made in (first, other_seed, without)]
+    assert cached == [(False, False), (True, True), ()]
 
 
 def test_noise_hangs_on_the_seed_alone(engine):

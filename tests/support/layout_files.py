@@ -85,6 +85,7 @@ def build(path: Path, **changes) -> PipelineComponents:
         "plan": Plan.RESIDENT,
         "is_pinned": True,
         "prompt_cache": 2,
+        "reference_cache": 0,
         "quantized_cache": None,
         "max_sequence_length": TOKENS,
         "is_distilled": True,

@@ -83,6 +83,25 @@ def test_the_owner_of_a_card_sees_what_it_does(metrics) -> None:
     assert sample(metrics, "klein_step_duration_seconds_count") == 4
 
 
+def test_lookups_of_references_are_counted_one_by_one(metrics) -> None:
+    """Of one edit some may be at hand and others not; where none is looked up, none counts."""
+    generated = Generated(
+        RawImage(64, 64, b""),
+        StageTimings(0.02, 0.1, 2.4, 0.3),
+        None,
+        512,
+        False,
+        are_references_cached=(True, False, True),
+    )
+    metrics.image_finished(generated, SECONDS, "edit")
+
+    counts = [
+        sample(metrics, "klein_reference_cache_requests_total", result=result)
+        for result in ("hit", "miss")
+    ]
+    assert counts == [2, 1]
+
+
 def test_gauges_are_read_at_the_scrape(metrics) -> None:
     """Queue, readiness and waiting time are those of the moment."""
     assert sample(metrics, "klein_queue_size") == 3

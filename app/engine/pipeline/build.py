@@ -26,12 +26,15 @@ from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
 from app.engine.modules.attention import Attention, WideHeadProcessor
 from app.engine.modules.fused_vae import fuse_vae
+from app.engine.modules.qwen3_layers import EncoderLayer
 from app.engine.modules.rope import rope_tables
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
+from app.engine.pipeline.reference_cache import ReferenceCache
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
+from app.engine.race.encoder import choose_layer
 from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, new_pool
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
@@ -59,6 +62,7 @@ class BuildOptions:
     plan: Plan
     is_pinned: bool
     prompt_cache: int
+    reference_cache: int
     quantized_cache: Path | None
     """The cache folder of quantized layers, or None for no cache."""
     max_sequence_length: int
@@ -95,6 +99,7 @@ def build(
         tokenizer=_read_tokenizer(checkpoint.tokenizer, options.max_sequence_length),
         encoder=encoder,
         cache=PromptCache(options.prompt_cache, options.device),
+        references=ReferenceCache(options.reference_cache, options.device),
         transformer=transformer.eval(),
         vae=vae,
         decode=_decoder(vae, options),
@@ -202,9 +207,10 @@ def _build_fused(
     """Build our own blocks with quantized weights; only the VAE is offloaded."""
     architecture, pool, part = options.architecture, new_pool(), checkpoint.encoder
     config, _ = _check_encoder(part)
+    kind = _encoder_kind(config, options)
     make = _linear_builder(part, options.encoder_linears, "encoder", fill, options)
     layers = nn.ModuleList(
-        encoder_layer(number, make, partial(fill.norm, part), eps=config.rms_norm_eps)
+        encoder_layer(number, make, partial(fill.norm, part), kind, eps=config.rms_norm_eps)
         for number in range(architecture.text_layers[-1])
     )
     make.keep()
@@ -219,6 +225,21 @@ def _build_fused(
     )
     network = _build_shell(checkpoint.transformer, fill, options)
     return encoder, FusedTransformer(network, options.compiler, pool, architecture.graph_tokens)
+
+
+def _encoder_kind(config: Qwen3Config, options: BuildOptions) -> type[EncoderLayer]:
+    """Return the fastest layer for the text encoder of *config*."""
+    width, size = config.hidden_size, config.head_dim
+    queries = config.num_attention_heads * size
+    shapes = {
+        "qkv": (queries + 2 * config.num_key_value_heads * size, width),
+        "out": (width, queries),
+        "up": (2 * config.intermediate_size, width),
+        "down": (width, config.intermediate_size),
+    }
+    return choose_layer(
+        options.encoder_linears, shapes, size, options.max_sequence_length, options.device
+    )
 
 
 def _build_network(

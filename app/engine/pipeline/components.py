@@ -13,6 +13,7 @@ from app.engine.memory.offload import Offloader
 from app.engine.models.entry import Architecture
 from app.engine.modules.rope import Grid, Rope
 from app.engine.pipeline.prompt_cache import PromptCache
+from app.engine.pipeline.reference_cache import ReferenceCache
 from app.engine.runtime.networks import TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ class PipelineComponents:
     tokenizer: Tokenizer
     encoder: TextEncoder
     cache: PromptCache
+    references: ReferenceCache
     transformer: Transformer
     vae: Any
     """diffusers' `AutoencoderKLFlux2`."""

@@ -8,6 +8,7 @@ encoder at one precision, so the prompt alone is the key.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ class PromptCache:
     """Keeps the embeddings of the *size* most recently used prompts. Not thread-safe.
 
     Its memory is allocated once, at the first prompt, and pinned for a GPU: pinning memory for each
-    entry would take longer than the encoder.
+    entry would take longer than the encoder. Embeddings are copied there on a stream of their own,
+    while the GPU goes on with the image.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -27,6 +29,9 @@ class PromptCache:
         self._entries: OrderedDict[str, tuple[Tokens, int]] = OrderedDict()
         """The tokens of a prompt, and the index of its embeddings in the store."""
         self._store: torch.Tensor | None = None
+        is_gpu = device.type == "cuda"
+        self._lanes: Any = torch.cuda if is_gpu else torch.cpu
+        self._copies: Any = self._lanes.Stream(device) if is_gpu else torch.cpu.Stream()
 
     def get(self, prompt: str) -> tuple[Tokens, torch.Tensor] | None:
         """Return the tokens and a copy of the embeddings of *prompt* on the device, or None."""
@@ -36,6 +41,7 @@ class PromptCache:
         tokens, place = self._entries[prompt]
         # A copy on the CPU too, so that no caller can change the entry.
         value = torch.empty_like(self._store[place], device=self._device)
+        self._lanes.current_stream().wait_stream(self._copies)
         return tokens, value.copy_(self._store[place], non_blocking=True)
 
     def put(self, prompt: str, tokens: Tokens, embeddings: torch.Tensor) -> None:
@@ -51,5 +57,9 @@ class PromptCache:
         place = len(self._entries)
         if place == self.size:
             _, (_, place) = self._entries.popitem(last=False)
-        self._store[place].copy_(embeddings, non_blocking=True)
+        self._copies.wait_stream(self._lanes.current_stream())
+        with self._lanes.stream(self._copies):
+            self._store[place].copy_(embeddings, non_blocking=True)
+        if embeddings.is_cuda:
+            embeddings.record_stream(self._copies)
         self._entries[prompt] = tokens, place

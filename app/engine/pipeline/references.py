@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
-from app.domain import ImageSpec
+from app.domain import ImageSpec, RawImage
 from app.engine.modules.rope import Grid
 from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents, pack
+from app.engine.pipeline.reference_cache import ReferenceKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +31,33 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """The latents of all references, concatenated to [1, tokens, c], and the grid of each."""
+    """The latents of all references, concatenated to [1, tokens, c], and the grid of each.
+
+    *are_cached* says of each whether its latents came from the cache; empty without a cache.
+    """
 
     latents: torch.Tensor | None = None
     grids: tuple[Grid, ...] = ()
     source: Source | None = None
+    are_cached: tuple[bool, ...] = ()
 
 
-def encode_references(components: PipelineComponents, spec: ImageSpec) -> References:
-    """Encode the references; with a mask the first is the source, scaled to the output's size."""
+def encode_references(
+    components: PipelineComponents, spec: ImageSpec, keys: Sequence[ReferenceKey] = ()
+) -> References:
+    """Encode the references, except those that are cached under their *keys*; () asks no cache.
+
+    With a mask the first is the source, scaled to the output's size.
+    """
     if not spec.references:
         return References()
-    architecture = components.architecture
-    processor = Flux2ImageProcessor(vae_scale_factor=architecture.token_side)
     images = list(spec.references)
     if spec.mask is not None:
         images[0] = image_tensors.fit_source(images[0], spec.width, spec.height)
-    with components.offloader.on_gpu(components.vae.encoder):
-        latents = [
-            _encode_image(
-                components,
-                image_tensors.source_tensor(image, processor)
-                if number == 0 and spec.mask is not None
-                else image_tensors.reference_tensor(image, processor, architecture),
-            )
-            for number, image in enumerate(images)
-        ]
+    cached = [components.references.get(key) for key in keys] or [None] * len(images)
+    latents = list(_encode_missing(components, spec, images, cached))
+    for number, key in enumerate(keys):
+        components.references.put(key, latents[number])
     packed = [pack(each) for each in latents]
     grids = tuple((each.shape[2], each.shape[3]) for each in latents)
     source = None
@@ -62,13 +65,41 @@ def encode_references(components: PipelineComponents, spec: ImageSpec) -> Refere
         weights = image_tensors.mask_weights(spec.mask, spec.width, spec.height)
         source = Source(
             latents=packed[0],
-            weights=image_tensors.mask_tokens(weights, architecture.token_side).to(
+            weights=image_tensors.mask_tokens(weights, components.architecture.token_side).to(
                 components.device, components.dtype
             ),
             pixels=image_tensors.to_tensor(images[0]),
             mask=weights,
         )
-    return References(torch.cat([each[0] for each in packed]).unsqueeze(0), grids, source)
+    return References(
+        torch.cat([each[0] for each in packed]).unsqueeze(0),
+        grids,
+        source,
+        tuple(each is not None for each in cached) if keys else (),
+    )
+
+
+def _encode_missing(
+    components: PipelineComponents,
+    spec: ImageSpec,
+    images: Sequence[RawImage],
+    cached: Sequence[torch.Tensor | None],
+) -> Iterator[torch.Tensor]:
+    """Yield the latents of each of *images*: what is *cached*, or what the VAE encoder makes."""
+    if all(each is not None for each in cached):
+        # The encoder is not moved to the GPU for nothing.
+        yield from (each for each in cached if each is not None)
+        return
+    processor = Flux2ImageProcessor(vae_scale_factor=components.architecture.token_side)
+    with components.offloader.on_gpu(components.vae.encoder):
+        for number, (image, found) in enumerate(zip(images, cached, strict=True)):
+            if found is not None:
+                yield found
+            elif number == 0 and spec.mask is not None:
+                yield _encode_image(components, image_tensors.source_tensor(image, processor))
+            else:
+                pixels = image_tensors.reference_tensor(image, processor, components.architecture)
+                yield _encode_image(components, pixels)
 
 
 def _encode_image(components: PipelineComponents, pixels: torch.Tensor) -> torch.Tensor:

@@ -139,9 +139,14 @@ def _double(
 
 
 def encoder_layer(
-    number: int, make: Make, norm: Callable[[str], nn.Parameter], *, eps: float
+    number: int,
+    make: Make,
+    norm: Callable[[str], nn.Parameter],
+    kind: type[EncoderLayer] = EncoderLayer,
+    *,
+    eps: float,
 ) -> EncoderLayer:
-    """Build one of the text encoder's layers."""
+    """Build one of the text encoder's layers, of the given *kind*."""
     name = f"model.layers.{number}"
     attn = f"{name}.self_attn"
     linears = {
@@ -156,4 +161,4 @@ def encoder_layer(
         "q": norm(f"{attn}.q_norm.weight"),
         "k": norm(f"{attn}.k_norm.weight"),
     }
-    return EncoderLayer(linears, norms, eps=eps)
+    return kind(linears, norms, eps=eps)

@@ -5,7 +5,8 @@
     fp8    | e4m3, one scale     | e4m3, one scale | fp8, `_scaled_mm`   | sm_89 and newer  | 3.75 %
     fp8w   | e4m3, one scale     | bf16            | bf16: half the      | sm_80 to sm_86,  | -
            |                     |                 | memory, no speed    | marked layers    |
-    int8w  | int8, scale per row | bf16            | bf16, then scaled   | the text encoder | 1 %
+    int8w  | int8, scale per row | bf16 or 16 bits | bf16 or int8 twice, | the text encoder | 1 %
+           |                     |                 | then scaled         |                  |
     int8   | int8, rotated,      | int8, rotated,  | int8, comfy-kitchen | sm_80 to sm_86   | 1.3 %
            | scale per row       | scale per row   |                     |                  |
 
@@ -16,8 +17,9 @@ The error of fp8 was measured on synthetic data.
   (`app.engine.modules.ops`); without it the amax is computed first.
 - fp8w: for GPUs without fp8 tensor cores, and for layers marked `full_precision_matrix_mult`.
 - int8w: int8 values are exact in bf16 and the scale is applied to the matmul's result, so only the
-  weights are quantized. The text encoder suffers from quantized activations: an error of 28 % at
-  its output, against 8 %.
+  weights are quantized. The text encoder suffers from 8-bit activations: an error of 28 % at its
+  output, against 8 %. Where a GPU is faster so, activations become 16 bits in two int8 terms
+  (`app.engine.kernels.wide_int8`), which costs no more error than bf16.
 - int8: the rows of w are quantized beforehand, the rows of x at each call. Plain quantization by
   rows fails on the outliers of a transformer's activations, so both are first rotated by a Hadamard
   matrix in groups along K (ConvRot, arXiv 2512.03673), which spreads an outlier over its group and

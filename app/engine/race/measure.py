@@ -257,6 +257,11 @@ def _attention_lap(
     return lap(seconds * (architecture.double_blocks + architecture.single_blocks), error)
 
 
+def gpu_seconds(run: Callable[[], object]) -> float:
+    """Return the median seconds of a call on the GPU."""
+    return _seconds(run, [])
+
+
 def _seconds(run: Callable[[], object], spreads: list[float]) -> float:
     """Return the median seconds of a call on the GPU; its spread goes to *spreads*."""
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

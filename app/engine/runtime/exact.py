@@ -31,13 +31,14 @@ class ExactTextEncoder(TextEncoder):
     ) -> None:
         super().__init__(layers, rotary, table, read, _run_layer)
 
-    def _mask(self, tokens: Tokens) -> torch.Tensor | None:
+    def _mask(self, tokens: Tokens, device: torch.device) -> torch.Tensor | None:
         """Return the mask, or None for a prompt without padding.
 
         transformers omits it there too, which selects another SDPA kernel; doing the same keeps the
         result bit-identical.
         """
-        return None if bool(tokens.mask.all()) else super()._mask(tokens)
+        is_full = tokens.count == tokens.ids.shape[1]
+        return None if is_full else super()._mask(tokens, device)
 
 
 def _run_doubles(

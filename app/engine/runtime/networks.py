@@ -106,12 +106,16 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
         """Return the prompt embeddings, [1, m, layers that are read * hidden size]."""
-        hidden = functional.embedding(tokens.ids, self.table)
-        mask = self._mask(tokens)
+        return self._encode(self._embed(tokens, device), self._mask(tokens, device))
+
+    def _embed(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
+        """Return the embeddings of *tokens* on *device*, [1, m, d]; padding crosses as one row."""
+        rows = functional.embedding(tokens.ids[0, : tokens.count + 1], self.table)
         if device.type == "cuda":
-            hidden, mask = hidden.pin_memory(), None if mask is None else mask.pin_memory()
-        hidden = hidden.to(device, non_blocking=True)
-        return self._encode(hidden, None if mask is None else mask.to(device, non_blocking=True))
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
+        places = torch.arange(tokens.ids.shape[1], device=device).clamp(max=len(rows) - 1)
+        return rows[places].unsqueeze(0)
 
     def _encode(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
@@ -123,8 +127,8 @@ class TextEncoder(nn.Module):
                 states.append(hidden)
         return torch.cat(states, dim=-1)
 
-    def _mask(self, tokens: Tokens) -> torch.Tensor | None:
-        """Return the causal mask with padding, bool [1, 1, m, m], on the host."""
+    def _mask(self, tokens: Tokens, device: torch.device) -> torch.Tensor | None:
+        """Return the causal mask without padding's keys, bool [1, 1, m, m], on *device*."""
         length = tokens.ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        return (causal & tokens.mask.bool()[:, None, :]).unsqueeze(1)
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return (causal & (torch.arange(length, device=device) < tokens.count))[None, None]

@@ -12,12 +12,11 @@ import torch
 class Tokens:
     """A tokenized prompt, padded to the maximum sequence length.
 
-    *ids* and *mask* are int64 [1, n]; the attention mask is 1 for tokens, 0 for padding. *count* is
-    the number of tokens without padding, *is_cut* whether the prompt was truncated.
+    *ids* are int64 [1, n]: *count* tokens, then padding. *is_cut* says whether the prompt was
+    truncated.
     """
 
     ids: torch.Tensor
-    mask: torch.Tensor
     count: int
     is_cut: bool
 
@@ -39,10 +38,6 @@ class Tokenizer:
         )
         ids: list[int] = self.tokenizer(text).input_ids
         kept = ids[: self.max_length]
-        padding = self.max_length - len(kept)
-        return Tokens(
-            ids=torch.tensor([kept + [self.tokenizer.pad_token_id] * padding]),
-            mask=torch.tensor([[1] * len(kept) + [0] * padding]),
-            count=len(kept),
-            is_cut=len(ids) > len(kept),
-        )
+        padded = torch.full((1, self.max_length), self.tokenizer.pad_token_id)
+        padded[0, : len(kept)] = torch.tensor(kept)
+        return Tokens(padded, count=len(kept), is_cut=len(ids) > len(kept))

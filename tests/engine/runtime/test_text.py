@@ -67,7 +67,7 @@ def test_streamed_layers_hold_two_on_the_card(tiny_klein):
 
 
 def tokens(count: int) -> Tokens:
-    return Tokens(torch.zeros(1, 4), torch.ones(1, 4), count, is_cut=False)
+    return Tokens(torch.zeros(1, 4), count, is_cut=False)
 
 
 def value(number: int) -> torch.Tensor:

@@ -1,0 +1,213 @@
+"""Matmuls of int8 weights with activations of 16 bits, each as two int8 terms.
+
+Weights stay int8 with a scale per row; an activation becomes (256 * high + low) * scale, with a
+scale per token, so a matmul is two in int8. Tensor cores multiply int8 twice as fast as bf16, four
+times on GeForce: it is never slower, and no weight is cast. A value's error is at most 2 ** -16 of
+the largest value of its row. That is at most sqrt(k) times the root mean square of k values, so a
+row is rounded no worse than bf16 rounds it, all of k = 9728 in one outlier included.
+
+What stands before a matmul (a norm, SwiGLU, the sum of the parts of another) is in the same kernel
+as the split into terms. Each function runs as a kernel of `app.engine.kernels.wide_int8_triton` on
+a GPU, and as the same arithmetic in torch elsewhere.
+
+Shapes: n tokens, d the hidden size, k and m the widths of a matmul's input and output.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+_LIMIT = 127 * 256 + 127
+"""The largest value whose terms both are int8."""
+_TINY = 1e-20
+"""The least amax, against a division by zero."""
+
+# Tokens and outputs of a tile, warps of a matmul and of a row, as measured on an H100.
+_ROWS, _COLUMNS, _DEPTH = 64, 128, 128
+_WARPS, _ROW_WARPS, _FEED_WARPS = 4, 8, 4
+_PARTS, _SHALLOW = 3, 8192
+"""Into how many parts a matmul of more inputs than _SHALLOW is split."""
+
+
+class Terms(NamedTuple):
+    """Rows as (256 * high + low) * scale: int8 [n, k] twice, float32 [n]."""
+
+    high: torch.Tensor
+    low: torch.Tensor
+    scale: torch.Tensor
+
+
+def split(x: torch.Tensor) -> Terms:
+    """Split the rows of *x*, [n, k]."""
+    if x.is_cuda:
+        return _split_rows(x)[1]
+    scale = x.float().abs().amax(dim=1).clamp(min=_TINY) / _LIMIT
+    whole = (x.float() / scale[:, None]).round().int()
+    high = (whole + 128) >> 8
+    return Terms(high.to(torch.int8), (whole - 256 * high).to(torch.int8), scale)
+
+
+def split_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, parts: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Terms]:
+    """Return x, [n, d], with *parts* added (`multiply_in_parts`), and split RMSNorm(x) * weight."""
+    if x.is_cuda:
+        return _split_rows(x, weight, eps, parts)
+    x = x if parts is None else add(x, parts)
+    wide = x.float()
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return x, split(normed.float() * weight.float())
+
+
+def split_swiglu(x: torch.Tensor) -> Terms:
+    """Split silu(gate) * value of gate and value beside each other: [n, 2 * k] -> [n, k]."""
+    if x.is_cuda:
+        rows, width = x.shape[0], x.shape[1] // 2
+        terms = _empty_terms(x, width)
+        _kernels().split_swiglu[(rows,)](
+            x, *terms, WIDTH=width, BLOCK=_power(width), num_warps=_FEED_WARPS
+        )
+        return terms
+    gate, value = x.float().chunk(2, dim=-1)
+    return split(functional.silu(gate) * value)
+
+
+def add(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Return x, [n, d], plus the sum of *parts*, float32 [count, n, d], rounded once."""
+    if x.is_cuda:
+        rows, width = x.shape
+        out = torch.empty_like(x)
+        _kernels().add[(rows,)](
+            x, parts, len(parts), out, WIDTH=width, BLOCK=_power(width), num_warps=_ROW_WARPS
+        )
+        return out
+    return (x.float() + parts.sum(0)).to(x.dtype)
+
+
+def multiply(
+    terms: Terms,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    own: torch.Tensor | None = None,
+    common: int = 0,
+) -> torch.Tensor:
+    """Multiply by int8 *weight*, [m, k], with float32 *scale*, [m]: to *dtype*, [n, m].
+
+    With *own*, bool [n], the tokens without it are padding, which comes last; whole blocks of them
+    have only the first *common* outputs, and zeros or what is right after them.
+    """
+    if terms.high.is_cuda:
+        return _multiply(terms, weight, scale, dtype, 1, own, common)[0]
+    return _product(terms, weight, scale).to(dtype)
+
+
+def multiply_in_parts(terms: Terms, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Multiply as `multiply` does, in float32 parts along k that are yet to be added: [., n, m].
+
+    A narrow output has too few tiles for all multiprocessors; parts of it have enough.
+    """
+    if terms.high.is_cuda:
+        count = _PARTS if weight.shape[1] > _SHALLOW else 1
+        return _multiply(terms, weight, scale, torch.float32, count)
+    return _product(terms, weight, scale)[None]
+
+
+def fits(tokens: int, shapes: Iterable[tuple[int, int]]) -> bool:
+    """Return whether the kernels take so many tokens and weights of these *shapes*, [m, k]."""
+    is_whole = tokens % _ROWS == 0
+    return is_whole and all(m % _COLUMNS == 0 and k % _DEPTH == 0 for m, k in shapes)
+
+
+def _multiply(
+    terms: Terms,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    parts: int,
+    own: torch.Tensor | None = None,
+    common: int = 0,
+) -> torch.Tensor:
+    (tokens, inputs), outputs = terms.high.shape, len(weight)
+    out = scale.new_empty(parts, tokens, outputs, dtype=dtype)
+    depth, stages = _depth(weight.device)
+    _kernels().multiply[(tokens // _ROWS * (outputs // _COLUMNS), parts)](
+        *terms,
+        weight,
+        scale,
+        own,
+        out,
+        tokens,
+        outputs,
+        inputs,
+        common,
+        parts,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        DEPTH=depth,
+        SKIPS=own is not None,
+        num_warps=_WARPS,
+        num_stages=stages,
+    )
+    return out
+
+
+@cache
+def _depth(device: torch.device) -> tuple[int, int]:
+    """Return a step's inputs and how many steps are held at once; two tiles then fit in an SM."""
+    # Hopper and the large Blackwell have 228 KB of shared memory, GeForce 100 KB, Ampere up to 164.
+    return (128, 3) if torch.cuda.get_device_capability(device)[0] in (9, 10) else (64, 3)
+
+
+def _product(terms: Terms, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # float64 holds the integers' sum exactly.
+    whole = 256 * terms.high.double() + terms.low.double()
+    return ((whole @ weight.double().t()) * terms.scale[:, None] * scale).float()
+
+
+def _split_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    parts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Terms]:
+    rows, width = x.shape
+    terms = _empty_terms(x, width)
+    settled = x if parts is None else torch.empty_like(x)
+    _kernels().split_rows[(rows,)](
+        x,
+        weight,
+        parts,
+        0 if parts is None else len(parts),
+        settled,
+        *terms,
+        eps,
+        WIDTH=width,
+        BLOCK=_power(width),
+        NORMS=weight is not None,
+        ADDS=parts is not None,
+        num_warps=_ROW_WARPS,
+    )
+    return settled, terms
+
+
+def _empty_terms(x: torch.Tensor, width: int) -> Terms:
+    high, low = (x.new_empty(len(x), width, dtype=torch.int8) for _ in range(2))
+    return Terms(high, low, x.new_empty(len(x), dtype=torch.float32))
+
+
+@cache
+def _power(size: int) -> int:
+    """Return the least power of two that is not below *size*."""
+    return 1 << (size - 1).bit_length()
+
+
+@cache
+def _kernels() -> Any:
+    return importlib.import_module("app.engine.kernels.wide_int8_triton")
