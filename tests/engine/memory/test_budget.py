@@ -51,7 +51,7 @@ def plan(checkpoint, monkeypatch):
 
 
 def test_what_is_counted_is_what_lies_on_the_card(checkpoint, tiny_klein):
-    """One byte for each weight of a block, two for the others; besides, a scale for each layer."""
+    """One byte for each weight of a block, two for the others; besides, three scales a layer."""
     counted = count_weights(
         checkpoint, ARCHITECTURE, choose_precision("fp8", FACTS, is_small=False)
     )
@@ -59,7 +59,7 @@ def test_what_is_counted_is_what_lies_on_the_card(checkpoint, tiny_klein):
     layers = [each for each in built.transformer.modules() if isinstance(each, Fp8Linear)]
 
     assert layers
-    assert counted.transformer + 4 * len(layers) == sum(
+    assert counted.transformer + 3 * 4 * len(layers) == sum(
         each.nbytes for each in built.transformer.parameters()
     )
     decoder = [
