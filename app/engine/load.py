@@ -106,6 +106,8 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     _limit_memory(config, device)
     architecture = find_model(config.model).architecture
     is_small = _is_small(config)
+    # Before the race, which runs kernels that are kept in the compiler's folder.
+    compiler = choose_compiler(device, Path(config.cache_dir))
     facts, kernel, results = _judge(config, device, architecture, is_small=is_small)
     precision = choose_precision(config.precision, facts, is_small=is_small)
     path, revision = _find(config, precision, on_progress)
@@ -130,7 +132,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
                 checkpoint.is_distilled,
                 model.id,
             )
-        compiler = NO_COMPILER if is_exact else choose_compiler(device, Path(config.cache_dir))
+        compiler = NO_COMPILER if is_exact else compiler
         plan = choose_plan(
             config,
             model,
