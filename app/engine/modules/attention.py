@@ -48,6 +48,8 @@ class AttentionKernel:
     """The field of `roofline.GpuDatasheet` with the rate of its matmuls."""
     oldest: tuple[int, int] = (0, 0)
     """The compute capability from which on it usually runs."""
+    newest: tuple[int, int] = (99, 0)
+    """The one up to which it does."""
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -101,6 +103,7 @@ KERNELS = {
         max_error=0.045,
         must_win=True,
         oldest=_HOPPER,
+        newest=_HOPPER,
     ),
 }
 """All kernels by name; without a race, the last that is right on a device is taken."""
