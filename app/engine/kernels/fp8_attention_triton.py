@@ -5,7 +5,8 @@ In a program one warp copies tiles to shared memory, and three warpgroups of fou
 queries each. A warpgroup has one product under way at a time: so it needs 160 registers a thread,
 three fit on a multiprocessor, and while one waits for the tensor cores the others compute
 exponentials, which take as long. There are as many programs as multiprocessors, each for several
-tiles; keys and values are copied ahead from one tile to the next.
+tiles; keys and values are copied ahead from one tile to the next. Tiles that would leave most
+multiprocessors idle at the end are divided among them by keys, and a last kernel merges the parts.
 
 The tensor cores take values with tokens along memory, so a first kernel transposes them as it
 rounds. In each 16 tokens it also changes their order, to the one in which a thread holds the scores
@@ -45,6 +46,10 @@ _KEYS = 128
 _STAGES = 3
 """Tiles of keys, and of values, in shared memory at a time."""
 _REGISTERS, _COPY_REGISTERS = tl.constexpr(160), tl.constexpr(24)
+_PIECES = 4
+"""In how many pieces a tile is divided at most."""
+_MERGED = 32
+"""Rows that a program of `_merge` takes."""
 _LARGEST = tl.constexpr(8.0)
 _NEVER = tl.constexpr(-1e30)
 
@@ -63,19 +68,54 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             v, values, count, padded, v.stride(0), SIZE=_SIZE, TOKENS=_TRANSPOSED
         )
         out = torch.empty((count, width), dtype=q.dtype, device=q.device)
-        tiles = heads * triton.cdiv(count, _GROUPS * _QUERIES.value)
-        _attend[(min(tiles, _processors(q.device)),)](
+        height = _GROUPS * _QUERIES.value
+        rows = triton.cdiv(count, height)
+        programs = _processors(q.device)
+        whole, pieces = _division(heads * rows, programs, triton.cdiv(count, _KEYS))
+        late = (heads * rows - whole) * pieces
+        parts = torch.empty((late * height, _SIZE), dtype=torch.float32, device=q.device)
+        weights = torch.empty((late * height, 2), dtype=torch.float32, device=q.device)
+        _attend[(min(programs, whole + late),)](
             _tiles(q, _QUERIES.value, _SIZE),
             _tiles(k, _KEYS, _SIZE),
             _tiles(values, _SIZE, _KEYS),
             out,
+            parts,
+            weights,
             _SIZE**-0.5 * math.log2(math.e),
             count,
             heads,
+            whole,
+            late,
+            pieces,
             GROUPS=_GROUPS,
             STAGES=_STAGES,
         )
+        if late:
+            _merge[(late // pieces, height // _MERGED)](
+                parts,
+                weights,
+                out,
+                count,
+                width,
+                rows,
+                whole,
+                pieces,
+                SIZE=_SIZE,
+                HEIGHT=height,
+                ROWS=_MERGED,
+            )
     return out
+
+
+def _division(tiles: int, programs: int, blocks: int) -> tuple[int, int]:
+    """Return how many of *tiles* are computed whole, and in how many pieces each of the others.
+
+    Each program has equally many whole tiles; *blocks* of keys can be divided.
+    """
+    rest = tiles % programs
+    pieces = min(programs // rest, blocks, _PIECES) if rest else 1
+    return (tiles - rest, pieces) if pieces > 1 else (tiles, 1)
 
 
 @functools.cache
@@ -114,19 +154,64 @@ def _transpose(
     tl.store(out + lane[:, None].to(tl.int64) * padded + place[None, :], made)
 
 
-@gluon.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "rows", "whole", "pieces"])
+def _merge(
+    parts: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    width: tl.tensor,
+    rows: tl.tensor,
+    whole: tl.tensor,
+    pieces: tl.tensor,
+    SIZE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Merge the parts of the tiles from *whole* on: *weights* has their sums and largest scores."""
+    rest = tl.program_id(0)
+    inner = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, SIZE)
+    top = tl.full([ROWS], -1e20, tl.float32)
+    for piece in range(pieces):
+        row = (rest * pieces + piece) * HEIGHT + inner
+        top = tl.maximum(top, tl.load(weights + row * 2 + 1))
+    total = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, SIZE], tl.float32)
+    for piece in range(pieces):
+        row = (rest * pieces + piece) * HEIGHT + inner
+        fade = tl.exp2(tl.load(weights + row * 2 + 1) - top)
+        total += fade * tl.load(weights + row * 2)
+        part = tl.load(parts + row[:, None].to(tl.int64) * SIZE + lane[None, :])
+        summed += fade[:, None] * part
+    tile = whole + rest
+    row = tile % rows * HEIGHT + inner
+    place = out + row[:, None].to(tl.int64) * width + tile // rows * SIZE + lane[None, :]
+    made = (summed / total[:, None]).to(out.dtype.element_ty)
+    tl.store(place, made, mask=(row < count)[:, None])
+
+
+@gluon.jit(do_not_specialize=["count", "whole", "late", "pieces"])
 def _attend(
     q_tiles: gl.tensor,
     k_tiles: gl.tensor,
     v_tiles: gl.tensor,
     out: gl.tensor,
+    parts: gl.tensor,
+    weights: gl.tensor,
     scale: gl.tensor,
     count: gl.tensor,
     heads: gl.tensor,
+    whole: gl.tensor,
+    late: gl.tensor,
+    pieces: gl.tensor,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
-    """Compute out [count, heads * s]; *scale* takes scores to powers of two."""
+    """Compute *whole* tiles of out [count, heads * s], and *late* parts of others.
+
+    *scale* takes scores to powers of two.
+    """
     SIZE: gl.constexpr = k_tiles.block_shape[1]
     KEYS: gl.constexpr = k_tiles.block_shape[0]
     q_held = gl.allocate_shared_memory(q_tiles.dtype, [GROUPS, _QUERIES, SIZE], q_tiles.layout)
@@ -153,13 +238,14 @@ def _attend(
     blocks = gl.cdiv(count, KEYS)
     held = (q_held, k_held, v_held, ones)
     bars = (q_full, q_free, k_full, k_free, v_full, v_free)
-    where = (out, scale, count, heads, rows, blocks)
+    work = (rows, blocks, whole, late, pieces)
+    made = (out, parts, weights)
     gl.warp_specialize(
         [
-            (_compute, (0, held, bars, where)),
-            (_compute, (1, held, bars, where)),
-            (_compute, (2, held, bars, where)),
-            (_copy, (q_tiles, k_tiles, v_tiles, held, bars, where)),
+            (_compute, (0, held, bars, work, made, scale, count, heads)),
+            (_compute, (1, held, bars, work, made, scale, count, heads)),
+            (_compute, (2, held, bars, work, made, scale, count, heads)),
+            (_copy, (q_tiles, k_tiles, v_tiles, held, bars, work)),
         ],
         [4, 4, 1],
         [_REGISTERS, _REGISTERS, _COPY_REGISTERS],
@@ -173,19 +259,20 @@ def _copy(
     v_tiles: gl.tensor,
     held: gl.tuple,
     bars: gl.tuple,
-    where: gl.tuple,
+    work: gl.tuple,
 ) -> None:
     """Copy what the warpgroups compute from, as soon as there is room for it."""
     q_held, k_held, v_held, _ = held
     q_full, q_free, k_full, k_free, v_full, v_free = bars
-    _, _, _, heads, rows, blocks = where
+    rows, blocks, whole, late, pieces = work
     GROUPS: gl.constexpr = q_held.shape[0]
     STAGES: gl.constexpr = k_held.shape[0]
     SIZE: gl.constexpr = k_held.shape[2]
     KEYS: gl.constexpr = k_held.shape[1]
     step = 0
-    for tile in range(gl.program_id(0), heads * rows, gl.num_programs(0)):
-        turn = tile // gl.num_programs(0)
+    for item in range(gl.program_id(0), whole + late, gl.num_programs(0)):
+        tile, begin, end = _part(item, blocks, whole, pieces)
+        turn = item // gl.num_programs(0)
         lane = tile // rows * SIZE
         first = tile % rows * (GROUPS * _QUERIES)
         full = q_full.index(0)
@@ -194,7 +281,7 @@ def _copy(
         for group in gl.static_range(GROUPS):
             place = q_held.index(group)
             tma.async_copy_global_to_shared(q_tiles, [first + group * _QUERIES, lane], full, place)
-        for block in range(blocks):
+        for block in range(begin, end):
             stage = step % STAGES
             phase = ((step // STAGES) & 1) ^ 1
             token = (blocks - 1 - block) * KEYS
@@ -210,11 +297,21 @@ def _copy(
 
 
 @gluon.jit
-def _compute(group: gl.constexpr, held: gl.tuple, bars: gl.tuple, where: gl.tuple) -> None:
+def _compute(
+    group: gl.constexpr,
+    held: gl.tuple,
+    bars: gl.tuple,
+    work: gl.tuple,
+    made: gl.tuple,
+    scale: gl.tensor,
+    count: gl.tensor,
+    heads: gl.tensor,
+) -> None:
     """Compute 64 rows of each tile, block of keys by block, the last and incomplete one first."""
     q_held, k_held, v_held, ones = held
     q_full, q_free, k_full, k_free, v_full, v_free = bars
-    out, scale, count, heads, rows, blocks = where
+    rows, blocks, whole, late, pieces = work
+    out, parts, weights = made
     GROUPS: gl.constexpr = q_held.shape[0]
     KEYS: gl.constexpr = k_held.shape[1]
     SIZE: gl.constexpr = k_held.shape[2]
@@ -222,16 +319,17 @@ def _compute(group: gl.constexpr, held: gl.tuple, bars: gl.tuple, where: gl.tupl
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
     total: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     step = 0
-    for tile in range(gl.program_id(0), heads * rows, gl.num_programs(0)):
+    for item in range(gl.program_id(0), whole + late, gl.num_programs(0)):
+        tile, begin, end = _part(item, blocks, whole, pieces)
         top = gl.full([_QUERIES], -1e20, gl.float32, gl.SliceLayout(1, score))
         summed = gl.zeros([_QUERIES, SIZE], gl.float32, value)
         weight = gl.zeros([_QUERIES, 8], gl.float32, total)
-        mbarrier.wait(q_full.index(0), (tile // gl.num_programs(0)) & 1)
+        mbarrier.wait(q_full.index(0), (item // gl.num_programs(0)) & 1)
         q = q_held.index(group)
         scores = _score(q, k_held, k_full, k_free, step)
-        token = (blocks - 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, score))
+        token = (blocks - 1 - begin) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, score))
         scores = gl.where((token < count)[None, :], scores, _NEVER)
-        for _ in range(blocks - 1):
+        for _ in range(begin + 1, end):
             top, summed, weight = _add(
                 scores, scale, top, summed, weight, v_held, ones, v_full, v_free, step
             )
@@ -242,13 +340,31 @@ def _compute(group: gl.constexpr, held: gl.tuple, bars: gl.tuple, where: gl.tupl
             scores, scale, top, summed, weight, v_held, ones, v_full, v_free, step
         )
         step += 1
-        share = gl.convert_layout(1.0 / gl.max(weight, 1), gl.SliceLayout(1, value))
-        row = (tile % rows * GROUPS + group) * _QUERIES
-        row += gl.arange(0, _QUERIES, gl.SliceLayout(1, value))
-        lane = tile // rows * SIZE + gl.arange(0, SIZE, gl.SliceLayout(0, value))
-        place = out + row[:, None].to(gl.int64) * (heads * SIZE) + lane[None, :]
-        made = (summed * share[:, None]).to(out.dtype.element_ty)
-        gl.store(place, made, mask=(row < count)[:, None])
+        weight = gl.convert_layout(gl.max(weight, 1), gl.SliceLayout(1, value))
+        inner = gl.arange(0, _QUERIES, gl.SliceLayout(1, value))
+        lane = gl.arange(0, SIZE, gl.SliceLayout(0, value))
+        if item < whole:
+            row = (tile % rows * GROUPS + group) * _QUERIES + inner
+            place = out + row[:, None].to(gl.int64) * (heads * SIZE) + tile // rows * SIZE
+            mean = (summed * (1.0 / weight)[:, None]).to(out.dtype.element_ty)
+            gl.store(place + lane[None, :], mean, mask=(row < count)[:, None])
+        else:
+            row = ((item - whole) * GROUPS + group) * _QUERIES + inner
+            gl.store(parts + row[:, None].to(gl.int64) * SIZE + lane[None, :], summed)
+            gl.store(weights + row * 2, weight)
+            gl.store(weights + row * 2 + 1, gl.convert_layout(top, gl.SliceLayout(1, value)))
+
+
+@gluon.jit
+def _part(
+    item: gl.tensor, blocks: gl.tensor, whole: gl.tensor, pieces: gl.tensor
+) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
+    """Return the tile of a work item, and its first and last block of keys."""
+    late = gl.maximum(item - whole, 0)
+    piece = late % pieces
+    begin = gl.where(item < whole, 0, piece * blocks // pieces)
+    end = gl.where(item < whole, blocks, (piece + 1) * blocks // pieces)
+    return gl.minimum(item, whole + late // pieces), begin, end
 
 
 @gluon.jit

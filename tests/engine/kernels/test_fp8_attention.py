@@ -62,13 +62,13 @@ def test_elsewhere_it_is_not_chosen():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [40, 640, 4608, 4645])
-def test_the_kernel_computes_what_the_processor_does(tokens):
-    """To a hundredth, in sizes that fill its tiles and in others."""
+@pytest.mark.parametrize(("heads", "tokens"), [(3, 40), (3, 640), (24, 1536), (3, 4645)])
+def test_the_kernel_computes_what_the_processor_does(heads, tokens):
+    """To a hundredth: tiles that are full or not, computed whole or in parts."""
     card = torch.device("cuda")
     if fault := fp8_attention.fault(card):
         pytest.skip(fault)
-    given = drawn(3, tokens, card)
+    given = drawn(heads, tokens, card)
     made = fp8_attention.attention(*given)
 
     assert relative_error(made.cpu(), fp8_attention.attention(*(x.cpu() for x in given))) < 0.01
