@@ -76,8 +76,8 @@ class Settings(BaseModel):
     precision: str = "auto"
     """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why."""
     attention: str = "auto"
-    """Attention of the 8-bit transformer: `torch`, `cudnn` or `int8`; `auto` takes the fastest
-    that keeps its bound on this card."""
+    """Attention of the 8-bit transformer: `torch`, `cudnn`, `int8` or `fp8`; `auto` takes the
+    fastest that keeps its bound on this card."""
     offload: Literal["auto", "none", "model", "disk"] = "auto"
     """Where weights wait that do not fit on the GPU (bf16 only): in host memory or on disk."""
     plan: Literal["auto", "resident", "resident tiled", "streamed", "streamed tiled"] = "auto"

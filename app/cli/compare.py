@@ -1,8 +1,9 @@
 """`klein compare`: measure the error of quantization with the user's own weights and prompt.
 
-Each precision makes the same image from the same seed in its own worker, one after the other. The
-command writes a contact sheet (the images, and below them their differences from the reference,
-amplified eight times), prints a table and, as its last line, one JSON document.
+Each precision, with each attention kernel that is asked for, makes the same image from the same
+seed in its own worker, one after the other. The command writes a contact sheet (the images, and
+below them their differences from the reference, amplified eight times), prints a table and, as its
+last line, one JSON document.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import asyncio
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from app.cli.warm_worker import (
     draft,
     make_pictures,
     new_prompts,
+    parse_attentions,
     parse_precisions,
     parse_size,
     warm_runtime,
@@ -52,11 +54,13 @@ _AMPLIFIED = [min(255, DIFFERENCE_GAIN * level) for level in range(256)] * 3
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One precision's image; *psnr_db* and *latent_error* are None for the reference itself.
+    """One worker's image; *psnr_db* and *latent_error* are None for the reference itself.
 
-    *latent_error* is ||latents - reference|| / ||reference||, in float32.
+    *label* is the precision, with the attention kernel where several were asked for; *latent_error*
+    is ||latents - reference|| / ||reference||, in float32.
     """
 
+    label: str
     info: ModelInfo
     picture: Picture
     image: RawImage
@@ -76,13 +80,14 @@ class Compared:
         peak = self.picture.peak
         reserved = f" {peak.reserved / 1e9:.1f} GB" if peak else ""
         seconds = self.picture.seconds["total"]
-        return f"{self.info.precision} {self.likeness} {seconds:.2f} s{reserved}"
+        return f"{self.label} {self.likeness} {seconds:.2f} s{reserved}"
 
     def as_json(self) -> dict[str, object]:
         """Return plain data; the PSNR of equal images is None, since JSON has no infinity."""
         peak = self.picture.peak
         return {
             "precision": self.info.precision,
+            "attention": self.info.attention,
             "plan": self.info.plan,
             "psnr_db": (
                 round(self.psnr_db, 2) if self.psnr_db and math.isfinite(self.psnr_db) else None
@@ -108,12 +113,14 @@ _COLUMNS: dict[str, Callable[[Compared], str]] = {
     "reserved GB": lambda one: (
         f"{one.picture.peak.reserved / 1e9:.2f}" if one.picture.peak else "-"
     ),
+    "attention": lambda one: one.info.attention or "-",
 }
 
 
 OPTIONS: Options = {
     "prompt": {},
     "--precision": {"default": "fp8,int8,bf16", "help": "separated by commas (fp8,int8,bf16)"},
+    "--attention": {"help": "kernels separated by commas; each makes a picture at each precision"},
     "-o --output": {"type": Path, "default": Path("compare.png")},
     **SIZE,
     **STEPS,
@@ -129,14 +136,14 @@ def run(
     make_engine: EngineFactory = create_engine,
     gpu: Gpu | None = None,
 ) -> int:
-    """Compare and print; return 0 where every precision made an image, else 1."""
+    """Compare and print; return 0 where every worker made an image, else 1."""
     if arguments.output.suffix.lower() != ".png":
         raise InvalidRequest("The sheet's name must end in .png.")
     check_output(arguments.output)
     arguments.seed = choose_seed(arguments.seed)
-    precisions = parse_precisions(arguments.precision)
+    trials = _trials(parse_precisions(arguments.precision), arguments.attention)
     logs.set_up(style=settings.log_format, level="warning")
-    found, notes = asyncio.run(_make_all(arguments, settings, precisions, make_engine, gpu))
+    found, notes = asyncio.run(_make_all(arguments, settings, trials, make_engine, gpu))
     if not found:
         raise StartupError("No precision gave a picture, so there is nothing to compare.")
     found = against_reference(found)
@@ -150,6 +157,26 @@ def run(
         )
     )
     return 1 if notes else 0
+
+
+def _trials(precisions: Sequence[str], attention: str | None) -> dict[str, dict[str, str]]:
+    """Return the settings of each worker by its label.
+
+    A precision whose networks are the libraries' own has no choice of a kernel, and one picture.
+
+    Raises:
+        InvalidRequest: *attention* names what is no kernel.
+    """
+    if attention is None:
+        return {precision: {"precision": precision} for precision in precisions}
+    trials: dict[str, dict[str, str]] = {}
+    for precision in precisions:
+        if precision in FORMATS and FORMATS[precision].is_exact:
+            trials[precision] = {"precision": precision}
+            continue
+        for kernel in parse_attentions(attention):
+            trials[f"{precision} {kernel}"] = {"precision": precision, "attention": kernel}
+    return trials
 
 
 def against_reference(found: Sequence[Compared]) -> list[Compared]:
@@ -167,11 +194,11 @@ def _beside(one: Compared, best: Compared) -> Compared:
 async def _make_all(
     arguments: argparse.Namespace,
     settings: Settings,
-    precisions: tuple[str, ...],
+    trials: Mapping[str, Mapping[str, str]],
     make_engine: EngineFactory,
     gpu: Gpu | None,
 ) -> tuple[list[Compared], list[str]]:
-    """Return what was made, and a note on each precision that could not be started."""
+    """Return what was made, and a note on each worker that could not be started."""
     found: list[Compared] = []
     notes: list[str] = []
 
@@ -182,19 +209,21 @@ async def _make_all(
         warm_up = replace(spec, prompt=next(new_prompts()))
         return [warm_up, spec]
 
-    for precision in precisions:
-        note(f"{precision}: starting the worker")
-        chosen = settings.model_copy(update={"precision": precision})
+    for label, changes in trials.items():
+        note(f"{label}: starting the worker")
+        chosen = settings.model_copy(update=changes)
         try:
             async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu, plan=plan) as (
                 runtime,
                 info,
                 specs,
             ):
-                _, picture = await make_pictures(runtime, specs, precision)
-            found.append(Compared(info, picture, decode_upload(picture.data, what="picture")))
+                _, picture = await make_pictures(runtime, specs, label)
+            found.append(
+                Compared(label, info, picture, decode_upload(picture.data, what="picture"))
+            )
         except StartupError as error:
-            notes.append(f"{precision}: {error.message}")
+            notes.append(f"{label}: {error.message}")
     return found, notes
 
 
@@ -205,7 +234,7 @@ def _draw(found: Sequence[Compared], settings: Settings, prompt: str) -> bytes:
         [one.caption for one in found],
         reference if len(found) > 1 else None,
     )
-    text = {"prompt": prompt, "compared": ", ".join(one.info.precision for one in found)}
+    text = {"prompt": prompt, "compared": ", ".join(one.label for one in found)}
     return images.encode(sheet, OutputFormat("png"), text if settings.png_metadata else None)
 
 

@@ -141,6 +141,22 @@ def parse_precisions(text: str) -> tuple[str, ...]:
     return names
 
 
+def parse_attentions(text: str) -> tuple[str, ...]:
+    """Parse names of attention kernels separated by commas.
+
+    Raises:
+        InvalidRequest: one of them is no kernel.
+    """
+    from app.engine.modules.attention import AUTO, KERNELS
+
+    known = (AUTO, *KERNELS)
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in known:
+            raise InvalidRequest(f"{name!r} is no attention kernel; take of {', '.join(known)}.")
+    return names
+
+
 def choose_seed(given: int | None) -> int:
     """Return the given seed; draw one for None or -1, as over HTTP."""
     return secrets.randbelow(MAX_SEED + 1) if given is None or given == DRAW else given

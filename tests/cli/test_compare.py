@@ -72,6 +72,30 @@ def test_the_sheet_shows_pictures_and_differences(tmp_path) -> None:
     assert np.all(pixels[136:264, 264:520] == 0)
 
 
+@pytest.mark.torch
+def test_kernels_of_attention_are_compared_at_one_precision(tmp_path, capsys) -> None:
+    """Each in a worker of its own; one for a precision that leaves no choice of a kernel."""
+    words = ("--precision", "fp8,bf16", "--attention", "int8,torch", "--size", "128x128")
+    assert run(tmp_path, *words) == 0
+
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["precision"], row["attention"]) for row in rows] == [
+        ("fp8", "int8"),
+        ("fp8", "torch"),
+        ("bf16", "auto"),
+    ]
+    assert [row["psnr_db"] for row in rows] == [pytest.approx(38.59), pytest.approx(42.11), None]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.text["compared"] == "fp8 int8, fp8 torch, bf16"
+
+
+@pytest.mark.torch
+def test_an_unknown_kernel_is_told_before_anything_starts(tmp_path) -> None:
+    """With the names that there are."""
+    with pytest.raises(InvalidRequest, match="no attention kernel; take of auto, torch, cudnn"):
+        run(tmp_path, "--attention", "flash9")
+
+
 def test_a_precision_that_does_not_start_leaves_the_others(tmp_path, capsys) -> None:
     """It is named with its reason, and the exit code says that something is missing."""
     assert run(tmp_path, "--precision", "int8,bf16,fp32", "--size", "128x128") == 1

@@ -89,11 +89,9 @@ def compute_race(spec: roofline.GpuDatasheet, architecture: Architecture) -> Res
     linears = sum(2 * tokens * x.inputs * x.outputs * x.count for x in architecture.matmuls)
     attention = 4 * tokens**2 * architecture.width * blocks
 
-    def timed(
-        lap: Lap, flops: float, kind: str | None, oldest: tuple[int, int], hopper: float
-    ) -> Lap:
+    def timed(lap: Lap, flops: float, kind: str | None, hopper: float, *, is_known: bool) -> Lap:
         rate = getattr(spec, kind or "bf16")
-        if rate is None or spec.capability < oldest:
+        if rate is None or not is_known:
             return replace(lap, fault="this card does not know it")
         share = hopper if kind == "int8" and spec.capability == (9, 0) else 1.0
         return replace(lap, seconds=flops / (rate * share))
@@ -105,8 +103,8 @@ def compute_race(spec: roofline.GpuDatasheet, architecture: Architecture) -> Res
                 Lap(each.name, must_win=each.must_win, is_reference=each.reason is None),
                 linears,
                 each.rate,
-                each.oldest,
                 _HOPPER_LINEARS,
+                is_known=spec.capability >= each.oldest,
             )
             for each in (*automatic(), FORMATS["bf16"])
         ),
@@ -115,8 +113,8 @@ def compute_race(spec: roofline.GpuDatasheet, architecture: Architecture) -> Res
                 Lap(name, is_challenger=each.must_win),
                 attention,
                 each.rate,
-                each.oldest,
                 _HOPPER_ATTENTION,
+                is_known=each.oldest <= spec.capability <= each.newest,
             )
             for name, each in reversed(KERNELS.items())
         ),

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from app.engine import torch_private
+from app.engine.kernels import fp8_attention
 from app.engine.models.entry import Architecture
 from app.errors import StartupError
 
@@ -47,6 +48,8 @@ class AttentionKernel:
     """The field of `roofline.GpuDatasheet` with the rate of its matmuls."""
     oldest: tuple[int, int] = (0, 0)
     """The compute capability from which on it usually runs."""
+    newest: tuple[int, int] = (99, 0)
+    """The one up to which it does."""
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -91,6 +94,16 @@ KERNELS = {
         must_win=True,
         rate="int8",
         oldest=(7, 5),
+    ),
+    # Half of its products are of bf16 and take two thirds of their time: it counts as bf16.
+    "fp8": AttentionKernel(
+        "probabilities and values in fp8",
+        fp8_attention.attention,
+        fp8_attention.fault,
+        max_error=0.045,
+        must_win=True,
+        oldest=_HOPPER,
+        newest=_HOPPER,
     ),
 }
 """All kernels by name; without a race, the last that is right on a device is taken."""

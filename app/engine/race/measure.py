@@ -310,6 +310,7 @@ def _key(device: torch.device, architecture: Architecture, *, is_compiled: bool)
         CARD: str(torch.cuda.get_device_properties(device).uuid),
         "driver": facts.driver if isinstance(facts, GpuFacts) else "",
         "torch": str(torch.__version__),
+        "triton": _version("triton"),
         "comfy-kitchen": _version("comfy-kitchen"),
         "missing": ", ".join(filter(None, (each.missing() for each in automatic()))),
         "klein-server": __version__,

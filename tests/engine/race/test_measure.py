@@ -92,7 +92,7 @@ def test_a_step_is_as_often_a_matmul_as_the_blocks_run_it(counted, monkeypatch):
     assert linears["fp8"].seconds == linears["bf16"].seconds == pytest.approx(20e-3)
     assert attention["torch"].seconds == pytest.approx(8e-3)
     assert "Hopper" in attention["cudnn"].fault
-    assert [lap.name for lap in made.attention] == ["int8", "cudnn", "torch"]
+    assert [lap.name for lap in made.attention] == ["fp8", "int8", "cudnn", "torch"]
     assert not made.disturbed
 
 
