@@ -1,21 +1,26 @@
 """Reads safetensors files: the header first, each tensor's bytes on demand.
 
-Only this format is supported, since it contains no code. Files are read with `read` instead of
+Only this format is supported, since it contains no code. Files are read with `pread` instead of
 mmap: mapped pages count as this process's memory, and the first load has to stay small on a machine
-with 16 GB. Tensors for a GPU pass through two small pinned buffers: allocating host memory for each
-would take several times as long. With KLEIN_OFFLOAD=disk files are memory-mapped, so the kernel
-evicts and reads pages as memory allows. This module knows bytes and names, no model.
+with 16 GB. Several threads read, each a piece: one alone copies from the page cache at a fraction
+of what memory and bus allow. Tensors for a GPU pass through small pinned buffers: allocating host
+memory for each would take several times as long. With KLEIN_OFFLOAD=disk files are memory-mapped,
+so the kernel evicts and reads pages as memory allows. This module knows bytes and names, no model.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -42,8 +47,8 @@ CPU = torch.device("cpu")
 
 _SHOWN = 16
 """The most characters of a string of the file that a message repeats."""
-_PIECE_BYTES = 1 << 24
-"""Size of a pinned staging buffer."""
+_PIECE_BYTES = 1 << 22
+_READERS = 4
 
 
 Read = Callable[[torch.device], torch.Tensor]
@@ -79,7 +84,7 @@ class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
         self.path = path
         self._is_mapped = is_mapped
         self._map: mmap.mmap | None = None
-        self._ferry: PinnedStaging | None = None
+        self._readers: _Readers | None = None
         self._file: FileIO = path.open("rb", buffering=0)
         try:
             self.tensors, self.metadata = self._read_header()
@@ -92,7 +97,10 @@ class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
 
     def close(self) -> None:
         """Close the file; a memory map is released with its last tensor."""
-        self._map = self._ferry = None
+        self._map = None
+        if self._readers is not None:
+            self._readers.close()
+            self._readers = None
         self._file.close()
 
     def read(self, tensor: Tensor, device: torch.device = CPU) -> torch.Tensor:
@@ -100,21 +108,17 @@ class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
         if self._is_mapped and tensor.size_bytes and tensor.start % tensor.dtype.itemsize == 0:
             return self._view(tensor).to(device)
         buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8, device=device)
-        self._file.seek(tensor.start)
-        if device.type == "cuda":
-            if self._ferry is None:
-                self._ferry = PinnedStaging()
-            self._ferry.fill(buffer, self._read_into)
-        else:
-            self._read_into(buffer)
+        if self._readers is None:
+            self._readers = _Readers()
+        self._readers.fill(buffer, partial(self._read_at, tensor.start))
         return buffer.view(tensor.dtype).reshape(tensor.shape)
 
-    def _read_into(self, place: torch.Tensor) -> None:
-        """Fill *place*, uint8 on the host, from the file's current position."""
+    def _read_at(self, start: int, place: torch.Tensor, offset: int) -> None:
+        """Fill *place*, uint8 on the host, from *start* + *offset* in the file."""
         view = memoryview(place.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
         done = 0
         while done < len(view):
-            count = self._file.readinto(view[done : done + (1 << 28)])
+            count = os.preadv(self._file.fileno(), [view[done:]], start + offset + done)
             if not count:
                 raise _damaged(self.path, "it ends before its last tensor")
             done += count
@@ -151,26 +155,65 @@ class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
         return Tensor(self, name, dtype, entry.shape, entry.start, entry.size_bytes)
 
 
-class PinnedStaging:
-    """Two pinned host buffers: one is copied to the GPU while the other is filled."""
+class _Readers:
+    """Threads that read pieces of a tensor, two pinned buffers for each where it is for a GPU.
+
+    One buffer is copied to the GPU while the other is filled.
+    """
 
     def __init__(self) -> None:
-        self._places = [
-            torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
-        ]
-        lanes: Any = torch.cuda
-        self._copied = [lanes.Event() for _ in range(2)]
+        self._pool = ThreadPoolExecutor(_READERS, "reader")
+        self._places: SimpleQueue[tuple[torch.Tensor, Any]] | None = None
 
-    def fill(self, target: torch.Tensor, read_into: Callable[[torch.Tensor], None]) -> None:
-        """Fill *target*, uint8 on a GPU, in pieces that *read_into* reads."""
-        for number, start in enumerate(range(0, len(target), _PIECE_BYTES)):
-            turn = number % 2
-            piece = target[start : start + _PIECE_BYTES]
-            self._copied[turn].synchronize()
-            place = self._places[turn][: len(piece)]
-            read_into(place)
-            piece.copy_(place, non_blocking=True)
-            self._copied[turn].record()
+    def fill(self, target: torch.Tensor, read: Callable[[torch.Tensor, int], None]) -> None:
+        """Fill *target*, uint8, by *read*, which fills a piece that begins at an offset."""
+        move = read
+        if target.device.type == "cuda":
+            if self._places is None:
+                self._places = _pinned_places()
+            move = partial(_by_pinned_memory, self._places, read)
+
+        def move_at(offset: int) -> None:
+            move(target[offset : offset + _PIECE_BYTES], offset)
+
+        offsets = range(0, len(target), _PIECE_BYTES)
+        # A thread takes longer to wake than a small tensor to read.
+        for _ in map(move_at, offsets) if len(offsets) == 1 else self._pool.map(move_at, offsets):
+            pass
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+def _pinned_places() -> SimpleQueue[tuple[torch.Tensor, Any]]:
+    """Return pinned buffers, each with the event of its last copy to the GPU."""
+    places: SimpleQueue[tuple[torch.Tensor, Any]] = SimpleQueue()
+    lanes: Any = torch.cuda
+    for _ in range(2 * _READERS):
+        place = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+        places.put((place, lanes.Event()))
+    return places
+
+
+def _by_pinned_memory(
+    places: SimpleQueue[tuple[torch.Tensor, Any]],
+    read: Callable[[torch.Tensor, int], None],
+    piece: torch.Tensor,
+    offset: int,
+) -> None:
+    """Read at *offset* into one of *places*, and begin to copy it to *piece* on the GPU.
+
+    The copy goes into the device's usual stream, in whose order its memory was allocated.
+    """
+    place, copied = places.get()
+    try:
+        copied.synchronize()
+        read(place[: len(piece)], offset)
+        piece.copy_(place[: len(piece)], non_blocking=True)
+        copied.record(torch.cuda.current_stream(piece.device))
+    finally:
+        places.put((place, copied))
 
 
 def _damaged(path: Path, what: str) -> StartupError:
