@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def measure_starts(bench: Bench) -> None:
     """Start and stop: seconds until ready, by stage, and the host's memory.
 
     Three times where the cache is empty: the first start rounds the encoder and compiles
-    everything, the others find both.
+    everything, the others find both. Each ends with the worker killed, and the seconds until a
+    picture that is asked for at once has come.
     """
     is_cold = not (bench.cache / "compiled").exists()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,11 +84,29 @@ def _measure_start(bench: Bench, note: str, report: Path) -> None:
             host_bytes=_host_bytes(service.pid, "VmRSS"),
             host_bytes_with_compilers=_host_bytes(service.pid, "VmRSS", below=4),
         )
+        killed = time.time()
+        os.kill(next(line["pid"] for line in _lines(report) if "pid" in line), signal.SIGKILL)
+        bench.write(
+            "klein.killed",
+            [_first_picture(bench.side, killed)],
+            note=note,
+            stages=_stages(report, killed),
+        )
+
+
+def _first_picture(side: int, begun: float) -> float:
+    """Return the seconds from *begun* until a picture has come; a killed worker fails one."""
+    while True:
+        try:
+            _post(_connect(), side, "a picture after")
+        except RuntimeError:
+            continue
+        return time.time() - begun
 
 
 def _stages(report: Path, begun: float) -> dict[str, float]:
     """When each stage of a start began, in seconds after *begun*."""
-    stages = [line for line in _lines(report) if "stage" in line]
+    stages = [line for line in _lines(report) if "stage" in line and line["at"] > begun]
     return {
         stage: round(next(lines)["at"] - begun, 1)
         for stage, lines in groupby(stages, itemgetter("stage"))

@@ -6,7 +6,8 @@ The real engine behind the real entry point. A CUDA event is recorded before the
 each picture (before its prompt is cut into tokens, so a little too early) and after its last, and
 the file gets a line of JSON for each picture: milliseconds from the last kernel of the picture
 before to the first of this one. A line is written for each stage of the start too, with the time
-of day. Without a card the host's clock stands in, to rehearse.
+of day; the first names the worker's process. Without a card the host's clock stands in, to
+rehearse.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TimedEngine:
     def __init__(self, engine: Engine, config: EngineConfig, report: str) -> None:
         self._engine = engine
         self._is_card = config.device is not None
-        self._report = Path(report)
+        self._report = report
         self._begun: Any = None
         self._ended: Any = None
 
@@ -93,8 +94,13 @@ class TimedEngine:
         return float(first.elapsed_time(second))
 
     def _note(self, **facts: object) -> None:
-        with self._report.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
+        write_line(self._report, **facts)
+
+
+def write_line(report: str, **facts: object) -> None:
+    """Append a line of JSON."""
+    with Path(report).open("a") as file:
+        file.write(json.dumps(facts) + "\n")
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class MakeTimed:
 
     def __call__(self, config: EngineConfig) -> TimedEngine:
         """Build it."""
+        write_line(self.report, stage="worker", at=time.time(), pid=os.getpid())
         return TimedEngine(create_engine(config), config, self.report)
 
 
