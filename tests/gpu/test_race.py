@@ -28,7 +28,7 @@ def held(card, tmp_path_factory):
     torch.cuda.reset_peak_memory_stats(card)
     reserved, allocated = torch.cuda.memory_reserved(card), torch.cuda.memory_allocated(card)
     begun = time.perf_counter()
-    results = measure.race(card, KLEIN, cache, is_compiled=True)
+    results = measure.race(card, KLEIN, cache, has_kernels=True)
     seconds = time.perf_counter() - begun
     logging.getLogger(__name__).info("%.1f s: %s; %s", seconds, choose(results), results)
     peak = torch.cuda.max_memory_reserved(card) - reserved
@@ -76,7 +76,7 @@ def test_it_is_held_once(card, held, monkeypatch):
         pytest.skip("others used the card, so nothing is kept")
     monkeypatch.setattr(measure, "hold", lambda *_, **__: pytest.fail("held again"))
 
-    assert measure.race(card, KLEIN, cache, is_compiled=True) == results
+    assert measure.race(card, KLEIN, cache, has_kernels=True) == results
 
 
 def test_the_choice_runs(card, held):

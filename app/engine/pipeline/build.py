@@ -35,10 +35,10 @@ from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_laye
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
 from app.engine.race.encoder import choose_layer
-from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, new_pool
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
+from app.engine.runtime.kernels_choice import KernelsChoice
 from app.engine.runtime.networks import TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokenizer
 from app.errors import StartupError
@@ -58,7 +58,7 @@ class BuildOptions:
     """The format of the transformer's layers; an exact one runs the libraries' own modules."""
     encoder_linears: WeightFormat
     attention: Attention
-    compiler: Compiler
+    kernels: KernelsChoice
     plan: Plan
     is_pinned: bool
     prompt_cache: int
@@ -219,12 +219,12 @@ def _build_fused(
         Qwen3RotaryEmbedding(config).to(options.device),
         fill.read(part, "model.embed_tokens.weight"),
         architecture.text_layers,
-        options.compiler,
+        options.kernels,
         pool,
         options.device if options.plan.is_streamed else None,
     )
     network = _build_shell(checkpoint.transformer, fill, options)
-    return encoder, FusedTransformer(network, options.compiler, pool, architecture.graph_tokens)
+    return encoder, FusedTransformer(network, options.kernels, pool, architecture.graph_tokens)
 
 
 def _encoder_kind(config: Qwen3Config, options: BuildOptions) -> type[EncoderLayer]:
@@ -292,10 +292,10 @@ def _check_encoder(part: ComponentFiles) -> tuple[Qwen3Config, nn.ModuleList]:
 
 
 def _adapt_vae(vae: Any, options: BuildOptions) -> None:
-    """Take our own passes of the VAE where Triton runs; exact ones are diffusers' as they are."""
+    """Take our own passes of the VAE where our kernels run; an exact VAE stays as it is."""
     if options.linears.is_exact:
         return
-    if options.compiler.is_on:
+    if options.kernels.is_on:
         fuse_vae(vae)
         return
     for attention in vae.decoder.mid_block.attentions:
@@ -317,7 +317,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the decode; ours replays a graph for small images, which are bound by launches."""
     whole = partial(_decode, vae)
-    if options.linears.is_exact or not options.compiler.has_graphs:
+    if options.linears.is_exact or not options.kernels.has_graphs:
         return whole
     graphs = CudaGraphs(new_pool(), is_on=True, after=1)
 

@@ -31,7 +31,7 @@ class PipelineComponents:
     vae: Any
     """diffusers' `AutoencoderKLFlux2`."""
     decode: Callable[[torch.Tensor], torch.Tensor]
-    """The VAE decoder, compiled or not: [1, c, h, w] -> [1, 3, 8 * h, 8 * w]."""
+    """The VAE decoder, its own or ours: [1, c, h, w] -> [1, 3, 8 * h, 8 * w]."""
     make_scheduler: Callable[[], Any]
     """Creates a scheduler per image, so that no state is kept between images."""
     device: torch.device

@@ -32,12 +32,12 @@ def test_the_matmuls_are_the_step():
     assert KLEIN.matmuls[0].outputs == KLEIN.widest_matmul[2]
 
 
-@pytest.mark.parametrize("is_compiled", [True, False])
-def test_each_piece_has_room(is_compiled):
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_each_piece_has_room(has_kernels):
     """Weights, input with its copies, and output below 256 MB, in equal parts of the whole."""
     for matmul in KLEIN.matmuls:
-        rows, outputs = measure.piece(matmul, KLEIN.step_tokens, is_compiled=is_compiled)
-        copies = 3 if is_compiled else 17
+        rows, outputs = measure.piece(matmul, KLEIN.step_tokens, has_kernels=has_kernels)
+        copies = 3 if has_kernels else 17
         used = 2 * matmul.inputs * outputs + rows * (matmul.inputs * copies + 2 * outputs)
 
         assert used < 210_000_000
@@ -86,7 +86,7 @@ def counted(monkeypatch):
 def test_a_step_is_as_often_a_matmul_as_the_blocks_run_it(counted, monkeypatch):
     """Two double and six single blocks: 2 * 4 and 6 * 2 matmuls, and 8 times attention."""
     monkeypatch.setattr(measure, "_busy", lambda device: "")
-    made = measure.hold(CPU, SHAPES, is_compiled=True)
+    made = measure.hold(CPU, SHAPES, has_kernels=True)
     linears, attention = ({lap.name: lap for lap in p} for p in (made.linears, made.attention))
 
     assert linears["fp8"].seconds == linears["bf16"].seconds == pytest.approx(20e-3)
@@ -110,7 +110,7 @@ def test_equal_runs_that_differ_are_noticed(counted, monkeypatch):
     monkeypatch.setattr(measure, "_busy", lambda device: "")
     monkeypatch.setattr(measure, "_seconds", lambda run, spreads: spreads.append(0.4) or 1e-3)
 
-    assert measure.hold(CPU, SHAPES, is_compiled=True).disturbed == "equal runs differed by 40%"
+    assert measure.hold(CPU, SHAPES, has_kernels=True).disturbed == "equal runs differed by 40%"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,6 @@ def test_a_library_that_is_mended_races_anew(monkeypatch):
     for missing in ("comfy-kitchen is installed and does not load (OSError)", ""):
         entry = replace(FORMATS["int8"], missing=lambda missing=missing: missing)
         monkeypatch.setitem(FORMATS, "int8", entry)
-        keys.append(measure._key(card, SHAPES, is_compiled=True))
+        keys.append(measure._key(card, SHAPES, has_kernels=True))
 
     assert keys[0] != keys[1]
