@@ -2,6 +2,9 @@
 
 Networks are created without weights, on PyTorch's meta device, and filled tensor by tensor, so no
 weight is in memory twice and a missing one cannot stay randomly initialised.
+
+Modules of diffusers and transformers are imported where they run and nowhere else: it takes ten
+seconds, half of them torch's compiler.
 """
 
 from __future__ import annotations
@@ -13,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from app.domain import LoadProgress, WorkerStage
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config
@@ -25,12 +26,15 @@ from app.engine.memory.offload import Offloader
 from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
 from app.engine.modules.attention import Attention, WideHeadProcessor
+from app.engine.modules.flux2_shell import Flux2Transformer2DModel
 from app.engine.modules.fused_vae import fuse_vae
-from app.engine.modules.qwen3_layers import EncoderLayer
+from app.engine.modules.qwen3_layers import EncoderLayer, Rotary, layer_shapes
 from app.engine.modules.rope import rope_tables
+from app.engine.modules.vae_shell import AutoencoderKLFlux2
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.pipeline.reference_cache import ReferenceCache
+from app.engine.pipeline.schedule import make_schedule
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
@@ -85,7 +89,7 @@ def build(
     parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
     fill = _Filler(sum(len(part.slots) for part in parts), options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
-    vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
+    vae = _build_network(_vae_kind(options), checkpoint.vae, fill, options.vae_dtype)
     _adapt_vae(vae, options)
     _admit_vae(vae, offloader, options)
     encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
@@ -103,7 +107,7 @@ def build(
         transformer=transformer.eval(),
         vae=vae,
         decode=_decoder(vae, options),
-        make_scheduler=partial(FlowMatchEulerDiscreteScheduler.from_config, checkpoint.scheduler),
+        schedule=make_schedule(checkpoint.scheduler, options.device),
         device=options.device,
         dtype=options.dtype,
         is_distilled=options.is_distilled,
@@ -188,8 +192,17 @@ def _build_exact(
 ) -> tuple[TextEncoder, Transformer]:
     """Build the libraries' own modules; of the text encoder's layers those that are read."""
     part = checkpoint.encoder
-    config, layers = _check_encoder(part)
-    kept = layers[: options.architecture.text_layers[-1]]
+    # Imports torch's compiler.
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
+
+    config = _check_encoder(part)
+    with torch.device("meta"):
+        kept = nn.ModuleList(
+            [
+                Qwen3DecoderLayer(config, number)
+                for number in range(options.architecture.text_layers[-1])
+            ]
+        )
     fill.fill(kept, part, "model.layers.")
     encoder = ExactTextEncoder(
         kept,
@@ -197,7 +210,8 @@ def _build_exact(
         fill.read(part, "model.embed_tokens.weight"),
         options.architecture.text_layers,
     )
-    network = _build_network(Flux2Transformer2DModel, checkpoint.transformer, fill)
+    kind = _librarys("Flux2Transformer2DModel")
+    network = _build_network(kind, checkpoint.transformer, fill)
     return encoder, ExactTransformer(network)
 
 
@@ -206,7 +220,7 @@ def _build_fused(
 ) -> tuple[TextEncoder, Transformer]:
     """Build our own blocks with quantized weights; only the VAE is offloaded."""
     architecture, pool, part = options.architecture, new_pool(), checkpoint.encoder
-    config, _ = _check_encoder(part)
+    config = _check_encoder(part)
     kind = _encoder_kind(config, options)
     make = _linear_builder(part, options.encoder_linears, "encoder", fill, options)
     layers = nn.ModuleList(
@@ -216,7 +230,7 @@ def _build_fused(
     make.keep()
     encoder = FusedTextEncoder(
         layers,
-        Qwen3RotaryEmbedding(config).to(options.device),
+        _rotary(config).to(options.device),
         fill.read(part, "model.embed_tokens.weight"),
         architecture.text_layers,
         options.kernels,
@@ -251,7 +265,7 @@ def _build_network(
 
 
 def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> Any:
-    """Build the transformer with fused blocks; the modules outside the blocks are diffusers'."""
+    """Build the transformer with fused blocks."""
     shell = _empty(Flux2Transformer2DModel, part)
     make = _linear_builder(part, options.linears, "transformer", fill, options)
     replace_blocks(shell, make, partial(fill.norm, part), options.attention)
@@ -277,18 +291,43 @@ def _linear_builder(
     )
 
 
-def _check_encoder(part: ComponentFiles) -> tuple[Qwen3Config, nn.ModuleList]:
-    """Return the config and all layers, on the meta device, after a check of every tensor."""
+def _check_encoder(part: ComponentFiles) -> Qwen3Config:
+    """Return the config, after a check of every tensor."""
     config = Qwen3Config(**{**part.config, "attn_implementation": "sdpa"})
-    with torch.device("meta"):
-        layers = nn.ModuleList(
-            [Qwen3DecoderLayer(config, number) for number in range(config.num_hidden_layers)]
-        )
-    expected = {f"model.layers.{name}": shape for name, shape in _shapes(layers).items()}
+    shapes = layer_shapes(config)
+    expected = {
+        f"model.layers.{number}.{name}": shape
+        for number in range(config.num_hidden_layers)
+        for name, shape in shapes.items()
+    }
     expected["model.embed_tokens.weight"] = torch.Size([config.vocab_size, config.hidden_size])
     expected["model.norm.weight"] = torch.Size([config.hidden_size])
     part.check(expected, optional=["lm_head.weight"])
-    return config, layers
+    return config
+
+
+def _rotary(config: Qwen3Config) -> nn.Module:
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        return Rotary(config.head_dim, rope["rope_theta"])
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    other: nn.Module = Qwen3RotaryEmbedding(config)
+    return other
+
+
+def _vae_kind(options: BuildOptions) -> type[nn.Module]:
+    """Return the VAE's network: ours holds weights alone, for passes over our kernels."""
+    is_ours = options.kernels.is_on and not options.linears.is_exact
+    return AutoencoderKLFlux2 if is_ours else _librarys("AutoencoderKLFlux2")
+
+
+def _librarys(name: str) -> type[nn.Module]:
+    """Import one of diffusers' networks."""
+    import diffusers
+
+    kind: type[nn.Module] = getattr(diffusers, name)
+    return kind
 
 
 def _adapt_vae(vae: Any, options: BuildOptions) -> None:
@@ -350,7 +389,10 @@ def _empty(kind: type[nn.Module], part: ComponentFiles) -> nn.Module:
             f"{part.label}/config.json does not describe a {kind.__name__}; "
             "it belongs to another model."
         ) from None
-    part.check(_shapes(network))
+    expected = _shapes(network)
+    if isinstance(network, Flux2Transformer2DModel):
+        expected |= dict(network.block_shapes())
+    part.check(expected)
     return network
 
 

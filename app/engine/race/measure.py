@@ -77,14 +77,16 @@ def race(
         return made
 
     key = _key(device, architecture, has_kernels=has_kernels)
-    return race_once(cache, key, run, again=again)
+    kept = recall(cache, key)
+    return race_once(cache, key, run, again=again or (kept is not None and _is_outdated(kept)))
 
 
 def known(
     device: torch.device, architecture: Architecture, cache: Path, *, has_kernels: bool
 ) -> Results | None:
     """Return the race that was kept for this card, if any."""
-    return recall(cache, _key(device, architecture, has_kernels=has_kernels))
+    kept = recall(cache, _key(device, architecture, has_kernels=has_kernels))
+    return None if kept is None or _is_outdated(kept) else kept
 
 
 def capabilities(results: Results, winner: Winner) -> GpuCapabilities:
@@ -209,7 +211,7 @@ def _linear_lap(
         raise
     except RuntimeError as failure:
         _log.info("A matmul in %s does not run here: %s", wanted.name, failure)
-        return lap(fault=f"{wanted.kernel}'s product does not run here")
+        return lap(fault=_failing(wanted))
     return lap(seconds, error)
 
 
@@ -312,11 +314,26 @@ def _key(device: torch.device, architecture: Architecture, *, has_kernels: bool)
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "comfy-kitchen": _version("comfy-kitchen"),
-        "missing": ", ".join(filter(None, (each.missing() for each in automatic()))),
         "klein-server": __version__,
         "kernels": str(has_kernels),
         "step": f"{architecture.step_tokens} x {architecture.heads} {architecture.matmuls}",
     }
+
+
+def _is_outdated(results: Results) -> bool:
+    """Return whether a library that a format lacked has been mended: its version may be the same.
+
+    Only such a library is imported to find out.
+    """
+    return any(
+        lap.fault != _failing(wanted) and not wanted.missing()
+        for lap in results.linears
+        if lap.fault and (wanted := FORMATS[lap.name])
+    )
+
+
+def _failing(wanted: WeightFormat) -> str:
+    return f"{wanted.kernel}'s product does not run here"
 
 
 def _version(package: str) -> str:

@@ -13,7 +13,7 @@ from app.engine.modules.attention import KERNELS, AttentionKernel, plain_attenti
 from app.engine.quantization.formats import FORMATS
 from app.engine.quantization.select import choose_precision
 from app.engine.race import measure
-from app.engine.race.results import choose
+from app.engine.race.results import Lap, choose
 from app.errors import StartupError
 from tests.engine.race.test_results import H100, RTX_3060, RTX_4070, without_library
 
@@ -141,13 +141,24 @@ def test_a_wrong_product_is_refused_by_name_too(error):
         choose_precision("int8", facts, is_small=False)
 
 
-def test_a_library_that_is_mended_races_anew(monkeypatch):
-    """Its version may be the same, so what it lacked is part of the key."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="u"))
-    card, keys = torch.device("cuda", 0), []
-    for missing in ("comfy-kitchen is installed and does not load (OSError)", ""):
-        entry = replace(FORMATS["int8"], missing=lambda missing=missing: missing)
-        monkeypatch.setitem(FORMATS, "int8", entry)
-        keys.append(measure._key(card, SHAPES, has_kernels=True))
+def test_a_library_that_is_mended_races_anew(monkeypatch, tmp_path):
+    """Its version may be the same; of a library that ran, or runs wrongly, nothing is asked."""
+    broken = "comfy-kitchen is installed and does not load (OSError)"
+    kept = {
+        "broken": replace(RTX_3060, linears=(Lap("int8", fault=broken),)),
+        "failing": replace(
+            RTX_3060, linears=(Lap("int8", fault=measure._failing(FORMATS["int8"])),)
+        ),
+        "ran": RTX_3060,
+    }
+    found = {}
+    for name, results in kept.items():
+        monkeypatch.setattr(measure, "_key", lambda *_, **__: {"card": "c"})
+        monkeypatch.setattr(measure, "recall", lambda *_, results=results: results)
+        for missing in (broken, ""):
+            entry = replace(FORMATS["int8"], missing=lambda missing=missing: missing)
+            monkeypatch.setitem(FORMATS, "int8", entry)
+            known = measure.known(CPU, SHAPES, tmp_path, has_kernels=True)
+            found[name, missing] = known is results
 
-    assert keys[0] != keys[1]
+    assert [name for name, is_kept in found.items() if not is_kept] == [("broken", "")]
