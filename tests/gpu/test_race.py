@@ -58,13 +58,14 @@ def test_every_format_and_kernel_has_times_or_a_reason(held):
 
 
 def test_the_times_are_those_of_the_cards_arithmetic(held):
-    """On Hopper fp8 wins its part and cuDNN its own, as was measured otherwise."""
+    """On Hopper fp8 wins its part, and cuDNN or the kernel with values in fp8 the other."""
     results = held[0]
     if results.capability != (9, 0) or results.disturbed:
         pytest.skip("known for Hopper only")
     times = results.milliseconds
 
-    assert (choose(results).linears, choose(results).attention) == ("fp8", "cudnn")
+    assert choose(results).linears == "fp8"
+    assert choose(results).attention in ("cudnn", "fp8")
     assert 15 < times["linears"]["fp8"] < 30 < times["linears"]["bf16"] < 50
     assert 7 < times["attention"]["cudnn"] < 15
 

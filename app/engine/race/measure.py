@@ -326,9 +326,9 @@ def _is_outdated(results: Results) -> bool:
     Only such a library is imported to find out.
     """
     return any(
-        lap.fault != _failing(wanted) and not wanted.missing()
+        lap.fault and wanted.package and lap.fault != _failing(wanted) and not wanted.missing()
         for lap in results.linears
-        if lap.fault and (wanted := FORMATS[lap.name])
+        for wanted in (FORMATS[lap.name],)
     )
 
 
