@@ -6,6 +6,7 @@ weight is in memory twice and a missing one cannot stay randomly initialised.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 from app.domain import LoadProgress, WorkerStage
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config
 from app.engine.checkpoint.safetensors_io import CPU
+from app.engine.kernels.group_norm import kernels_fault
 from app.engine.memory.offload import Offloader
 from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
@@ -42,6 +44,8 @@ from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
 from app.engine.runtime.networks import TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokenizer
 from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
 
 OnProgress = Callable[[LoadProgress], None]
 
@@ -296,8 +300,10 @@ def _adapt_vae(vae: Any, options: BuildOptions) -> None:
     if options.linears.is_exact:
         return
     if options.compiler.is_on:
-        fuse_vae(vae)
-        return
+        if not (fault := kernels_fault(options.device)):
+            fuse_vae(vae)
+            return
+        _log.warning("Pictures take longer: the VAE's kernels are not used, since %s.", fault)
     for attention in vae.decoder.mid_block.attentions:
         attention.set_processor(WideHeadProcessor())
 
