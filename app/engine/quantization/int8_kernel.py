@@ -38,8 +38,18 @@ def fused_product(weights: Weights) -> Product | None:
     device = weights.values.device
     device = device if device.type == "cuda" else torch.device("cuda")
     if int8_linear.fits(weights) and not int8_linear.fault(device):
-        return int8_linear.multiply
+        return _product
     return library_product() if weights.group >= _LEAST_GROUP else None
+
+
+def _product(weights: Weights, operands: Operands) -> torch.Tensor:
+    """Compute the product by our own kernels, or by what there is where they do not run."""
+    if int8_linear.is_right(weights, operands):
+        return int8_linear.multiply(weights, operands)
+    if (product := library_product()) is not None:
+        return product(weights, operands)
+    rotation = int8_linear.hadamard(weights.group).to(weights.values.device)
+    return int8_linear.emulate(weights, rotation, operands)
 
 
 def library_product() -> Product | None:
