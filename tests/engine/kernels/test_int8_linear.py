@@ -98,7 +98,7 @@ def test_a_block_reaches_an_int8_layers_own_methods():
     operands = make("joined", WIDTH, WIDTH, rows=5)
     assert operands.addition is not None
     assert operands.x is not None
-    heads = operands.x.unflatten(-1, (3, -1)).transpose(1, 2)
+    heads = operands.x.unflatten(-1, (2, -1)).transpose(1, 2)
     made, change = ops.added(layer, *operands.addition, heads, operands.feed)
     assert change is None
     assert torch.equal(made, emulate(quantized, ROTATION, operands))
