@@ -3,7 +3,8 @@
 Two kernels on Hopper. The first reads the input once: it applies LayerNorm and modulation, or
 SwiGLU, rotates each row in groups of 256 by a Hadamard matrix (ConvRot, arXiv 2512.03673), and
 writes it as int8 with one scale. The second multiplies on the tensor cores (`wgmma`) and applies
-both scales, the gate and the residual to its sums, which never go to memory.
+both scales to its sums, which never go to memory. Gate and residual are a kernel of their own: in
+the second they saved 5 % of it, and its error rose from 0.17 to 0.32 %, so some results were wrong.
 
 Shapes: n rows, K inputs, N outputs, f the hidden size of SwiGLU. The batch size is always 1.
 """
@@ -21,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from app.engine import torch_private
+from app.engine.kernels import blocks
 
 _log = logging.getLogger(__name__)
 
@@ -148,16 +150,15 @@ def multiply(weights: Weights, operands: Operands) -> torch.Tensor:
         joined = _input(operands).to(operands.x.dtype)
         operands = operands._replace(x=joined, feed=None)
     scale, shift, eps = operands.modulation or (None, None, 0.0)
-    residual, gate = operands.addition or (None, None)
     kernels, given = _kernels(), operands.given
     with torch.cuda.device(given.device):
-        values, scales = kernels.quantize(
-            _rows(operands.x), _rows(operands.feed), scale, shift, eps
-        )
-        made: torch.Tensor = kernels.multiply(
-            values, scales, weights.values, weights.scales, _rows(residual), gate
-        )
-    return made.view(*given.shape[:-1], -1)
+        rows = kernels.quantize(_rows(operands.x), _rows(operands.feed), scale, shift, eps)
+        made: torch.Tensor = kernels.multiply(*rows, weights.values, weights.scales)
+        made = made.view(*given.shape[:-1], -1)
+        if operands.addition is None:
+            return made
+        residual, gate = operands.addition
+        return blocks.gate_add(residual, gate, made)
 
 
 def emulate(weights: Weights, rotation: torch.Tensor, operands: Operands) -> torch.Tensor:
@@ -166,11 +167,11 @@ def emulate(weights: Weights, rotation: torch.Tensor, operands: Operands) -> tor
     flat = rotate(rows.flatten(0, -2), rotation)
     scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / _LIMIT
     product = _int_mm((flat / scale).round().to(torch.int8), weights.values).float()
-    made = (product * scale * weights.scales).view(*rows.shape[:-1], -1)
-    if operands.addition is not None:
-        residual, gate = operands.addition
-        made = residual.float() + gate.float() * made
-    return made.to(operands.given.dtype)
+    made = (product * scale * weights.scales).view(*rows.shape[:-1], -1).to(operands.given.dtype)
+    if operands.addition is None:
+        return made
+    residual, gate = operands.addition
+    return (residual.float() + gate.float() * made.float()).to(made.dtype)
 
 
 def _input(operands: Operands) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Rotation and quantization of the input, the matmul and its scaling are two kernels in the library.
 With PyTorch alone they are eight, and the int32 result goes to memory and back. The library also
-takes in the SwiGLU before a layer, and the gate and residual after it, but no LayerNorm. Ours take
-in all of it (`app.engine.kernels.int8_linear`). Nothing here knows layers.
+takes in the SwiGLU before a layer, and the gate and residual after it, but no LayerNorm; ours all
+that stands before a layer (`app.engine.kernels.int8_linear`). Nothing here knows layers.
 """
 
 from __future__ import annotations
