@@ -43,16 +43,11 @@ def test_large_values_are_cut_and_stay_numbers():
     assert torch.equal(fp8_attention.attention(q, k, v), torch.full((1, 1, 2, 128), 448.0))
 
 
-def test_the_compiler_knows_its_result():
-    """Shape, dtype and strides: rows of tokens, as the projection behind it reads them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def test_its_result_has_rows_of_tokens():
+    """As the projection behind it reads them, without a copy."""
+    made = fp8_attention.attention(*drawn(2, 40))
 
-    given = drawn(2, 40)
-    made = fp8_attention.attention(*given)
-    with FakeTensorMode() as mode:
-        fake = fp8_attention.attention(*(mode.from_tensor(each) for each in given))
-
-    assert (fake.shape, fake.dtype, fake.stride()) == (made.shape, made.dtype, made.stride())
+    assert made.shape == (1, 2, 40, 128)
     assert made.transpose(1, 2).is_contiguous()
 
 
