@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch.nn import functional
 
-from app.engine.kernels.triton_check import triton_fault
+from app.engine.kernels.triton_check import raise_unrelated, triton_fault
 
 _log = logging.getLogger(__name__)
 
@@ -65,10 +65,9 @@ def _as_kernel(compute: Callable[Inputs, Made]) -> Callable[Inputs, Made]:
             return compute(*inputs, **options)
         try:
             made: Made = getattr(_launches(), name)(*inputs, **options)
-        except torch.OutOfMemoryError:
-            raise
         # Triton's errors have no common base.
         except Exception as error:
+            raise_unrelated(error)
             failures.add(type(error).__name__)
             _log.warning("The kernel %s does not run here; torch computes it.", name, exc_info=True)
             return compute(*inputs, **options)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from app.engine.kernels.triton_check import raise_unrelated
+
 _log = logging.getLogger(__name__)
 
 _TILE = 4096
@@ -135,12 +137,15 @@ def kernels_fault(device: torch.device) -> str:
         return ""
     try:
         # The second time launches what the first has compiled.
-        error = max(_trial_error(device) for _ in range(2))
+        errors = [_trial_error(device) for _ in range(2)]
     # Triton's errors have no common base, and its C compiler's are those of `subprocess`.
     except Exception as failure:
+        raise_unrelated(failure)
         _log.warning("The VAE's kernels do not run here.", exc_info=True)
         return f"they do not run here ({type(failure).__name__})"
-    return "" if error < _TOLERANCE else f"their relative error is {error:.2g}"
+    if all(error < _TOLERANCE for error in errors):  # NaN is not
+        return ""
+    return f"their relative errors are {errors[0]:.2g} and {errors[1]:.2g}"
 
 
 def _trial_error(device: torch.device) -> float:

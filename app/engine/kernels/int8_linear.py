@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from app.engine import torch_private
 from app.engine.kernels import blocks
+from app.engine.kernels.triton_check import raise_unrelated
 
 _log = logging.getLogger(__name__)
 
@@ -116,17 +117,18 @@ _RIGHT: dict[tuple[int, ...], bool] = {}
 def _try(weights: Weights, operands: Operands) -> bool:
     x, feed, modulation, addition = operands
     if addition is not None:
-        addition = addition._replace(residual=addition.residual[:, :_TRIED])
+        addition = addition._replace(residual=addition.residual[..., :_TRIED, :])
     operands = Operands(
-        None if x is None else x[:, :_TRIED],
-        None if feed is None else feed[:, :_TRIED],
+        None if x is None else x[..., :_TRIED, :],
+        None if feed is None else feed[..., :_TRIED, :],
         modulation,
         addition,
     )
     try:
         made = multiply(weights, operands).float()
     # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
-    except Exception:
+    except Exception as failure:
+        raise_unrelated(failure)
         _log.warning("The int8 layers' own kernels do not run here.", exc_info=True)
         return False
     rotation = hadamard(weights.group).to(made.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -95,8 +97,11 @@ def test_kernels_that_fail_or_are_wrong_are_not_taken(monkeypatch, caplog):
     assert group_norm.kernels_fault.__wrapped__(CARD) == "they do not run here (TypeError)"
     assert "another Triton" in caplog.text
 
-    monkeypatch.setattr(group_norm, "_trial_error", lambda _: 0.5)
-    assert group_norm.kernels_fault.__wrapped__(CARD) == "their relative error is 0.5"
+    for second in (0.5, math.nan):
+        errors = iter([0.0, second])
+        monkeypatch.setattr(group_norm, "_trial_error", lambda _, errors=errors: next(errors))
+        reason = f"their relative errors are 0 and {second}"
+        assert group_norm.kernels_fault.__wrapped__(CARD) == reason
     monkeypatch.undo()
     assert group_norm._trial_error(CPU) == 0
 

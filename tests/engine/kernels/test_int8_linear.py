@@ -139,6 +139,16 @@ def test_kernels_that_fail_or_err_are_not_taken(monkeypatch, caplog, kind, outco
     assert len(caplog.records) == (outcome != "right")
 
 
+def test_rows_without_a_batch_are_tried_as_rows(monkeypatch):
+    """The race draws them so."""
+    _, quantized = weights(WIDTH, OUTPUTS)
+    monkeypatch.setattr(int8_linear, "_RIGHT", {})
+    monkeypatch.setattr(
+        int8_linear, "multiply", lambda taken, given: emulate(taken, ROTATION, given)
+    )
+    assert int8_linear.is_right(quantized, Operands(draw(100, WIDTH, seed=0)))
+
+
 @pytest.fixture
 def card():
     device = torch.device("cuda", 0)
