@@ -50,8 +50,8 @@ class Case:
 
 
 CASES = (
-    Case("a new prompt each", 1024, 20),
-    Case("half", 512, 20),
+    Case("a new prompt each", 1024, 7),
+    Case("half", 512, 7),
     Case("double", 2048, 7),
     Case("one reference, another each", 1024, 7, has_reference=True),
 )

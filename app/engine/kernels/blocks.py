@@ -1,7 +1,7 @@
 """What the blocks of transformer and text encoder compute between their matmuls.
 
 Each function runs as one kernel of `app.engine.kernels.blocks_triton` where Triton can be used, and
-as the same arithmetic in torch elsewhere. All of it is bound by memory, so operations are joined
+elsewhere as it is written here, in torch. All of it is bound by memory, so operations are joined
 where the result of one would only be read by the next: the residual before a norm, the cast to the
 8-bit dtype that a matmul takes, the concatenation of what goes into one matmul.
 
@@ -10,26 +10,27 @@ Shapes: n tokens, d the hidden size, h heads of size s, f the MLP's hidden size.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from functools import cache
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch.nn import functional
 
-from app.engine.kernels.triton_check import triton_fault
+from app.engine.kernels.triton_check import raise_unrelated, triton_fault
+
+_log = logging.getLogger(__name__)
 
 FP8_LIMIT = 448.0
 """The largest finite value of float8_e4m3fn."""
 
-# Rows and columns that a program takes at once, and its warps, as measured on an H100.
-_NORM_ROWS, _NORM_WARPS = 1, 4
-_ADD_ROWS, _ADD_WARPS = 4, 4
-_JOIN_ROWS, _JOIN_WARPS, _COLUMNS = 2, 8, 1024
-_HEAD_ROWS, _HEAD_BLOCK, _HEAD_WARPS = 2, 8, 4
-_AMAX_BLOCK, _PROGRAMS = 4096, 512
-_TINY = 1e-12
+TINY = 1e-12
 """The least amax, against a division by zero."""
+
+Inputs = ParamSpec("Inputs")
+Made = TypeVar("Made")
 
 
 class Cast(NamedTuple):
@@ -50,6 +51,37 @@ class Change(NamedTuple):
     update: torch.Tensor
 
 
+def _as_kernel(compute: Callable[Inputs, Made]) -> Callable[Inputs, Made]:
+    """Launch the kernel of the same name on a GPU; *compute* elsewhere, and once that has failed.
+
+    Whether a kernel can be compiled shows at its first launch, before it has written anything.
+    """
+    name, failures = compute.__name__, set[str]()
+
+    @functools.wraps(compute)
+    def call(*inputs: Inputs.args, **options: Inputs.kwargs) -> Made:
+        is_cuda = any(each.is_cuda for each in inputs if isinstance(each, torch.Tensor))
+        if not is_cuda or failures or triton_fault():
+            return compute(*inputs, **options)
+        try:
+            made: Made = getattr(_launches(), name)(*inputs, **options)
+        # Triton's errors have no common base.
+        except Exception as error:
+            raise_unrelated(error)
+            failures.add(type(error).__name__)
+            _log.warning("The kernel %s does not run here; torch computes it.", name, exc_info=True)
+            return compute(*inputs, **options)
+        return made
+
+    return call
+
+
+@functools.cache
+def _launches() -> Any:
+    return importlib.import_module("app.engine.kernels.blocks_launch")
+
+
+@_as_kernel
 def norm_modulate(
     x: torch.Tensor,
     change: Change | None,
@@ -62,78 +94,28 @@ def norm_modulate(
 
     *scale* and *shift* are [1, d].
     """
-    kernels = _kernels(x)
-    if kernels is None:
-        if change is not None:
-            x = x + change.gate * change.update
-        made = functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-        return x, made if cast is None else cast(made)
-    width, out = x.shape[-1], _like(x, cast)
-    settled = x if change is None else torch.empty_like(x)
-    gate, update = change or (None, None)
-    rows, block = x.numel() // width, _power(width)
-    kernels.norm_modulate[(-(-rows // _NORM_ROWS),)](
-        x,
-        gate,
-        update,
-        settled,
-        scale,
-        shift,
-        cast and cast.inverse,
-        out,
-        rows,
-        eps,
-        WIDTH=width,
-        BLOCK=block,
-        ROWS=_NORM_ROWS,
-        UPDATES=change is not None,
-        CASTS=cast is not None,
-        num_warps=_NORM_WARPS,
-    )
-    return settled, out
+    if change is not None:
+        x = x + change.gate * change.update
+    made = functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    return x, made if cast is None else cast(made)
 
 
+@_as_kernel
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, update: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x, with *update* added, and RMSNorm(x) * weight (arXiv 1910.07467): [1, n, d] each."""
-    kernels = _kernels(x)
-    if kernels is None:
-        x = x if update is None else x + update
-        return x, _rms_norm(x, weight, eps)
-    width, out = x.shape[-1], torch.empty_like(x)
-    settled = x if update is None else torch.empty_like(x)
-    rows = x.numel() // width
-    kernels.rms_norm[(rows,)](
-        x,
-        update,
-        settled,
-        weight,
-        out,
-        rows,
-        eps,
-        WIDTH=width,
-        BLOCK=_power(width),
-        ROWS=1,
-        UPDATES=update is not None,
-        num_warps=_NORM_WARPS,
-    )
-    return settled, out
+    x = x if update is None else x + update
+    return x, _rms_norm(x, weight, eps)
 
 
+@_as_kernel
 def gate_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """Return x + gate * update: [1, n, d]; *gate* is [1, d]."""
-    kernels = _kernels(x)
-    if kernels is None:
-        return x + gate * update
-    width, out = x.shape[-1], torch.empty_like(x)
-    rows, block = x.numel() // width, _column_block(width)
-    kernels.gate_add[(-(-rows // _ADD_ROWS), -(-width // block))](
-        x, gate, update, out, rows, WIDTH=width, BLOCK=block, ROWS=_ADD_ROWS, num_warps=_ADD_WARPS
-    )
-    return out
+    return x + gate * update
 
 
+@_as_kernel
 def join(
     heads: torch.Tensor | None, feed: torch.Tensor | None, cast: Cast | None = None
 ) -> torch.Tensor:
@@ -142,13 +124,6 @@ def join(
     SwiGLU is silu(gate) * value (arXiv 2002.05202). [1, h, n, s] and [1, n, 2 * f] ->
     [1, n, h * s + f]; both may be slices: only their last dimension must be contiguous.
     """
-    if feed is None and cast is None:
-        assert heads is not None
-        return merge(heads)
-    given = feed if heads is None else heads
-    assert given is not None
-    if _kernels(given) is not None:
-        return _join(heads, feed, cast)
     parts = [merge(heads)] if heads is not None else []
     if feed is not None:
         gate, value = feed.chunk(2, dim=-1)
@@ -164,25 +139,19 @@ def merge(heads: torch.Tensor) -> torch.Tensor:
 
 def quantize(x: torch.Tensor, cast: Cast) -> torch.Tensor:
     """Return *x* cast: [..., k]."""
-    if _kernels(x) is None:
-        return cast(x)
-    return _join(x.reshape(1, 1, -1, x.shape[-1]), None, cast).view(x.shape)
+    return join(x.reshape(1, 1, -1, x.shape[-1]), None, cast).view(x.shape)
 
 
+@_as_kernel
 def find_scale(x: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor) -> None:
     """Write max |x| / 448 to *scale*, and its inverse, float32 [] each: nothing is cut by it."""
-    kernels = _kernels(x)
-    if kernels is None:
-        # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the last
-        # bit would round all values half way between two fp8 numbers the other way.
-        scale.copy_(x.float().abs().amax().clamp(min=_TINY) * (1 / FP8_LIMIT))
-        inverse.copy_(1 / scale)
-        return
-    largest = torch.empty(_PROGRAMS, dtype=torch.float32, device=x.device)
-    kernels.amax[(_PROGRAMS,)](x.contiguous(), largest, x.numel(), BLOCK=_AMAX_BLOCK, num_warps=4)
-    kernels.find_scale[(1,)](largest, scale, inverse, LEAST=_TINY, COUNT=_PROGRAMS, num_warps=4)
+    # A GPU divides by a scalar through its reciprocal, a CPU exactly. A difference in the last bit
+    # would round all values half way between two fp8 numbers the other way.
+    scale.copy_(x.float().abs().amax().clamp(min=TINY) * (1 / FP8_LIMIT))
+    inverse.copy_(1 / scale)
 
 
+@_as_kernel
 def norm_rotate(
     qkv: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor],
@@ -198,117 +167,24 @@ def norm_rotate(
 
     *qkv* is [1, n, (h + 2 * g) * s] and may be a slice. The others are [1, h, n, s] with the same
     strides, of which the last is 1; each of the g KV heads is written once for each of its query
-    heads. The weights *norms* are [s], cos and sin
-    of *rope* [n, s], equal for both of a pair of lanes. Pairs are neighbours where
-    *is_interleaved*, else the halves of a head.
+    heads. The weights *norms* are [s], cos and sin of *rope* [n, s], equal for both of a pair of
+    lanes. Pairs are neighbours where *is_interleaved*, else the halves of a head.
     """
     _, heads, tokens, size = q.shape
-    groups = (qkv.shape[-1] // size - heads) // 2
-    kernels = _kernels(qkv)
-    if kernels is None:
-        _norm_rotate(qkv, norms, rope, eps, (q, k, v), is_interleaved)
-        return
-    kernels.norm_rotate[(-(-tokens // _HEAD_ROWS), 2 if v is None else 3)](
-        qkv,
-        *norms,
-        *rope,
-        q,
-        k,
-        v,
-        tokens,
-        qkv.stride(1),
-        q.stride(2),
-        q.stride(1),
-        eps,
-        HEADS=heads,
-        GROUPS=groups,
-        HALF=size // 2,
-        ROWS=_HEAD_ROWS,
-        BLOCK=min(_HEAD_BLOCK, _power(heads)),
-        INTERLEAVED=is_interleaved,
-        num_warps=_HEAD_WARPS,
-    )
-
-
-def _kernels(x: torch.Tensor) -> Any:
-    """Return the module of kernels where they can be launched on *x*, else None."""
-    return _module() if x.is_cuda and not triton_fault() else None
-
-
-@cache
-def _module() -> Any:
-    return importlib.import_module("app.engine.kernels.blocks_triton")
-
-
-def _join(heads: torch.Tensor | None, feed: torch.Tensor | None, cast: Cast | None) -> torch.Tensor:
-    width = size = head_stride = row_stride = feed_width = feed_stride = 0
-    if feed is not None:
-        given, feed_width, feed_stride = feed, feed.shape[-1] // 2, feed.stride(-2)
-    if heads is not None:
-        given, size, width = heads, heads.shape[3], heads.shape[1] * heads.shape[3]
-        _, head_stride, row_stride, _ = heads.stride()
-    rows = given.shape[-2]
-    dtype = given.dtype if cast is None else cast.dtype
-    out = torch.empty(1, rows, width + feed_width, dtype=dtype, device=given.device)
-    block = _column_block(max(width, feed_width))
-    blocks = -(-width // block) + -(-feed_width // block)
-    _module().join[(-(-rows // _JOIN_ROWS), blocks)](
-        heads,
-        feed,
-        cast and cast.inverse,
-        out,
-        rows,
-        head_stride,
-        row_stride,
-        feed_stride,
-        WIDTH=width,
-        SIZE=size,
-        FEED=feed_width,
-        BLOCK=block,
-        ROWS=_JOIN_ROWS,
-        CASTS=cast is not None,
-        num_warps=_JOIN_WARPS,
-    )
-    return out
-
-
-def _like(x: torch.Tensor, cast: Cast | None) -> torch.Tensor:
-    return torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype)
-
-
-@cache
-def _power(size: int) -> int:
-    """Return the least power of two that is not below *size*."""
-    return 1 << (size - 1).bit_length()
-
-
-def _column_block(width: int) -> int:
-    return min(_COLUMNS, _power(width))
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _norm_rotate(
-    qkv: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor],
-    rope: tuple[torch.Tensor, torch.Tensor],
-    eps: float,
-    outs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    is_interleaved: bool,
-) -> None:
-    _, heads, tokens, size = outs[0].shape
     joined = qkv.view(tokens, -1, size)
     groups = (joined.shape[1] - heads) // 2
     parts = torch.split(joined, [heads, groups, groups], dim=1)
-    for part, norm, out in zip(parts, (*norms, None), outs, strict=True):
+    for part, norm, out in zip(parts, (*norms, None), (q, k, v), strict=True):
         if out is None:
             continue
         if norm is not None:
             part = _rotate(_rms_norm(part, norm, eps), *rope, is_interleaved)
         out[0] = part.repeat_interleave(heads // part.shape[1], dim=1).transpose(0, 1)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _rotate(

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import math
 from typing import Any
 
 import torch
+
+from app.engine.kernels.triton_check import triton_fault
 
 _log = logging.getLogger(__name__)
 
@@ -40,24 +41,25 @@ def fault(device: torch.device) -> str:
     """Say why the kernel is not for *device*; empty where it may be."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
         return "it is written for Hopper"
-    return _triton_fault()
+    if reason := triton_fault():
+        return reason
+    try:
+        _kernels()
+    # What an experimental part of another version of Triton raises on import cannot be known.
+    except Exception as error:
+        _log.info("The kernel of attention does not load: %s", error)
+        return "this Triton does not offer what it is written in"
+    return ""
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Compute attention: [1, h, n, 128] each -> the same, in the dtype of *q*."""
-    return (_computed if q.is_cuda else _emulated)(q, k, v)
+    """Compute attention: [1, h, n, 128] each -> the same, rows of tokens in memory.
 
-
-def _emulated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Compute what the kernel computes, with exact sums."""
-    scale = q.shape[-1] ** -0.5 * math.log2(math.e)
-    scores = q.float() @ k.float().mT * scale
-    weights = _rounded(torch.exp2(scores - scores.amax(-1, keepdim=True).ceil() + _LARGEST))
-    made = (weights @ _rounded(v) / weights.sum(-1, keepdim=True)).to(q.dtype)
-    return made.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _computed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    Raises:
+        RuntimeError: the kernel does not run here, or not on such heads.
+    """
+    if not q.is_cuda:
+        return _emulated(q, k, v)
     if q.shape[-1] != HEAD_SIZE or q.dtype != torch.bfloat16:
         raise RuntimeError(f"The kernel takes heads of {HEAD_SIZE} in bf16.")
     try:
@@ -70,6 +72,15 @@ def _computed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return made.view(1, made.shape[0], -1, HEAD_SIZE).transpose(1, 2)
 
 
+def _emulated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Compute what the kernel computes, with exact sums."""
+    scale = q.shape[-1] ** -0.5 * math.log2(math.e)
+    scores = q.float() @ k.float().mT * scale
+    weights = _rounded(torch.exp2(scores - scores.amax(-1, keepdim=True).ceil() + _LARGEST))
+    made = (weights @ _rounded(v) / weights.sum(-1, keepdim=True)).to(q.dtype)
+    return made.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """Return [1, h, n, s] as [n, h * s], without a copy where tokens are rows in memory."""
     return x.transpose(1, 2).flatten(2)[0]
@@ -78,19 +89,6 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _rounded(x: torch.Tensor) -> torch.Tensor:
     limit = torch.finfo(torch.float8_e4m3fn).max
     return x.float().clamp(-limit, limit).to(torch.float8_e4m3fn).float()
-
-
-@functools.cache
-def _triton_fault() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is missing"
-    try:
-        _kernels()
-    # What an experimental part of another version of Triton raises on import cannot be known.
-    except Exception as error:
-        _log.info("The kernel of attention does not load: %s", error)
-        return "this Triton does not offer what it is written in"
-    return ""
 
 
 @functools.cache

@@ -14,12 +14,18 @@ An upsampling convolution leaves its result *phased*, [1, 4 * c, h / 2 + 1, w / 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from app.engine.kernels.triton_check import raise_unrelated
+
+_log = logging.getLogger(__name__)
 
 _TILE = 4096
 """Values that a program holds at once."""
@@ -30,6 +36,8 @@ _CHUNKS = 1024
 _MERGED = 4096
 """Values that a program of `merge` holds at once."""
 _WARPS = 4
+_TOLERANCE = 0.02
+"""The largest relative error at which the kernels count as right: bfloat16 rounds three times."""
 
 
 @dataclass(slots=True)
@@ -120,6 +128,43 @@ def normalize(
     factor, term = _coefficients(image, image.moments[0], norm)
     out = _plain(image).float() * factor[:, None, None] + term[:, None, None]
     return (functional.silu(out) if has_silu else out).to(image.data.dtype)
+
+
+@functools.cache
+def kernels_fault(device: torch.device) -> str:
+    """Say why the kernels cannot be used on *device*; empty where they were tried and are right."""
+    if device.type != "cuda":
+        return ""
+    try:
+        # The second time launches what the first has compiled.
+        errors = [_trial_error(device) for _ in range(2)]
+    # Triton's errors have no common base, and its C compiler's are those of `subprocess`.
+    except Exception as failure:
+        raise_unrelated(failure)
+        _log.warning("The VAE's kernels do not run here.", exc_info=True)
+        return f"they do not run here ({type(failure).__name__})"
+    if all(error < _TOLERANCE for error in errors):  # NaN is not
+        return ""
+    return f"their relative errors are {errors[0]:.2g} and {errors[1]:.2g}"
+
+
+def _trial_error(device: torch.device) -> float:
+    """Return the kernels' relative error after an upsampling, a sum and a norm, in bfloat16."""
+    generator, side = torch.Generator().manual_seed(0), 64
+    phased = torch.randn(1, 512, side // 2 + 1, side // 2 + 1, generator=generator).bfloat16()
+    data = torch.randn(1, 128, side, side, generator=generator).bfloat16()
+    norm = torch.nn.GroupNorm(32, 128).requires_grad_(False).bfloat16()
+    bias = torch.arange(128) / 128
+    made = []
+    for place in (torch.device("cpu"), device):
+        there, norm = bias.to(place), norm.to(place)
+        up, small = (
+            each.to(place, memory_format=torch.channels_last, copy=True) for each in (phased, data)
+        )
+        image = measure(FeatureMap(up, side, side, there))
+        total = add(small, FeatureMap(normalize(image, norm), side, side), there)
+        made.append(normalize(total, norm).float().cpu())
+    return float((made[1] - made[0]).norm() / made[0].norm())
 
 
 def _plain(image: FeatureMap) -> torch.Tensor:

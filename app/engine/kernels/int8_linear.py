@@ -3,7 +3,8 @@
 Two kernels on Hopper. The first reads the input once: it applies LayerNorm and modulation, or
 SwiGLU, rotates each row in groups of 256 by a Hadamard matrix (ConvRot, arXiv 2512.03673), and
 writes it as int8 with one scale. The second multiplies on the tensor cores (`wgmma`) and applies
-both scales, the gate and the residual to its sums, which never go to memory.
+both scales to its sums, which never go to memory. Gate and residual are a kernel of their own: in
+the second they saved 5 % of it, and its error rose from 0.17 to 0.32 %, so some results were wrong.
 
 Shapes: n rows, K inputs, N outputs, f the hidden size of SwiGLU. The batch size is always 1.
 """
@@ -21,6 +22,8 @@ import torch
 from torch.nn import functional
 
 from app.engine import torch_private
+from app.engine.kernels import blocks
+from app.engine.kernels.triton_check import raise_unrelated
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +39,9 @@ _EXACT_SUM = 1024
 _MOST_INPUTS = 12288
 """What a row may have, which the first kernel holds in registers."""
 _HOPPER = (9, 0)
-_TRIED = 512
-"""Rows, inputs and outputs of a trial."""
+_TRIED = 64
+"""The rows of a trial."""
+_MOST_ERROR = 0.02
 
 
 class Weights(NamedTuple):
@@ -87,33 +91,52 @@ class Operands(NamedTuple):
 
 
 def fault(device: torch.device) -> str:
-    """Say why the kernels are not for *device*; empty where they are, which is tried.
+    """Say why the kernels are not for *device*; empty where they may be.
 
     They are written for Hopper's `wgmma`, and were measured on no other card.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
         return "they are written for Hopper"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is missing"
-    return _try(device)
+    return "" if importlib.util.find_spec("triton") else "Triton is missing"
 
 
-@functools.cache
-def _try(device: torch.device) -> str:
-    """Say why a small product is not right; Triton needs a C compiler and a folder to run from."""
-    generator = torch.Generator(device).manual_seed(0)
-    draw = functools.partial(torch.randn, generator=generator, device=device)
-    values = (30 * draw(_TRIED, _TRIED)).clamp(-_LIMIT, _LIMIT).to(torch.int8)
-    weights = Weights(values, draw(_TRIED).abs())
-    operands = Operands(draw(1, _TRIED, _TRIED).bfloat16())
+def is_right(weights: Weights, operands: Operands) -> bool:
+    """Return whether the kernels run for such operands, and right, which the first of a kind show.
+
+    Triton needs a C compiler and a folder to run from, and each kind of operands code of its own.
+    """
+    kind = (weights.values.shape[1], *(each is None for each in operands))
+    if kind not in _RIGHT:
+        _RIGHT[kind] = _try(weights, operands)
+    return _RIGHT[kind]
+
+
+_RIGHT: dict[tuple[int, ...], bool] = {}
+
+
+def _try(weights: Weights, operands: Operands) -> bool:
+    x, feed, modulation, addition = operands
+    if addition is not None:
+        addition = addition._replace(residual=addition.residual[..., :_TRIED, :])
+    operands = Operands(
+        None if x is None else x[..., :_TRIED, :],
+        None if feed is None else feed[..., :_TRIED, :],
+        modulation,
+        addition,
+    )
     try:
         made = multiply(weights, operands).float()
     # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
-    except Exception as error:
-        _log.warning("The int8 layer's own kernels do not run here.", exc_info=True)
-        return f"they do not run here ({type(error).__name__})"
-    right = emulate(weights, hadamard(GROUP).to(device), operands).float()
-    return "" if (made - right).norm() < 0.02 * right.norm() else "they compute something else here"
+    except Exception as failure:
+        raise_unrelated(failure)
+        _log.warning("The int8 layers' own kernels do not run here.", exc_info=True)
+        return False
+    rotation = hadamard(weights.group).to(made.device)
+    right = emulate(weights, rotation, operands).float()
+    error = float((made - right).norm() / right.norm().clamp(min=TINY))
+    if not error < _MOST_ERROR:  # NaN too
+        _log.warning("The int8 layers' own kernels are wrong here: an error of %.2g.", error)
+    return error < _MOST_ERROR
 
 
 def fits(weights: Weights) -> bool:
@@ -129,16 +152,15 @@ def multiply(weights: Weights, operands: Operands) -> torch.Tensor:
         joined = _input(operands).to(operands.x.dtype)
         operands = operands._replace(x=joined, feed=None)
     scale, shift, eps = operands.modulation or (None, None, 0.0)
-    residual, gate = operands.addition or (None, None)
     kernels, given = _kernels(), operands.given
     with torch.cuda.device(given.device):
-        values, scales = kernels.quantize(
-            _rows(operands.x), _rows(operands.feed), scale, shift, eps
-        )
-        made: torch.Tensor = kernels.multiply(
-            values, scales, weights.values, weights.scales, _rows(residual), gate
-        )
-    return made.view(*given.shape[:-1], -1)
+        rows = kernels.quantize(_rows(operands.x), _rows(operands.feed), scale, shift, eps)
+        made: torch.Tensor = kernels.multiply(*rows, weights.values, weights.scales)
+        made = made.view(*given.shape[:-1], -1)
+        if operands.addition is None:
+            return made
+        residual, gate = operands.addition
+        return blocks.gate_add(residual, gate, made)
 
 
 def emulate(weights: Weights, rotation: torch.Tensor, operands: Operands) -> torch.Tensor:
@@ -147,11 +169,11 @@ def emulate(weights: Weights, rotation: torch.Tensor, operands: Operands) -> tor
     flat = rotate(rows.flatten(0, -2), rotation)
     scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / _LIMIT
     product = _int_mm((flat / scale).round().to(torch.int8), weights.values).float()
-    made = (product * scale * weights.scales).view(*rows.shape[:-1], -1)
-    if operands.addition is not None:
-        residual, gate = operands.addition
-        made = residual.float() + gate.float() * made
-    return made.to(operands.given.dtype)
+    made = (product * scale * weights.scales).view(*rows.shape[:-1], -1).to(operands.given.dtype)
+    if operands.addition is None:
+        return made
+    residual, gate = operands.addition
+    return (residual.float() + gate.float() * made.float()).to(made.dtype)
 
 
 def _input(operands: Operands) -> torch.Tensor:

@@ -67,10 +67,8 @@ def multiply(
     scales: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    residual: torch.Tensor | None,
-    gate: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Multiply int8 [n, K] by the transpose of int8 [N, K], scale, and add: bf16 [n, N]."""
+    """Multiply int8 [n, K] by the transpose of int8 [N, K], and scale: bf16 [n, N]."""
     rows, depth = values.shape
     outputs = weight.shape[0]
     made = torch.empty((rows, outputs), dtype=torch.bfloat16, device=values.device)
@@ -81,14 +79,11 @@ def multiply(
         values,
         weight,
         made,
-        residual,
         scales,
         weight_scale,
-        gate,
         rows,
         outputs,
         depth,
-        0 if residual is None else residual.stride(0),
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         DEPTH=_DEPTH,
@@ -230,14 +225,11 @@ def _multiply(
     values: tl.tensor,
     weight: tl.tensor,
     made: tl.tensor,
-    residual: tl.tensor,
     scales: tl.tensor,
     weight_scale: tl.tensor,
-    gate: tl.tensor,
     rows: tl.tensor,
     outputs: tl.tensor,
     depth: tl.tensor,
-    residual_stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -252,12 +244,6 @@ def _multiply(
     left = tl.make_tensor_descriptor(values, [rows, depth], [depth, 1], [ROWS, DEPTH])
     right = tl.make_tensor_descriptor(weight, [outputs, depth], [depth, 1], [COLUMNS, DEPTH])
     out = tl.make_tensor_descriptor(made, [rows, outputs], [outputs, 1], [ROWS, HALF])
-    if residual is not None:
-        before = tl.make_tensor_descriptor(
-            residual, [rows, outputs], [residual_stride, 1], [ROWS, HALF]
-        )
-    else:
-        before = out
     high, wide = tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS)
     for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), warp_specialize=True):
         first = tile // (BAND * wide) * BAND
@@ -274,8 +260,8 @@ def _multiply(
         factor = tl.load(scales + i, mask=i < rows, other=0.0)[:, None]
         # In two halves, which take fewer registers and less shared memory.
         c, d = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, HALF)), (0, 2, 1)))
-        _finish(c, factor, row, column, out, before, weight_scale, gate, outputs, HALF)
-        _finish(d, factor, row, column + HALF, out, before, weight_scale, gate, outputs, HALF)
+        _finish(c, factor, row, column, out, weight_scale, outputs, HALF)
+        _finish(d, factor, row, column + HALF, out, weight_scale, outputs, HALF)
 
 
 @triton.jit
@@ -285,17 +271,12 @@ def _finish(
     row: tl.tensor,
     column: tl.tensor,
     out: tl.tensor,
-    before: tl.tensor,
     weight_scale: tl.tensor,
-    gate: tl.tensor,
     outputs: tl.tensor,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Scale int32 *sums*, add them to the residual *before* if any, and write them."""
+    """Scale int32 *sums* and write them."""
     j = column + tl.arange(0, COLUMNS)
     mask = j < outputs
     made = sums.to(tl.float32) * factor * tl.load(weight_scale + j, mask=mask, other=0.0)[None, :]
-    if gate is not None:
-        amount = tl.load(gate + j, mask=mask, other=0.0).to(tl.float32)[None, :]
-        made = before.load([row, column]).to(tl.float32) + amount * made
     out.store([row, column], made.to(tl.bfloat16))

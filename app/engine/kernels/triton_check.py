@@ -9,7 +9,18 @@ from functools import cache
 
 import torch
 
+from app.engine import error_mapping
+
 _log = logging.getLogger(__name__)
+
+
+def raise_unrelated(error: Exception) -> None:
+    """Raise *error* again where it says nothing of the kernel that was tried.
+
+    That is a lack of memory, and a CUDA context that cannot be used further.
+    """
+    if error_mapping.is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        raise error
 
 
 @cache
@@ -28,6 +39,7 @@ def triton_fault() -> str:
         kernels.amax[(1,)](torch.full((16,), -2.0, device="cuda"), made, 16, BLOCK=16)
     # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
     except Exception as error:
+        raise_unrelated(error)
         _log.warning("Triton's kernels do not run here.", exc_info=True)
         return f"Triton's kernels do not run here ({type(error).__name__})"
     return "" if made.item() == 2 else "Triton's kernels compute something else here"

@@ -66,9 +66,11 @@ def split_rows(
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     fits = column < WIDTH
-    rounded = _summed(x, parts, count, row, WIDTH, BLOCK)
     if ADDS:
+        rounded = _summed(x, parts, count, row, WIDTH, BLOCK)
         tl.store(settled + row * WIDTH + column, rounded, fits)
+    else:
+        rounded = tl.load(x + row * WIDTH + column, fits, other=0)
     value = rounded.to(tl.float32)
     if NORMS:
         value *= tl.rsqrt(tl.sum(value * value) / WIDTH + eps)

@@ -30,6 +30,8 @@ AUTO = "auto"
 
 _HOPPER = (9, 0)
 _PROBED_TOKENS = 640
+_MOST_SCORES = 2**29
+"""Of wide heads, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +174,14 @@ def attend_wide(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
 
     Without the last projection. Fused SDPA kernels support head sizes up to 256 or are slow beyond.
     Two matmuls and a softmax are several times faster, at the cost of materialising the attention
-    scores: 0.5 GB at 1024x1024, less than the decoder's last layers take.
+    scores: 0.5 GB at 1024x1024, less than the decoder's last layers take; 1 GB at most, in bf16,
+    since more queries take turns.
     """
     query = attention.to_q(tokens) * attention.scale
-    scores = query @ attention.to_k(tokens).transpose(1, 2)  # [1, n, n]
-    attended: torch.Tensor = scores.softmax(dim=-1) @ attention.to_v(tokens)
-    return attended
+    key = attention.to_k(tokens).transpose(1, 2)
+    value = attention.to_v(tokens)
+    parts = query.split(max(1, _MOST_SCORES // tokens.shape[1]), dim=1)
+    return torch.cat([(part @ key).softmax(dim=-1) @ value for part in parts], dim=1)
 
 
 class WideHeadProcessor:

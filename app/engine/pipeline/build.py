@@ -9,6 +9,7 @@ seconds, half of them torch's compiler.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config
 from app.domain import LoadProgress, WorkerStage
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config
 from app.engine.checkpoint.safetensors_io import CPU
+from app.engine.kernels.group_norm import kernels_fault
 from app.engine.memory.offload import Offloader
 from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
@@ -46,6 +48,8 @@ from app.engine.runtime.kernels_choice import KernelsChoice
 from app.engine.runtime.networks import TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokenizer
 from app.errors import StartupError
+
+_log = logging.getLogger(__name__)
 
 OnProgress = Callable[[LoadProgress], None]
 
@@ -89,8 +93,7 @@ def build(
     parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
     fill = _Filler(sum(len(part.slots) for part in parts), options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
-    vae = _build_network(_vae_kind(options), checkpoint.vae, fill, options.vae_dtype)
-    _adapt_vae(vae, options)
+    vae = _build_vae(checkpoint.vae, fill, options)
     _admit_vae(vae, offloader, options)
     encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
         checkpoint, fill, options
@@ -316,10 +319,25 @@ def _rotary(config: Qwen3Config) -> nn.Module:
     return other
 
 
-def _vae_kind(options: BuildOptions) -> type[nn.Module]:
-    """Return the VAE's network: ours holds weights alone, for passes over our kernels."""
-    is_ours = options.kernels.is_on and not options.linears.is_exact
-    return AutoencoderKLFlux2 if is_ours else _librarys("AutoencoderKLFlux2")
+def _build_vae(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> Any:
+    """Build the VAE, over our kernels where they run; an exact one is diffusers' as it is."""
+    if _fuses_vae(options):
+        vae = _build_network(AutoencoderKLFlux2, part, fill, options.vae_dtype)
+        fuse_vae(vae)
+        return vae
+    vae = _build_network(_librarys("AutoencoderKLFlux2"), part, fill, options.vae_dtype)
+    if not options.linears.is_exact:
+        for attention in vae.decoder.mid_block.attentions:
+            attention.set_processor(WideHeadProcessor())
+    return vae
+
+
+def _fuses_vae(options: BuildOptions) -> bool:
+    if options.linears.is_exact or not options.kernels.is_on:
+        return False
+    if fault := kernels_fault(options.device):
+        _log.warning("Pictures take longer: the VAE's kernels are not used, since %s.", fault)
+    return not fault
 
 
 def _librarys(name: str) -> type[nn.Module]:
@@ -328,17 +346,6 @@ def _librarys(name: str) -> type[nn.Module]:
 
     kind: type[nn.Module] = getattr(diffusers, name)
     return kind
-
-
-def _adapt_vae(vae: Any, options: BuildOptions) -> None:
-    """Take our own passes of the VAE where our kernels run; an exact VAE stays as it is."""
-    if options.linears.is_exact:
-        return
-    if options.kernels.is_on:
-        fuse_vae(vae)
-        return
-    for attention in vae.decoder.mid_block.attentions:
-        attention.set_processor(WideHeadProcessor())
 
 
 def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:

@@ -2,8 +2,8 @@
 
 Rotation and quantization of the input, the matmul and its scaling are two kernels in the library.
 With PyTorch alone they are eight, and the int32 result goes to memory and back. The library also
-takes in the SwiGLU before a layer, and the gate and residual after it, but no LayerNorm. Ours take
-in all of it (`app.engine.kernels.int8_linear`). Nothing here knows layers.
+takes in the SwiGLU before a layer, and the gate and residual after it, but no LayerNorm; ours all
+that stands before a layer (`app.engine.kernels.int8_linear`). Nothing here knows layers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,18 @@ def fused_product(weights: Weights) -> Product | None:
     device = weights.values.device
     device = device if device.type == "cuda" else torch.device("cuda")
     if int8_linear.fits(weights) and not int8_linear.fault(device):
-        return int8_linear.multiply
+        return _product
     return library_product() if weights.group >= _LEAST_GROUP else None
+
+
+def _product(weights: Weights, operands: Operands) -> torch.Tensor:
+    """Compute the product by our own kernels, or by what there is where they do not run."""
+    if int8_linear.is_right(weights, operands):
+        return int8_linear.multiply(weights, operands)
+    if (product := library_product()) is not None:
+        return product(weights, operands)
+    rotation = int8_linear.hadamard(weights.group).to(weights.values.device)
+    return int8_linear.emulate(weights, rotation, operands)
 
 
 def library_product() -> Product | None:

@@ -76,7 +76,7 @@ class Fp8Linear(nn.Module):
         self.weight = _parameter(weight)
         self.scale = _parameter(scale.float().reshape(()))
         self._is_static = input_scale is not None
-        # One place for all calls: cuBLAS chooses a kernel anew where the scale lies elsewhere.
+        # In one place for all calls, into which a kernel writes what it finds.
         found = torch.ones_like(self.scale) if input_scale is None else input_scale
         self.input_scale = _parameter(found.float().reshape(()))
         self.input_inverse = _parameter(1 / self.input_scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from app.engine.kernels import blocks
 from app.engine.kernels.blocks import Cast, Change
+from app.engine.kernels.triton_check import triton_fault
 from app.engine.modules import ops
 from app.engine.quantization.linear import Fp8Linear, quantize_fp8
 
@@ -139,11 +142,49 @@ def test_what_does_not_fit_into_fp8_becomes_its_limit():
     assert made.float()[4].isnan()
 
 
+class OnCard(torch.Tensor):
+    """What says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_kernel_that_fails_is_tried_once(monkeypatch, caplog):
+    """From then on torch computes the same, and the log says so; what memory lacks passes."""
+    calls = []
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        raise ValueError("no such instruction")
+
+    def overflow(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    launches = SimpleNamespace(twice=fail)
+    monkeypatch.setattr(blocks, "triton_fault", str)
+    monkeypatch.setattr(blocks, "_launches", lambda: launches)
+    compute, x = blocks._as_kernel(twice), draw(3)
+    made = [compute(x.as_subclass(OnCard)) for _ in range(2)]
+
+    assert all(torch.equal(each, 2 * x) for each in made)
+    assert len(calls) == 1
+    assert "twice does not run here" in caplog.text
+    launches.twice = overflow
+    with pytest.raises(torch.OutOfMemoryError):
+        blocks._as_kernel(twice)(x.as_subclass(OnCard))
+
+
 @pytest.fixture
-def card() -> str:
+def card(caplog) -> Iterator[str]:
+    """The device; no kernel may have been replaced."""
     if not torch.cuda.is_available():
         pytest.skip("this machine has no card")
-    return "cuda"
+    if fault := triton_fault():
+        pytest.skip(fault)
+    yield "cuda"
+    assert "does not run here" not in caplog.text
 
 
 @pytest.mark.gpu

@@ -43,10 +43,11 @@ def test_large_values_are_cut_and_stay_numbers():
     assert torch.equal(fp8_attention.attention(q, k, v), torch.full((1, 1, 2, 128), 448.0))
 
 
-def test_its_result_is_rows_of_tokens():
-    """As the projection behind it reads them."""
+def test_its_result_has_rows_of_tokens():
+    """As the projection behind it reads them, without a copy."""
     made = fp8_attention.attention(*drawn(2, 40))
 
+    assert made.shape == (1, 2, 40, 128)
     assert made.transpose(1, 2).is_contiguous()
 
 

@@ -80,6 +80,19 @@ def test_they_are_taken_where_nothing_must_be_exact(tiny_klein, linears, is_ours
     assert isinstance(components.vae.decoder, FusedDecoder) == is_ours
 
 
+def test_where_the_kernels_fail_diffusers_modules_run(vae, monkeypatch, caplog):
+    """And the log says why."""
+    monkeypatch.setattr(pipeline_build, "kernels_fault", lambda _: "they do not run here")
+    options = SimpleNamespace(
+        linears=FORMATS["fp8"], compiler=SimpleNamespace(is_on=True), device=CPU
+    )
+    same = deepcopy(vae)
+    pipeline_build._adapt_vae(same, options)
+
+    assert type(same.decoder) is type(vae.decoder)
+    assert "they do not run here" in caplog.text
+
+
 def test_small_pictures_are_decoded_by_graphs(monkeypatch):
     """Previews are, up to 256x256; a graph of a large picture would keep its memory."""
 
