@@ -18,6 +18,7 @@ from app.engine.quantization.probe import probe_gpu
 from app.engine.quantization.select import choose_precision
 from app.engine.runtime.kernels_choice import choose_kernels
 from tests.support.checkpoints import write_tiny_klein
+from tests.support.imported_modules import unwanted
 from tests.support.layout_files import build, latents_of
 
 pytestmark = [
@@ -133,6 +134,13 @@ def test_networks_over_our_kernels_with_graphs_give_what_plain_ones_do(
         assert difference(*reversed(made)) < 0.05
         pixels = [decode(components, made[0], (side // 16,) * 2) for components in (plain, own)]
         assert difference(*reversed(pixels)) < 0.05
+
+
+def test_pictures_over_our_kernels_import_neither_compiler_nor_networks(card, folder, tmp_path):
+    """Eager, as graphs, and with references; nothing imports them late either."""
+    if not (kernels := choose_kernels(card, tmp_path)).is_on:
+        pytest.skip(kernels.reason)
+    assert not unwanted(folder, str(card), tmp_path)
 
 
 @torch.no_grad()
