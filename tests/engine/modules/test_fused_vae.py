@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
@@ -80,16 +81,13 @@ def test_they_are_taken_where_nothing_must_be_exact(tiny_klein, linears, is_ours
     assert isinstance(components.vae.decoder, FusedDecoder) == is_ours
 
 
-def test_where_the_kernels_fail_diffusers_modules_run(vae, monkeypatch, caplog):
+def test_where_the_kernels_fail_diffusers_modules_run(tiny_klein, monkeypatch, caplog):
     """And the log says why."""
     monkeypatch.setattr(pipeline_build, "kernels_fault", lambda _: "they do not run here")
-    options = SimpleNamespace(
-        linears=FORMATS["fp8"], compiler=SimpleNamespace(is_on=True), device=CPU
-    )
-    same = deepcopy(vae)
-    pipeline_build._adapt_vae(same, options)
+    kernels = KernelsChoice(is_on=True, has_graphs=False, reason="a test")
+    components = build(tiny_klein, kernels=kernels)
 
-    assert type(same.decoder) is type(vae.decoder)
+    assert isinstance(components.vae, diffusers.AutoencoderKLFlux2)
     assert "they do not run here" in caplog.text
 
 

@@ -158,7 +158,7 @@ def test_references_are_read_as_diffusers_reads_them(size) -> None:
     assert torch.equal(image_tensors.source_tensor(cut), right)
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_a_start_over_our_kernels_imports_neither_compiler_nor_networks(
     tiny_klein: Path, tmp_path: Path
 ) -> None:
