@@ -122,6 +122,6 @@ def _to_pillow(image: RawImage) -> Image.Image:
 
 
 def _normal(picture: Image.Image) -> torch.Tensor:
-    """Convert to float32 [1, 3, h, w] in [-1, 1]."""
+    """Convert to float32 [1, 3, h, w] in [-1, 1], laid out as channels_last like diffusers'."""
     unit = torch.from_numpy(np.array(picture).astype(np.float32) / 255)
-    return 2.0 * unit.permute(2, 0, 1)[None] - 1.0
+    return 2.0 * unit[None].permute(0, 3, 1, 2) - 1.0
