@@ -1,4 +1,4 @@
-# The image: the service and what torch.compile needs at run time. No weights, no token.
+# The image: the service and what Triton needs at run time. No weights, no token.
 #
 # BASE is any Debian with Python 3.11 or newer, its venv module and its headers. The CUDA libraries come with
 # torch's wheels and the driver from the host, so a CUDA base would only bring them a second time.
@@ -20,11 +20,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --disable-pip-version-check --constraint requirements.lock .
 
 FROM ${BASE} AS runtime
-# torch.compile writes C++ and Triton writes C when the service starts: both need a compiler, libc's headers and
-# Python's here, not only in the builder. Debian's own point releases may move, the release may not.
+# Triton writes C when the service starts: it needs a compiler, libc's headers and Python's here, not only in the
+# builder. Debian's own point releases may move, the release may not.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
     && groupadd --gid 10001 klein \

@@ -205,7 +205,7 @@ class ModelInfo:
     torch: str
     cuda: str | None
     features: tuple[str, ...] = ()
-    """Optimizations in use, for /health: `compiled blocks`, `prompt cache`, ..."""
+    """Optimizations in use, for /health: `own kernels: ...`, `prompt cache`, ..."""
     weights_bytes: int = 0
     warm_up_s: float = 0.0
     """Seconds of the warm-up image at the default size: the estimator's first sample."""

@@ -82,7 +82,6 @@ def _measure_start(bench: Bench, note: str, report: Path) -> None:
             stages=_stages(report, begun),
             host_peak_bytes=loading,
             host_bytes=_host_bytes(service.pid, "VmRSS"),
-            host_bytes_with_compilers=_host_bytes(service.pid, "VmRSS", below=4),
         )
         killed = time.time()
         os.kill(next(line["pid"] for line in _lines(report) if "pid" in line), signal.SIGKILL)
@@ -215,7 +214,7 @@ def read_timings(header: str) -> dict[str, float]:
 
 def _host_bytes(pid: int, entry: str, below: int = 1) -> int:
     """Host memory of the service's process and its worker's, added up: what each holds (VmRSS) or
-    held (VmHWM). *below* 2 or more adds the compiler's processes, which share most of theirs.
+    held (VmHWM). *below*: how many generations of children are counted.
     """
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(rf"{entry}:\s+(\d+)", status)

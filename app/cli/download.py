@@ -94,13 +94,13 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     from app.engine.quantization.select import choose_precision
     from app.engine.race.measure import capabilities, race
     from app.engine.race.results import choose
-    from app.engine.runtime.compile import missing_tools
+    from app.engine.runtime.kernels_choice import missing_tools
 
     index, facts = settings.device, None
     if isinstance(index, int) and index < torch.cuda.device_count():
         device = torch.device("cuda", index)
         results = race(
-            device, variant.architecture, settings.cache_dir, is_compiled=not missing_tools()
+            device, variant.architecture, settings.cache_dir, has_kernels=not missing_tools()
         )
         facts = capabilities(results, choose(results, attention=settings.attention))
     return choose_precision(AUTO, facts, is_small=False).name

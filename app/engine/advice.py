@@ -14,7 +14,7 @@ from pathlib import Path
 from app.engine import roofline
 from app.engine.models.entry import ModelEntry
 from app.engine.quantization.formats import AUTO, FORMATS, WeightFormat
-from app.engine.runtime.toolchain import UNCOMPILED
+from app.engine.runtime.toolchain import WITHOUT_KERNELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Card:
         return self.spec or next(alike, None)
 
 
-def on_compiler(reason: str, remedy: str) -> Advice:
-    """Say what it costs that functions are not compiled for *reason*."""
+def on_kernels(reason: str, remedy: str) -> Advice:
+    """Say what it costs that our own kernels do not run for *reason*."""
     return Advice(
-        f"Functions run uncompiled ({reason}), so each picture takes about {UNCOMPILED} times as "
-        "long (others' figures of an RTX 3090, not measured on this card).",
+        f"Our own kernels do not run ({reason}), so each picture takes about {WITHOUT_KERNELS} "
+        "times as long (others' figures of an RTX 3090, not measured on this card).",
         remedy,
     )
 

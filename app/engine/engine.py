@@ -40,7 +40,6 @@ from app.engine.pipeline.denoise import denoise, draw_noise
 from app.engine.pipeline.reference_cache import ReferenceKey, reference_keys
 from app.engine.pipeline.references import References, Source, encode_references
 from app.engine.pipeline.text import Text, encode_text
-from app.engine.runtime import compile as compile_module
 from app.engine.warmup import NO_PICTURE, warm_up
 from app.errors import KleinError, StartupError
 
@@ -63,6 +62,8 @@ class KleinEngine:
             StartupError: the model cannot be loaded or does not generate.
         """
         begun = time.perf_counter()
+        # What was imported is permanent: traversing it would take most of each collection's time.
+        gc.freeze()
         try:
             loaded = load(self._config, self._model, on_progress)
             self._started = loaded
@@ -76,7 +77,6 @@ class KleinEngine:
                     is_trial=True,
                 ),
                 on_progress,
-                is_compiled=loaded.compiler.is_on,
             )
         except KleinError:
             raise
@@ -90,7 +90,7 @@ class KleinEngine:
                 ) from None
             raise StartupError("The model could not be loaded; the log above says why.") from None
         _prune_cache(self._config)
-        # Objects that exist now are permanent; later collections need not traverse them.
+        # And so is what was loaded.
         gc.freeze()
         return loaded.info(self._config, warm_up_s, time.perf_counter() - begun)
 
@@ -127,9 +127,7 @@ class KleinEngine:
     def close(self) -> None:
         """Release the model and the GPU's memory."""
         self._helpers.shutdown()
-        compile_module.thaw()
-        if self._started is not None:
-            gc.unfreeze()
+        gc.unfreeze()
         self._started = None
         disk.release()
         error_mapping.give_back()

@@ -41,8 +41,7 @@ from app.engine.quantization.select import (
 )
 from app.engine.race.measure import capabilities, race
 from app.engine.race.results import Results, choose
-from app.engine.runtime.compile import NO_COMPILER, Compiler, choose_compiler, missing_tools
-from app.engine.runtime.toolchain import find_compiler, install_command
+from app.engine.runtime.kernels_choice import EXACT, KernelsChoice, choose_kernels, missing_tools
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -64,11 +63,11 @@ class LoadedModel:
     precision: Precision
     plan: MemoryPlan
     features: tuple[str, ...]
-    compiler: Compiler
+    kernels: KernelsChoice
     attention: str
     race: Results | None
     advice: tuple[str, ...] = ()
-    """What is missing besides a compiler."""
+    """What is missing besides what our kernels need."""
 
     def info(self, config: EngineConfig, warm_up_s: float, load_s: float) -> ModelInfo:
         """Describe what was loaded and how."""
@@ -85,11 +84,11 @@ class LoadedModel:
             # A plain string: the version object would import torch in the process that reads it.
             torch=str(torch.__version__),
             cuda=torch.version.cuda if is_gpu else None,
-            features=(self.compiler.summary, *self.features),
+            features=(self.kernels.summary, *self.features),
             weights_bytes=self.components.weights_bytes,
             warm_up_s=warm_up_s,
             load_s=load_s,
-            advice=(*_compiler_advice(self.compiler), *self.advice),
+            advice=(*_kernels_advice(self.kernels), *self.advice),
             attention=self.attention,
             race=self.race.milliseconds if self.race else {},
         )
@@ -106,8 +105,8 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     _limit_memory(config, device)
     architecture = find_model(config.model).architecture
     is_small = _is_small(config)
-    # Before the race, which runs kernels that are kept in the compiler's folder.
-    compiler = choose_compiler(device, Path(config.cache_dir))
+    # Before the race, which runs kernels.
+    kernels = choose_kernels(device, Path(config.cache_dir))
     facts, kernel, results = _judge(config, device, architecture, is_small=is_small)
     precision = choose_precision(config.precision, facts, is_small=is_small)
     path, revision = _find(config, precision, on_progress)
@@ -132,7 +131,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
                 checkpoint.is_distilled,
                 model.id,
             )
-        compiler = NO_COMPILER if is_exact else compiler
+        kernels = EXACT if is_exact else kernels
         plan = choose_plan(
             config,
             model,
@@ -140,7 +139,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             checkpoint,
             device,
             precision,
-            is_compiled=compiler.is_on,
+            has_kernels=kernels.is_on,
         )
         components = build(
             checkpoint,
@@ -152,7 +151,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
                 linears=precision.linears,
                 encoder_linears=precision.encoder_linears,
                 attention=kernel.call,
-                compiler=compiler,
+                kernels=kernels,
                 plan=plan.name,
                 is_pinned=config.offload != "disk",
                 prompt_cache=config.prompt_cache,
@@ -169,14 +168,14 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         precision=precision,
         plan=plan,
         features=(
-            *(("CUDA graphs",) if compiler.has_graphs else ()),
+            *(("CUDA graphs",) if kernels.has_graphs else ()),
             *((f"attention by {kernel.name}",) if not is_exact else ()),
             *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
             *((f"reference cache of {config.reference_cache}",) if config.reference_cache else ()),
             *((f"VAE {checkpoint.vae.label}",) if config.vae else ()),
             checkpoint.layout,
         ),
-        compiler=compiler,
+        kernels=kernels,
         attention="" if is_exact else kernel.name,
         race=results,
         advice=() if facts is None or is_small else _format_advice(config, precision, facts),
@@ -192,7 +191,7 @@ def _judge(
     if device.type == "cpu" or is_small or (asked is not None and asked.is_exact):
         kernel = choose_attention(device, architecture, config.attention)
         return probe_gpu(device, architecture), kernel, None
-    results = race(device, architecture, Path(config.cache_dir), is_compiled=not missing_tools())
+    results = race(device, architecture, Path(config.cache_dir), has_kernels=not missing_tools())
     winner = choose(results, config.precision, config.attention)
     raced = KERNELS.get(winner.attention) if config.attention == AUTO else None
     # A kept race imported nothing: the kernel's library is loaded here, or has gone since.
@@ -201,13 +200,10 @@ def _judge(
     return capabilities(results, winner), raced, results
 
 
-def _compiler_advice(compiler: Compiler) -> Iterator[str]:
-    """Say what is missing where functions are not compiled, or failed to be."""
-    if compiler.remedy:
-        yield str(advice.on_compiler(compiler.reason, advice.to_run(compiler.remedy)))
-    elif compiler.failures and (missing := find_compiler().missing):
-        reason = f"{' and '.join(missing)} missing"
-        yield str(advice.on_compiler(reason, advice.to_run(install_command(missing))))
+def _kernels_advice(kernels: KernelsChoice) -> Iterator[str]:
+    """Say what is missing where our kernels do not run."""
+    if kernels.remedy:
+        yield str(advice.on_kernels(kernels.reason, advice.to_run(kernels.remedy)))
 
 
 def _format_advice(

@@ -7,14 +7,10 @@ any version of torch; then the service goes on with less speed or more memory in
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import sys
 
 import torch
 from torch.nn import functional
-
-_log = logging.getLogger(__name__)
 
 
 def set_allocator(settings: str) -> None:
@@ -103,30 +99,3 @@ def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
         0
     ]
     return result
-
-
-def compiler_errors() -> type[Exception]:
-    """Return the class of the compiler's errors; RuntimeError, their base, where it is missing."""
-    try:
-        return torch._dynamo.exc.TorchDynamoException
-    except AttributeError:
-        return RuntimeError
-
-
-def limit_recompiles(each: int, together: int) -> None:
-    """Set how often one code object may be compiled, and all that belong to it *together*.
-
-    Where the settings are missing, the compiler's own limits remain: more sizes run eagerly.
-    """
-    try:
-        torch._dynamo.config.recompile_limit = each
-        torch._dynamo.config.accumulated_recompile_limit = together
-    except AttributeError as error:
-        _log.warning("The compiler keeps its own limit of sizes: %s.", error)
-
-
-def end_compile_workers() -> None:
-    """End the compiler's processes, if it has any; without the name they live on unused."""
-    module = sys.modules.get("torch._inductor.async_compile")
-    if (end := getattr(module, "shutdown_compile_workers", None)) is not None:
-        end()

@@ -1,10 +1,10 @@
-"""The images generated before the service is ready: a check of the model, and time to compile.
+"""The images generated before the service is ready: a check of the model, and of first calls' cost.
 
 They are checked: an image of one colour, or with a value that is not finite, ends the start.
 
-Where functions are compiled, an image at the default size compiles for that size, one at another
-size for dynamic shapes, and one more of the default size is timed. After that nothing is compiled
-any more.
+On a GPU an image at the default size has its kernels compiled, or loaded, and its convolutions
+planned; a small edit does the same for the VAE encoder, and its text pass becomes a CUDA graph; one
+more of the default size is timed. Kernels are compiled for no size, so other sizes need no image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 
 from app.domain import Generated, ImageSpec, LoadProgress, ModelSpec, RawImage, WorkerStage
 from app.engine import error_mapping
-from app.engine.runtime import compile as compile_module
 from app.errors import OutOfMemory, StartupError
 
 _log = logging.getLogger(__name__)
@@ -39,8 +38,6 @@ def warm_up(
     device: torch.device,
     make: Make,
     on_progress: Callable[[LoadProgress], None],
-    *,
-    is_compiled: bool,
 ) -> float:
     """Generate images until all is warm; return the seconds of one at the default size.
 
@@ -51,11 +48,9 @@ def warm_up(
         return _warm_processor(model, make, on_progress)
     on_progress(LoadProgress(WorkerStage.WARM_UP, 0.0, "the default size"))
     size = _make_first(model, make)
-    if is_compiled:
-        on_progress(LoadProgress(WorkerStage.WARM_UP, 0.5, "all other sizes"))
-        _make_others(model, size, make)
-        compile_module.freeze()
-    # Free the fragmented memory that compilation and the other sizes left cached.
+    on_progress(LoadProgress(WorkerStage.WARM_UP, 0.5, "an edit"))
+    _make_edit(model, size, make)
+    # Free the fragmented memory that trials of kernels and the other size left cached.
     error_mapping.give_back()
     on_progress(LoadProgress(WorkerStage.WARM_UP, 0.9, "measuring"))
     begun = time.perf_counter()
@@ -107,15 +102,11 @@ def _look_at(image: RawImage) -> None:
         raise StartupError(NO_PICTURE)
 
 
-def _make_others(model: ModelSpec, size: tuple[int, int], make: Make) -> None:
-    """Change both sides to compile with dynamic shapes; an edit warms the VAE encoder."""
-    # Both sides differ from the default's and from one another: the compiler takes equal numbers
-    # for the same symbol.
-    other = (_side(size[0] * 3 // 4), _side(size[1] // 2))
-    make(_spec(model, other, "another shape", steps=2))
+def _make_edit(model: ModelSpec, size: tuple[int, int], make: Make) -> None:
+    """Encode a small reference for an image of a quarter of *size*, in one step."""
     reference = RawImage(128, 192, bytes(128 * 192 * 3))
-    third = (_side(size[0] // 2), _side(size[1] * 5 // 8))
-    make(_spec(model, third, "an edit", steps=1, references=(reference,)))
+    small = (_side(size[0] // 2), _side(size[1] // 2))
+    make(_spec(model, small, "an edit", steps=1, references=(reference,)))
 
 
 def _spec(

@@ -113,8 +113,8 @@ def _on_unsendable(message: Message, outbox: Outbox, leave: Callable[[int], obje
 
 
 def _load(make_engine: EngineFactory, config: EngineConfig, outbox: Outbox) -> Engine | None:
-    # Importing and compiling make millions of permanent objects; traversing them for garbage again
-    # and again takes a tenth of a start.
+    # Importing makes millions of permanent objects; traversing them for garbage again and again
+    # takes a tenth of a start.
     gc.disable()
     try:
         engine = make_engine(config)

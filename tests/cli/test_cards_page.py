@@ -13,7 +13,7 @@ from app.cli.doctor.plan_preview import OTHERS_BYTES, klein_weights
 from app.engine.models.registry import files_for, find_model
 from app.engine.quantization.formats import FORMATS
 from app.engine.roofline import GPUS, GpuDatasheet, roofline
-from app.engine.runtime.toolchain import INSTALLERS, UNCOMPILED
+from app.engine.runtime.toolchain import INSTALLERS, WITHOUT_KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, _, REST = (ROOT / "docs" / "cards.md").read_text().partition("\n## What it gets\n")
@@ -67,12 +67,12 @@ def test_what_a_card_gets_is_what_the_program_computes() -> None:
 
 
 def test_what_is_missing_costs_what_the_program_says() -> None:
-    """The floors of an RTX 3060 and the factor without a compiler, as advice gives them."""
+    """The floors of an RTX 3060 and the factor without our kernels, as advice gives them."""
     card = GPUS[0]
 
     assert card.key == "rtx-3060"
     assert f"{seconds(card, 'bf16')} s then, and not {seconds(card, 'int8')} s" in REST
-    assert f"about\n{UNCOMPILED} times as long" in REST
+    assert f"about\n{WITHOUT_KERNELS} times as long" in REST
     assert FORMATS["int8"].package in REST
 
 
@@ -102,5 +102,5 @@ def test_the_readmes_needs_are_those_of_the_program() -> None:
     assert f"CUDA {PINNED_CUDA} ({minimum_driver(None)} or newer" in needs
     assert f"{seconds(card, 'bf16')} s for a picture, and {seconds(card, 'int8')} s" in needs
     assert f"pip install {FORMATS['int8'].package}" in needs
-    assert f"about {UNCOMPILED} times as long" in needs
+    assert f"about {WITHOUT_KERNELS} times as long" in needs
     assert INSTALLERS["apt-get"] in needs

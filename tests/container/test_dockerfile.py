@@ -88,14 +88,14 @@ def test_everything_written_lies_in_the_volume() -> None:
     for name in ("HOME", "HF_HOME", "KLEIN_CACHE_DIR"):
         assert f"{environment()[name]}/".startswith("/models/"), name
     # The service itself sets where compiled code lies, after it has asked who may write there.
-    assert not {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} & environment().keys()
+    assert "TRITON_CACHE_DIR" not in environment()
 
 
 def test_the_image_can_compile() -> None:
-    """torch.compile and Triton want a compiler, libc's headers and Python's when they run."""
+    """Triton wants a compiler, libc's headers and Python's when it runs."""
     commands = " ".join(last_stage()["RUN"])
 
-    assert {"gcc", "g++", "libc6-dev"} <= set(commands.split())
+    assert {"gcc", "libc6-dev"} <= set(commands.split())
     assert "/Python.h" in commands
 
 

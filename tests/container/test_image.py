@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.system
 def test_the_image_builds_and_serves_confined() -> None:
-    """Base, build, facts, torch.compile, a picture, SIGTERM: every step of the check holds."""
+    """Base, build, facts, Triton, a picture, SIGTERM: every step of the check holds."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "image_check.py")],
         stdin=subprocess.DEVNULL,

@@ -135,28 +135,15 @@ class TestWhatTheEngineSays:
 
         return load
 
-    def test_an_uncompiled_model_names_cost_and_command(self, load) -> None:
+    def test_a_model_without_kernels_names_cost_and_command(self, load) -> None:
         """Where the compiler is missing; the processor, which needs none, says nothing."""
-        compiler = replace(load.NO_COMPILER, reason="a C compiler missing", remedy="install it")
-        (line,) = load._compiler_advice(compiler)
+        kernels = replace(load.EXACT, reason="a C compiler missing", remedy="install it")
+        (line,) = load._kernels_advice(kernels)
 
-        assert line.startswith("Functions run uncompiled (a C compiler missing), so each picture")
+        assert line.startswith("Our own kernels do not run (a C compiler missing), so each picture")
         assert "about 1.6 times as long" in line
         assert line.endswith("To mend it: install it")
-        assert list(load._compiler_advice(load.NO_COMPILER)) == []
-
-    def test_missing_headers_are_told_once_a_function_failed_to_compile(
-        self, load, monkeypatch
-    ) -> None:
-        """With a compiler but without Python.h the first compilation fails, not the start."""
-        found = toolchain.CompilerFound("/usr/bin/gcc", has_triton=True, has_headers=False)
-        monkeypatch.setattr(load, "find_compiler", lambda: found)
-        compiler = load.Compiler(is_on=True, has_graphs=True, reason="all there")
-        assert list(load._compiler_advice(compiler)) == []
-
-        compiler.failures.append("CalledProcessError")
-        (line,) = load._compiler_advice(compiler)
-        assert "(Python's headers missing)" in line
+        assert list(load._kernels_advice(load.EXACT)) == []
 
     def test_a_card_is_known_by_what_torch_says_of_it(self, load, monkeypatch) -> None:
         """Its name, and a memory that is a little less than NVML's."""

@@ -120,31 +120,3 @@ def test_attention_without_cudnns_operation_is_torchs(monkeypatch):
     fault = kernel_fault(KERNELS["cudnn"], torch.device("cuda"), find_model("shapes").architecture)
 
     assert fault == "this torch does not offer it"
-
-
-def test_the_compilers_errors_are_known_without_their_name(monkeypatch):
-    """Their class is one of RuntimeError's."""
-    assert issubclass(torch_private.compiler_errors(), RuntimeError)
-    monkeypatch.delattr(torch._dynamo.exc, "TorchDynamoException")
-
-    assert torch_private.compiler_errors() is RuntimeError
-
-
-def test_the_compilers_limits_stay_where_they_cannot_be_set(monkeypatch, caplog):
-    """One warning, and the start goes on."""
-
-    class Settings:
-        __slots__ = ()
-
-    monkeypatch.setattr(torch._dynamo, "config", Settings())
-    torch_private.limit_recompiles(64, 256)
-
-    assert [each.levelname for each in caplog.records] == ["WARNING"]
-
-
-def test_the_compilers_processes_may_have_another_name(monkeypatch):
-    """Then they are left alone."""
-    from torch._inductor import async_compile
-
-    monkeypatch.delattr(async_compile, "shutdown_compile_workers")
-    torch_private.end_compile_workers()

@@ -16,14 +16,15 @@ from app.engine.quantization import linear
 from app.engine.quantization.linear import Fp8Linear, WeightOnlyLinear
 from app.engine.quantization.probe import probe_gpu
 from app.engine.quantization.select import choose_precision
-from app.engine.runtime.compile import choose_compiler, thaw
+from app.engine.runtime.kernels_choice import choose_kernels
 from tests.support.checkpoints import write_tiny_klein
+from tests.support.imported_modules import unwanted
 from tests.support.layout_files import build, latents_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.torch,
-    # The compiler tells of what it ignores in foreign code.
+    # Triton and torch tell of what is deprecated in one another.
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -119,23 +120,27 @@ def test_streamed_layers_give_what_resident_ones_do(card, folder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("linears", ["fp8", "int8"])
-def test_compiled_networks_with_graphs_give_what_plain_ones_do(card, folder, tmp_path, linears):
+def test_networks_over_our_kernels_with_graphs_give_what_plain_ones_do(
+    card, folder, tmp_path, linears
+):
     """Several sizes, each often enough to be recorded and replayed."""
-    compiler = choose_compiler(card, tmp_path)
-    if not compiler.is_on:
-        pytest.skip(compiler.reason)
+    kernels = choose_kernels(card, tmp_path)
+    if not kernels.is_on:
+        pytest.skip(kernels.reason)
     wanted = {"device": card, "dtype": torch.bfloat16, "linears": linears}
-    plain, compiled = build(folder, **wanted), build(folder, compiler=compiler, **wanted)
-    try:
-        for side in (128, 192, 256, 128, 192, 256, 128):
-            made = [latents_of(components, side, f"a {side}") for components in (plain, compiled)]
-            assert difference(*reversed(made)) < 0.05
-            pixels = [
-                decode(components, made[0], (side // 16,) * 2) for components in (plain, compiled)
-            ]
-            assert difference(*reversed(pixels)) < 0.05
-    finally:
-        thaw()
+    plain, own = build(folder, **wanted), build(folder, kernels=kernels, **wanted)
+    for side in (128, 192, 256, 128, 192, 256, 128):
+        made = [latents_of(components, side, f"a {side}") for components in (plain, own)]
+        assert difference(*reversed(made)) < 0.05
+        pixels = [decode(components, made[0], (side // 16,) * 2) for components in (plain, own)]
+        assert difference(*reversed(pixels)) < 0.05
+
+
+def test_pictures_over_our_kernels_import_neither_compiler_nor_networks(card, folder, tmp_path):
+    """Eager, as graphs, and with references; nothing imports them late either."""
+    if not (kernels := choose_kernels(card, tmp_path)).is_on:
+        pytest.skip(kernels.reason)
+    assert not unwanted(folder, str(card), tmp_path)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def held(card, tmp_path_factory):
     torch.cuda.reset_peak_memory_stats(card)
     reserved, allocated = torch.cuda.memory_reserved(card), torch.cuda.memory_allocated(card)
     begun = time.perf_counter()
-    results = measure.race(card, KLEIN, cache, is_compiled=True)
+    results = measure.race(card, KLEIN, cache, has_kernels=True)
     seconds = time.perf_counter() - begun
     logging.getLogger(__name__).info("%.1f s: %s; %s", seconds, choose(results), results)
     peak = torch.cuda.max_memory_reserved(card) - reserved
@@ -58,13 +58,14 @@ def test_every_format_and_kernel_has_times_or_a_reason(held):
 
 
 def test_the_times_are_those_of_the_cards_arithmetic(held):
-    """On Hopper fp8 wins its part and cuDNN its own, as was measured otherwise."""
+    """On Hopper fp8 wins its part, and cuDNN or the kernel with values in fp8 the other."""
     results = held[0]
     if results.capability != (9, 0) or results.disturbed:
         pytest.skip("known for Hopper only")
     times = results.milliseconds
 
-    assert (choose(results).linears, choose(results).attention) == ("fp8", "cudnn")
+    assert choose(results).linears == "fp8"
+    assert choose(results).attention in ("cudnn", "fp8")
     assert 15 < times["linears"]["fp8"] < 30 < times["linears"]["bf16"] < 50
     assert 7 < times["attention"]["cudnn"] < 15
 
@@ -76,7 +77,7 @@ def test_it_is_held_once(card, held, monkeypatch):
         pytest.skip("others used the card, so nothing is kept")
     monkeypatch.setattr(measure, "hold", lambda *_, **__: pytest.fail("held again"))
 
-    assert measure.race(card, KLEIN, cache, is_compiled=True) == results
+    assert measure.race(card, KLEIN, cache, has_kernels=True) == results
 
 
 def test_the_choice_runs(card, held):

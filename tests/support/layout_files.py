@@ -26,7 +26,7 @@ from app.engine.pipeline.denoise import denoise, draw_noise
 from app.engine.pipeline.references import References
 from app.engine.pipeline.text import encode_text
 from app.engine.quantization.formats import FORMATS
-from app.engine.runtime.compile import NO_COMPILER
+from app.engine.runtime.kernels_choice import EXACT
 from tests.support.single_files import WEIGHTS, is_block_linear, to_bfl
 
 SPEC = ImageSpec("a red circle", 64, 96, 2, 1.0, 7)
@@ -81,7 +81,7 @@ def build(path: Path, **changes) -> PipelineComponents:
         "linears": "fp8",
         "encoder_linears": "int8w",
         "attention": plain_attention,
-        "compiler": NO_COMPILER,
+        "kernels": EXACT,
         "plan": Plan.RESIDENT,
         "is_pinned": True,
         "prompt_cache": 2,

@@ -10,7 +10,7 @@ from app.cli.doctor.files import FilesFound
 from app.cli.doctor.plan_preview import PlanPreview, name_kernels
 from app.cli.doctor.report import Report, gigabytes
 from app.domain import ModelSpec
-from app.engine.advice import Card, on_compiler, on_formats, to_run
+from app.engine.advice import Card, on_formats, on_kernels, to_run
 from app.engine.memory.planner import MemoryPlan, Plan
 from app.engine.models.registry import find_model
 from app.engine.quantization.formats import FORMATS
@@ -46,7 +46,7 @@ def diagnose(facts: Facts, settings: Settings) -> Report:
             found.tell("race", "not held yet; the first start does, or klein doctor --race now")
         _judge_plan(found, facts, facts.forecast, facts.model, settings)
         _judge_formats(found, facts, facts.forecast, facts.model, settings)
-    _judge_compiler(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
+    _judge_kernels(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
     if facts.cache is not None:
         _judge_cache(found, facts.cache)
     if facts.stored:
@@ -258,15 +258,15 @@ def _judge_formats(
         found.complain(each.what, each.remedy, is_fatal=False)
 
 
-def _judge_compiler(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> None:
-    """Report whether torch.compile can work; it is a problem only with a GPU."""
+def _judge_kernels(found: Report, compiler: CompilerFound, *, has_gpu: bool) -> None:
+    """Report whether our kernels can be compiled; it is a problem only with a GPU."""
     missing = ", ".join(compiler.missing)
     found.tell(
-        "compiling",
-        f"does not work: {missing} missing" if missing else f"works: {compiler.c_compiler}, Triton",
+        "kernels",
+        f"cannot run: {missing} missing" if missing else f"can run: {compiler.c_compiler}, Triton",
     )
     if missing and has_gpu:
-        advice = on_compiler(f"{missing} missing", to_run(install_command(compiler.missing)))
+        advice = on_kernels(f"{missing} missing", to_run(install_command(compiler.missing)))
         found.complain(advice.what, advice.remedy, is_fatal=False)
 
 

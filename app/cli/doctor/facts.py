@@ -160,11 +160,11 @@ def ask_torch(index: int | None, *, cache: Path, again: bool) -> TorchFound:
     from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
     from app.engine.quantization.probe import probe_gpu
     from app.engine.race import measure
-    from app.engine.runtime.compile import missing_tools
+    from app.engine.runtime.kernels_choice import missing_tools
 
-    device, is_compiled = torch.device("cuda", index), not missing_tools()
+    device, has_kernels = torch.device("cuda", index), not missing_tools()
     hold_or_recall = partial(measure.race, again=True) if again else measure.known
-    race = hold_or_recall(device, FLUX2_KLEIN_4B, cache, is_compiled=is_compiled)
+    race = hold_or_recall(device, FLUX2_KLEIN_4B, cache, has_kernels=has_kernels)
     facts = probe_gpu(device)
     return TorchFound(
         str(torch.__version__),
@@ -190,7 +190,7 @@ def _look_ahead(
         free_bytes=gpu.free_bytes,
         runs=torch.runs,
         race=torch.race,
-        can_compile=not compiler.missing,
+        has_kernels=not compiler.missing,
         spec=roofline.recognise(gpu.name, gpu.total_bytes),
     )
     try:

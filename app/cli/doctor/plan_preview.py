@@ -43,7 +43,7 @@ class Target:
     capability: tuple[int, int]
     free_bytes: int
     runs: tuple[str, ...]
-    can_compile: bool = True
+    has_kernels: bool = True
     spec: roofline.GpuDatasheet | None = None
     race: Results | None = None
     """What was timed, or computed of the datasheet; None where *runs* alone decides."""
@@ -160,7 +160,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
             target.free_bytes,
             klein_weights(chosen.linears),
             architecture,
-            architecture.compiled if target.can_compile else architecture.eager,
+            architecture.with_kernels if target.has_kernels else architecture.without_kernels,
             default_pixels=model.default_width * model.default_height,
             limit_pixels=limit,
             max_references=model.max_references,

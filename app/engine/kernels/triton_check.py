@@ -29,7 +29,7 @@ def triton_fault() -> str:
 
     Triton needs a C compiler and a folder from which code can be run, and each GPU its own
     assembler; whether all are there shows when something is launched. The folder must be set
-    before (`app.engine.runtime.compile`).
+    before (`app.engine.runtime.kernels_choice`).
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is missing"

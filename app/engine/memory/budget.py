@@ -35,7 +35,7 @@ def choose_plan(
     device: torch.device,
     precision: Precision,
     *,
-    is_compiled: bool,
+    has_kernels: bool,
 ) -> MemoryPlan:
     """Choose what stays in GPU memory.
 
@@ -63,7 +63,7 @@ def choose_plan(
         free,
         count_weights(checkpoint, architecture, precision),
         architecture,
-        architecture.compiled if is_compiled else architecture.eager,
+        architecture.with_kernels if has_kernels else architecture.without_kernels,
         default_pixels=model.default_width * model.default_height,
         limit_pixels=limit,
         max_references=model.max_references,

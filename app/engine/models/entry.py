@@ -97,8 +97,8 @@ class Architecture:
     """Up to so many tokens, prompt included, a pass is bound by kernel launches, not by kernels."""
     graph_pixels: int
     """The same of a decode, in pixels: previews, mostly. Graphs keep the memory of a decode."""
-    compiled: Rates
-    eager: Rates
+    with_kernels: Rates
+    without_kernels: Rates
     working_bytes: int
     """Working memory of an image at the default size in bf16, eager, decoded without tiles."""
     small_bytes: int

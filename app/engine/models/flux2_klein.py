@@ -128,7 +128,7 @@ FLUX2_KLEIN_4B = Architecture(
     graph_tokens=2560,
     graph_pixels=256 * 256,
     # Measured on an H200 at 1024x1024 with random weights: memory does not depend on their values.
-    compiled=Rates(
+    with_kernels=Rates(
         token=83_000,
         pixel=1_280,
         encoded_pixel=1_500,
@@ -136,7 +136,7 @@ FLUX2_KLEIN_4B = Architecture(
         text=300_000_000,
         margin=250_000_000,
     ),
-    eager=Rates(
+    without_kernels=Rates(
         token=133_000,
         pixel=2_450,
         encoded_pixel=2_000,

@@ -52,3 +52,42 @@ class EncoderLayer(nn.Module):
         )
         down: torch.Tensor = joined(self.down, feed=self.up(normed))
         return hidden + down
+
+
+class Rotary(nn.Module):
+    """`Qwen3RotaryEmbedding` of the default kind: cos and sin, [1, n, s] each."""
+
+    rates: torch.Tensor
+
+    def __init__(self, size: int, theta: float) -> None:
+        super().__init__()
+        rates = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+        self.register_buffer("rates", rates, persistent=False)
+
+    def forward(
+        self, like: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute both of *positions*, [1, n], in the dtype of *like*."""
+        angles = positions[..., None].float() * self.rates
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def layer_shapes(config: Any) -> dict[str, torch.Size]:
+    """Return name and shape of every weight of one layer, of transformers' `Qwen3Config`."""
+    width, size, mlp = config.hidden_size, config.head_dim, config.intermediate_size
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (queries, width),
+        "self_attn.k_proj.weight": (keys, width),
+        "self_attn.v_proj.weight": (keys, width),
+        "self_attn.o_proj.weight": (width, queries),
+        "self_attn.q_norm.weight": (size,),
+        "self_attn.k_norm.weight": (size,),
+        "mlp.gate_proj.weight": (mlp, width),
+        "mlp.up_proj.weight": (mlp, width),
+        "mlp.down_proj.weight": (width, mlp),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    return {name: torch.Size(shape) for name, shape in shapes.items()}

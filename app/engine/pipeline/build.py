@@ -2,6 +2,9 @@
 
 Networks are created without weights, on PyTorch's meta device, and filled tensor by tensor, so no
 weight is in memory twice and a missing one cannot stay randomly initialised.
+
+Modules of diffusers and transformers are imported where they run and nowhere else: it takes ten
+seconds, half of them torch's compiler.
 """
 
 from __future__ import annotations
@@ -14,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from app.domain import LoadProgress, WorkerStage
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config
@@ -27,20 +28,23 @@ from app.engine.memory.offload import Offloader
 from app.engine.memory.planner import Plan
 from app.engine.models.entry import Architecture
 from app.engine.modules.attention import Attention, WideHeadProcessor
+from app.engine.modules.flux2_shell import Flux2Transformer2DModel
 from app.engine.modules.fused_vae import fuse_vae
-from app.engine.modules.qwen3_layers import EncoderLayer
+from app.engine.modules.qwen3_layers import EncoderLayer, Rotary, layer_shapes
 from app.engine.modules.rope import rope_tables
+from app.engine.modules.vae_shell import AutoencoderKLFlux2
 from app.engine.pipeline.components import PipelineComponents
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.pipeline.reference_cache import ReferenceCache
+from app.engine.pipeline.schedule import make_schedule
 from app.engine.quantization.builder import QuantizedLinearBuilder, encoder_layer, replace_blocks
 from app.engine.quantization.cache import QuantizedCache
 from app.engine.quantization.formats import WeightFormat
 from app.engine.race.encoder import choose_layer
-from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, new_pool
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
+from app.engine.runtime.kernels_choice import KernelsChoice
 from app.engine.runtime.networks import TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokenizer
 from app.errors import StartupError
@@ -62,7 +66,7 @@ class BuildOptions:
     """The format of the transformer's layers; an exact one runs the libraries' own modules."""
     encoder_linears: WeightFormat
     attention: Attention
-    compiler: Compiler
+    kernels: KernelsChoice
     plan: Plan
     is_pinned: bool
     prompt_cache: int
@@ -89,8 +93,7 @@ def build(
     parts = (checkpoint.transformer, checkpoint.encoder, checkpoint.vae)
     fill = _Filler(sum(len(part.slots) for part in parts), options, on_progress)
     offloader = Offloader(options.device, pin=options.is_pinned)
-    vae = _build_network(AutoencoderKLFlux2, checkpoint.vae, fill, options.vae_dtype)
-    _adapt_vae(vae, options)
+    vae = _build_vae(checkpoint.vae, fill, options)
     _admit_vae(vae, offloader, options)
     encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
         checkpoint, fill, options
@@ -107,7 +110,7 @@ def build(
         transformer=transformer.eval(),
         vae=vae,
         decode=_decoder(vae, options),
-        make_scheduler=partial(FlowMatchEulerDiscreteScheduler.from_config, checkpoint.scheduler),
+        schedule=make_schedule(checkpoint.scheduler, options.device),
         device=options.device,
         dtype=options.dtype,
         is_distilled=options.is_distilled,
@@ -192,8 +195,17 @@ def _build_exact(
 ) -> tuple[TextEncoder, Transformer]:
     """Build the libraries' own modules; of the text encoder's layers those that are read."""
     part = checkpoint.encoder
-    config, layers = _check_encoder(part)
-    kept = layers[: options.architecture.text_layers[-1]]
+    # Imports torch's compiler.
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
+
+    config = _check_encoder(part)
+    with torch.device("meta"):
+        kept = nn.ModuleList(
+            [
+                Qwen3DecoderLayer(config, number)
+                for number in range(options.architecture.text_layers[-1])
+            ]
+        )
     fill.fill(kept, part, "model.layers.")
     encoder = ExactTextEncoder(
         kept,
@@ -201,7 +213,8 @@ def _build_exact(
         fill.read(part, "model.embed_tokens.weight"),
         options.architecture.text_layers,
     )
-    network = _build_network(Flux2Transformer2DModel, checkpoint.transformer, fill)
+    kind = _librarys("Flux2Transformer2DModel")
+    network = _build_network(kind, checkpoint.transformer, fill)
     return encoder, ExactTransformer(network)
 
 
@@ -210,7 +223,7 @@ def _build_fused(
 ) -> tuple[TextEncoder, Transformer]:
     """Build our own blocks with quantized weights; only the VAE is offloaded."""
     architecture, pool, part = options.architecture, new_pool(), checkpoint.encoder
-    config, _ = _check_encoder(part)
+    config = _check_encoder(part)
     kind = _encoder_kind(config, options)
     make = _linear_builder(part, options.encoder_linears, "encoder", fill, options)
     layers = nn.ModuleList(
@@ -220,15 +233,15 @@ def _build_fused(
     make.keep()
     encoder = FusedTextEncoder(
         layers,
-        Qwen3RotaryEmbedding(config).to(options.device),
+        _rotary(config).to(options.device),
         fill.read(part, "model.embed_tokens.weight"),
         architecture.text_layers,
-        options.compiler,
+        options.kernels,
         pool,
         options.device if options.plan.is_streamed else None,
     )
     network = _build_shell(checkpoint.transformer, fill, options)
-    return encoder, FusedTransformer(network, options.compiler, pool, architecture.graph_tokens)
+    return encoder, FusedTransformer(network, options.kernels, pool, architecture.graph_tokens)
 
 
 def _encoder_kind(config: Qwen3Config, options: BuildOptions) -> type[EncoderLayer]:
@@ -255,7 +268,7 @@ def _build_network(
 
 
 def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> Any:
-    """Build the transformer with fused blocks; the modules outside the blocks are diffusers'."""
+    """Build the transformer with fused blocks."""
     shell = _empty(Flux2Transformer2DModel, part)
     make = _linear_builder(part, options.linears, "transformer", fill, options)
     replace_blocks(shell, make, partial(fill.norm, part), options.attention)
@@ -281,31 +294,58 @@ def _linear_builder(
     )
 
 
-def _check_encoder(part: ComponentFiles) -> tuple[Qwen3Config, nn.ModuleList]:
-    """Return the config and all layers, on the meta device, after a check of every tensor."""
+def _check_encoder(part: ComponentFiles) -> Qwen3Config:
+    """Return the config, after a check of every tensor."""
     config = Qwen3Config(**{**part.config, "attn_implementation": "sdpa"})
-    with torch.device("meta"):
-        layers = nn.ModuleList(
-            [Qwen3DecoderLayer(config, number) for number in range(config.num_hidden_layers)]
-        )
-    expected = {f"model.layers.{name}": shape for name, shape in _shapes(layers).items()}
+    shapes = layer_shapes(config)
+    expected = {
+        f"model.layers.{number}.{name}": shape
+        for number in range(config.num_hidden_layers)
+        for name, shape in shapes.items()
+    }
     expected["model.embed_tokens.weight"] = torch.Size([config.vocab_size, config.hidden_size])
     expected["model.norm.weight"] = torch.Size([config.hidden_size])
     part.check(expected, optional=["lm_head.weight"])
-    return config, layers
+    return config
 
 
-def _adapt_vae(vae: Any, options: BuildOptions) -> None:
-    """Take our own passes of the VAE where Triton runs; exact ones are diffusers' as they are."""
-    if options.linears.is_exact:
-        return
-    if options.compiler.is_on:
-        if not (fault := kernels_fault(options.device)):
-            fuse_vae(vae)
-            return
+def _rotary(config: Qwen3Config) -> nn.Module:
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        return Rotary(config.head_dim, rope["rope_theta"])
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    other: nn.Module = Qwen3RotaryEmbedding(config)
+    return other
+
+
+def _build_vae(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> Any:
+    """Build the VAE, over our kernels where they run; an exact one is diffusers' as it is."""
+    if _fuses_vae(options):
+        vae = _build_network(AutoencoderKLFlux2, part, fill, options.vae_dtype)
+        fuse_vae(vae)
+        return vae
+    vae = _build_network(_librarys("AutoencoderKLFlux2"), part, fill, options.vae_dtype)
+    if not options.linears.is_exact:
+        for attention in vae.decoder.mid_block.attentions:
+            attention.set_processor(WideHeadProcessor())
+    return vae
+
+
+def _fuses_vae(options: BuildOptions) -> bool:
+    if options.linears.is_exact or not options.kernels.is_on:
+        return False
+    if fault := kernels_fault(options.device):
         _log.warning("Pictures take longer: the VAE's kernels are not used, since %s.", fault)
-    for attention in vae.decoder.mid_block.attentions:
-        attention.set_processor(WideHeadProcessor())
+    return not fault
+
+
+def _librarys(name: str) -> type[nn.Module]:
+    """Import one of diffusers' networks."""
+    import diffusers
+
+    kind: type[nn.Module] = getattr(diffusers, name)
+    return kind
 
 
 def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
@@ -323,7 +363,7 @@ def _admit_vae(vae: Any, offloader: Offloader, options: BuildOptions) -> None:
 def _decoder(vae: Any, options: BuildOptions) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the decode; ours replays a graph for small images, which are bound by launches."""
     whole = partial(_decode, vae)
-    if options.linears.is_exact or not options.compiler.has_graphs:
+    if options.linears.is_exact or not options.kernels.has_graphs:
         return whole
     graphs = CudaGraphs(new_pool(), is_on=True, after=1)
 
@@ -356,7 +396,10 @@ def _empty(kind: type[nn.Module], part: ComponentFiles) -> nn.Module:
             f"{part.label}/config.json does not describe a {kind.__name__}; "
             "it belongs to another model."
         ) from None
-    part.check(_shapes(network))
+    expected = _shapes(network)
+    if isinstance(network, Flux2Transformer2DModel):
+        expected |= dict(network.block_shapes())
+    part.check(expected)
     return network
 
 

@@ -14,6 +14,7 @@ from app.engine.models.entry import Architecture
 from app.engine.modules.rope import Grid, Rope
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.pipeline.reference_cache import ReferenceCache
+from app.engine.pipeline.schedule import Schedule
 from app.engine.runtime.networks import TextEncoder, Transformer
 from app.engine.runtime.tokenizer import Tokenizer
 
@@ -29,11 +30,10 @@ class PipelineComponents:
     references: ReferenceCache
     transformer: Transformer
     vae: Any
-    """diffusers' `AutoencoderKLFlux2`."""
+    """diffusers' `AutoencoderKLFlux2`, or ours of the same name."""
     decode: Callable[[torch.Tensor], torch.Tensor]
-    """The VAE decoder, compiled or not: [1, c, h, w] -> [1, 3, 8 * h, 8 * w]."""
-    make_scheduler: Callable[[], Any]
-    """Creates a scheduler per image, so that no state is kept between images."""
+    """The VAE decoder, its own or ours: [1, c, h, w] -> [1, 3, 8 * h, 8 * w]."""
+    schedule: Schedule
     device: torch.device
     dtype: torch.dtype
     is_distilled: bool

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from app.domain import ImageSpec
 from app.engine.pipeline.components import PipelineComponents, pack
@@ -49,7 +47,7 @@ def denoise(
     if components.device.type == "cuda":
         noise = noise.pin_memory()
     latents = noise = pack(noise.to(components.device, non_blocking=True))
-    sigmas, timesteps = _schedule(components, spec, latents.shape[1])
+    sigmas, timesteps = components.schedule(spec.num_inference_steps, latents.shape[1])
     with components.offloader.on_gpu(components.transformer):
         velocity_of = _velocity(components, spec, text, references)
         for number in range(spec.num_inference_steps):
@@ -88,21 +86,6 @@ def _velocity(
         return unwanted[0] + spec.guidance_scale * (wanted - unwanted[0])
 
     return velocity_of
-
-
-def _schedule(
-    components: PipelineComponents, spec: ImageSpec, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sigmas, one more than the steps, and the timesteps in 0..1000."""
-    steps = spec.num_inference_steps
-    scheduler = components.make_scheduler()
-    mu = compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
-    if getattr(scheduler.config, "use_flow_sigmas", False):
-        scheduler.set_timesteps(steps, device=components.device, mu=mu)
-    else:
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        scheduler.set_timesteps(sigmas=sigmas, device=components.device, mu=mu)
-    return scheduler.sigmas, scheduler.timesteps
 
 
 def _estimate(latents: torch.Tensor, sigma: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:

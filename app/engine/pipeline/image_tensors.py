@@ -1,7 +1,7 @@
 """Conversion between raw images and the VAE's tensors, for references, masks and outputs.
 
-References pass through diffusers' own image processor, so that the VAE encoder gets exactly what
-the pipeline's would; it takes Pillow images, hence Pillow here.
+References are scaled and cut as diffusers' `Flux2ImageProcessor` does it, so that the VAE encoder
+gets exactly what the pipeline's would; it takes Pillow images, hence Pillow here.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from torch.nn import functional
 
@@ -18,24 +18,24 @@ from app.domain import Mask, RawImage
 from app.engine.models.entry import Architecture
 from app.errors import InvalidRequest
 
+_LEAST_SIDE, _MOST_RATIO = 64, 8
+"""Of a reference, as `Flux2ImageProcessor.check_image_input` asks."""
 
-def reference_tensor(
-    image: RawImage, processor: Flux2ImageProcessor, architecture: Architecture
-) -> torch.Tensor:
+
+def reference_tensor(image: RawImage, architecture: Architecture) -> torch.Tensor:
     """Scale down to the model's size of references, crop to whole tokens: [1, 3, h, w] in [-1, 1].
 
     Raises:
         InvalidRequest: the image is too small or too narrow.
     """
-    picture = _to_pillow(image)
-    try:
-        processor.check_image_input(picture)
-    except ValueError:
+    short, long = sorted((image.width, image.height))
+    if short < _LEAST_SIDE or long / short > _MOST_RATIO:
         raise InvalidRequest(
             f"A reference image of {image.width}x{image.height} cannot be used: both sides must be "
-            "at least 64 pixels, and neither more than 8 times the other.",
+            f"at least {_LEAST_SIDE} pixels, and neither more than {_MOST_RATIO} times the other.",
             param="image",
-        ) from None
+        )
+    picture = _to_pillow(image)
     pixels, limit = image.width * image.height, architecture.reference_pixels
     if pixels > limit:
         # As diffusers' pipeline does.
@@ -44,10 +44,8 @@ def reference_tensor(
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     token = architecture.token_side
     width, height = (side // token * token for side in picture.size)
-    tensor: torch.Tensor = processor.preprocess(
-        picture, height=height, width=width, resize_mode="crop"
-    )
-    return tensor
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return _normal(picture.crop((left, top, left + width, top + height)))
 
 
 def fit_source(image: RawImage, width: int, height: int) -> RawImage:
@@ -58,12 +56,9 @@ def fit_source(image: RawImage, width: int, height: int) -> RawImage:
     return RawImage(width, height, picture.tobytes())
 
 
-def source_tensor(image: RawImage, processor: Flux2ImageProcessor) -> torch.Tensor:
+def source_tensor(image: RawImage) -> torch.Tensor:
     """Convert an image of the output's size to the VAE encoder's input, [1, 3, h, w] in [-1, 1]."""
-    pixels: torch.Tensor = processor.preprocess(
-        _to_pillow(image), height=image.height, width=image.width
-    )
-    return pixels
+    return _normal(_to_pillow(image))
 
 
 def mask_weights(mask: Mask, width: int, height: int) -> torch.Tensor:
@@ -124,3 +119,9 @@ def to_tensor(image: RawImage) -> torch.Tensor:
 
 def _to_pillow(image: RawImage) -> Image.Image:
     return Image.frombytes("RGB", (image.width, image.height), image.pixels)
+
+
+def _normal(picture: Image.Image) -> torch.Tensor:
+    """Convert to float32 [1, 3, h, w] in [-1, 1], laid out as channels_last like diffusers'."""
+    unit = torch.from_numpy(np.array(picture).astype(np.float32) / 255)
+    return 2.0 * unit[None].permute(0, 3, 1, 2) - 1.0

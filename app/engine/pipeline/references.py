@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
 from app.domain import ImageSpec, RawImage
 from app.engine.modules.rope import Grid
@@ -90,15 +89,14 @@ def _encode_missing(
         # The encoder is not moved to the GPU for nothing.
         yield from (each for each in cached if each is not None)
         return
-    processor = Flux2ImageProcessor(vae_scale_factor=components.architecture.token_side)
     with components.offloader.on_gpu(components.vae.encoder):
         for number, (image, found) in enumerate(zip(images, cached, strict=True)):
             if found is not None:
                 yield found
             elif number == 0 and spec.mask is not None:
-                yield _encode_image(components, image_tensors.source_tensor(image, processor))
+                yield _encode_image(components, image_tensors.source_tensor(image))
             else:
-                pixels = image_tensors.reference_tensor(image, processor, components.architecture)
+                pixels = image_tensors.reference_tensor(image, components.architecture)
                 yield _encode_image(components, pixels)
 
 

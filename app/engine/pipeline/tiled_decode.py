@@ -1,7 +1,7 @@
 """VAE decode in overlapping tiles, so that its memory does not grow with the image.
 
 All tiles of an image have the same size: the last row and column are moved inwards instead of
-cropped, so a compiled decoder sees one shape. Overlaps are blended with weights that rise linearly
+cropped, so the decoder sees one shape. Overlaps are blended with weights that rise linearly
 from each edge. `AutoencoderKLFlux2.enable_tiling()` does nothing up to 1024x1024 and crops the last
 tiles.
 """

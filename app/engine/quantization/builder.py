@@ -84,11 +84,11 @@ class QuantizedLinearBuilder:
 def replace_blocks(
     shell: Any, make: Make, norm: Callable[[str], nn.Parameter], attention: Attention
 ) -> None:
-    """Replace the blocks of *shell*, a `Flux2Transformer2DModel`, with fused ones."""
-    width, eps = shell.inner_dim, shell.transformer_blocks[0].norm1.eps
+    """Give *shell*, of `app.engine.modules.flux2_shell`, its fused blocks."""
+    width, eps = shell.inner_dim, shell.eps
     shell.transformer_blocks = nn.ModuleList(
         _double(f"transformer_blocks.{number}", make, norm, eps=eps, attention=attention)
-        for number in range(len(shell.transformer_blocks))
+        for number in range(shell.doubles)
     )
     shell.single_transformer_blocks = nn.ModuleList(
         SingleBlock(
@@ -99,10 +99,7 @@ def replace_blocks(
             eps=eps,
             attention=attention,
         )
-        for name in (
-            f"single_transformer_blocks.{number}.attn"
-            for number in range(len(shell.single_transformer_blocks))
-        )
+        for name in (f"single_transformer_blocks.{number}.attn" for number in range(shell.singles))
     )
 
 

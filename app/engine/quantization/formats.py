@@ -42,7 +42,7 @@ class Layers:
     cached: tuple[str, ...] = ("weight", "scale")
     """The layer's attributes that the cache stores, in the order of `make`'s arguments."""
     fused: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]] | None = None
-    """Computes a layer at its cost in a compiled block; None where that is the layer's own."""
+    """Computes a layer at its cost in our blocks' kernels; None where that is the layer's own."""
 
 
 def _layers(kind: str) -> Layers:

@@ -2,8 +2,8 @@
 
 Every weight format that `auto` may take, bf16 beside them, and every attention kernel. A matmul too
 large for `_ROOM` is timed in pieces of equal size: a part of its rows and outputs, with the time
-scaled up. The time is the GPU's alone, as in a step, where the host is far ahead. Where blocks are
-compiled, fp8 quantizes its input in one pass, as it does there.
+scaled up. The time is the GPU's alone, as in a step, where the host is far ahead. Where our
+kernels run, fp8 quantizes its input in one pass, as the blocks do.
 """
 
 from __future__ import annotations
@@ -59,32 +59,34 @@ def race(
     architecture: Architecture,
     cache: Path,
     *,
-    is_compiled: bool,
+    has_kernels: bool,
     again: bool = False,
 ) -> Results:
     """Return the race that was kept for this card, or hold it: some seconds, 256 MB of the card.
 
-    *is_compiled*: whether the transformer's blocks will be; *again* holds it in any case.
+    *has_kernels*: whether ours will run; *again* holds it in any case.
     """
 
     def run() -> Results:
         begun = time.perf_counter()
         made = settle(
-            partial(hold, device, architecture, is_compiled=is_compiled),
+            partial(hold, device, architecture, has_kernels=has_kernels),
             partial(time.sleep, _FADE_S),
         )
         _log.info("The card was timed in %.1f s.", time.perf_counter() - begun)
         return made
 
-    key = _key(device, architecture, is_compiled=is_compiled)
-    return race_once(cache, key, run, again=again)
+    key = _key(device, architecture, has_kernels=has_kernels)
+    kept = recall(cache, key)
+    return race_once(cache, key, run, again=again or (kept is not None and _is_outdated(kept)))
 
 
 def known(
-    device: torch.device, architecture: Architecture, cache: Path, *, is_compiled: bool
+    device: torch.device, architecture: Architecture, cache: Path, *, has_kernels: bool
 ) -> Results | None:
     """Return the race that was kept for this card, if any."""
-    return recall(cache, _key(device, architecture, is_compiled=is_compiled))
+    kept = recall(cache, _key(device, architecture, has_kernels=has_kernels))
+    return None if kept is None or _is_outdated(kept) else kept
 
 
 def capabilities(results: Results, winner: Winner) -> GpuCapabilities:
@@ -107,13 +109,13 @@ def capabilities(results: Results, winner: Winner) -> GpuCapabilities:
 
 
 @torch.no_grad()
-def hold(device: torch.device, architecture: Architecture, *, is_compiled: bool) -> Results:
+def hold(device: torch.device, architecture: Architecture, *, has_kernels: bool) -> Results:
     """Hold one race and free its memory."""
     busy = _busy(device)
     spreads: list[float] = []
     _warm(device)
     linears = [
-        _linear_lap(each, device, architecture, spreads, is_compiled=is_compiled)
+        _linear_lap(each, device, architecture, spreads, has_kernels=has_kernels)
         for each in (*automatic(), FORMATS["bf16"])
     ]
     attention = [
@@ -153,13 +155,13 @@ def attention_error(
     )
 
 
-def piece(matmul: Matmul, rows: int, *, is_compiled: bool) -> tuple[int, int]:
+def piece(matmul: Matmul, rows: int, *, has_kernels: bool) -> tuple[int, int]:
     """Return the rows and outputs of the equal pieces in which *matmul* is timed."""
     outputs = matmul.outputs
     while 2 * matmul.inputs * outputs > _WEIGHT_BYTES:
         outputs //= 2
     # bf16 and a byte; eagerly, float32 copies too.
-    bytes_in = matmul.inputs * (3 if is_compiled else 17)
+    bytes_in = matmul.inputs * (3 if has_kernels else 17)
     while rows * (bytes_in + 2 * outputs) > _ROOM:
         rows //= 2
     return rows, outputs
@@ -188,7 +190,7 @@ def _linear_lap(
     architecture: Architecture,
     spreads: list[float],
     *,
-    is_compiled: bool,
+    has_kernels: bool,
 ) -> Lap:
     lap = partial(
         Lap,
@@ -202,14 +204,14 @@ def _linear_lap(
     try:
         error = linear_error(wanted, device, architecture.width)
         seconds = sum(
-            _matmul_seconds(wanted, each, architecture.step_tokens, device, spreads, is_compiled)
+            _matmul_seconds(wanted, each, architecture.step_tokens, device, spreads, has_kernels)
             for each in architecture.matmuls
         )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as failure:
         _log.info("A matmul in %s does not run here: %s", wanted.name, failure)
-        return lap(fault=f"{wanted.kernel}'s product does not run here")
+        return lap(fault=_failing(wanted))
     return lap(seconds, error)
 
 
@@ -219,13 +221,13 @@ def _matmul_seconds(
     tokens: int,
     device: torch.device,
     spreads: list[float],
-    is_compiled: bool,
+    has_kernels: bool,
 ) -> float:
     torch.cuda.empty_cache()
-    rows, outputs = piece(matmul, tokens, is_compiled=is_compiled)
+    rows, outputs = piece(matmul, tokens, has_kernels=has_kernels)
     fused = wanted.layers().fused
     layer = repeated_layer(wanted, matmul.inputs, outputs, device)
-    multiply = fused(layer) if fused is not None and is_compiled else layer
+    multiply = fused(layer) if fused is not None and has_kernels else layer
     x = torch.randn(rows, matmul.inputs, device=device, dtype=torch.bfloat16)
     pieces = tokens / rows * matmul.outputs / outputs
     return matmul.count * pieces * _seconds(lambda: multiply(x), spreads)
@@ -304,7 +306,7 @@ def _heavy(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return (draw() / (squares / 5).sqrt()).bfloat16()
 
 
-def _key(device: torch.device, architecture: Architecture, *, is_compiled: bool) -> dict[str, str]:
+def _key(device: torch.device, architecture: Architecture, *, has_kernels: bool) -> dict[str, str]:
     facts = Gpu(device.index or 0).facts()
     return {
         CARD: str(torch.cuda.get_device_properties(device).uuid),
@@ -312,11 +314,26 @@ def _key(device: torch.device, architecture: Architecture, *, is_compiled: bool)
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "comfy-kitchen": _version("comfy-kitchen"),
-        "missing": ", ".join(filter(None, (each.missing() for each in automatic()))),
         "klein-server": __version__,
-        "compiled": str(is_compiled),
+        "kernels": str(has_kernels),
         "step": f"{architecture.step_tokens} x {architecture.heads} {architecture.matmuls}",
     }
+
+
+def _is_outdated(results: Results) -> bool:
+    """Return whether a library that a format lacked has been mended: its version may be the same.
+
+    Only such a library is imported to find out.
+    """
+    return any(
+        lap.fault and wanted.package and lap.fault != _failing(wanted) and not wanted.missing()
+        for lap in results.linears
+        for wanted in (FORMATS[lap.name],)
+    )
+
+
+def _failing(wanted: WeightFormat) -> str:
+    return f"{wanted.kernel}'s product does not run here"
 
 
 def _version(package: str) -> str:

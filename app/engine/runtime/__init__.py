@@ -1,1 +1,1 @@
-"""Forward passes: exact, fused, compiled, as CUDA graphs; knows no pipeline, jobs or hub."""
+"""Forward passes: exact, fused, as CUDA graphs; knows no pipeline, jobs or hub."""

@@ -15,8 +15,8 @@ from torch import nn
 
 from app.engine.memory.layer_stream import StreamedLayers
 from app.engine.modules.fused_blocks import run_doubles, run_singles
-from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
+from app.engine.runtime.kernels_choice import KernelsChoice
 from app.engine.runtime.networks import TextEncoder, Transformer
 
 _PICTURE_STEPS = 4
@@ -27,10 +27,10 @@ class FusedTransformer(Transformer):
     """Runs fused blocks in *network*; a pass of up to *graph_tokens* tokens becomes a graph."""
 
     def __init__(
-        self, network: Any, compiler: Compiler, pool: GraphPool, graph_tokens: int
+        self, network: Any, kernels: KernelsChoice, pool: GraphPool, graph_tokens: int
     ) -> None:
         super().__init__(network, run_doubles, run_singles)
-        self._graphs = CudaGraphs(pool, is_on=compiler.has_graphs, after=_PICTURE_STEPS)
+        self._graphs = CudaGraphs(pool, is_on=kernels.has_graphs, after=_PICTURE_STEPS)
         self._graph_tokens = graph_tokens
 
     def predict(
@@ -56,13 +56,13 @@ class FusedTextEncoder(TextEncoder):
         rotary: nn.Module,
         table: torch.Tensor,
         read: tuple[int, ...],
-        compiler: Compiler,
+        kernels: KernelsChoice,
         pool: GraphPool,
         streamed_to: torch.device | None = None,
     ) -> None:
         places = layers if streamed_to is None else StreamedLayers(layers, streamed_to)
         super().__init__(places, rotary, table, read, _run_layer)
-        has_graphs = compiler.has_graphs and streamed_to is None
+        has_graphs = kernels.has_graphs and streamed_to is None
         self._graphs = CudaGraphs(pool, is_on=has_graphs, after=1)
 
     def _encode(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What torch.compile calls on this machine, and the command that installs what is missing.
+"""What Triton needs to compile our kernels here, and the command that installs what is missing.
 
 It imports no torch: `klein doctor` asks it too.
 """
@@ -12,12 +12,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-UNCOMPILED = 1.6
-"""How many times as long a picture takes where nothing is compiled.
+WITHOUT_KERNELS = 1.6
+"""How many times as long a picture takes where no kernels of our own run.
 
-Not measured by this project on such a card: in int8, klein base 9B took 1.64 s a step eagerly and
-1.04 s compiled on an RTX 3090 (README of ComfyUI-INT8-Fast). On an H200 a forward pass in bf16 took
-1.4 times as long, the decoder 2.4 times.
+Not measured by this project: it is what torch.compile's kernels, which ours replace, saved others.
+In int8, klein base 9B took 1.64 s a step without and 1.04 s with them on an RTX 3090 (README of
+ComfyUI-INT8-Fast). On an H200 a forward pass in bf16 took 1.4 times as long, the decoder 2.4 times.
 """
 
 TRITON = "Triton"
@@ -37,7 +37,7 @@ _WITH_TRITON = "pip install --force-reinstall -r requirements.lock"
 
 @dataclass(frozen=True, slots=True)
 class CompilerFound:
-    """What torch.compile needs; None or False for what is missing."""
+    """What Triton needs; None or False for what is missing."""
 
     c_compiler: str | None
     has_triton: bool
@@ -55,7 +55,7 @@ class CompilerFound:
 
 
 def find_compiler() -> CompilerFound:
-    """Look for what torch.compile needs."""
+    """Look for what Triton needs."""
     found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
     return CompilerFound(
         c_compiler=next((path for path in found if path), None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -10,12 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 from app.engine.config import EngineConfig
 from app.engine.load import _downloaded
 from app.engine.models import registry
-from app.engine.runtime import compile as compile_module
+from app.engine.runtime import kernels_choice
 from app.errors import StartupError
 from app.worker import supervisor
 from tests.engine.hub import CONFIG, ENCODER, VARIANT, content
@@ -34,15 +34,14 @@ class TestCompiledCode:
     def folder(self, tmp_path, monkeypatch):
         """Which folder is used for the cache of the test; there is no home to fall back to."""
         monkeypatch.setenv("HOME", os.devnull)
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "foreign"))
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
         (tmp_path / "temporary").mkdir()
         (tmp_path / "temporary").chmod(0o1777)
 
         def ask() -> Path:
-            assert compile_module._keep_results(tmp_path / "cache") == ""
-            return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+            assert kernels_choice._keep_results(tmp_path / "cache") == ""
+            return Path(os.environ["TRITON_CACHE_DIR"]).parent
 
         return ask
 
@@ -57,12 +56,13 @@ class TestCompiledCode:
         assert folder() == kept
         assert (kept / "code.py").exists()
 
-    def test_both_compilers_keep_their_work_there(self, folder) -> None:
-        """Triton would else follow a place that was set outside and that nobody has judged."""
-        found = folder()
-        assert Path(os.environ["TRITON_CACHE_DIR"]) == found / "triton"
-        # Where torch's own word is followed, and not this test's.
-        assert triton_cache_dir(0) == str(found / "triton")
+    def test_triton_keeps_its_work_there(self, folder, tmp_path) -> None:
+        """It would else follow a place that was set outside and that nobody has judged."""
+        folder()
+        kept = tmp_path / "cache" / "compiled" / "triton"
+        assert os.environ["TRITON_CACHE_DIR"] == str(kept)
+        if importlib.util.find_spec("triton"):
+            assert importlib.import_module("triton").knobs.cache.dir == str(kept)
 
     @pytest.mark.parametrize("above", ["open", "open behind a link", "sticky"])
     def test_whoever_may_swap_the_cache_itself_is_not_believed(
@@ -97,29 +97,29 @@ class TestCompiledCode:
     def test_where_nothing_can_be_kept_and_run_nothing_is_compiled(
         self, folder, tmp_path, monkeypatch, caplog
     ) -> None:
-        """Docker mounts /tmp without the right to run code; a compiler would fail at each size."""
+        """Docker mounts /tmp without the right to run code; every kernel would fail."""
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache").chmod(0o777)
         monkeypatch.setattr(
             os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID)
         )
 
-        reason = compile_module._keep_results(tmp_path / "cache")
+        reason = kernels_choice._keep_results(tmp_path / "cache")
         assert "noexec" in reason
         assert "1.6 times as long" in caplog.text
         assert "exec" in caplog.text
         left = {path.name for path in (tmp_path / "temporary").iterdir()}
         assert left <= {f"klein-compiled-{os.geteuid()}"}
 
-    def test_without_a_place_the_compiler_is_off(self, monkeypatch, tmp_path) -> None:
+    def test_without_a_place_the_kernels_are_off(self, monkeypatch, tmp_path) -> None:
         """And says why."""
-        monkeypatch.setattr(compile_module, "_keep_results", lambda cache: "no place")
+        monkeypatch.setattr(kernels_choice, "_keep_results", lambda cache: "no place")
         monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
         monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc")
 
-        chosen = compile_module.choose_compiler(torch.device("cuda"), tmp_path)
+        chosen = kernels_choice.choose_kernels(torch.device("cuda"), tmp_path)
         assert not chosen.is_on
-        assert chosen.summary == "not compiled: no place"
+        assert chosen.summary == "no own kernels: no place"
 
     @pytest.mark.parametrize("what", ["folder", "planted", "deep", "cache", "read-only"])
     def test_one_that_is_open_is_not_used(

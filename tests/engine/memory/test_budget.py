@@ -44,7 +44,7 @@ def plan(checkpoint, monkeypatch):
         config = EngineConfig(MODEL.id, None, "", 0, precision, **settings)
         chosen = choose_precision(precision, FACTS, is_small=False)
         return choose_plan(
-            config, MODEL, ARCHITECTURE, checkpoint, device, chosen, is_compiled=True
+            config, MODEL, ARCHITECTURE, checkpoint, device, chosen, has_kernels=True
         )
 
     return choose

@@ -88,6 +88,8 @@ def test_a_map_cannot_be_written_through(folder):
 LOAD = """
 import sys, torch
 from pathlib import Path
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel  # their code is no weight
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from tests.support.layout_files import build
 folder, linears = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)

@@ -16,7 +16,7 @@ from app.engine.memory.planner import (
 from app.engine.models.registry import find_model
 
 ARCHITECTURE = find_model("flux.2-klein-4b").architecture
-COMPILED, EAGER = ARCHITECTURE.compiled, ARCHITECTURE.eager
+WITH_KERNELS, WITHOUT = ARCHITECTURE.with_kernels, ARCHITECTURE.without_kernels
 # klein 4B's networks as they lie on the card: one byte for each weight of a block.
 KLEIN = Weights(
     transformer=4_070_000_000,
@@ -29,7 +29,7 @@ MEGAPIXEL = 1024 * 1024
 LIMIT = 4 * MEGAPIXEL
 
 
-def plan(free_gb: float, weights: Weights = KLEIN, rates=COMPILED, **changes):
+def plan(free_gb: float, weights: Weights = KLEIN, rates=WITH_KERNELS, **changes):
     values = {"default_pixels": MEGAPIXEL, "limit_pixels": LIMIT} | changes
     return plan_memory(int(free_gb * GB), weights, ARCHITECTURE, rates, **values)
 
@@ -75,7 +75,7 @@ def test_a_card_that_is_too_small_gets_no_plan():
 
 @pytest.mark.parametrize("free_gb", [6.5, 7.5, 8.5, 9.5, 10.5, 12.0, 16.0])
 @pytest.mark.parametrize("weights", [KLEIN, SMALL_DECODER])
-@pytest.mark.parametrize("rates", [COMPILED, EAGER])
+@pytest.mark.parametrize("rates", [WITH_KERNELS, WITHOUT])
 def test_no_admitted_size_needs_more_than_there_is(free_gb, weights, rates):
     """The largest size fits, the next one does not, and references only make it smaller."""
     found = plan(free_gb, weights, rates)
@@ -94,10 +94,10 @@ def test_no_admitted_size_needs_more_than_there_is(free_gb, weights, rates):
             assert more > budget
 
 
-def test_uncompiled_arithmetic_needs_more():
-    """Without a compiler the same card may get a smaller plan, never a larger one."""
+def test_arithmetic_without_kernels_needs_more():
+    """Without them the same card may get a smaller plan, never a larger one."""
     for free_gb in (6.5, 7.5, 8.5, 9.0, 9.5, 10.5, 12.0):
-        ranks = [PLANS.index(plan(free_gb, KLEIN, rates).name) for rates in (COMPILED, EAGER)]
+        ranks = [PLANS.index(plan(free_gb, KLEIN, rates).name) for rates in (WITH_KERNELS, WITHOUT)]
         assert ranks == sorted(ranks)
 
 
@@ -118,16 +118,16 @@ def test_a_plan_that_is_asked_for_is_taken(name):
 )
 def test_a_megapixel_stays_within_the_envelope(name, bar):
     """What each plan reckons with for 1024x1024 is at most what it is meant to take."""
-    assert peak_bytes(Plan(name), KLEIN, ARCHITECTURE, COMPILED, MEGAPIXEL) <= bar * GB
+    assert peak_bytes(Plan(name), KLEIN, ARCHITECTURE, WITH_KERNELS, MEGAPIXEL) <= bar * GB
 
 
 @pytest.mark.parametrize(("name", "following"), [*zip(PLANS, (*PLANS[1:], None), strict=True)])
 def test_each_plan_is_taken_to_its_last_byte(name, following):
     """Where its default image just fits; with one byte less it is the next plan's turn."""
-    enough = peak_bytes(name, KLEIN, ARCHITECTURE, COMPILED, MEGAPIXEL) + CONTEXT_BYTES
+    enough = peak_bytes(name, KLEIN, ARCHITECTURE, WITH_KERNELS, MEGAPIXEL) + CONTEXT_BYTES
     found, less = (
         plan_memory(
-            free, KLEIN, ARCHITECTURE, COMPILED, default_pixels=MEGAPIXEL, limit_pixels=LIMIT
+            free, KLEIN, ARCHITECTURE, WITH_KERNELS, default_pixels=MEGAPIXEL, limit_pixels=LIMIT
         )
         for free in (enough, enough - 1)
     )
@@ -138,7 +138,7 @@ def test_each_plan_is_taken_to_its_last_byte(name, following):
 
 def test_references_that_have_no_room_are_not_admitted():
     """Each takes its share of the picture's pixels, down to none at all."""
-    found = plan(6.6, rates=EAGER)
+    found = plan(6.6, rates=WITHOUT)
 
     assert found.max_pixels[0] >= MEGAPIXEL
     assert found.max_pixels[-1] == 0

@@ -76,15 +76,3 @@ def test_what_must_win_is_not_taken_without_a_race(monkeypatch):
 
     assert choose_attention(CPU, ARCHITECTURE) is KERNELS["torch"]
     assert choose_attention(CPU, ARCHITECTURE, "other") is KERNELS["other"]
-
-
-@pytest.mark.system
-def test_the_compiler_takes_the_librarys_attention_whole():
-    """No break in the graph; on the processor it says that it is for cards."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    assert KERNELS["int8"].fault(CPU) == "this comfy-kitchen does not offer it here"
-    with FakeTensorMode():
-        made = KERNELS["int8"].call(*torch.empty(3, 1, 24, 64, 128, dtype=torch.bfloat16))
-
-    assert (made.shape, made.dtype) == ((1, 24, 64, 128), torch.bfloat16)

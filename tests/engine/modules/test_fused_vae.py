@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
@@ -14,8 +15,8 @@ from app.engine.models.registry import find_model
 from app.engine.modules.fused_vae import FusedDecoder, fuse_vae
 from app.engine.pipeline import build as pipeline_build
 from app.engine.quantization.formats import FORMATS
-from app.engine.runtime.compile import Compiler
 from app.engine.runtime.cuda_graphs import CudaGraphs
+from app.engine.runtime.kernels_choice import KernelsChoice
 from tests.support.layout_files import build
 
 pytestmark = pytest.mark.torch
@@ -74,22 +75,19 @@ def test_all_its_weights_move_with_it(vae):
 @pytest.mark.parametrize(("linears", "is_ours"), [("fp8", True), ("bf16", False)])
 def test_they_are_taken_where_nothing_must_be_exact(tiny_klein, linears, is_ours):
     """Where Triton runs; an exact model runs diffusers' modules."""
-    compiler = Compiler(is_on=True, has_graphs=False, reason="a test", backend="eager")
-    components = build(tiny_klein, linears=linears, compiler=compiler)
+    kernels = KernelsChoice(is_on=True, has_graphs=False, reason="a test")
+    components = build(tiny_klein, linears=linears, kernels=kernels)
 
     assert isinstance(components.vae.decoder, FusedDecoder) == is_ours
 
 
-def test_where_the_kernels_fail_diffusers_modules_run(vae, monkeypatch, caplog):
+def test_where_the_kernels_fail_diffusers_modules_run(tiny_klein, monkeypatch, caplog):
     """And the log says why."""
     monkeypatch.setattr(pipeline_build, "kernels_fault", lambda _: "they do not run here")
-    options = SimpleNamespace(
-        linears=FORMATS["fp8"], compiler=SimpleNamespace(is_on=True), device=CPU
-    )
-    same = deepcopy(vae)
-    pipeline_build._adapt_vae(same, options)
+    kernels = KernelsChoice(is_on=True, has_graphs=False, reason="a test")
+    components = build(tiny_klein, kernels=kernels)
 
-    assert type(same.decoder) is type(vae.decoder)
+    assert isinstance(components.vae, diffusers.AutoencoderKLFlux2)
     assert "they do not run here" in caplog.text
 
 
@@ -104,7 +102,7 @@ def test_small_pictures_are_decoded_by_graphs(monkeypatch):
     replayed, vae = [], SimpleNamespace(post_quant_conv=None, decoder=torch.neg)
     options = SimpleNamespace(
         linears=FORMATS["fp8"],
-        compiler=Compiler(is_on=True, has_graphs=True, reason="a test"),
+        kernels=KernelsChoice(is_on=True, has_graphs=True, reason="a test"),
         architecture=find_model("flux.2-klein-4b").architecture,
     )
     monkeypatch.setattr(pipeline_build, "CudaGraphs", Graphs)

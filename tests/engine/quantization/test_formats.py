@@ -127,7 +127,7 @@ def test_a_new_format_is_planned_with_its_bytes(dummy, tiny_klein, monkeypatch):
                 checkpoint,
                 torch.device("cuda", 0),
                 choose_precision(name, facts, is_small=False),
-                is_compiled=True,
+                has_kernels=True,
             ).peak_bytes
             for name in ("int8", dummy.name)
         ]

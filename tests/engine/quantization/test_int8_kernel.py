@@ -87,15 +87,3 @@ def test_the_weights_are_the_librarys_own(product):
     torch.testing.assert_close(ours.scale, scales.reshape(-1))
     turned_back = rotate(ours.weight.float() * ours.scale[:, None], ours.rotation)
     assert float((turned_back - weight).norm() / weight.norm()) < 0.02
-
-
-def test_the_compiler_takes_it_whole(product):
-    """No break in the graph: the whole block around it stays one."""
-    layer, x = layer_and_input(256)
-    weights = weights_of(layer)
-
-    def doubled(value):
-        return 2 * product(weights, Operands(value))
-
-    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), doubled(x))

@@ -13,7 +13,7 @@ from app.engine.modules.attention import KERNELS, AttentionKernel, plain_attenti
 from app.engine.quantization.formats import FORMATS
 from app.engine.quantization.select import choose_precision
 from app.engine.race import measure
-from app.engine.race.results import choose
+from app.engine.race.results import Lap, choose
 from app.errors import StartupError
 from tests.engine.race.test_results import H100, RTX_3060, RTX_4070, without_library
 
@@ -32,12 +32,12 @@ def test_the_matmuls_are_the_step():
     assert KLEIN.matmuls[0].outputs == KLEIN.widest_matmul[2]
 
 
-@pytest.mark.parametrize("is_compiled", [True, False])
-def test_each_piece_has_room(is_compiled):
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_each_piece_has_room(has_kernels):
     """Weights, input with its copies, and output below 256 MB, in equal parts of the whole."""
     for matmul in KLEIN.matmuls:
-        rows, outputs = measure.piece(matmul, KLEIN.step_tokens, is_compiled=is_compiled)
-        copies = 3 if is_compiled else 17
+        rows, outputs = measure.piece(matmul, KLEIN.step_tokens, has_kernels=has_kernels)
+        copies = 3 if has_kernels else 17
         used = 2 * matmul.inputs * outputs + rows * (matmul.inputs * copies + 2 * outputs)
 
         assert used < 210_000_000
@@ -86,7 +86,7 @@ def counted(monkeypatch):
 def test_a_step_is_as_often_a_matmul_as_the_blocks_run_it(counted, monkeypatch):
     """Two double and six single blocks: 2 * 4 and 6 * 2 matmuls, and 8 times attention."""
     monkeypatch.setattr(measure, "_busy", lambda device: "")
-    made = measure.hold(CPU, SHAPES, is_compiled=True)
+    made = measure.hold(CPU, SHAPES, has_kernels=True)
     linears, attention = ({lap.name: lap for lap in p} for p in (made.linears, made.attention))
 
     assert linears["fp8"].seconds == linears["bf16"].seconds == pytest.approx(20e-3)
@@ -110,7 +110,7 @@ def test_equal_runs_that_differ_are_noticed(counted, monkeypatch):
     monkeypatch.setattr(measure, "_busy", lambda device: "")
     monkeypatch.setattr(measure, "_seconds", lambda run, spreads: spreads.append(0.4) or 1e-3)
 
-    assert measure.hold(CPU, SHAPES, is_compiled=True).disturbed == "equal runs differed by 40%"
+    assert measure.hold(CPU, SHAPES, has_kernels=True).disturbed == "equal runs differed by 40%"
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,24 @@ def test_a_wrong_product_is_refused_by_name_too(error):
         choose_precision("int8", facts, is_small=False)
 
 
-def test_a_library_that_is_mended_races_anew(monkeypatch):
-    """Its version may be the same, so what it lacked is part of the key."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="u"))
-    card, keys = torch.device("cuda", 0), []
-    for missing in ("comfy-kitchen is installed and does not load (OSError)", ""):
-        entry = replace(FORMATS["int8"], missing=lambda missing=missing: missing)
-        monkeypatch.setitem(FORMATS, "int8", entry)
-        keys.append(measure._key(card, SHAPES, is_compiled=True))
+def test_a_library_that_is_mended_races_anew(monkeypatch, tmp_path):
+    """Its version may be the same; of a library that ran, or runs wrongly, nothing is asked."""
+    broken = "comfy-kitchen is installed and does not load (OSError)"
+    kept = {
+        "broken": replace(RTX_3060, linears=(Lap("int8", fault=broken),)),
+        "failing": replace(
+            RTX_3060, linears=(Lap("int8", fault=measure._failing(FORMATS["int8"])),)
+        ),
+        "ran": RTX_3060,
+    }
+    found = {}
+    for name, results in kept.items():
+        monkeypatch.setattr(measure, "_key", lambda *_, **__: {"card": "c"})
+        monkeypatch.setattr(measure, "recall", lambda *_, results=results: results)
+        for missing in (broken, ""):
+            entry = replace(FORMATS["int8"], missing=lambda missing=missing: missing)
+            monkeypatch.setitem(FORMATS, "int8", entry)
+            known = measure.known(CPU, SHAPES, tmp_path, has_kernels=True)
+            found[name, missing] = known is results
 
-    assert keys[0] != keys[1]
+    assert [name for name, is_kept in found.items() if not is_kept] == [("broken", "")]
