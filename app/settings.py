@@ -136,6 +136,9 @@ class Settings(BaseModel):
     """List those aliases in `/v1/models` too."""
     image_urls: bool = True
     """Give links for `response_format=url`; the pictures are kept in memory for an hour."""
+    sdapi: bool = True
+    """Answer under `/sdapi/v1/` as AUTOMATIC1111 does, for Open WebUI's default engine, SillyTavern
+    and Dify; a key may be the password of Basic authentication there."""
     public_url: str | None = None
     """What links start with, such as `https://pictures.example`; else the request's own address."""
     max_references: int = Field(default=4, ge=1, le=4)

@@ -22,6 +22,8 @@ from app.api.native import route as native_route
 from app.api.openai import route as openai_route
 from app.api.openai.image_store import ImageStore
 from app.api.proxies import Proxies
+from app.api.sdapi import response as sdapi_response
+from app.api.sdapi import route as sdapi_route
 from app.api.system import docs, health, models, openapi, playground
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
@@ -68,13 +70,14 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    errors.install(app)
+    errors.install(app, *([sdapi_response.ERRORS] if settings.sdapi else []))
     for router in (
         native_route.build_router(config),
         openai_route.build_router(config, ImageStore(lifetime_s=link_lifetime_s, clock=clock)),
         models.build_router(config),
         health.router,
         playground.build_router(),
+        *([sdapi_route.build_router()] if settings.sdapi else []),
     ):
         app.include_router(router)
     if settings.docs:
@@ -90,6 +93,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         KeyRing(settings.api_keys),
         Proxies(settings.trusted_proxies),
         is_metrics_open=settings.metrics_key == "open",
+        password_prefixes=(sdapi_response.ERRORS.prefix,) if settings.sdapi else (),
     )
     return [
         Middleware(Edge),

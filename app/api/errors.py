@@ -1,5 +1,6 @@
-"""The mapping of errors to responses: one table of status codes and one envelope for all routes.
+"""The mapping of errors to responses: one table of status codes, and OpenAI's envelope.
 
+A dialect may bring an envelope of its own, for the paths below its prefix.
 Nothing outside of `app.api` knows an HTTP status. A message is passed on as it is, because
 `app.errors` promises that it is written for the caller; any other exception is logged and answered
 with a fixed sentence.
@@ -7,7 +8,7 @@ with a fixed sentence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from app.errors import Cancelled, InvalidRequest, Kind, KleinError
 from app.request_context import current_request
@@ -28,12 +30,11 @@ DEFAULT_RETRY_AFTER_S = 5
 MAX_RETRY_AFTER_S = 60  # openai-python gives up on more than 120 s, the AI SDK on 60 s or more
 
 _ADVICE = {
-    401: {"WWW-Authenticate": "Bearer"},
     # openai-python would silently run the job twice more.
     500: {"x-should-retry": "false"},
     504: {"x-should-retry": "false"},
 }
-"""Headers by status, besides Retry-After."""
+"""Headers by status, besides Retry-After and WWW-Authenticate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +87,34 @@ def envelope(error: KleinError) -> dict[str, dict[str, str | None]]:
     }
 
 
-def error_response(error: KleinError, headers: Mapping[str, str] | None = None) -> Response:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How errors are written to requests whose path begins with *prefix*."""
+
+    prefix: str
+    envelope: Callable[[KleinError], Mapping[str, object]]
+    challenge: str
+    """The value of `WWW-Authenticate`."""
+
+
+_OPENAI = Shape("", envelope, "Bearer")
+
+
+def error_response(
+    error: KleinError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
     """Make the response to *error*; its headers say whether and when to retry."""
+    shape = _shape_of(scope)
     return JSONResponse(
-        envelope(error),
+        shape.envelope(error),
         status_code=REPLIES[error.kind].status,
-        headers={**(headers or {}), **_advice(error)},
+        headers={**(headers or {}), **_advice(error, shape)},
     )
+
+
+def _shape_of(scope: Scope) -> Shape:
+    shapes: tuple[Shape, ...] = scope["app"].state.error_shapes
+    return next((each for each in shapes if scope["path"].startswith(each.prefix)), _OPENAI)
 
 
 def retry_after(seconds: int | None) -> str:
@@ -116,8 +138,9 @@ def internal_error() -> KleinError:
     return KleinError("The service failed to answer; tell its operator the request id.")
 
 
-def install(app: FastAPI) -> None:
-    """Install the exception handlers, so that every error is answered with the envelope."""
+def install(app: FastAPI, *shapes: Shape) -> None:
+    """Install the exception handlers: errors have the envelope of *shapes*, all others OpenAI's."""
+    app.state.error_shapes = shapes
     for kind in (KleinError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, _on_error)
 
@@ -128,7 +151,7 @@ async def _on_error(request: Request, raised: Exception) -> Response:
     headers = getattr(raised, "headers", None) or {}
     if error.kind is Kind.METHOD_NOT_ALLOWED:
         headers = {"Allow": headers.get("Allow", "GET")}
-    return error_response(error, headers)
+    return error_response(error, request.scope, headers)
 
 
 def _as_ours(request: Request, raised: Exception) -> KleinError:
@@ -151,8 +174,10 @@ def _as_ours(request: Request, raised: Exception) -> KleinError:
     return internal_error()
 
 
-def _advice(error: KleinError) -> dict[str, str]:
+def _advice(error: KleinError, shape: Shape) -> dict[str, str]:
     status = REPLIES[error.kind].status
+    if status == 401:
+        return {"WWW-Authenticate": shape.challenge}
     if status in {429, 503}:
         return {"Retry-After": retry_after(error.retry_after_s)}
     return _ADVICE.get(status, {})

@@ -12,12 +12,20 @@ from dataclasses import dataclass, field
 
 from app.domain import Mask, RawImage
 from app.errors import InvalidRequest
-from app.images.uploads import decode_mask, decode_upload, prepare_reference, resize
+from app.images.uploads import (
+    decode_mask,
+    decode_painted_mask,
+    decode_upload,
+    prepare_reference,
+    resize,
+)
 
 MAX_UPLOAD_BYTES = 50_000_000
 
 RATIO_TOLERANCE = 0.02
 """By how much a mask's picture and the result may differ in their ratio of sides."""
+
+TRANSPARENT, WHITE, BLACK = "transparent", "white", "black"
 
 Size = tuple[int, int]
 
@@ -29,6 +37,8 @@ class Upload:
     content: bytes | bytearray | memoryview = field(repr=False)
     param: str
     is_base64: bool = False
+    repaints: str = TRANSPARENT
+    """Which pixels a mask repaints: `TRANSPARENT`, `WHITE` or `BLACK`."""
 
     def read(self, code: str) -> bytes | bytearray | memoryview:
         """Return the bytes of the file; raises `InvalidRequest` with *code*."""
@@ -83,7 +93,7 @@ def prepare(
     weights = None
     if mask is not None:
         begin(mask, "invalid_mask")
-        weights = decode_mask(mask.read("invalid_mask"), first.width, first.height)
+        weights = _decode_mask(mask, first)
     result = size or nearest(prepared[0].width, prepared[0].height)
     if weights is not None:
         _check_ratio(result, first, prepared[0])
@@ -99,6 +109,13 @@ def _decode(image: Upload, index: int) -> RawImage:
     return decode_upload(image.read("invalid_image"), what=image.param, index=index)
 
 
+def _decode_mask(mask: Upload, first: RawImage) -> Mask:
+    data, size = mask.read("invalid_mask"), (first.width, first.height)
+    if mask.repaints == TRANSPARENT:
+        return decode_mask(data, *size)
+    return decode_painted_mask(data, *size, is_inverted=mask.repaints == BLACK)
+
+
 def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:
     wanted = result[0] / result[1]
     if all(
@@ -107,6 +124,6 @@ def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:
     ):
         raise InvalidRequest(
             f"With a mask the result must have the first picture's shape, {original.width}x"
-            f"{original.height}; send size auto, or a size with this ratio.",
+            f"{original.height}; leave the size out, or send one with this ratio.",
             param="width",
         )

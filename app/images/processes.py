@@ -183,7 +183,9 @@ class Decoder:
             InvalidRequest: as the decoder reports it.
         """
         files = [*images, mask] if mask is not None else images
-        described = [[len(each.content), each.is_base64, each.param] for each in files]
+        described = [
+            [len(each.content), each.is_base64, each.param, each.repaints] for each in files
+        ]
         asked = {"files": described, "has_mask": mask is not None, "size": size}
         await self._send(pack(asked))
         for upload in files:

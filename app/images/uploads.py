@@ -81,6 +81,31 @@ def decode_mask(data: Data, width: int, height: int) -> Mask:
     return Mask(width, height, ImageOps.invert(alpha).tobytes())
 
 
+def decode_painted_mask(data: Data, width: int, height: int, *, is_inverted: bool) -> Mask:
+    """Decode a mask as AUTOMATIC1111 reads it: white is repainted, or what is not transparent.
+
+    Alpha counts where any pixel is transparent, brightness elsewhere. Where it *is_inverted*, the
+    rest is repainted. A mask of another size is scaled to *width* x *height*.
+
+    Raises:
+        InvalidRequest: it cannot be used; `param` is `mask`.
+    """
+    refuse = partial(_refusal, "The mask", "mask", "invalid_mask")
+    picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse, MAX_PIXELS)
+    with _decoding(refuse):
+        upright = ImageOps.exif_transpose(picture)
+        weights = upright.convert("RGBA").getchannel("A")
+        if weights.getextrema()[0] == 255:
+            weights = _flatten(upright).convert("L")
+        if weights.size != (width, height):
+            weights = weights.resize((width, height), Image.Resampling.BILINEAR)
+        if is_inverted:
+            weights = ImageOps.invert(weights)
+    if weights.getextrema()[1] == 0:
+        raise refuse("repaints nothing; make what is to be repainted white")
+    return Mask(width, height, weights.tobytes())
+
+
 def prepare_reference(image: RawImage) -> RawImage:
     """Scale a reference to the size at which klein reads it, pixel for pixel as diffusers does.
 

@@ -26,6 +26,16 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Advance:
+    """Of *images*, *done* have ended; the one on the GPU has made *step* of *steps*."""
+
+    images: int
+    done: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Queued:
     """*position* jobs start before this one."""
 

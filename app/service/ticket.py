@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from app.domain import ImageSpec, Progress, Stage
@@ -15,7 +16,7 @@ from app.errors import Cancelled
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
-from app.service.results import Picture, Preview, Queued, TicketEvent
+from app.service.results import Advance, Picture, Preview, Queued, TicketEvent
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
@@ -83,6 +84,24 @@ class Ticket:
     queue: JobQueue
     jobs: Sequence[Job]
     output: OutputFormat
+    _seen: dict[int, Progress] = field(default_factory=dict, repr=False)
+    """The last progress of each job, by its index; empty unless it is watched."""
+
+    def watch(self) -> None:
+        """Keep the progress of its jobs from here on, for `advance`."""
+        for index, job in enumerate(self.jobs):
+            job.on_progress = partial(self._seen.__setitem__, index)
+
+    def advance(self) -> Advance:
+        """Return how far a watched ticket has come."""
+        left = [index for index, job in enumerate(self.jobs) if not job.future.done()]
+        seen = next((self._seen[index] for index in left if index in self._seen), None)
+        return Advance(
+            images=len(self.jobs),
+            done=len(self.jobs) - len(left),
+            step=seen.step if seen else 0,
+            steps=self.jobs[0].spec.num_inference_steps,
+        )
 
     def cancel(self) -> None:
         """Cancel its jobs: waiting ones never run, running ones stop at the next denoising step."""

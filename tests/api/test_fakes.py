@@ -31,7 +31,7 @@ def spec(**changes) -> ImageSpec:
             ("admit", "submit", "check", "status", "random_seed"),
         ),
         (FakeAdmission, Admission, ("reserve", "submit")),
-        (FakeTicket, Ticket, ("pictures", "events", "cancel")),
+        (FakeTicket, Ticket, ("pictures", "events", "cancel", "watch", "advance")),
         (FakeMetrics, Metrics, ("request_finished", "request_rejected", "exposition")),
     ],
 )

@@ -31,7 +31,7 @@ from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
-from app.service.results import Picture, Preview, Queued, TicketEvent
+from app.service.results import Advance, Picture, Preview, Queued, TicketEvent
 
 SECONDS: Mapping[str, float] = {
     "queue": 0.001,
@@ -228,6 +228,15 @@ class FakeTicket:
     has_ended: bool = False
     was_cancelled: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def watch(self) -> None:
+        """Nothing moves here."""
+
+    def advance(self) -> Advance:
+        """Say that all of it is still to be done, or none."""
+        images = len(self.specs)
+        steps = self.specs[0].num_inference_steps
+        return Advance(images, images if self.has_ended else 0, 0, steps)
 
     def cancel(self) -> None:
         """Note that nobody waits; a ticket that has ended stays as it is."""

@@ -65,7 +65,7 @@ class Edge:
             _log.exception("A request failed in a way that nothing expected.")
             context.error = internal_error()
             if status == 0:
-                await error_response(context.error)(scope, receive, send_with_headers)
+                await error_response(context.error, scope)(scope, receive, send_with_headers)
         except BaseException:
             context.error = Cancelled()
             raise

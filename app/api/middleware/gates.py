@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import error_response
+from app.api.middleware.auth import has_password
 from app.errors import InvalidRequest, Kind, KleinError
 from app.request_context import current_request
 
@@ -39,7 +40,7 @@ class Gates:
             for check in self._checks:
                 if error := check(scope):
                     current_request.get().error = error
-                    await error_response(error)(scope, receive, send)
+                    await error_response(error, scope)(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
@@ -76,11 +77,12 @@ def check_origin(scope: Scope) -> KleinError | None:
 
     A form, and a `fetch` without CORS, are sent without a preflight, and an image costs the same
     GPU time. A request that carries a configured key may have any origin: a page that knows the key
-    has it from its owner. Requests without either header come from no browser.
+    has it from its owner. A password does not count: browsers add one that they remember to every
+    page's requests. Requests without either header come from no browser.
     """
     if (
         scope["method"] in _READING
-        or current_request.get().has_key
+        or (current_request.get().has_key and not has_password(scope["headers"]))
         or not any(
             _is_foreign(name, value.strip().lower(), scope) for name, value in scope["headers"]
         )

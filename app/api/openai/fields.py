@@ -7,7 +7,7 @@ safety_identifier, complexity, input_fidelity. They are still validated.
 from __future__ import annotations
 
 from app.api.config import ApiConfig
-from app.api.schema.fields import PROMPT, sampling_fields, side
+from app.api.schema.fields import MAX_IMAGES, PROMPT, sampling_fields, side
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
@@ -15,7 +15,6 @@ from app.errors import InvalidRequest
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import MAX_PROMPT, Limits
 
-MAX_IMAGES = 10
 MAX_PARTIALS = 3
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 """Prefixes of model names that clients hard-code; such a name means the served model."""

@@ -23,13 +23,13 @@ def content_type(request: Request) -> str:
 
 
 def require_media_type(request: Request, *accepted: str) -> None:
-    """Refuse a body of any other type; a web page needs a CORS preflight for JSON, not for a form.
+    """Refuse a body of any other type, "" for none; a web page needs a CORS preflight for JSON.
 
     `curl -d` sends a form, so the error says what to add.
     """
     if content_type(request) not in accepted:
         raise KleinError(
-            f"The body must be {' or '.join(accepted)}; with curl add "
+            f"The body must be {' or '.join(filter(None, accepted))}; with curl add "
             "-H 'content-type: application/json'.",
             kind=Kind.UNSUPPORTED_MEDIA,
         )

@@ -1,4 +1,4 @@
-"""The fields that `/generate` and OpenAI's routes share, so that they cannot diverge."""
+"""The fields and limits that the dialects share, so that they cannot diverge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from app.api.schema.table import Field, Type
 from app.domain import ModelSpec
 from app.images.formats import OUTPUT_FORMATS, list_words
 from app.limits import DRAW, MAX_PROMPT, Limits
+
+MAX_IMAGES = 10
+"""Of one request."""
 
 PROMPT = Field(
     "prompt",
