@@ -303,6 +303,13 @@ class TestKeys:
         assert response.headers["www-authenticate"].startswith("Basic realm=")
         assert "password" in detail_of(response)
 
+    @pytest.mark.parametrize("value", ["", "Basic ", "Basic Og=="])
+    async def test_without_keys_an_empty_password_is_none(self, client, value):
+        """Open WebUI and SillyTavern send one where the field is left empty."""
+        response = await client.get(f"{V1}/options", headers={"authorization": value})
+
+        assert response.status_code == 200
+
     async def test_passwords_are_for_this_dialect_only(self, serve):
         """All other routes want the key itself."""
         client = await serve(api_keys=KEYS)

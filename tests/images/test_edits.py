@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from app.errors import InvalidRequest
-from app.images.uploads import decode_mask, prepare_reference, resize
+from app.images.uploads import decode_mask, decode_painted_mask, prepare_reference, resize
 from tests.images import ORIENTATION, noise, picture, raw, saved
 
 
@@ -42,6 +42,49 @@ class TestMask:
         weights = decode_mask(saved(image, "PNG", transparency=1), 64, 64).weights
 
         assert (weights[0], weights[-1]) == (255, 0)
+
+    @pytest.mark.parametrize("is_inverted", [False, True])
+    def test_a_painted_one_repaints_white(self, is_inverted):
+        """In any mode and format, greys in their share; inverted, the rest."""
+        painted = Image.new("L", (64, 64))
+        painted.paste(255, (0, 0, 32, 64))
+        painted.paste(100, (32, 0, 48, 64))
+        expected = [255] * 32 + [100] * 16 + [0] * 16
+        if is_inverted:
+            expected = [255 - each for each in expected]
+        for mode, kind in (("L", "PNG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("RGB", "WEBP")):
+            data = saved(
+                painted.convert(mode), kind, **({"lossless": True} if kind == "WEBP" else {})
+            )
+            mask = decode_painted_mask(data, 64, 64, is_inverted=is_inverted)
+
+            assert list(mask.weights[:64]) == expected
+
+    def test_of_a_painted_one_with_transparency_the_opaque_is_repainted(self):
+        """As AUTOMATIC1111 reads a brush's layer, whatever its colour."""
+        layer = Image.new("RGBA", (64, 64))
+        layer.paste((0, 0, 0, 255), (0, 0, 32, 64))
+        mask = decode_painted_mask(saved(layer, "PNG"), 64, 64, is_inverted=False)
+
+        assert mask.weights[:64] == bytes([255] * 32 + [0] * 32)
+
+    def test_a_painted_one_is_scaled(self):
+        """AUTOMATIC1111's clients send it in the result's size."""
+        painted = Image.new("L", (32, 16))
+        painted.paste(255, (0, 0, 16, 16))
+        mask = decode_painted_mask(saved(painted, "PNG"), 128, 64, is_inverted=False)
+
+        assert (mask.width, mask.height) == (128, 64)
+        assert (mask.weights[0], mask.weights[127]) == (255, 0)
+
+    @pytest.mark.parametrize(("color", "is_inverted"), [("black", False), ("white", True)])
+    def test_a_painted_one_that_repaints_nothing_is_refused(self, color, is_inverted):
+        """The result would be the picture itself."""
+        data = saved(Image.new("L", (64, 64), color), "PNG")
+        with pytest.raises(InvalidRequest, match="repaints nothing") as caught:
+            decode_painted_mask(data, 64, 64, is_inverted=is_inverted)
+
+        assert (caught.value.param, caught.value.code) == ("mask", "invalid_mask")
 
     def test_orientation(self):
         """A mask that was turned together with its photograph is turned back."""
