@@ -34,7 +34,7 @@ _SMALL_PICTURE = (
 _GENERATES = (400, 401, 403, 413, 415, 429, 500, 503, 504)
 _ABOUT = (
     "One warm FLUX.2 klein pipeline behind HTTP: `POST /generate` answers with a picture's bytes, "
-    "`POST /v1/images...` as OpenAI's image API does. Errors are OpenAI's error object everywhere but "
+    "`POST /v1/images...` as OpenAI's image API does. Errors are OpenAI's error object, except "
     "under `/sdapi/v1/`, where the service answers as AUTOMATIC1111 does (docs/clients.md). "
     "`X-Klein-Deadline-S` shortens the time that a request may take."
 )
