@@ -104,7 +104,7 @@ def error_response(error: KleinError, headers: Mapping[str, str] | None = None) 
 def refusal(scope: Scope, error: KleinError) -> Response:
     """Make the response to a request that no route sees: a page in words where a browser asks."""
     if wants_page(scope):
-        return page_of(error.message, REPLIES[error.kind].status)
+        return page_of(error.message, REPLIES[error.kind].status, _advice(error))
     return error_response(error)
 
 

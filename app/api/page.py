@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from html import escape
 
 from starlette.datastructures import Headers
@@ -30,7 +31,7 @@ def wants_page(scope: Scope) -> bool:
     return scope["method"] == "GET" and "text/html" in accept and "image/gif" not in accept
 
 
-def page_of(message: str, status: int) -> HTMLResponse:
+def page_of(message: str, status: int, headers: Mapping[str, str]) -> HTMLResponse:
     """Make the page; names of settings and what stands in backticks become code."""
     words = _NAME.sub(r"<code>\1\2</code>", escape(message, quote=False))
     return HTMLResponse(
@@ -39,5 +40,5 @@ def page_of(message: str, status: int) -> HTMLResponse:
         f"<title>klein-server</title><style>{_STYLE}</style>"
         f"<h1>This is klein-server, but …</h1><p>{words}</p>",
         status_code=status,
-        headers=_HEADERS,
+        headers={**_HEADERS, **headers},
     )

@@ -173,6 +173,15 @@ async def test_a_browser_is_told_in_words(client):
     assert "gpu.lan" not in response.text
 
 
+async def test_a_browser_without_a_key_is_told_in_words_too(serve):
+    """401 with what to send; `WWW-Authenticate` says the same to the browser."""
+    client = await serve(api_keys=(KEY,))
+    response = await client.get("/docs", headers={"accept": BROWSER})
+
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+    assert "<code>Authorization: Bearer &lt;key&gt;</code>" in response.text
+
+
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "", JAVA])
 async def test_a_program_is_told_in_json(client, accept):
     """Java's HttpURLConnection asks for HTML by default and wants none."""
