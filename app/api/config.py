@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
@@ -17,6 +19,10 @@ class ApiConfig:
     has_links: bool
     """Whether `response_format=url` is possible."""
     public_url: str | None
-    """Base of an image's URL; None takes the request's own scheme and host."""
+    """What the service's own URLs begin with; None takes the request's scheme and host."""
     heartbeat_s: float
     """Seconds of silence after which a stream sends a comment."""
+
+    def own_url(self, request: Request) -> str:
+        """Return what the service's own URLs begin with, for whoever sent *request*."""
+        return self.public_url or str(request.base_url).rstrip("/")

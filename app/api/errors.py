@@ -8,6 +8,7 @@ with a fixed sentence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
+from app.api.config import ApiConfig
+from app.api.page import page_of, wants_page
 from app.errors import Cancelled, InvalidRequest, Kind, KleinError
 from app.request_context import current_request
 
@@ -29,6 +32,8 @@ _SERVER = "server_error"
 DEFAULT_RETRY_AFTER_S = 5
 MAX_RETRY_AFTER_S = 60  # openai-python gives up on more than 120 s, the AI SDK on 60 s or more
 
+_WRONG_BASE = re.compile(r"(/[^/]+){0,2}/(models(/.+)?|images(/generations|/edits)?)")
+"""What a client asks for whose base URL lacks `/v1`, or has something else or more than that."""
 _ADVICE = {
     # openai-python would silently run the job twice more.
     500: {"x-should-retry": "false"},
@@ -117,6 +122,13 @@ def _shape_of(scope: Scope) -> Shape:
     return next((each for each in shapes if scope["path"].startswith(each.prefix)), _OPENAI)
 
 
+def refusal(scope: Scope, error: KleinError) -> Response:
+    """Make the response to a request that no route sees: a page in words where a browser asks."""
+    if wants_page(scope):
+        return page_of(error.message, REPLIES[error.kind].status, _advice(error, _shape_of(scope)))
+    return error_response(error, scope)
+
+
 def retry_after(seconds: int | None) -> str:
     """Clamp a Retry-After in seconds to the range that every known client honours."""
     wanted = DEFAULT_RETRY_AFTER_S if seconds is None else seconds
@@ -138,20 +150,32 @@ def internal_error() -> KleinError:
     return KleinError("The service failed to answer; tell its operator the request id.")
 
 
-def install(app: FastAPI, *shapes: Shape) -> None:
+def install(app: FastAPI, config: ApiConfig, *shapes: Shape) -> None:
     """Install the exception handlers: errors have the envelope of *shapes*, all others OpenAI's."""
     app.state.error_shapes = shapes
+
+    async def on_error(request: Request, raised: Exception) -> Response:
+        error = _as_ours(request, raised)
+        current_request.get().keep(error)
+        is_unrouted = error.kind is Kind.NOT_FOUND and isinstance(raised, HTTPException)
+        if is_unrouted and _WRONG_BASE.fullmatch(request.scope["path"]):
+            error = _wrong_base(request, config)  # in no log line: it holds the caller's word
+        headers = getattr(raised, "headers", None) or {}
+        if error.kind is Kind.METHOD_NOT_ALLOWED:
+            # The middleware `Target` makes HEAD a GET.
+            headers = {"Allow": headers.get("Allow", "GET").replace("GET", "GET, HEAD")}
+        return error_response(error, request.scope, headers)
+
     for kind in (KleinError, HTTPException, RequestValidationError, ClientDisconnect):
-        app.add_exception_handler(kind, _on_error)
+        app.add_exception_handler(kind, on_error)
 
 
-async def _on_error(request: Request, raised: Exception) -> Response:
-    error = _as_ours(request, raised)
-    current_request.get().keep(error)
-    headers = getattr(raised, "headers", None) or {}
-    if error.kind is Kind.METHOD_NOT_ALLOWED:
-        headers = {"Allow": headers.get("Allow", "GET")}
-    return error_response(error, request.scope, headers)
+def _wrong_base(request: Request, config: ApiConfig) -> KleinError:
+    return KleinError(
+        "There is no such address here; give the client the base URL "
+        f"{config.own_url(request)}/v1 and nothing behind it.",
+        kind=Kind.NOT_FOUND,
+    )
 
 
 def _as_ours(request: Request, raised: Exception) -> KleinError:

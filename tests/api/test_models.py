@@ -42,7 +42,7 @@ async def test_a_model_answers_to_every_name_it_has(client, name):
     assert response.json() == {**MODEL, "id": name.replace("%2F", "/")}
 
 
-@pytest.mark.parametrize("name", ["nope", "flux.2-klein-9b", "../etc/passwd", "%2e%2e%2fx", ""])
+@pytest.mark.parametrize("name", ["nope", "flux.2-klein-9b", "../etc/passwd", "%2e%2e%2fx"])
 async def test_another_name_is_not_found(client, name):
     """404 with the code that the SDK knows."""
     response = await client.get(f"/v1/models/{name}")

@@ -337,6 +337,21 @@ class TestKeys:
         assert len(service.tickets) == 1
 
 
+@pytest.mark.parametrize(
+    ("origins", "status"), [("*", 403), ("http://ui.example", 200), ("http://b.example", 403)]
+)
+async def test_a_remembered_password_needs_an_origin_that_is_named(serve, origins, status):
+    """`*` stands for pages that know the key, which one that a browser adds it for does not."""
+    client = await serve(api_keys=KEYS, allowed_origins=(origins,))
+    response = await client.post(
+        f"{V1}/txt2img",
+        json={"prompt": "a"},
+        headers=basic("a", KEYS[0]) | {"origin": "http://ui.example"},
+    )
+
+    assert response.status_code == status
+
+
 async def test_it_can_be_turned_off(serve):
     """`KLEIN_SDAPI=false`: as if there were no such routes, and no passwords."""
     client = await serve(sdapi=False)

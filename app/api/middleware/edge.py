@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.deps import runtime_of
 from app.api.errors import REPLIES, error_response, internal_error
+from app.api.middleware.cors import Origins
 from app.errors import Cancelled, Kind, KleinError
 from app.log_writer import ACCESS
 from app.logs import clip
@@ -39,8 +40,9 @@ SECURITY_HEADERS = {
 class Edge:
     """ASGI middleware, outermost: sets request id and headers, counts and logs the outcome."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, origins: Origins) -> None:
         self._app = app
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; whatever happens, it is answered, counted and logged once."""
@@ -56,7 +58,9 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _complete(MutableHeaders(scope=message), context.id, time.perf_counter() - started)
+                headers = MutableHeaders(scope=message)
+                _complete(headers, context.id, time.perf_counter() - started)
+                self._origins.mark(scope, headers)
             await send(message)
 
         try:

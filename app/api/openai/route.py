@@ -91,7 +91,7 @@ async def _respond(
     pictures = await await_images(ticket, request.receive)
     urls = None
     if asked.wants_links:
-        base = config.public_url or str(request.base_url).rstrip("/")
+        base = config.own_url(request)
         urls = [f"{base}{_FILES}{_store(links, picture)}" for picture in pictures]
     body = openai_response.answer(
         pictures,

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from app.api.config import ApiConfig
 from app.api.deps import Running
 from app.service.service import ImageService
 
@@ -37,7 +38,9 @@ _HEADERS = {
 }
 
 
-def build_router(describe: Callable[[ImageService], dict[str, Any]]) -> APIRouter:
+def build_router(
+    config: ApiConfig, describe: Callable[[ImageService], dict[str, Any]]
+) -> APIRouter:
     """Make the router; *describe* returns the OpenAPI document for a service."""
     router = APIRouter(include_in_schema=False)
 
@@ -48,7 +51,7 @@ def build_router(describe: Callable[[ImageService], dict[str, Any]]) -> APIRoute
     @router.get("/docs")
     async def page(request: Request, runtime: Running) -> Response:
         return HTMLResponse(
-            _page(describe(runtime.service), str(request.base_url).rstrip("/")), headers=_HEADERS
+            _page(describe(runtime.service), config.own_url(request)), headers=_HEADERS
         )
 
     return router
