@@ -15,10 +15,8 @@ from tests.support.recorded import exchange, recorded
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["open-webui-4-txt2img", pytest.param("sillytavern-4-txt2img", marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["open-webui-4-txt2img", "sillytavern-4-txt2img"])
 async def test_a_recorded_request_gets_its_picture(shapes, name):
     """A red circle on a blue ground, in the size that these clients ask for by default."""
     answer = await exchange(urlsplit(shapes.url).port, recorded(name))
