@@ -33,6 +33,7 @@ class Kind(Enum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TOO_LARGE = "too_large"
     UNSUPPORTED_MEDIA = "unsupported_media"
+    UNSUPPORTED_ENCODING = "unsupported_encoding"
     RATE_LIMITED = "rate_limited"
     QUEUE_FULL = "queue_full"
     LOADING = "loading"

@@ -76,15 +76,19 @@ class Limits:
                 param="num_inference_steps",
             )
         self.check_guidance(spec.guidance_scale)
-        if len(spec.references) > self.max_references:
-            raise InvalidRequest(
-                f"{len(spec.references)} reference images were sent; the most is "
-                f"{self.max_references}.",
-                param="references",
-                code="array_above_max_length",
-            )
+        self.check_references(len(spec.references), "references")
         if not 0 <= spec.seed <= self.max_seed:
             raise InvalidRequest(f"seed must lie between {DRAW} and {self.max_seed}.", param="seed")
+
+    def check_references(self, count: int, param: str) -> None:
+        """Refuse more pictures than are read; *param* is the field that brought them."""
+        if count > self.max_references:
+            raise InvalidRequest(
+                f"There are {count} pictures; the most is {self.max_references}, since each one "
+                "takes memory and time in every step.",
+                param=param,
+                code="array_above_max_length",
+            )
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse a size that is not valid; the error names the nearest one that is."""

@@ -150,6 +150,10 @@ class Settings(BaseModel):
     or the one that a trusted proxy forwards. Its name is an allowed host."""
     max_references: int = Field(default=4, ge=1, le=4)
     """How many pictures an edit may bring."""
+    mask: Literal["auto", "alpha"] = "auto"
+    """How masks are read. `auto`: transparent pixels are repainted, and where there are none the
+    white ones, which the answer says in `warnings`. `alpha`: a mask without transparent pixels is
+    refused. Masks under `/sdapi/v1/` are read as AUTOMATIC1111 reads them."""
     png_metadata: bool = True
     """Write prompt, seed, steps, guidance, size, model and precision into the picture."""
     docs: bool = True

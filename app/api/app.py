@@ -27,6 +27,7 @@ from app.api.proxies import Proxies
 from app.api.sdapi import response as sdapi_response
 from app.api.sdapi import route as sdapi_route
 from app.api.system import docs, health, models, openapi, playground
+from app.images.preparing import AUTO, TRANSPARENT
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
@@ -61,6 +62,7 @@ def create_app(
         has_links=settings.image_urls,
         public_url=settings.public_url,
         heartbeat_s=heartbeat_s,
+        repaints=AUTO if settings.mask == "auto" else TRANSPARENT,
     )
     app = FastAPI(
         title="klein-server",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from app.images.preparing import AUTO
+
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
@@ -22,6 +24,8 @@ class ApiConfig:
     """What the service's own URLs begin with; None takes the request's scheme and host."""
     heartbeat_s: float
     """Seconds of silence after which a stream sends a comment."""
+    repaints: str = AUTO
+    """Which pixels a mask repaints: `AUTO` or `TRANSPARENT` of `app.images.preparing`."""
 
     def own_url(self, request: Request) -> str:
         """Return what the service's own URLs begin with, for whoever sent *request*."""

@@ -32,14 +32,38 @@ _SERVER = "server_error"
 DEFAULT_RETRY_AFTER_S = 5
 MAX_RETRY_AFTER_S = 60  # openai-python gives up on more than 120 s, the AI SDK on 60 s or more
 
-_WRONG_BASE = re.compile(r"(/[^/]+){0,2}/(models(/.+)?|images(/generations|/edits)?)")
-"""What a client asks for whose base URL lacks `/v1`, or has something else or more than that."""
+_ELSEWHERE = tuple(
+    (re.compile(pattern), sentence)
+    for pattern, sentence in (
+        (
+            "/openai/.*",
+            "Azure's addresses are not served, since there is one model and no deployment to "
+            "choose; use a client of OpenAI itself with the base URL {base}/v1.",
+        ),
+        (
+            "(/v1)?/images/variations",
+            "Variations are not made, since the model needs a prompt; send the picture with one to "
+            "{base}/v1/images/edits.",
+        ),
+        (
+            "(/v1)?/responses(/.*)?",
+            "The Responses API is not served, since there is no language model here; ask for "
+            "pictures at {base}/v1/images/generations.",
+        ),
+        (
+            "(/[^/]+){0,2}/(models(/.+)?|images(/generations|/edits)?)",
+            "There is no such address here; give the client the base URL {base}/v1 and nothing "
+            "behind it.",
+        ),
+    )
+)
+"""Paths that clients ask for and that no route knows, with what to say; *base* is our own URL."""
 _ADVICE = {
     # openai-python would silently run the job twice more.
     500: {"x-should-retry": "false"},
     504: {"x-should-retry": "false"},
 }
-"""Headers by status, besides Retry-After and WWW-Authenticate."""
+"""Headers by status, besides those that `_advice` makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +86,7 @@ REPLIES: Mapping[Kind, Reply] = {
     Kind.METHOD_NOT_ALLOWED: Reply(405, _INVALID, "method_not_allowed", "invalid"),
     Kind.TOO_LARGE: Reply(413, _INVALID, "request_too_large", "invalid"),
     Kind.UNSUPPORTED_MEDIA: Reply(415, _INVALID, "unsupported_media_type", "invalid"),
+    Kind.UNSUPPORTED_ENCODING: Reply(415, _INVALID, "unsupported_media_type", "invalid"),
     Kind.RATE_LIMITED: Reply(
         429, "rate_limit_error", "rate_limit_exceeded", "rejected", "rate_limit"
     ),
@@ -157,9 +182,8 @@ def install(app: FastAPI, config: ApiConfig, *shapes: Shape) -> None:
     async def on_error(request: Request, raised: Exception) -> Response:
         error = _as_ours(request, raised)
         current_request.get().keep(error)
-        is_unrouted = error.kind is Kind.NOT_FOUND and isinstance(raised, HTTPException)
-        if is_unrouted and _WRONG_BASE.fullmatch(request.scope["path"]):
-            error = _wrong_base(request, config)  # in no log line: it holds the caller's word
+        if error.kind is Kind.NOT_FOUND and isinstance(raised, HTTPException):
+            error = _unrouted(request, config) or error  # in no log line: it has the caller's word
         headers = getattr(raised, "headers", None) or {}
         if error.kind is Kind.METHOD_NOT_ALLOWED:
             # The middleware `Target` makes HEAD a GET.
@@ -170,12 +194,11 @@ def install(app: FastAPI, config: ApiConfig, *shapes: Shape) -> None:
         app.add_exception_handler(kind, on_error)
 
 
-def _wrong_base(request: Request, config: ApiConfig) -> KleinError:
-    return KleinError(
-        "There is no such address here; give the client the base URL "
-        f"{config.own_url(request)}/v1 and nothing behind it.",
-        kind=Kind.NOT_FOUND,
-    )
+def _unrouted(request: Request, config: ApiConfig) -> KleinError | None:
+    for pattern, sentence in _ELSEWHERE:
+        if pattern.fullmatch(request.scope["path"]):
+            return KleinError(sentence.format(base=config.own_url(request)), kind=Kind.NOT_FOUND)
+    return None
 
 
 def _as_ours(request: Request, raised: Exception) -> KleinError:
@@ -199,6 +222,8 @@ def _as_ours(request: Request, raised: Exception) -> KleinError:
 
 
 def _advice(error: KleinError, shape: Shape) -> dict[str, str]:
+    if error.kind is Kind.UNSUPPORTED_ENCODING:
+        return {"Accept-Encoding": "identity"}  # no other 415 may have it (RFC 9110 12.5.3)
     status = REPLIES[error.kind].status
     if status == 401:
         return {"WWW-Authenticate": shape.challenge}

@@ -13,7 +13,8 @@ run code in the service. In order:
     from it           {"begin": [param, code]}                before each file
     from it           {"nearest": [width, height]}            answered with [width, height]
     from it           {"refused": [message, param, code]}     or
-                      {"references": [[width, height], ...], "mask": ..., "size": ...}, pixels
+                      {"references": [[width, height], ...], "mask": ..., "size": ...,
+                      "is_black_and_white": ...}, pixels
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ class _Wire:
                     "references": [[image.width, image.height] for image in edit.references],
                     "mask": edit.mask and [edit.mask.width, edit.mask.height],
                     "size": edit.size,
+                    "is_black_and_white": edit.is_black_and_white,
                 }
             )
             for image in edit.references:

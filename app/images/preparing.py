@@ -25,7 +25,8 @@ MAX_UPLOAD_BYTES = 50_000_000
 RATIO_TOLERANCE = 0.02
 """By how much a mask's picture and the result may differ in their ratio of sides."""
 
-TRANSPARENT, WHITE, BLACK = "transparent", "white", "black"
+TRANSPARENT, AUTO, WHITE, BLACK = "transparent", "auto", "white", "black"
+BLACK_AND_WHITE = "mask has no transparency: white was repainted, and black kept"
 
 Size = tuple[int, int]
 
@@ -38,7 +39,8 @@ class Upload:
     param: str
     is_base64: bool = False
     repaints: str = TRANSPARENT
-    """Which pixels a mask repaints: `TRANSPARENT`, `WHITE` or `BLACK`."""
+    """Which pixels a mask repaints: `TRANSPARENT`, `WHITE` or `BLACK`; `AUTO` repaints the
+    transparent ones, and the white ones where all are opaque."""
 
     def read(self, code: str) -> bytes | bytearray | memoryview:
         """Return the bytes of the file; raises `InvalidRequest` with *code*."""
@@ -68,6 +70,13 @@ class Edit:
     references: tuple[RawImage, ...]
     mask: Mask | None
     size: Size
+    is_black_and_white: bool = False
+    """Whether `AUTO` has found a mask without transparency."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the client should know of how its images were read."""
+        return (BLACK_AND_WHITE,) if self.is_black_and_white else ()
 
 
 def prepare(
@@ -90,10 +99,10 @@ def prepare(
     begin(images[0], "invalid_image")
     first = _decode(images[0], 0)
     prepared = [prepare_reference(first)]
-    weights = None
+    weights, is_black_and_white = None, False
     if mask is not None:
         begin(mask, "invalid_mask")
-        weights = _decode_mask(mask, first)
+        weights, is_black_and_white = _decode_mask(mask, first)
     result = size or nearest(prepared[0].width, prepared[0].height)
     if weights is not None:
         _check_ratio(result, first, prepared[0])
@@ -102,18 +111,18 @@ def prepare(
     for index, image in enumerate(images[1:], 1):
         begin(image, "invalid_image")
         prepared.append(prepare_reference(_decode(image, index)))
-    return Edit(tuple(prepared), weights, result)
+    return Edit(tuple(prepared), weights, result, is_black_and_white)
 
 
 def _decode(image: Upload, index: int) -> RawImage:
     return decode_upload(image.read("invalid_image"), what=image.param, index=index)
 
 
-def _decode_mask(mask: Upload, first: RawImage) -> Mask:
+def _decode_mask(mask: Upload, first: RawImage) -> tuple[Mask, bool]:
     data, size = mask.read("invalid_mask"), (first.width, first.height)
-    if mask.repaints == TRANSPARENT:
-        return decode_mask(data, *size)
-    return decode_painted_mask(data, *size, is_inverted=mask.repaints == BLACK)
+    if mask.repaints in {TRANSPARENT, AUTO}:
+        return decode_mask(data, *size, takes_black_and_white=mask.repaints == AUTO)
+    return decode_painted_mask(data, *size, is_inverted=mask.repaints == BLACK), False
 
 
 def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:

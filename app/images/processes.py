@@ -211,7 +211,12 @@ class Decoder:
         if message["mask"] is not None:
             width, height = _size(message["mask"])
             mask = Mask(width, height, await self._receive(width * height))
-        return Edit(tuple(references), mask, _size(message["size"]))
+        return Edit(
+            tuple(references),
+            mask,
+            _size(message["size"]),
+            message["is_black_and_white"] is True,
+        )
 
     async def _send(self, data: bytes | bytearray | memoryview) -> None:
         await asyncio.get_running_loop().sock_sendall(self.connection, data)

@@ -23,6 +23,11 @@ MIN_SIDE = 64
 MAX_RATIO = 8
 REFERENCE_PIXELS = 1024 * 1024
 REFERENCE_MULTIPLE = 16
+OPAQUE = 255
+BLACK_UP_TO, WHITE_FROM = 8, 247
+"""The luma of what a mask without transparency keeps, and of what it repaints."""
+MAX_BETWEEN = 0.05
+"""The part of such a mask's pixels that may lie between: smooth edges."""
 MAX_SCANS = 100
 """Limit of scans of a JPEG. Each covers the whole image; an encoder makes about ten."""
 
@@ -59,26 +64,51 @@ def decode_upload(
         return _from_pillow(_flatten(ImageOps.exif_transpose(picture)))
 
 
-def decode_mask(data: Data, width: int, height: int) -> Mask:
+def decode_mask(
+    data: Data, width: int, height: int, *, takes_black_and_white: bool = False
+) -> tuple[Mask, bool]:
     """Decode the mask for a first image of *width* x *height*: transparent areas are repainted.
+
+    Of one without transparency that *takes_black_and_white* allows, white areas are. Return the
+    mask, and whether it was read as black and white.
 
     Raises:
         InvalidRequest: it cannot be used; `param` is `mask`.
     """
     refuse = partial(_refusal, "The mask", "mask", "invalid_mask")
     picture = _open(data, ("PNG", "WEBP"), refuse, MAX_PIXELS)
-    if not picture.has_transparency_data:
+    if not takes_black_and_white and not picture.has_transparency_data:
         raise refuse("has no alpha channel; make what is to be repainted transparent")
     with _decoding(refuse):
-        alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
-    if alpha.size != (width, height):
+        upright = ImageOps.exif_transpose(picture)
+        alpha = _alpha(upright)
+        is_painted = takes_black_and_white and alpha.getextrema()[0] == OPAQUE
+        weights = _flatten(upright).convert("L") if is_painted else ImageOps.invert(alpha)
+    if weights.size != (width, height):
         raise refuse(
-            f"is {alpha.width}x{alpha.height} and the first image {width}x{height}; make both the "
-            "same size"
+            f"is {weights.width}x{weights.height} and the first image {width}x{height}; make both "
+            "the same size"
         )
-    if alpha.getextrema()[0] != 0:
+    if is_painted:
+        return Mask(width, height, _read_black_and_white(weights, refuse)), True
+    if weights.getextrema()[1] != OPAQUE:
         raise refuse("has no transparent pixel; make what is to be repainted transparent")
-    return Mask(width, height, ImageOps.invert(alpha).tobytes())
+    return Mask(width, height, weights.tobytes()), False
+
+
+def _read_black_and_white(luma: Image.Image, refuse: _Refuse) -> bytes:
+    """Return the weights of a mask without transparency, whose grey pixels repaint in part."""
+    counts = luma.histogram()
+    between = sum(counts[BLACK_UP_TO + 1 : WHITE_FROM])
+    if between > MAX_BETWEEN * luma.width * luma.height:
+        raise refuse(
+            "has neither a transparent pixel nor only black and white ones; make what is to be "
+            "repainted transparent, or white and the rest black"
+        )
+    if not any(counts[WHITE_FROM:]):
+        raise refuse("repaints nothing; make what is to be repainted transparent, or white")
+    black, white = bytes(BLACK_UP_TO + 1), bytes([OPAQUE]) * (OPAQUE + 1 - WHITE_FROM)
+    return luma.tobytes().translate(black + bytes(range(BLACK_UP_TO + 1, WHITE_FROM)) + white)
 
 
 def decode_painted_mask(data: Data, width: int, height: int, *, is_inverted: bool) -> Mask:
@@ -94,8 +124,8 @@ def decode_painted_mask(data: Data, width: int, height: int, *, is_inverted: boo
     picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse, MAX_PIXELS)
     with _decoding(refuse):
         upright = ImageOps.exif_transpose(picture)
-        weights = upright.convert("RGBA").getchannel("A")
-        if weights.getextrema()[0] == 255:
+        weights = _alpha(upright)
+        if weights.getextrema()[0] == OPAQUE:
             weights = _flatten(upright).convert("L")
         if weights.size != (width, height):
             weights = weights.resize((width, height), Image.Resampling.BILINEAR)
@@ -191,6 +221,13 @@ def _kind(data: bytes) -> str | None:
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def _alpha(picture: Image.Image) -> Image.Image:
+    """Return the alpha channel; without one, that of an opaque picture."""
+    if not picture.has_transparency_data:
+        return Image.new("L", picture.size, OPAQUE)
+    return picture.convert("RGBA").getchannel("A")
 
 
 def _flatten(picture: Image.Image) -> Image.Image:

@@ -42,6 +42,8 @@ class Job:
     submitted_at: float = 0.0
     started_at: float = 0.0
     predicted_s: float = 0.0
+    warnings: tuple[str, ...] = ()
+    """What the client should know of its request."""
     cancel_running: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: cancels it in the worker."""
     context: Context = field(default_factory=copy_context, repr=False)

@@ -296,6 +296,7 @@ class ImageService:
                 deadline=deadline,
                 future=asyncio.get_running_loop().create_future(),
                 predicted_s=seconds,
+                warnings=admission.warnings,
             )
             for spec, seconds in zip(specs, predicted_s, strict=True)
         ]
@@ -353,6 +354,9 @@ class ImageService:
         self.held_memory = generated.held
         started = self._clock()
         data = await self.encode(generated.image, output, self._note(job.spec))
+        warnings = job.warnings
+        if generated.is_prompt_cut:
+            warnings += (f"prompt cut to {self.model.max_sequence_length} tokens",)
         now = self._clock()
         seconds = {
             "queue": job.started_at - job.submitted_at,
@@ -377,9 +381,7 @@ class ImageService:
             seconds=seconds,
             peak=generated.peak,
             prompt_tokens=generated.prompt_tokens,
-            warnings=(f"prompt cut to {self.model.max_sequence_length} tokens",)
-            if generated.is_prompt_cut
-            else (),
+            warnings=warnings,
             latents=generated.latents,
         )
 

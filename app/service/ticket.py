@@ -38,6 +38,8 @@ class Admission:
     deadline_s: float | None
     """The client's own limit, in seconds."""
     places: Places | None
+    warnings: tuple[str, ...] = ()
+    """What the client should know of its request; each image comes with it."""
 
     def __enter__(self) -> Admission:
         return self

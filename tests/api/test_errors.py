@@ -18,6 +18,7 @@ EXPECTED = {
     Kind.METHOD_NOT_ALLOWED: (405, "invalid_request_error", "method_not_allowed", "invalid"),
     Kind.TOO_LARGE: (413, "invalid_request_error", "request_too_large", "invalid"),
     Kind.UNSUPPORTED_MEDIA: (415, "invalid_request_error", "unsupported_media_type", "invalid"),
+    Kind.UNSUPPORTED_ENCODING: (415, "invalid_request_error", "unsupported_media_type", "invalid"),
     Kind.RATE_LIMITED: (429, "rate_limit_error", "rate_limit_exceeded", "rejected"),
     Kind.QUEUE_FULL: (503, "service_unavailable_error", "server_is_overloaded", "rejected"),
     Kind.LOADING: (503, "service_unavailable_error", "model_loading", "rejected"),

@@ -166,7 +166,7 @@ class FakeService:
             self.check(spec)
         if not admission.images:
             self.check_open(len(specs))
-        ticket = FakeTicket(list(specs), output, self.script)
+        ticket = FakeTicket(list(specs), output, self.script, admission.warnings)
         self.tickets.append(ticket)
         self.deadlines.append(admission.deadline_s)
         self.clients.append(admission.client)
@@ -195,6 +195,7 @@ class FakeAdmission:
     deadline_s: float | None
     images: int = 0
     seconds_left: float = 120.0
+    warnings: tuple[str, ...] = ()
 
     def __enter__(self) -> FakeAdmission:
         return self
@@ -225,6 +226,7 @@ class FakeTicket:
     specs: list[ImageSpec]
     output: OutputFormat
     script: Script
+    warnings: tuple[str, ...] = ()
     has_ended: bool = False
     was_cancelled: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -295,7 +297,7 @@ class FakeTicket:
             seconds=SECONDS,
             peak=self.script.peak,
             prompt_tokens=12,
-            warnings=self.script.warnings,
+            warnings=self.warnings + self.script.warnings,
         )
 
 

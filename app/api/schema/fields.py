@@ -72,6 +72,19 @@ def side(name: str, about: str, limits: Limits, default: int | None = None) -> F
     )
 
 
+def size(model: ModelSpec, limits: Limits) -> Field:
+    """Return the field of width and height in one text."""
+    default = f"{model.default_width}x{model.default_height}"
+    return Field(
+        "size",
+        Type.TEXT,
+        f"`auto`, or WxH: multiples of {limits.multiple}, from 1:{limits.max_ratio} to "
+        f"{limits.max_ratio}:1; `auto` is {default}, or the first image's shape.",
+        default="auto",
+        example=default,
+    )
+
+
 def _about_quality() -> str:
     lossy = [name for name, each in OUTPUT_FORMATS.items() if each.has_quality]
     lossless = [name for name in OUTPUT_FORMATS if name not in lossy]

@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app.api.errors import own_names
 from app.domain import ImageSpec, ModelSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.images.preparing import Edit, Size
-from app.limits import DRAW, MAX_SEED, check_prompt
+from app.limits import DRAW, MAX_SEED, Limits, check_prompt
+
+SIDES = {"width": "size", "height": "size"}
+"""The field for a spec's sides where they came as one text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,24 @@ def read_prompt(values: Mapping[str, Any]) -> str:
     prompt: str = values["prompt"]
     check_prompt(prompt)
     return prompt
+
+
+def read_size(values: Mapping[str, Any], limits: Limits) -> Size | None:
+    """Read `size`, or `width` and `height`, which must agree with it; None where it is `auto`."""
+    text = values.get("size", "auto")
+    with own_names(SIDES):
+        size = None if text == "auto" else limits.parse_size(text)
+    if "width" not in values and "height" not in values:
+        return size
+    require_both_sides(values, "`size`")
+    asked = values["width"], values["height"]
+    limits.check_size(*asked)
+    if size not in {None, asked}:
+        raise InvalidRequest(
+            "width and height say another size than `size`; send only one of the two.",
+            param="width",
+        )
+    return asked
 
 
 def require_both_sides(values: Mapping[str, Any], instead: str) -> None:

@@ -110,7 +110,7 @@ def read_img2img(
         InvalidRequest: a value breaks a rule.
     """
     values = _IMG2IMG.read(body, is_form=True)
-    images = _read_images(values.pop("init_images", []), limits.max_references)
+    images = _read_images(values.pop("init_images", []), limits)
     painted, mask = values.pop("mask", None), None
     if painted is not None:
         repaints = BLACK if body.get("inpainting_mask_invert") in _ON else WHITE
@@ -177,19 +177,14 @@ def _note_unused(body: Mapping[str, Any], unused: Mapping[str, tuple[object, ...
     return f"not used: {', '.join(sent)}" if sent else ""
 
 
-def _read_images(sent: list[object], most: int) -> tuple[Upload, ...]:
+def _read_images(sent: list[object], limits: Limits) -> tuple[Upload, ...]:
     if not sent:
         raise InvalidRequest(
             "init_images is missing; send at least one picture in base64.",
             param="init_images",
             code="missing_required_parameter",
         )
-    if len(sent) > most:
-        raise InvalidRequest(
-            f"init_images holds {len(sent)} pictures; the most is {most}.",
-            param="init_images",
-            code="array_above_max_length",
-        )
+    limits.check_references(len(sent), "init_images")
     images = []
     for index, text in enumerate(sent):
         name = f"init_images[{index}]"

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from app.api.config import ApiConfig
 from app.api.deps import Running
 from app.api.openai.request import is_model
+from app.api.schema.table import shorten
 from app.domain import ModelSpec
 from app.errors import Kind, KleinError
 
@@ -32,7 +33,8 @@ def build_router(config: ApiConfig) -> APIRouter:
         served = runtime.service.model
         if not id or not is_model(id, served, config):
             raise KleinError(
-                f"This model is not served here; the one that is has the id {served.id}.",
+                f"The model `{shorten(id)}` is not served here; the one that is has the id "
+                f"`{served.id}`.",
                 kind=Kind.NOT_FOUND,
                 param="model",
                 code="model_not_found",
