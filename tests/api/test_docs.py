@@ -95,6 +95,15 @@ async def test_the_page_needs_no_third_party(client):
     assert response.headers["content-security-policy"].startswith("default-src 'none'")
 
 
+async def test_backticks_are_rendered(client):
+    """What stands in them is code; none is left."""
+    page = (await client.get("/docs")).text
+
+    assert "`" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
+    assert "<code>POST /generate</code> answers with" in page
+    assert "instead of <code>size</code>" in page
+
+
 async def test_limits_are_those_of_the_served_model(client, service):
     """The document is made for the model that answers."""
     service.model = find_spec("shapes")

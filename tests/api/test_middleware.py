@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
+import re
 
 import pytest
 from httpx import ASGITransport
@@ -173,13 +176,28 @@ async def test_a_browser_is_told_in_words(client):
     assert "gpu.lan" not in response.text
 
 
-async def test_a_browser_without_a_key_is_told_in_words_too(serve):
-    """401 with what to send; `WWW-Authenticate` says the same to the browser."""
+async def test_a_browser_without_a_key_is_asked_for_it(serve):
+    """401 with what to send and a form; the policy lets the form's own script run, no other."""
     client = await serve(api_keys=(KEY,))
     response = await client.get("/docs", headers={"accept": BROWSER})
+    (script,) = re.findall(r"<script>(.*?)</script>", response.text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = response.headers["content-security-policy"]
 
     assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
     assert "<code>Authorization: Bearer &lt;key&gt;</code>" in response.text
+    assert "<input type=password" in response.text
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert {"default-src 'none'", "connect-src 'self'"} <= set(policy.split("; "))
+    assert KEY not in response.text
+
+
+async def test_a_browser_that_needs_no_key_is_asked_for_none(client):
+    """Another error's page has no form and no script."""
+    response = await client.get("/", headers={"host": "gpu.lan", "accept": BROWSER})
+
+    assert "<form" not in response.text
+    assert "<script" not in response.text
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "", JAVA])

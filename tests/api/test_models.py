@@ -51,6 +51,20 @@ async def test_another_name_is_not_found(client, name):
     assert error_of(response)["code"] in {"model_not_found", "unknown_url"}
 
 
+async def test_the_error_names_the_model_that_was_asked_for(client):
+    """And the one that is served; cut and printable, whatever was asked for."""
+    name = "no-such-model\x1b[31m" + "x" * 1000
+    asked = await client.get("/v1/models/no-such-model")
+    posted = await client.post("/v1/images/generations", json={"prompt": "a", "model": name[:900]})
+
+    assert "`no-such-model` is not served" in str(error_of(asked)["message"])
+    assert "`no-such-model?[31mxxx" in str(error_of(posted)["message"])
+    for response in (asked, posted):
+        message = str(error_of(response)["message"])
+        assert "`flux.2-klein-4b`" in message
+        assert len(message) < 200
+
+
 async def test_aliases_are_listed_on_request(serve):
     """`KLEIN_LIST_ALIASES=true`, for n8n's picker."""
     client = await serve(list_aliases=True)

@@ -83,7 +83,7 @@ async def test_a_closed_scrape_stays_closed_in_every_spelling(serve):
         "/models/gpt-image-1",
         "/v1/v1/images/generations",
         "/v1/v1/models",
-        "/openai/v1/images/edits",
+        "/proxy/v1/images/edits",
         "/api/models",
     ],
 )
@@ -97,7 +97,7 @@ async def test_a_wrong_base_url_is_told_the_right_one(client, path, method):
     assert "base URL http://127.0.0.1:8000/v1" in str(error["message"])
 
 
-@pytest.mark.parametrize("path", ["/v1/images/variations", "/nope", "/modelsx", "/v1", "/imagesx"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/nope", "/modelsx", "/v1", "/imagesx"])
 async def test_another_address_that_is_not_there_says_just_that(client, path):
     """Its base URL may be right."""
     message = str(error_of(await client.get(path))["message"])
