@@ -104,6 +104,20 @@ async def test_backticks_are_rendered(client):
     assert "instead of <code>size</code>" in page
 
 
+@pytest.mark.parametrize(("mask", "says_white"), [("auto", True), ("alpha", False)])
+async def test_masks_are_described_as_they_are_read(serve, mask, says_white):
+    """`KLEIN_MASK`, on each route that takes one."""
+    paths = (await (await serve(mask=mask)).get("/openapi.json")).json()["paths"]
+    found = [
+        content["schema"]["properties"]["mask"].get("description")
+        for path in ("/generate", "/v1/images/edits")
+        for content in paths[path]["post"]["requestBody"]["content"].values()
+    ]
+
+    assert len(found) == 3
+    assert [("white" in each) for each in found] == [says_white] * 3
+
+
 async def test_limits_are_those_of_the_served_model(client, service):
     """The document is made for the model that answers."""
     service.model = find_spec("shapes")

@@ -156,6 +156,16 @@ async def test_a_cut_prompt_is_told(at) -> None:
     assert picture.warnings == ("prompt cut to 512 tokens",)
 
 
+async def test_what_a_route_warns_of_comes_with_each_picture(at) -> None:
+    """Before what the pictures tell."""
+    at.worker.is_prompt_cut = True
+    with at.service.admit(client="a") as admission:
+        admission.warnings = ("a word",)
+        pictures = await admission.submit([SPEC, SPEC], PNG).pictures()
+
+    assert [each.warnings for each in pictures] == [("a word", "prompt cut to 512 tokens")] * 2
+
+
 async def test_the_file_says_how_it_was_made(at) -> None:
     """All that is needed to make it again, and none of the references."""
     (picture,) = await at.service.submit([SPEC], client="a", output=PNG).pictures()

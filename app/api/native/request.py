@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
-from app.api.schema.fields import PROMPT, sampling_fields, side, size
+from app.api.schema.fields import PROMPT, about_mask, sampling_fields, side, size
 from app.api.schema.json_scanner import LongText
 from app.api.schema.request import SIDES, ImageRequest, read_image, read_prompt, read_size
 from app.api.schema.table import Field, FieldTable, Type
@@ -59,7 +59,7 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig) -> FieldTable:
             Field(
                 "mask",
                 Type.TEXT,
-                "PNG or WebP of the first picture's size; what is transparent is repainted.",
+                about_mask(config),
                 max_length=None,
                 schema={"type": ["string", "null"], "maxLength": MAX_URL},
             ),

@@ -7,7 +7,7 @@ safety_identifier, complexity, input_fidelity. They are still validated.
 from __future__ import annotations
 
 from app.api.config import ApiConfig
-from app.api.schema.fields import MAX_IMAGES, PROMPT, sampling_fields, side, size
+from app.api.schema.fields import MAX_IMAGES, PROMPT, about_mask, sampling_fields, side, size
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
@@ -36,7 +36,7 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig, *, is_edit: bool)
             *_DELIVERY,
             *_IGNORED,
             *_unsupported(),
-            *(_edit_only(limits) if is_edit else _GENERATION_ONLY),
+            *(_edit_only(limits, config) if is_edit else _GENERATION_ONLY),
         ),
         is_strict=config.is_strict,
         hints=_EDIT_HINTS if is_edit else _GENERATION_HINTS,
@@ -163,7 +163,7 @@ _GENERATION_ONLY = (
 )
 
 
-def _edit_only(limits: Limits) -> tuple[Field, ...]:
+def _edit_only(limits: Limits, config: ApiConfig) -> tuple[Field, ...]:
     picture = {
         "type": "object",
         "required": ["image_url"],
@@ -200,7 +200,7 @@ def _edit_only(limits: Limits) -> tuple[Field, ...]:
         Field(
             "mask",
             Type.OBJECT,
-            "PNG or WebP of the first picture's size; where it is transparent, it is repainted.",
+            about_mask(config),
             json_only=True,
             schema={"anyOf": [picture, {"type": "null"}]},
         ),

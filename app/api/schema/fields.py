@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from app.api.config import ApiConfig
 from app.api.schema.table import Field, Type
 from app.domain import ModelSpec
 from app.images.formats import OUTPUT_FORMATS, list_words
+from app.images.preparing import AUTO
 from app.limits import DRAW, MAX_PROMPT, Limits
 
 MAX_IMAGES = 10
@@ -83,6 +85,12 @@ def size(model: ModelSpec, limits: Limits) -> Field:
         default="auto",
         example=default,
     )
+
+
+def about_mask(config: ApiConfig) -> str:
+    """Return the description of a mask."""
+    also = ", and white where all is opaque" if config.repaints == AUTO else ""
+    return f"PNG or WebP of the first picture's size; transparent is repainted{also}."
 
 
 def _about_quality() -> str:

@@ -16,6 +16,7 @@ from app.api.deps import DEADLINE, MIN_DEADLINE_S
 from app.api.errors import REPLIES
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
+from app.api.schema.fields import about_mask
 from app.images.formats import OUTPUT_FORMATS
 from app.service.service import ImageService
 
@@ -112,10 +113,7 @@ def _posts(service: ImageService, config: ApiConfig) -> dict[str, tuple[Json, Js
         "minItems": 1,
         "maxItems": service.limits.max_references,
     }
-    form["properties"]["mask"] = {
-        "description": "PNG or WebP of the first picture's size; transparent is repainted.",
-        **_BYTES,
-    }
+    form["properties"]["mask"] = {"description": about_mask(config), **_BYTES}
     pictures = _reply("The pictures.", [_JSON], _images_schema())
     pictures["content"][_EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events
     fox = {"prompt": "a red fox in the snow"}
