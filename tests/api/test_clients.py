@@ -188,6 +188,16 @@ async def test_librechats_dalle_tool_reads_a_link(target):
     await fetch(target, answer["data"][0]["url"])
 
 
+async def test_async_openai_edits(target):
+    """Rust's `CreateImageEditRequest` sends the compression twice."""
+    parts = [("prompt", (None, "a")), ("image", ("a.png", photo())), ("mask", ("b.png", mask()))]
+    parts += texts(model="gpt-image-1", n="1", size="256x256", output_format="webp")
+    parts += 2 * texts(output_compression="80") + texts(user="u", quality="high")
+    answer = await edit(target, parts)
+
+    assert (answer["size"], answer["output_format"]) == ("256x256", "webp")
+
+
 async def test_langchain_joins_links(target):
     """`DallEAPIWrapper.run`."""
     answer = await generate(target, prompt="a", n=2, size="256x256", model="dall-e-2")
