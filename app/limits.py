@@ -84,8 +84,8 @@ class Limits:
         """Refuse more pictures than are read; *param* is the field that brought them."""
         if count > self.max_references:
             raise InvalidRequest(
-                f"There are {count} pictures; the most is {self.max_references}, since each one "
-                "takes memory and time in every step.",
+                f"{param} holds {count} pictures; the most is {self.max_references}, since each "
+                "one takes memory and time in every step.",
                 param=param,
                 code="array_above_max_length",
             )
