@@ -36,7 +36,7 @@ _ELSEWHERE = tuple(
     (re.compile(pattern), sentence)
     for pattern, sentence in (
         (
-            "/openai/.*",
+            "/openai/deployments/.*",
             "Azure's addresses are not served, since there is one model and no deployment to "
             "choose; use a client of OpenAI itself with the base URL {base}/v1.",
         ),

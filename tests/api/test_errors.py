@@ -141,7 +141,6 @@ async def test_an_unknown_address_is_an_error_object(client):
         ("/v1/responses/resp_1", "no language model", "/v1/images/generations"),
         ("/openai/deployments/a/images/generations", "no deployment to choose", "/v1"),
         ("/openai/deployments/a/images/edits", "no deployment to choose", "/v1"),
-        ("/openai/v1/images/generations", "no deployment to choose", "/v1"),
     ],
 )
 async def test_what_stays_out_says_why_in_one_sentence(client, path, reason, instead):

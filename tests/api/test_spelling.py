@@ -83,7 +83,7 @@ async def test_a_closed_scrape_stays_closed_in_every_spelling(serve):
         "/models/gpt-image-1",
         "/v1/v1/images/generations",
         "/v1/v1/models",
-        "/proxy/v1/images/edits",
+        "/openai/v1/images/edits",
         "/api/models",
     ],
 )
