@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from app.errors import Kind
@@ -80,3 +82,14 @@ async def test_switched_off_aliases_are_unknown(serve):
 
     assert (await client.get("/v1/models/gpt-image-1")).status_code == 404
     assert len((await client.get("/v1/models")).json()["data"]) == 1
+
+
+async def test_the_name_that_was_asked_for_is_in_no_log_line(client, caplog):
+    """It may be anything: a prompt in the wrong field."""
+    caplog.set_level(logging.INFO, logger="app.api.access")
+    await client.get("/v1/models/canary")
+    await client.post("/v1/images/generations", json={"prompt": "a", "model": "canary" * 20})
+    reasons = [record.reason for record in caplog.records]
+
+    assert ["<word>" in each for each in reasons] == [True, True]
+    assert "canary" not in "".join(str(vars(record)) for record in caplog.records)

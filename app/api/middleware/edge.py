@@ -120,7 +120,9 @@ def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
         details = {
             "code": error.code or REPLIES[error.kind].code,
             "param": error.param and clip(error.param),
-            "reason": _without(error.param, error.message),
+            "reason": _without(
+                error.param, "<param>", _without(error.word, "<word>", error.message)
+            ),
         }
     retries = Headers(scope=scope).get("x-stainless-retry-count", "")
     if retries.isdecimal() and len(retries) < 4 and retries != "0":
@@ -128,11 +130,11 @@ def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
     return details
 
 
-def _without(name: str | None, message: str) -> str:
-    """Remove *name* from *message*: a parameter's name may be the caller's own text."""
-    if not name:
+def _without(text: str | None, instead: str, message: str) -> str:
+    """Remove *text* from *message*: also a parameter's name may be the caller's own."""
+    if not text:
         return message
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<param>", message)
+    return re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", instead, message)
 
 
 def _outcome(error: KleinError | None, status: int) -> str:

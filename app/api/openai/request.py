@@ -39,11 +39,12 @@ def read(
     """
     if not is_model(values.get("model", ""), model, config):
         # The status is 400, since Nextcloud takes 404 for a missing API.
+        name = shorten(values["model"])
         raise InvalidRequest(
-            f"The model `{shorten(values['model'])}` is not served here; send `{model.id}`, or "
-            "leave `model` out.",
+            f"The model `{name}` is not served here; send `{model.id}`, or leave `model` out.",
             param="model",
             code="model_not_found",
+            word=name,
         )
     stream = values.get("stream", False)
     _check_stream(values, stream=stream)

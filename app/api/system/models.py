@@ -32,12 +32,13 @@ def build_router(config: ApiConfig) -> APIRouter:
     async def model(id: str, runtime: Running) -> dict[str, object]:
         served = runtime.service.model
         if not id or not is_model(id, served, config):
+            name = shorten(id)
             raise KleinError(
-                f"The model `{shorten(id)}` is not served here; the one that is has the id "
-                f"`{served.id}`.",
+                f"The model `{name}` is not served here; the one that is has the id `{served.id}`.",
                 kind=Kind.NOT_FOUND,
                 param="model",
                 code="model_not_found",
+                word=name,
             )
         return _model(id, served)
 
