@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.api.pictures import mask, photo
+from tests.api.pictures import black_and_white_mask, mask, photo
 from tests.api.targets import Target, on_fakes, on_server
 
 GENERATIONS = "/v1/images/generations"
@@ -196,6 +196,14 @@ async def test_async_openai_edits(target):
     answer = await edit(target, parts)
 
     assert (answer["size"], answer["output_format"]) == ("256x256", "webp")
+
+
+async def test_a_painters_mask_is_black_and_white(target):
+    """As front ends of Stable Diffusion send it; the answer says how it was read."""
+    parts = [("image", ("a.png", photo())), ("mask", ("b.png", black_and_white_mask()))]
+    answer = await edit(target, parts + texts(prompt="a"))
+
+    assert answer["warnings"] == ["mask has no transparency: white was repainted, and black kept"]
 
 
 async def test_langchain_joins_links(target):
