@@ -34,6 +34,11 @@ class Advance:
     step: int
     steps: int
 
+    @property
+    def fraction(self) -> float:
+        """How much of it is done, in 0..1."""
+        return min(1.0, (self.done + self.step / self.steps) / self.images)
+
 
 @dataclass(frozen=True, slots=True)
 class Queued:

@@ -43,7 +43,7 @@ from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.request_context import current_request
 from app.service.results import Picture
-from app.service.ticket import Admission, Ticket
+from app.service.ticket import Admission, Ticket, Tickets
 from app.telemetry.metrics import Metrics
 
 _TOO_SLOW = (
@@ -124,6 +124,7 @@ class ImageService:
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="encode helper")
         self._is_draining = False
+        self._tickets = Tickets()
         self.held_memory: PeakMemory | None = None
         """PyTorch's GPU memory after the last image."""
         self._longest_deadline = 0.0
@@ -241,6 +242,18 @@ class ImageService:
         with self.admit(client=client) as admission:
             return admission.submit(specs, output)
 
+    def own_tickets(self, client: str) -> dict[Ticket, int | None]:
+        """Map each ticket of *client* that has not ended to how many jobs start before it.
+
+        None stands for one that has started.
+        """
+        positions = self._queue.positions(client)
+        return {each: positions.get(each.jobs[0]) for each in self._tickets.of(client)}
+
+    def find_ticket(self, client: str, id: str) -> Ticket | None:
+        """Return the ticket of *client* that has this *id* and has not ended."""
+        return self._tickets.find(client, id)
+
     def drain(self) -> float:
         """Accept nothing new; return the seconds until the last accepted job's deadline."""
         self._is_draining = True
@@ -305,7 +318,10 @@ class ImageService:
         else:
             self._queue.fill(places, jobs)
         self._longest_deadline = max(self._longest_deadline, deadline)
-        return Ticket(self, self._queue, jobs, output)
+        context = current_request.get(None)
+        ticket = Ticket(self, self._queue, jobs, output, context.id if context else "")
+        self._tickets.add(ticket)
+        return ticket
 
     def _checked_seconds_left(self, admission: Admission, predicted_s: float) -> float:
         """Return the seconds to the deadline; raise an error where the request cannot meet it."""

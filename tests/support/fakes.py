@@ -166,7 +166,7 @@ class FakeService:
             self.check(spec)
         if not admission.images:
             self.check_open(len(specs))
-        ticket = FakeTicket(list(specs), output, self.script)
+        ticket = FakeTicket(list(specs), output, self.script, admission.client)
         self.tickets.append(ticket)
         self.deadlines.append(admission.deadline_s)
         self.clients.append(admission.client)
@@ -179,6 +179,14 @@ class FakeService:
         """Accept at once, all or none."""
         with self.admit(client=client) as admission:
             return admission.submit(specs, output)
+
+    def own_tickets(self, client: str) -> dict[FakeTicket, int | None]:
+        """Those of one client; none waits here."""
+        return {each: None for each in self.tickets if each.client == client and not each.has_ended}
+
+    def find_ticket(self, client: str, id: str) -> FakeTicket | None:
+        """One of them."""
+        return next((each for each in self.own_tickets(client) if each.id == id), None)
 
     def random_seed(self) -> int:
         """Count, so that no two are equal."""
@@ -225,12 +233,22 @@ class FakeTicket:
     specs: list[ImageSpec]
     output: OutputFormat
     script: Script
+    client: str = ""
+    request_id: str = ""
+    created: float = 0.0
     has_ended: bool = False
     was_cancelled: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    on_ended: list[Callable[[], None]] = field(default_factory=list)
 
-    def watch(self) -> None:
-        """Nothing moves here."""
+    @property
+    def id(self) -> str:
+        """Nobody asks for it here."""
+        return f"{id(self):x}"
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call back once nobody waits any more."""
+        self.on_ended.append(callback)
 
     def advance(self) -> Advance:
         """Say that all of it is still to be done, or none."""
@@ -283,6 +301,8 @@ class FakeTicket:
     def _end(self) -> None:
         self.has_ended = True
         self.ended.set()
+        for callback in self.on_ended:
+            callback()
 
     def _picture(self, spec: ImageSpec) -> Picture:
         return Picture(
