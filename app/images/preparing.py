@@ -79,7 +79,8 @@ def prepare(
 ) -> Edit:
     """Decode all images, and choose the output's size.
 
-    The size is the requested one, or what *nearest* returns for the first image's own. The image
+    The size is what *nearest* returns for the requested one, or for the first image's own: the
+    nearest that can be made, which is usually the requested size itself. The image
     under a mask is scaled to the output's size, so that unmasked pixels are returned unchanged; the
     others are scaled to what the model reads. *begin* is called before each file is read, with the
     code of errors about it.
@@ -94,9 +95,9 @@ def prepare(
     if mask is not None:
         begin(mask, "invalid_mask")
         weights = _decode_mask(mask, first)
-    result = size or nearest(prepared[0].width, prepared[0].height)
+    result = nearest(*(size or (prepared[0].width, prepared[0].height)))
     if weights is not None:
-        _check_ratio(result, first, prepared[0])
+        _check_ratio(size or result, first, prepared[0])
         prepared[0] = resize(first, *result)
     del first  # a large original is not kept while the others are decoded
     for index, image in enumerate(images[1:], 1):

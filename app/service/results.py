@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.domain import PeakMemory, Progress
+from app.domain import ImageSpec, PeakMemory, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +57,14 @@ class Preview:
 
 TicketEvent = Queued | Progress | Preview | Picture
 """`Progress` is never of the stage `GPU_FREE`; the finished image is the last."""
+
+
+def warnings_of(spec: ImageSpec) -> tuple[str, ...]:
+    """Return what is known before the image is made."""
+    if spec.scaled_to is None:
+        return ()
+    width, height = spec.scaled_to
+    return (
+        f"made at {spec.width}x{spec.height} and scaled to {width}x{height}, which the demo model "
+        "cannot make",
+    )

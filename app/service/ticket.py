@@ -164,7 +164,9 @@ class Ticket:
                 if progress.stage is not Stage.GPU_FREE:
                     yield progress
                 if progress.preview is not None:
-                    data = await self.service.encode(progress.preview, self.output, {})
+                    data = await self.service.encode(
+                        progress.preview, self.output, {}, job.spec.scaled_to
+                    )
                     yield Preview(previews, data)
                     previews += 1
             yield await finishing

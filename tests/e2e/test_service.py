@@ -228,3 +228,15 @@ def wait_until(is_true, *, timeout_s: float = 10.0) -> None:
     while not is_true():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+def test_the_demo_draws_what_most_clients_hard_code(shapes) -> None:
+    """1024x1024, and it is what was asked for: a circle in the middle, as round as before."""
+    body = {"prompt": "a red circle on a blue background", "seed": 3}
+    status, headers, data = shapes.post("/generate", body | {"width": 1024, "height": 1024})
+    _, _, small = shapes.post("/generate", body | {"width": 512, "height": 512})
+
+    assert status == 200
+    assert headers["x-klein-warnings"].startswith("made at 512x512 and scaled to 1024x1024")
+    scaled = Image.open(io.BytesIO(small)).resize((1024, 1024), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(data), np.asarray(scaled))

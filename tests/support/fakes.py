@@ -31,7 +31,7 @@ from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
-from app.service.results import Advance, Picture, Preview, Queued, TicketEvent
+from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, warnings_of
 
 SECONDS: Mapping[str, float] = {
     "queue": 0.001,
@@ -83,6 +83,8 @@ class FakeService:
     """Where set, nothing is taken, for this reason."""
     max_pixels: int = 2**62
     """The operator's limit."""
+    scaled: Limits | None = None
+    """Of the sizes that may be asked for beyond the model's."""
     has_failed: bool = False
     """Whether the service has given up."""
     tickets: list[FakeTicket] = field(default_factory=list)
@@ -97,7 +99,7 @@ class FakeService:
     @property
     def limits(self) -> Limits:
         """Those of the model and of the operator."""
-        return Limits.of(self.model, self.max_pixels)
+        return Limits.of(self.model, self.max_pixels, scaled=self.scaled)
 
     @property
     def waiting(self) -> int:
@@ -309,13 +311,13 @@ class FakeTicket:
             data=paint(spec, self.output),
             format=self.output.format,
             media_type=self.output.media_type,
-            width=spec.width,
-            height=spec.height,
+            width=spec.output_size[0],
+            height=spec.output_size[1],
             seed=spec.seed,
             seconds=SECONDS,
             peak=self.script.peak,
             prompt_tokens=12,
-            warnings=self.script.warnings,
+            warnings=(*warnings_of(spec), *self.script.warnings),
         )
 
 
@@ -386,7 +388,7 @@ class FakeRuntime:
 def paint(spec: ImageSpec, output: OutputFormat) -> bytes:
     """Make a picture whose colours tell seed and mask, with enough detail for JPEG to differ."""
     base = (spec.seed * 37 + len(spec.references) * 11) % 251
-    return _paint(base, (spec.width, spec.height), output)
+    return _paint(base, spec.output_size, output)
 
 
 @lru_cache(64)

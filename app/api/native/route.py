@@ -57,4 +57,4 @@ async def _read(
             asked.images, asked.mask, asked.image.size, limits.nearest, client=admission.client
         )
         edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
-    return asked.image.specs(model, runtime.service.random_seed, edit), asked.image.output
+    return asked.image.specs(runtime.service, edit), asked.image.output

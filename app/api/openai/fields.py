@@ -63,8 +63,8 @@ def _subject(model: ModelSpec, limits: Limits, config: ApiConfig) -> tuple[Field
         Field(
             "size",
             Type.TEXT,
-            f"`auto`, or WxH: multiples of {limits.multiple}, from 1:{limits.max_ratio} to "
-            f"{limits.max_ratio}:1; `auto` is "
+            f"`auto`, or WxH: multiples of {limits.asked.multiple}, from "
+            f"1:{limits.asked.max_ratio} to {limits.asked.max_ratio}:1; `auto` is "
             f"{model.default_width}x{model.default_height}, or the first image's shape.",
             default="auto",
             example=f"{model.default_width}x{model.default_height}",

@@ -64,9 +64,9 @@ def side(name: str, about: str, limits: Limits, default: int | None = None) -> F
         about,
         schema={
             "type": ["integer", "null"],
-            "minimum": limits.min_side,
-            "maximum": limits.max_side,
-            "multipleOf": limits.multiple,
+            "minimum": limits.asked.min_side,
+            "maximum": limits.asked.max_side,
+            "multipleOf": limits.asked.multiple,
             **({} if default is None else {"default": default}),
         },
     )

@@ -108,7 +108,7 @@ async def _read_txt2img(
     model, limits = runtime.service.model, runtime.service.limits
     # Extensions put pictures into fields that are ignored here.
     asked = read_txt2img(await read_json(request, has_pictures=True), model, limits)
-    return asked, asked.image.specs(model, runtime.service.random_seed)
+    return asked, asked.image.specs(runtime.service)
 
 
 async def _read_img2img(
@@ -125,4 +125,4 @@ async def _read_img2img(
         uploads.images, uploads.mask, asked.image.size, limits.nearest, client=admission.client
     )
     edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
-    return asked, asked.image.specs(model, runtime.service.random_seed, edit)
+    return asked, asked.image.specs(runtime.service, edit)
