@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from app.domain import Mask, RawImage
 from app.errors import InvalidRequest
 from app.images.uploads import (
+    Original,
     decode_mask,
+    decode_original,
     decode_painted_mask,
-    decode_upload,
     prepare_reference,
     resize,
 )
@@ -90,7 +91,7 @@ def prepare(
     """
     begin(images[0], "invalid_image")
     first = _decode(images[0], 0)
-    prepared = [prepare_reference(first)]
+    prepared = [prepare_reference(first.image)]
     weights = None
     if mask is not None:
         begin(mask, "invalid_mask")
@@ -98,26 +99,27 @@ def prepare(
     result = nearest(*(size or (prepared[0].width, prepared[0].height)))
     if weights is not None:
         _check_ratio(size or result, first, prepared[0])
-        prepared[0] = resize(first, *result)
+        prepared[0] = resize(first.image, *result)
     del first  # a large original is not kept while the others are decoded
     for index, image in enumerate(images[1:], 1):
         begin(image, "invalid_image")
-        prepared.append(prepare_reference(_decode(image, index)))
+        prepared.append(prepare_reference(_decode(image, index).image))
     return Edit(tuple(prepared), weights, result)
 
 
-def _decode(image: Upload, index: int) -> RawImage:
-    return decode_upload(image.read("invalid_image"), what=image.param, index=index)
+def _decode(image: Upload, index: int) -> Original:
+    return decode_original(image.read("invalid_image"), what=image.param, index=index)
 
 
-def _decode_mask(mask: Upload, first: RawImage) -> Mask:
-    data, size = mask.read("invalid_mask"), (first.width, first.height)
+def _decode_mask(mask: Upload, first: Original) -> Mask:
+    data = mask.read("invalid_mask")
     if mask.repaints == TRANSPARENT:
-        return decode_mask(data, *size)
+        return decode_mask(data, first.width, first.height)
+    size = first.image.width, first.image.height
     return decode_painted_mask(data, *size, is_inverted=mask.repaints == BLACK)
 
 
-def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:
+def _check_ratio(result: Size, original: Original, prepared: RawImage) -> None:
     wanted = result[0] / result[1]
     if all(
         abs(wanted * image.height / image.width - 1) > RATIO_TOLERANCE

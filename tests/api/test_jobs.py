@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import httpx
 import pytest
@@ -83,7 +82,7 @@ async def test_a_client_sees_what_it_waits_for(client, running):
     jobs = await listed(client, KEYS[0])
 
     assert len({job.pop("id") for job in jobs}) == 2
-    assert all(abs(job.pop("created") - time.time()) < 60 for job in jobs)
+    assert all(isinstance(job.pop("created"), int) for job in jobs)
     assert jobs == [
         {
             "object": "job",

@@ -79,7 +79,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "time by the clock": (DECODER.wall_s,),
     "address space": (DECODER.memory_bytes,),
     "scans of a JPEG": (uploads.MAX_SCANS,),
-    "pixels": (uploads.MAX_PIXELS,),
+    "pixels": (uploads.MAX_PIXELS, uploads.MAX_JPEG_PIXELS),
     "no room for a process": (DECODER.start_s,),
     "places while a body of more than 64 KiB, or of unknown length, is read": (1,),
     "images that wait": (Settings().queue_images,),
