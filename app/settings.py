@@ -148,6 +148,9 @@ class Settings(BaseModel):
     public_url: str | None = None
     """What links start with, such as `https://pictures.example`; else the request's own address,
     or the one that a trusted proxy forwards. Its name is an allowed host."""
+    demo_scale: bool = True
+    """For the embedded demo model only: make a size that it cannot, such as 1024x1024, at the
+    nearest that it can, and scale it; a warning says so. Else such a size is refused."""
     max_references: int = Field(default=4, ge=1, le=4)
     """How many pictures an edit may bring."""
     mask: Literal["auto", "alpha"] = "auto"

@@ -26,7 +26,7 @@ from app.api.openai.image_store import ImageStore
 from app.api.proxies import Proxies
 from app.api.sdapi import response as sdapi_response
 from app.api.sdapi import route as sdapi_route
-from app.api.system import docs, health, models, openapi, playground
+from app.api.system import docs, health, jobs, models, openapi, playground
 from app.images.preparing import AUTO, TRANSPARENT
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
@@ -79,6 +79,7 @@ def create_app(
         native_route.build_router(config),
         openai_route.build_router(config, ImageStore(lifetime_s=link_lifetime_s, clock=clock)),
         models.build_router(config),
+        jobs.router,
         health.router,
         playground.build_router(),
         *([sdapi_route.build_router()] if settings.sdapi else []),

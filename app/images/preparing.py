@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from app.domain import Mask, RawImage
 from app.errors import InvalidRequest
 from app.images.uploads import (
+    Original,
     decode_mask,
+    decode_original,
     decode_painted_mask,
-    decode_upload,
     prepare_reference,
     resize,
 )
@@ -88,7 +89,8 @@ def prepare(
 ) -> Edit:
     """Decode all images, and choose the output's size.
 
-    The size is the requested one, or what *nearest* returns for the first image's own. The image
+    The size is what *nearest* returns for the requested one, or for the first image's own: the
+    nearest that can be made, which is usually the requested size itself. The image
     under a mask is scaled to the output's size, so that unmasked pixels are returned unchanged; the
     others are scaled to what the model reads. *begin* is called before each file is read, with the
     code of errors about it.
@@ -98,34 +100,36 @@ def prepare(
     """
     begin(images[0], "invalid_image")
     first = _decode(images[0], 0)
-    prepared = [prepare_reference(first)]
+    prepared = [prepare_reference(first.image)]
     weights, is_black_and_white = None, False
     if mask is not None:
         begin(mask, "invalid_mask")
         weights, is_black_and_white = _decode_mask(mask, first)
-    result = size or nearest(prepared[0].width, prepared[0].height)
+    result = nearest(*(size or (prepared[0].width, prepared[0].height)))
     if weights is not None:
-        _check_ratio(result, first, prepared[0])
-        prepared[0] = resize(first, *result)
+        _check_ratio(size or result, first, prepared[0])
+        prepared[0] = resize(first.image, *result)
     del first  # a large original is not kept while the others are decoded
     for index, image in enumerate(images[1:], 1):
         begin(image, "invalid_image")
-        prepared.append(prepare_reference(_decode(image, index)))
+        prepared.append(prepare_reference(_decode(image, index).image))
     return Edit(tuple(prepared), weights, result, is_black_and_white)
 
 
-def _decode(image: Upload, index: int) -> RawImage:
-    return decode_upload(image.read("invalid_image"), what=image.param, index=index)
+def _decode(image: Upload, index: int) -> Original:
+    return decode_original(image.read("invalid_image"), what=image.param, index=index)
 
 
-def _decode_mask(mask: Upload, first: RawImage) -> tuple[Mask, bool]:
-    data, size = mask.read("invalid_mask"), (first.width, first.height)
+def _decode_mask(mask: Upload, first: Original) -> tuple[Mask, bool]:
+    data = mask.read("invalid_mask")
     if mask.repaints in {TRANSPARENT, AUTO}:
-        return decode_mask(data, *size, takes_black_and_white=mask.repaints == AUTO)
+        takes_white = mask.repaints == AUTO
+        return decode_mask(data, first.width, first.height, takes_black_and_white=takes_white)
+    size = first.image.width, first.image.height
     return decode_painted_mask(data, *size, is_inverted=mask.repaints == BLACK), False
 
 
-def _check_ratio(result: Size, original: RawImage, prepared: RawImage) -> None:
+def _check_ratio(result: Size, original: Original, prepared: RawImage) -> None:
     wanted = result[0] / result[1]
     if all(
         abs(wanted * image.height / image.width - 1) > RATIO_TOLERANCE

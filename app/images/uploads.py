@@ -1,7 +1,9 @@
 """Uploads: checked by their first bytes, then by their header, and only then decoded.
 
 A file of half a megabyte can hold 169 million pixels, so the size is checked before pixels are
-decoded. Error messages are fixed texts: those of a decoder may contain addresses and paths.
+decoded. A large baseline JPEG is decoded at half its size, so that the whole is never in memory;
+of one with several scans all coefficients would have to be. Error messages are fixed texts: those
+of a decoder may contain addresses and paths.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from app.domain import Mask, RawImage
 from app.errors import InvalidRequest
 
 MAX_PIXELS = 25_000_000
+MAX_JPEG_PIXELS = 64_000_000
+"""Of a baseline JPEG; above `MAX_PIXELS` it is decoded at half its width and height."""
 MIN_SIDE = 64
 MAX_RATIO = 8
 REFERENCE_PIXELS = 1024 * 1024
@@ -42,26 +48,51 @@ _DAMAGED = "is damaged or cut short; save it anew and send it again"
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
 """A marker that has a length or ends the image: TEM, the restarts and the start have none."""
+_TURNED = frozenset({5, 6, 7, 8})
+"""Orientations by which width and height change places."""
 _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A decoded file, upright; *width* and *height* are its own, *image* may have half of each."""
+
+    image: RawImage
+    width: int
+    height: int
 
 
 def decode_upload(
     data: Data, *, what: str, index: int = 0, max_pixels: int = MAX_PIXELS
 ) -> RawImage:
+    """Decode a reference image; as `decode_original`, whose size is of no interest."""
+    return decode_original(data, what=what, index=index, max_pixels=max_pixels).image
+
+
+def decode_original(
+    data: Data, *, what: str, index: int = 0, max_pixels: int = MAX_PIXELS
+) -> Original:
     """Decode a reference image: PNG, JPEG or still WebP; upright, 8 bits, transparency on white.
+
+    A JPEG may have more than *max_pixels*, up to `MAX_JPEG_PIXELS`.
 
     Raises:
         InvalidRequest: it cannot be used; `param` is *what*, and the message names *index*.
     """
     refuse = partial(_refusal, f"The image at index {index}", what, "invalid_image")
-    picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse, max_pixels)
+    picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse)
     width, height = picture.size
     if min(width, height) < MIN_SIDE:
         raise refuse(f"is {width}x{height}; both sides need at least {MIN_SIDE} pixels")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise refuse(f"is {width}x{height}; its ratio may be {MAX_RATIO}:1 at most")
+    if width * height > max_pixels:
+        _halve(picture, data, refuse, max_pixels)
     with _decoding(refuse):
-        return _from_pillow(_flatten(ImageOps.exif_transpose(picture)))
+        upright = ImageOps.exif_transpose(picture)
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED:
+            width, height = height, width
+        return Original(_from_pillow(_flatten(upright)), width, height)
 
 
 def decode_mask(
@@ -76,7 +107,8 @@ def decode_mask(
         InvalidRequest: it cannot be used; `param` is `mask`.
     """
     refuse = partial(_refusal, "The mask", "mask", "invalid_mask")
-    picture = _open(data, ("PNG", "WEBP"), refuse, MAX_PIXELS)
+    picture = _open(data, ("PNG", "WEBP"), refuse)
+    _check_pixels(picture, refuse, MAX_PIXELS, "scale it and its picture down")
     if not takes_black_and_white and not picture.has_transparency_data:
         raise refuse("has no alpha channel; make what is to be repainted transparent")
     with _decoding(refuse):
@@ -121,7 +153,8 @@ def decode_painted_mask(data: Data, width: int, height: int, *, is_inverted: boo
         InvalidRequest: it cannot be used; `param` is `mask`.
     """
     refuse = partial(_refusal, "The mask", "mask", "invalid_mask")
-    picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse, MAX_PIXELS)
+    picture = _open(data, ("PNG", "JPEG", "WEBP"), refuse)
+    _check_pixels(picture, refuse, MAX_PIXELS)
     with _decoding(refuse):
         upright = ImageOps.exif_transpose(picture)
         weights = _alpha(upright)
@@ -183,8 +216,8 @@ def _decoding(refuse: _Refuse) -> Iterator[None]:
         raise refuse(_DAMAGED) from None
 
 
-def _open(data: Data, formats: tuple[str, ...], refuse: _Refuse, max_pixels: int) -> Image.Image:
-    """Read the header, and refuse files that must not be decoded."""
+def _open(data: Data, formats: tuple[str, ...], refuse: _Refuse) -> Image.Image:
+    """Read the header, and refuse files that must not be decoded, whatever their size."""
     kind = _kind(bytes(data[:12]))
     if kind not in formats:
         raise refuse(f"is none of {', '.join(formats)}; save it as one of these")
@@ -198,9 +231,26 @@ def _open(data: Data, formats: tuple[str, ...], refuse: _Refuse, max_pixels: int
     # The further frames of an MPO file are views from other lenses, not an animation.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise refuse("is animated; send a still picture")
-    if picture.width * picture.height > max_pixels:
-        raise refuse(f"has more than {max_pixels / 1e6:g} million pixels; scale it down")
     return picture
+
+
+def _check_pixels(
+    picture: Image.Image, refuse: _Refuse, most: int, advice: str = "scale it down"
+) -> None:
+    if picture.width * picture.height > most:
+        raise refuse(f"has more than {most / 1e6:g} million pixels; {advice}")
+
+
+def _halve(picture: Image.Image, data: Data, refuse: _Refuse, max_pixels: int) -> None:
+    """Have a file above *max_pixels* decoded at half its size; refuse all but baseline JPEGs."""
+    is_jpeg = isinstance(picture, JpegImageFile)
+    _check_pixels(picture, refuse, MAX_JPEG_PIXELS if is_jpeg else max_pixels)
+    if "progressive" in picture.info or _count_scans(data) > 1:
+        raise refuse(
+            f"is a progressive JPEG of more than {max_pixels / 1e6:g} million pixels; save it as a "
+            "baseline JPEG, or scale it down"
+        )
+    picture.draft(None, (picture.width // 2, picture.height // 2))
 
 
 def _count_scans(data: Data) -> int:

@@ -39,6 +39,8 @@ class Job:
     future: asyncio.Future[Generated]
     on_progress: Callable[[Progress], None] = _ignore
     state: JobState = JobState.WAITING
+    step: int = 0
+    """The denoising steps made."""
     submitted_at: float = 0.0
     started_at: float = 0.0
     predicted_s: float = 0.0

@@ -23,6 +23,8 @@ async def test_every_route_is_described(client):
         "/v1/images/files/{name}",
         "/v1/models",
         "/v1/models/{id}",
+        "/v1/jobs",
+        "/v1/jobs/{id}",
         "/health",
         "/health/live",
         "/health/ready",
@@ -58,7 +60,7 @@ async def test_every_example_works_when_pasted(client, service):
     ]
     picture = (await client.post("/generate", json={"prompt": "a"})).content
 
-    assert len(commands) == 11
+    assert len(commands) == 12
     for words in commands:
         response = await run(client, words, picture)
 

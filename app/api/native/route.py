@@ -62,4 +62,4 @@ async def _read(
             edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
         admission.warnings = edit.warnings
         asked = replace(asked, images=(), mask=None)
-    return asked, asked.image.specs(model, runtime.service.random_seed, edit)
+    return asked, asked.image.specs(runtime.service, edit)

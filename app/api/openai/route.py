@@ -32,7 +32,7 @@ from app.domain import ImageSpec
 from app.errors import Kind, KleinError
 from app.request_context import current_request
 from app.runtime import Runtime
-from app.service.results import Picture
+from app.service.results import Picture, warnings_of
 from app.service.ticket import Admission
 
 _FILES = "/v1/images/files/"
@@ -88,7 +88,12 @@ async def _respond(
             ticket = admission.submit(specs, asked.image.output)
     if asked.wants_stream:
         stream = messages(ticket, asked, specs[0])
-        return EventStream(stream, heartbeat_s=config.heartbeat_s, on_close=ticket.cancel)
+        return EventStream(
+            stream,
+            headers=_warning((*admission.warnings, *warnings_of(specs[0]))),
+            heartbeat_s=config.heartbeat_s,
+            on_close=ticket.cancel,
+        )
     pictures = await await_images(ticket, request.receive)
     urls = None
     if asked.wants_links:
@@ -111,7 +116,7 @@ async def _read_generation(
     model, limits = runtime.service.model, runtime.service.limits
     fields = openai_fields.table(model, limits, config, is_edit=False)
     asked = openai_request.read(fields.read(await read_json(request)), model, limits, config)
-    return asked, asked.image.specs(model, runtime.service.random_seed)
+    return asked, asked.image.specs(runtime.service)
 
 
 async def _read_edit(
@@ -132,7 +137,7 @@ async def _read_edit(
         )
         edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
     admission.warnings = edit.warnings
-    return asked, asked.image.specs(model, runtime.service.random_seed, edit)
+    return asked, asked.image.specs(runtime.service, edit)
 
 
 def _store(links: ImageStore, picture: Picture) -> str:
@@ -145,9 +150,11 @@ def _store(links: ImageStore, picture: Picture) -> str:
 
 
 def _headers(pictures: Sequence[Picture]) -> dict[str, str]:
-    headers = {}
+    headers = _warning(openai_response.all_warnings(pictures))
     if len(pictures) == 1:
         headers["Server-Timing"] = server_timing(pictures[0])
-    if warnings := openai_response.all_warnings(pictures):
-        headers["X-Klein-Warnings"] = "; ".join(warnings)
     return headers
+
+
+def _warning(sentences: Sequence[str]) -> dict[str, str]:
+    return {"X-Klein-Warnings": "; ".join(sentences)} if sentences else {}

@@ -66,9 +66,9 @@ def side(name: str, about: str, limits: Limits, default: int | None = None) -> F
         about,
         schema={
             "type": ["integer", "null"],
-            "minimum": limits.min_side,
-            "maximum": limits.max_side,
-            "multipleOf": limits.multiple,
+            "minimum": limits.asked.min_side,
+            "maximum": limits.asked.max_side,
+            "multipleOf": limits.asked.multiple,
             **({} if default is None else {"default": default}),
         },
     )
@@ -80,8 +80,9 @@ def size(model: ModelSpec, limits: Limits) -> Field:
     return Field(
         "size",
         Type.TEXT,
-        f"`auto`, or WxH: multiples of {limits.multiple}, from 1:{limits.max_ratio} to "
-        f"{limits.max_ratio}:1; `auto` is {default}, or the first image's shape.",
+        f"`auto`, or WxH: multiples of {limits.asked.multiple}, from "
+        f"1:{limits.asked.max_ratio} to {limits.asked.max_ratio}:1; `auto` is {default}, or the "
+        "first image's shape.",
         default="auto",
         example=default,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from app.images import OutputFormat
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.images.preparing import Edit, Size
 from app.limits import DRAW, MAX_SEED, Limits, check_prompt
+from app.service.service import ImageService
 
 SIDES = {"width": "size", "height": "size"}
 """The field for a spec's sides where they came as one text."""
@@ -33,13 +34,13 @@ class ImageRequest:
     output: OutputFormat
     previews: int
 
-    def specs(
-        self, model: ModelSpec, random_seed: Callable[[], int], edit: Edit | None = None
-    ) -> list[ImageSpec]:
+    def specs(self, service: ImageService, edit: Edit | None = None) -> list[ImageSpec]:
         """Make one spec per image; image i has seed+i, and a drawn seed leaves room for that."""
-        default = model.default_width, model.default_height
-        width, height = edit.size if edit else self.size or default
-        seed = min(random_seed(), MAX_SEED - self.n + 1) if self.seed is None else self.seed
+        model, seed = service.model, self.seed
+        asked = self.size or (model.default_width, model.default_height)
+        width, height = edit.size if edit else service.limits.nearest(*asked)
+        if seed is None:
+            seed = min(service.random_seed(), MAX_SEED - self.n + 1)
         return [
             ImageSpec(
                 prompt=self.prompt,
@@ -51,6 +52,7 @@ class ImageRequest:
                 references=edit.references if edit else (),
                 mask=edit.mask if edit else None,
                 previews=self.previews,
+                scaled_to=self.size if self.size != (width, height) else None,
             )
             for index in range(self.n)
         ]

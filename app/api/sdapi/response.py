@@ -6,6 +6,7 @@ Nothing here waits for the GPU. There is one model, one sampler and one schedule
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,10 @@ from app.api.sdapi.request import SdRequest
 from app.domain import ModelSpec
 from app.errors import KleinError
 from app.service.results import Picture
+from app.service.ticket import Ticket
+
+_STARTED = 0.01
+"""The least progress of a client that has jobs; 0 means none."""
 
 SAMPLERS = ({"name": "Euler", "aliases": ["euler"], "options": {}},)
 SCHEDULERS = (
@@ -67,6 +72,35 @@ def options(model: ModelSpec) -> dict[str, object]:
         "sd_vae": "Automatic",
         "samples_format": "png",
         "CLIP_stop_at_last_layers": 1,
+    }
+
+
+def progress(tickets: Sequence[Ticket]) -> dict[str, Any]:
+    """Describe what a client waits for, as one piece of work."""
+    advances = [ticket.advance() for ticket in tickets]
+    images = sum(each.images for each in advances)
+    step, steps = next(((e.step, e.steps) for e in advances if e.done < e.images), (0, 0))
+    fraction = left_s = 0.0
+    if images:
+        made = sum(each.fraction * each.images for each in advances)
+        fraction = max(_STARTED, min(1.0, made / images))
+        left_s = max(0.0, time.time() - tickets[0].created) * (1 / fraction - 1)
+    return {
+        "progress": fraction,
+        "eta_relative": left_s,
+        "state": {
+            "skipped": False,
+            "interrupted": False,
+            "stopping_generation": False,
+            "job": "",
+            "job_count": images,
+            "job_timestamp": "0",
+            "job_no": sum(each.done for each in advances),
+            "sampling_step": step,
+            "sampling_steps": steps,
+        },
+        "current_image": None,
+        "textinfo": None,
     }
 
 

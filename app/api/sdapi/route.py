@@ -14,12 +14,11 @@ from app.api.errors import own_names
 from app.api.pieces import PieceResponse
 from app.api.schema.body import read_json
 from app.api.sdapi import response as sdapi_response
-from app.api.sdapi.own_jobs import OwnJobs
 from app.api.sdapi.request import SdRequest, read_img2img, read_txt2img
 from app.domain import ImageSpec
 from app.request_context import current_request
 from app.runtime import Runtime
-from app.service.ticket import Admission
+from app.service.ticket import Admission, Tickets
 
 _JSON = "application/json"
 _NO_TYPE = ""  # Dify sends JSON without a Content-Type
@@ -30,7 +29,7 @@ _OWN_NAMES = {"references": "init_images", "images": "batch_size", "deadline_s":
 def build_router() -> APIRouter:
     """Make the router."""
     router = APIRouter(prefix="/sdapi/v1", include_in_schema=False)
-    own = OwnJobs()
+    own = Tickets()
 
     @router.post("/txt2img")
     async def txt2img(request: Request, runtime: Running) -> Response:
@@ -42,11 +41,12 @@ def build_router() -> APIRouter:
 
     @router.get("/progress")
     async def progress() -> Response:
-        return JSONResponse(own.progress(current_request.get().client))
+        return JSONResponse(sdapi_response.progress(own.of(current_request.get().client)))
 
     @router.post("/interrupt")
     async def interrupt() -> Response:
-        own.interrupt(current_request.get().client)
+        for ticket in own.of(current_request.get().client):
+            ticket.cancel()
         return JSONResponse({})
 
     _add_lists(router)
@@ -84,7 +84,7 @@ def _lister(entries: tuple[dict[str, Any], ...]) -> Callable[[], Awaitable[Respo
     return entries_of_it
 
 
-async def _respond(request: Request, runtime: Runtime, own: OwnJobs, read: _Read) -> Response:
+async def _respond(request: Request, runtime: Runtime, own: Tickets, read: _Read) -> Response:
     """Queue the images, wait, and answer."""
     context, model = current_request.get(), runtime.service.model
     with admit(request, runtime.service, _JSON, _NO_TYPE) as admission:
@@ -92,8 +92,8 @@ async def _respond(request: Request, runtime: Runtime, own: OwnJobs, read: _Read
         context.release_body()
         with own_names(_OWN_NAMES):
             ticket = admission.submit(specs, asked.image.output)
-    with own.hold(context.client, ticket):
-        pictures = await await_images(ticket, request.receive)
+    own.add(ticket)
+    pictures = await await_images(ticket, request.receive)
     warnings = sdapi_response.warnings(pictures, asked)
     return PieceResponse(
         sdapi_response.answer(pictures, asked, model),
@@ -108,7 +108,7 @@ async def _read_txt2img(
     model, limits = runtime.service.model, runtime.service.limits
     # Extensions put pictures into fields that are ignored here.
     asked = read_txt2img(await read_json(request, has_pictures=True), model, limits)
-    return asked, asked.image.specs(model, runtime.service.random_seed)
+    return asked, asked.image.specs(runtime.service)
 
 
 async def _read_img2img(
@@ -125,4 +125,4 @@ async def _read_img2img(
         uploads.images, uploads.mask, asked.image.size, limits.nearest, client=admission.client
     )
     edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
-    return asked, asked.image.specs(model, runtime.service.random_seed, edit)
+    return asked, asked.image.specs(runtime.service, edit)

@@ -66,6 +66,26 @@ _ERROR = {
     },
 }
 
+_JOB = {
+    "type": "object",
+    "required": ["id", "object", "created", "request_id", "state", "position", "progress"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "job"},
+        "created": {"type": "integer", "description": "Seconds since 1970."},
+        "request_id": {"type": "string", "description": "The request's X-Request-Id."},
+        "state": {"enum": ["queued", "running", "cancelled"]},
+        "position": {
+            "type": ["integer", "null"],
+            "description": "Pictures that are begun before its first; null once that is begun.",
+        },
+        "images": {"type": "integer"},
+        "images_done": {"type": "integer"},
+        "progress": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "additionalProperties": False,
+}
+
 
 def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
     """Return the OpenAPI document for the model and the limits of *service*."""
@@ -95,6 +115,11 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
     lookup = paths["/v1/models/{id}"]["get"]
     lookup["responses"].update(_errors((404,)))
     lookup["parameters"][0]["example"] = service.model.id
+    paths["/v1/jobs"]["get"]["responses"]["200"] = _reply("The jobs.", [_JSON], _list_of(_JOB))
+    paths["/v1/jobs/{id}"]["delete"]["responses"] |= {
+        "200": _reply("The job as it was.", [_JSON], _JOB),
+        **_errors((403, 404)),
+    }
     for path in ("/health", "/health/ready"):
         paths[path]["get"]["responses"].update(_errors((503,)))
     paths["/metrics"]["get"]["responses"]["200"] = _reply("The exposition.", ["text/plain"], _BYTES)
@@ -155,6 +180,19 @@ def _reply(about: str, media_types: Iterable[str], schema: Json) -> Json:
     return {
         "description": about,
         "content": {media_type: {"schema": schema} for media_type in media_types},
+    }
+
+
+def _list_of(entry: Json) -> Json:
+    return {
+        "type": "object",
+        "required": ["object", "data", "has_more"],
+        "properties": {
+            "object": {"const": "list"},
+            "data": {"type": "array", "items": entry},
+            "has_more": {"type": "boolean"},
+        },
+        "additionalProperties": False,
     }
 
 
