@@ -89,11 +89,10 @@ def prepare(
 ) -> Edit:
     """Decode all images, and choose the output's size.
 
-    The size is what *nearest* returns for the requested one, or for the first image's own: the
-    nearest that can be made, which is usually the requested size itself. The image
-    under a mask is scaled to the output's size, so that unmasked pixels are returned unchanged; the
-    others are scaled to what the model reads. *begin* is called before each file is read, with the
-    code of errors about it.
+    The size is what *nearest* returns for the requested one, or for the first image's own: that
+    size itself where it can be made. The image under a mask is scaled to the output's size, so that
+    unmasked pixels are returned unchanged; the others are scaled to what the model reads. *begin*
+    is called before each file is read, with the code of errors about it.
 
     Raises:
         InvalidRequest: an image cannot be used.

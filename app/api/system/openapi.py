@@ -68,7 +68,17 @@ _ERROR = {
 
 _JOB = {
     "type": "object",
-    "required": ["id", "object", "created", "request_id", "state", "position", "progress"],
+    "required": [
+        "id",
+        "object",
+        "created",
+        "request_id",
+        "state",
+        "position",
+        "images",
+        "images_done",
+        "progress",
+    ],
     "properties": {
         "id": {"type": "string"},
         "object": {"const": "job"},
