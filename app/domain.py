@@ -47,11 +47,18 @@ class ImageSpec:
     """How many previews of the latents to send with the progress, spread over the steps."""
     wants_latents: bool = False
     """Whether the final latents come back with the image; only commands ask for them."""
+    scaled_to: tuple[int, int] | None = None
+    """The size to which the finished image is scaled; None leaves it as it is made."""
 
     @property
     def pixels(self) -> int:
-        """The output's number of pixels."""
+        """The number of pixels that are made."""
         return self.width * self.height
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Width and height of the image that the client gets."""
+        return self.scaled_to or (self.width, self.height)
 
 
 @dataclass(frozen=True, slots=True)

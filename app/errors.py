@@ -33,6 +33,7 @@ class Kind(Enum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TOO_LARGE = "too_large"
     UNSUPPORTED_MEDIA = "unsupported_media"
+    UNSUPPORTED_ENCODING = "unsupported_encoding"
     RATE_LIMITED = "rate_limited"
     QUEUE_FULL = "queue_full"
     LOADING = "loading"
@@ -50,7 +51,8 @@ class Kind(Enum):
 class KleinError(Exception):
     """The base class: *kind* decides the status code, *message* is for the client.
 
-    *param* is the field that is at fault, by the name that the raising room knows.
+    *param* is the field that is at fault, by the name that the raising room knows; *word* is a text
+    of the client's in the message, which no log line may have.
     """
 
     kind = Kind.INTERNAL
@@ -63,6 +65,7 @@ class KleinError(Exception):
         kind: Kind | None = None,
         param: str | None = None,
         code: str | None = None,
+        word: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
@@ -70,6 +73,7 @@ class KleinError(Exception):
         self.kind = kind or self.kind
         self.param = param
         self.code = code or self.code
+        self.word = word
         self.retry_after_s = retry_after_s
 
 

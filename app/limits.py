@@ -45,9 +45,20 @@ class Limits:
     """Of the longer side to the shorter one."""
     max_seed: int = MAX_SEED
     max_prompt_characters: int = MAX_PROMPT
+    scaled: Limits | None = None
+    """The limits on sizes that may be asked for where they are wider than those that can be made.
+
+    Such an image is made at the nearest size that can be made, and scaled; only the demo's are.
+    """
 
     @classmethod
-    def of(cls, model: ModelSpec, max_pixels: int, max_references: int | None = None) -> Limits:
+    def of(
+        cls,
+        model: ModelSpec,
+        max_pixels: int,
+        max_references: int | None = None,
+        scaled: Limits | None = None,
+    ) -> Limits:
         """Combine the model's limits with the operator's."""
         return cls(
             min_side=model.min_side,
@@ -60,7 +71,13 @@ class Limits:
             max_references=model.max_references
             if max_references is None
             else min(model.max_references, max_references),
+            scaled=scaled,
         )
+
+    @property
+    def asked(self) -> Limits:
+        """The limits on sizes that may be asked for."""
+        return self.scaled or self
 
     def check(self, spec: ImageSpec) -> None:
         """Refuse a spec that is never generated here, however much memory there is.
@@ -69,25 +86,33 @@ class Limits:
             InvalidRequest: with the name of the spec's field.
         """
         check_prompt(spec.prompt)
-        self.check_size(spec.width, spec.height)
+        self._check_made(spec.width, spec.height)
+        self.check_size(*spec.output_size)
         if not 1 <= spec.num_inference_steps <= self.max_steps:
             raise InvalidRequest(
                 f"num_inference_steps must lie between 1 and {self.max_steps}.",
                 param="num_inference_steps",
             )
         self.check_guidance(spec.guidance_scale)
-        if len(spec.references) > self.max_references:
-            raise InvalidRequest(
-                f"{len(spec.references)} reference images were sent; the most is "
-                f"{self.max_references}.",
-                param="references",
-                code="array_above_max_length",
-            )
+        self.check_references(len(spec.references), "references")
         if not 0 <= spec.seed <= self.max_seed:
             raise InvalidRequest(f"seed must lie between {DRAW} and {self.max_seed}.", param="seed")
 
+    def check_references(self, count: int, param: str) -> None:
+        """Refuse more pictures than are read; *param* is the field that brought them."""
+        if count > self.max_references:
+            raise InvalidRequest(
+                f"{param} holds {count} pictures; the most is {self.max_references}, since each "
+                "one takes memory and time in every step.",
+                param=param,
+                code="array_above_max_length",
+            )
+
     def check_size(self, width: int, height: int) -> None:
-        """Refuse a size that is not valid; the error names the nearest one that is."""
+        """Refuse a size that may not be asked for; the error names the nearest one that may."""
+        self.asked._check_made(width, height)
+
+    def _check_made(self, width: int, height: int) -> None:
         for name, side in (("width", width), ("height", height)):
             if not self.min_side <= side <= self.max_side or side % self.multiple:
                 raise self._refuse(
@@ -127,16 +152,23 @@ class Limits:
             self.check_size(width, height)
             return width, height
         nearly = _NEARLY.fullmatch(text)
-        hint = self._say_nearest(int(nearly[1]), int(nearly[2])) if nearly else self._say_nearest()
+        say = self.asked._say_nearest
+        hint = say(int(nearly[1]), int(nearly[2])) if nearly else say()
         raise InvalidRequest(
             f"size must be `auto` or width and height with a small x between them; {hint}.",
             param="width",
         )
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
-        """Return a valid size near *width* x *height*, keeping the aspect ratio if valid."""
-        wide = float(min(max(width, self.min_side), 10 * self.max_side))
-        high = float(min(max(height, self.min_side), 10 * self.max_side))
+        """Return a size near *width* x *height* that can be made; that size itself if it can.
+
+        The aspect ratio is kept if it is valid.
+        """
+        grow = max(1.0, self.min_side / max(1, min(width, height)))
+        wide, high = (
+            float(min(max(side * grow, self.min_side), 10 * self.max_side))
+            for side in (width, height)
+        )
         wide, high = min(wide, self.max_ratio * high), min(high, self.max_ratio * wide)
         shrink = min(
             1.0, math.sqrt(self.max_pixels / (wide * high)), self.max_side / max(wide, high)

@@ -41,6 +41,11 @@ class Choice:
     path: str | None
     reason: str
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the embedded demo."""
+        return self.key == DEMO and self.path is None
+
 
 def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
     """Choose the model that `KLEIN_MODEL` means on this machine.
@@ -85,7 +90,7 @@ def choose_device(settings: Settings, choice: Choice, gpu: Gpu) -> int | None:
     """
     if settings.device == "cpu":
         return None
-    if choice.key == DEMO and choice.path is None:
+    if choice.is_demo:
         is_asked_for = "device" in settings.model_fields_set
         return settings.device if is_asked_for or gpu.read() is not None else None
     check_gpu(gpu, settings.device, torch_cuda())

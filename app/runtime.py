@@ -25,7 +25,7 @@ from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
-from app.model_choice import Choice, choose_device, choose_model
+from app.model_choice import KLEIN, Choice, choose_device, choose_model
 from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
@@ -79,7 +79,7 @@ class Runtime:
         self._dispatcher = Dispatcher(self._queue, self.worker, self._estimator)
         self.service = ImageService(
             self.model,
-            Limits.of(self.model, settings.max_pixels, settings.max_references),
+            _limits(settings, self.choice),
             self._queue,
             self._estimator,
             self.worker,
@@ -190,6 +190,15 @@ def build_runtime(
     """
     index = settings.device if isinstance(settings.device, int) else 0
     return Runtime(settings, make_engine, gpu or Gpu(index))
+
+
+def _limits(settings: Settings, choice: Choice) -> Limits:
+    """Combine the model's limits with the operator's; the demo may be asked for klein's sizes."""
+    scaled = None
+    if settings.demo_scale and choice.is_demo:
+        scaled = Limits.of(find_spec(KLEIN), settings.max_pixels)
+    model = find_spec(choice.key)
+    return Limits.of(model, settings.max_pixels, settings.max_references, scaled)
 
 
 def _engine_config(settings: Settings, choice: Choice, device: int | None) -> EngineConfig:

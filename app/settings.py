@@ -18,7 +18,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from app.errors import StartupError
 
 PREFIX = "KLEIN_"
-_LISTS = frozenset({"api_keys", "allowed_hosts", "trusted_proxies"})
+_LISTS = frozenset({"api_keys", "allowed_hosts", "allowed_origins", "trusted_proxies"})
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
+_DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
 
 MIN_KEY_LENGTH = 8
 
@@ -125,10 +127,14 @@ class Settings(BaseModel):
     metrics_key: Literal["open", "required"] = "open"
     """Whether `/metrics` needs a key where keys are set."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names under which the service may be addressed, besides the loopback ones; `*` admits all."""
+    """Names under which the service may be addressed, besides IP addresses, `localhost` and
+    Docker's and Podman's names of the host; `*` admits all."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins, such as `https://ui.example`, whose pages may ask and read (CORS); `*` admits all
+    and needs keys."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses and networks, such as `172.18.0.0/16`, of proxies whose `X-Forwarded-For` tells who
-    asks; from anybody else, 127.0.0.1 too, it is ignored."""
+    """Addresses and networks, such as `172.18.0.0/16`, of proxies whose `X-Forwarded-For`, `-Proto`
+    and `-Host` tell who asks, and where; from anybody else, 127.0.0.1 too, they are ignored."""
     trust_network: bool = False
     """Listen on a public address without keys: everyone who reaches the port may ask."""
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
@@ -139,10 +145,21 @@ class Settings(BaseModel):
     """List those aliases in `/v1/models` too."""
     image_urls: bool = True
     """Give links for `response_format=url`; the pictures are kept in memory for an hour."""
+    sdapi: bool = True
+    """Answer under `/sdapi/v1/` as AUTOMATIC1111 does, for Open WebUI's default engine, SillyTavern
+    and Dify; a key may be the password of Basic authentication there."""
     public_url: str | None = None
-    """What links start with, such as `https://pictures.example`; else the request's own address."""
+    """What links start with, such as `https://pictures.example`; else the request's own address,
+    or the one that a trusted proxy forwards. Its name is an allowed host."""
+    demo_scale: bool = True
+    """For the embedded demo model only: make a size that it cannot, such as 1024x1024, at the
+    nearest that it can, and scale it; a warning says so. Else such a size is refused."""
     max_references: int = Field(default=4, ge=1, le=4)
     """How many pictures an edit may bring."""
+    mask: Literal["auto", "alpha"] = "auto"
+    """How masks are read. `auto`: transparent pixels are repainted, and where there are none the
+    white ones, which the answer says in `warnings`. `alpha`: a mask without transparent pixels is
+    refused. Masks under `/sdapi/v1/` are read as AUTOMATIC1111 reads them."""
     png_metadata: bool = True
     """Write prompt, seed, steps, guidance, size, model and precision into the picture."""
     docs: bool = True
@@ -157,6 +174,19 @@ class Settings(BaseModel):
     def _refuse_weak_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(len(key) < MIN_KEY_LENGTH for key in value):
             raise ValueError(f"a key has fewer than {MIN_KEY_LENGTH} characters")
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        value = tuple(each.lower() for each in value)
+        for number, each in enumerate(value, 1):
+            is_sent = _ORIGIN.fullmatch(each) and not _DEFAULT_PORTS.fullmatch(each)
+            if each != "*" and not is_sent:
+                raise ValueError(
+                    f"entry {number} is no origin such as https://ui.example or "
+                    "http://localhost:3000, without a path, a final slash or the usual port"
+                )
         return value
 
     @field_validator("trusted_proxies")
@@ -201,10 +231,15 @@ class Settings(BaseModel):
             settings = cls.model_validate(values)
         except ValidationError as error:
             raise StartupError(_say(error)) from None
-        if settings.api_keys_file is None:
-            return settings
-        keys = settings.api_keys + _read_keys(settings.api_keys_file)
-        return settings.model_copy(update={"api_keys": keys})
+        if settings.api_keys_file is not None:
+            keys = settings.api_keys + _read_keys(settings.api_keys_file)
+            settings = settings.model_copy(update={"api_keys": keys})
+        if "*" in settings.allowed_origins and not settings.api_keys:
+            raise StartupError(
+                "KLEIN_ALLOWED_ORIGINS=* lets every page that somebody visits use the service; set "
+                "KLEIN_API_KEYS or KLEIN_API_KEYS_FILE too, or list the origins."
+            )
+        return settings
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ ssl.create_default_context = cache(ssl.create_default_context)
 _LIVE = {
     "tests/e2e/test_adherence.py",
     "tests/e2e/test_readme.py",
+    "tests/e2e/test_sdapi.py",
     "tests/e2e/test_service.py",
 }
 _LONG = _LIVE | {"tests/reliability/test_lifecycle.py", "tests/worker/test_supervisor.py"}

@@ -16,13 +16,18 @@ from app.api import errors
 from app.api.config import ApiConfig
 from app.api.middleware.auth import KeyCheck, KeyRing
 from app.api.middleware.body_limit import BodyLimit
+from app.api.middleware.cors import Origins, Preflights
 from app.api.middleware.edge import Edge
-from app.api.middleware.gates import Gates, HostCheck, check_origin
+from app.api.middleware.gates import Gates, HostCheck, OriginCheck
+from app.api.middleware.target import Target
 from app.api.native import route as native_route
 from app.api.openai import route as openai_route
 from app.api.openai.image_store import ImageStore
 from app.api.proxies import Proxies
-from app.api.system import docs, health, models, openapi, playground
+from app.api.sdapi import response as sdapi_response
+from app.api.sdapi import route as sdapi_route
+from app.api.system import docs, health, jobs, models, openapi, playground
+from app.images.preparing import AUTO, TRANSPARENT
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
 
@@ -57,6 +62,7 @@ def create_app(
         has_links=settings.image_urls,
         public_url=settings.public_url,
         heartbeat_s=heartbeat_s,
+        repaints=AUTO if settings.mask == "auto" else TRANSPARENT,
     )
     app = FastAPI(
         title="klein-server",
@@ -68,32 +74,38 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    errors.install(app)
+    errors.install(app, config, *([sdapi_response.ERRORS] if settings.sdapi else []))
     for router in (
         native_route.build_router(config),
         openai_route.build_router(config, ImageStore(lifetime_s=link_lifetime_s, clock=clock)),
         models.build_router(config),
+        jobs.router,
         health.router,
         playground.build_router(),
+        *([sdapi_route.build_router()] if settings.sdapi else []),
     ):
         app.include_router(router)
     if settings.docs:
         app.include_router(
-            docs.build_router(lambda service: openapi.describe(app, service, config))
+            docs.build_router(config, lambda service: openapi.describe(app, service, config))
         )
     return app
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
     """List the middleware, outermost first; a valid key is checked first: it permits any host."""
+    proxies, origins = Proxies(settings.trusted_proxies), Origins(settings.allowed_origins)
     check_key = KeyCheck(
         KeyRing(settings.api_keys),
-        Proxies(settings.trusted_proxies),
+        proxies,
         is_metrics_open=settings.metrics_key == "open",
+        password_prefixes=(sdapi_response.ERRORS.prefix,) if settings.sdapi else (),
     )
     return [
-        Middleware(Edge),
-        Middleware(Gates, checks=(check_key, HostCheck(_hosts(settings)), check_origin)),
+        Middleware(Edge, origins=origins),
+        Middleware(Target, proxies=proxies),
+        Middleware(Preflights, origins=origins),
+        Middleware(Gates, checks=(check_key, HostCheck(_hosts(settings)), OriginCheck(origins))),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes, limit_s=settings.body_limit_s),
     ]
 

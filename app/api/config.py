@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
+from app.images.preparing import AUTO
+
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
@@ -17,6 +21,12 @@ class ApiConfig:
     has_links: bool
     """Whether `response_format=url` is possible."""
     public_url: str | None
-    """Base of an image's URL; None takes the request's own scheme and host."""
+    """What the service's own URLs begin with; None takes the request's scheme and host."""
     heartbeat_s: float
     """Seconds of silence after which a stream sends a comment."""
+    repaints: str = AUTO
+    """Which pixels a mask repaints: `AUTO` or `TRANSPARENT` of `app.images.preparing`."""
+
+    def own_url(self, request: Request) -> str:
+        """Return what the service's own URLs begin with, for whoever sent *request*."""
+        return self.public_url or str(request.base_url).rstrip("/")

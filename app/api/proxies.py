@@ -1,9 +1,13 @@
-"""The client address of a request: the peer's, or the one that a trusted proxy forwards.
+"""What trusted proxies say of a request: the client's address, and the scheme and Host it used.
 
 `X-Forwarded-For` is a list to which each proxy appends the address of its peer; entries to the left
 of the first one that a trusted proxy appended may be forged. So the list is read from the right,
 and only from declared proxies. Any other peer, loopback included, could send another
 address with each request and so escape the limits per client.
+
+`X-Forwarded-Proto` and `X-Forwarded-Host` are appended to as well, or overwritten. With as many
+entries as there are addresses, the one at the client's place is that of the proxy it spoke to;
+else the last one is the nearest proxy's, or the only one.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ from collections.abc import Iterable
 
 from starlette.types import Scope
 
+from app.api.hosts import parse_host
+
 _log = logging.getLogger(__name__)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 UNKNOWN = "address:unknown"
 
+_SCHEMES = frozenset({"http", "https"})
 _MAX_HOPS = 32
 _MAX_PEERS = 64
 _IPV6_CLIENT_BITS = 64
@@ -52,33 +59,57 @@ class Proxies:
         peer = _address(scope["client"][0]) if scope.get("client") else None
         if peer is None:
             return UNKNOWN
-        said = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        said = _forwarded(scope, b"for")
         if said and self._trusts(peer):
-            peer = self._first_untrusted(peer, b",".join(said).decode("latin-1"))
+            peer, _ = self._first_untrusted(peer, said)
         elif said:
-            self._watch(peer, b",".join(said))
+            self._watch(peer, said)
         return f"address:{_named(peer)}"
 
-    def _first_untrusted(self, peer: Address, said: str) -> Address:
-        """Walk the list from the right past trusted proxies; stop at what is no address."""
-        for text in said.split(",")[: -_MAX_HOPS - 1 : -1]:
-            before = _address(_without_port(text.strip()))
+    def seen(self, scope: Scope) -> tuple[str | None, str | None]:
+        """Return the scheme and the Host that the client used, as trusted proxies tell them.
+
+        None stands for what they do not tell, or not as a scheme or a Host.
+        """
+        peer = _address(scope["client"][0]) if scope.get("client") else None
+        if peer is None or not self._trusts(peer):
+            return None, None
+        addresses = _forwarded(scope, b"for")
+        _, hops = self._first_untrusted(peer, addresses)
+        scheme, host = (
+            _entry(_forwarded(scope, name), hops if hops else 1, len(addresses))
+            for name in (b"proto", b"host")
+        )
+        return (
+            scheme.lower() if scheme.lower() in _SCHEMES else None,
+            host if parse_host(host) else None,
+        )
+
+    def _first_untrusted(self, peer: Address, said: list[str]) -> tuple[Address, int]:
+        """Walk the list from the right past trusted proxies; stop at what is no address.
+
+        The second value is how many entries were passed.
+        """
+        hops = 0
+        for text in said[: -_MAX_HOPS - 1 : -1]:
+            before = _address(_without_port(text))
             if before is None or not self._trusts(peer):
                 break
-            peer = before
-        return peer
+            peer, hops = before, hops + 1
+        return peer, hops
 
     def _trusts(self, address: Address | None) -> bool:
         return address is not None and any(address in network for network in self._networks)
 
-    def _watch(self, peer: Address, said: bytes) -> None:
+    def _watch(self, peer: Address, said: list[str]) -> None:
         """Warn once of a peer that looks like an undeclared proxy.
 
         All clients behind it count as one.
         """
         if self._said is None:
             return
-        if self._said.setdefault(peer, hash(said)) != hash(said):
+        found = hash(tuple(said))
+        if self._said.setdefault(peer, found) != found:
             self._said = None
             _log.warning(
                 "%s sends different X-Forwarded-For addresses, which are ignored, so all its "
@@ -88,6 +119,20 @@ class Proxies:
             )
         elif len(self._said) > _MAX_PEERS:
             self._said.pop(next(iter(self._said)))
+
+
+def _forwarded(scope: Scope, what: bytes) -> list[str]:
+    """Return the entries of the request's X-Forwarded headers of this kind."""
+    name = b"x-forwarded-" + what
+    said = b",".join(value for header, value in scope["headers"] if header == name)
+    return [text.strip() for text in said.decode("latin-1").split(",")] if said else []
+
+
+def _entry(entries: list[str], hop: int, addresses: int) -> str:
+    """Return the entry that belongs to the *hop*-th address from the right."""
+    if not entries:
+        return ""
+    return entries[-hop if len(entries) == addresses else -1]
 
 
 def _address(text: str) -> Address | None:

@@ -7,7 +7,7 @@ event without data crashes them, and a stream that ends without an error event i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -33,10 +33,11 @@ class EventStream(Response):
         self,
         messages: AsyncGenerator[bytes | Body, None],
         *,
+        headers: Mapping[str, str],
         heartbeat_s: float,
         on_close: Callable[[], None],
     ) -> None:
-        super().__init__(headers=_HEADERS)
+        super().__init__(headers={**_HEADERS, **headers})
         del self.headers["content-length"]
         self._messages = messages
         self._heartbeat_s = heartbeat_s

@@ -8,12 +8,13 @@ Both directions carry plain data: a message is its length in four bytes and JSON
 follow as they are. Unlike unpickling, this gives a decoder that an image has taken over no way to
 run code in the service. In order:
 
-    to the decoder    {"files": [[bytes, is_base64, param], ...], "has_mask": ..., "size": ...},
-                      files, a mask last
+    to the decoder    {"files": [[bytes, is_base64, param, repaints], ...], "has_mask": ...,
+                      "size": ...}, files, a mask last
     from it           {"begin": [param, code]}                before each file
     from it           {"nearest": [width, height]}            answered with [width, height]
     from it           {"refused": [message, param, code]}     or
-                      {"references": [[width, height], ...], "mask": ..., "size": ...}, pixels
+                      {"references": [[width, height], ...], "mask": ..., "size": ...,
+                      "is_black_and_white": ...}, pixels
 """
 
 from __future__ import annotations
@@ -98,9 +99,9 @@ class _Wire:
         length = int.from_bytes(self.receive(LENGTH_BYTES), "big")
         return json.loads(bytes(self.receive(length)))
 
-    def upload(self, size_bytes: int, is_base64: bool, param: str) -> Upload:
+    def upload(self, size_bytes: int, is_base64: bool, param: str, repaints: str) -> Upload:
         """Wait for one file."""
-        return Upload(self.receive(size_bytes), param, is_base64)
+        return Upload(self.receive(size_bytes), param, is_base64, repaints)
 
     def answer(self, images: list[Upload], mask: Upload | None, size: Size | None) -> None:
         """Decode, and send the result."""
@@ -114,6 +115,7 @@ class _Wire:
                     "references": [[image.width, image.height] for image in edit.references],
                     "mask": edit.mask and [edit.mask.width, edit.mask.height],
                     "size": edit.size,
+                    "is_black_and_white": edit.is_black_and_white,
                 }
             )
             for image in edit.references:

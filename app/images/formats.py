@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image
 
 from app.domain import RawImage
-from app.images.uploads import to_pillow
+from app.images.uploads import resize, to_pillow
 
 _MAX_EXIF_TEXT_BYTES = 60_000
 """A JPEG segment, and so all of EXIF, is limited to 64 kB."""
@@ -57,13 +57,18 @@ def encode(
     output: OutputFormat,
     metadata: Mapping[str, str] | None = None,
     helpers: Executor | None = None,
+    size: tuple[int, int] | None = None,
 ) -> bytes:
     """Encode *image* as *output*, with *metadata* where common viewers look for it.
+
+    It is scaled to *size* first, if that is another than its own.
 
     A PNG is encoded on the calling thread and those of *helpers*, with one text chunk per entry.
     JPEG and WebP get all entries as one JSON object in EXIF's UserComment; texts too long for EXIF
     are cut and end in three dots.
     """
+    if size not in {None, (image.width, image.height)}:
+        image = resize(image, *size)
     return OUTPUT_FORMATS[output.format].encode(image, output.compression, metadata or {}, helpers)
 
 

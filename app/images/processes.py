@@ -183,7 +183,9 @@ class Decoder:
             InvalidRequest: as the decoder reports it.
         """
         files = [*images, mask] if mask is not None else images
-        described = [[len(each.content), each.is_base64, each.param] for each in files]
+        described = [
+            [len(each.content), each.is_base64, each.param, each.repaints] for each in files
+        ]
         asked = {"files": described, "has_mask": mask is not None, "size": size}
         await self._send(pack(asked))
         for upload in files:
@@ -209,7 +211,12 @@ class Decoder:
         if message["mask"] is not None:
             width, height = _size(message["mask"])
             mask = Mask(width, height, await self._receive(width * height))
-        return Edit(tuple(references), mask, _size(message["size"]))
+        return Edit(
+            tuple(references),
+            mask,
+            _size(message["size"]),
+            message["is_black_and_white"] is True,
+        )
 
     async def _send(self, data: bytes | bytearray | memoryview) -> None:
         await asyncio.get_running_loop().sock_sendall(self.connection, data)

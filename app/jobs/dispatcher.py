@@ -45,6 +45,7 @@ class Dispatcher:
         def on_progress(progress: Progress) -> None:
             if progress.stage is Stage.GPU_FREE:
                 free.set()
+            job.step = progress.step
             if not job.future.done():
                 job.on_progress(progress)
 

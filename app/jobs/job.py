@@ -39,9 +39,13 @@ class Job:
     future: asyncio.Future[Generated]
     on_progress: Callable[[Progress], None] = _ignore
     state: JobState = JobState.WAITING
+    step: int = 0
+    """The denoising steps made."""
     submitted_at: float = 0.0
     started_at: float = 0.0
     predicted_s: float = 0.0
+    warnings: tuple[str, ...] = ()
+    """What the client should know of its request."""
     cancel_running: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: cancels it in the worker."""
     context: Context = field(default_factory=copy_context, repr=False)

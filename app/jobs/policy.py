@@ -8,6 +8,7 @@ first. No operation looks at more than one entry for each client, however many j
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 from app.jobs.job import Job
@@ -68,17 +69,32 @@ class FairOrder:
         return job
 
     def position(self, job: Job) -> int:
-        """Return how many jobs start before *job*, which waits, if no others are added.
+        """Return how many jobs start before *job*, which waits, if no others are added."""
+        return self.positions(job.client)[job]
+
+    def positions(self, client: str) -> dict[Job, int]:
+        """Map each waiting job of *client* to how many start before it, if no others are added.
 
         The order of the clients stays the same from round to round: the client just served is last.
         """
-        rounds = list(self._lines[job.client]).index(job)
-        mine = self._place(job.client)
-        return rounds + sum(
-            min(len(line), rounds + (self._place(client) < mine))
-            for client, line in self._lines.items()
-            if client != job.client
-        )
+        found: dict[Job, int] = {}
+        if client not in self._lines:
+            return found
+        mine, position = self._place(client), 0
+        ends: Counter[int] = Counter()
+        """How many others have their last turn in each round, counted from 0."""
+        for other, line in self._lines.items():
+            if other != client:
+                is_before = self._place(other) < mine
+                position += is_before
+                ends[len(line) - is_before] += 1
+        others = ends.total()
+        for rounds, job in enumerate(self._lines[client]):
+            if rounds:
+                others -= ends[rounds - 1]
+                position += 1 + others
+            found[job] = position
+        return found
 
     def _place(self, client: str) -> tuple[int, int]:
         """Return the sort key of a client's turn: the smallest is next."""

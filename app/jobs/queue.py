@@ -184,6 +184,10 @@ class JobQueue:
         """Return how many jobs start before *job*; 0 for the next one and for one that runs."""
         return self._waiting.position(job) if job.state is JobState.WAITING else 0
 
+    def positions(self, client: str) -> dict[Job, int]:
+        """Map each waiting job of *client* to how many jobs start before it."""
+        return self._waiting.positions(client)
+
     def submit(self, jobs: Sequence[Job], *, retry_after_s: int) -> None:
         """Queue all of *jobs*, which are one client's, or none.
 

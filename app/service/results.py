@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.domain import PeakMemory, Progress
+from app.domain import ImageSpec, PeakMemory, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,21 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Advance:
+    """Of *images*, *done* have ended; the one on the GPU has made *step* of *steps*."""
+
+    images: int
+    done: int
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        """How much of it is done, in 0..1."""
+        return min(1.0, (self.done + self.step / self.steps) / self.images)
+
+
+@dataclass(frozen=True, slots=True)
 class Queued:
     """*position* jobs start before this one."""
 
@@ -42,3 +57,14 @@ class Preview:
 
 TicketEvent = Queued | Progress | Preview | Picture
 """`Progress` is never of the stage `GPU_FREE`; the finished image is the last."""
+
+
+def warnings_of(spec: ImageSpec) -> tuple[str, ...]:
+    """Return what is known before the image is made."""
+    if spec.scaled_to is None:
+        return ()
+    width, height = spec.scaled_to
+    return (
+        f"made at {spec.width}x{spec.height} and scaled to {width}x{height}, which the demo model "
+        "cannot make",
+    )

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from app import images
 from app.domain import (
+    Generated,
     ImageSpec,
     LoadProgress,
     ModelInfo,
@@ -42,8 +43,8 @@ from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.request_context import current_request
-from app.service.results import Picture
-from app.service.ticket import Admission, Ticket
+from app.service.results import Picture, warnings_of
+from app.service.ticket import Admission, Ticket, Tickets
 from app.telemetry.metrics import Metrics
 
 _TOO_SLOW = (
@@ -124,6 +125,7 @@ class ImageService:
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="encode helper")
         self._is_draining = False
+        self._tickets = Tickets()
         self.held_memory: PeakMemory | None = None
         """PyTorch's GPU memory after the last image."""
         self._longest_deadline = 0.0
@@ -241,6 +243,18 @@ class ImageService:
         with self.admit(client=client) as admission:
             return admission.submit(specs, output)
 
+    def own_tickets(self, client: str) -> dict[Ticket, int | None]:
+        """Map each ticket of *client* that has not ended to how many jobs start before it.
+
+        None stands for one that has started.
+        """
+        positions = self._queue.positions(client)
+        return {each: positions.get(each.jobs[0]) for each in self._tickets.of(client)}
+
+    def find_ticket(self, client: str, id: str) -> Ticket | None:
+        """Return the ticket of *client* that has this *id* and has not ended."""
+        return self._tickets.find(client, id)
+
     def drain(self) -> float:
         """Accept nothing new; return the seconds until the last accepted job's deadline."""
         self._is_draining = True
@@ -296,6 +310,7 @@ class ImageService:
                 deadline=deadline,
                 future=asyncio.get_running_loop().create_future(),
                 predicted_s=seconds,
+                warnings=admission.warnings,
             )
             for spec, seconds in zip(specs, predicted_s, strict=True)
         ]
@@ -305,7 +320,10 @@ class ImageService:
         else:
             self._queue.fill(places, jobs)
         self._longest_deadline = max(self._longest_deadline, deadline)
-        return Ticket(self, self._queue, jobs, output)
+        context = current_request.get(None)
+        ticket = Ticket(self, self._queue, jobs, output, context.id if context else "")
+        self._tickets.add(ticket)
+        return ticket
 
     def _checked_seconds_left(self, admission: Admission, predicted_s: float) -> float:
         """Return the seconds to the deadline; raise an error where the request cannot meet it."""
@@ -331,8 +349,14 @@ class ImageService:
 
     # For Ticket.
 
-    async def encode(self, image: RawImage, output: OutputFormat, note: dict[str, str]) -> bytes:
-        """Encode in a thread, while the GPU and the event loop continue."""
+    async def encode(
+        self,
+        image: RawImage,
+        output: OutputFormat,
+        note: dict[str, str],
+        size: tuple[int, int] | None,
+    ) -> bytes:
+        """Scale to *size* and encode in a thread, while the GPU and the event loop continue."""
         return await asyncio.get_running_loop().run_in_executor(
             self._encoders,
             images.encode,
@@ -340,6 +364,7 @@ class ImageService:
             output,
             note if self._has_metadata else None,
             self._helpers,
+            size,
         )
 
     async def finish(self, job: Job, output: OutputFormat) -> Picture:
@@ -352,7 +377,8 @@ class ImageService:
             raise
         self.held_memory = generated.held
         started = self._clock()
-        data = await self.encode(generated.image, output, self._note(job.spec))
+        spec, image = job.spec, generated.image
+        data = await self.encode(image, output, self._note(spec), spec.scaled_to)
         now = self._clock()
         seconds = {
             "queue": job.started_at - job.submitted_at,
@@ -364,34 +390,36 @@ class ImageService:
             "total": now - job.submitted_at,
         }
         _note(seconds)
-        self._metrics.image_finished(
-            generated, seconds, "edit" if job.spec.references else "generate"
-        )
+        self._metrics.image_finished(generated, seconds, "edit" if spec.references else "generate")
+        width, height = spec.scaled_to or (image.width, image.height)
         return Picture(
             data=data,
             format=output.format,
             media_type=output.media_type,
-            width=generated.image.width,
-            height=generated.image.height,
-            seed=job.spec.seed,
+            width=width,
+            height=height,
+            seed=spec.seed,
             seconds=seconds,
             peak=generated.peak,
             prompt_tokens=generated.prompt_tokens,
-            warnings=(f"prompt cut to {self.model.max_sequence_length} tokens",)
-            if generated.is_prompt_cut
-            else (),
+            warnings=(*job.warnings, *warnings_of(spec), *self._warnings(generated)),
             latents=generated.latents,
         )
+
+    def _warnings(self, generated: Generated) -> tuple[str, ...]:
+        most = self.model.max_sequence_length
+        return (f"prompt cut to {most} tokens",) if generated.is_prompt_cut else ()
 
     def _note(self, spec: ImageSpec) -> dict[str, str]:
         """Return the metadata written into the image; references and masks are not."""
         info = self._worker.info
+        width, height = spec.output_size
         return {
             "prompt": spec.prompt,
             "seed": str(spec.seed),
             "steps": str(spec.num_inference_steps),
             "guidance": str(spec.guidance_scale),
-            "size": f"{spec.width}x{spec.height}",
+            "size": f"{width}x{height}",
             "model": self.model.id,
             "precision": info.precision if info else "",
             **_raced(info),

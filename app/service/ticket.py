@@ -6,16 +6,18 @@ Each holds what the request has taken of the service meanwhile, and gives it bac
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from app.domain import ImageSpec, Progress, Stage
+from app.domain import Generated, ImageSpec, Progress, Stage
 from app.errors import Cancelled
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
-from app.service.results import Picture, Preview, Queued, TicketEvent
+from app.service.results import Advance, Picture, Preview, Queued, TicketEvent
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
@@ -37,6 +39,8 @@ class Admission:
     deadline_s: float | None
     """The client's own limit, in seconds."""
     places: Places | None
+    warnings: tuple[str, ...] = ()
+    """What the client should know of its request; each image comes with it."""
 
     def __enter__(self) -> Admission:
         return self
@@ -83,6 +87,38 @@ class Ticket:
     queue: JobQueue
     jobs: Sequence[Job]
     output: OutputFormat
+    request_id: str = ""
+    created: float = field(default_factory=time.time)
+    """In seconds since 1970."""
+
+    @property
+    def id(self) -> str:
+        """The ticket's id, that of its first job."""
+        return self.jobs[0].id
+
+    @property
+    def client(self) -> str:
+        """Whose it is."""
+        return self.jobs[0].client
+
+    def advance(self) -> Advance:
+        """Return how far it has come."""
+        left = [job for job in self.jobs if not job.future.done()]
+        return Advance(
+            images=len(self.jobs),
+            done=len(self.jobs) - len(left),
+            step=next((job.step for job in left if job.step), 0),
+            steps=self.jobs[0].spec.num_inference_steps,
+        )
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Have *callback* called, once or more, when all of its jobs have ended."""
+        for job in self.jobs:
+            job.future.add_done_callback(partial(self._on_done, callback))
+
+    def _on_done(self, callback: Callable[[], None], future: asyncio.Future[Generated]) -> None:
+        if all(job.future.done() for job in self.jobs):
+            callback()
 
     def cancel(self) -> None:
         """Cancel its jobs: waiting ones never run, running ones stop at the next denoising step."""
@@ -130,7 +166,9 @@ class Ticket:
                 if progress.stage is not Stage.GPU_FREE:
                     yield progress
                 if progress.preview is not None:
-                    data = await self.service.encode(progress.preview, self.output, {})
+                    data = await self.service.encode(
+                        progress.preview, self.output, {}, job.spec.scaled_to
+                    )
                     yield Preview(previews, data)
                     previews += 1
             yield await finishing
@@ -138,6 +176,32 @@ class Ticket:
             self.cancel()
             await _end([finishing])
             del finishing, job
+
+
+class Tickets:
+    """Tickets until their jobs have ended, by client and in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[str, Ticket]] = {}
+
+    def add(self, ticket: Ticket) -> None:
+        """Keep *ticket* until its end."""
+        self._of.setdefault(ticket.client, {})[ticket.id] = ticket
+        ticket.on_end(partial(self._remove, ticket.client, ticket.id))
+
+    def of(self, client: str) -> list[Ticket]:
+        """Return those of *client*."""
+        return list(self._of.get(client, {}).values())
+
+    def find(self, client: str, id: str) -> Ticket | None:
+        """Return the one of *client* that has this *id*; there may be another client's."""
+        return self._of.get(client, {}).get(id)
+
+    def _remove(self, client: str, id: str) -> None:
+        left = self._of.get(client, {})
+        left.pop(id, None)
+        if not left:
+            self._of.pop(client, None)
 
 
 def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None:

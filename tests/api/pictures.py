@@ -36,6 +36,13 @@ def mask(width: int = 128, height: int = 128, format: str = "PNG", box=None, **o
     return encode(picture, format, **options)
 
 
+def black_and_white_mask(width: int = 128, height: int = 128) -> bytes:
+    """Make a mask without transparency that is white in its left half."""
+    picture = Image.new("L", (width, height))
+    picture.paste(255, (0, 0, width // 2, height))
+    return encode(picture)
+
+
 def data_url(data: bytes, kind: str = "png") -> str:
     """Wrap a file for JSON."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

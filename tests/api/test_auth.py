@@ -99,8 +99,9 @@ async def test_without_configured_keys_everyone_may_ask(client, headers):
         ("/%761/models", "127.0.0.1"),
         ("/health/live/../../v1/models", "127.0.0.1"),
         ("/health/live%2f..%2f..%2fv1/models", "127.0.0.1"),
-        ("/metrics/", "127.0.0.1"),
+        ("/metricsx", "127.0.0.1"),
         ("/v1/images/files", "127.0.0.1"),
+        ("/v1/images/files/", "127.0.0.1"),
     ],
 )
 async def test_neither_host_nor_spelling_opens_a_path(serve, path, host):

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.api.pictures import mask, photo
+from tests.api.pictures import black_and_white_mask, mask, photo
 from tests.api.targets import Target, on_fakes, on_server
 
 GENERATIONS = "/v1/images/generations"
@@ -186,6 +186,24 @@ async def test_librechats_dalle_tool_reads_a_link(target):
     )
 
     await fetch(target, answer["data"][0]["url"])
+
+
+async def test_async_openai_edits(target):
+    """Rust's `CreateImageEditRequest` sends the compression twice."""
+    parts = [("prompt", (None, "a")), ("image", ("a.png", photo())), ("mask", ("b.png", mask()))]
+    parts += texts(model="gpt-image-1", n="1", size="256x256", output_format="webp")
+    parts += 2 * texts(output_compression="80") + texts(user="u", quality="high")
+    answer = await edit(target, parts)
+
+    assert (answer["size"], answer["output_format"]) == ("256x256", "webp")
+
+
+async def test_a_painters_mask_is_black_and_white(target):
+    """As front ends of Stable Diffusion send it; the answer says how it was read."""
+    parts = [("image", ("a.png", photo())), ("mask", ("b.png", black_and_white_mask()))]
+    answer = await edit(target, parts + texts(prompt="a"))
+
+    assert answer["warnings"] == ["mask has no transparency: white was repainted, and black kept"]
 
 
 async def test_langchain_joins_links(target):

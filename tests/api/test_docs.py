@@ -23,6 +23,8 @@ async def test_every_route_is_described(client):
         "/v1/images/files/{name}",
         "/v1/models",
         "/v1/models/{id}",
+        "/v1/jobs",
+        "/v1/jobs/{id}",
         "/health",
         "/health/live",
         "/health/ready",
@@ -58,7 +60,7 @@ async def test_every_example_works_when_pasted(client, service):
     ]
     picture = (await client.post("/generate", json={"prompt": "a"})).content
 
-    assert len(commands) == 11
+    assert len(commands) == 12
     for words in commands:
         response = await run(client, words, picture)
 
@@ -93,6 +95,29 @@ async def test_the_page_needs_no_third_party(client):
     assert "<script" not in response.text
     assert "https://" not in response.text
     assert response.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+async def test_backticks_are_rendered(client):
+    """What stands in them is code; none is left."""
+    page = (await client.get("/docs")).text
+
+    assert "`" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
+    assert "<code>POST /generate</code> answers with" in page
+    assert "instead of <code>size</code>" in page
+
+
+@pytest.mark.parametrize(("mask", "says_white"), [("auto", True), ("alpha", False)])
+async def test_masks_are_described_as_they_are_read(serve, mask, says_white):
+    """`KLEIN_MASK`, on each route that takes one."""
+    paths = (await (await serve(mask=mask)).get("/openapi.json")).json()["paths"]
+    found = [
+        content["schema"]["properties"]["mask"].get("description")
+        for path in ("/generate", "/v1/images/edits")
+        for content in paths[path]["post"]["requestBody"]["content"].values()
+    ]
+
+    assert len(found) == 3
+    assert [("white" in each) for each in found] == [says_white] * 3
 
 
 async def test_limits_are_those_of_the_served_model(client, service):

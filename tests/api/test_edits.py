@@ -13,7 +13,7 @@ from app.domain import RawImage
 from app.engine.models.registry import find_spec
 from app.errors import Kind
 from tests.api.conftest import error_of
-from tests.api.pictures import data_url, mask, photo, rotated_photo
+from tests.api.pictures import black_and_white_mask, data_url, mask, photo, rotated_photo
 from tests.api.sockets import until
 
 ROUTE = "/v1/images/edits"
@@ -146,6 +146,8 @@ async def test_texts_of_a_form_get_their_types(client, service):
         ({"style": "vivid"}, "style", "unknown_parameter"),
         ({"markup": "x"}, "markup", "unsupported_parameter"),
         ({"images": "x"}, "images", "unknown_parameter"),
+        ({"image_1": "x"}, "image_1", "unknown_parameter"),
+        ({"mask_image": "x"}, "mask_image", "unknown_parameter"),
         ({"extra[]": "x"}, "extra[]", "unknown_parameter"),
         ({"input_fidelity": "medium"}, "input_fidelity", "invalid_value"),
         ({"background": "transparent"}, "background", "unsupported_value"),
@@ -165,13 +167,97 @@ async def test_what_does_not_fit_is_refused_by_name(client, service, fields, par
     assert not service.tickets
 
 
-async def test_a_text_twice_and_a_file_for_a_text_are_refused(client):
+@pytest.mark.parametrize(
+    ("name", "code", "advice"),
+    [
+        ("markup", "unsupported_parameter", "only a mask says where to paint"),
+        ("images", "unknown_parameter", "go into `image` in a form"),
+        ("images[]", "unknown_parameter", "go into `image` in a form"),
+        ("image_1", "unknown_parameter", "go into `image` in a form"),
+        ("image1", "unknown_parameter", "go into `image` in a form"),
+        ("file", "unknown_parameter", "go into `image` in a form"),
+        ("init_image", "unknown_parameter", "go into `image` in a form"),
+        ("mask_image", "unknown_parameter", "goes into `mask`"),
+        ("control", "unknown_parameter", "see /docs"),
+        ("prompt", "invalid_type", "text, not a file"),
+        ("size", "invalid_type", "text, not a file"),
+    ],
+)
+async def test_a_file_under_another_name_is_told_where_it_belongs(
+    client, service, name, code, advice
+):
+    """With the code that the name has as a text, and not that it should be one."""
+    parts = [("prompt", (None, "a"))] if name != "prompt" else []
+    files = [("image", ("a.png", photo())), (name, ("b.png", photo()))]
+    error = error_of(await client.post(ROUTE, files=[*parts, *files]))
+
+    assert (error["param"], error["code"]) == (name, code)
+    assert advice in str(error["message"])
+    assert not service.tickets
+
+
+async def test_advice_is_given_only_where_a_picture_is_meant(client):
+    """`image_size` is a size, in a dialect of others."""
+    for name in ("image_size", "profile", "masking", "image" + "1" * 60):
+        message = error_of(await post(client, [("image", photo())], **{name: "x"}))["message"]
+        assert "see /docs" in str(message)
+
+
+@pytest.mark.parametrize("values", [("80", "80"), ("80", ""), ("", "80"), ("", "")])
+async def test_a_text_that_is_repeated_counts_once(client, service, values):
+    """async-openai sends output_compression twice; an empty one is absent."""
+    twice = [("output_compression", (None, value)) for value in values]
+    parts = [("image", photo()), ("prompt", (None, "a")), ("output_format", (None, "webp"))]
+    response = await client.post(ROUTE, files=[*parts, *twice])
+
+    assert response.status_code == 200
+    assert service.tickets[0].output.compression == (80 if "80" in values else 100)
+
+
+async def test_two_values_of_a_text_are_refused(client):
     """Neither can be honoured without a guess."""
     twice = [("image", photo()), ("prompt", (None, "a")), ("prompt", (None, "b"))]
-    file = [("image", photo()), ("prompt", ("prompt.txt", b"a"))]
+    error = error_of(await client.post(ROUTE, files=twice))
 
-    assert error_of(await client.post(ROUTE, files=twice))["param"] == "prompt"
-    assert error_of(await client.post(ROUTE, files=file))["code"] == "invalid_type"
+    assert (error["param"], error["code"]) == ("prompt", "invalid_value")
+
+
+async def test_ignored_parts_are_drained_and_not_kept(serve, service):
+    """Files and texts that no field takes, with `KLEIN_UNKNOWN_FIELDS=ignore`."""
+    client = await serve(unknown_fields="ignore")
+    padding = b"A" * 65_536
+    head = b'--B\r\nContent-Disposition: form-data; name="%s"; filename="a"\r\n\r\n'
+    text = b'--B\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+
+    async def body():
+        yield text % (b"prompt", b"a") + text % (b"strength", b"1") + text % (b"strength", b"2")
+        yield head % b"control"
+        for _ in range(200):
+            yield padding
+        yield b"\r\n" + head % b"images[]" + photo() + b"\r\n" + text % (b"long", padding * 3)
+        yield head % b"image" + photo() + b"\r\n--B--\r\n"
+
+    tracemalloc.start()
+    try:
+        headers = {"content-type": "multipart/form-data; boundary=B"}
+        response = await client.post(ROUTE, content=body(), headers=headers)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert response.status_code == 200, response.text
+    assert len(service.specs[0].references) == 1
+    assert most_bytes < 5_000_000
+
+
+async def test_what_is_known_is_never_ignored(serve, service):
+    """`KLEIN_UNKNOWN_FIELDS=ignore` is about other names."""
+    client = await serve(unknown_fields="ignore")
+    picture = ("image", ("a.png", photo()))
+    for name, code in (("markup", "unsupported_parameter"), ("size", "invalid_type")):
+        files = [picture, ("prompt", (None, "a")), (name, ("b.png", photo()))]
+        assert error_of(await client.post(ROUTE, files=files))["code"] == code
+    assert not service.tickets
 
 
 @pytest.mark.parametrize(
@@ -301,6 +387,51 @@ async def test_a_mask_that_says_nothing_is_refused(client, service, data):
     assert not service.tickets
 
 
+WHITE_WARNING = "mask has no transparency: white was repainted, and black kept"
+
+
+async def test_a_black_and_white_mask_is_taken_with_a_warning(client, service):
+    """In the body, the header and the stream's last event; white is repainted."""
+    painted = black_and_white_mask()
+    files = [("image", photo()), ("mask", painted)]
+    plain = await post(client, files)
+    streamed = await post(client, files, stream="true")
+    native = await client.post(
+        "/generate",
+        json={"prompt": "a", "images": [data_url(photo())], "mask": data_url(painted)},
+    )
+
+    assert plain.json()["warnings"] == [WHITE_WARNING]
+    for response in (plain, streamed, native):
+        assert response.headers["x-klein-warnings"] == WHITE_WARNING
+    assert f'"warnings": ["{WHITE_WARNING}"]' in streamed.text
+    assert len(service.specs) == 3
+    for spec in service.specs:
+        assert spec.mask.weights[:128] == bytes([255] * 64 + [0] * 64)
+
+
+async def test_a_transparent_mask_has_no_warning(client):
+    """It is OpenAI's own."""
+    response = await post(client, [("image", photo()), ("mask", mask())])
+
+    assert "warnings" not in response.json()
+    assert "x-klein-warnings" not in response.headers
+
+
+async def test_the_operator_may_want_alpha_only(serve, service):
+    """`KLEIN_MASK=alpha` refuses what has no transparency, on both routes."""
+    client = await serve(mask="alpha")
+    painted = black_and_white_mask()
+    form = await post(client, [("image", photo()), ("mask", painted)])
+    native = await client.post(
+        "/generate",
+        json={"prompt": "a", "images": [data_url(photo())], "mask": data_url(painted)},
+    )
+
+    assert error_of(form)["code"] == error_of(native)["code"] == "invalid_mask"
+    assert not service.tickets
+
+
 async def test_two_masks_are_refused(client):
     """Only the first picture is repainted."""
     files = [("image", photo()), ("mask", mask()), ("mask[]", mask())]
@@ -376,6 +507,20 @@ async def test_json_pictures_are_refused_by_place(client, service, images, param
 
 
 @pytest.mark.parametrize(
+    "url", ["data:image/gif;base64,AAAA", "DATA:image/png,AAAA", "data:;base64,AAAA", "data:"]
+)
+async def test_a_data_url_of_another_type_is_told_which_are_read(client, url):
+    """It is one already, so that it must be one is no advice."""
+    edit = error_of(await post_json(client, images=[{"image_url": url}]))
+    native = error_of(await client.post("/generate", json={"prompt": "a", "images": [url]}))
+
+    for error in (edit, native):
+        assert error["code"] == "unsupported_value"
+        assert "only PNG, JPEG and WebP are read" in str(error["message"])
+        assert "fetched" not in str(error["message"])
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "http://127.0.0.1:9/x.png",
@@ -420,10 +565,12 @@ async def test_json_has_no_image(client):
     "kind", ["application/x-www-form-urlencoded", "text/plain", "", "multipart/mixed"]
 )
 async def test_other_types_are_refused(client, kind):
-    """415, also for what `curl -d` sends."""
+    """415, also for what `curl -d` sends; it names the form that pictures need."""
     response = await client.post(ROUTE, content=b"prompt=a", headers={"content-type": kind})
 
     assert response.status_code == 415
+    assert "must be multipart/form-data or application/json" in str(error_of(response)["message"])
+    assert "-F image=@picture.png" in str(error_of(response)["message"])
 
 
 @pytest.mark.parametrize(

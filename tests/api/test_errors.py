@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 
 import pytest
@@ -18,6 +19,7 @@ EXPECTED = {
     Kind.METHOD_NOT_ALLOWED: (405, "invalid_request_error", "method_not_allowed", "invalid"),
     Kind.TOO_LARGE: (413, "invalid_request_error", "request_too_large", "invalid"),
     Kind.UNSUPPORTED_MEDIA: (415, "invalid_request_error", "unsupported_media_type", "invalid"),
+    Kind.UNSUPPORTED_ENCODING: (415, "invalid_request_error", "unsupported_media_type", "invalid"),
     Kind.RATE_LIMITED: (429, "rate_limit_error", "rate_limit_exceeded", "rejected"),
     Kind.QUEUE_FULL: (503, "service_unavailable_error", "server_is_overloaded", "rejected"),
     Kind.LOADING: (503, "service_unavailable_error", "model_loading", "rejected"),
@@ -132,12 +134,53 @@ async def test_an_unknown_address_is_an_error_object(client):
 
 
 @pytest.mark.parametrize(
+    ("path", "reason", "instead"),
+    [
+        ("/v1/images/variations", "the model needs a prompt", "/v1/images/edits"),
+        ("/v1/responses", "no language model", "/v1/images/generations"),
+        ("/v1/responses/resp_1", "no language model", "/v1/images/generations"),
+        ("/openai/deployments/a/images/generations", "no deployment to choose", "/v1"),
+        ("/openai/deployments/a/images/edits", "no deployment to choose", "/v1"),
+    ],
+)
+async def test_what_stays_out_says_why_in_one_sentence(client, path, reason, instead):
+    """404, with the address to ask instead."""
+    response = await client.post(path, json={"prompt": "a"}, params={"api-version": "2025-04-01"})
+    error = error_of(response)
+
+    assert (response.status_code, error["code"]) == (404, "unknown_url")
+    assert reason in str(error["message"])
+    assert str(error["message"]).endswith(f"http://127.0.0.1:8000{instead}.")
+    assert ". " not in str(error["message"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("/v1/images/generations", {"background": "transparent"}, "knows no transparency"),
+        ("/v1/images/edits", {"images": [{}] * 5}, "takes memory and time"),
+        ("/generate", {"images": ["AAAA"] * 5}, "takes memory and time"),
+    ],
+)
+async def test_a_value_that_stays_out_says_why_in_one_sentence(client, path, body, reason):
+    """400, and what to send instead."""
+    response = await client.post(path, json={"prompt": "a", **body})
+    error = error_of(response)
+
+    assert (response.status_code, error["param"]) == (400, next(iter(body)))
+    assert ", since " in str(error["message"])
+    assert reason in str(error["message"])
+    assert ". " not in str(error["message"])
+
+
+@pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
         ("GET", "/generate", "POST"),
-        ("DELETE", "/v1/models", "GET"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/", "GET, HEAD"),
         ("PUT", "/v1/images/generations", "POST"),
-        ("POST", "/health", "GET"),
+        ("POST", "/health", "GET, HEAD"),
     ],
 )
 async def test_a_wrong_method_names_the_right_one(client, method, path, allowed):
@@ -147,13 +190,6 @@ async def test_a_wrong_method_names_the_right_one(client, method, path, allowed)
     assert response.status_code == 405
     assert error_of(response)["code"] == "method_not_allowed"
     assert response.headers["allow"] == allowed
-
-
-async def test_a_trailing_slash_is_another_address(client):
-    """No redirect, whose target would be made of the Host header."""
-    response = await client.post("/generate/", json={"prompt": "a"})
-
-    assert response.status_code == 404
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -174,6 +210,38 @@ async def test_only_json_is_taken(client, service, route, sent):
     assert response.status_code == 415
     assert "content-type: application/json" in str(error_of(response)["message"])
     assert not service.tickets
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "x-gzip", "GZIP"])
+@pytest.mark.parametrize("route", [*ROUTES, "/v1/images/edits", "/sdapi/v1/txt2img"])
+async def test_a_compressed_body_is_refused_as_one(client, service, route, encoding):
+    """415 with the encodings that are read (RFC 9110 15.5.16), before any of it is."""
+    pulled = []
+
+    async def body():
+        pulled.append(1)
+        yield gzip.compress(b'{"prompt": "a"}')
+
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    response = await client.post(route, content=body(), headers=headers)
+
+    assert (response.status_code, response.headers["accept-encoding"]) == (415, "identity")
+    assert "Content-Encoding" in response.text
+    assert not pulled
+    assert not service.tickets
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+async def test_a_plain_body_may_say_that_it_is_plain(client, encoding):
+    """No encoding at all; a refused type has nothing to do with encodings."""
+    plain = await client.post(
+        "/generate", json={"prompt": "a"}, headers={"content-encoding": encoding}
+    )
+    text = await client.post("/generate", content=b"a", headers={"content-type": "text/plain"})
+
+    assert plain.status_code == 200
+    assert text.status_code == 415
+    assert "accept-encoding" not in text.headers
 
 
 @pytest.mark.parametrize(

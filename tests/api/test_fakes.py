@@ -28,10 +28,10 @@ def spec(**changes) -> ImageSpec:
         (
             FakeService,
             ImageService,
-            ("admit", "submit", "check", "status", "random_seed"),
+            ("admit", "submit", "check", "status", "random_seed", "own_tickets", "find_ticket"),
         ),
         (FakeAdmission, Admission, ("reserve", "submit")),
-        (FakeTicket, Ticket, ("pictures", "events", "cancel")),
+        (FakeTicket, Ticket, ("pictures", "events", "cancel", "on_end", "advance")),
         (FakeMetrics, Metrics, ("request_finished", "request_rejected", "exposition")),
     ],
 )

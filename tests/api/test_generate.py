@@ -10,6 +10,7 @@ from PIL import Image
 
 from app.engine.models.registry import find_spec
 from tests.api.conftest import error_of
+from tests.api.pictures import data_url, mask, photo
 
 
 async def test_a_prompt_alone_gives_a_png_of_the_models_size(client, service):
@@ -69,6 +70,42 @@ async def test_every_field_reaches_the_spec(client, service):
     assert asked == {name: getattr(spec, name) for name in asked}
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"size": "512x768"}, (512, 768)),
+        ({"size": "auto"}, (1024, 1024)),
+        ({"size": None, "width": 512}, (512, 1024)),
+        ({"size": "512x768", "width": 512, "height": 768}, (512, 768)),
+        ({"size": "auto", "width": 512, "height": 768}, (512, 768)),
+    ],
+)
+async def test_the_size_may_be_one_text(client, service, asked, expected):
+    """As for OpenAI's routes; beside width and height it must say the same."""
+    response = await client.post("/generate", json={"prompt": "a", **asked})
+
+    assert response.status_code == 200
+    assert (service.specs[0].width, service.specs[0].height) == expected
+
+
+async def test_the_size_of_an_edit_may_be_one_text(client, service):
+    """Instead of the first picture's."""
+    body = {"prompt": "a", "size": "512x256", "images": [data_url(photo())]}
+    await client.post("/generate", json=body)
+
+    assert (service.specs[0].width, service.specs[0].height) == (512, 256)
+
+
+async def test_an_error_names_the_size_where_that_was_sent(client, service):
+    """Found by the plan or over a mask, not only in the text."""
+    picture = {"images": [data_url(photo())], "mask": data_url(mask())}
+    masked = await client.post("/generate", json={"prompt": "a", "size": "256x128", **picture})
+    service.plan_pixels = (65_536,)
+    planned = await client.post("/generate", json={"prompt": "a", "size": "512x512"})
+
+    assert error_of(masked)["param"] == error_of(planned)["param"] == "size"
+
+
 @pytest.mark.parametrize("seed", [None, -1])
 async def test_a_seed_is_drawn_where_none_is_given(client, service, seed):
     """And two requests get two."""
@@ -94,6 +131,11 @@ async def test_a_seed_is_drawn_where_none_is_given(client, service, seed):
         ({"width": 100_000, "height": 8}, "width", "invalid_value"),
         ({"width": 2048, "height": 512}, "width", "invalid_value"),
         ({"width": 4096, "height": 4096}, "width", "invalid_value"),
+        ({"size": "1000x1000"}, "size", "invalid_value"),
+        ({"size": "512"}, "size", "invalid_value"),
+        ({"size": 512}, "size", "invalid_type"),
+        ({"size": "512x768", "width": 768, "height": 512}, "width", "invalid_value"),
+        ({"size": "512x768", "width": 512}, "height", "missing_required_parameter"),
         ({"width": "512"}, "width", "invalid_type"),
         ({"width": 512.5}, "width", "invalid_type"),
         ({"width": True}, "width", "invalid_type"),

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
+import re
 
 import pytest
+from httpx import ASGITransport
 
 from app.errors import Kind, KleinError
 from tests.api.conftest import error_of
 from tests.api.sockets import until
 
 KEY = "first-key-1234"
+
+
+def with_version(app, version: str):
+    """The app as it sees requests of that version of HTTP."""
+
+    async def call(scope, receive, send) -> None:
+        await app({**scope, "http_version": version}, receive, send)
+
+    return call
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/nope", "/health/live", "/metrics", "/docs"])
@@ -74,7 +87,10 @@ async def test_loopback_names_are_always_known(client, host):
         "evil.example",
         "localhost.evil.example",
         "127.0.0.1.evil.example",
-        "10.0.0.5:8000",
+        "10.0.0.5.evil.example:8000",
+        "10.0.0",
+        "2130706433",
+        "::1",
         "",
         "a b",
         "[::1",
@@ -84,12 +100,112 @@ async def test_loopback_names_are_always_known(client, host):
     ],
 )
 async def test_an_unknown_host_is_refused(client, service, host):
-    """A page that rebinds its name to 127.0.0.1 still says its own name."""
+    """A page that rebinds its name to 127.0.0.1 still says its own name, reading or asking."""
+    posted = await client.post("/generate", headers={"host": host}, json={"prompt": "a"})
+    read = await client.get("/v1/models", headers={"host": host})
+
+    assert (posted.status_code, read.status_code) == (400, 400)
+    assert "KLEIN_ALLOWED_HOSTS" in str(error_of(posted)["message"])
+    assert not service.tickets
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "192.168.1.5:8000",
+        "10.0.0.5",
+        "203.0.113.9:80",
+        "[2001:db8::7]:8000",
+        "[fe80::1]",
+        "0.0.0.0:8000",
+        "host.docker.internal:8000",
+        "Host.Containers.Internal",
+    ],
+)
+async def test_an_address_is_no_name_that_a_page_could_rebind(client, service, host):
+    """So any is known, and so are the names under which a container reaches its host."""
     response = await client.post("/generate", headers={"host": host}, json={"prompt": "a"})
 
+    assert response.status_code == 200
+    assert len(service.tickets) == 1
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.0", 200), ("1.1", 400)])
+async def test_a_request_without_host_is_of_http_1_0(client, version, status):
+    """HAProxy's checks send none; HTTP/1.1 demands one (RFC 9112 3.2)."""
+    transport = client._transport
+    client._transport = ASGITransport(app=with_version(transport.app, version))
+    request = client.build_request("GET", "/v1/models")
+    del request.headers["host"]
+
+    assert (await client.send(request)).status_code == status
+
+
+@pytest.mark.parametrize("host", ["gpu.lan:8000", "evil.example", "klein_upstream"])
+async def test_probes_and_scrapes_need_no_known_name(client, host):
+    """They come under whatever name a cluster has; what else is there stays closed."""
+    for path in ("/health/live", "/health/ready", "/metrics", "/metrics/", "//health/live"):
+        url = f"http://127.0.0.1:8000{path}"
+        assert (await client.get(url, headers={"host": host})).status_code == 200
+    for path in ("/health", "/healthy", "/v1/models", "/", "/metricsx"):
+        assert (await client.get(path, headers={"host": host})).status_code == 400
+
+
+async def test_a_host_that_is_none_is_refused_everywhere(client):
+    """Two of them, or what is no name, also from a probe."""
+    for host in ("a b", "x?", "x#"):
+        assert (await client.get("/health/live", headers={"host": host})).status_code == 400
+    twice = [(b"host", b"localhost"), (b"host", b"evil.example")]
+    assert (await client.get("/health/live", headers=twice)).status_code == 400
+
+
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
+
+
+async def test_a_browser_is_told_in_words(client):
+    """Whoever types a name into a browser gets a page that says what to do, not JSON."""
+    headers = {"host": "gpu.lan", "accept": BROWSER}
+    response = await client.get("/", headers=headers)
+
     assert response.status_code == 400
-    assert "KLEIN_ALLOWED_HOSTS" in str(error_of(response)["message"])
-    assert not service.tickets
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "<code>KLEIN_ALLOWED_HOSTS</code>" in response.text
+    assert "IP address" in response.text
+    assert "gpu.lan" not in response.text
+
+
+async def test_a_browser_without_a_key_is_asked_for_it(serve):
+    """401 with what to send and a form; the policy lets the form's own script run, no other."""
+    client = await serve(api_keys=(KEY,))
+    response = await client.get("/docs", headers={"accept": BROWSER})
+    (script,) = re.findall(r"<script>(.*?)</script>", response.text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = response.headers["content-security-policy"]
+
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+    assert "<code>Authorization: Bearer &lt;key&gt;</code>" in response.text
+    assert "<input type=password" in response.text
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert {"default-src 'none'", "connect-src 'self'"} <= set(policy.split("; "))
+    assert KEY not in response.text
+
+
+async def test_a_browser_that_needs_no_key_is_asked_for_none(client):
+    """Another error's page has no form and no script."""
+    response = await client.get("/", headers={"host": "gpu.lan", "accept": BROWSER})
+
+    assert "<form" not in response.text
+    assert "<script" not in response.text
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/json", "", JAVA])
+async def test_a_program_is_told_in_json(client, accept):
+    """Java's HttpURLConnection asks for HTML by default and wants none."""
+    response = await client.get("/v1/models", headers={"host": "gpu.lan", "accept": accept})
+
+    assert error_of(response)["message"]
 
 
 async def test_the_operators_names_are_known(serve):
@@ -101,12 +217,12 @@ async def test_the_operators_names_are_known(serve):
 
 
 async def test_the_address_that_was_bound_is_known(serve):
-    """Whoever sets KLEIN_HOST to one address means to be called by it; 0.0.0.0 is no name."""
-    client = await serve(host="192.168.1.5", trust_network=True)
+    """Whoever sets KLEIN_HOST to one name means to be called by it."""
+    client = await serve(host="gpu.lan", trust_network=True)
     other = await serve(host="0.0.0.0", trust_network=True)
 
-    assert (await client.get("/v1/models", headers={"host": "192.168.1.5:8000"})).status_code == 200
-    assert (await other.get("/v1/models", headers={"host": "0.0.0.0"})).status_code == 400
+    assert (await client.get("/v1/models", headers={"host": "gpu.lan:8000"})).status_code == 200
+    assert (await other.get("/v1/models", headers={"host": "gpu.lan:8000"})).status_code == 400
 
 
 async def test_a_key_makes_any_host_good(serve):

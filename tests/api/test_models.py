@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from app.errors import Kind
@@ -42,13 +44,27 @@ async def test_a_model_answers_to_every_name_it_has(client, name):
     assert response.json() == {**MODEL, "id": name.replace("%2F", "/")}
 
 
-@pytest.mark.parametrize("name", ["nope", "flux.2-klein-9b", "../etc/passwd", "%2e%2e%2fx", ""])
+@pytest.mark.parametrize("name", ["nope", "flux.2-klein-9b", "../etc/passwd", "%2e%2e%2fx"])
 async def test_another_name_is_not_found(client, name):
     """404 with the code that the SDK knows."""
     response = await client.get(f"/v1/models/{name}")
 
     assert response.status_code == 404
     assert error_of(response)["code"] in {"model_not_found", "unknown_url"}
+
+
+async def test_the_error_names_the_model_that_was_asked_for(client):
+    """And the one that is served; cut and printable, whatever was asked for."""
+    name = "no-such-model\x1b[31m" + "x" * 1000
+    asked = await client.get("/v1/models/no-such-model")
+    posted = await client.post("/v1/images/generations", json={"prompt": "a", "model": name[:900]})
+
+    assert "`no-such-model` is not served" in str(error_of(asked)["message"])
+    assert "`no-such-model?[31mxxx" in str(error_of(posted)["message"])
+    for response in (asked, posted):
+        message = str(error_of(response)["message"])
+        assert "`flux.2-klein-4b`" in message
+        assert len(message) < 200
 
 
 async def test_aliases_are_listed_on_request(serve):
@@ -66,3 +82,14 @@ async def test_switched_off_aliases_are_unknown(serve):
 
     assert (await client.get("/v1/models/gpt-image-1")).status_code == 404
     assert len((await client.get("/v1/models")).json()["data"]) == 1
+
+
+async def test_the_name_that_was_asked_for_is_in_no_log_line(client, caplog):
+    """It may be anything: a prompt in the wrong field."""
+    caplog.set_level(logging.INFO, logger="app.api.access")
+    await client.get("/v1/models/canary")
+    await client.post("/v1/images/generations", json={"prompt": "a", "model": "canary" * 20})
+    reasons = [record.reason for record in caplog.records]
+
+    assert ["<word>" in each for each in reasons] == [True, True]
+    assert "canary" not in "".join(str(vars(record)) for record in caplog.records)

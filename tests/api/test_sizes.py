@@ -21,7 +21,7 @@ def test_the_nearest_size_is_always_valid(width, height):
         rule.check_size(*rule.nearest(width, height))
 
 
-@given(st.integers(4, 128), st.integers(4, 128))
+@given(st.integers(4, 256), st.integers(4, 256))
 def test_a_valid_size_is_its_own_nearest(columns, rows):
     """Nothing is moved without need."""
     width, height = 16 * columns, 16 * rows
@@ -34,8 +34,9 @@ def test_a_valid_size_is_its_own_nearest(columns, rows):
 
 
 @pytest.mark.parametrize(
-    ("asked", "nearest"), [((1920, 1080), (1920, 1088)), ((5000, 5000), (2048, 2048))]
+    ("asked", "nearest"),
+    [((1920, 1080), (1920, 1088)), ((5000, 5000), (2048, 2048)), ((32, 96), (64, 192))],
 )
 def test_the_ratio_is_kept(asked, nearest):
-    """As far as multiples of 16 allow."""
+    """As far as multiples of 16 allow, of small sizes too."""
     assert nearest == KLEIN.nearest(*asked)

@@ -261,7 +261,9 @@ async def test_a_stream_that_never_started_still_lets_go_of_its_job():
 
     scope = {"type": "http"}
     current_request.set(RequestContext("a"))
-    answer = EventStream(messages(), heartbeat_s=1, on_close=lambda: closed.append(True))
+    answer = EventStream(
+        messages(), headers={}, heartbeat_s=1, on_close=lambda: closed.append(True)
+    )
     with pytest.raises(OSError, match="gone"):
         await answer(scope, receive, send)
 

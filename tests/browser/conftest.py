@@ -16,6 +16,8 @@ from tests.support.server import Server
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
+REBINDING = "--host-resolver-rules=MAP rebound.example 127.0.0.1"
+"""A name of somebody else's that leads here."""
 _MISSING = "is missing; run `make test-system`, which installs it"
 
 
@@ -114,7 +116,9 @@ def chromium() -> Iterator[Browser]:
         pytest.fail(f"playwright {_MISSING}")
     with sync_playwright() as playwright:
         # The sandbox wants a kernel that containers seldom offer; the pages are our own.
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=["--no-sandbox", REBINDING]
+        )
         yield browser
         browser.close()
     with pytest.raises(RuntimeError, match="no running event loop"):

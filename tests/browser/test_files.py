@@ -57,7 +57,7 @@ def test_no_limit_stands_in_the_page(service) -> None:
     scripts = [f"/static/{name}" for name in parts_of(service) if name.endswith(".js")]
     texts = [service.get(path)[2].decode().replace("_", "") for path in ("/", *scripts)]
     texts[0] = re.sub(r'id="model">.*?</script>', "", texts[0])
-    telling = {value for value in limits.values() if value >= 1000}
+    telling = {value for value in limits.values() if isinstance(value, int) and value >= 1000}
 
     assert len(telling) >= 4
     for text in texts:

@@ -141,6 +141,18 @@ def _progressive(image: Image.Image, **options: object) -> tuple[bytes, list[byt
     return head + scans[0], scans[1:]
 
 
+def flat_jpeg(width: int, height: int) -> bytes:
+    """A baseline JPEG of one grey, in full colour, made without making its pixels: each block of
+    8x8 says the same 14 bits. Sides are multiples of 8, and their blocks of 4.
+    """
+    grey = saved(Image.new("RGB", (8, 8), (128, 128, 128)), "JPEG", subsampling=0)
+    head = bytearray(grey[: grey.index(b"\xff\xda") + 14])
+    at = head.index(b"\xff\xc0")
+    head[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    four = int("00101000000000" * 4, 2).to_bytes(7, "big")
+    return bytes(head) + four * (width * height // 256) + b"\xff\xd9"
+
+
 @cache
 def many_scans(width: int, height: int, repeats: int) -> bytes:
     """A progressive JPEG whose scans but the first are there again and again: each goes through

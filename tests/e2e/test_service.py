@@ -228,3 +228,15 @@ def wait_until(is_true, *, timeout_s: float = 10.0) -> None:
     while not is_true():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+def test_the_demo_scales_what_it_cannot_make(shapes) -> None:
+    """The picture is the one that it makes at the nearest size, and it is said."""
+    body = SMALL | {"prompt": "a red circle on a blue background", "seed": 3}
+    status, headers, data = shapes.post("/generate", body | {"width": 1536, "height": 512})
+    _, _, small = shapes.post("/generate", body | {"width": 512, "height": 176})
+
+    assert status == 200
+    assert headers["x-klein-warnings"].startswith("made at 512x176 and scaled to 1536x512")
+    scaled = Image.open(io.BytesIO(small)).resize((1536, 512), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(data), np.asarray(scaled))

@@ -20,9 +20,9 @@ import pytest_asyncio
 from app.errors import InvalidRequest, Kind, Unavailable
 from app.images.decoder import Limits
 from app.images.pool import DecoderPool
-from app.images.preparing import Upload, prepare
+from app.images.preparing import AUTO, Upload, prepare
 from app.images.uploads import to_pillow
-from tests.api.pictures import mask, photo
+from tests.api.pictures import black_and_white_mask, mask, photo
 from tests.api.sockets import until
 from tests.data.hostile import (
     PICTURES,
@@ -100,6 +100,15 @@ async def test_what_comes_back_is_what_this_process_would_have_made(pool):
     assert expected == await pool.prepare(files, over, None, nearest, client="a")
     assert expected.mask is not None
     assert isinstance(expected.mask.weights, bytes)
+
+
+async def test_that_a_mask_was_black_and_white_comes_back(pool):
+    """The answer warns of it."""
+    mask = Upload(black_and_white_mask(64, 64), "mask", repaints=AUTO)
+    edit = await pool.prepare([Upload(photo(64, 64), "a")], mask, None, nearest, client="a")
+
+    assert edit.is_black_and_white
+    assert edit.mask.weights[:64] == bytes([255] * 32 + [0] * 32)
 
 
 async def test_a_refusal_crosses_with_its_place_and_code(pool):

@@ -34,7 +34,9 @@ def test_five_thousand_cases_break_nothing(tmp_path: Path) -> None:
     """5,000 cases over the whole API: no 5xx, OpenAI's error object everywhere, nothing of
     the inside in any answer, and the worker's process is the one from before. The demo model's
     limits keep the pictures small, so that the time goes into requests instead of PNG."""
-    with Server("slow=0", module="tests.api.live", model="shapes", device="cpu") as server:
+    with Server(
+        "slow=0", module="tests.api.live", model="shapes", device="cpu", demo_scale=False
+    ) as server:
         worker = server.worker_pid()
         with ThreadPoolExecutor(len(RUNS)) as pool:
             runs = list(pool.map(lambda options: fuzz(server.url, options, tmp_path), RUNS))

@@ -17,6 +17,7 @@ from app.api.middleware import body_limit
 from app.api.openai import fields as openai_fields
 from app.api.openai import image_store
 from app.api.schema import json_scanner, multipart, table
+from app.api.system import jobs
 from app.cli import serve
 from app.engine.checkpoint import safetensors_header
 from app.images import decoder, pool, uploads
@@ -78,12 +79,13 @@ VALUES: dict[str, tuple[float, ...]] = {
     "time by the clock": (DECODER.wall_s,),
     "address space": (DECODER.memory_bytes,),
     "scans of a JPEG": (uploads.MAX_SCANS,),
-    "pixels": (uploads.MAX_PIXELS,),
+    "pixels": (uploads.MAX_PIXELS, uploads.MAX_JPEG_PIXELS),
     "no room for a process": (DECODER.start_s,),
     "places while a body of more than 64 KiB, or of unknown length, is read": (1,),
     "images that wait": (Settings().queue_images,),
     "places kept for who was turned away": (shares.PRESENT_S,),
     "those turned away that are remembered": (shares.CLAIMS_MOST,),
+    "jobs that `/v1/jobs` lists and cancels": (jobs.MAX_LISTED,),
     "links to pictures": (image_store.MAX_BYTES, image_store.MAX_COUNT),
     "a caller's word in a line": (logs._MAX_WORD,),
     "lines of requests that made no picture": (log_writer.MOST_ACCESS, log_writer.WINDOW_S),

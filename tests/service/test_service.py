@@ -13,7 +13,7 @@ from PIL import Image
 from app.domain import ImageSpec, RawImage, Stage, WorkerStage
 from app.errors import Cancelled, GenerationFailed, InvalidRequest, Kind, Unavailable
 from app.images import OutputFormat
-from app.service.results import Picture, Queued
+from app.service.results import Advance, Picture, Queued
 from tests.support.in_process import InProcess
 
 PNG = OutputFormat("png")
@@ -156,6 +156,16 @@ async def test_a_cut_prompt_is_told(at) -> None:
     assert picture.warnings == ("prompt cut to 512 tokens",)
 
 
+async def test_what_a_route_warns_of_comes_with_each_picture(at) -> None:
+    """Before what the pictures tell."""
+    at.worker.is_prompt_cut = True
+    with at.service.admit(client="a") as admission:
+        admission.warnings = ("a word",)
+        pictures = await admission.submit([SPEC, SPEC], PNG).pictures()
+
+    assert [each.warnings for each in pictures] == [("a word", "prompt cut to 512 tokens")] * 2
+
+
 async def test_the_file_says_how_it_was_made(at) -> None:
     """All that is needed to make it again, and none of the references."""
     (picture,) = await at.service.submit([SPEC], client="a", output=PNG).pictures()
@@ -203,3 +213,19 @@ async def test_without_a_worker_nothing_is_taken(at, info, is_ready, kind) -> No
 def test_a_stage_is_written_as_its_word() -> None:
     """As in the comments of a stream."""
     assert f"{Stage.DENOISE}" == "denoise"
+
+
+async def test_a_ticket_tells_how_far_it_has_come(at: InProcess) -> None:
+    """What has ended, and the step of the one that runs."""
+    ticket = at.service.submit([SPEC, SPEC, SPEC], client="a", output=PNG)
+    first, second, _ = ticket.jobs
+
+    assert ticket.advance() == Advance(images=3, done=0, step=0, steps=4)
+    first.step = 3
+    assert ticket.advance() == Advance(images=3, done=0, step=3, steps=4)
+    at.queue.cancel(first)
+    assert ticket.advance() == Advance(images=3, done=1, step=0, steps=4)
+    second.step = 1
+    assert ticket.advance() == Advance(images=3, done=1, step=1, steps=4)
+    ticket.cancel()
+    assert ticket.advance().done == 3

@@ -31,7 +31,7 @@ from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
-from app.service.results import Picture, Preview, Queued, TicketEvent
+from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, warnings_of
 
 SECONDS: Mapping[str, float] = {
     "queue": 0.001,
@@ -83,6 +83,8 @@ class FakeService:
     """Where set, nothing is taken, for this reason."""
     max_pixels: int = 2**62
     """The operator's limit."""
+    scaled: Limits | None = None
+    """Of the sizes that may be asked for beyond the model's."""
     has_failed: bool = False
     """Whether the service has given up."""
     tickets: list[FakeTicket] = field(default_factory=list)
@@ -97,7 +99,7 @@ class FakeService:
     @property
     def limits(self) -> Limits:
         """Those of the model and of the operator."""
-        return Limits.of(self.model, self.max_pixels)
+        return Limits.of(self.model, self.max_pixels, scaled=self.scaled)
 
     @property
     def waiting(self) -> int:
@@ -166,7 +168,9 @@ class FakeService:
             self.check(spec)
         if not admission.images:
             self.check_open(len(specs))
-        ticket = FakeTicket(list(specs), output, self.script)
+        ticket = FakeTicket(
+            list(specs), output, self.script, admission.client, warnings=admission.warnings
+        )
         self.tickets.append(ticket)
         self.deadlines.append(admission.deadline_s)
         self.clients.append(admission.client)
@@ -179,6 +183,14 @@ class FakeService:
         """Accept at once, all or none."""
         with self.admit(client=client) as admission:
             return admission.submit(specs, output)
+
+    def own_tickets(self, client: str) -> dict[FakeTicket, int | None]:
+        """Those of one client; none waits here."""
+        return {each: None for each in self.tickets if each.client == client and not each.has_ended}
+
+    def find_ticket(self, client: str, id: str) -> FakeTicket | None:
+        """One of them."""
+        return next((each for each in self.own_tickets(client) if each.id == id), None)
 
     def random_seed(self) -> int:
         """Count, so that no two are equal."""
@@ -195,6 +207,7 @@ class FakeAdmission:
     deadline_s: float | None
     images: int = 0
     seconds_left: float = 120.0
+    warnings: tuple[str, ...] = ()
 
     def __enter__(self) -> FakeAdmission:
         return self
@@ -225,9 +238,29 @@ class FakeTicket:
     specs: list[ImageSpec]
     output: OutputFormat
     script: Script
+    client: str = ""
+    request_id: str = ""
+    created: float = 0.0
+    warnings: tuple[str, ...] = ()
     has_ended: bool = False
     was_cancelled: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    on_ended: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        """Nobody asks for it here."""
+        return f"{id(self):x}"
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call back once nobody waits any more."""
+        self.on_ended.append(callback)
+
+    def advance(self) -> Advance:
+        """Say that all of it is still to be done, or none."""
+        images = len(self.specs)
+        steps = self.specs[0].num_inference_steps
+        return Advance(images, images if self.has_ended else 0, 0, steps)
 
     def cancel(self) -> None:
         """Note that nobody waits; a ticket that has ended stays as it is."""
@@ -274,19 +307,21 @@ class FakeTicket:
     def _end(self) -> None:
         self.has_ended = True
         self.ended.set()
+        for callback in self.on_ended:
+            callback()
 
     def _picture(self, spec: ImageSpec) -> Picture:
         return Picture(
             data=paint(spec, self.output),
             format=self.output.format,
             media_type=self.output.media_type,
-            width=spec.width,
-            height=spec.height,
+            width=spec.output_size[0],
+            height=spec.output_size[1],
             seed=spec.seed,
             seconds=SECONDS,
             peak=self.script.peak,
             prompt_tokens=12,
-            warnings=self.script.warnings,
+            warnings=(*self.warnings, *warnings_of(spec), *self.script.warnings),
         )
 
 
@@ -357,7 +392,7 @@ class FakeRuntime:
 def paint(spec: ImageSpec, output: OutputFormat) -> bytes:
     """Make a picture whose colours tell seed and mask, with enough detail for JPEG to differ."""
     base = (spec.seed * 37 + len(spec.references) * 11) % 251
-    return _paint(base, (spec.width, spec.height), output)
+    return _paint(base, spec.output_size, output)
 
 
 @lru_cache(64)

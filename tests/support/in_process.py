@@ -77,6 +77,7 @@ class InProcess:
         has_metadata: bool = False,
         clock: Callable[[], float] = time.monotonic,
         model: str = "flux.2-klein-4b",
+        scaled: Limits | None = None,
     ) -> None:
         self.worker = Worker()
         self.estimator = Estimator()
@@ -85,7 +86,7 @@ class InProcess:
         self.decoders = FakeDecoders()
         self.service = ImageService(
             find_spec(model),
-            Limits.of(find_spec(model), 4_194_304),
+            Limits.of(find_spec(model), 4_194_304, scaled=scaled),
             self.queue,
             self.estimator,
             self.worker,

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.deps import runtime_of
 from app.api.errors import REPLIES, error_response, internal_error
+from app.api.middleware.cors import Origins
 from app.errors import Cancelled, Kind, KleinError
 from app.log_writer import ACCESS
 from app.logs import clip
@@ -39,8 +40,9 @@ SECURITY_HEADERS = {
 class Edge:
     """ASGI middleware, outermost: sets request id and headers, counts and logs the outcome."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, origins: Origins) -> None:
         self._app = app
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; whatever happens, it is answered, counted and logged once."""
@@ -56,7 +58,9 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _complete(MutableHeaders(scope=message), context.id, time.perf_counter() - started)
+                headers = MutableHeaders(scope=message)
+                _complete(headers, context.id, time.perf_counter() - started)
+                self._origins.mark(scope, headers)
             await send(message)
 
         try:
@@ -65,7 +69,7 @@ class Edge:
             _log.exception("A request failed in a way that nothing expected.")
             context.error = internal_error()
             if status == 0:
-                await error_response(context.error)(scope, receive, send_with_headers)
+                await error_response(context.error, scope)(scope, receive, send_with_headers)
         except BaseException:
             context.error = Cancelled()
             raise
@@ -116,7 +120,9 @@ def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
         details = {
             "code": error.code or REPLIES[error.kind].code,
             "param": error.param and clip(error.param),
-            "reason": _without(error.param, error.message),
+            "reason": _without(
+                error.param, "<param>", _without(error.word, "<word>", error.message)
+            ),
         }
     retries = Headers(scope=scope).get("x-stainless-retry-count", "")
     if retries.isdecimal() and len(retries) < 4 and retries != "0":
@@ -124,11 +130,11 @@ def _details(scope: Scope, error: KleinError | None) -> dict[str, object]:
     return details
 
 
-def _without(name: str | None, message: str) -> str:
-    """Remove *name* from *message*: a parameter's name may be the caller's own text."""
-    if not name:
+def _without(text: str | None, instead: str, message: str) -> str:
+    """Remove *text* from *message*: also a parameter's name may be the caller's own."""
+    if not text:
         return message
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<param>", message)
+    return re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", instead, message)
 
 
 def _outcome(error: KleinError | None, status: int) -> str:

@@ -7,20 +7,23 @@ that protects the GPU from a web page.
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.errors import error_response
+from app.api.errors import refusal
+from app.api.hosts import is_always_known, parse_host
+from app.api.middleware.auth import has_password
+from app.api.middleware.cors import Origins
+from app.api.middleware.target import HOSTS
 from app.errors import InvalidRequest, Kind, KleinError
 from app.request_context import current_request
 
-_HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::(\d{1,5}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _FOREIGN_SITES = frozenset({b"cross-site", b"same-site"})
+_NAMELESS = frozenset({"/health/live", "/health/ready", "/metrics"})
+"""What probes and scrapes ask for, under whatever name a cluster has; it makes no picture."""
 
 Check = Callable[[Scope], KleinError | None]
 """Returns the error with which a request is refused, None where it may pass."""
@@ -39,15 +42,17 @@ class Gates:
             for check in self._checks:
                 if error := check(scope):
                     current_request.get().error = error
-                    await error_response(error)(scope, receive, send)
+                    await refusal(scope, error)(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
 
 class HostCheck:
-    """Refuses a Host header whose name is not allowed.
+    """Refuses a request under a name that is not allowed: its Host, and what a proxy forwards.
 
-    A request that carries a configured key may use any name. A malformed name is always refused.
+    Addresses, and the names that a machine has for itself, are always allowed, as is no Host at all
+    in HTTP/1.0: DNS rebinding needs a name. A request that carries a configured key may use any
+    name. A malformed name is always refused, as are two Host headers.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -55,42 +60,64 @@ class HostCheck:
 
     def __call__(self, scope: Scope) -> KleinError | None:
         """Return the refusal: 400."""
-        asked = _host_of(scope)
-        if asked is not None and (
-            # An image's URL must work for whoever got it, under the host name that a key permitted;
-            # its file name cannot be guessed, so a web page gains nothing by it.
-            scope["path"].startswith("/v1/images/files/")
-            or current_request.get().has_key
-            or "*" in self._names
-            or asked[0] in self._names
-            or _is_loopback(asked[0])
-        ):
+        names = _names(scope)
+        if names is not None and (_needs_no_name(scope) or all(map(self._knows, names))):
             return None
         return InvalidRequest(
-            "The service is not known under this Host; add it to KLEIN_ALLOWED_HOSTS."
+            "The service is not known under this name. Use its IP address instead, or add the name "
+            "to KLEIN_ALLOWED_HOSTS and start it again."
         )
 
+    def _knows(self, name: str) -> bool:
+        return "*" in self._names or name in self._names or is_always_known(name)
 
-def check_origin(scope: Scope) -> KleinError | None:
-    """Return the refusal of a cross-origin request, 403, even if the page cannot read the response.
+
+class OriginCheck:
+    """Refuses a cross-origin request, even if the page cannot read the response.
 
     A form, and a `fetch` without CORS, are sent without a preflight, and an image costs the same
     GPU time. A request that carries a configured key may have any origin: a page that knows the key
-    has it from its owner. Requests without either header come from no browser.
+    has it from its owner. A password does not count, nor does `*` beside one, since browsers add
+    one that they remember to every page's requests. Requests without either header come from no
+    browser.
     """
-    if (
-        scope["method"] in _READING
-        or current_request.get().has_key
-        or not any(
-            _is_foreign(name, value.strip().lower(), scope) for name, value in scope["headers"]
+
+    def __init__(self, origins: Origins) -> None:
+        self._origins = origins
+
+    def __call__(self, scope: Scope) -> KleinError | None:
+        """Return the refusal: 403."""
+        if (
+            scope["method"] in _READING
+            or self._is_trusted(scope)
+            or not any(
+                _is_foreign(name, value.strip().lower(), scope) for name, value in scope["headers"]
+            )
+        ):
+            return None
+        return KleinError(
+            "A page of another origin may not ask this service for anything; use the service's own "
+            "page at /, send an API key as `Authorization: Bearer <key>`, or add the page's origin "
+            "to KLEIN_ALLOWED_ORIGINS. A proxy in front must pass the Host header on.",
+            kind=Kind.ORIGIN,
         )
-    ):
-        return None
-    return KleinError(
-        "A page of another origin may not ask this service for anything; use the service's own "
-        "page at /, or send an API key as `Authorization: Bearer <key>`. A proxy in front must "
-        "pass the Host header on.",
-        kind=Kind.ORIGIN,
+
+    def _is_trusted(self, scope: Scope) -> bool:
+        if has_password(scope["headers"]):
+            return self._origins.name(scope)
+        return current_request.get().has_key or self._origins.allows(scope)
+
+
+def _needs_no_name(scope: Scope) -> bool:
+    """Whether any name is good: a probe's, a key holder's, or that of an image's URL.
+
+    The URL must work for whoever got it, under the host name that a key permitted; its file name
+    cannot be guessed, so a web page gains nothing by it.
+    """
+    return (
+        current_request.get().has_key
+        or scope["path"] in _NAMELESS
+        or str(scope["path"]).startswith("/v1/images/files/")
     )
 
 
@@ -107,7 +134,7 @@ def _is_own(origin: str, scope: Scope) -> bool:
     The scheme is ignored: a proxy that terminates TLS forwards plain HTTP.
     """
     scheme, separator, rest = origin.partition("://")
-    found, asked = _parse(rest), _host_of(scope)
+    found, asked = parse_host(rest), _host_of(scope)
     if not separator or found is None or asked is None or found[0] != asked[0]:
         return False
     port = _DEFAULT_PORTS.get(scheme) if found[1] is None else found[1]
@@ -116,21 +143,20 @@ def _is_own(origin: str, scope: Scope) -> bool:
 
 
 def _host_of(scope: Scope) -> tuple[str, int | None] | None:
-    """Parse the only Host header; None where there is another number of them."""
+    """Parse the Host header, or the Host that a trusted proxy forwards in its place."""
     hosts = [value for name, value in scope["headers"] if name == b"host"]
-    return _parse(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
+    return parse_host(hosts[0].decode("latin-1")) if len(hosts) == 1 else None
 
 
-def _parse(text: str) -> tuple[str, int | None] | None:
-    """Parse a name, without an IPv6 address's brackets and a final dot, and a port; or None."""
-    match = _HOST.fullmatch(text)
-    if match is None:
+def _names(scope: Scope) -> set[str] | None:
+    """Return the names that a request came under, received and forwarded ones.
+
+    None where one is malformed, Host was sent twice, or HTTP/1.1 was spoken without it.
+    """
+    received = scope[HOSTS]
+    if not received and scope["http_version"] == "1.0":
+        return set()
+    parsed = [_host_of(scope), *map(parse_host, received)]
+    if len(received) != 1 or None in parsed:
         return None
-    return match[1].strip("[]").rstrip("."), int(match[2]) if match[2] else None
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost" or name.endswith(".localhost")
+    return {each[0] for each in parsed if each is not None}

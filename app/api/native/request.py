@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
-from app.api.schema.fields import PROMPT, sampling_fields, side
+from app.api.schema.fields import PROMPT, about_mask, sampling_fields, side, size
 from app.api.schema.json_scanner import LongText
-from app.api.schema.request import ImageRequest, read_image, read_prompt, require_both_sides
+from app.api.schema.request import SIDES, ImageRequest, read_image, read_prompt, read_size
 from app.api.schema.table import Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL, base64_or_data_url
 from app.domain import ModelSpec
@@ -26,6 +26,8 @@ class GenerateRequest:
     image: ImageRequest
     images: tuple[Upload, ...]
     mask: Upload | None
+    names: Mapping[str, str]
+    """The request's own names for fields of a spec, where they differ."""
 
 
 def table(model: ModelSpec, limits: Limits, config: ApiConfig) -> FieldTable:
@@ -35,6 +37,7 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig) -> FieldTable:
             PROMPT,
             side("width", "The width in pixels.", limits, model.default_width),
             side("height", "The height in pixels.", limits, model.default_height),
+            size(model, limits),
             *sampling_fields(model, limits),
             Field(
                 "output_format",
@@ -56,7 +59,7 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig) -> FieldTable:
             Field(
                 "mask",
                 Type.TEXT,
-                "PNG or WebP of the first picture's size; what is transparent is repainted.",
+                about_mask(config),
                 max_length=None,
                 schema={"type": ["string", "null"], "maxLength": MAX_URL},
             ),
@@ -71,7 +74,7 @@ def read(values: Mapping[str, Any], model: ModelSpec, limits: Limits) -> Generat
     Raises:
         InvalidRequest: a value breaks a rule.
     """
-    images = _read_images(values, limits.max_references)
+    images = _read_images(values, limits)
     mask = values.get("mask")
     if mask is not None and not images:
         raise InvalidRequest(
@@ -80,22 +83,20 @@ def read(values: Mapping[str, Any], model: ModelSpec, limits: Limits) -> Generat
             code="missing_required_parameter",
         )
     prompt = read_prompt(values)
-    size = _read_size(values, model, limits, is_edit=bool(images))
+    has_sides = "width" in values or "height" in values
+    if has_sides and "size" not in values and not images:
+        values = {"width": model.default_width, "height": model.default_height, **values}
     return GenerateRequest(
-        read_image(values, model, prompt=prompt, size=size),
+        read_image(values, model, prompt=prompt, size=read_size(values, limits)),
         images,
         None if mask is None else base64_or_data_url(mask, "mask"),
+        SIDES if "size" in values and not has_sides else {},
     )
 
 
-def _read_images(values: Mapping[str, Any], most: int) -> tuple[Upload, ...]:
+def _read_images(values: Mapping[str, Any], limits: Limits) -> tuple[Upload, ...]:
     sent = values.get("images", [])
-    if len(sent) > most:
-        raise InvalidRequest(
-            f"images holds {len(sent)} pictures; the most is {most}.",
-            param="images",
-            code="array_above_max_length",
-        )
+    limits.check_references(len(sent), "images")
     for index, text in enumerate(sent):
         if not isinstance(text, str | LongText):
             raise InvalidRequest(
@@ -104,15 +105,3 @@ def _read_images(values: Mapping[str, Any], most: int) -> tuple[Upload, ...]:
                 code="invalid_type",
             )
     return tuple(base64_or_data_url(text, f"images[{i}]") for i, text in enumerate(sent))
-
-
-def _read_size(
-    values: Mapping[str, Any], model: ModelSpec, limits: Limits, *, is_edit: bool
-) -> tuple[int, int] | None:
-    if "width" not in values and "height" not in values:
-        return None
-    if is_edit:
-        require_both_sides(values, "neither")
-    size = (values.get("width", model.default_width), values.get("height", model.default_height))
-    limits.check_size(*size)
-    return size

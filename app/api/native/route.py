@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -9,12 +11,11 @@ from app.api.config import ApiConfig
 from app.api.deps import DEADLINE, Running, admit
 from app.api.disconnect import await_images, unless_disconnected
 from app.api.errors import own_names
-from app.api.native.request import read, table
+from app.api.native.request import GenerateRequest, read, table
 from app.api.native.response import response_headers
 from app.api.pieces import Body, Data, PieceResponse
 from app.api.schema.body import read_json
 from app.domain import ImageSpec
-from app.images import OutputFormat
 from app.request_context import current_request
 from app.runtime import Runtime
 from app.service.ticket import Admission
@@ -30,10 +31,10 @@ def build_router(config: ApiConfig) -> APIRouter:
     async def generate(request: Request, runtime: Running) -> Response:
         context = current_request.get()
         with admit(request, runtime.service, "application/json") as admission:
-            specs, output = await _read(request, runtime, admission, config)
+            asked, specs = await _read(request, runtime, admission, config)
             context.release_body()
-            with own_names(_OWN_NAMES):
-                ticket = admission.submit(specs, output)
+            with own_names({**_OWN_NAMES, **asked.names}):
+                ticket = admission.submit(specs, asked.image.output)
         (picture,) = await await_images(ticket, request.receive)
         return PieceResponse(
             Body(Data(picture.data)),
@@ -46,15 +47,19 @@ def build_router(config: ApiConfig) -> APIRouter:
 
 async def _read(
     request: Request, runtime: Runtime, admission: Admission, config: ApiConfig
-) -> tuple[list[ImageSpec], OutputFormat]:
+) -> tuple[GenerateRequest, list[ImageSpec]]:
     """Read and decode the body; uploads are released before the image is queued."""
     model, limits, edit = runtime.service.model, runtime.service.limits, None
     fields = table(model, limits, config)
     asked = read(fields.read(await read_json(request, has_pictures=True)), model, limits)
     if asked.images:
         admission.reserve(1)
-        work = runtime.decoders.prepare(
-            asked.images, asked.mask, asked.image.size, limits.nearest, client=admission.client
-        )
-        edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
-    return asked.image.specs(model, runtime.service.random_seed, edit), asked.image.output
+        mask = asked.mask and replace(asked.mask, repaints=config.repaints)
+        with own_names(asked.names):
+            work = runtime.decoders.prepare(
+                asked.images, mask, asked.image.size, limits.nearest, client=admission.client
+            )
+            edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
+        admission.warnings = edit.warnings
+        asked = replace(asked, images=(), mask=None)
+    return asked, asked.image.specs(runtime.service, edit)

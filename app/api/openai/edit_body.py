@@ -1,7 +1,8 @@
 """The body of an edit, as a form or as JSON: the same fields, and its images.
 
 `image`, `image[]`, `image[0]` and repetitions of them are one list in order of arrival, since
-clients differ. File names and declared types are never looked at.
+clients differ. File names and declared types are never looked at. A text that is repeated as it was
+counts once: async-openai sends output_compression twice.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from app.api.schema.table import FieldTable, shorten
 from app.api.schema.uploads import data_url
 from app.errors import InvalidRequest
 from app.images.preparing import Upload
+from app.limits import Limits
 
 _PICTURE = re.compile(r"(image|mask)(\[[0-9]*\])?")
+_FILE = object()
+"""The value of a file under a name that no field takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +37,28 @@ class EditBody:
     mask: Upload | None
 
 
-async def read_form(request: Request, table: FieldTable, max_images: int) -> EditBody:
+async def read_form(request: Request, table: FieldTable, limits: Limits) -> EditBody:
     """Read `multipart/form-data`."""
+
+    def is_wanted(name: str) -> bool:
+        is_known = _PICTURE.fullmatch(name) or table.find(name, is_form=True)
+        return table.is_strict or bool(is_known)
+
     texts: dict[str, object] = {}
     files: dict[str, list[Upload]] = {"image": [], "mask": []}
-    parts = await read_parts(request)
+    parts = await read_parts(request, is_wanted)
     while parts:
         part = parts.pop(0)  # no part is held both raw and read
         if picture := _PICTURE.fullmatch(part.name):
             files[picture[1]] += _read_file(part, picture[1])
-        elif _has_file(part):
-            raise _must_be("text, not a file", shorten(part.name))
-        elif part.name in texts:
+        elif (value := _read_value(part, table)) and texts.setdefault(part.name, value) != value:
+            name = shorten(part.name)
             raise InvalidRequest(
-                f"{shorten(part.name)} is there more than once; send it once.",
-                param=shorten(part.name),
+                f"{name} is there more than once, with different values; send it once.", param=name
             )
-        else:
-            texts[part.name] = part.text()
     values = table.read(texts, is_form=True)
     images, masks = files.values()
-    _check_count(len(images), max_images, "image")
+    _check_count(len(images), limits, "image")
     if len(masks) > 1:
         raise InvalidRequest(
             "There is more than one mask; send one.", param="mask", code="array_above_max_length"
@@ -61,12 +66,12 @@ async def read_form(request: Request, table: FieldTable, max_images: int) -> Edi
     return EditBody(values, tuple(images), masks[0] if masks else None)
 
 
-async def read_object(request: Request, table: FieldTable, max_images: int) -> EditBody:
+async def read_object(request: Request, table: FieldTable, limits: Limits) -> EditBody:
     """Read OpenAI's JSON body, in which images are data URLs."""
     values = table.read(await read_json(request, has_pictures=True))
     sent = values.pop("images", [])
     mask = values.pop("mask", None)
-    _check_count(len(sent), max_images, "images")
+    _check_count(len(sent), limits, "images")
     images = tuple(_read_entry(entry, f"images[{index}]") for index, entry in enumerate(sent))
     return EditBody(values, images, None if mask is None else _read_entry(mask, "mask"))
 
@@ -74,6 +79,16 @@ async def read_object(request: Request, table: FieldTable, max_images: int) -> E
 def _has_file(part: Part) -> bool:
     """Whether it is a file; an empty file input is as absent as an empty text."""
     return part.is_file and bool(part.content or part.has_file_name)
+
+
+def _read_value(part: Part, table: FieldTable) -> object:
+    """Read a part that is no picture; empty where it is absent."""
+    if not _has_file(part):
+        return part.text()
+    field = table.find(part.name, is_form=True)
+    if field is not None and field.refusal is None:
+        raise _must_be("text, not a file", part.name)
+    return _FILE
 
 
 def _read_file(part: Part, param: str) -> list[Upload]:
@@ -101,19 +116,14 @@ def _read_entry(entry: object, param: str) -> Upload:
     return data_url(entry["image_url"], f"{param}.image_url")
 
 
-def _check_count(count: int, most: int, param: str) -> None:
+def _check_count(count: int, limits: Limits, param: str) -> None:
     if count == 0:
         raise InvalidRequest(
             f"{param} is missing; send at least one picture.",
             param=param,
             code="missing_required_parameter",
         )
-    if count > most:
-        raise InvalidRequest(
-            f"There are {count} pictures; the most is {most}.",
-            param=param,
-            code="array_above_max_length",
-        )
+    limits.check_references(count, param)
 
 
 def _must_be(what: str, param: str) -> InvalidRequest:

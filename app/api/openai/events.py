@@ -37,8 +37,9 @@ async def messages(
     An error is sent, and kept for the log.
     """
     verb = "image_edit" if spec.references else "image_generation"
+    width, height = spec.output_size
     common: dict[str, Any] = {
-        "size": f"{spec.width}x{spec.height}",
+        "size": f"{width}x{height}",
         "quality": asked.quality if asked.quality in ECHOED_QUALITIES else "auto",
         "background": "opaque",
         "output_format": asked.image.output.format,

@@ -7,7 +7,7 @@ safety_identifier, complexity, input_fidelity. They are still validated.
 from __future__ import annotations
 
 from app.api.config import ApiConfig
-from app.api.schema.fields import PROMPT, sampling_fields, side
+from app.api.schema.fields import MAX_IMAGES, PROMPT, about_mask, sampling_fields, side, size
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ModelSpec
@@ -15,7 +15,6 @@ from app.errors import InvalidRequest
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import MAX_PROMPT, Limits
 
-MAX_IMAGES = 10
 MAX_PARTIALS = 3
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
 """Prefixes of model names that clients hard-code; such a name means the served model."""
@@ -37,10 +36,10 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig, *, is_edit: bool)
             *_DELIVERY,
             *_IGNORED,
             *_unsupported(),
-            *(_edit_only(limits) if is_edit else _GENERATION_ONLY),
+            *(_edit_only(limits, config) if is_edit else _GENERATION_ONLY),
         ),
         is_strict=config.is_strict,
-        hints={"image": "JSON carries pictures in `images`"} if is_edit else _EDIT_HINTS,
+        hints=_EDIT_HINTS if is_edit else _GENERATION_HINTS,
     )
 
 
@@ -61,15 +60,7 @@ def _subject(model: ModelSpec, limits: Limits, config: ApiConfig) -> tuple[Field
             maximum=MAX_IMAGES,
             default=1,
         ),
-        Field(
-            "size",
-            Type.TEXT,
-            f"`auto`, or WxH: multiples of {limits.multiple}, from 1:{limits.max_ratio} to "
-            f"{limits.max_ratio}:1; `auto` is "
-            f"{model.default_width}x{model.default_height}, or the first image's shape.",
-            default="auto",
-            example=f"{model.default_width}x{model.default_height}",
-        ),
+        size(model, limits),
         *(
             side(name, f"The {name} in pixels, instead of `size`; both or neither.", limits)
             for name in ("width", "height")
@@ -109,7 +100,8 @@ def _encoding() -> tuple[Field, ...]:
             "Pictures are always opaque.",
             choices=("transparent", "opaque", "auto"),
             unsupported={
-                "transparent": "This model makes no transparent background; send opaque or auto."
+                "transparent": "background must be opaque or auto, since the model paints every "
+                "pixel and knows no transparency."
             },
             schema={"enum": ["opaque", "auto", None]},
         ),
@@ -171,7 +163,7 @@ _GENERATION_ONLY = (
 )
 
 
-def _edit_only(limits: Limits) -> tuple[Field, ...]:
+def _edit_only(limits: Limits, config: ApiConfig) -> tuple[Field, ...]:
     picture = {
         "type": "object",
         "required": ["image_url"],
@@ -208,16 +200,20 @@ def _edit_only(limits: Limits) -> tuple[Field, ...]:
         Field(
             "mask",
             Type.OBJECT,
-            "PNG or WebP of the first picture's size; where it is transparent, it is repainted.",
+            about_mask(config),
             json_only=True,
             schema={"anyOf": [picture, {"type": "null"}]},
         ),
     )
 
 
-_EDIT_HINTS = dict.fromkeys(
-    ("image", "images", "image[]", "mask"), "pictures go to /v1/images/edits"
-)
+_PICTURES = r"(\w+_)?(image|file|picture)s?(_?\d{1,3}|\[\d*\]|_url)?"
+_MASKS = r"masks?(_image|_file|_url|\[.*\])?"
+_EDIT_HINTS = {
+    _MASKS: "the mask goes into `mask`",
+    _PICTURES: "pictures go into `image` in a form, and into `images` in JSON",
+}
+_GENERATION_HINTS = dict.fromkeys((_MASKS, _PICTURES), "pictures go to /v1/images/edits")
 
 
 def _impossible(name: str, why: str) -> str:

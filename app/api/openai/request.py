@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
-from app.api.errors import own_names
 from app.api.openai.fields import ALIASES
-from app.api.schema.request import ImageRequest, read_image, read_prompt, require_both_sides
+from app.api.schema.request import ImageRequest, read_image, read_prompt, read_size
+from app.api.schema.table import shorten
 from app.domain import ModelSpec
 from app.errors import InvalidRequest
 from app.limits import Limits
-
-SIDES = {"width": "size", "height": "size"}
-"""This dialect's field for a spec's sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +39,17 @@ def read(
     """
     if not is_model(values.get("model", ""), model, config):
         # The status is 400, since Nextcloud takes 404 for a missing API.
+        name = shorten(values["model"])
         raise InvalidRequest(
-            f"This model is not served here; send `{model.id}`, or leave `model` out.",
+            f"The model `{name}` is not served here; send `{model.id}`, or leave `model` out.",
             param="model",
             code="model_not_found",
+            word=name,
         )
     stream = values.get("stream", False)
     _check_stream(values, stream=stream)
     prompt = read_prompt(values)
-    size = _read_size(values, limits)
+    size = read_size(values, limits)
     return ImagesRequest(
         image=read_image(values, model, prompt=prompt, size=size),
         quality=values.get("quality"),
@@ -94,20 +93,3 @@ def _check_stream(values: Mapping[str, Any], *, stream: bool) -> None:
             "partial_images need stream: true; set it, or leave partial_images out.",
             param="partial_images",
         )
-
-
-def _read_size(values: Mapping[str, Any], limits: Limits) -> tuple[int, int] | None:
-    text = values.get("size", "auto")
-    with own_names(SIDES):
-        size = None if text == "auto" else limits.parse_size(text)
-    if "width" not in values and "height" not in values:
-        return size
-    require_both_sides(values, "`size`")
-    asked = (values["width"], values["height"])
-    limits.check_size(*asked)
-    if size not in {None, asked}:
-        raise InvalidRequest(
-            "width and height say another size than `size`; send only one of the two.",
-            param="width",
-        )
-    return asked

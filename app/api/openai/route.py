@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -22,18 +23,18 @@ from app.api.openai import request as openai_request
 from app.api.openai import response as openai_response
 from app.api.openai.events import messages
 from app.api.openai.image_store import ImageStore
-from app.api.openai.request import SIDES, ImagesRequest
+from app.api.openai.request import ImagesRequest
 from app.api.pieces import Body, Data, PieceResponse
-from app.api.schema.body import content_type, read_json
+from app.api.schema.body import FORM, JSON, content_type, read_json
+from app.api.schema.request import SIDES
 from app.api.sse import EventStream
 from app.domain import ImageSpec
 from app.errors import Kind, KleinError
 from app.request_context import current_request
 from app.runtime import Runtime
-from app.service.results import Picture
+from app.service.results import Picture, warnings_of
 from app.service.ticket import Admission
 
-_FORM, _JSON = "multipart/form-data", "application/json"
 _FILES = "/v1/images/files/"
 _Read = Callable[
     [Request, Runtime, Admission, ApiConfig], Awaitable[tuple[ImagesRequest, list[ImageSpec]]]
@@ -48,11 +49,11 @@ def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
     @router.post("/v1/images", summary="The same as /v1/images/generations")
     @router.post("/v1/images/generations", summary="Make pictures of a prompt")
     async def generations(request: Request, runtime: Running) -> Response:
-        return await _respond(request, runtime, config, links, _read_generation, _JSON)
+        return await _respond(request, runtime, config, links, _read_generation, JSON)
 
     @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
     async def change(request: Request, runtime: Running) -> Response:
-        return await _respond(request, runtime, config, links, _read_edit, _FORM, _JSON)
+        return await _respond(request, runtime, config, links, _read_edit, FORM, JSON)
 
     @router.get(_FILES + "{name}", summary="Fetch a picture behind a link", response_class=Response)
     async def file(name: str) -> Response:
@@ -87,11 +88,16 @@ async def _respond(
             ticket = admission.submit(specs, asked.image.output)
     if asked.wants_stream:
         stream = messages(ticket, asked, specs[0])
-        return EventStream(stream, heartbeat_s=config.heartbeat_s, on_close=ticket.cancel)
+        return EventStream(
+            stream,
+            headers=_warning((*admission.warnings, *warnings_of(specs[0]))),
+            heartbeat_s=config.heartbeat_s,
+            on_close=ticket.cancel,
+        )
     pictures = await await_images(ticket, request.receive)
     urls = None
     if asked.wants_links:
-        base = config.public_url or str(request.base_url).rstrip("/")
+        base = config.own_url(request)
         urls = [f"{base}{_FILES}{_store(links, picture)}" for picture in pictures]
     body = openai_response.answer(
         pictures,
@@ -101,7 +107,7 @@ async def _respond(
         references=specs[0].references,
         links=urls,
     )
-    return PieceResponse(body, media_type=_JSON, headers=_headers(pictures))
+    return PieceResponse(body, media_type=JSON, headers=_headers(pictures))
 
 
 async def _read_generation(
@@ -110,7 +116,7 @@ async def _read_generation(
     model, limits = runtime.service.model, runtime.service.limits
     fields = openai_fields.table(model, limits, config, is_edit=False)
     asked = openai_request.read(fields.read(await read_json(request)), model, limits, config)
-    return asked, asked.image.specs(model, runtime.service.random_seed)
+    return asked, asked.image.specs(runtime.service)
 
 
 async def _read_edit(
@@ -119,17 +125,19 @@ async def _read_edit(
     """Read and decode the body; uploads are released before the images are queued."""
     model, limits = runtime.service.model, runtime.service.limits
     fields = openai_fields.table(model, limits, config, is_edit=True)
-    read = edit_body.read_form if content_type(request) == _FORM else edit_body.read_object
-    body = await read(request, fields, limits.max_references)
+    read = edit_body.read_form if content_type(request) == FORM else edit_body.read_object
+    body = await read(request, fields, limits)
     asked = openai_request.read(body.values, model, limits, config)
     with own_names(_OWN_NAMES):
         admission.reserve(asked.image.n)
     with own_names(SIDES):
+        mask = body.mask and replace(body.mask, repaints=config.repaints)
         work = runtime.decoders.prepare(
-            body.images, body.mask, asked.image.size, limits.nearest, client=admission.client
+            body.images, mask, asked.image.size, limits.nearest, client=admission.client
         )
         edit = await unless_disconnected(request.receive, work, limit_s=admission.seconds_left)
-    return asked, asked.image.specs(model, runtime.service.random_seed, edit)
+    admission.warnings = edit.warnings
+    return asked, asked.image.specs(runtime.service, edit)
 
 
 def _store(links: ImageStore, picture: Picture) -> str:
@@ -142,9 +150,11 @@ def _store(links: ImageStore, picture: Picture) -> str:
 
 
 def _headers(pictures: Sequence[Picture]) -> dict[str, str]:
-    headers = {}
+    headers = _warning(openai_response.all_warnings(pictures))
     if len(pictures) == 1:
         headers["Server-Timing"] = server_timing(pictures[0])
-    if warnings := openai_response.all_warnings(pictures):
-        headers["X-Klein-Warnings"] = "; ".join(warnings)
     return headers
+
+
+def _warning(sentences: Sequence[str]) -> dict[str, str]:
+    return {"X-Klein-Warnings": "; ".join(sentences)} if sentences else {}

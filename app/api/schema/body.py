@@ -15,6 +15,7 @@ from app.errors import InvalidRequest, Kind, KleinError
 
 _PIECE_BYTES = 16_384  # the worst input of this size takes a reader a few milliseconds
 _TURN_S = 0.002
+FORM, JSON = "multipart/form-data", "application/json"
 
 
 def content_type(request: Request) -> str:
@@ -23,14 +24,26 @@ def content_type(request: Request) -> str:
 
 
 def require_media_type(request: Request, *accepted: str) -> None:
-    """Refuse a body of any other type; a web page needs a CORS preflight for JSON, not for a form.
+    """Refuse a body of any other type, "" for none, and a compressed one.
 
-    `curl -d` sends a form, so the error says what to add.
+    A web page needs a CORS preflight for JSON. `curl -d` sends a form of another type, so the error
+    says what to send instead.
     """
-    if content_type(request) not in accepted:
+    encodings = ",".join(request.headers.getlist("content-encoding")).lower().split(",")
+    if {each.strip() for each in encodings} - {"", "identity"}:
         raise KleinError(
-            f"The body must be {' or '.join(accepted)}; with curl add "
-            "-H 'content-type: application/json'.",
+            "The body is compressed, and only plain ones are read here; send it without "
+            "Content-Encoding.",
+            kind=Kind.UNSUPPORTED_ENCODING,
+        )
+    if content_type(request) not in accepted:
+        how = (
+            "send each field with -F, and pictures as -F image=@picture.png"
+            if FORM in accepted
+            else f"add -H 'content-type: {JSON}'"
+        )
+        raise KleinError(
+            f"The body must be {' or '.join(filter(None, accepted))}; with curl {how}.",
             kind=Kind.UNSUPPORTED_MEDIA,
         )
 

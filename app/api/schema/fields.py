@@ -1,11 +1,16 @@
-"""The fields that `/generate` and OpenAI's routes share, so that they cannot diverge."""
+"""The fields and limits that the dialects share, so that they cannot diverge."""
 
 from __future__ import annotations
 
+from app.api.config import ApiConfig
 from app.api.schema.table import Field, Type
 from app.domain import ModelSpec
 from app.images.formats import OUTPUT_FORMATS, list_words
+from app.images.preparing import AUTO
 from app.limits import DRAW, MAX_PROMPT, Limits
+
+MAX_IMAGES = 10
+"""Of one request."""
 
 PROMPT = Field(
     "prompt",
@@ -61,12 +66,32 @@ def side(name: str, about: str, limits: Limits, default: int | None = None) -> F
         about,
         schema={
             "type": ["integer", "null"],
-            "minimum": limits.min_side,
-            "maximum": limits.max_side,
-            "multipleOf": limits.multiple,
+            "minimum": limits.asked.min_side,
+            "maximum": limits.asked.max_side,
+            "multipleOf": limits.asked.multiple,
             **({} if default is None else {"default": default}),
         },
     )
+
+
+def size(model: ModelSpec, limits: Limits) -> Field:
+    """Return the field of width and height in one text."""
+    default = f"{model.default_width}x{model.default_height}"
+    return Field(
+        "size",
+        Type.TEXT,
+        f"`auto`, or WxH: multiples of {limits.asked.multiple}, from "
+        f"1:{limits.asked.max_ratio} to {limits.asked.max_ratio}:1; `auto` is {default}, or the "
+        "first image's shape.",
+        default="auto",
+        example=default,
+    )
+
+
+def about_mask(config: ApiConfig) -> str:
+    """Return the description of a mask."""
+    also = ", and white where all is opaque" if config.repaints == AUTO else ""
+    return f"PNG or WebP of the first picture's size; transparent is repainted{also}."
 
 
 def _about_quality() -> str:

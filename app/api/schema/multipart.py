@@ -8,6 +8,7 @@ loop for milliseconds at most.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -51,13 +52,13 @@ class Part:
             raise damaged("a text in it is not UTF-8") from None
 
 
-async def read_parts(request: Request) -> list[Part]:
-    """Read the parts in their order.
+async def read_parts(request: Request, is_wanted: Callable[[str], bool]) -> list[Part]:
+    """Read the parts in their order; one whose name *is_wanted* rejects is drained, never kept.
 
     Raises:
         InvalidRequest: the form cannot be read, or holds too much.
     """
-    form = _Form()
+    form = _Form(is_wanted)
     parser = _make_parser(request.headers.get("content-type", ""), form)
     boundaries = 0
     async with aclosing(pieces(request)) as stream:
@@ -113,9 +114,11 @@ class _Form:
     It does not know its parser: a reference cycle would wait for the garbage collector.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_wanted: Callable[[str], bool]) -> None:
         self.parts: list[Part] = []
-        self._part = Part("")
+        self._is_wanted = is_wanted
+        self._part: Part | None = None
+        """None while one is drained."""
         self._header = bytearray()
         self._value = bytearray()
         self._disposition = b""
@@ -144,11 +147,12 @@ class _Form:
             raise damaged("it is damaged or cut short")
         if len(name) > MAX_NAME_BYTES:
             raise damaged(f"a name in it has more than {MAX_NAME_BYTES:,} bytes")
-        self._part = part = Part(
+        part = Part(
             name.decode("utf-8", "replace"),
             is_file=b"filename" in options,
             has_file_name=bool(options.get(b"filename")),
         )
+        self._part = part if self._is_wanted(part.name) else None
         most, what = (MAX_FILES, "files") if part.is_file else (MAX_FIELDS, "fields")
         if sum(each.is_file == part.is_file for each in self.parts) == most:
             raise damaged(f"it has more than {most} {what}")
@@ -156,6 +160,8 @@ class _Form:
     def add_data(self, data: bytes, start: int, end: int) -> None:
         """Append to the current part, within the limits of texts."""
         part = self._part
+        if part is None:
+            return
         part.content += data[start:end]
         if part.is_file:
             return
@@ -167,4 +173,5 @@ class _Form:
 
     def end_part(self) -> None:
         """Add the current part to those that are complete."""
-        self.parts.append(self._part)
+        if self._part is not None:
+            self.parts.append(self._part)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app.api.errors import own_names
 from app.domain import ImageSpec, ModelSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.images.preparing import Edit, Size
-from app.limits import DRAW, MAX_SEED, check_prompt
+from app.limits import DRAW, MAX_SEED, Limits, check_prompt
+from app.service.service import ImageService
+
+SIDES = {"width": "size", "height": "size"}
+"""The field for a spec's sides where they came as one text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +34,13 @@ class ImageRequest:
     output: OutputFormat
     previews: int
 
-    def specs(
-        self, model: ModelSpec, random_seed: Callable[[], int], edit: Edit | None = None
-    ) -> list[ImageSpec]:
+    def specs(self, service: ImageService, edit: Edit | None = None) -> list[ImageSpec]:
         """Make one spec per image; image i has seed+i, and a drawn seed leaves room for that."""
-        default = model.default_width, model.default_height
-        width, height = edit.size if edit else self.size or default
-        seed = min(random_seed(), MAX_SEED - self.n + 1) if self.seed is None else self.seed
+        model, seed = service.model, self.seed
+        asked = self.size or (model.default_width, model.default_height)
+        width, height = edit.size if edit else service.limits.nearest(*asked)
+        if seed is None:
+            seed = min(service.random_seed(), MAX_SEED - self.n + 1)
         return [
             ImageSpec(
                 prompt=self.prompt,
@@ -47,6 +52,7 @@ class ImageRequest:
                 references=edit.references if edit else (),
                 mask=edit.mask if edit else None,
                 previews=self.previews,
+                scaled_to=self.size if self.size != (width, height) else None,
             )
             for index in range(self.n)
         ]
@@ -84,6 +90,24 @@ def read_prompt(values: Mapping[str, Any]) -> str:
     prompt: str = values["prompt"]
     check_prompt(prompt)
     return prompt
+
+
+def read_size(values: Mapping[str, Any], limits: Limits) -> Size | None:
+    """Read `size`, or `width` and `height`, which must agree with it; None where it is `auto`."""
+    text = values.get("size", "auto")
+    with own_names(SIDES):
+        size = None if text == "auto" else limits.parse_size(text)
+    if "width" not in values and "height" not in values:
+        return size
+    require_both_sides(values, "`size`")
+    asked = values["width"], values["height"]
+    limits.check_size(*asked)
+    if size not in {None, asked}:
+        raise InvalidRequest(
+            "width and height say another size than `size`; send only one of the two.",
+            param="width",
+        )
+    return asked
 
 
 def require_both_sides(values: Mapping[str, Any], instead: str) -> None:

@@ -183,7 +183,11 @@ class FieldTable:
     is_strict: bool = True
     """Whether an unknown name is refused."""
     hints: Mapping[str, str] = field(default_factory=dict)
-    """Advice for unknown names that are easily taken for known ones."""
+    """Advice by the pattern of unknown names that are easily taken for known ones."""
+
+    def find(self, name: str, *, is_form: bool = False) -> Field | None:
+        """Return the field *name*; None where it is unknown."""
+        return next((each for each in self._fields(is_form=is_form) if each.name == name), None)
 
     def read(self, values: Mapping[str, object], *, is_form: bool = False) -> dict[str, Any]:
         """Validate *values* and return those that are present, converted to their types.
@@ -196,7 +200,7 @@ class FieldTable:
             for name, value in values.items()
             if value is not None and not (is_form and value == "")
         }
-        fields = [each for each in self.fields if not (is_form and each.json_only)]
+        fields = self._fields(is_form=is_form)
         typed = {
             each.name: each.read(present[each.name], is_form=is_form)
             for each in fields
@@ -204,11 +208,10 @@ class FieldTable:
         }
         unknown = set(present) - {each.name for each in fields}
         if self.is_strict and unknown:
-            name = min(unknown)
-            advice = "leave it out, or see /docs for the fields there are"
+            name = shorten(min(unknown))
             raise InvalidRequest(
-                f"{shorten(name)} is not a field of this request; {self.hints.get(name, advice)}.",
-                param=shorten(name),
+                f"{name} is not a field of this request; {self._advice(name)}.",
+                param=name,
                 code="unknown_parameter",
             )
         return typed
@@ -219,13 +222,16 @@ class FieldTable:
         return {
             "type": "object",
             "required": list(required),
-            "properties": {
-                each.name: each.describe()
-                for each in self.fields
-                if not (is_form and each.json_only)
-            },
+            "properties": {each.name: each.describe() for each in self._fields(is_form=is_form)},
             "additionalProperties": absent if self.is_strict else True,
         }
+
+    def _fields(self, *, is_form: bool) -> list[Field]:
+        return [each for each in self.fields if not (is_form and each.json_only)]
+
+    def _advice(self, name: str) -> str:
+        found = (hint for pattern, hint in self.hints.items() if re.fullmatch(pattern, name))
+        return next(found, "leave it out, or see /docs for the fields there are")
 
 
 def shorten(name: str) -> str:

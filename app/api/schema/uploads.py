@@ -21,8 +21,11 @@ def data_url(text: str | LongText, param: str) -> Upload:
     long = _as_long(text, param)
     head = _DATA_URL.match(long.content[:_HEAD])
     if head is None:
+        is_data = bytes(long.content[:5]).lower() == b"data:"
+        why = "only PNG, JPEG and WebP are read" if is_data else "nothing is fetched"
         raise InvalidRequest(
-            f"{param} must be a data URL such as data:image/png;base64,...; nothing is fetched.",
+            f"{param} must be a data URL that begins with data:image/png;base64, or the same with "
+            f"jpeg or webp, since {why}.",
             param=param,
             code="unsupported_value",
         )

@@ -15,7 +15,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from app.api.config import ApiConfig
 from app.api.deps import Running
+from app.api.page import POLICY, mark_up
 from app.service.service import ImageService
 
 _STYLE = """\
@@ -30,14 +32,9 @@ pre{background:#242424}td,h2{border-color:#444}}
 """
 
 
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-    )
-}
-
-
-def build_router(describe: Callable[[ImageService], dict[str, Any]]) -> APIRouter:
+def build_router(
+    config: ApiConfig, describe: Callable[[ImageService], dict[str, Any]]
+) -> APIRouter:
     """Make the router; *describe* returns the OpenAPI document for a service."""
     router = APIRouter(include_in_schema=False)
 
@@ -48,7 +45,8 @@ def build_router(describe: Callable[[ImageService], dict[str, Any]]) -> APIRoute
     @router.get("/docs")
     async def page(request: Request, runtime: Running) -> Response:
         return HTMLResponse(
-            _page(describe(runtime.service), str(request.base_url).rstrip("/")), headers=_HEADERS
+            _page(describe(runtime.service), config.own_url(request)),
+            headers={"Content-Security-Policy": POLICY},
         )
 
     return router
@@ -62,7 +60,7 @@ def _page(document: dict[str, Any], base: str) -> str:
             "<meta name=viewport content='width=device-width,initial-scale=1'>",
             f"<title>{escape(info['title'])}</title><style>{_STYLE}</style>",
             f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
-            f"<p>{escape(info['description'])}</p>",
+            f"<p>{mark_up(info['description'])}</p>",
             "<p>Where keys are set, add <code>-H 'authorization: Bearer &lt;key&gt;'</code>. ",
             "The same as <a href=/openapi.json>OpenAPI</a>.</p>",
             *(
@@ -77,7 +75,7 @@ def _page(document: dict[str, Any], base: str) -> str:
 def _operation(base: str, path: str, method: str, operation: dict[str, Any]) -> str:
     parts = [
         f"<h2><code>{method.upper()} {escape(path)}</code></h2>",
-        f"<p>{escape(operation.get('summary', ''))}.</p>",
+        f"<p>{mark_up(operation.get('summary', ''))}.</p>",
     ]
     contents = operation.get("requestBody", {}).get("content", {})
     for media_type, content in contents.items():
@@ -119,6 +117,6 @@ def _fields(schema: dict[str, Any]) -> str:
             for word in ("enum", "minimum", "maximum", "multipleOf", "maxLength", "default")
             if word in field
         )
-        about = escape(field.get("description", ""))
+        about = mark_up(field.get("description", ""))
         rows.append(f"<tr><td><code>{escape(name)}</code><td>{about} {escape(limits)}")
     return f"<table>{''.join(rows)}</table>"

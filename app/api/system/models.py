@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from app.api.config import ApiConfig
 from app.api.deps import Running
 from app.api.openai.request import is_model
+from app.api.schema.table import shorten
 from app.domain import ModelSpec
 from app.errors import Kind, KleinError
 
@@ -31,11 +32,13 @@ def build_router(config: ApiConfig) -> APIRouter:
     async def model(id: str, runtime: Running) -> dict[str, object]:
         served = runtime.service.model
         if not id or not is_model(id, served, config):
+            name = shorten(id)
             raise KleinError(
-                f"This model is not served here; the one that is has the id {served.id}.",
+                f"The model `{name}` is not served here; the one that is has the id `{served.id}`.",
                 kind=Kind.NOT_FOUND,
                 param="model",
                 code="model_not_found",
+                word=name,
             )
         return _model(id, served)
 

@@ -16,6 +16,7 @@ from app.api.deps import DEADLINE, MIN_DEADLINE_S
 from app.api.errors import REPLIES
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
+from app.api.schema.fields import about_mask
 from app.images.formats import OUTPUT_FORMATS
 from app.service.service import ImageService
 
@@ -34,7 +35,8 @@ _SMALL_PICTURE = (
 _GENERATES = (400, 401, 403, 413, 415, 429, 500, 503, 504)
 _ABOUT = (
     "One warm FLUX.2 klein pipeline behind HTTP: `POST /generate` answers with a picture's bytes, "
-    "`POST /v1/images...` as OpenAI's image API does. Errors are OpenAI's error object everywhere. "
+    "`POST /v1/images...` as OpenAI's image API does. Errors are OpenAI's error object, except "
+    "under `/sdapi/v1/`, where the service answers as AUTOMATIC1111 does (docs/clients.md). "
     "`X-Klein-Deadline-S` shortens the time that a request may take."
 )
 _BYTES = {"type": "string", "format": "binary"}
@@ -62,6 +64,36 @@ _ERROR = {
             "additionalProperties": False,
         }
     },
+}
+
+_JOB = {
+    "type": "object",
+    "required": [
+        "id",
+        "object",
+        "created",
+        "request_id",
+        "state",
+        "position",
+        "images",
+        "images_done",
+        "progress",
+    ],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "job"},
+        "created": {"type": "integer", "description": "Seconds since 1970."},
+        "request_id": {"type": "string", "description": "The request's X-Request-Id."},
+        "state": {"enum": ["queued", "running", "cancelled"]},
+        "position": {
+            "type": ["integer", "null"],
+            "description": "Pictures that are begun before its first; null once that is begun.",
+        },
+        "images": {"type": "integer"},
+        "images_done": {"type": "integer"},
+        "progress": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "additionalProperties": False,
 }
 
 
@@ -93,6 +125,11 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
     lookup = paths["/v1/models/{id}"]["get"]
     lookup["responses"].update(_errors((404,)))
     lookup["parameters"][0]["example"] = service.model.id
+    paths["/v1/jobs"]["get"]["responses"]["200"] = _reply("The jobs.", [_JSON], _list_of(_JOB))
+    paths["/v1/jobs/{id}"]["delete"]["responses"] |= {
+        "200": _reply("The job as it was.", [_JSON], _JOB),
+        **_errors((403, 404)),
+    }
     for path in ("/health", "/health/ready"):
         paths[path]["get"]["responses"].update(_errors((503,)))
     paths["/metrics"]["get"]["responses"]["200"] = _reply("The exposition.", ["text/plain"], _BYTES)
@@ -111,10 +148,7 @@ def _posts(service: ImageService, config: ApiConfig) -> dict[str, tuple[Json, Js
         "minItems": 1,
         "maxItems": service.limits.max_references,
     }
-    form["properties"]["mask"] = {
-        "description": "PNG or WebP of the first picture's size; transparent is repainted.",
-        **_BYTES,
-    }
+    form["properties"]["mask"] = {"description": about_mask(config), **_BYTES}
     pictures = _reply("The pictures.", [_JSON], _images_schema())
     pictures["content"][_EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events
     fox = {"prompt": "a red fox in the snow"}
@@ -156,6 +190,19 @@ def _reply(about: str, media_types: Iterable[str], schema: Json) -> Json:
     return {
         "description": about,
         "content": {media_type: {"schema": schema} for media_type in media_types},
+    }
+
+
+def _list_of(entry: Json) -> Json:
+    return {
+        "type": "object",
+        "required": ["object", "data", "has_more"],
+        "properties": {
+            "object": {"const": "list"},
+            "data": {"type": "array", "items": entry},
+            "has_more": {"type": "boolean"},
+        },
+        "additionalProperties": False,
     }
 
 

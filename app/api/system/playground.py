@@ -52,12 +52,12 @@ def build_router() -> APIRouter:
     page, page_type = files.pop(_PAGE)
     router = APIRouter(include_in_schema=False)
 
-    @router.api_route("/", methods=["GET", "HEAD"])
+    @router.get("/")
     async def playground(request: Request, runtime: Running) -> Response:
         body = page.replace(_MODEL, _MODEL.replace(b"null", _describe(runtime.service.model)))
         return _answer(request, body, page_type)
 
-    @router.api_route("/static/{name}", methods=["GET", "HEAD"])
+    @router.get("/static/{name}")
     async def static(request: Request, name: str) -> Response:
         if name not in files:
             raise KleinError("The page has no such file; it starts at /.", kind=Kind.NOT_FOUND)
