@@ -59,10 +59,9 @@ class Proxies:
         peer = _address(scope["client"][0]) if scope.get("client") else None
         if peer is None:
             return UNKNOWN
-        said = _forwarded(scope, b"for")
-        if said and self._trusts(peer):
-            peer, _ = self._first_untrusted(peer, said)
-        elif said:
+        if self._trusts(peer):
+            peer, _ = self._first_untrusted(peer, _entries(scope, b"for"))
+        elif said := _header(scope, b"for"):
             self._watch(peer, said)
         return f"address:{_named(peer)}"
 
@@ -74,11 +73,11 @@ class Proxies:
         peer = _address(scope["client"][0]) if scope.get("client") else None
         if peer is None or not self._trusts(peer):
             return None, None
-        addresses = _forwarded(scope, b"for")
+        addresses = _entries(scope, b"for")
         _, hops = self._first_untrusted(peer, addresses)
         scheme, host = (
-            _entry(_forwarded(scope, name), hops if hops else 1, len(addresses))
-            for name in (b"proto", b"host")
+            _entry(_entries(scope, kind), max(1, hops), len(addresses))
+            for kind in (b"proto", b"host")
         )
         return (
             scheme.lower() if scheme.lower() in _SCHEMES else None,
@@ -91,7 +90,7 @@ class Proxies:
         The second value is how many entries were passed.
         """
         hops = 0
-        for text in said[: -_MAX_HOPS - 1 : -1]:
+        for text in said[::-1]:
             before = _address(_without_port(text))
             if before is None or not self._trusts(peer):
                 break
@@ -101,15 +100,14 @@ class Proxies:
     def _trusts(self, address: Address | None) -> bool:
         return address is not None and any(address in network for network in self._networks)
 
-    def _watch(self, peer: Address, said: list[str]) -> None:
+    def _watch(self, peer: Address, said: bytes) -> None:
         """Warn once of a peer that looks like an undeclared proxy.
 
         All clients behind it count as one.
         """
         if self._said is None:
             return
-        found = hash(tuple(said))
-        if self._said.setdefault(peer, found) != found:
+        if self._said.setdefault(peer, hash(said)) != hash(said):
             self._said = None
             _log.warning(
                 "%s sends different X-Forwarded-For addresses, which are ignored, so all its "
@@ -121,11 +119,17 @@ class Proxies:
             self._said.pop(next(iter(self._said)))
 
 
-def _forwarded(scope: Scope, what: bytes) -> list[str]:
-    """Return the entries of the request's X-Forwarded headers of this kind."""
-    name = b"x-forwarded-" + what
-    said = b",".join(value for header, value in scope["headers"] if header == name)
-    return [text.strip() for text in said.decode("latin-1").split(",")] if said else []
+def _header(scope: Scope, kind: bytes) -> bytes:
+    """Return the value of the request's X-Forwarded headers of this kind, all in one."""
+    name = b"x-forwarded-" + kind
+    return b",".join(value for header, value in scope["headers"] if header == name)
+
+
+def _entries(scope: Scope, kind: bytes) -> list[str]:
+    """Return the last entries of the request's X-Forwarded headers of this kind."""
+    said = _header(scope, kind)
+    texts = said.decode("latin-1").rsplit(",", _MAX_HOPS)[-_MAX_HOPS:] if said else ()
+    return [text.strip() for text in texts]
 
 
 def _entry(entries: list[str], hop: int, addresses: int) -> str:

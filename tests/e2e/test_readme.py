@@ -35,6 +35,7 @@ FIRST_REQUEST = (
 )
 ALONE = (
     "klein --version",
+    "openssl rand -hex -out klein-keys 24",
     pytest.param("klein doctor", marks=pytest.mark.full),
     pytest.param('klein generate "a red circle" -o out.png', marks=pytest.mark.full),
     pytest.param("klein doctor --card rtx-3060", marks=pytest.mark.full),
@@ -53,6 +54,10 @@ NOT_RUN_HERE = {
     "klein bench --out report.md": "minutes; tests/cli/test_bench.py measures less",
     "klein cache prune --to-gb 20": "it deletes; tests/cli/test_cache.py has a cache of its own",
     "klein doctor --race": "needs a card; tests/gpu/test_race.py holds the race",
+    "klein serve --host 0.0.0.0": "it would listen to the network; Server binds a loopback address",
+    "KLEIN_SITE=pictures.example caddy run --config docker/caddy/Caddyfile": (
+        "tests/e2e/test_proxies.py runs the file"
+    ),
     "docker compose up": "needs a card; tests/container/test_compose.py reads the file",
     "docker compose -f compose.yaml -f docker/compose.cpu.yaml up": "`make image-check` does",
     "docker compose --profile monitoring up": "tests/monitoring checks what it mounts",

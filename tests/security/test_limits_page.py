@@ -13,7 +13,7 @@ from app import limits, log_writer, logs
 from app.api import pieces
 from app.api.http_limits import connections, held, protocol, refusals
 from app.api.http_limits.protocol import GuardedProtocol
-from app.api.middleware import body_limit
+from app.api.middleware import body_limit, cors
 from app.api.openai import fields as openai_fields
 from app.api.openai import image_store
 from app.api.schema import json_scanner, multipart, table
@@ -87,6 +87,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "those turned away that are remembered": (shares.CLAIMS_MOST,),
     "jobs that `/v1/jobs` lists and cancels": (jobs.MAX_LISTED,),
     "links to pictures": (image_store.MAX_BYTES, image_store.MAX_COUNT),
+    "header names that a preflight's answer repeats": (cors._MAX_NAMES,),
     "a caller's word in a line": (logs._MAX_WORD,),
     "lines of requests that made no picture": (log_writer.MOST_ACCESS, log_writer.WINDOW_S),
     "equal lines": (log_writer.MOST_OWN, log_writer.WINDOW_S, log_writer.MOST_FOREIGN),

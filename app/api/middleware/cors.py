@@ -19,7 +19,8 @@ _EXPOSED = (
 )
 _METHODS = "GET, HEAD, POST, DELETE"
 _MAX_AGE_S = 600
-_HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}")
+_MAX_NAMES = 1000
+_HEADER_NAMES = re.compile(rf"[A-Za-z0-9_, -]{{1,{_MAX_NAMES}}}")
 
 
 class Origins:

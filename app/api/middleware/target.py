@@ -39,6 +39,7 @@ class Target:
         try:
             await self._app(inner, receive, send)
         finally:
+            inner.pop("extensions", None)  # it holds the connection, which must not outlive its end
             if "route" in inner:
                 scope["route"] = inner["route"]
 
