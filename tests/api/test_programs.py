@@ -59,7 +59,7 @@ def sizes(answer: str) -> list[tuple[int, int]]:
 
 
 def test_the_jdks_client_generates_edits_streams_and_is_refused(service, folder):
-    """All over one connection, whatever it asks for first."""
+    """Over HTTP/1.1, whatever it asks for first; a form in chunks, and events line by line."""
     program = Path(__file__).parent / "packages" / "JdkClient.java"
     ran = run(["java", str(program), f"{service.url}/v1", KEY, "a.png"], folder)
     assert ran.returncode == 0, ran.stderr
