@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
+
+from app.api.server import make_server
 
 
 class _QuietServer(uvicorn.Server):
@@ -32,6 +35,20 @@ async def listening(app: FastAPI, **options) -> AsyncIterator[int]:
     finally:
         server.should_exit = True
         await serving
+
+
+@contextlib.asynccontextmanager
+async def served(app: FastAPI) -> AsyncIterator[int]:
+    """Do the same with the server that `klein serve` runs, which has our own HTTP protocol."""
+    server = make_server(app)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await until(lambda: server.started)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.end()
+            await serving
 
 
 async def until(holds: Callable[[], object], limit_s: float = 5.0) -> None:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from openai import BadRequestError, OpenAI
 from PIL import Image
 
 from tests.api.pictures import mask, photo
+from tests.support.server import ROOT
 
 pytestmark = pytest.mark.system
 
 HERE = Path(__file__).parent / "packages"
-PYTHON = ("litellm==1.83.0", "langchain-community==0.4.2")
+PYTHON = ("litellm[proxy]==1.83.0", "langchain-community==0.4.2", "semantic-kernel==1.45.0")
 NODE = (
     "openai@6.49.0",
     "ai@6.0.326",
@@ -47,6 +53,14 @@ def call(*command: object, cwd: Path) -> str:
     return run.stdout
 
 
+def install(*command: object, cwd: Path) -> None:
+    """Run what installs packages; a registry that fails or is slow is named as the cause."""
+    try:
+        call(*command, cwd=cwd)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        pytest.fail(f"The packages were not installed; this tells nothing of the service: {error}")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a picture and a mask for it."""
@@ -57,14 +71,54 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def from_python(files: Path, live_scripted) -> dict:
-    """What the Python clients got."""
+def python(files: Path) -> Path:
+    """The folder of an environment with the Python clients."""
     call(sys.executable, "-m", "venv", "python", cwd=files)
-    python = files / "python" / "bin" / "python"
-    call(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PYTHON, cwd=files)
+    programs = files / "python" / "bin"
+    pip = (programs / "python", "-m", "pip", "--disable-pip-version-check", "install")
+    # Most of their modules are never imported, and compiling them all takes longer than the tests.
+    install(*pip, "--quiet", "--no-compile", *PYTHON, cwd=files)
+    return programs
+
+
+@pytest.fixture(scope="module")
+def from_python(files: Path, python: Path, live_scripted) -> dict:
+    """What the Python clients got."""
     script = HERE / "python_clients.py"
     url = live_scripted.url + "/v1"
-    return json.loads(call(python, script, url, "picture.png", "mask.png", cwd=files))
+    return json.loads(call(python / "python", script, url, "picture.png", "mask.png", cwd=files))
+
+
+@pytest.fixture(scope="module")
+def proxy(files: Path, python: Path, live_scripted) -> Iterator[OpenAI]:
+    """A client of LiteLLM's proxy, which runs with the file of docs/clients.md."""
+    (config,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "clients.md").read_text(), re.S)
+    file = files / "litellm.yaml"
+    file.write_text(config.replace("http://127.0.0.1:8000", live_scripted.url))
+    command = (python / "litellm", "--config", file, "--host", "127.0.0.1", "--port", "0")
+    # Else it asks GitHub for the prices of models.
+    environ = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    with subprocess.Popen(
+        [str(each) for each in command],
+        cwd=files,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        late = threading.Timer(90, process.kill)
+        late.start()
+        try:
+            assert process.stdout
+            started = re.compile(r"running on (http://\S+) ")
+            found = next(filter(None, map(started.search, process.stdout)), None)
+            late.cancel()
+            assert found, "LiteLLM's proxy did not start"
+            with OpenAI(base_url=found[1] + "/v1", api_key="any", max_retries=0) as client:
+                yield client
+        finally:
+            late.cancel()
+            process.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +128,7 @@ def from_node(files: Path, live_scripted) -> dict:
     if npm is None or node is None:
         pytest.fail("npm and node are needed; install Debian's nodejs and npm")
     shutil.copy(HERE / "node_clients.mjs", files)
-    call(npm, "install", "--silent", "--no-fund", "--no-audit", *NODE, cwd=files)
+    install(npm, "install", "--silent", "--no-fund", "--no-audit", *NODE, cwd=files)
     url = live_scripted.url + "/v1"
     return json.loads(call(node, "node_clients.mjs", url, "picture.png", "mask.png", cwd=files))
 
@@ -100,6 +154,27 @@ def test_litellm_generates_edits_and_is_refused(from_python):
 def test_langchains_wrapper_returns_links(from_python):
     """It reads nothing but `url`, and asks for nothing."""
     assert [fetch(url) for url in from_python["langchain_links"]] == ["image/png", "image/png"]
+
+
+def test_semantic_kernel_generates_and_edits(from_python):
+    """Two pictures of the size it was told, and an edit of a file."""
+    assert [size(each) for each in from_python["kernel_made"]] == [(256, 256), (256, 256)]
+    assert [size(each) for each in from_python["kernel_edited"]] == [(128, 128)]
+
+
+def test_litellms_proxy_passes_requests_on(proxy):
+    """With its own name for the model, and our fields; what we refuse it refuses with our words."""
+    asked = {"model": "klein", "prompt": "a"}
+    made = proxy.images.generate(**asked, n=2, size="256x256", extra_body={"seed": 5})
+    again = proxy.images.generate(**asked, size="256x256", extra_body={"seed": 5})
+    picture, layer = ("a.png", photo()), ("mask.png", mask())
+    edited = proxy.images.edit(**asked, image=picture, mask=layer)
+    with pytest.raises(BadRequestError, match="1008x1008"):
+        proxy.images.generate(**asked, size="1000x1000")
+
+    assert [size(item.b64_json) for item in made.data] == [(256, 256), (256, 256)]
+    assert again.data[0].b64_json == made.data[0].b64_json
+    assert [size(item.b64_json) for item in edited.data] == [(128, 128)]
 
 
 def test_openai_node_does_all_that_the_python_sdk_does(from_node):

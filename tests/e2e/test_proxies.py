@@ -174,6 +174,16 @@ def test_a_picture_comes_through(site) -> None:
     assert made.headers["x-request-id"]
 
 
+def test_caddy_speaks_http2_with_callers(site) -> None:
+    """And HTTP/1.1 with the service; nginx's file leaves it off."""
+    command = ["curl", "--http2", "--silent", "--cacert", str(site.certificate), "--max-time", "20"]
+    command += ["--output", os.devnull, "--write-out", "%{http_version} %{http_code}"]
+    command += ["--json", '{"prompt": "a", "size": "64x64"}', f"{site.url}/v1/images/generations"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert ran.stdout == ("2 200" if site.certificate.name == "root.crt" else "1.1 200")
+
+
 def test_links_lead_back_through_the_proxy(site) -> None:
     """With https, the name and the port that the caller used."""
     with site.client() as client:

@@ -62,6 +62,12 @@ NOT_RUN_HERE = {
     "docker compose -f compose.yaml -f docker/compose.cpu.yaml up": "`make image-check` does",
     "docker compose --profile monitoring up": "tests/monitoring checks what it mounts",
     "docker compose --profile monitoring up -d": "tests/monitoring checks what it mounts",
+    **{
+        line: "tests/api/test_programs.py runs it"
+        for page, kind, text in BLOCKS
+        if (page, kind) == ("clients.md", "sh")
+        for line in text.splitlines()
+    },
 }
 """Commands with the reason why no test of this file runs them."""
 ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("KLEIN_")} | {

@@ -1,6 +1,7 @@
 """Requests as clients send them, byte for byte, recorded from the HTTP libraries that they use.
 
-`tests/data/sdapi/*.http` has one in each file; there a line of the head ends in a line feed alone.
+`tests/data/sdapi/*.http` and `tests/data/openai/*.http` have one in each file; there a line of the
+head ends in a line feed alone, and the last line feed is no part of the body.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "sdapi"
+FOLDER = Path(__file__).resolve().parents[1] / "data"
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Answer:
         return json.loads(self.body)
 
 
-def recorded(name: str) -> bytes:
+def recorded(name: str, api: str = "sdapi") -> bytes:
     """Read the request that is called *name*."""
-    text = (FOLDER / f"{name}.http").read_bytes().removesuffix(b"\n")
+    text = (FOLDER / api / f"{name}.http").read_bytes().removesuffix(b"\n")
     head, _, body = text.partition(b"\n\n")
     return head.replace(b"\n", b"\r\n") + b"\r\n\r\n" + body
 

@@ -1,22 +1,38 @@
-"""Run by `test_packages.py` in an environment of its own: LiteLLM and LangChain against a service.
+"""Run by `test_packages.py` in an environment of its own: LiteLLM, LangChain and semantic-kernel
+against a service.
 
     python python_clients.py http://127.0.0.1:8000/v1 picture.png mask.png
 
 Writes one JSON object: what each client got.
 """
 
+import asyncio
 import json
 import sys
 from pathlib import Path
 
 import litellm
 from langchain_community.utilities.dalle_image_generator import DallEAPIWrapper
+from openai import AsyncOpenAI
+from semantic_kernel.connectors.ai.open_ai import (
+    OpenAITextToImage,
+    OpenAITextToImageExecutionSettings,
+)
 
 litellm.suppress_debug_info = True
 
 
+async def kernel(base_url: str, picture: Path) -> tuple[list[str], list[str]]:
+    """Ask semantic-kernel's service for two pictures and for an edit."""
+    async with AsyncOpenAI(base_url=base_url, api_key="none-at-all") as client:
+        service = OpenAITextToImage(ai_model_id="flux.2-klein-4b", async_client=client)
+        settings = OpenAITextToImageExecutionSettings(n=2, width=256, height=256)
+        made = await service.generate_images("a", settings=settings)
+        return made, await service.edit_image("a", image_paths=[str(picture)])
+
+
 def run(base_url: str, picture: Path, mask: Path) -> dict[str, object]:
-    """Ask for pictures in every way that the two have."""
+    """Ask for pictures in every way that the three have."""
     service = {"model": "openai/flux.2-klein-4b", "api_base": base_url, "api_key": "none-at-all"}
     made = litellm.image_generation(prompt="a", n=2, size="256x256", seed=5, **service)
     with picture.open("rb") as image, mask.open("rb") as layer:
@@ -26,12 +42,15 @@ def run(base_url: str, picture: Path, mask: Path) -> dict[str, object]:
         refused = ""
     except litellm.BadRequestError as error:
         refused = str(error)
+    kernel_made, kernel_edited = asyncio.run(kernel(base_url, picture))
     wrapper = DallEAPIWrapper(base_url=base_url, api_key="none-at-all", n=2, size="256x256")
     return {
         "litellm_made": [item.b64_json for item in made.data],
         "litellm_edited": [item.b64_json for item in edited.data],
         "litellm_refused": refused,
         "langchain_links": wrapper.run("a").split("\n"),
+        "kernel_made": kernel_made,
+        "kernel_edited": kernel_edited,
     }
 
 
