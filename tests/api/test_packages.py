@@ -37,11 +37,12 @@ NODE = (
 SIX_MINUTES = 360
 
 
-def call(*command: object, cwd: Path) -> str:
-    """Run a command and return what it printed."""
+def call(*command: object, cwd: Path, **environ: str) -> str:
+    """Run a command, with *environ* set beside what is, and return what it printed."""
     run = subprocess.run(
         [str(each) for each in command],
         cwd=cwd,
+        env=os.environ | environ,
         capture_output=True,
         text=True,
         timeout=SIX_MINUTES,
@@ -142,6 +143,20 @@ def fetch(url: str) -> str:
     """Follow a link without a key and return its type."""
     with urllib.request.urlopen(url, timeout=30) as answer:
         return answer.headers["content-type"]
+
+
+def test_openai_pythons_newest_passes_what_the_locked_one_does(files):
+    """The same tests, with whatever PyPI has today before what the lock installed."""
+    newest = files / "newest"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    install(*pip, "--no-compile", "--target", newest, "openai", cwd=files)
+    kept = "import openai; print(openai.__file__)"
+    names = ("tests/api/test_openai_sdk.py", "tests/api/test_openai_sdk_live.py")
+    run = ("-m", "pytest", "-p", "no:cacheprovider", "-m", "not full", "-n0", *names)
+    searched = {"PYTHONPATH": str(newest)}
+
+    assert call(sys.executable, "-c", kept, cwd=ROOT, **searched).startswith(str(newest))
+    call(sys.executable, *run, cwd=ROOT, **searched)
 
 
 def test_litellm_generates_edits_and_is_refused(from_python):
