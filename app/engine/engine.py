@@ -8,13 +8,16 @@ the spec are cached.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -172,21 +175,32 @@ class _Job:
         clock = _Clock(components.device)
         self._tell(Stage.TEXT, 0)
         text = encode_text(components, spec)
-        text_s = clock.lap()
-        references, references_s = References(), 0.0
+        clock.lap()
+        references = References()
         if spec.references:
             self._tell(Stage.REFERENCE, 0)
             references = encode_references(
                 components, spec, self.keys.result() if self.keys else ()
             )
-            references_s = clock.lap()
-        latents, steps_s = self._denoise(text, references, clock)
+        clock.lap()
+        steps = _Steps(clock, self.on_progress)
+        latents = self._denoise(text, references, steps)
+        decoded = decode(components, latents, components.grid(spec))
+        steps.tell_all()
         self._tell(Stage.DECODE, spec.num_inference_steps)
-        pixels = self._decode(latents, references.source)
-        timings = StageTimings(text_s, references_s, sum(steps_s), clock.lap(), steps_s)
+        pixels = self._to_pixels(decoded, references.source)
+        clock.lap()
+        text_s, references_s, *steps_s, decode_s = clock.seconds()
+        timings = StageTimings(
+            text_s,
+            references_s if spec.references else 0.0,
+            sum(steps_s),
+            decode_s,
+            tuple(steps_s),
+        )
         are_cached = references.are_cached
         kept = latents.float().cpu().numpy().tobytes() if spec.wants_latents else None
-        del latents, references
+        del latents, references, decoded
         peak, held = clock.memory()
         return Generated(
             image=image_tensors.to_raw(pixels),
@@ -200,24 +214,15 @@ class _Job:
             latents=kept,
         )
 
-    def _denoise(
-        self,
-        text: Text,
-        references: References,
-        clock: _Clock,
-    ) -> tuple[torch.Tensor, tuple[float, ...]]:
+    def _denoise(self, text: Text, references: References, steps: _Steps) -> torch.Tensor:
         shown = preview_steps(self.spec.previews, self.spec.num_inference_steps)
         shape = self.components.grid(self.spec)
-        steps_s: list[float] = []
 
         def on_step(number: int, estimate: Callable[[], torch.Tensor]) -> None:
             picture = preview(self.components, estimate, shape) if number in shown else None
-            steps_s.append(clock.lap())
-            self.on_progress(
-                Progress(Stage.DENOISE, number, self.spec.num_inference_steps, picture)
-            )
+            steps.end(Progress(Stage.DENOISE, number, self.spec.num_inference_steps, picture))
 
-        latents = denoise(
+        return denoise(
             self.components,
             self.spec,
             text,
@@ -226,10 +231,8 @@ class _Job:
             on_step=on_step,
             is_cancelled=self.is_cancelled,
         )
-        return latents, tuple(steps_s)
 
-    def _decode(self, latents: torch.Tensor, source: Source | None) -> torch.Tensor:
-        made = decode(self.components, latents, self.components.grid(self.spec))
+    def _to_pixels(self, made: torch.Tensor, source: Source | None) -> torch.Tensor:
         if self.is_trial and not torch.isfinite(made).all():
             raise StartupError(NO_PICTURE)
         pixels = image_tensors.to_host(image_tensors.to_bytes(made))
@@ -241,25 +244,69 @@ class _Job:
         self.on_progress(Progress(stage, step, self.spec.num_inference_steps))
 
 
+class _Steps:
+    """Tells of denoising steps that the GPU has done; the host prepares one step beyond."""
+
+    def __init__(self, clock: _Clock, on_progress: Callable[[Progress], None]) -> None:
+        self._clock, self._on_progress = clock, on_progress
+        self._untold: deque[tuple[int, Progress]] = deque()
+
+    def end(self, progress: Progress) -> None:
+        """Take note of a step whose work was given to the GPU; wait for the one before."""
+        self._untold.append((self._clock.lap(), progress))
+        while len(self._untold) > 1 or (self._untold and self._clock.is_over(self._untold[0][0])):
+            self._tell()
+
+    def tell_all(self) -> None:
+        """Wait for all steps."""
+        while self._untold:
+            self._tell()
+
+    def _tell(self) -> None:
+        lap, progress = self._untold.popleft()
+        self._clock.wait(lap)
+        self._on_progress(progress)
+
+
 class _Clock:
-    """Measures seconds between laps, GPU work included, and peak GPU memory since the start."""
+    """Measures seconds between laps by the GPU's own clock, and peak GPU memory since the start.
+
+    A lap ends when the GPU has done what it was given until then, for which the host need not wait:
+    a GPU that must wait for the host at the end of each lap idles until more is launched.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self._last = time.perf_counter()
+        self._ends: list[Any] = []
+        self.lap()
 
-    def lap(self) -> float:
-        """Wait for the GPU's work and return the seconds since the last lap.
-
-        The copy of embeddings to their cache, on a stream of its own, may go on.
-        """
+    def lap(self) -> int:
+        """End a lap and return its number; the first begins with the clock."""
+        end: Any = time.perf_counter()
         if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        now = time.perf_counter()
-        passed, self._last = now - self._last, now
-        return passed
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end.record(torch.cuda.current_stream(self._device))
+        self._ends.append(end)
+        return len(self._ends) - 1
+
+    def is_over(self, lap: int) -> bool:
+        """Return whether the GPU has done the work of *lap*."""
+        return self._device.type != "cuda" or bool(self._ends[lap].query())
+
+    def wait(self, lap: int) -> None:
+        """Wait until `is_over`; the copy of embeddings to their cache may go on."""
+        if self._device.type == "cuda":
+            self._ends[lap].synchronize()
+
+    def seconds(self) -> list[float]:
+        """Wait for the last lap and return the seconds of all."""
+        self.wait(len(self._ends) - 1)
+        pairs = itertools.pairwise(self._ends)
+        if self._device.type != "cuda":
+            return [end - begun for begun, end in pairs]
+        return [begun.elapsed_time(end) / 1e3 for begun, end in pairs]
 
     def memory(self) -> tuple[PeakMemory | None, PeakMemory | None]:
         """Return PyTorch's peak and current GPU memory in bytes; None for both on the CPU."""

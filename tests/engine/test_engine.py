@@ -13,7 +13,7 @@ from app.domain import ImageSpec, Mask, RawImage, Stage
 from app.engine import error_mapping
 from app.engine import load as start
 from app.engine.config import EngineConfig
-from app.engine.engine import KleinEngine
+from app.engine.engine import KleinEngine, _Clock
 from app.engine.models.registry import MODELS
 from app.engine.pipeline.denoise import draw_noise
 from app.engine.pipeline.prompt_cache import PromptCache
@@ -52,6 +52,24 @@ def test_it_says_what_it_loaded(engine):
 def test_a_load_prunes_the_cache_to_its_limit(engine):
     """What an earlier model was quantized to goes; a limit of 0 is none."""
     assert not (engine.cache / "converted" / "encoder-int8-0123456789ab.safetensors").exists()
+
+
+def test_a_step_is_told_of_once_the_gpu_has_done_it(engine, monkeypatch):
+    """The host runs one step ahead of a GPU, and waits for each before it says so."""
+    waited, seen = [], []
+    monkeypatch.setattr(_Clock, "is_over", lambda clock, lap: False)
+    monkeypatch.setattr(_Clock, "wait", lambda clock, lap: waited.append(lap))
+
+    def told(progress):
+        seen.append((progress.stage, progress.step, waited[-1] if waited else None))
+
+    engine.generate(SPEC, told, lambda: False)
+    # Laps: the clock's beginning, text, references, and one for each step.
+    assert seen == [
+        (Stage.TEXT, 0, None),
+        *((Stage.DENOISE, number, 2 + number) for number in (1, 2, 3)),
+        (Stage.DECODE, 3, 5),
+    ]
 
 
 def test_it_reports_stages_and_steps(engine):

@@ -138,6 +138,7 @@ def test_a_painted_mask_is_scaled_to_it():
     assert (edit.references[0].width, edit.references[0].height) == (704, 560)
 
 
+@pytest.mark.full
 async def test_the_largest_takes_half_the_memory_that_a_decoder_may_have():
     """64 million pixels of full colour, in a process that has the half."""
     limits = Limits()

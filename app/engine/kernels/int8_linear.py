@@ -39,8 +39,8 @@ _EXACT_SUM = 1024
 _MOST_INPUTS = 12288
 """What a row may have, which the first kernel holds in registers."""
 _HOPPER = (9, 0)
-_TRIED = 64
-"""The rows of a trial."""
+_TRIED = 600
+"""The rows of a trial: more than a few of the kernel's tiles, and none that they fill."""
 _MOST_ERROR = 0.02
 
 
@@ -156,7 +156,7 @@ def multiply(weights: Weights, operands: Operands) -> torch.Tensor:
     with torch.cuda.device(given.device):
         rows = kernels.quantize(_rows(operands.x), _rows(operands.feed), scale, shift, eps)
         made: torch.Tensor = kernels.multiply(*rows, weights.values, weights.scales)
-        made = made.view(*given.shape[:-1], -1)
+        made = made[: given.numel() // given.shape[-1]].view(*given.shape[:-1], -1)
         if operands.addition is None:
             return made
         residual, gate = operands.addition

@@ -31,14 +31,19 @@ def quantize(
     shift: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated rows of [x, SwiGLU(feed)], int8 [n, K], and their float32 scales [n]."""
+    """Return the rotated rows of [x, SwiGLU(feed)], int8 [m, K], and their float32 scales [m].
+
+    There are m - n more than were given, up to whole tiles of `multiply`, which nothing is written
+    to: a tile that its rows did not fill had wrong results on a card.
+    """
     given = feed if x is None else x
     assert given is not None
     before = 0 if x is None else x.shape[1]
     width = before + (0 if feed is None else feed.shape[1] // 2)
     rows = given.shape[0]
-    values = torch.empty((rows, width), dtype=torch.int8, device=given.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=given.device)
+    padded = -(-rows // _ROWS) * _ROWS
+    values = torch.empty((padded, width), dtype=torch.int8, device=given.device)
+    scales = torch.empty(padded, dtype=torch.float32, device=given.device)
     # Parts that lie in x or in the feed, each of a power of two.
     part = math.gcd(before, width, _PART)
     _quantize[(rows,)](
@@ -68,11 +73,14 @@ def multiply(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Multiply int8 [n, K] by the transpose of int8 [N, K], and scale: bf16 [n, N]."""
+    """Multiply int8 [m, K] by the transpose of int8 [N, K], and scale: bf16 [m, N].
+
+    m is a multiple of a tile's rows.
+    """
     rows, depth = values.shape
     outputs = weight.shape[0]
     made = torch.empty((rows, outputs), dtype=torch.bfloat16, device=values.device)
-    tiles = -(-rows // _ROWS) * -(-outputs // _COLUMNS)
+    tiles = rows // _ROWS * -(-outputs // _COLUMNS)
     # The setting is of the thread, and one call may be another thread's.
     triton.set_allocator(_allocate)
     _multiply[(min(tiles, _processors(values.device)),)](
@@ -256,8 +264,7 @@ def _multiply(
             a = left.load([row, step * DEPTH])
             b = right.load([column, step * DEPTH])
             sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
-        i = row + tl.arange(0, ROWS)
-        factor = tl.load(scales + i, mask=i < rows, other=0.0)[:, None]
+        factor = tl.load(scales + row + tl.arange(0, ROWS))[:, None]
         # In two halves, which take fewer registers and less shared memory.
         c, d = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, HALF)), (0, 2, 1)))
         _finish(c, factor, row, column, out, weight_scale, outputs, HALF)
