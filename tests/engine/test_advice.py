@@ -99,9 +99,9 @@ def test_the_command_installs_what_the_package_pins() -> None:
 @pytest.mark.parametrize(
     ("there", "missing", "command"),
     [
-        ("apt-get", {"a C compiler"}, "sudo apt-get install gcc g++ python3-dev"),
-        ("dnf", {"Python's headers"}, "sudo dnf install gcc gcc-c++ python3-devel"),
-        ("", {"a C compiler"}, "install gcc, g++ and Python's headers by this system's own means"),
+        ("apt-get", {"a C compiler"}, "sudo apt-get install gcc python3-dev"),
+        ("dnf", {"Python's headers"}, "sudo dnf install gcc python3-devel"),
+        ("", {"a C compiler"}, "install gcc and Python's headers by this system's own means"),
         ("apt-get", {"Triton"}, "pip install --force-reinstall -r requirements.lock"),
     ],
 )

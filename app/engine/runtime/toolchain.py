@@ -24,13 +24,13 @@ TRITON = "Triton"
 HEADERS = "Python's headers"
 
 INSTALLERS = {
-    "apt-get": "sudo apt-get install gcc g++ python3-dev",
-    "dnf": "sudo dnf install gcc gcc-c++ python3-devel",
-    "zypper": "sudo zypper install gcc gcc-c++ python3-devel",
+    "apt-get": "sudo apt-get install gcc python3-dev",
+    "dnf": "sudo dnf install gcc python3-devel",
+    "zypper": "sudo zypper install gcc python3-devel",
     "pacman": "sudo pacman -S gcc",
 }
 """Commands by the program that they need; the others' Python brings its headers with it."""
-_BY_HAND = "install gcc, g++ and Python's headers by this system's own means"
+_BY_HAND = "install gcc and Python's headers by this system's own means"
 _WITH_TRITON = "pip install --force-reinstall -r requirements.lock"
 """Triton comes with torch's build for CUDA."""
 

@@ -41,7 +41,7 @@ def test_a_missing_compiler_comes_with_the_command_that_installs_it(tmp_path, mo
     chosen = choose_kernels(CARD, tmp_path)
 
     assert (chosen.is_on, chosen.reason) == (False, "a C compiler and Triton missing")
-    assert chosen.remedy.startswith("sudo apt-get install gcc g++ python3-dev && pip install ")
+    assert chosen.remedy.startswith("sudo apt-get install gcc python3-dev && pip install ")
 
 
 def test_headers_may_be_missing_where_a_kernel_runs_all_the_same(tmp_path, whole) -> None:
