@@ -16,6 +16,7 @@ from app.errors import InvalidRequest, Kind, KleinError
 _PIECE_BYTES = 16_384  # the worst input of this size takes a reader a few milliseconds
 _TURN_S = 0.002
 FORM, JSON = "multipart/form-data", "application/json"
+_PLAIN_FORM = "application/x-www-form-urlencoded"
 
 
 def content_type(request: Request) -> str:
@@ -26,8 +27,9 @@ def content_type(request: Request) -> str:
 def require_media_type(request: Request, *accepted: str) -> None:
     """Refuse a body of any other type, "" for none, and a compressed one.
 
-    A web page needs a CORS preflight for JSON. `curl -d` sends a form of another type, so the error
-    says what to send instead.
+    A web page needs a CORS preflight for JSON. `curl -d`, and libraries that are given no file,
+    send a form of another type: the error says what to send instead, and where forms are accepted,
+    it is this one that is wrong (400).
     """
     encodings = ",".join(request.headers.getlist("content-encoding")).lower().split(",")
     if {each.strip() for each in encodings} - {"", "identity"}:
@@ -36,16 +38,17 @@ def require_media_type(request: Request, *accepted: str) -> None:
             "Content-Encoding.",
             kind=Kind.UNSUPPORTED_ENCODING,
         )
-    if content_type(request) not in accepted:
+    found = content_type(request)
+    if found not in accepted:
         how = (
             "send each field with -F, and pictures as -F image=@picture.png"
             if FORM in accepted
             else f"add -H 'content-type: {JSON}'"
         )
-        raise KleinError(
-            f"The body must be {' or '.join(filter(None, accepted))}; with curl {how}.",
-            kind=Kind.UNSUPPORTED_MEDIA,
-        )
+        message = f"The body must be {' or '.join(filter(None, accepted))}; with curl {how}."
+        if found == _PLAIN_FORM and FORM in accepted:
+            raise InvalidRequest(message, code="invalid_multipart")
+        raise KleinError(message, kind=Kind.UNSUPPORTED_MEDIA)
 
 
 async def read_json(request: Request, *, has_pictures: bool = False) -> dict[str, Any]:
