@@ -408,6 +408,7 @@ def _add(
     STAGES: gl.constexpr = v_held.shape[0]
     ROWS: gl.constexpr = scores.shape[0]
     KEYS: gl.constexpr = scores.shape[1]
+    COLUMNS: gl.constexpr = ones.shape[0]
     value: gl.constexpr = summed.type.layout
     operand: gl.constexpr = gl.DotOperandLayout(0, value, 4)
     higher = gl.maximum(top, gl.ceil(gl.max(scores, 1) * scale) - _LARGEST)
@@ -417,12 +418,14 @@ def _add(
     p = p.reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
     p = gl.convert_layout(p.to(v_held.dtype), operand, assert_trivial=True)
     summed = summed * gl.convert_layout(fade, gl.SliceLayout(1, value))[:, None]
-    weight = weight * gl.convert_layout(fade, gl.SliceLayout(1, weight.type.layout))[:, None]
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     values = v_held.index(stage).permute((1, 0))
     summed = warpgroup_mma(p, values, summed, is_async=True)
-    weight = warpgroup_mma(p, ones.permute((1, 0)), weight, is_async=True)
-    summed, weight = warpgroup_mma_wait(0, deps=[summed, weight])
+    # The tensor cores cut what they add to 13 bits below the sum: a longer one would lose much.
+    zero = gl.zeros([ROWS, COLUMNS], gl.float32, weight.type.layout)
+    added = warpgroup_mma(p, ones.permute((1, 0)), zero, use_acc=False, is_async=True)
+    summed, added = warpgroup_mma_wait(0, deps=[summed, added])
     mbarrier.arrive(free.index(stage))
-    return higher, summed, weight
+    fade = gl.convert_layout(fade, gl.SliceLayout(1, weight.type.layout))
+    return higher, summed, weight * fade[:, None] + added
