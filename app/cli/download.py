@@ -94,13 +94,16 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     from app.engine.quantization.select import choose_precision
     from app.engine.race.measure import capabilities, race
     from app.engine.race.results import choose
-    from app.engine.runtime.kernels_choice import missing_tools
+    from app.engine.runtime.kernels_choice import choose_kernels
 
     index, facts = settings.device, None
     if isinstance(index, int) and index < torch.cuda.device_count():
         device = torch.device("cuda", index)
         results = race(
-            device, variant.architecture, settings.cache_dir, has_kernels=not missing_tools()
+            device,
+            variant.architecture,
+            settings.cache_dir,
+            has_kernels=choose_kernels(device, settings.cache_dir).is_on,
         )
         facts = capabilities(results, choose(results, attention=settings.attention))
     return choose_precision(AUTO, facts, is_small=False).name

@@ -47,7 +47,7 @@ def on_kernels(reason: str, remedy: str) -> Advice:
     """Say what it costs that our own kernels do not run for *reason*."""
     return Advice(
         f"Our own kernels do not run ({reason}), so each picture takes about {WITHOUT_KERNELS} "
-        "times as long (others' figures of an RTX 3090, not measured on this card).",
+        "times as long (others' figures of an RTX 3090 for torch.compile's, not measured here).",
         remedy,
     )
 

@@ -41,7 +41,7 @@ from app.engine.quantization.select import (
 )
 from app.engine.race.measure import capabilities, race
 from app.engine.race.results import Results, choose
-from app.engine.runtime.kernels_choice import EXACT, KernelsChoice, choose_kernels, missing_tools
+from app.engine.runtime.kernels_choice import EXACT, KernelsChoice, choose_kernels
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     is_small = _is_small(config)
     # Before the race, which runs kernels.
     kernels = choose_kernels(device, Path(config.cache_dir))
-    facts, kernel, results = _judge(config, device, architecture, is_small=is_small)
+    facts, kernel, results = _judge(
+        config, device, architecture, is_small=is_small, has_kernels=kernels.is_on
+    )
     precision = choose_precision(config.precision, facts, is_small=is_small)
     path, revision = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
@@ -183,7 +185,12 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
 
 
 def _judge(
-    config: EngineConfig, device: torch.device, architecture: Architecture, *, is_small: bool
+    config: EngineConfig,
+    device: torch.device,
+    architecture: Architecture,
+    *,
+    is_small: bool,
+    has_kernels: bool,
 ) -> tuple[GpuCapabilities | None, AttentionKernel, Results | None]:
     """Return what the GPU can, its attention kernel, and the race that both come from, if any."""
     check_attention(config.attention)
@@ -191,7 +198,7 @@ def _judge(
     if device.type == "cpu" or is_small or (asked is not None and asked.is_exact):
         kernel = choose_attention(device, architecture, config.attention)
         return probe_gpu(device, architecture), kernel, None
-    results = race(device, architecture, Path(config.cache_dir), has_kernels=not missing_tools())
+    results = race(device, architecture, Path(config.cache_dir), has_kernels=has_kernels)
     winner = choose(results, config.precision, config.attention)
     raced = KERNELS.get(winner.attention) if config.attention == AUTO else None
     # A kept race imported nothing: the kernel's library is loaded here, or has gone since.

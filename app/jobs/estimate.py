@@ -6,7 +6,7 @@ image adds its own pixels to every step, since its tokens run through the transf
 
 Images are binned by work into ranges, each twice as wide as the one below, and each range is one
 point of the fit: the median of its last few samples. So a thousand small images weigh no more than
-one large one, and an outlier (a new size is compiled, another process uses the GPU) is outvoted by
+one large one, and an outlier (a size's first picture, another process uses the GPU) is outvoted by
 the next samples. The fit minimises relative errors and weighs down ranges without recent samples.
 A prediction is scaled to the point of its own range, where it has one.
 """

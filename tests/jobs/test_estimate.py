@@ -118,7 +118,7 @@ def test_tiny_pictures_of_many_kinds_do_not_either() -> None:
 @pytest.mark.parametrize("spec", [TINY, SPEC, LARGE], ids=["tiny", "default", "large"])
 @pytest.mark.parametrize("factor", [10.0, 1000.0])
 def test_one_picture_that_something_held_up_changes_little(spec, factor) -> None:
-    """Compiling for a new size, or somebody else on the card: after it no size is predicted at
+    """A size's first picture, or somebody else on the card: after it no size is predicted at
     more than twice what it was, or than the next larger one took, and after three more at what it
     is."""
     chance, estimator = random.Random(7), Estimator()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import math
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from torch.nn import functional
 
 from app.engine import torch_private
 from app.engine.kernels import blocks
-from app.engine.kernels.triton_check import raise_unrelated
+from app.engine.kernels.triton_check import raise_unrelated, triton_fault
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ def fault(device: torch.device) -> str:
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
         return "they are written for Hopper"
-    return "" if importlib.util.find_spec("triton") else "Triton is missing"
+    return triton_fault()
 
 
 def is_right(weights: Weights, operands: Operands) -> bool:

@@ -13,6 +13,8 @@ from app.engine import error_mapping
 
 _log = logging.getLogger(__name__)
 
+_refusal = [""]
+
 
 def raise_unrelated(error: Exception) -> None:
     """Raise *error* again where it says nothing of the kernel that was tried.
@@ -23,9 +25,19 @@ def raise_unrelated(error: Exception) -> None:
         raise error
 
 
-@cache
 def triton_fault() -> str:
-    """Say why no kernel of Triton runs on the current GPU; empty where one did, which is tried.
+    """Say why no kernel of Triton runs on the current GPU; empty where one did, which is tried."""
+    return _refusal[0] or _try_triton()
+
+
+def refuse(reason: str) -> None:
+    """Let no kernel be launched, for *reason*; an empty one allows all that run."""
+    _refusal[0] = reason
+
+
+@cache
+def _try_triton() -> str:
+    """Launch a kernel.
 
     Triton needs a C compiler and a folder from which code can be run, and each GPU its own
     assembler; whether all are there shows when something is launched. The folder must be set

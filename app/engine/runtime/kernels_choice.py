@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from app.engine.hub import disk, trust
-from app.engine.kernels.triton_check import triton_fault
+from app.engine.kernels.triton_check import refuse, triton_fault
 from app.engine.runtime.toolchain import (
     HEADERS,
     WITHOUT_KERNELS,
@@ -49,23 +49,30 @@ EXACT = KernelsChoice(
 )
 
 
-def missing_tools() -> list[str]:
+def _missing_tools() -> list[str]:
     """Return what Triton needs and is not here; a warm cache may do without the headers."""
     return [each for each in find_compiler().missing if each != HEADERS]
 
 
 def choose_kernels(device: torch.device, cache: Path) -> KernelsChoice:
-    """Take our kernels on a GPU where Triton runs one; keep what it compiles in *cache*."""
+    """Take our kernels on a GPU where Triton runs one; keep what it compiles in *cache*.
+
+    Where they are not taken, none is launched (`triton_check.refuse`).
+    """
     if device.type != "cuda":
         return KernelsChoice(is_on=False, has_graphs=False, reason="the processor needs none")
-    if missing := missing_tools():
+    if missing := _missing_tools():
         return _without(f"{' and '.join(missing)} missing", missing)
-    if reason := _keep_results(cache) or triton_fault():
+    if reason := _keep_results(cache):
+        return _without(reason, find_compiler().missing)
+    refuse("")
+    if reason := triton_fault():
         return _without(reason, find_compiler().missing)
     return KernelsChoice(is_on=True, has_graphs=True, reason="Triton and a C compiler are there")
 
 
 def _without(reason: str, missing: Collection[str]) -> KernelsChoice:
+    refuse(reason)
     remedy = install_command(missing) if missing else ""
     return KernelsChoice(is_on=False, has_graphs=False, reason=reason, remedy=remedy)
 

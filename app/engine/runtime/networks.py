@@ -28,7 +28,9 @@ Layer = Callable[..., torch.Tensor]
 
 
 class Transformer(nn.Module):
-    """FLUX.2's transformer; *network* is diffusers', with blocks that the implementation can run.
+    """FLUX.2's transformer; *network* is diffusers' or `flux2_shell`'s.
+
+    Its blocks are those that the implementation can run.
 
     `Flux2Transformer2DModel.forward` computes the RoPE table in float64 and applies the context
     embedder at every step; here both are inputs. The other operations are the same in the same

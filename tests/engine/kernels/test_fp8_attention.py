@@ -57,13 +57,15 @@ def test_elsewhere_it_is_not_chosen():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mean", [0, 1])
 @pytest.mark.parametrize(("heads", "tokens"), [(3, 40), (3, 640), (24, 1536), (3, 4645)])
-def test_the_kernel_computes_what_the_processor_does(heads, tokens):
-    """To a hundredth: tiles that are full or not, computed whole or in parts."""
+def test_the_kernel_computes_what_the_processor_does(heads, tokens, mean):
+    """To a hundredth: tiles that are full or not, computed whole or in parts; values off zero."""
     card = torch.device("cuda")
     if fault := fp8_attention.fault(card):
         pytest.skip(fault)
-    given = drawn(heads, tokens, card)
+    q, k, v = drawn(heads, tokens, card)
+    given = q, k, v + mean
     made = fp8_attention.attention(*given)
 
     assert relative_error(made.cpu(), fp8_attention.attention(*(x.cpu() for x in given))) < 0.01

@@ -34,7 +34,9 @@ def judge(monkeypatch, results, gone=(), **more: str):
         loading, "choose_attention", lambda *_: KERNELS[more.get("attention", "torch")]
     )
     config = EngineConfig(KLEIN.spec.id, None, "/x", 0, **more)
-    facts, kernel, raced = loading._judge(config, CARD, KLEIN.architecture, is_small=False)
+    facts, kernel, raced = loading._judge(
+        config, CARD, KLEIN.architecture, is_small=False, has_kernels=True
+    )
     return choose_precision(config.precision, facts, is_small=False), kernel, raced
 
 
@@ -106,7 +108,10 @@ def test_no_race_on_the_processor_for_small_models_or_exact_ones(tiny_klein, mon
         (CARD, "bf16", False),
     ):
         config = EngineConfig(KLEIN.spec.id, None, "/x", 0, precision)
-        assert loading._judge(config, device, KLEIN.architecture, is_small=is_small)[2] is None
+        _, _, raced = loading._judge(
+            config, device, KLEIN.architecture, is_small=is_small, has_kernels=True
+        )
+        assert raced is None
 
 
 @pytest.mark.parametrize(

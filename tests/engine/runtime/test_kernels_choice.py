@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.engine.kernels import int8_linear, triton_check
 from app.engine.runtime import kernels_choice
 from app.engine.runtime.kernels_choice import choose_kernels
 from app.engine.runtime.toolchain import CompilerFound
@@ -16,6 +17,13 @@ from app.engine.runtime.toolchain import CompilerFound
 pytestmark = pytest.mark.torch
 
 CARD = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _undo(monkeypatch) -> None:
+    """A card of Hopper's, and no refusal that outlives the test."""
+    monkeypatch.setattr(triton_check, "_refusal", [""])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
 
 @pytest.fixture
@@ -42,6 +50,17 @@ def test_a_missing_compiler_comes_with_the_command_that_installs_it(tmp_path, mo
 
     assert (chosen.is_on, chosen.reason) == (False, "a C compiler and Triton missing")
     assert chosen.remedy.startswith("sudo apt-get install gcc python3-dev && pip install ")
+    assert triton_check.triton_fault() == chosen.reason
+    assert int8_linear.fault(CARD) == chosen.reason
+
+
+def test_no_kernel_is_launched_where_code_cannot_be_kept(tmp_path, whole, monkeypatch):
+    """Or Triton would keep it in a folder that nobody has checked, and run it from there."""
+    monkeypatch.setattr(kernels_choice, "_keep_results", lambda cache: "the folder is open")
+    monkeypatch.setattr(triton_check, "_try_triton", lambda: pytest.fail("launched"))
+
+    assert not choose_kernels(CARD, tmp_path).is_on
+    assert triton_check.triton_fault() == "the folder is open"
 
 
 def test_headers_may_be_missing_where_a_kernel_runs_all_the_same(tmp_path, whole) -> None:
