@@ -138,7 +138,8 @@ class Settings(BaseModel):
     trust_network: bool = False
     """Listen on a public address without keys: everyone who reaches the port may ask."""
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
-    """What happens to a field of a request that no route knows."""
+    """What happens to a field of a request that no route knows, a file of a form too. What a route
+    knows and cannot use it refuses."""
     model_aliases: bool = True
     """Accept `gpt-image-*`, `dall-e-*` and `chatgpt-image-*` as names of the served model."""
     list_aliases: bool = False

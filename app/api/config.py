@@ -29,4 +29,9 @@ class ApiConfig:
 
     def own_url(self, request: Request) -> str:
         """Return what the service's own URLs begin with, for whoever sent *request*."""
-        return self.public_url or str(request.base_url).rstrip("/")
+        if self.public_url:
+            return self.public_url
+        if "host" in request.headers:
+            return str(request.base_url).rstrip("/")
+        # HTTP/1.0 may leave Host out; the socket's address is nobody else's business.
+        return f"http://localhost:{request.scope['server'][1]}"

@@ -61,5 +61,10 @@ def page_of(message: str, status: int, headers: Mapping[str, str]) -> HTMLRespon
         f"<h1>This is klein-server, but …</h1><p>{mark_up(message)}</p>"
         f"{_KEY_FORM if needs_key else ''}",
         status_code=status,
-        headers={"Content-Security-Policy": _KEY_POLICY if needs_key else POLICY, **headers},
+        headers={
+            "Content-Security-Policy": _KEY_POLICY if needs_key else POLICY,
+            "Cache-Control": "no-store",
+            "Vary": "Accept",
+            **headers,
+        },
     )

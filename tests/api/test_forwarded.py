@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from httpx import ASGITransport
 
 from app.api.proxies import Proxies
 from tests.api.conftest import error_of
+from tests.api.test_middleware import with_version
 
 LINK = {"prompt": "a", "response_format": "url"}
 SAID = {"x-forwarded-for": "203.0.113.9", "x-forwarded-proto": "https"}
@@ -70,6 +72,22 @@ async def test_a_forwarded_name_must_be_known_and_so_must_the_one_it_came_under(
         )
         assert response.status_code == 400
         assert "KLEIN_ALLOWED_HOSTS" in str(error_of(response)["message"])
+
+
+@pytest.mark.parametrize(("forwarded", "status"), [("evil.example", 400), ("localhost", 404)])
+async def test_a_forwarded_name_is_judged_where_host_is_missing_too(serve, forwarded, status):
+    """HTTP/1.0 may leave it out; the socket's own address is told to nobody."""
+    client = await serve(trusted_proxies=("127.0.0.1",))
+    client._transport = ASGITransport(app=with_version(client._transport.app, "1.0"))
+    answers = []
+    for headers in ({"x-forwarded-host": forwarded}, {}):
+        request = client.build_request("GET", "/v1/responses", headers=headers)
+        del request.headers["host"]
+        answers.append(await client.send(request))
+
+    assert [answer.status_code for answer in answers] == [status, 404]
+    assert "http://localhost:" in answers[1].text
+    assert "127.0.0.1" not in answers[1].text
 
 
 def scope_of(peer: str, **said: str) -> dict[str, object]:

@@ -153,7 +153,7 @@ async def test_probes_and_scrapes_need_no_known_name(client, host):
 
 async def test_a_host_that_is_none_is_refused_everywhere(client):
     """Two of them, or what is no name, also from a probe."""
-    for host in ("a b", "x?", "x#"):
+    for host in ("a b", "x?", "x#", "localhost:99999", "[::::]", "[1.2.3]"):
         assert (await client.get("/health/live", headers={"host": host})).status_code == 400
     twice = [(b"host", b"localhost"), (b"host", b"evil.example")]
     assert (await client.get("/health/live", headers=twice)).status_code == 400

@@ -154,9 +154,11 @@ def _names(scope: Scope) -> set[str] | None:
     None where one is malformed, Host was sent twice, or HTTP/1.1 was spoken without it.
     """
     received = scope[HOSTS]
-    if not received and scope["http_version"] == "1.0":
-        return set()
-    parsed = [_host_of(scope), *map(parse_host, received)]
-    if len(received) != 1 or None in parsed:
+    parsed = [*map(parse_host, received)]
+    # A forwarded name stands among the headers, of a request without Host too.
+    if received or any(name == b"host" for name, _ in scope["headers"]):
+        parsed.append(_host_of(scope))
+    is_free = not received and scope["http_version"] == "1.0"
+    if not (is_free or len(received) == 1) or None in parsed:
         return None
     return {each[0] for each in parsed if each is not None}

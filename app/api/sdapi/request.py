@@ -46,12 +46,14 @@ _UNUSED_IN_EDITS: Mapping[str, tuple[object, ...]] = {
     "inpaint_full_res": (),
 }
 
+_MOST = 10_000
+"""Of steps and guidance, before they are mapped to what the model takes."""
 _FIELDS = (
     PROMPT,
     Field("width", Type.WHOLE, "The width in pixels."),
     Field("height", Type.WHOLE, "The height in pixels."),
-    Field("steps", Type.WHOLE, "Denoising steps, mapped.", minimum=1),
-    Field("cfg_scale", Type.NUMBER, "Guidance, mapped."),
+    Field("steps", Type.WHOLE, "Denoising steps, mapped.", minimum=1, maximum=_MOST),
+    Field("cfg_scale", Type.NUMBER, "Guidance, mapped.", minimum=-_MOST, maximum=_MOST),
     Field("seed", Type.WHOLE, "-1 draws one.", minimum=DRAW, maximum=MAX_SEED),
     Field("batch_size", Type.WHOLE, "Pictures, times n_iter.", minimum=1, maximum=MAX_IMAGES),
     Field("n_iter", Type.WHOLE, "Pictures, times batch_size.", minimum=1, maximum=MAX_IMAGES),

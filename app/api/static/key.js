@@ -5,10 +5,19 @@ const field = form.querySelector("input");
 const note = form.querySelector("output");
 const NAME = "klein.key"; // the page at / keeps its key under the same
 
+const forget = () => {
+  try {
+    sessionStorage.removeItem(NAME);
+  } catch {
+    // Without storage there is nothing to forget.
+  }
+};
+
 const show = async (key) => {
   const answer = await fetch(location.href, { headers: { accept: "text/html", authorization: `Bearer ${key}` } });
   if (answer.status === 401) {
     note.textContent = "The service does not know this key.";
+    forget();
     return;
   }
   const text = await answer.text();
