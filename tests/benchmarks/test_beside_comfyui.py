@@ -58,7 +58,7 @@ def comfy(bench, folder):
     return Comfy(folder, bench.folder.parent / "checkout", bench.folder, arguments=["--cpu"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_both_make_the_same_pictures_and_leave_a_row_each(bench, capsys):
     """Started, asked through HTTP, compared, ended; versions and the card's memory told."""
     settings = {"model": "shapes", "device": "cpu", "cache_dir": bench.cache}

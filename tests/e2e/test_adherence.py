@@ -1,6 +1,6 @@
 """The demo model draws what its prompt says: prompts and edits that training never saw.
 
-`make test` asks a sample, `.ci/run` all of it. Each test asserts the shares that it prints.
+`.ci/run` asks them all. Each test asserts the shares that it prints.
 """
 
 from __future__ import annotations
@@ -65,14 +65,6 @@ def test_first_tries(prompt, exam, ask):
     marks = ask([exam.Question(exam.ONE, prompt, asked)])
 
     assert marks.share(exam.ONE) == 1, marks.failures
-
-
-@pytest.mark.slow
-def test_sample(exam, ask):
-    """Of twenty prompts never seen in training, at most three fail."""
-    marks = ask(exam.scene_questions(20))
-
-    assert sum(marks.passed.values()) >= 17, marks.failures
 
 
 @pytest.mark.full
