@@ -40,7 +40,7 @@ READY_LIMIT_S = 240
 DRAIN_LIMIT_S = 60
 COMPILE_LIMIT_S = 180
 
-# What Triton does for a kernel besides the kernel itself: a module in C. The CPU build lacks Triton.
+# What Triton does besides the kernel: a module in C. The CPU build of torch has no Triton.
 COMPILE = """
 import pathlib, shutil, subprocess, sys, sysconfig
 folder = pathlib.Path(sys.argv[1])
