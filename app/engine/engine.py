@@ -185,9 +185,9 @@ class _Job:
         clock.lap()
         steps = _Steps(clock, self.on_progress)
         latents = self._denoise(text, references, steps)
+        steps.then(Progress(Stage.DECODE, spec.num_inference_steps, spec.num_inference_steps))
         decoded = decode(components, latents, components.grid(spec))
         steps.tell_all()
-        self._tell(Stage.DECODE, spec.num_inference_steps)
         pixels = self._to_pixels(decoded, references.source)
         clock.lap()
         text_s, references_s, *steps_s, decode_s = clock.seconds()
@@ -250,15 +250,23 @@ class _Steps:
     def __init__(self, clock: _Clock, on_progress: Callable[[Progress], None]) -> None:
         self._clock, self._on_progress = clock, on_progress
         self._untold: deque[tuple[int, Progress]] = deque()
+        self._last = 0
 
     def end(self, progress: Progress) -> None:
         """Take note of a step whose work was given to the GPU; wait for the one before."""
-        self._untold.append((self._clock.lap(), progress))
-        while len(self._untold) > 1 or (self._untold and self._clock.is_over(self._untold[0][0])):
+        self._last = self._clock.lap()
+        self.then(progress)
+        while len(self._untold) > 1:
+            self._tell()
+
+    def then(self, progress: Progress) -> None:
+        """Tell *progress* once the last step is over: at once, if it is."""
+        self._untold.append((self._last, progress))
+        while self._untold and self._clock.is_over(self._untold[0][0]):
             self._tell()
 
     def tell_all(self) -> None:
-        """Wait for all steps."""
+        """Wait for the last step, and tell of all."""
         while self._untold:
             self._tell()
 

@@ -10,6 +10,7 @@ import torch
 
 from app import errors
 from app.domain import ImageSpec, Mask, RawImage, Stage
+from app.engine import engine as engine_module
 from app.engine import error_mapping
 from app.engine import load as start
 from app.engine.config import EngineConfig
@@ -70,6 +71,20 @@ def test_a_step_is_told_of_once_the_gpu_has_done_it(engine, monkeypatch):
         *((Stage.DENOISE, number, 2 + number) for number in (1, 2, 3)),
         (Stage.DECODE, 3, 5),
     ]
+
+
+def test_the_decode_is_told_of_before_it_begins(engine, monkeypatch):
+    """On a processor it takes as long as a step, and who waits shall know what runs."""
+    seen = []
+    original = engine_module.decode
+
+    def decode(*given):
+        assert seen[-1] == Stage.DECODE
+        return original(*given)
+
+    monkeypatch.setattr(engine_module, "decode", decode)
+    engine.generate(SPEC, lambda progress: seen.append(progress.stage), lambda: False)
+    assert seen[-1] == Stage.DECODE
 
 
 def test_it_reports_stages_and_steps(engine):
