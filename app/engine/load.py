@@ -106,7 +106,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
     architecture = find_model(config.model).architecture
     is_small = _is_small(config)
     # Before the race, which runs kernels.
-    kernels = choose_kernels(device, Path(config.cache_dir))
+    kernels = choose_kernels(device, Path(config.cache_dir), is_exact=_asks_exact(config))
     facts, kernel, results = _judge(
         config, device, architecture, is_small=is_small, has_kernels=kernels.is_on
     )
@@ -194,8 +194,7 @@ def _judge(
 ) -> tuple[GpuCapabilities | None, AttentionKernel, Results | None]:
     """Return what the GPU can, its attention kernel, and the race that both come from, if any."""
     check_attention(config.attention)
-    asked = FORMATS.get(config.precision)
-    if device.type == "cpu" or is_small or (asked is not None and asked.is_exact):
+    if device.type == "cpu" or is_small or _asks_exact(config):
         kernel = choose_attention(device, architecture, config.attention)
         return probe_gpu(device, architecture), kernel, None
     results = race(device, architecture, Path(config.cache_dir), has_kernels=has_kernels)
@@ -205,6 +204,12 @@ def _judge(
     if raced is None or raced.fault(device):
         raced = choose_attention(device, architecture, config.attention)
     return capabilities(results, winner), raced, results
+
+
+def _asks_exact(config: EngineConfig) -> bool:
+    """Return whether the operator names a precision that runs the libraries' own modules."""
+    asked = FORMATS.get(config.precision)
+    return asked is not None and asked.is_exact
 
 
 def _kernels_advice(kernels: KernelsChoice) -> Iterator[str]:

@@ -54,11 +54,15 @@ def _missing_tools() -> list[str]:
     return [each for each in find_compiler().missing if each != HEADERS]
 
 
-def choose_kernels(device: torch.device, cache: Path) -> KernelsChoice:
+def choose_kernels(device: torch.device, cache: Path, *, is_exact: bool = False) -> KernelsChoice:
     """Take our kernels on a GPU where Triton runs one; keep what it compiles in *cache*.
 
-    Where they are not taken, none is launched (`triton_check.refuse`).
+    Where they are not taken, none is launched (`triton_check.refuse`): so with *is_exact*, for
+    which neither Triton nor a folder is needed.
     """
+    if is_exact:
+        refuse(EXACT.reason)
+        return EXACT
     if device.type != "cuda":
         return KernelsChoice(is_on=False, has_graphs=False, reason="the processor needs none")
     if missing := _missing_tools():

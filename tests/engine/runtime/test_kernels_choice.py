@@ -42,6 +42,15 @@ def test_the_processor_needs_no_kernels(tmp_path: Path) -> None:
     assert (chosen.is_on, chosen.has_graphs, chosen.remedy) == (False, False, "")
 
 
+def test_an_exact_precision_needs_neither_triton_nor_a_folder(tmp_path, whole, monkeypatch):
+    """The libraries' own modules run; nothing is tried, made or warned of."""
+    monkeypatch.setattr(kernels_choice, "_keep_results", lambda cache: pytest.fail("a folder"))
+    monkeypatch.setattr(triton_check, "_try_triton", lambda: pytest.fail("launched"))
+
+    assert choose_kernels(CARD, tmp_path, is_exact=True) is kernels_choice.EXACT
+    assert triton_check.triton_fault() == kernels_choice.EXACT.reason
+
+
 def test_a_missing_compiler_comes_with_the_command_that_installs_it(tmp_path, monkeypatch):
     """No Triton, no C compiler: everything runs in torch, and it is known why."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
