@@ -55,7 +55,7 @@ def run(base_url: str, picture: Path, mask: Path) -> dict[str, object]:
         "litellm_made": [item.b64_json for item in made.data],
         "litellm_edited": [item.b64_json for item in edited.data],
         "litellm_refused": refused,
-        # Followed here: on the server of the tests a link ends after a few seconds.
+        # Followed here: on the server of the tests a link ends after a second.
         "langchain_links": [fetch(url) for url in wrapper.run("a").split("\n")],
         "kernel_made": kernel_made,
         "kernel_edited": kernel_edited,
