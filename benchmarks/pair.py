@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.bench_http import read_timings
+from benchmarks.comfyui.compare import psnr
 from benchmarks.rows import Bench
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +142,7 @@ def main() -> int:
                         peak_reserved_bytes=int(headers.get("x-klein-peak-vram-bytes") or 0)
                         or None,
                     )
-                print(f"  PSNR of the two {_psnr(*pictures.values()):.1f} dB", flush=True)
+                print(f"  PSNR of the two {psnr(*pictures.values()):.1f} dB", flush=True)
     for case in CASES:
         before, now = (statistics.median(found[case.note, each.name]) for each in services)
         print(f"{case.note}: {before:.4f} {now:.4f} s, ratio {now / before:.4f}", flush=True)
@@ -159,15 +160,6 @@ def _reference(side: int, number: int) -> str:
     held = io.BytesIO()
     Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(held, "jpeg")
     return base64.b64encode(held.getvalue()).decode()
-
-
-def _psnr(one: bytes, other: bytes) -> float:
-    first, second = (
-        np.asarray(Image.open(io.BytesIO(each)).convert("RGB")).astype(np.float64)
-        for each in (one, other)
-    )
-    error = ((first - second) ** 2).mean()
-    return float(10 * np.log10(255**2 / error)) if error else 100.0
 
 
 @contextlib.contextmanager

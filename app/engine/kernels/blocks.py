@@ -178,7 +178,7 @@ def norm_rotate(
         if out is None:
             continue
         if norm is not None:
-            part = _rotate(_rms_norm(part, norm, eps), *rope, is_interleaved)
+            part = rotate(_rms_norm(part, norm, eps), *rope, is_interleaved=is_interleaved)
         out[0] = part.repeat_interleave(heads // part.shape[1], dim=1).transpose(0, 1)
 
 
@@ -187,10 +187,10 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_interleaved: bool
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_interleaved: bool
 ) -> torch.Tensor:
-    """Apply RoPE in the dtype of *cos*: [n, h, s] -> the same."""
+    """Apply RoPE in torch, in the dtype of *cos*, [n, s]: [n, h, s] -> the same."""
     wide = x.to(cos.dtype)
     if is_interleaved:
         even, odd = wide[..., ::2], wide[..., 1::2]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from app.engine.kernels import blocks_triton
 from app.engine.kernels.blocks import TINY, Cast, Change, merge
+from app.engine.kernels.triton_check import power_of_two
 
 # Rows and columns that a program takes at once, and its warps, as measured on an H100.
 _NORM_ROWS, _NORM_WARPS = 1, 4
@@ -30,7 +29,7 @@ def norm_modulate(
     out = torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype)
     settled = x if change is None else torch.empty_like(x)
     gate, update = change or (None, None)
-    rows, block = x.numel() // width, _power(width)
+    rows, block = x.numel() // width, power_of_two(width)
     blocks_triton.norm_modulate[(-(-rows // _NORM_ROWS),)](
         x,
         gate,
@@ -68,7 +67,7 @@ def rms_norm(
         rows,
         eps,
         WIDTH=width,
-        BLOCK=_power(width),
+        BLOCK=power_of_two(width),
         ROWS=1,
         UPDATES=update is not None,
         num_warps=_NORM_WARPS,
@@ -165,17 +164,11 @@ def norm_rotate(
         GROUPS=groups,
         HALF=size // 2,
         ROWS=_HEAD_ROWS,
-        BLOCK=min(_HEAD_BLOCK, _power(heads)),
+        BLOCK=min(_HEAD_BLOCK, power_of_two(heads)),
         INTERLEAVED=is_interleaved,
         num_warps=_HEAD_WARPS,
     )
 
 
-@cache
-def _power(size: int) -> int:
-    """Return the least power of two that is not below *size*."""
-    return 1 << (size - 1).bit_length()
-
-
 def _column_block(width: int) -> int:
-    return min(_COLUMNS, _power(width))
+    return min(_COLUMNS, power_of_two(width))

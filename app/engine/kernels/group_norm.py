@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from app.engine.kernels.triton_check import raise_unrelated
+from app.engine.kernels.triton_check import power_of_two, raise_unrelated
 
 _log = logging.getLogger(__name__)
 
@@ -213,14 +213,9 @@ def _launch(name: str, programs: int, *arguments: Any, **constants: Any) -> None
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _columns(channels: int) -> int:
-    """Return the next power of two, as Triton's tiles need it."""
-    return 1 << (channels - 1).bit_length()
-
-
 def _tiling(image: FeatureMap) -> tuple[int, int, int]:
     """Return the columns and rows of a tile, and the pixels of a chunk: four tiles or more."""
-    columns = _columns(image.channels)
+    columns = power_of_two(image.channels)
     rows = _TILE // columns
     return columns, rows, rows * max(4, -(-image.height * image.width // (_CHUNKS * rows)))
 
@@ -270,8 +265,8 @@ def _normalize(
         norm.eps,
         CHANNELS=channels,
         GROUP=group,
-        COLUMNS=_columns(group),
-        ROWS=_MERGED // _columns(group),
+        COLUMNS=power_of_two(group),
+        ROWS=_MERGED // power_of_two(group),
         HAS_BIAS=image.bias is not None,
     )
     out = torch.empty(

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from app.engine.kernels.int8_linear import hadamard
+
 _TINY = tl.constexpr(1e-12)
 _LIMIT = tl.constexpr(127.0)
 _ROUND = tl.constexpr(12582912.0)
@@ -118,8 +120,7 @@ def _processors(device: torch.device) -> int:
 @functools.cache
 def _hadamard(device: torch.device) -> torch.Tensor:
     """Return the regular Hadamard matrix of size 16, times 4, on *device*: all 1 and -1."""
-    four = 1 - 2 * torch.eye(4).flip(1)
-    return torch.kron(four, four).to(device, torch.bfloat16)
+    return (4 * hadamard(16)).to(device, torch.bfloat16)
 
 
 @triton.jit

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from app.engine.kernels import blocks
+
 _QUERIES, _KEYS, _WARPS, _STAGES = 64, 64, 4, 2
 
 
@@ -78,7 +80,7 @@ def _attend(
     tokens, groups = len(joined), (joined.shape[1] - heads) // 2
     q, k, v = torch.split(joined, [heads, groups, groups], dim=1)
     q, k = (
-        _rotate(_norm(each, weight, eps), cos, sin)
+        blocks.rotate(blocks.rms_norm(each, weight, eps)[1], cos, sin, is_interleaved=False)
         for each, weight in zip((q, k), norms, strict=True)
     )
     k, v = (each.repeat_interleave(heads // groups, dim=1) for each in (k, v))
@@ -86,17 +88,6 @@ def _attend(
     q, k, v = (each.transpose(0, 1) for each in (q, k, v))
     attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return attended.transpose(0, 1).flatten(1)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of lanes from both halves of a head: [n, heads, s]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 @cache

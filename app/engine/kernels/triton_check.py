@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can be compiled and launched here."""
+"""What all kernels share: whether Triton runs here, and the sides that its tiles may have."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from app.engine import error_mapping
 _log = logging.getLogger(__name__)
 
 _refusal = [""]
+
+
+@cache
+def power_of_two(size: int) -> int:
+    """Return the least power of two that is not below *size*, as the side of a tile must be."""
+    return 1 << (size - 1).bit_length()
 
 
 def raise_unrelated(error: Exception) -> None:

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from app.engine.kernels.triton_check import power_of_two
+
 _LIMIT = 127 * 256 + 127
 """The largest value whose terms both are int8."""
 _TINY = 1e-20
@@ -71,7 +73,7 @@ def split_swiglu(x: torch.Tensor) -> Terms:
         rows, width = x.shape[0], x.shape[1] // 2
         terms = _empty_terms(x, width)
         _kernels().split_swiglu[(rows,)](
-            x, *terms, WIDTH=width, BLOCK=_power(width), num_warps=_FEED_WARPS
+            x, *terms, WIDTH=width, BLOCK=power_of_two(width), num_warps=_FEED_WARPS
         )
         return terms
     gate, value = x.float().chunk(2, dim=-1)
@@ -84,7 +86,7 @@ def add(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
         rows, width = x.shape
         out = torch.empty_like(x)
         _kernels().add[(rows,)](
-            x, parts, len(parts), out, WIDTH=width, BLOCK=_power(width), num_warps=_ROW_WARPS
+            x, parts, len(parts), out, WIDTH=width, BLOCK=power_of_two(width), num_warps=_ROW_WARPS
         )
         return out
     return (x.float() + parts.sum(0)).to(x.dtype)
@@ -189,7 +191,7 @@ def _split_rows(
         *terms,
         eps,
         WIDTH=width,
-        BLOCK=_power(width),
+        BLOCK=power_of_two(width),
         NORMS=weight is not None,
         ADDS=parts is not None,
         num_warps=_ROW_WARPS,
@@ -200,12 +202,6 @@ def _split_rows(
 def _empty_terms(x: torch.Tensor, width: int) -> Terms:
     high, low = (x.new_empty(len(x), width, dtype=torch.int8) for _ in range(2))
     return Terms(high, low, x.new_empty(len(x), dtype=torch.float32))
-
-
-@cache
-def _power(size: int) -> int:
-    """Return the least power of two that is not below *size*."""
-    return 1 << (size - 1).bit_length()
 
 
 @cache
