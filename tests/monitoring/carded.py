@@ -30,6 +30,7 @@ class CardedEngine(ScriptedEngine):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, Script())
         self._seen: set[str] = set()
+        self._seen_references: set[bytes] = set()
 
     def load(self, on_progress: Callable[[LoadProgress], None]) -> ModelInfo:
         """Say what a real engine would say of its card."""
@@ -62,8 +63,17 @@ class CardedEngine(ScriptedEngine):
         made = super().generate(spec, on_progress, is_cancelled)
         is_cached = spec.prompt in self._seen
         self._seen.add(spec.prompt)
-        timings = replace(made.timings, text=0.02, decode=0.03)
-        return replace(made, timings=timings, peak=PEAK, held=HELD, is_prompt_cached=is_cached)
+        references = [bytes(reference.pixels) for reference in spec.references]
+        are_cached = tuple(pixels in self._seen_references for pixels in references)
+        self._seen_references.update(references)
+        return replace(
+            made,
+            timings=replace(made.timings, text=0.02, decode=0.03),
+            peak=PEAK,
+            held=HELD,
+            is_prompt_cached=is_cached,
+            are_references_cached=are_cached,
+        )
 
     def _linger(
         self,

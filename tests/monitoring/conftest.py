@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.api.pictures import data_url, photo
 from tests.support.server import Server
 
 KEY = "sesame-open"
@@ -33,6 +34,11 @@ class Watched(Server):
         """Ask for a small picture; return the status."""
         body = {"prompt": prompt, "width": 128, "height": 128, "num_inference_steps": 2}
         return self.post("/generate", body, authorization=f"Bearer {KEY}", **headers)[0]
+
+    def edit(self) -> int:
+        """Ask for an edit of the one reference; return the status."""
+        body = {"prompt": "edit", "images": [data_url(photo())], "num_inference_steps": 2}
+        return self.post("/generate", body, authorization=f"Bearer {KEY}")[0]
 
     def leave(self) -> None:
         """Ask for a slow picture and go away before it is there."""
@@ -66,6 +72,7 @@ def watched() -> Iterator[Watched]:
     with Watched() as server:
         assert server.ask("a red circle") == 200
         assert server.ask("a red circle") == 200
+        assert server.edit() == 200
         assert server.post("/generate", {"prompt": "a red circle"})[0] == 401
         assert server.ask("") == 400
         assert server.ask("oom") == 500

@@ -144,6 +144,7 @@ def test_every_panel_shows_something(watched, prometheus) -> None:
     while missing and time.monotonic() < deadline:
         for prompt in ("a red circle", "oom", "fail"):
             watched.ask(prompt)
+        watched.edit()
         watched.overflow()
         missing = [
             query
