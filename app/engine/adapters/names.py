@@ -79,7 +79,7 @@ class Target:
     """Whether the halves of its outputs are swapped in the file."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Key:
     """An adapter's key, taken apart; *tensor* is a value of the table of tensors."""
 

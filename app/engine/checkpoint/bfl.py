@@ -7,8 +7,10 @@ A table only. Whole names are matched, never substrings: a rule for the substrin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Rule:
         """Return diffusers' tensor, given BFL's."""
         if self.third is not None:
             return theirs.chunk(3)[self.third].clone()
-        return torch.cat(theirs.chunk(2)[::-1]) if self.is_swapped else theirs
+        return theirs.roll(len(theirs) // 2, 0) if self.is_swapped else theirs
 
 
 _TOP = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from app.engine.adapters.reader import Shapes
+from app.engine.adapters.layout import Shapes
 from app.engine.checkpoint.bfl import Rule, rules
 
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]

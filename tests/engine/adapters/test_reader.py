@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from app.engine.adapters.layout import AdapterRefused
 from app.engine.adapters.names import targets
-from app.engine.adapters.reader import AdapterRefused, Kronecker, LowRank, open_adapter
+from app.engine.adapters.reader import Kronecker, LowRank, read_adapter
 from tests.engine.adapters import forge
 
 ALPHA, RANK = 2.0, 4
@@ -18,15 +19,13 @@ LAYOUTS = forge.layouts(PAIRS, ALPHA)
 
 def read(path):
     """Read the adapter at *path* completely."""
-    opened = open_adapter(path, NAMES, SHAPES)
-    with opened.file:
-        return opened.read()
+    return read_adapter(path, NAMES, SHAPES)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_branches(layout, tmp_path) -> None:
     """All modules, with the very factors and scale of the adapter that was written."""
-    branches = read(forge.write(tmp_path / "a.safetensors", *LAYOUTS[layout])).branches
+    branches = read(forge.write(tmp_path / "a.safetensors", *LAYOUTS[layout]))
 
     assert branches.keys() == PAIRS.keys()
     for name, (down, up) in PAIRS.items():
@@ -41,7 +40,7 @@ def test_without_alpha_the_scale_is_one(tmp_path) -> None:
     """As PEFT and the trainers that store none mean it."""
     tensors, _ = LAYOUTS["bare diffusers names"]
 
-    branches = read(forge.write(tmp_path / "a.safetensors", tensors, {})).branches
+    branches = read(forge.write(tmp_path / "a.safetensors", tensors, {}))
 
     assert {branch.scale for branch in branches.values()} == {1.0}
 
@@ -70,7 +69,7 @@ def test_a_kronecker_product_changes_the_layer_as_its_matrix_would(
     whole = torch.kron(*factors) * (1.0 if kinds == "w1 w2" else 0.5)
     wanted = torch.cat(whole.chunk(2)[::-1]) if is_swapped else whole
 
-    branches = read(forge.write(tmp_path / "a.safetensors", keys, {})).branches
+    branches = read(forge.write(tmp_path / "a.safetensors", keys, {}))
 
     parts = []
     for branch in branches.values():
@@ -107,11 +106,11 @@ REFUSED = {
         "transformer.proj_out.lora_A.weight": torch.full((4, 24), torch.nan),
         "transformer.proj_out.lora_B.weight": torch.ones(12, 4),
     },
-    "is torch.int8": {
+    "of the type I8": {
         "transformer.proj_out.lora_A.weight": torch.ones(4, 24, dtype=torch.int8),
         "transformer.proj_out.lora_B.weight": torch.ones(12, 4, dtype=torch.int8),
     },
-    "not a whole safetensors file": {},
+    "no tensors|header cannot be read": {},
 }
 
 
