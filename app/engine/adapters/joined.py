@@ -50,8 +50,8 @@ def join_low_rank(
     downs, ups = [], []
     for down, parts in places:
         up = torch.zeros(len(down), start)
-        for begin, part in parts:
-            up[:, begin : begin + part.shape[1]] = part
+        for begin, columns in parts:
+            up[:, begin : begin + columns.shape[1]] = columns
         downs.append(down.float())
         ups.append(up)
     return Factors(torch.cat(downs), torch.cat(ups))
