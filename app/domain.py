@@ -32,6 +32,22 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA adapter that an image is made with; *scale* multiplies its change of the weights."""
+
+    name: str
+    """Its key in the directory of adapters, never a path."""
+    scale: float
+    sha256: str
+    """Of the file, in hexadecimal: what the engine keeps it under."""
+    path: str = field(repr=False)
+    """Of the file, as the directory found it; it comes from no client."""
+    rank: int = 0
+    """The most that it adds to the rank of one joined layer; separate queries, keys and values
+    count three times."""
+
+
+@dataclass(frozen=True, slots=True)
 class ImageSpec:
     """One image with every default filled in, so that equal specs give equal pixels."""
 
@@ -47,6 +63,8 @@ class ImageSpec:
     """How many previews of the latents to send with the progress, spread over the steps."""
     wants_latents: bool = False
     """Whether the final latents come back with the image; only commands ask for them."""
+    loras: tuple[Lora, ...] = ()
+    """In the order in which they are added; their names differ."""
     scaled_to: tuple[int, int] | None = None
     """The size to which the finished image is scaled; None leaves it as it is made."""
 
@@ -89,6 +107,16 @@ class PeakMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraLoad:
+    """An adapter that a job had to bring to where the layers read it."""
+
+    name: str
+    seconds: float
+    source: str
+    """`disk`, or `host` where it was in host memory."""
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """A finished image as it leaves the worker; *peak* is None without a GPU."""
 
@@ -103,6 +131,9 @@ class Generated:
     """For each reference whether its latents came from the cache; empty where none is in use."""
     held: PeakMemory | None = None
     """What torch holds on the GPU after the job; None without a GPU."""
+    lora_loads: tuple[LoraLoad, ...] = ()
+    lora_bytes: int = 0
+    """What adapters take on the GPU, or in host memory without one, after the job."""
     latents: bytes | None = field(default=None, repr=False)
     """The final latents, float32 [tokens, channels], row-major; None unless asked for."""
 
@@ -221,6 +252,9 @@ class ModelInfo:
     """What is missing on this machine: what it costs, and the command that mends it."""
     attention: str = ""
     """The kernel of the transformer's attention; empty where the libraries' own modules run."""
+    linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    """[out, in] of each linear layer of the transformer by diffusers' module: what an adapter of
+    this model must fit; empty where none is taken."""
     race: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Milliseconds of a step at the default size by `linears` and `attention`, then by format or
     kernel, as timed on this card; empty where nothing was timed."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from app.domain import Lora
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -37,5 +39,10 @@ class EngineConfig:
     """What the cache may take; above it derived files are deleted after a load. 0: no limit."""
     max_pixels: int = 4_194_304
     """The operator's limit of an output's size, in pixels; the memory plan may set a lower one."""
+    lora_rank: int = 0
+    """The most that the ranks of an image's adapters may sum up to in one layer; memory for so much
+    is planned. 0: no adapter is taken."""
+    lora_fuse: tuple[Lora, ...] = ()
+    """Adapters that are added to the weights before these are quantized."""
     vae: str | None = None
     """A file with another VAE, given by the operator, or None for the model's."""

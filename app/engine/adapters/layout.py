@@ -36,6 +36,10 @@ _KINDS = (
     {"w1_a", "w1_b", "w2_a", "w2_b"},
 )
 
+_JOINED = dict.fromkeys(("to_q", "to_k", "to_v"), "to_qkv") | dict.fromkeys(
+    ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv"
+)
+
 Shapes = Mapping[str, tuple[int, int]]
 """[out, in] of the weight of each linear layer of the transformer, by diffusers' module."""
 
@@ -95,6 +99,25 @@ class Layout:
 
     layers: tuple[Layer, ...]
     alphas: Alphas
+
+    @property
+    def rank(self) -> int:
+        """The most that the file adds to the rank of one joined layer.
+
+        Queries, keys and values are joined: separate ones count together, unless they share the
+        first factor, which only their weights tell.
+        """
+        ranks: dict[str, int] = {}
+        for layer in self.layers:
+            joined = joined_name(layer.target.modules[0])
+            ranks[joined] = ranks.get(joined, 0) + layer.rank
+        return max(ranks.values())
+
+
+def joined_name(module: str) -> str:
+    """Name the layer that *module* is joined to: queries, keys and values are one."""
+    block, _, name = module.rpartition(".")
+    return f"{block}.{_JOINED.get(name, name)}"
 
 
 def read_layout(path: Path, names: Mapping[str, Target], shapes: Shapes) -> Layout:

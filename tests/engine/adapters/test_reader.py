@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.engine.adapters.layout import AdapterRefused
+from app.engine.adapters.layout import AdapterRefused, read_layout
 from app.engine.adapters.names import targets
 from app.engine.adapters.reader import Kronecker, LowRank, read_adapter
 from tests.engine.adapters import forge
@@ -134,3 +134,13 @@ def test_an_extra_key_refuses_the_file(tmp_path) -> None:
 
     with pytest.raises(AdapterRefused, match="vector_in"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank"), [("bare diffusers names", 3 * RANK), ("bare BFL names", RANK)]
+)
+def test_the_rank_is_that_of_the_widest_joined_layer(layout, rank, tmp_path) -> None:
+    """Separate queries, keys and values count together, fused ones once."""
+    path = forge.write(tmp_path / "a.safetensors", *LAYOUTS[layout])
+
+    assert read_layout(path, NAMES, SHAPES).rank == rank
