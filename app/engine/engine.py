@@ -175,6 +175,8 @@ class _Job:
         clock = _Clock(components.device)
         self._tell(Stage.TEXT, 0)
         text = encode_text(components, spec)
+        # While the GPU encodes the prompt.
+        loads = components.adapters.select(spec.loras)
         clock.lap()
         references = References()
         if spec.references:
@@ -211,6 +213,8 @@ class _Job:
             is_prompt_cached=text.is_cached if components.cache.size else None,
             are_references_cached=are_cached,
             held=held,
+            lora_loads=loads,
+            lora_bytes=components.adapters.size_bytes,
             latents=kept,
         )
 

@@ -90,6 +90,7 @@ class LoadedModel:
             load_s=load_s,
             advice=(*_kernels_advice(self.kernels), *self.advice),
             attention=self.attention,
+            linear_shapes=self.components.adapters.shapes,
             race=self.race.milliseconds if self.race else {},
         )
 

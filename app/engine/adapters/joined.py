@@ -7,38 +7,31 @@ separate ones stand on the diagonal, and their ranks add up.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from app.engine.adapters.reader import Branch, Kronecker, LowRank
 
 
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """A low-rank branch x A^T B of a joined layer: *down* is A, [rank, in], *up* B, [rank, out].
-
-    B is transposed, compared with `LowRank`, so that the factors of several adapters are
-    concatenated along their first dimension.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-
-
 def join_low_rank(
-    branches: Mapping[str, Branch], modules: Sequence[str], outputs: Sequence[int]
-) -> Factors | None:
+    branches: Mapping[str, Branch],
+    modules: Sequence[str],
+    outputs: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Join the low-rank branches of *modules*, whose layers have so many *outputs*, in this order.
 
-    The scale is multiplied into B, in float32. None where no module has one.
+    Return A, [rank, in], and the transpose of B, [rank, out], so that the factors of several
+    adapters are concatenated along their first dimension. The scale is multiplied into B, in
+    float32. None where no module has one.
     """
     places: list[tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]] = []
     start = 0
     for name, size in zip(modules, outputs, strict=True):
         branch = branches.get(name)
         if isinstance(branch, LowRank):
-            part = (start, branch.up.float().t() * branch.scale)
+            up = branch.up if branch.scale == 1 else branch.up.float() * branch.scale
+            part = (start, up.t())
             same = next((parts for down, parts in places if _are_same(down, branch.down)), None)
             if same is None:
                 places.append((branch.down, [part]))
@@ -49,12 +42,12 @@ def join_low_rank(
         return None
     downs, ups = [], []
     for down, parts in places:
-        up = torch.zeros(len(down), start)
+        up = torch.zeros(len(down), start, dtype=dtype)
         for begin, columns in parts:
             up[:, begin : begin + columns.shape[1]] = columns
-        downs.append(down.float())
+        downs.append(down.to(dtype))
         ups.append(up)
-    return Factors(torch.cat(downs), torch.cat(ups))
+    return torch.cat(downs), torch.cat(ups)
 
 
 def _are_same(first: torch.Tensor, second: torch.Tensor) -> bool:

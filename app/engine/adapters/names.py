@@ -7,7 +7,7 @@ for each dot (kohya's scripts, OneTrainer, LyCORIS). Whole names are matched, ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from app.engine.checkpoint.bfl import rules
@@ -89,6 +89,21 @@ class Key:
 
 class Refused(Exception):
     """A key is of a kind that is not supported; the message completes "it holds "."""
+
+
+def targets_of(modules: Iterable[str]) -> dict[str, Target]:
+    """Map every name of a linear layer to its target, for a model of these *modules*."""
+    return targets(*count_blocks(modules))
+
+
+def count_blocks(modules: Iterable[str]) -> tuple[int, int]:
+    """Count the double and the single blocks that *modules* belong to."""
+    blocks = {tuple(name.split(".")[:2]) for name in modules}
+    doubles, singles = (
+        sum(stem == kind for stem, *_ in blocks)
+        for kind in ("transformer_blocks", "single_transformer_blocks")
+    )
+    return doubles, singles
 
 
 def targets(doubles: int, singles: int) -> dict[str, Target]:

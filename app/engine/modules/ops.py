@@ -3,7 +3,7 @@
 A layer whose kernels take in what stands before or after it has a method of the same name as the
 function here, `modulated` or `added`. Around any other it is one kernel of
 `app.engine.kernels.blocks`, which also casts the input where the layer has an `input_cast` and
-multiplies what was cast so (`multiply`).
+multiplies what was cast so (`multiply`). What adapters add is computed from the same input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def modulated(
     """
     if hasattr(type(layer), "modulated"):
         hidden = settle(state)
-        return hidden, layer.modulated(hidden, scale, shift, eps)
+        product = layer.modulated(hidden, scale, shift, eps)
+        if (branch := _branch(layer)) is not None:
+            _, normed = blocks.norm_modulate(hidden, None, scale, shift, eps)
+            product = branch.add(product, normed)
+        return hidden, product
     hidden, normed = blocks.norm_modulate(*state, scale, shift, eps, _input_cast(layer))
     return hidden, _multiply(layer, normed, hidden.dtype)
 
@@ -43,6 +47,9 @@ def added(
     """Return residual + gate * `joined`, perhaps still to be added; *gate* is [1, d]."""
     if hasattr(type(layer), "added"):
         x = None if heads is None else blocks.merge(heads)
+        if (branch := _branch(layer)) is not None:
+            update = branch.add(None, blocks.join(heads, feed))
+            residual = blocks.gate_add(residual, gate, update)
         return layer.added(residual, gate, x, feed), None
     return residual, Change(gate, joined(layer, heads, feed))
 
@@ -70,6 +77,14 @@ def _input_cast(layer: Any) -> Cast | None:
     return cast
 
 
+def _branch(layer: Any) -> Any:
+    """Return what adapters add to *layer* (`app.engine.adapters.branches`), None without one."""
+    return vars(layer).get("branch")
+
+
 def _multiply(layer: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    product: torch.Tensor = layer(x) if x.dtype == dtype else layer.multiply(x, dtype)
+    is_cast = x.dtype != dtype
+    product: torch.Tensor = layer.multiply(x, dtype) if is_cast else layer(x)
+    if (branch := _branch(layer)) is not None:
+        product = branch.add(product, x, layer.input_scale if is_cast else None)
     return product

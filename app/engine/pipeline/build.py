@@ -10,7 +10,7 @@ seconds, half of them torch's compiler.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3Config
 
 from app.domain import LoadProgress, WorkerStage
+from app.engine.adapters.active import ActiveAdapters
+from app.engine.adapters.branches import Place
 from app.engine.checkpoint.files import Checkpoint, ComponentFiles, read_config
 from app.engine.checkpoint.safetensors_io import CPU
 from app.engine.kernels.group_norm import kernels_fault
@@ -95,10 +97,11 @@ def build(
     offloader = Offloader(options.device, pin=options.is_pinned)
     vae = _build_vae(checkpoint.vae, fill, options)
     _admit_vae(vae, offloader, options)
-    encoder, transformer = (_build_exact if options.linears.is_exact else _build_fused)(
+    is_exact = options.linears.is_exact
+    encoder, transformer, places = (_build_exact if is_exact else _build_fused)(
         checkpoint, fill, options
     )
-    if options.linears.is_exact:
+    if is_exact:
         offloader.admit(encoder, stays=not options.is_offloaded)
         offloader.admit(transformer, stays=not options.is_offloaded)
     return PipelineComponents(
@@ -108,6 +111,14 @@ def build(
         cache=PromptCache(options.prompt_cache, options.device),
         references=ReferenceCache(options.reference_cache, options.device),
         transformer=transformer.eval(),
+        adapters=ActiveAdapters(
+            places,
+            _linear_shapes(checkpoint.transformer),
+            options.device,
+            options.dtype,
+            transformer.set_variant,
+            is_exact=is_exact,
+        ),
         vae=vae,
         decode=_decoder(vae, options),
         schedule=make_schedule(checkpoint.scheduler, options.device),
@@ -192,7 +203,7 @@ class _Filler:
 
 def _build_exact(
     checkpoint: Checkpoint, fill: _Filler, options: BuildOptions
-) -> tuple[TextEncoder, Transformer]:
+) -> tuple[TextEncoder, Transformer, list[Place]]:
     """Build the libraries' own modules; of the text encoder's layers those that are read."""
     part = checkpoint.encoder
     # Imports torch's compiler.
@@ -215,12 +226,12 @@ def _build_exact(
     )
     kind = _librarys("Flux2Transformer2DModel")
     network = _build_network(kind, checkpoint.transformer, fill)
-    return encoder, ExactTransformer(network)
+    return encoder, ExactTransformer(network), list(_hooked_places(network))
 
 
 def _build_fused(
     checkpoint: Checkpoint, fill: _Filler, options: BuildOptions
-) -> tuple[TextEncoder, Transformer]:
+) -> tuple[TextEncoder, Transformer, list[Place]]:
     """Build our own blocks with quantized weights; only the VAE is offloaded."""
     architecture, pool, part = options.architecture, new_pool(), checkpoint.encoder
     config = _check_encoder(part)
@@ -240,8 +251,9 @@ def _build_fused(
         pool,
         options.device if options.plan.is_streamed else None,
     )
-    network = _build_shell(checkpoint.transformer, fill, options)
-    return encoder, FusedTransformer(network, options.kernels, pool, architecture.graph_tokens)
+    network, places = _build_shell(checkpoint.transformer, fill, options)
+    transformer = FusedTransformer(network, options.kernels, pool, architecture.graph_tokens)
+    return encoder, transformer, places
 
 
 def _encoder_kind(config: Qwen3Config, options: BuildOptions) -> type[EncoderLayer]:
@@ -267,17 +279,42 @@ def _build_network(
     return network
 
 
-def _build_shell(part: ComponentFiles, fill: _Filler, options: BuildOptions) -> Any:
-    """Build the transformer with fused blocks."""
+def _build_shell(
+    part: ComponentFiles, fill: _Filler, options: BuildOptions
+) -> tuple[Any, list[Place]]:
+    """Build the transformer with fused blocks; return it with the places of its linear layers."""
     shell = _empty(Flux2Transformer2DModel, part)
-    make = _linear_builder(part, options.linears, "transformer", fill, options)
+    places = list(_hooked_places(shell))
+    build_layer = _linear_builder(part, options.linears, "transformer", fill, options)
+
+    def make(*modules: str) -> nn.Module:
+        layer = build_layer(*modules)
+        places.append(Place(modules, layer, is_hooked=False))
+        return layer
+
     replace_blocks(shell, make, partial(fill.norm, part), options.attention)
-    make.keep()
+    build_layer.keep()
     for name, parameter in list(shell.named_parameters()):
         if parameter.is_meta:
             owner, _, own = name.rpartition(".")
             setattr(shell.get_submodule(owner), own, fill.norm(part, name))
-    return shell
+    return shell, places
+
+
+def _hooked_places(network: nn.Module) -> Iterator[Place]:
+    """Yield the places of the linear layers in *network* under the names that they have there."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            yield Place((name,), module, is_hooked=True)
+
+
+def _linear_shapes(part: ComponentFiles) -> dict[str, tuple[int, int]]:
+    """Return [out, in] of the linear layers of the transformer *part*: its only matrices."""
+    return {
+        name.removesuffix(".weight"): (slot.shape[0], slot.shape[1])
+        for name, slot in part.slots.items()
+        if len(slot.shape) == 2
+    }
 
 
 def _linear_builder(

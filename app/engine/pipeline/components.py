@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from app.domain import ImageSpec
+from app.engine.adapters.active import ActiveAdapters
 from app.engine.memory.offload import Offloader
 from app.engine.models.entry import Architecture
 from app.engine.modules.rope import Grid, Rope
@@ -29,6 +30,7 @@ class PipelineComponents:
     cache: PromptCache
     references: ReferenceCache
     transformer: Transformer
+    adapters: ActiveAdapters
     vae: Any
     """diffusers' `AutoencoderKLFlux2`, or ours of the same name."""
     decode: Callable[[torch.Tensor], torch.Tensor]

@@ -49,6 +49,7 @@ from app.engine import torch_private
 from app.engine.checkpoint.files import QuantizedLayer
 from app.engine.kernels import blocks
 from app.engine.kernels.blocks import FP8_LIMIT, Cast
+from app.engine.kernels.fp8_linear import multiply_fp8
 from app.engine.kernels.int8_linear import (
     TINY,
     Addition,
@@ -88,15 +89,7 @@ class Fp8Linear(nn.Module):
 
     def multiply(self, quantized: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Multiply an input that `input_cast` made, to *dtype*: [..., in] -> [..., out]."""
-        flat = quantized.reshape(-1, quantized.shape[-1])
-        if flat.is_cuda:
-            product = torch_private.scaled_mm(
-                flat, self.weight, self.input_scale, self.scale, dtype
-            )
-        else:
-            exact = flat.float() @ self.weight.float().t()
-            product = (exact * (self.input_scale * self.scale)).to(dtype)
-        return product.view(*quantized.shape[:-1], -1)
+        return multiply_fp8(quantized, self.weight, self.input_scale, self.scale, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -36,14 +36,20 @@ class CudaGraphs:
         self._is_on = is_on
         self._pool = pool
         self._after = after
-        self._uses: OrderedDict[tuple[torch.Size, ...], int] = OrderedDict()
-        self._graphs: OrderedDict[tuple[torch.Size, ...], _Graph] = OrderedDict()
+        self._uses: OrderedDict[Hashable, int] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 
     def run(
-        self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]
+        self,
+        function: Callable[..., torch.Tensor],
+        inputs: tuple[torch.Tensor, ...],
+        variant: Hashable = (),
     ) -> torch.Tensor:
-        """Return function(*inputs), replayed from a graph where one exists for these shapes."""
-        key = tuple(each.shape for each in inputs)
+        """Return function(*inputs), replayed from a graph where one exists for these shapes.
+
+        *variant* is what the function's operations depend on besides.
+        """
+        key = variant, tuple(each.shape for each in inputs)
         graph = self._graphs.pop(key, None)
         if graph is None:
             if not self._is_on or not self._is_due(key):
@@ -54,7 +60,7 @@ class CudaGraphs:
         self._graphs[key] = graph
         return graph.replay(inputs)
 
-    def _is_due(self, key: tuple[torch.Size, ...]) -> bool:
+    def _is_due(self, key: Hashable) -> bool:
         """Count an eager call of a shape; return whether the shape is to be captured now."""
         count = self._uses.pop(key, 0)
         if count >= self._after:

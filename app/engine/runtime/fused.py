@@ -42,9 +42,11 @@ class FusedTransformer(Transformer):
         sin: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the velocity, by a graph where the pass is short."""
-        if tokens.shape[1] + context.shape[1] > self._graph_tokens:
+        is_long = tokens.shape[1] + context.shape[1] > self._graph_tokens
+        if is_long or self._variant is None:
             return super().predict(tokens, timestep, context, cos, sin)
-        return self._graphs.run(super().predict, (tokens, timestep, context, cos, sin))
+        inputs = tokens, timestep, context, cos, sin
+        return self._graphs.run(super().predict, inputs, self._variant)
 
 
 class FusedTextEncoder(TextEncoder):

@@ -8,7 +8,7 @@ Shapes: n image and reference tokens, m text tokens, d the hidden size. The batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.network = network
         self._doubles, self._singles = doubles, singles
+        self._variant: Hashable | None = ()
+
+    def set_variant(self, variant: Hashable | None) -> None:
+        """Take note of what a graph of a pass depends on besides shapes; None: there is none."""
+        self._variant = variant
 
     def embed_context(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Project prompt embeddings to the hidden size: [1, m, joint size] -> [1, m, d]."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.engine.adapters.layout import Shapes
+from app.engine.adapters.names import count_blocks
 from app.engine.checkpoint.bfl import Rule, rules
 
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -68,7 +69,7 @@ def draw(
 def _theirs(pairs: Pairs) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return *pairs* under Black Forest Labs' names, query, key and value fused."""
     groups: dict[str, list[Rule]] = {}
-    for rule in rules(DOUBLES, SINGLES):
+    for rule in rules(*count_blocks(pairs)):
         if not rule.is_norm and rule.ours in pairs:
             groups.setdefault(rule.theirs, []).append(rule)
     found = {}
@@ -107,9 +108,9 @@ def layouts(
     """Return tensors and metadata of the adapter *pairs* with *alpha* in every layout."""
     theirs = _theirs(pairs)
     alone = {name: pair for name, pair in pairs.items() if name.startswith("transformer_blocks.")}
-    note = {
-        "lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha, "transformer.r": 4})
-    }
+    rank = len(next(iter(pairs.values()))[0])
+    config = {"lora_alpha": alpha, "r": rank, "target_modules": list(pairs)}
+    note = {"lora_adapter_metadata": json.dumps({f"transformer.{n}": v for n, v in config.items()})}
     plain = _keys("transformer.", _PEFT, pairs)
     return {
         "PEFT, alpha in the metadata": (plain, note),

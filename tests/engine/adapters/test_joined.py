@@ -37,16 +37,15 @@ def test_low_rank_branches_join_to_one(branches, rank) -> None:
         for name in MODULES
     ]
 
-    made = join_low_rank(branches, MODULES, OUTPUTS)
+    down, up = join_low_rank(branches, MODULES, OUTPUTS, torch.float32)
 
-    assert made is not None
-    assert made.down.shape == (rank, INPUTS)
-    torch.testing.assert_close(x @ made.down.t() @ made.up, torch.cat(wanted, dim=-1))
+    assert down.shape == (rank, INPUTS)
+    torch.testing.assert_close(x @ down.t() @ up, torch.cat(wanted, dim=-1))
 
 
 def test_without_a_branch_there_is_nothing_to_join() -> None:
     """Neither of low rank nor of another kind."""
-    assert join_low_rank({}, MODULES, OUTPUTS) is None
+    assert join_low_rank({}, MODULES, OUTPUTS, torch.float32) is None
     assert kronecker_of({}, MODULES, OUTPUTS) == []
 
 

@@ -1,0 +1,206 @@
+"""Which adapters are at work: read, kept in host memory, and copied to where the layers read them.
+
+Not thread-safe: the engine's thread alone uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.domain import Lora, LoraLoad
+from app.engine.adapters.branches import (
+    ExactBranch,
+    Place,
+    Prepared,
+    SlotBranch,
+    prepare_exact,
+    prepare_slots,
+)
+from app.engine.adapters.layout import AdapterRefused, Shapes
+from app.engine.adapters.names import targets_of
+from app.engine.adapters.reader import Branch, read_adapter
+from app.errors import GenerationFailed, StartupError
+
+_log = logging.getLogger(__name__)
+
+_HOST_BYTES = 1_000_000_000
+"""What adapters that no job uses may take in host memory."""
+
+_Adapter = Mapping[tuple[str, ...], Prepared]
+"""What an adapter adds to each layer, by the modules that the layer joins."""
+
+
+class ActiveAdapters:
+    """The adapters of one transformer; *places* are its layers, *shapes* those of diffusers'.
+
+    *set_variant* is told what the transformer's graphs depend on: `()` without adapters, None
+    where they cannot run as a graph.
+    """
+
+    def __init__(
+        self,
+        places: Iterable[Place],
+        shapes: Shapes,
+        device: torch.device,
+        dtype: torch.dtype,
+        set_variant: Callable[[Hashable | None], None],
+        *,
+        is_exact: bool,
+    ) -> None:
+        self.shapes = dict(shapes)
+        self._places = {place.modules: place for place in places}
+        self._device, self._dtype = device, dtype
+        self._set_variant = set_variant
+        self._prepare = prepare_exact if is_exact else prepare_slots
+        self._kind = ExactBranch if is_exact else SlotBranch
+        self._branches: dict[tuple[str, ...], ExactBranch | SlotBranch] = {}
+        self._kept: OrderedDict[str, _Adapter] = OrderedDict()
+        self._chosen: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """What adapters take on the device."""
+        return sum(branch.size_bytes for branch in self._branches.values())
+
+    def select(self, loras: Iterable[Lora]) -> tuple[LoraLoad, ...]:
+        """Have the layers add *loras* from now on, but those of scale 0, and no others.
+
+        Return what had to be brought; nothing, where the last job had the same.
+
+        Raises:
+            GenerationFailed: the file of one was replaced or cannot be used any more.
+        """
+        wanted = [lora for lora in loras if lora.scale]
+        chosen = tuple((lora.sha256, lora.scale) for lora in wanted)
+        if chosen == self._chosen:
+            return ()
+        self._clear()
+        loads: list[LoraLoad] = []
+        adapters: list[tuple[_Adapter, float]] = []
+        for lora in wanted:
+            begun = time.perf_counter()
+            source = "host" if lora.sha256 in self._kept else "disk"
+            adapters.append((self._take(lora), lora.scale))
+            loads.append(LoraLoad(lora.name, time.perf_counter() - begun, source))
+        begun = time.perf_counter()
+        try:
+            self._fill(adapters)
+        except BaseException:
+            self._clear()
+            raise
+        share = (time.perf_counter() - begun) / max(1, len(loads))
+        self._chosen = chosen
+        self._forget()
+        return tuple(LoraLoad(each.name, each.seconds + share, each.source) for each in loads)
+
+    def _clear(self) -> None:
+        """Have no layer add anything."""
+        for modules in self._branches:
+            self._places[modules].layer.__dict__["branch"] = None
+        self._set_variant(())
+        self._chosen = ()
+
+    def _fill(self, adapters: list[tuple[_Adapter, float]]) -> None:
+        touched = {modules for adapter, _ in adapters for modules in adapter}
+        variant: list[Hashable] = []
+        is_graph = True
+        # In the order of the layers, so that equal adapters make equal variants.
+        for modules, place in self._places.items():
+            if modules not in touched:
+                variant.append(0)
+                continue
+            branch = self._branch(place)
+            branch.fill(
+                [(adapter[modules], scale) for adapter, scale in adapters if modules in adapter]
+            )
+            place.layer.__dict__["branch"] = branch
+            variant.append(branch.variant)
+            is_graph = is_graph and branch.variant is not None
+        if touched:
+            self._set_variant(tuple(variant) if is_graph else None)
+
+    def _branch(self, place: Place) -> ExactBranch | SlotBranch:
+        branch = self._branches.get(place.modules)
+        if branch is None:
+            outputs = sum(self.shapes[name][0] for name in place.modules)
+            branch = self._branches[place.modules] = self._kind(place, outputs, self._device)
+            if place.is_hooked:
+                place.layer.register_forward_hook(_add_branch)
+        return branch
+
+    def _take(self, lora: Lora) -> _Adapter:
+        """Return the adapter from host memory, where it is read into if it is not there."""
+        if lora.sha256 not in self._kept:
+            branches = self._read(lora)
+            self._kept[lora.sha256] = {
+                modules: prepared.pinned() if self._device.type == "cuda" else prepared
+                for modules in self._places
+                if (prepared := self._prepared(branches, modules))
+            }
+        self._kept.move_to_end(lora.sha256)
+        return self._kept[lora.sha256]
+
+    def _prepared(
+        self, branches: Mapping[str, Branch], modules: tuple[str, ...]
+    ) -> Prepared | None:
+        outputs = [self.shapes[name][0] for name in modules]
+        return self._prepare(branches, modules, outputs, self._dtype)
+
+    def _read(self, lora: Lora) -> dict[str, Branch]:
+        try:
+            return read_whole(lora, self.shapes)
+        except (AdapterRefused, StartupError, OSError) as error:
+            _log.warning("The adapter %s cannot be used: %s", lora.name, error)
+        raise GenerationFailed(
+            f"The adapter {lora.name} was replaced or cannot be read any more; ask again."
+        )
+
+    def _forget(self) -> None:
+        """Drop the adapters that were used the longest ago, as the limit asks, not the chosen."""
+        used = {sha256 for sha256, _ in self._chosen}
+        size = {
+            sha256: sum(t.nbytes for part in adapter.values() for t in part.tensors())
+            for sha256, adapter in self._kept.items()
+            if sha256 not in used
+        }
+        total = sum(size.values())
+        for sha256, size_bytes in size.items():
+            if total <= _HOST_BYTES:
+                return
+            del self._kept[sha256]
+            total -= size_bytes
+
+
+def read_whole(lora: Lora, shapes: Shapes) -> dict[str, Branch]:
+    """Read the branches of the file of *lora*, whose content must be what it names.
+
+    Raises:
+        AdapterRefused: it is not, or it does not fit *shapes*.
+        OSError: it cannot be read.
+    """
+    path = Path(lora.path)
+    with ThreadPoolExecutor(1, "hash") as pool:
+        digest = pool.submit(_sha256, path)
+        branches = read_adapter(path, targets_of(shapes), shapes)
+        if digest.result() != lora.sha256:
+            raise AdapterRefused(f"{path.name} is not what it was when it was listed.")
+    return branches
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _add_branch(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    branch = module.__dict__.get("branch")
+    return output if branch is None else branch.add(output, inputs[0])
