@@ -14,6 +14,7 @@ import torch
 
 from app.domain import LoadProgress, ModelInfo, ModelSpec, WorkerStage
 from app.engine import advice, roofline, torch_private
+from app.engine.adapters.fuse import fuse
 from app.engine.checkpoint.compatibility import check_compatibility
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
@@ -49,6 +50,8 @@ _log = logging.getLogger(__name__)
 _FETCHED = LoadProgress(WorkerStage.LOADING)
 """Ends a download: what follows has another time limit."""
 _FROM_FP8 = "; made from an fp8 file, whose error adds to its own: about 2.9 % together"
+_FUSABLE = "bf16"
+"""The transformer's file to whose weights adapters are added."""
 _STACK_BYTES = 512
 _STACK_LIMIT = 0
 """CU_LIMIT_STACK_SIZE in the CUDA driver API."""
@@ -125,6 +128,8 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         for part in (checkpoint.transformer, checkpoint.encoder, checkpoint.vae):
             for source in part.sources:
                 disk.hold_published(source, Path(config.cache_dir))
+        if config.lora_fuse:
+            checkpoint.transformer = fuse(checkpoint.transformer, config.lora_fuse)
         if precision.linears.also_from and checkpoint.transformer.quantized:
             precision = replace(precision, reason=precision.reason + _FROM_FP8)
         check_compatibility(checkpoint, architecture, is_ours=config.path is None)
@@ -176,6 +181,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             *((f"prompt cache of {config.prompt_cache}",) if config.prompt_cache else ()),
             *((f"reference cache of {config.reference_cache}",) if config.reference_cache else ()),
             *((f"VAE {checkpoint.vae.label}",) if config.vae else ()),
+            *(f"fused {lora.name}:{lora.scale:g}" for lora in config.lora_fuse),
             checkpoint.layout,
         ),
         kernels=kernels,
@@ -249,13 +255,20 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
     # Imports the network's libraries.
     from app.engine.hub import download, fetch
 
-    linears = precision.linears
-    wanted = download.choose_file(
-        entry, Path(config.cache_dir), linears.file, linears.instead(config.precision)
-    )
+    linears, cache = precision.linears, Path(config.cache_dir)
+    wanted = download.choose_file(entry, cache, linears.file, linears.instead(config.precision))
+    if config.lora_fuse and wanted != _FUSABLE:
+        is_there = not download.missing_bytes(entry, cache, wanted)
+        if is_there and download.missing_bytes(entry, cache, _FUSABLE):
+            raise StartupError(
+                f"KLEIN_LORA_FUSE adds to weights in {_FUSABLE}, and only the {wanted} file is "
+                f"here; get the other with klein download --precision {_FUSABLE}, or use "
+                "KLEIN_LORAS, which leaves the weights as they are."
+            )
+        wanted = _FUSABLE
     path = download.ensure(
         entry,
-        Path(config.cache_dir),
+        cache,
         wanted,
         on_progress,
         hub=fetch.Hub(silence_s=config.download_silence_s),

@@ -76,3 +76,11 @@ def multiply_kronecker(branch: Kronecker, x: torch.Tensor) -> torch.Tensor:
     folded = x.reshape(*x.shape[:-1], b, d) @ branch.right.t()
     product = (branch.left @ folded).flatten(-2) * branch.scale
     return torch.cat([product[..., rows] for rows in branch.rows], dim=-1)
+
+
+def matrix(branch: Branch) -> torch.Tensor:
+    """Return the change of the weight that *branch* is, float32 [out, in]."""
+    if isinstance(branch, LowRank):
+        return branch.up.float() @ branch.down.float() * branch.scale
+    product = torch.kron(branch.left.float(), branch.right.float()) * branch.scale
+    return torch.cat([product[rows] for rows in branch.rows])

@@ -64,6 +64,17 @@ class ComponentFiles:
     """fp8 layers by the file's own module name."""
     sources: tuple[Path, ...] = ()
     """The files of its weights."""
+    change: str = ""
+    """What was done to the weights since they were read, for a cache of what is made of them."""
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """[out, in] of each linear layer of a transformer by its module: its only matrices."""
+        return {
+            name.removesuffix(".weight"): (slot.shape[0], slot.shape[1])
+            for name, slot in self.slots.items()
+            if len(slot.shape) == 2
+        }
 
     def check(self, expected: Mapping[str, torch.Size], optional: Iterable[str] = ()) -> None:
         """Check that there are exactly the *expected* tensors, in their shapes.

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from app.domain import ModelSpec
+from app.engine.adapters.shapes import slot_bytes
 from app.engine.checkpoint.files import Checkpoint, Slot
 from app.engine.config import EngineConfig
 from app.engine.memory.planner import (
@@ -50,10 +52,11 @@ def choose_plan(
     if config.memory_bytes is not None:
         # PyTorch's allocator is limited to this; the CUDA context comes on top.
         free = min(free, config.memory_bytes + CONTEXT_BYTES)
+    adapters = slot_bytes(checkpoint.transformer.linear_shapes, config.lora_rank)
     if precision.linears.is_exact:
         return plan_exact(
             free,
-            count_exact(checkpoint, precision),
+            count_exact(checkpoint, precision) + adapters,
             architecture.working_bytes,
             limit_pixels=limit,
             max_references=model.max_references,
@@ -61,7 +64,7 @@ def choose_plan(
         )
     plan = plan_memory(
         free,
-        count_weights(checkpoint, architecture, precision),
+        replace(count_weights(checkpoint, architecture, precision), adapters=adapters),
         architecture,
         architecture.with_kernels if has_kernels else architecture.without_kernels,
         default_pixels=model.default_width * model.default_height,

@@ -60,6 +60,8 @@ class Weights:
     encoder: int
     decoder: int
     image_encoder: int
+    adapters: int = 0
+    """What is kept free for adapters."""
 
 
 CONTEXT_BYTES = 600_000_000
@@ -85,7 +87,9 @@ def peak_bytes(
     references: int = 0,
 ) -> int:
     """Estimate the peak GPU memory of an image of *pixels*, in bytes."""
-    resident = weights.transformer + weights.decoder + (0 if plan.is_streamed else weights.encoder)
+    resident = weights.transformer + weights.adapters + weights.decoder
+    if not plan.is_streamed:
+        resident += weights.encoder
     image_tokens = pixels // architecture.token_pixels + references * architecture.reference_tokens
     decoded = pixels
     if pixels > architecture.exact_pixels:

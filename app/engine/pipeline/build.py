@@ -113,7 +113,7 @@ def build(
         transformer=transformer.eval(),
         adapters=ActiveAdapters(
             places,
-            _linear_shapes(checkpoint.transformer),
+            checkpoint.transformer.linear_shapes,
             options.device,
             options.dtype,
             transformer.set_variant,
@@ -306,15 +306,6 @@ def _hooked_places(network: nn.Module) -> Iterator[Place]:
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             yield Place((name,), module, is_hooked=True)
-
-
-def _linear_shapes(part: ComponentFiles) -> dict[str, tuple[int, int]]:
-    """Return [out, in] of the linear layers of the transformer *part*: its only matrices."""
-    return {
-        name.removesuffix(".weight"): (slot.shape[0], slot.shape[1])
-        for name, slot in part.slots.items()
-        if len(slot.shape) == 2
-    }
 
 
 def _linear_builder(

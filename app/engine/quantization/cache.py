@@ -35,13 +35,14 @@ class QuantizedCache:
 
     def __init__(self, folder: Path, part: ComponentFiles, kind: str, name: str) -> None:
         places = "\n".join(str(path.resolve()) for path in part.sources)
-        digest = hashlib.sha256(places.encode()).hexdigest()[:12]
+        digest = hashlib.sha256((places + part.change).encode()).hexdigest()[:12]
         self._cache = folder
         self._path = folder / QUANTIZED / f"{name}-{kind}-{digest}.safetensors"
         stats = [(path.name, path.stat()) for path in part.sources]
         self._metadata = {
             "version": _VERSION,
             "sources": json.dumps([[file, each.st_size, each.st_mtime_ns] for file, each in stats]),
+            "change": part.change,
         }
         self._file = self._open()
 

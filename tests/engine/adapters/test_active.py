@@ -92,14 +92,15 @@ def draw(engine: KleinEngine, *loras: Lora, **changes):
     return engine.generate(spec, lambda _: None, lambda: False)
 
 
-def latents(engine: KleinEngine, *loras: Lora) -> np.ndarray:
+def latents(engine: KleinEngine, *loras: Lora, seed: int = 7) -> np.ndarray:
     """Return the final latents of the picture with *loras*."""
-    return np.frombuffer(draw(engine, *loras).latents, np.float32)
+    return np.frombuffer(draw(engine, *loras, seed=seed).latents, np.float32)
 
 
 def distance_db(made: np.ndarray, right: np.ndarray) -> float:
     """Return the error of *made* in dB: the ratio of signal to error."""
-    return 10 * math.log10((right**2).sum() / ((made - right) ** 2).sum())
+    error = float(((made - right) ** 2).sum())
+    return 10 * math.log10(float((right**2).sum()) / error) if error else math.inf
 
 
 @pytest.mark.parametrize("layout", READ_RIGHTLY)
