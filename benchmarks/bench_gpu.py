@@ -13,6 +13,7 @@ Phases, in the order in which they run without a choice:
     profile     the kernels of one picture
     http        the service as a subprocess, one client, one request in flight
     starts      the service started, three times where the cache is empty
+    lora        pictures with adapters beside pictures without, switches, loads from disk
     plans       every memory plan with the process capped just above its bar
     diffusers   the pipeline of diffusers with the same architecture, on the card and offloaded
 """
@@ -28,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_engine, bench_http, bench_kernels, bench_pipeline
+from benchmarks import bench_engine, bench_http, bench_kernels, bench_lora, bench_pipeline
 from benchmarks.rows import Bench, print_table
 
 PHASES: dict[str, Callable[[Bench], None]] = {
@@ -39,6 +40,7 @@ PHASES: dict[str, Callable[[Bench], None]] = {
     "profile": bench_engine.profile,
     "http": bench_http.measure,
     "starts": bench_http.measure_starts,
+    "lora": bench_lora.measure,
     "plans": bench_engine.measure_plans,
     "diffusers": bench_pipeline.measure,
 }

@@ -80,6 +80,7 @@ class KleinEngine:
                     is_trial=True,
                 ),
                 on_progress,
+                loaded.components.adapters.trial(),
             )
         except KleinError:
             raise

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
-from app.domain import Generated, ImageSpec, LoadProgress, ModelSpec, RawImage, WorkerStage
+from app.domain import Generated, ImageSpec, LoadProgress, Lora, ModelSpec, RawImage, WorkerStage
 from app.engine import error_mapping
 from app.errors import OutOfMemory, StartupError
 
@@ -38,8 +39,11 @@ def warm_up(
     device: torch.device,
     make: Make,
     on_progress: Callable[[LoadProgress], None],
+    trial: AbstractContextManager[tuple[Lora, ...]],
 ) -> float:
     """Generate images until all is warm; return the seconds of one at the default size.
+
+    On a GPU the adapters that *trial* yields take part in one of them.
 
     Raises:
         StartupError: the GPU has no memory even for a small image, or the output is not an image.
@@ -49,7 +53,8 @@ def warm_up(
     on_progress(LoadProgress(WorkerStage.WARM_UP, 0.0, "the default size"))
     size = _make_first(model, make)
     on_progress(LoadProgress(WorkerStage.WARM_UP, 0.5, "an edit"))
-    _make_edit(model, size, make)
+    with trial as loras:
+        _make_edit(model, size, make, loras)
     # Free the fragmented memory that trials of kernels and the other size left cached.
     error_mapping.give_back()
     on_progress(LoadProgress(WorkerStage.WARM_UP, 0.9, "measuring"))
@@ -102,11 +107,13 @@ def _look_at(image: RawImage) -> None:
         raise StartupError(NO_PICTURE)
 
 
-def _make_edit(model: ModelSpec, size: tuple[int, int], make: Make) -> None:
-    """Encode a small reference for an image of a quarter of *size*, in one step."""
+def _make_edit(
+    model: ModelSpec, size: tuple[int, int], make: Make, loras: tuple[Lora, ...]
+) -> None:
+    """Encode a small reference for an image of a quarter of *size*, in one step with *loras*."""
     reference = RawImage(128, 192, bytes(128 * 192 * 3))
     small = (_side(size[0] // 2), _side(size[1] // 2))
-    make(_spec(model, small, "an edit", steps=1, references=(reference,)))
+    make(_spec(model, small, "an edit", steps=1, references=(reference,), loras=loras))
 
 
 def _spec(
@@ -116,6 +123,7 @@ def _spec(
     *,
     steps: int | None = None,
     references: tuple[RawImage, ...] = (),
+    loras: tuple[Lora, ...] = (),
 ) -> ImageSpec:
     return ImageSpec(
         prompt=prompt,
@@ -125,6 +133,7 @@ def _spec(
         guidance_scale=model.default_guidance,
         seed=0,
         references=references,
+        loras=loras,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,4 +87,4 @@ def test_what_is_measured_is_making_the_picture_and_not_looking_at_it(monkeypatc
     model = find_spec("flux.2-klein-4b")
     device = torch.device("cuda")
 
-    assert warmup.warm_up(model, device, make, lambda progress: None) == 2.0
+    assert warmup.warm_up(model, device, make, lambda _: None, nullcontext(())) == 2.0

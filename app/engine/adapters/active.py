@@ -9,8 +9,9 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from app.engine.adapters.branches import (
 )
 from app.engine.adapters.layout import AdapterRefused, Shapes
 from app.engine.adapters.names import targets_of
-from app.engine.adapters.reader import Branch, read_adapter
+from app.engine.adapters.reader import Branch, LowRank, read_adapter
 from app.errors import GenerationFailed, StartupError
 
 _log = logging.getLogger(__name__)
 
 _HOST_BYTES = 1_000_000_000
 """What adapters that no job uses may take in host memory."""
+
+_TRIAL = Lora("trial", 1.0, "trial", "")
 
 _Adapter = Mapping[tuple[str, ...], Prepared]
 """What an adapter adds to each layer, by the modules that the layer joins."""
@@ -102,10 +105,35 @@ class ActiveAdapters:
         self._forget()
         return tuple(LoraLoad(each.name, each.seconds + share, each.source) for each in loads)
 
+    @contextmanager
+    def trial(self) -> Iterator[tuple[Lora, ...]]:
+        """Yield an adapter of zeros on one block of each kind, for a picture of the warm-up.
+
+        It has every kernel compiled that an adapter needs, so that none is when one is first used.
+        """
+        blocks = tuple(place for name, place in self._places.items() if ".0." in name[0][:30])
+        self._kept[_TRIAL.sha256] = {
+            place.modules: prepared
+            for place in blocks
+            if (prepared := self._prepared(self._zeros(place.modules), place.modules))
+        }
+        try:
+            yield (_TRIAL,)
+        finally:
+            self._clear()
+            del self._kept[_TRIAL.sha256]
+            for place in blocks:
+                self._branches.pop(place.modules, None)
+
+    def _zeros(self, modules: tuple[str, ...]) -> dict[str, Branch]:
+        down = torch.zeros(1, self.shapes[modules[0]][1])
+        return {name: LowRank(down, torch.zeros(self.shapes[name][0], 1), 1.0) for name in modules}
+
     def _clear(self) -> None:
         """Have no layer add anything."""
-        for modules in self._branches:
+        for modules, branch in self._branches.items():
             self._places[modules].layer.__dict__["branch"] = None
+            branch.clear()
         self._set_variant(())
         self._chosen = ()
 
@@ -133,7 +161,7 @@ class ActiveAdapters:
         if branch is None:
             outputs = sum(self.shapes[name][0] for name in place.modules)
             branch = self._branches[place.modules] = self._kind(place, outputs, self._device)
-            if place.is_hooked:
+            if place.is_hooked and "branch" not in place.layer.__dict__:
                 place.layer.register_forward_hook(_add_branch)
         return branch
 

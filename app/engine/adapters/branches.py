@@ -84,6 +84,9 @@ class LayerBranch(Protocol):
     def fill(self, parts: Parts) -> None:
         """Take the place of all adapters before."""
 
+    def clear(self) -> None:
+        """Hold no adapter; slots stay."""
+
     def add(
         self,
         product: torch.Tensor | None,
@@ -122,9 +125,14 @@ class ExactBranch:
         self.size_bytes = 0
         self.variant: int | None = None
 
+    def clear(self) -> None:
+        """Drop what `fill` copied."""
+        self._parts.clear()
+        self.size_bytes = 0
+
     def fill(self, parts: Parts) -> None:
         """Copy *parts* to the device."""
-        self._parts.clear()
+        self.clear()
         self._parts.extend(
             (
                 replace(
@@ -200,6 +208,10 @@ class SlotBranch:
     def variant(self) -> int | None:
         """The rank, with the allocation that it lies in."""
         return None if self._kroneckers else self.allocations * (BUCKETS[-1] + 1) + self._rank
+
+    def clear(self) -> None:
+        """Drop Kronecker products, which are in no slot."""
+        self._kroneckers = []
 
     def fill(self, parts: Parts) -> None:
         """Copy *parts* into the slots, the scales multiplied into B; rows without one are zero."""

@@ -238,6 +238,32 @@ def test_a_kronecker_product_is_the_matrix_that_it_stands_for(
     assert distance_db(made, same) > (90 if precision == "fp32" else 30)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp8", "int8"])
+def test_the_trial_touches_a_block_of_each_kind_and_leaves_nothing(engines, precision) -> None:
+    """Zeros change no picture; afterwards no slot is held."""
+    engine = engines(precision)
+    adapters = engine._started.components.adapters
+    none = latents(engine)
+
+    with adapters.trial() as loras:
+        made = draw(engine, *loras)
+        touched = {
+            name
+            for place in adapters._places.values()
+            if vars(place.layer).get("branch")
+            for name in place.modules
+        }
+
+    assert distance_db(np.frombuffer(made.latents, np.float32), none) > 60
+    assert made.lora_bytes > 0
+    assert {name.split(".0.")[0] for name in touched} == {
+        "transformer_blocks",
+        "single_transformer_blocks",
+    }
+    assert not touched & {name for modules in adapters._branches for name in modules}
+    assert np.array_equal(latents(engine), none)
+
+
 def test_it_says_what_was_brought_from_where(engines, files, pairs, tmp_path) -> None:
     """From disk at first, then from host memory; nothing while the choice stays."""
     engine = engines("fp8")
