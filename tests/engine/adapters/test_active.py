@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from app.domain import Generated, ImageSpec, Lora
+from app.engine.adapters import active
 from app.engine.adapters.names import targets_of
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from app.engine.load import load
 from app.engine.models.registry import find_spec
-from app.errors import GenerationFailed
+from app.errors import GenerationFailed, OutOfMemory
 from tests.engine.adapters import forge
 from tests.engine.test_pixels import pipeline, theirs
 from tests.support.single_files import write_fp8
@@ -299,6 +300,45 @@ def test_a_file_that_was_replaced_is_not_drawn_with(engines, files, tmp_path) ->
         draw(engine, lora)
 
     assert np.array_equal(latents(engine), none)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_without_room_for_slots_the_job_fails_alone(engines, files, monkeypatch, precision) -> None:
+    """It is out of memory; the next is as without adapters, and the adapter works when asked."""
+    engine = engines(precision)
+    lora = use(files["bare BFL names"], 0.9)
+    none, right = latents(engine), latents(engine, lora)
+    latents(engine)
+    kind, filled = engine._started.components.adapters._kind, []
+
+    def fill(branch, parts) -> None:
+        filled.append(branch)
+        if len(filled) > 3:
+            raise torch.OutOfMemoryError("no room")
+        whole(branch, parts)
+
+    whole = kind.fill
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "fill", fill)
+        with pytest.raises(OutOfMemory):
+            draw(engine, lora)
+
+    assert np.array_equal(latents(engine), none)
+    assert np.array_equal(latents(engine, lora), right)
+
+
+def test_host_memory_keeps_what_was_used_last(engines, pairs, tmp_path, monkeypatch) -> None:
+    """Within a limit: the adapter that was used the longest ago is read from disk again."""
+    engine = engines("fp8")
+    one, two, three = (use(_other(pairs, tmp_path, seed)) for seed in (11, 12, 13))
+    latents(engine, one)
+    adapter = engine._started.components.adapters._kept[one.sha256]
+    size = sum(t.nbytes for part in adapter.values() for t in part.tensors())
+    monkeypatch.setattr(active, "_HOST_BYTES", size)
+
+    sources = [draw(engine, lora).lora_loads[0].source for lora in (two, three, two, one)]
+
+    assert sources == ["disk", "disk", "host", "disk"]
 
 
 def _other(pairs, folder, seed: int = 5):

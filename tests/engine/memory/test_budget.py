@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from app.cli.doctor.plan_preview import assume, preview_plan
+from app.engine.adapters.shapes import slot_bytes
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
 from app.engine.memory.budget import choose_plan, count_exact, count_weights
@@ -148,3 +149,15 @@ def test_the_doctor_plans_exact_weights_as_the_engine_does(precision, gigabytes)
         f"one network at a time: all networks need {found.peak_bytes / GB:.1f} GB, "
         f"free are {(target.free_bytes - CONTEXT_BYTES) / GB:.1f} GB",
     )
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_memory_for_adapters_is_planned_where_they_are_expected(plan, checkpoint, precision):
+    """As much as slots of the rank take, or nothing."""
+    free = 12_000_000_000
+    needed = slot_bytes(checkpoint.transformer.linear_shapes, 64)
+
+    with_adapters = plan(free, precision, lora_rank=64).peak_bytes
+
+    assert needed > 0
+    assert with_adapters - plan(free, precision).peak_bytes == needed

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from app.engine.adapters.shapes import linear_shapes, slot_bytes
 from app.engine.memory.planner import (
     CONTEXT_BYTES,
     GB,
@@ -142,3 +145,15 @@ def test_references_that_have_no_room_are_not_admitted():
 
     assert found.max_pixels[0] >= MEGAPIXEL
     assert found.max_pixels[-1] == 0
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_adapters_take_their_bytes_in_every_plan(name):
+    """On cards of 8 and 6 GB too: what slots of a rank take is not free for a picture."""
+    adapters = slot_bytes(linear_shapes(ARCHITECTURE), 32)
+    plain, with_adapters = (
+        plan(11.3, replace(KLEIN, adapters=each), asked=name) for each in (0, adapters)
+    )
+
+    assert 92_000_000 <= adapters <= 100_000_000
+    assert with_adapters.peak_bytes - plain.peak_bytes == adapters

@@ -75,3 +75,14 @@ def test_what_is_counted_is_bounded(recorded):
         run(graphs, rows)
     assert len(graphs._uses) == 64
     assert recorded == []
+
+
+def test_each_variant_is_recorded_by_itself(recorded):
+    """A pass whose operations differ is not replayed as another."""
+    graphs = CudaGraphs(new_pool(), is_on=True, after=1)
+    x = torch.arange(5)
+    for _ in range(2):
+        for add in (1, 2, 1):
+            made = graphs.run(lambda each, add=add: each + add, (x,), variant=add)
+            assert torch.equal(made, x + add)
+    assert recorded == [5, 5]
