@@ -31,6 +31,7 @@ from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
+from app.service.adapters import Adapters
 from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, warnings_of
 
 SECONDS: Mapping[str, float] = {
@@ -78,6 +79,7 @@ class FakeService:
     capacity: int = 32
     script: Script = field(default_factory=Script)
     plan_pixels: tuple[int, ...] = INFO.max_pixels
+    adapters: Adapters = field(default_factory=Adapters)
     """What the memory plan can hold beside 0, 1, ... references."""
     closed_by: Kind | None = None
     """Where set, nothing is taken, for this reason."""
