@@ -32,6 +32,7 @@ from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
 from app.service.adapters import Adapters
+from app.service.previews import Previews
 from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, warnings_of
 
 SECONDS: Mapping[str, float] = {
@@ -371,6 +372,7 @@ class FakeRuntime:
     service: FakeService = field(default_factory=FakeService)
     metrics: FakeMetrics = field(default_factory=FakeMetrics)
     decoders: FakeDecoders = field(default_factory=FakeDecoders)
+    previews: Previews = field(default_factory=lambda: Previews(FakeDecoders()))
     calls: list[str] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
 
