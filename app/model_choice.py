@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from app.domain import GpuSnapshot, Lora
-from app.engine.adapters.directory import FOLDER, Directory
+from app.engine.adapters.directory import FOLDER, SETTLE_S, Directory
 from app.engine.adapters.shapes import linear_shapes
 from app.engine.hub.hf_cache import find_snapshot
 from app.engine.models.registry import MODELS, find_model, find_spec
@@ -113,13 +113,13 @@ class LoraChoice:
     planned_rank: int
 
 
-def lora_directory(settings: Settings, choice: Choice) -> Directory:
+def lora_directory(settings: Settings, choice: Choice, *, settle_s: float = SETTLE_S) -> Directory:
     """Return the directory of adapters, to which a model in the package adds its own."""
     folders = [settings.lora_dir or settings.cache_dir / FOLDER]
     package = find_model(choice.key).folder
     if choice.path is None and package is not None:
         folders.append(package / FOLDER)
-    return Directory(folders, record=settings.cache_dir / LORA_RECORD)
+    return Directory(folders, record=settings.cache_dir / LORA_RECORD, settle_s=settle_s)
 
 
 def choose_loras(settings: Settings, choice: Choice) -> LoraChoice:

@@ -16,7 +16,6 @@ from app.engine.adapters.directory import (
     Adapter,
     Directory,
     File,
-    Listing,
     is_model_name,
     name_of,
     printable,
@@ -91,9 +90,7 @@ def run(
 
 def _list(settings: Settings, choice: Choice, shapes: Shapes) -> Iterable[str]:
     folder = settings.lora_dir or settings.cache_dir / FOLDER
-    found = Listing()
-    for found in lora_directory(settings, choice).look(shapes):
-        pass
+    *_, found = lora_directory(settings, choice, settle_s=0.0).look(shapes)
     if found.adapters:
         yield from aligned(tabulate(_COLUMNS, found.adapters))
     else:

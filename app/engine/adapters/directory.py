@@ -47,7 +47,7 @@ MAX_HEADER_BYTES = 4_000_000
 """An adapter of klein has 0.1 MB; to parse more would hold up the process that speaks HTTP."""
 
 _MAX_RECORD_BYTES = 1_000_000
-_SETTLE_S = 2.0
+SETTLE_S = 2.0
 """A file that was changed less than so long ago may still be being written."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 _PICTURES = tuple(
@@ -128,7 +128,7 @@ class Directory:
         folders: Iterable[Path],
         *,
         record: Path | None = None,
-        settle_s: float = _SETTLE_S,
+        settle_s: float = SETTLE_S,
     ) -> None:
         self._folders = tuple(folders)
         self._record = record
