@@ -31,6 +31,10 @@ class Mask:
     weights: bytes = field(repr=False)
 
 
+ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
+"""Prefixes of model names that clients hard-code; such a name means the served model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lora:
     """A LoRA adapter that an image is made with; *scale* multiplies its change of the weights."""

@@ -1,15 +1,18 @@
-"""What `KLEIN_MODEL` and `KLEIN_DEVICE` mean on this machine."""
+"""What `KLEIN_MODEL`, `KLEIN_DEVICE` and the settings of adapters mean on this machine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from app.domain import GpuSnapshot
+from app.domain import GpuSnapshot, Lora
+from app.engine.adapters.directory import FOLDER, SETTLE_S, Directory
+from app.engine.adapters.shapes import linear_shapes
 from app.engine.hub.hf_cache import find_snapshot
-from app.engine.models.registry import MODELS, find_spec
+from app.engine.models.registry import MODELS, find_model, find_spec
 from app.engine.quantization.formats import check_choice
 from app.errors import StartupError
 from app.settings import Settings, complete_path
@@ -20,6 +23,10 @@ KLEIN = "flux.2-klein-4b"
 DEMO = "shapes"
 SMALLEST_GPU_BYTES = 5_500_000_000
 """Total memory of a GPU sold with 6 GB; the smallest plan needs about 5 GB."""
+LORA_RECORD = "loras.json"
+"""Holds the hashes of adapters, in the cache."""
+_LOOK_S = 2.0
+"""To look for an adapter at the start."""
 
 
 def read_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
@@ -95,3 +102,57 @@ def choose_device(settings: Settings, choice: Choice, gpu: Gpu) -> int | None:
         return settings.device if is_asked_for or gpu.read() is not None else None
     check_gpu(gpu, settings.device, torch_cuda())
     return settings.device
+
+
+@dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """Where adapters lie, which are fused, and the rank that GPU memory is planned for."""
+
+    directory: Directory
+    fused: tuple[Lora, ...]
+    planned_rank: int
+
+
+def lora_directory(settings: Settings, choice: Choice, *, settle_s: float = SETTLE_S) -> Directory:
+    """Return the directory of adapters, to which a model in the package adds its own."""
+    folders = [settings.lora_dir or settings.cache_dir / FOLDER]
+    package = find_model(choice.key).folder
+    if choice.path is None and package is not None:
+        folders.append(package / FOLDER)
+    return Directory(folders, record=settings.cache_dir / LORA_RECORD, settle_s=settle_s)
+
+
+def choose_loras(settings: Settings, choice: Choice) -> LoraChoice:
+    """Choose what is fused, and whether memory for adapters is planned.
+
+    It is where somebody is known to use them: KLEIN_LORA_RANK or KLEIN_LORAS is set, or the folder
+    holds an adapter of the model. Else the plan is what it is without adapters, and one that is
+    added later takes what the plan has left.
+
+    Raises:
+        StartupError: an adapter of KLEIN_LORA_FUSE is not there.
+    """
+    directory = lora_directory(settings, choice)
+    shapes = linear_shapes(find_model(choice.key).architecture)
+    is_asked_for = bool(settings.loras) or "lora_rank" in settings.model_fields_set
+    is_planned = is_asked_for or directory.holds_any(shapes, _LOOK_S)
+    fused = tuple(_find_fused(directory, *each) for each in settings.lora_fuse)
+    return LoraChoice(directory, fused, settings.lora_rank if is_planned else 0)
+
+
+def _find_fused(directory: Directory, name: str, scale: float) -> Lora:
+    """Find an adapter of KLEIN_LORA_FUSE; whether it fits, the engine says."""
+    files = {file.name: file for file in directory.walk()[0]}
+    if name not in files:
+        near = ", ".join(get_close_matches(name, files, n=3))
+        like = f"; names like it are {near}" if near else ""
+        raise StartupError(
+            f"KLEIN_LORA_FUSE names {name}, but there is no such adapter{like}. `klein lora list` "
+            "shows those there are."
+        )
+    try:
+        return Lora(name, scale, directory.hash(files[name]), str(files[name].path))
+    except OSError as error:
+        raise StartupError(
+            f"The file of {name}, which KLEIN_LORA_FUSE names, cannot be read ({error.strerror})."
+        ) from None

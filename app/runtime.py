@@ -25,7 +25,16 @@ from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
-from app.model_choice import KLEIN, Choice, choose_device, choose_model
+from app.model_choice import (
+    KLEIN,
+    Choice,
+    LoraChoice,
+    choose_device,
+    choose_loras,
+    choose_model,
+)
+from app.service.adapters import Adapters, AdapterWatch
+from app.service.previews import Previews
 from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
@@ -63,9 +72,13 @@ class Runtime:
         self._lag = LoopLag()
         self._estimator = Estimator()
         self._queue = JobQueue(settings.queue_images)
+        device = choose_device(settings, self.choice, gpu)
+        chosen = choose_loras(settings, self.choice)
+        adapters = Adapters(settings.loras, settings.lora_rank, chosen.fused)
+        self._watch = AdapterWatch(chosen.directory, adapters, [name for name, _ in settings.loras])
         self.worker = Supervisor(
             make_engine,
-            _engine_config(settings, self.choice, choose_device(settings, self.choice, gpu)),
+            _engine_config(settings, self.choice, device, chosen),
             self,
             predict_step_s=self._estimator.predict_step,
             limits=TimeLimits(
@@ -76,6 +89,7 @@ class Runtime:
             log=(settings.log_format, settings.log_level),
         )
         self.decoders = DecoderPool()
+        self.previews = Previews(self.decoders)
         self._dispatcher = Dispatcher(self._queue, self.worker, self._estimator)
         self.service = ImageService(
             self.model,
@@ -87,6 +101,7 @@ class Runtime:
             RateLimit(settings.rate_limit_per_minute),
             deadline_s=settings.deadline_s,
             has_metadata=settings.png_metadata,
+            adapters=adapters,
         )
         self.metrics.watch(self.service.status, self._lag.read)
         self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
@@ -116,6 +131,8 @@ class Runtime:
             self.worker.start()
             started.callback(self.decoders.kill)
             self.decoders.start()
+            started.callback(self._watch.close)
+            self._watch.start()
             self._tasks = [
                 asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
                 asyncio.create_task(self._lag.run(), name="loop lag"),
@@ -159,6 +176,7 @@ class Runtime:
             _log.warning(sentence)
         self._estimator.learn(warm_up_spec(self.model), info.warm_up_s)
         self.metrics.model_ready(info, seconds)
+        self._watch.on_ready(info)
         for callback in self.on_ready:
             callback(info)
 
@@ -201,7 +219,9 @@ def _limits(settings: Settings, choice: Choice) -> Limits:
     return Limits.of(model, settings.max_pixels, settings.max_references, scaled)
 
 
-def _engine_config(settings: Settings, choice: Choice, device: int | None) -> EngineConfig:
+def _engine_config(
+    settings: Settings, choice: Choice, device: int | None, loras: LoraChoice
+) -> EngineConfig:
     return EngineConfig(
         model=choice.key,
         path=choice.path,
@@ -217,4 +237,6 @@ def _engine_config(settings: Settings, choice: Choice, device: int | None) -> En
         reference_cache=settings.reference_cache,
         cache_max_bytes=int(settings.cache_max_gb * 1e9),
         max_pixels=settings.max_pixels,
+        lora_rank=loras.planned_rank,
+        lora_fuse=loras.fused,
     )

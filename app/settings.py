@@ -8,8 +8,9 @@ and the command line import this module.
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,11 +19,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from app.errors import StartupError
 
 PREFIX = "KLEIN_"
-_LISTS = frozenset({"api_keys", "allowed_hosts", "allowed_origins", "trusted_proxies"})
+_LISTS = frozenset(
+    {"api_keys", "allowed_hosts", "allowed_origins", "trusted_proxies", "loras", "lora_fuse"}
+)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 _DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
 
 MIN_KEY_LENGTH = 8
+LORA_RANKS = (32, 64, 128, 256)
+MAX_LORAS = 4
+MAX_LORA_SCALE = 2.0
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -97,6 +103,19 @@ class Settings(BaseModel):
     cache_max_gb: float = Field(default=0.0, ge=0, le=1_000_000)
     """GB that the cache may take; 0 sets no limit. Above it, each load deletes quantized weights
     and compiled code, the least recently used first, but nothing in use and no download."""
+    lora_dir: CompletePath | None = None
+    """The folder of adapters (LoRA), which is only read and may be ComfyUI's `loras`; else `loras`
+    in `KLEIN_CACHE_DIR`. It is looked at every few seconds."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Adapters of each image whose request names none, with their scales from -2 to 2, such as
+    `a:0.8,b:0.5`; at most four. `klein lora list` shows the names."""
+    lora_rank: int = 128
+    """The most that the ranks of an image's adapters may sum up to: 32, 64, 128 or 256. Memory for
+    so much is kept free on the GPU, 98 MB for each 32, if this or `KLEIN_LORAS` is set or the
+    folder holds an adapter of the model at the start."""
+    lora_fuse: tuple[tuple[str, float], ...] = ()
+    """Adapters that become part of the weights, such as `a:0.8`: they cost no time, and no request
+    can leave them out. It needs the bf16 file of the transformer."""
     queue_images: int = Field(default=32, ge=1, le=10_000)
     """How many images may wait; a request for n images takes n places."""
     deadline_s: Seconds = 120.0
@@ -202,6 +221,29 @@ class Settings(BaseModel):
                 ) from None
         return value
 
+    @field_validator("loras", "lora_fuse", mode="before")
+    @classmethod
+    def _read_adapters(cls, value: Sequence[object]) -> tuple[object, ...]:
+        return tuple(_read_adapter(each) if isinstance(each, str) else each for each in value)
+
+    @field_validator("loras", "lora_fuse")
+    @classmethod
+    def _check_adapters(cls, value: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        if len(value) > MAX_LORAS:
+            raise ValueError(f"it names {len(value)} adapters, the most is {MAX_LORAS}")
+        if len({name for name, _ in value}) < len(value):
+            raise ValueError("it names an adapter twice")
+        if not all(abs(scale) <= MAX_LORA_SCALE for _, scale in value):
+            raise ValueError("a scale is not between -2 and 2")
+        return value
+
+    @field_validator("lora_rank")
+    @classmethod
+    def _check_rank(cls, value: int) -> int:
+        if value not in LORA_RANKS:
+            raise ValueError("it is none of 32, 64, 128 and 256")
+        return value
+
     @field_validator("public_url")
     @classmethod
     def _check_url(cls, value: str | None) -> str | None:
@@ -241,6 +283,18 @@ class Settings(BaseModel):
                 "KLEIN_API_KEYS or KLEIN_API_KEYS_FILE too, or list the origins."
             )
         return settings
+
+
+def _read_adapter(text: str) -> tuple[str, float]:
+    """Read a name and its scale; without one it is 1."""
+    name, colon, scale = (part.strip() for part in text.partition(":"))
+    try:
+        number = float(scale) if colon else 1.0
+    except ValueError:
+        number = math.nan
+    if not name or not math.isfinite(number):
+        raise ValueError("an entry is no name with a scale, such as style:0.8")
+    return name, number
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

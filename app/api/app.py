@@ -26,7 +26,7 @@ from app.api.openai.image_store import ImageStore
 from app.api.proxies import Proxies
 from app.api.sdapi import response as sdapi_response
 from app.api.sdapi import route as sdapi_route
-from app.api.system import docs, health, jobs, models, openapi, playground
+from app.api.system import docs, health, jobs, loras, models, openapi, playground
 from app.images.preparing import AUTO, TRANSPARENT
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
@@ -80,6 +80,7 @@ def create_app(
         openai_route.build_router(config, ImageStore(lifetime_s=link_lifetime_s, clock=clock)),
         models.build_router(config),
         jobs.router,
+        loras.router,
         health.router,
         playground.build_router(),
         *([sdapi_route.build_router()] if settings.sdapi else []),

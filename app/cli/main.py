@@ -64,6 +64,7 @@ COMMANDS: dict[str, Command] = {
     "cache": Command(
         "app.cli.cache", "list what lies on the disk, or delete what can be made again"
     ),
+    "lora": Command("app.cli.lora", "list, add, remove or check adapters (LoRA)"),
     "bench": Command(
         "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
     ),

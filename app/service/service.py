@@ -43,6 +43,7 @@ from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.request_context import current_request
+from app.service.adapters import Adapters
 from app.service.results import Picture, warnings_of
 from app.service.ticket import Admission, Ticket, Tickets
 from app.telemetry.metrics import Metrics
@@ -110,10 +111,12 @@ class ImageService:
         *,
         deadline_s: float,
         has_metadata: bool,
+        adapters: Adapters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.limits = limits
+        self.adapters = adapters or Adapters()
         self._deadline_s = deadline_s
         self._has_metadata = has_metadata
         self._queue = queue

@@ -31,6 +31,8 @@ from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
 from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
+from app.service.adapters import Adapters
+from app.service.previews import Previews
 from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, warnings_of
 
 SECONDS: Mapping[str, float] = {
@@ -78,6 +80,7 @@ class FakeService:
     capacity: int = 32
     script: Script = field(default_factory=Script)
     plan_pixels: tuple[int, ...] = INFO.max_pixels
+    adapters: Adapters = field(default_factory=Adapters)
     """What the memory plan can hold beside 0, 1, ... references."""
     closed_by: Kind | None = None
     """Where set, nothing is taken, for this reason."""
@@ -369,6 +372,7 @@ class FakeRuntime:
     service: FakeService = field(default_factory=FakeService)
     metrics: FakeMetrics = field(default_factory=FakeMetrics)
     decoders: FakeDecoders = field(default_factory=FakeDecoders)
+    previews: Previews = field(default_factory=lambda: Previews(FakeDecoders()))
     calls: list[str] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
 

@@ -10,14 +10,12 @@ from app.api.config import ApiConfig
 from app.api.schema.fields import MAX_IMAGES, PROMPT, about_mask, sampling_fields, side, size
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
-from app.domain import ModelSpec
+from app.domain import ALIASES, ModelSpec
 from app.errors import InvalidRequest
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
 from app.limits import MAX_PROMPT, Limits
 
 MAX_PARTIALS = 3
-ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")
-"""Prefixes of model names that clients hard-code; such a name means the served model."""
 
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 

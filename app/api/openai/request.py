@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
-from app.api.openai.fields import ALIASES
 from app.api.schema.request import ImageRequest, read_image, read_prompt, read_size
 from app.api.schema.table import shorten
-from app.domain import ModelSpec
+from app.domain import ALIASES, ModelSpec
 from app.errors import InvalidRequest
 from app.limits import Limits
 

@@ -6,7 +6,8 @@ object and the state, so that clients of either find theirs.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,10 +16,11 @@ from starlette.responses import JSONResponse, Response
 from app import __version__
 from app.api.deps import Running
 from app.api.errors import envelope, retry_after
-from app.domain import Status, WorkerStage
+from app.domain import Lora, Status, WorkerStage
 from app.errors import Kind, KleinError
 from app.images.formats import OUTPUT_FORMATS
 from app.request_context import current_request
+from app.service.adapters import Adapters
 
 router = APIRouter(tags=["health"])
 
@@ -57,11 +59,14 @@ async def health(request: Request, runtime: Running) -> Response:
             "estimated_wait_s": round(status.estimated_wait_s, 3),
         },
         "limits": asdict(runtime.service.limits),
+        "loras": _loras(runtime.service.adapters),
         "worker_restarts": status.worker_restarts,
         "output_formats": list(OUTPUT_FORMATS),
     }
     if status.info is not None:
-        details["worker"] = asdict(status.info)
+        # The shapes of a few hundred layers are for the adapters' directory alone.
+        details["worker"] = asdict(replace(status.info, linear_shapes={}))
+        del details["worker"]["linear_shapes"]
     return _answer(request, status, details)
 
 
@@ -70,6 +75,22 @@ async def metrics(runtime: Running) -> Response:
     """Answer a scrape."""
     body, content_type = runtime.metrics.exposition()
     return Response(body, headers={"content-type": content_type})
+
+
+def _loras(adapters: Adapters) -> dict[str, Any]:
+    """Say which adapters pictures are made with, and what prevents it."""
+    return {
+        "listed": len(adapters.listed()),
+        "refused": len(adapters.refused),
+        "max_rank": adapters.max_rank,
+        "default": _recipe(adapters.default),
+        "fused": _recipe(adapters.fused),
+        "problems": list(adapters.problems),
+    }
+
+
+def _recipe(loras: Iterable[Lora]) -> list[dict[str, Any]]:
+    return [{"name": each.name, "scale": each.scale, "sha256": each.sha256} for each in loras]
 
 
 def _readiness(status: Status) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from app.api.native.request import table
 from app.api.openai import fields as openai_fields
 from app.api.schema.fields import about_mask
 from app.images.formats import OUTPUT_FORMATS
+from app.service import previews
 from app.service.service import ImageService
 
 Json = dict[str, Any]
@@ -96,6 +97,39 @@ _JOB = {
     "additionalProperties": False,
 }
 
+_LORA = {
+    "type": "object",
+    "required": [
+        "id",
+        "object",
+        "parent",
+        "rank",
+        "size_bytes",
+        "sha256",
+        "created",
+        "scale",
+        "preview",
+    ],
+    "properties": {
+        "id": {"type": "string", "description": "What requests name it by."},
+        "object": {"const": "lora"},
+        "parent": {"type": "string", "description": "The id of the model that it changes."},
+        "rank": {"type": "integer"},
+        "size_bytes": {"type": "integer"},
+        "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        "created": {"type": "integer", "description": "When its file was changed, since 1970."},
+        "scale": {
+            "type": ["number", "null"],
+            "description": "Of pictures whose request names no adapters; null: none.",
+        },
+        "preview": {
+            "type": ["string", "null"],
+            "description": "The path of its picture, where one lies beside its file.",
+        },
+    },
+    "additionalProperties": False,
+}
+
 
 def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
     """Return the OpenAPI document for the model and the limits of *service*."""
@@ -129,6 +163,15 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
     paths["/v1/jobs/{id}"]["delete"]["responses"] |= {
         "200": _reply("The job as it was.", [_JSON], _JOB),
         **_errors((403, 404)),
+    }
+    paths["/v1/loras"]["get"]["responses"]["200"] = _reply("The adapters.", [_JSON], _all_of(_LORA))
+    paths["/v1/loras/{name}"]["get"]["responses"] |= {
+        "200": _reply("The adapter.", [_JSON], _LORA),
+        **_errors((404,)),
+    }
+    paths["/v1/loras/{name}/preview"]["get"]["responses"] |= {
+        "200": _reply("The picture.", [previews.FORMAT.media_type], _BYTES),
+        **_errors((404, 503)),
     }
     for path in ("/health", "/health/ready"):
         paths[path]["get"]["responses"].update(_errors((503,)))
@@ -194,13 +237,20 @@ def _reply(about: str, media_types: Iterable[str], schema: Json) -> Json:
 
 
 def _list_of(entry: Json) -> Json:
+    listed = _all_of(entry)
+    return listed | {
+        "required": [*listed["required"], "has_more"],
+        "properties": listed["properties"] | {"has_more": {"type": "boolean"}},
+    }
+
+
+def _all_of(entry: Json) -> Json:
     return {
         "type": "object",
-        "required": ["object", "data", "has_more"],
+        "required": ["object", "data"],
         "properties": {
             "object": {"const": "list"},
             "data": {"type": "array", "items": entry},
-            "has_more": {"type": "boolean"},
         },
         "additionalProperties": False,
     }
