@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.domain import ImageSpec, ModelSpec
+from app.domain import ImageSpec, Lora, ModelSpec
 from app.errors import InvalidRequest
 
 MAX_PROMPT = 32_000
 """Characters."""
 MAX_SEED = 2**53 - 1
 """The largest seed that JavaScript's numbers represent exactly."""
+
+MAX_LORAS = 4
+"""Adapters of one image."""
+MAX_LORA_SCALE = 2.0
+"""Scales lie between this and its negative."""
 
 DRAW = -1
 """The seed that stands for a random one."""
@@ -45,6 +51,10 @@ class Limits:
     """Of the longer side to the shorter one."""
     max_seed: int = MAX_SEED
     max_prompt_characters: int = MAX_PROMPT
+    max_loras: int = MAX_LORAS
+    max_lora_scale: float = MAX_LORA_SCALE
+    max_lora_rank: int = 128
+    """The most that the ranks of an image's adapters may sum up to."""
     scaled: Limits | None = None
     """The limits on sizes that may be asked for where they are wider than those that can be made.
 
@@ -58,6 +68,7 @@ class Limits:
         max_pixels: int,
         max_references: int | None = None,
         scaled: Limits | None = None,
+        max_lora_rank: int = 128,
     ) -> Limits:
         """Combine the model's limits with the operator's."""
         return cls(
@@ -72,6 +83,7 @@ class Limits:
             if max_references is None
             else min(model.max_references, max_references),
             scaled=scaled,
+            max_lora_rank=max_lora_rank,
         )
 
     @property
@@ -95,6 +107,7 @@ class Limits:
             )
         self.check_guidance(spec.guidance_scale)
         self.check_references(len(spec.references), "references")
+        self.check_loras(spec.loras)
         if not 0 <= spec.seed <= self.max_seed:
             raise InvalidRequest(f"seed must lie between {DRAW} and {self.max_seed}.", param="seed")
 
@@ -106,6 +119,37 @@ class Limits:
                 "one takes memory and time in every step.",
                 param=param,
                 code="array_above_max_length",
+            )
+
+    def check_loras(self, loras: Sequence[Lora]) -> None:
+        """Refuse adapters that are too many, repeated, or too strong, or whose ranks are too high.
+
+        One with the scale 0 takes no part, so its rank is not counted.
+        """
+        if len(loras) > self.max_loras:
+            raise InvalidRequest(
+                f"loras holds {len(loras)} adapters; the most is {self.max_loras}.",
+                param="loras",
+                code="array_above_max_length",
+            )
+        names = [lora.name for lora in loras]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InvalidRequest(
+                f"loras names {twice} twice; add the two scales up.", param="loras", word=twice
+            )
+        # False for NaN.
+        if not all(abs(lora.scale) <= self.max_lora_scale for lora in loras):
+            most = self.max_lora_scale
+            raise InvalidRequest(
+                f"loras has a scale that does not lie between -{most:g} and {most:g}.",
+                param="loras",
+            )
+        rank = sum(lora.rank for lora in loras if lora.scale)
+        if rank > self.max_lora_rank:
+            raise InvalidRequest(
+                f"loras has adapters of rank {rank} together; the most is {self.max_lora_rank} "
+                "here, which the operator can raise (KLEIN_LORA_RANK).",
+                param="loras",
             )
 
     def check_size(self, width: int, height: int) -> None:

@@ -216,7 +216,9 @@ def _limits(settings: Settings, choice: Choice) -> Limits:
     if settings.demo_scale and choice.is_demo:
         scaled = Limits.of(find_spec(KLEIN), settings.max_pixels)
     model = find_spec(choice.key)
-    return Limits.of(model, settings.max_pixels, settings.max_references, scaled)
+    return Limits.of(
+        model, settings.max_pixels, settings.max_references, scaled, settings.lora_rank
+    )
 
 
 def _engine_config(

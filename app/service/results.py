@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from app.domain import ImageSpec, PeakMemory, Progress
+from app.domain import ImageSpec, Lora, PeakMemory, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Picture:
     peak: PeakMemory | None
     prompt_tokens: int
     warnings: tuple[str, ...]
+    loras: tuple[Lora, ...] = ()
     latents: bytes | None = field(default=None, repr=False)
 
 
@@ -57,6 +58,11 @@ class Preview:
 
 TicketEvent = Queued | Progress | Preview | Picture
 """`Progress` is never of the stage `GPU_FREE`; the finished image is the last."""
+
+
+def write_loras(loras: Iterable[Lora]) -> str:
+    """Write the recipe of an image's adapters in one line: names, scales, hashes of the files."""
+    return ", ".join(f"{each.name}:{each.scale:g}@{each.sha256}" for each in loras)
 
 
 def warnings_of(spec: ImageSpec) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from app.domain import (
     Generated,
     ImageSpec,
     LoadProgress,
+    Lora,
     ModelInfo,
     ModelSpec,
     PeakMemory,
@@ -44,7 +45,7 @@ from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
 from app.request_context import current_request
 from app.service.adapters import Adapters
-from app.service.results import Picture, warnings_of
+from app.service.results import Picture, warnings_of, write_loras
 from app.service.ticket import Admission, Ticket, Tickets
 from app.telemetry.metrics import Metrics
 
@@ -406,6 +407,7 @@ class ImageService:
             peak=generated.peak,
             prompt_tokens=generated.prompt_tokens,
             warnings=(*job.warnings, *warnings_of(spec), *self._warnings(generated)),
+            loras=spec.loras,
             latents=generated.latents,
         )
 
@@ -426,6 +428,7 @@ class ImageService:
             "model": self.model.id,
             "precision": info.precision if info else "",
             **_raced(info),
+            **_recipes(spec.loras, self.adapters.fused),
         }
 
     def _retry_after_s(self) -> int:
@@ -434,6 +437,12 @@ class ImageService:
         if not self._worker.is_ready:
             wait_s = max(wait_s, 5)
         return max(1, min(60, wait_s + random.randint(0, 1 + wait_s // 4)))
+
+
+def _recipes(loras: Sequence[Lora], fused: Sequence[Lora]) -> dict[str, str]:
+    """Return the adapters of an image as metadata, and those that are part of the weights."""
+    named = {"loras": write_loras(loras), "fused_loras": write_loras(fused)}
+    return {key: text for key, text in named.items() if text}
 
 
 def _raced(info: ModelInfo | None) -> dict[str, str]:

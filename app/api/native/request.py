@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
-from app.api.schema.fields import PROMPT, about_mask, sampling_fields, side, size
+from app.api.schema.fields import PROMPT, about_mask, sampling_fields, side
+from app.api.schema.fields import size as size_field
 from app.api.schema.json_scanner import LongText
+from app.api.schema.loras import loras_field, read_loras
 from app.api.schema.request import SIDES, ImageRequest, read_image, read_prompt, read_size
 from app.api.schema.table import Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL, base64_or_data_url
@@ -17,6 +19,7 @@ from app.errors import InvalidRequest
 from app.images.formats import OUTPUT_FORMATS
 from app.images.preparing import Upload
 from app.limits import Limits
+from app.service.adapters import Adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,9 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig) -> FieldTable:
             PROMPT,
             side("width", "The width in pixels.", limits, model.default_width),
             side("height", "The height in pixels.", limits, model.default_height),
-            size(model, limits),
+            size_field(model, limits),
             *sampling_fields(model, limits),
+            loras_field(),
             Field(
                 "output_format",
                 Type.TEXT,
@@ -68,7 +72,9 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig) -> FieldTable:
     )
 
 
-def read(values: Mapping[str, Any], model: ModelSpec, limits: Limits) -> GenerateRequest:
+def read(
+    values: Mapping[str, Any], model: ModelSpec, limits: Limits, adapters: Adapters
+) -> GenerateRequest:
     """Apply the rules that a table cannot state to its typed *values*.
 
     Raises:
@@ -86,8 +92,9 @@ def read(values: Mapping[str, Any], model: ModelSpec, limits: Limits) -> Generat
     has_sides = "width" in values or "height" in values
     if has_sides and "size" not in values and not images:
         values = {"width": model.default_width, "height": model.default_height, **values}
+    size, loras = read_size(values, limits), read_loras(values, adapters, limits)
     return GenerateRequest(
-        read_image(values, model, prompt=prompt, size=read_size(values, limits)),
+        read_image(values, model, prompt=prompt, size=size, loras=loras),
         images,
         None if mask is None else base64_or_data_url(mask, "mask"),
         SIDES if "size" in values and not has_sides else {},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from app.service.results import Picture
+from app.service.results import Picture, write_loras
 
 
 def response_headers(picture: Picture, request_id: str) -> dict[str, str]:
@@ -16,6 +16,8 @@ def response_headers(picture: Picture, request_id: str) -> dict[str, str]:
     }
     if picture.peak is not None:
         found["X-Klein-Peak-Vram-Bytes"] = str(picture.peak.reserved)
+    if picture.loras:
+        found["X-Klein-Loras"] = write_loras(picture.loras)
     if picture.warnings:
         found["X-Klein-Warnings"] = "; ".join(picture.warnings)
     return found

@@ -51,7 +51,8 @@ async def _read(
     """Read and decode the body; uploads are released before the image is queued."""
     model, limits, edit = runtime.service.model, runtime.service.limits, None
     fields = table(model, limits, config)
-    asked = read(fields.read(await read_json(request, has_pictures=True)), model, limits)
+    values = fields.read(await read_json(request, has_pictures=True))
+    asked = read(values, model, limits, runtime.service.adapters)
     if asked.images:
         admission.reserve(1)
         mask = asked.mask and replace(asked.mask, repaints=config.repaints)

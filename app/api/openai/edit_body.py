@@ -16,6 +16,7 @@ from fastapi import Request
 
 from app.api.schema.body import read_json
 from app.api.schema.json_scanner import LongText
+from app.api.schema.loras import Parts, is_part
 from app.api.schema.multipart import Part, read_parts
 from app.api.schema.table import FieldTable, shorten
 from app.api.schema.uploads import data_url
@@ -41,21 +42,25 @@ async def read_form(request: Request, table: FieldTable, limits: Limits) -> Edit
     """Read `multipart/form-data`."""
 
     def is_wanted(name: str) -> bool:
-        is_known = _PICTURE.fullmatch(name) or table.find(name, is_form=True)
+        is_known = _PICTURE.fullmatch(name) or is_part(name) or table.find(name, is_form=True)
         return table.is_strict or bool(is_known)
 
     texts: dict[str, object] = {}
     files: dict[str, list[Upload]] = {"image": [], "mask": []}
+    loras = Parts()
     parts = await read_parts(request, is_wanted)
     while parts:
         part = parts.pop(0)  # no part is held both raw and read
         if picture := _PICTURE.fullmatch(part.name):
             files[picture[1]] += _read_file(part, picture[1])
+        elif not part.is_file and is_part(part.name):
+            loras.take(part.name, part.text())
         elif (value := _read_value(part, table)) and texts.setdefault(part.name, value) != value:
             name = shorten(part.name)
             raise InvalidRequest(
                 f"{name} is there more than once, with different values; send it once.", param=name
             )
+    loras.add_to(texts)
     values = table.read(texts, is_form=True)
     images, masks = files.values()
     _check_count(len(images), limits, "image")

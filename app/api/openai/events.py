@@ -20,6 +20,7 @@ from app.api.native.response import server_timing
 from app.api.openai.request import ImagesRequest
 from app.api.openai.response import ECHOED_QUALITIES, usage
 from app.api.pieces import Body, Data
+from app.api.schema.loras import recipe
 from app.domain import ImageSpec
 from app.errors import KleinError
 from app.request_context import current_request
@@ -68,8 +69,10 @@ async def messages(
 
 
 def _result(picture: Picture, spec: ImageSpec) -> dict[str, Any]:
-    warnings = {"warnings": picture.warnings} if picture.warnings else {}
-    return {"seed": picture.seed, "usage": usage([picture], spec.references), **warnings}
+    more: dict[str, Any] = {"loras": recipe(picture.loras)} if picture.loras else {}
+    if picture.warnings:
+        more["warnings"] = picture.warnings
+    return {"seed": picture.seed, "usage": usage([picture], spec.references), **more}
 
 
 def _write(name: str, data: bytes, fields: Mapping[str, Any]) -> Body:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from app.api.config import ApiConfig
 from app.api.schema.fields import MAX_IMAGES, PROMPT, about_mask, sampling_fields, side, size
+from app.api.schema.loras import loras_field
 from app.api.schema.table import ABSENT, MAX_TEXT, Field, FieldTable, Type
 from app.api.schema.uploads import MAX_URL
 from app.domain import ALIASES, ModelSpec
@@ -31,6 +32,7 @@ def table(model: ModelSpec, limits: Limits, config: ApiConfig, *, is_edit: bool)
             *_encoding(),
             *sampling_fields(model, limits),
             steps,
+            loras_field(),
             *_DELIVERY,
             *_IGNORED,
             *_unsupported(),

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.config import ApiConfig
+from app.api.schema.loras import read_loras, say_near
 from app.api.schema.request import ImageRequest, read_image, read_prompt, read_size
 from app.api.schema.table import shorten
 from app.domain import ALIASES, ModelSpec
 from app.errors import InvalidRequest
 from app.limits import Limits
+from app.service.adapters import Adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +31,45 @@ class ImagesRequest:
 
 
 def read(
-    values: Mapping[str, Any], model: ModelSpec, limits: Limits, config: ApiConfig
+    values: Mapping[str, Any],
+    model: ModelSpec,
+    limits: Limits,
+    config: ApiConfig,
+    adapters: Adapters,
 ) -> ImagesRequest:
     """Apply the rules that a table cannot state to its typed *values*.
 
     Raises:
         InvalidRequest: a value breaks a rule.
     """
-    if not is_model(values.get("model", ""), model, config):
-        # The status is 400, since Nextcloud takes 404 for a missing API.
-        name = shorten(values["model"])
-        raise InvalidRequest(
-            f"The model `{name}` is not served here; send `{model.id}`, or leave `model` out.",
-            param="model",
-            code="model_not_found",
-            word=name,
-        )
+    chosen = _read_adapter(values.get("model", ""), model, config, adapters)
     stream = values.get("stream", False)
     _check_stream(values, stream=stream)
     prompt = read_prompt(values)
     size = read_size(values, limits)
+    loras = read_loras(values, adapters, limits, chosen=chosen)
     return ImagesRequest(
-        image=read_image(values, model, prompt=prompt, size=size),
+        image=read_image(values, model, prompt=prompt, size=size, loras=loras),
         quality=values.get("quality"),
         wants_links=_wants_links(values, config, stream=stream),
         wants_stream=stream,
+    )
+
+
+def _read_adapter(name: str, model: ModelSpec, config: ApiConfig, adapters: Adapters) -> str:
+    """Return *name* where it is an adapter's; empty where it means the served model alone."""
+    if is_model(name, model, config):
+        return ""
+    if adapters.find(name) is not None:
+        return name
+    # The status is 400, since Nextcloud takes 404 for a missing API.
+    word = shorten(name)
+    near = f"; {say_near(name, adapters)}" if adapters.near(name) else ""
+    raise InvalidRequest(
+        f"The model `{word}` is not served here; send `{model.id}`, or leave `model` out{near}.",
+        param="model",
+        code="model_not_found",
+        word=word,
     )
 
 

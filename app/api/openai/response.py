@@ -12,6 +12,7 @@ from typing import Any
 
 from app.api.openai.request import ImagesRequest
 from app.api.pieces import Body, Data
+from app.api.schema.loras import recipe
 from app.domain import RawImage
 from app.service.results import Picture
 
@@ -41,6 +42,8 @@ def answer(
     }
     if asked.quality in ECHOED_QUALITIES:
         head["quality"] = asked.quality
+    if first.loras:
+        head["loras"] = recipe(first.loras)
     if warnings := all_warnings(pictures):
         head["warnings"] = warnings
     parts: list[bytes | Data] = [json.dumps(head).encode()[:-1] + b', "data": [']

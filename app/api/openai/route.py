@@ -115,7 +115,8 @@ async def _read_generation(
 ) -> tuple[ImagesRequest, list[ImageSpec]]:
     model, limits = runtime.service.model, runtime.service.limits
     fields = openai_fields.table(model, limits, config, is_edit=False)
-    asked = openai_request.read(fields.read(await read_json(request)), model, limits, config)
+    values = fields.read(await read_json(request))
+    asked = openai_request.read(values, model, limits, config, runtime.service.adapters)
     return asked, asked.image.specs(runtime.service)
 
 
@@ -127,7 +128,7 @@ async def _read_edit(
     fields = openai_fields.table(model, limits, config, is_edit=True)
     read = edit_body.read_form if content_type(request) == FORM else edit_body.read_object
     body = await read(request, fields, limits)
-    asked = openai_request.read(body.values, model, limits, config)
+    asked = openai_request.read(body.values, model, limits, config, runtime.service.adapters)
     with own_names(_OWN_NAMES):
         admission.reserve(asked.image.n)
     with own_names(SIDES):

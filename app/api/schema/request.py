@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.errors import own_names
-from app.domain import ImageSpec, ModelSpec
+from app.domain import ImageSpec, Lora, ModelSpec
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.images.formats import OUTPUT_FORMATS, format_names, list_words
@@ -33,6 +33,7 @@ class ImageRequest:
     """None draws one."""
     output: OutputFormat
     previews: int
+    loras: tuple[Lora, ...]
 
     def specs(self, service: ImageService, edit: Edit | None = None) -> list[ImageSpec]:
         """Make one spec per image; image i has seed+i, and a drawn seed leaves room for that."""
@@ -52,6 +53,7 @@ class ImageRequest:
                 references=edit.references if edit else (),
                 mask=edit.mask if edit else None,
                 previews=self.previews,
+                loras=self.loras,
                 scaled_to=self.size if self.size != (width, height) else None,
             )
             for index in range(self.n)
@@ -59,7 +61,12 @@ class ImageRequest:
 
 
 def read_image(
-    values: Mapping[str, Any], model: ModelSpec, *, prompt: str, size: Size | None
+    values: Mapping[str, Any],
+    model: ModelSpec,
+    *,
+    prompt: str,
+    size: Size | None,
+    loras: tuple[Lora, ...],
 ) -> ImageRequest:
     """Apply the rules that a table cannot state to the shared fields of its typed *values*.
 
@@ -76,6 +83,7 @@ def read_image(
         seed=_read_seed(values, n),
         output=_read_output(values),
         previews=min(values.get("partial_images", 0), steps - 1),
+        loras=loras,
     )
 
 

@@ -79,6 +79,8 @@ class Field:
     veto: Callable[[Any], None] | None = None
     """For a field whose unsupported values follow a rule: raises the error of one."""
     json_only: bool = False
+    parse: Callable[[str], object] | None = None
+    """For a field that is more than one value: reads what a form sends as one text."""
     schema: Mapping[str, Any] | None = None
     """The JSON Schema, where it is more than type and limits."""
 
@@ -124,6 +126,8 @@ class Field:
         """Turn a form's text into the value that JSON has for it, or return it as it is."""
         if not isinstance(value, str) or self.type is Type.TEXT:
             return value
+        if self.parse is not None:
+            return self.parse(value)
         text = value.strip() if len(value) <= _MAX_DIGITS else ""
         if self.type is Type.WHOLE and _WHOLE.fullmatch(text):
             return int(text)

@@ -7,19 +7,22 @@ Sizes and seeds decide which picture it is; they are held to the same rules as e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from app.api.schema.fields import MAX_IMAGES, PROMPT
 from app.api.schema.json_scanner import LongText
+from app.api.schema.loras import read_number, use_all
 from app.api.schema.request import ImageRequest, read_image, read_prompt, require_both_sides
 from app.api.schema.table import Field, FieldTable, Type
 from app.api.schema.uploads import base64_or_data_url
 from app.domain import ModelSpec
 from app.errors import InvalidRequest
 from app.images.preparing import BLACK, WHITE, Size, Upload
-from app.limits import DRAW, MAX_SEED, Limits
+from app.limits import DRAW, MAX_LORAS, MAX_SEED, Limits
+from app.service.adapters import Adapters
 
 _ON = (True, "1", "true")
 _OFF: tuple[object, ...] = (None, "", False, [], {})
@@ -46,6 +49,7 @@ _UNUSED_IN_EDITS: Mapping[str, tuple[object, ...]] = {
     "inpaint_full_res": (),
 }
 
+_LORA = re.compile(r"<lora:([^<>]{1,300})>")
 _MOST = 10_000
 """Of steps and guidance, before they are mapped to what the model takes."""
 _FIELDS = (
@@ -74,6 +78,8 @@ class SdRequest:
     """A valid request: the images asked for, and what the answer says of it."""
 
     image: ImageRequest
+    prompt: str
+    """As it was sent, with its adapters."""
     parameters: Mapping[str, Any]
     """The fields that were read, without pictures."""
     notes: tuple[str, ...]
@@ -88,7 +94,9 @@ class Uploads:
     mask: Upload | None
 
 
-def read_txt2img(body: Mapping[str, Any], model: ModelSpec, limits: Limits) -> SdRequest:
+def read_txt2img(
+    body: Mapping[str, Any], model: ModelSpec, limits: Limits, adapters: Adapters
+) -> SdRequest:
     """Read the body of `txt2img`.
 
     Raises:
@@ -100,11 +108,11 @@ def read_txt2img(body: Mapping[str, Any], model: ModelSpec, limits: Limits) -> S
     if "width" in values or "height" in values:
         default = model.default_width, model.default_height
         size = values.get("width", default[0]), values.get("height", default[1])
-    return _read(body, values, model, limits, size, _UNUSED)
+    return _Reader(body, values, model, limits, adapters).read(size, _UNUSED)
 
 
 def read_img2img(
-    body: Mapping[str, Any], model: ModelSpec, limits: Limits
+    body: Mapping[str, Any], model: ModelSpec, limits: Limits, adapters: Adapters
 ) -> tuple[SdRequest, Uploads]:
     """Read the body of `img2img`.
 
@@ -121,39 +129,77 @@ def read_img2img(
     if "width" in values or "height" in values:
         require_both_sides(values, "neither")
         size = values["width"], values["height"]
-    asked = _read(body, values, model, limits, size, _UNUSED_IN_EDITS)
+    asked = _Reader(body, values, model, limits, adapters).read(size, _UNUSED_IN_EDITS)
     return asked, Uploads(images, mask)
 
 
-def _read(
-    body: Mapping[str, Any],
-    values: Mapping[str, Any],
-    model: ModelSpec,
-    limits: Limits,
-    size: Size | None,
-    unused: Mapping[str, tuple[object, ...]],
-) -> SdRequest:
-    if size is not None:
-        limits.check_size(*size)
-    n = values.get("batch_size", 1) * values.get("n_iter", 1)
-    if n > MAX_IMAGES:
-        raise InvalidRequest(
-            f"batch_size times n_iter is {n}; the most is {MAX_IMAGES}.", param="batch_size"
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads what both kinds of requests share from a *body* and its typed *values*."""
+
+    body: Mapping[str, Any]
+    values: Mapping[str, Any]
+    model: ModelSpec
+    limits: Limits
+    adapters: Adapters
+
+    def read(self, size: Size | None, unused: Mapping[str, tuple[object, ...]]) -> SdRequest:
+        """Apply the rules that a table cannot state."""
+        values, model, limits = self.values, self.model, self.limits
+        if size is not None:
+            limits.check_size(*size)
+        n = values.get("batch_size", 1) * values.get("n_iter", 1)
+        if n > MAX_IMAGES:
+            raise InvalidRequest(
+                f"batch_size times n_iter is {n}; the most is {MAX_IMAGES}.", param="batch_size"
+            )
+        steps, guidance = _map_steps(values, model), _map_guidance(values, model, limits)
+        names = {"n": n, "num_inference_steps": steps, "guidance_scale": guidance}
+        if "seed" in values:
+            names["seed"] = values["seed"]
+        notes = [
+            _note_mapped("steps", values.get("steps", steps), steps, model),
+            _note_mapped("cfg_scale", values.get("cfg_scale", guidance), guidance, model),
+            _note_unused(self.body, unused),
+        ]
+        sent = read_prompt(values)
+        prompt, named = take_loras(sent)
+        loras = use_all(named, self.adapters, limits) if named else self.adapters.default
+        image = read_image(
+            names, model, prompt=read_prompt({"prompt": prompt}), size=size, loras=loras
         )
-    steps, guidance = _map_steps(values, model), _map_guidance(values, model, limits)
-    names = {"n": n, "num_inference_steps": steps, "guidance_scale": guidance}
-    if "seed" in values:
-        names["seed"] = values["seed"]
-    notes = [
-        _note_mapped("steps", values.get("steps", steps), steps, model),
-        _note_mapped("cfg_scale", values.get("cfg_scale", guidance), guidance, model),
-        _note_unused(body, unused),
-    ]
-    return SdRequest(
-        read_image(names, model, prompt=read_prompt(values), size=size),
-        values,
-        tuple(filter(None, notes)),
-    )
+        return SdRequest(image, sent, values, tuple(filter(None, notes)))
+
+
+def take_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """Return *prompt* without its `<lora:name:0.8>`, and the names and scales of these.
+
+    Without a scale it is 1. Where a second number gives a weight of its own to the image model,
+    that one is meant: the text encoder takes no adapter.
+
+    Raises:
+        InvalidRequest: one cannot be read.
+    """
+    found: list[tuple[str, float]] = []
+    kept, end = [], 0
+    for match in _LORA.finditer(prompt):
+        name, *numbers = (part.strip() for part in match[1].split(":"))
+        scales = [read_number(each) for each in numbers[:2]] or [1.0]
+        if not name or len(numbers) > 2 or None in scales:
+            raise InvalidRequest(
+                "prompt holds an adapter that cannot be read; write it as <lora:name:0.8>.",
+                param="prompt",
+            )
+        if len(found) == MAX_LORAS:
+            raise InvalidRequest(
+                f"prompt holds more than {MAX_LORAS} adapters; take some out.", param="prompt"
+            )
+        found.append((name, scales[-1] or 0.0))
+        kept.append(prompt[end : match.start()])
+        end = match.end()
+    if not found:
+        return prompt, []
+    return "".join((*kept, prompt[end:])).strip(), found
 
 
 def _map_steps(values: Mapping[str, Any], model: ModelSpec) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from app.api.pieces import Body, Data
 from app.api.sdapi.request import SdRequest
 from app.domain import ModelSpec
 from app.errors import KleinError
+from app.service.adapters import Adapter
 from app.service.results import Picture
 from app.service.ticket import Ticket
 
@@ -61,6 +62,19 @@ def list_models(model: ModelSpec) -> list[dict[str, object]]:
             "filename": model.id,
             "config": None,
         }
+    ]
+
+
+def list_loras(adapters: Iterable[Adapter]) -> list[dict[str, object]]:
+    """Describe adapters; prompts name them as `<lora:name:0.8>`."""
+    return [
+        {
+            "name": each.name,
+            "alias": each.name,
+            "path": each.name,
+            "metadata": {"ss_network_dim": str(each.rank), "sshs_model_hash": each.sha256},
+        }
+        for each in adapters
     ]
 
 
@@ -126,8 +140,8 @@ def _info(pictures: Sequence[Picture], asked: SdRequest, model: ModelSpec) -> di
     first, image = pictures[0], asked.image
     seeds = [picture.seed for picture in pictures]
     return {
-        "prompt": image.prompt,
-        "all_prompts": [image.prompt] * len(pictures),
+        "prompt": asked.prompt,
+        "all_prompts": [asked.prompt] * len(pictures),
         "negative_prompt": "",
         "all_negative_prompts": [""] * len(pictures),
         "seed": first.seed,
@@ -158,8 +172,16 @@ def _info(pictures: Sequence[Picture], asked: SdRequest, model: ModelSpec) -> di
 def _infotext(picture: Picture, asked: SdRequest, model: ModelSpec) -> str:
     image = asked.image
     return (
-        f"{image.prompt}\nSteps: {image.steps}, Sampler: {SAMPLERS[0]['name']}, "
+        f"{asked.prompt}\nSteps: {image.steps}, Sampler: {SAMPLERS[0]['name']}, "
         f"CFG scale: {image.guidance_scale:g}, Seed: {picture.seed}, "
-        f"Size: {picture.width}x{picture.height}, Model: {model.id}, "
+        f"Size: {picture.width}x{picture.height}, Model: {model.id}, {_hashes(picture)}"
         f"Version: klein-server {__version__}"
     )
+
+
+def _hashes(picture: Picture) -> str:
+    """Return the adapters' hashes, of which AUTOMATIC1111 shows the first twelve digits."""
+    if not picture.loras:
+        return ""
+    pairs = ", ".join(f"{each.name}: {each.sha256[:12]}" for each in picture.loras)
+    return f'Lora hashes: "{pairs}", '

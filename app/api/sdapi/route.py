@@ -66,6 +66,14 @@ def _add_lists(router: APIRouter) -> None:
     async def models(runtime: Running) -> Response:
         return JSONResponse(sdapi_response.list_models(runtime.service.model))
 
+    @router.get("/loras")
+    async def loras(runtime: Running) -> Response:
+        return JSONResponse(sdapi_response.list_loras(runtime.service.adapters.listed()))
+
+    @router.post("/refresh-loras")
+    async def refresh_loras() -> Response:
+        return JSONResponse(None)  # the folder is watched
+
     for name, entries in (
         ("samplers", sdapi_response.SAMPLERS),
         ("schedulers", sdapi_response.SCHEDULERS),
@@ -107,7 +115,8 @@ async def _read_txt2img(
 ) -> tuple[SdRequest, list[ImageSpec]]:
     model, limits = runtime.service.model, runtime.service.limits
     # Extensions put pictures into fields that are ignored here.
-    asked = read_txt2img(await read_json(request, has_pictures=True), model, limits)
+    body = await read_json(request, has_pictures=True)
+    asked = read_txt2img(body, model, limits, runtime.service.adapters)
     return asked, asked.image.specs(runtime.service)
 
 
@@ -117,7 +126,7 @@ async def _read_img2img(
     """Read and decode the body; uploads are released before the images are queued."""
     model, limits = runtime.service.model, runtime.service.limits
     body = await read_json(request, has_pictures=True)
-    asked, uploads = read_img2img(body, model, limits)
+    asked, uploads = read_img2img(body, model, limits, runtime.service.adapters)
     del body
     with own_names(_OWN_NAMES):
         admission.reserve(asked.image.n)

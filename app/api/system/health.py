@@ -6,7 +6,6 @@ object and the state, so that clients of either find theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,7 +15,8 @@ from starlette.responses import JSONResponse, Response
 from app import __version__
 from app.api.deps import Running
 from app.api.errors import envelope, retry_after
-from app.domain import Lora, Status, WorkerStage
+from app.api.schema.loras import recipe
+from app.domain import Status, WorkerStage
 from app.errors import Kind, KleinError
 from app.images.formats import OUTPUT_FORMATS
 from app.request_context import current_request
@@ -83,14 +83,10 @@ def _loras(adapters: Adapters) -> dict[str, Any]:
         "listed": len(adapters.listed()),
         "refused": len(adapters.refused),
         "max_rank": adapters.max_rank,
-        "default": _recipe(adapters.default),
-        "fused": _recipe(adapters.fused),
+        "default": recipe(adapters.default),
+        "fused": recipe(adapters.fused),
         "problems": list(adapters.problems),
     }
-
-
-def _recipe(loras: Iterable[Lora]) -> list[dict[str, Any]]:
-    return [{"name": each.name, "scale": each.scale, "sha256": each.sha256} for each in loras]
 
 
 def _readiness(status: Status) -> dict[str, Any]:
