@@ -325,6 +325,7 @@ class FakeTicket:
             peak=self.script.peak,
             prompt_tokens=12,
             warnings=(*self.warnings, *warnings_of(spec), *self.script.warnings),
+            loras=spec.loras,
         )
 
 

@@ -7,6 +7,7 @@ parts, `loras[][name]` and `loras[][scale]`, as one text of JSON, or as `a:0.8,b
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -221,7 +222,7 @@ def _read_entry(entry: object, param: str) -> tuple[str, float]:
 
 
 def read_number(value: object) -> float | None:
-    """Return a scale, also from a text; None where it is no finite number."""
+    """Return a scale, also from a text; None where it is no number."""
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value):
             return None
@@ -229,4 +230,4 @@ def read_number(value: object) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     # Compared, not converted: an integer may be larger than any float.
-    return float(value) if abs(value) <= _LARGE else None
+    return float(value) if abs(value) <= _LARGE else math.inf
