@@ -15,8 +15,8 @@ from heapq import nlargest
 from threading import Event, Thread
 
 from app.domain import Lora, ModelInfo
-from app.engine.adapters.directory import Adapter as Adapter
 from app.engine.adapters.directory import MAX_NAME, Directory, Listing, RefusedFile
+from app.engine.adapters.directory import Adapter as Adapter
 from app.engine.adapters.layout import Shapes
 
 _log = logging.getLogger(__name__)
@@ -69,15 +69,12 @@ class Adapters:
         """Return at most three names like *name*, the most like it first."""
         # All of difflib's work for a thousand long names would hold up the event loop.
         matcher = SequenceMatcher(b=name[:MAX_NAME])
-        likely = {}
+        ratios = []
         for each in self._listed:
             matcher.set_seq1(each)
-            likely[each] = matcher.quick_ratio()
-        return tuple(
-            get_close_matches(
-                name[:MAX_NAME], nlargest(_MAX_COMPARED, likely, likely.get), _MAX_NEAR
-            )
-        )
+            ratios.append((matcher.quick_ratio(), each))
+        likely = [each for _, each in nlargest(_MAX_COMPARED, ratios)]
+        return tuple(get_close_matches(name[:MAX_NAME], likely, _MAX_NEAR))
 
     def use(self, name: str, scale: float) -> Lora:
         """Return the adapter *name*, as its file is now, to be used at *scale*.

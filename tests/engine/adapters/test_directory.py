@@ -298,6 +298,20 @@ def test_a_file_that_is_being_written_waits(folder) -> None:
     assert names(look(folder, settle_s=0)) == ["a"]
 
 
+def test_a_replaced_file_is_listed_as_it_was_until_it_has_been_read(folder) -> None:
+    """So that one that is always on is never left out for a moment."""
+    path = write(folder / "a.safetensors")
+    directory = Directory([folder])
+    *_, before = directory.look(SHAPES)
+    write(path, content(fill=1), at=time.time())
+    *_, meanwhile = directory.look(SHAPES)
+    write(path, content(fill=1), at=LONG_AGO + 1)
+    first, *_, after = directory.look(SHAPES)
+
+    assert before.adapters == meanwhile.adapters == first.adapters != after.adapters
+    assert [each.is_whole for each in (before, meanwhile, first, after)] == [1, 0, 0, 1]
+
+
 def test_a_file_that_changes_while_it_is_hashed_is_not_listed(folder, monkeypatch) -> None:
     """Its hash would be of neither."""
     path = write(folder / "a.safetensors")
