@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -17,6 +19,7 @@ from app.settings import Settings
 from app.worker import supervisor
 from app.worker.messages import Done, FromWorker, Generate, Stop, ToWorker
 from tests.jobs.conftest import generated
+from tests.support.adapter_files import SHAPES, write
 from tests.support.fakes import INFO
 
 SPEC = ImageSpec("a red circle", 128, 128, 4, 1.0, 7)
@@ -194,7 +197,7 @@ def test_the_engine_gets_what_the_settings_say() -> None:
     """The parts of the settings that the worker reads."""
     settings = Settings(model="shapes", device="cpu", max_pixels=2_000_000, prompt_cache=3)
     choice = module.choose_model(settings, None)
-    config = module._engine_config(settings, choice, None)
+    config = module._engine_config(settings, choice, None, module.choose_loras(settings, choice))
 
     assert (config.model, config.device, config.max_pixels) == ("shapes", None, 2_000_000)
     assert config.prompt_cache == 3
@@ -203,3 +206,39 @@ def test_the_engine_gets_what_the_settings_say() -> None:
 async def _ask(runtime: Runtime) -> int:
     ticket = runtime.service.submit([SPEC], client="a", output=PNG)
     return len(await ticket.pictures())
+
+
+async def test_adapters_are_listed_once_the_worker_is_ready(
+    monkeypatch, tmp_path, processes, runtime
+) -> None:
+    """What the settings name goes to the worker and to the service; a missing one is a sentence."""
+    folder = tmp_path / "loras"
+    for name in ("ink", "grain"):
+        write(folder / f"{name}.safetensors")
+    configs = []
+    monkeypatch.setattr(module, "Supervisor", partial(_noted, configs, module.Supervisor))
+    settings = Settings.read(
+        {"KLEIN_LORAS": "ink:0.8,gone", "KLEIN_LORA_FUSE": "grain:0.5", "KLEIN_LORA_RANK": "64"},
+        model="shapes",
+        device="cpu",
+        cache_dir=tmp_path,
+    )
+    async with build_runtime(settings, make_engine=lambda config: None) as built:
+        assert configs[0].lora_rank == 64
+        assert [(lora.name, lora.scale) for lora in configs[0].lora_fuse] == [("grain", 0.5)]
+        adapters = built.service.adapters
+        assert adapters.listed() == ()
+        processes[-1].say(replace(INFO, linear_shapes=SHAPES))
+        async with asyncio.timeout(5):
+            while not adapters.problems:  # noqa: ASYNC110 - a thread of the code under test does it
+                await asyncio.sleep(0.005)
+        assert {"ink", "grain"} <= {each.name for each in adapters.listed()}
+        assert [(lora.name, lora.scale) for lora in adapters.default] == [("ink", 0.8)]
+        assert adapters.fused == configs[0].lora_fuse
+        assert "names gone" in adapters.problems[0]
+        assert built.service.status().is_ready
+
+
+def _noted(configs, make, make_engine, config, *given, **more):
+    configs.append(config)
+    return make(make_engine, config, *given, **more)

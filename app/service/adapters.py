@@ -10,18 +10,20 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+from heapq import nlargest
 from threading import Event, Thread
 
 from app.domain import Lora, ModelInfo
+from app.engine.adapters.directory import MAX_NAME, Directory, Listing, RefusedFile
 from app.engine.adapters.directory import Adapter as Adapter
-from app.engine.adapters.directory import Directory, Listing, RefusedFile
 from app.engine.adapters.layout import Shapes
 
 _log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 3.0
 _MAX_NEAR = 3
+_MAX_COMPARED = 16
 _MAX_TOLD = 10
 """Files at a time that the log says of why they are not listed."""
 
@@ -65,7 +67,14 @@ class Adapters:
 
     def near(self, name: str) -> tuple[str, ...]:
         """Return at most three names like *name*, the most like it first."""
-        return tuple(get_close_matches(name[:200], self._listed, n=_MAX_NEAR))
+        # All of difflib's work for a thousand long names would hold up the event loop.
+        matcher = SequenceMatcher(b=name[:MAX_NAME])
+        ratios = []
+        for each in self._listed:
+            matcher.set_seq1(each)
+            ratios.append((matcher.quick_ratio(), each))
+        likely = [each for _, each in nlargest(_MAX_COMPARED, ratios)]
+        return tuple(get_close_matches(name[:MAX_NAME], likely, _MAX_NEAR))
 
     def use(self, name: str, scale: float) -> Lora:
         """Return the adapter *name*, as its file is now, to be used at *scale*.

@@ -25,6 +25,9 @@ async def test_every_route_is_described(client):
         "/v1/models/{id}",
         "/v1/jobs",
         "/v1/jobs/{id}",
+        "/v1/loras",
+        "/v1/loras/{name}",
+        "/v1/loras/{name}/preview",
         "/health",
         "/health/live",
         "/health/ready",
@@ -60,7 +63,7 @@ async def test_every_example_works_when_pasted(client, service):
     ]
     picture = (await client.post("/generate", json={"prompt": "a"})).content
 
-    assert len(commands) == 12
+    assert len(commands) == 13
     for words in commands:
         response = await run(client, words, picture)
 

@@ -19,10 +19,12 @@ from app.api.openai import image_store
 from app.api.schema import json_scanner, multipart, table
 from app.api.system import jobs
 from app.cli import serve
+from app.engine.adapters import directory, layout
 from app.engine.checkpoint import safetensors_header
 from app.images import decoder, pool, uploads
 from app.images.pool import DecoderPool
 from app.jobs import shares
+from app.service import previews
 from app.settings import Settings
 from app.worker import restarts
 from app.worker.supervisor import TimeLimits
@@ -108,6 +110,10 @@ VALUES: dict[str, tuple[float, ...]] = {
         safetensors_header.MAX_DEPTH,
         safetensors_header._MAX_TOKENS,
     ),
+    "adapters in a folder": (directory.MAX_FILES, directory.MAX_ENTRIES, directory.MAX_DEPTH),
+    "header of an adapter": (directory.MAX_HEADER_BYTES,),
+    "previews of adapters": (previews.MAX_BYTES, previews._KEPT),
+    "an adapter of the hub": (layout.MAX_BYTES,),
 }
 """The numbers of a row in its order, in bytes, seconds or pieces."""
 BOUNDS = {"hold of the event loop", "memory after callers who left", "end after a second SIGTERM"}

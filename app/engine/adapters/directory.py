@@ -138,6 +138,8 @@ class Directory:
         self._recorded = dict(self._hashes)
         self._verdicts: dict[tuple[Path, Stamp], int | str] = {}
         """The rank of each file that was looked at, or why it is refused."""
+        self._listed: dict[tuple[str, str], Adapter] = {}
+        """By name and path."""
 
     def stop(self) -> None:
         """Have `look` end soon, and from then on at once."""
@@ -148,23 +150,24 @@ class Directory:
 
         Those named in *first* are read first.
         """
-        found, refused = self.walk()
-        files = [file for file in found if not self._is_settling(file)]
+        files, refused = self.walk()
         new = [file for file in files if (file.path, file.stamp) not in self._verdicts]
+        settled = [file for file in new if not self._is_settling(file)]
         if new:
             yield replace(self._listing(files, refused), is_whole=False)
         try:
-            for file in sorted(new, key=lambda file: file.name not in first):
+            for file in sorted(settled, key=lambda file: file.name not in first):
                 try:
                     self._judge(file, shapes)
                 except OSError as error:
+                    files.remove(file)
                     refused.append(_refused(file.below, f"cannot be read ({error.strerror})"))
                 yield replace(self._listing(files, refused), is_whole=False)
         except _Stopped:
             return
         finally:
-            self._forget_all_but(found)
-        yield replace(self._listing(files, refused), is_whole=len(files) == len(found))
+            self._forget_all_but(files)
+        yield replace(self._listing(files, refused), is_whole=len(new) == len(settled))
 
     def hash_first(self, names: Collection[str]) -> None:
         """Hash the files of *names* ahead of `look`."""
@@ -243,10 +246,15 @@ class Directory:
         adapters, reasons = [], list(refused)
         for file in files:
             verdict = self._verdicts.get((file.path, file.stamp))
+            before = self._listed.get((file.name, str(file.path)))
             if isinstance(verdict, str):
                 reasons.append(RefusedFile(printable(file.below), printable(verdict)))
             elif verdict is not None:
                 adapters.append(_describe(file, verdict, self._hashes[file.stamp]))
+            elif before is not None:
+                # It was replaced: until it has been read, an image made without it is no better.
+                adapters.append(before)
+        self._listed = {(each.name, each.path): each for each in adapters}
         return Listing(tuple(adapters), tuple(sorted(reasons, key=lambda each: each.file)))
 
     def _forget_all_but(self, files: Sequence[File]) -> None:
