@@ -170,7 +170,7 @@ def find_chromium() -> str:
     return path
 
 
-def adapter_of(id: str, **more: object) -> dict[str, object]:  # noqa: A002
+def adapter_of(id: str, **more: object) -> dict[str, object]:
     """An adapter as `GET /v1/loras` lists it."""
     return {
         **{"id": id, "object": "lora", "parent": "flux.2-klein-4b", "rank": 32},

@@ -133,7 +133,7 @@ export class Picker {
   }
 
   #name(name, ...more) {
-    return element("span", { title: name }, element("b", { textContent: name }), ...more);
+    return element("span", {}, element("b", { textContent: name }), ...more);
   }
 
   /** A place for the preview, where any adapter has one. */
