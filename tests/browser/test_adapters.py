@@ -204,11 +204,12 @@ def test_what_is_wrong_with_an_adapter_is_said_at_it(visit, klein) -> None:
     assert wrong.count() == 0
 
 
-def test_the_list_is_asked_for_again_when_the_page_is_come_back_to(visit, klein) -> None:
+@pytest.mark.parametrize("place", ["scale:outlined", "adapter:outlined"])
+def test_the_list_is_asked_for_again_when_the_page_is_come_back_to(visit, klein, place) -> None:
     """A new adapter is there, one that is gone is said to be, the choice and the focus stay."""
     here = visit(klein).offer({"id": "ink"}, {"id": "outlined"})
     choose(here, ink=0.8, outlined=-0.5)
-    here.page.focus("[id='scale:outlined']")
+    here.page.focus(f"[id='{place}']")
     body = {"data": [adapter_of("new"), adapter_of("outlined")]}
     here.page.route("**/v1/loras", lambda route: route.fulfill(json=body))
     here.page.evaluate("window.dispatchEvent(new Event('focus'))")
@@ -216,7 +217,7 @@ def test_the_list_is_asked_for_again_when_the_page_is_come_back_to(visit, klein)
 
     assert "no longer there" in here.page.inner_text("#chosen li:first-child")
     assert "no longer there" not in here.page.inner_text("#chosen li:last-child")
-    assert here.page.evaluate("document.activeElement.id") == "scale:outlined"
+    assert here.page.evaluate("document.activeElement.id") == place
     assert sent(here)["loras"] == BOTH
 
 
