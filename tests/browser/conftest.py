@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
+import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,7 @@ from PIL import Image
 from tests.support.server import Server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route
 
 REBINDING = "--host-resolver-rules=MAP rebound.example 127.0.0.1"
 """A name of somebody else's that leads here."""
@@ -55,6 +58,18 @@ class Visit:
         for name, value in fields.items():
             self.page.fill(f"#{name}", str(value))
         return self
+
+    def offer(self, *adapters: dict[str, object], preview: bytes = b"") -> Visit:
+        """Load the page anew from a service that has these adapters, all with this preview."""
+        body = {"object": "list", "data": [adapter_of(**each) for each in adapters]}
+        self.page.route("**/v1/loras", lambda route: route.fulfill(json=body))
+        self.page.route(
+            "**/v1/loras/*/preview",
+            lambda route: route.fulfill(body=preview, content_type="image/png"),
+        )
+        with self.page.expect_response("**/v1/loras"):
+            self.page.reload()
+        return self.wait_until_ready()
 
     def make(self, prompt: str) -> bytes:
         """Ask for a picture, wait for it, and return its file."""
@@ -153,6 +168,55 @@ def find_chromium() -> str:
     if path is None:
         pytest.fail(f"chromium {_MISSING}")
     return path
+
+
+def adapter_of(id: str, **more: object) -> dict[str, object]:
+    """An adapter as `GET /v1/loras` lists it."""
+    return {
+        **{"id": id, "object": "lora", "parent": "flux.2-klein-4b", "rank": 32},
+        **{"size_bytes": 92_000_000, "sha256": "0" * 64, "created": 1_760_000_000},
+        **{"scale": None, "preview": None},
+        **more,
+    }
+
+
+def answer_with(page: Page, *events: dict[str, object], comment: str = "") -> list[Request]:
+    """Let requests for a picture be answered with these events; return those requests."""
+    asked: list[Request] = []
+    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+
+    def answer(route: Route) -> None:
+        asked.append(route.request)
+        route.fulfill(body=f": {comment}\n\n{stream}", content_type="text/event-stream")
+
+    page.route(re.compile("/v1/images/(generations|edits)$"), answer)
+    return asked
+
+
+def encoded(image: Image.Image) -> dict[str, str]:
+    """A picture as events carry it."""
+    return {"b64_json": base64.b64encode(png(image)).decode(), "output_format": "png"}
+
+
+def tab_to(page: Page, wanted: str, *, by: str = "id") -> None:
+    """Press Tab until the focus is there; every stop on the way must show it."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        now = page.evaluate(
+            """() => {
+                const it = document.activeElement;
+                const drawn = it.type === "radio" ? it.nextElementSibling : it;
+                const {outlineWidth, outlineStyle} = getComputedStyle(drawn);
+                const isSeen = parseFloat(outlineWidth) >= 2 && outlineStyle !== "none";
+                return {id: it.id, className: it.className, isBody: it === document.body, isSeen};
+            }"""
+        )
+
+        assert now["isSeen"] or now["isBody"], f"the focus is not seen on {now}"
+
+        if now[by] == wanted:
+            return
+    raise AssertionError(f"the keyboard does not reach {wanted}")
 
 
 def png(image: Image.Image) -> bytes:

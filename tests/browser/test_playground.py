@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.browser.conftest import checkerboard, picture, png
+from tests.browser.conftest import answer_with, checkerboard, encoded, picture, png, tab_to
 
 pytestmark = pytest.mark.system
 
@@ -140,19 +139,19 @@ def test_everything_can_be_done_with_the_keyboard(visit, klein) -> None:
     here = visit(klein).wait_until_ready().choose(**SMALL)
     keys = here.page.keyboard
     here.page.evaluate("document.activeElement.blur()")
-    tab_to(here, "prompt")
+    tab_to(here.page, "prompt")
     keys.type("a lamp")
-    tab_to(here, "make")
+    tab_to(here.page, "make")
     keys.press("Enter")
     here.wait_for_picture()
     here.page.focus("#make")
-    tab_to(here, "reuse")
+    tab_to(here.page, "reuse")
     keys.press("Enter")
     here.page.wait_for_selector("#references button.mask")
 
     assert here.page.evaluate("document.activeElement.id") == "prompt"
 
-    tab_to(here, "mask", by="className")
+    tab_to(here.page, "mask", by="className")
     keys.press("Enter")
     here.page.wait_for_selector("#mask-dialog[open]")
 
@@ -165,7 +164,7 @@ def test_everything_can_be_done_with_the_keyboard(visit, klein) -> None:
 
     assert "may change" in here.page.inner_text("#coverage")
 
-    tab_to(here, "mask-done")
+    tab_to(here.page, "mask-done")
     keys.press("Enter")
     here.page.wait_for_selector("#references button.unmask")
 
@@ -323,7 +322,7 @@ def test_the_timing_bar_is_full_however_short_the_picture(visit, klein, total_s)
     timing = f"timing {', '.join(timings)}, total;dur={total_s * 1000}"
     done = {"type": "image_generation.completed", "seed": 1, "size": "64x64"}
     here = visit(klein).wait_until_ready()
-    answer_with(here, {**done, **encoded(checkerboard(64))}, comment=timing)
+    answer_with(here.page, {**done, **encoded(checkerboard(64))}, comment=timing)
     here.make("a fox in the snow")
     bar, stages = here.page.evaluate(
         """() => {
@@ -347,7 +346,7 @@ def test_a_first_picture_that_is_not_made_leaves_the_page_as_it_was(visit, scrip
     if end == "failure after a preview":
         preview = {"type": "image_generation.partial_image", "partial_image_index": 0}
         failure = {"error": {"message": "The card has no room for this picture."}}
-        answer_with(here, {**preview, **encoded(checkerboard(64))}, failure)
+        answer_with(here.page, {**preview, **encoded(checkerboard(64))}, failure)
     here.page.fill("#prompt", "too much")
     here.page.click("#make")
     if end == "cancel":
@@ -487,9 +486,16 @@ def test_every_limit_of_the_form_is_the_services(visit, klein) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_fits_and_can_be_read(visit, klein, tmp_path, width, scheme) -> None:
     """At a phone's, a tablet's and a desk's width nothing sticks out and no text is too faint."""
-    here = visit(klein, width=width, color_scheme=scheme).wait_until_ready()
-    here.page.evaluate("document.getElementById('settings').open = true")
+    here = visit(klein, width=width, color_scheme=scheme)
+    names = [
+        f"a-style-with-a-{'very-' * (number % 9)}long-name-{number:02}" for number in range(12)
+    ]
+    adapters = [{"id": name, "preview": f"/v1/loras/{name}/preview"} for name in names]
+    here.offer(*adapters, preview=png(checkerboard(64)))
+    here.page.evaluate("for (const it of document.querySelectorAll('details')) it.open = true")
     here.upload(checkerboard(64)).make("a boat")
+    for name in names[4:8]:
+        here.page.check(f"[id='adapter:{name}']")
     here.page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
     found = here.page.evaluate(_JUDGE)
 
@@ -521,43 +527,6 @@ def test_nothing_moves_for_those_who_want_it_still(visit, scripted) -> None:
     here.wait_for_picture()
 
     assert here.page.evaluate("window.moved") == []
-
-
-def answer_with(here, *events: dict[str, object], comment: str = "") -> None:
-    """Let requests for a picture be answered with these events."""
-    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
-    here.page.route(
-        "**/generations",
-        lambda route: route.fulfill(
-            body=f": {comment}\n\n{stream}", content_type="text/event-stream"
-        ),
-    )
-
-
-def encoded(image) -> dict[str, str]:
-    """A picture as events carry it."""
-    return {"b64_json": base64.b64encode(png(image)).decode(), "output_format": "png"}
-
-
-def tab_to(here, wanted: str, *, by: str = "id") -> None:
-    """Press Tab until the focus is there; every stop on the way must show it."""
-    for _ in range(60):
-        here.page.keyboard.press("Tab")
-        now = here.page.evaluate(
-            """() => {
-                const it = document.activeElement;
-                const drawn = it.type === "radio" ? it.nextElementSibling : it;
-                const {outlineWidth, outlineStyle} = getComputedStyle(drawn);
-                const isSeen = parseFloat(outlineWidth) >= 2 && outlineStyle !== "none";
-                return {id: it.id, className: it.className, isBody: it === document.body, isSeen};
-            }"""
-        )
-
-        assert now["isSeen"] or now["isBody"], f"the focus is not seen on {now}"
-
-        if now[by] == wanted:
-            return
-    raise AssertionError(f"the keyboard does not reach {wanted}")
 
 
 def run_recipes(here, folder) -> list[bytes]:

@@ -1,10 +1,12 @@
 // The page: what is asked for, what is on its way, what was made. Everything that a person or the
 // service wrote is set as text, never as markup; the page's security policy would refuse the rest.
 
+import { Picker, asText } from "./adapters.js";
+import { $, button, element } from "./dom.js";
 import { Painter } from "./mask.js";
-import { asCurl, asPython, fields, fileName } from "./recipes.js";
+import { asCurl, asPython, fields, fileName, formTexts } from "./recipes.js";
 import { Cost, SizeRules } from "./sizes.js";
-import { Refusal, ask, draw } from "./stream.js";
+import { Refusal, ask, askPicture, draw } from "./stream.js";
 
 const MAX_PICTURES = 200; // in the gallery; older ones are let go
 const MAX_UPLOAD_PIXELS = 12_000_000; // more is drawn smaller first: the service scales to 1 MP
@@ -43,7 +45,6 @@ const EXAMPLES = {
   ],
 };
 
-const $ = (id) => document.getElementById(id);
 const model = JSON.parse($("model").textContent);
 const page = {
   health: null,
@@ -52,6 +53,7 @@ const page = {
   clock: null, // of the picture that is on its way
   key: remembered(),
   needsKey: false,
+  isListOld: true, // that of the adapters
   references: [], // {name, blob, url, width, height}
   mask: null, // {strokes, and promises of blob and overlay's URL}: over the first reference
   gallery: [], // {wish, blob, url, seconds, timing, peak, warnings}
@@ -73,7 +75,7 @@ function buildForm() {
     });
     $("examples").append(element("li", {}, example));
   }
-  $("settings").open = window.matchMedia("(min-width: 860px)").matches;
+  for (const id of ["adapters", "settings"]) $(id).open = window.matchMedia("(min-width: 860px)").matches;
 }
 
 /** Take the limits and formats that the service hands out; a new version of it may have others. */
@@ -193,6 +195,7 @@ function readWish() {
     format: $("format").value,
     references: [...page.references],
     mask: page.mask,
+    loras: picker.loras,
   };
 }
 
@@ -326,6 +329,8 @@ function removeMask() {
   $("references").querySelector("button.mask").focus();
 }
 
+const picker = new Picker((path) => askPicture(path, { key: page.key }));
+
 const painter = new Painter($("mask-canvas"), {
   tool: () => document.querySelector("input[name=tool]:checked").value,
   brush: () => $("brush").value,
@@ -419,6 +424,8 @@ async function makeOne(wish, index, count) {
       }
     }
     made.seconds = clock.seconds;
+    // What it was made with stays, whatever the service's own become.
+    wish.loras = { ...wish.loras, isTouched: true };
     cost.learn(wish, made.timing ?? { denoise: made.seconds });
     keep(made);
   } finally {
@@ -431,7 +438,7 @@ async function request(wish) {
   const body = { prompt: wish.prompt, ...fields(wish), stream: true, partial_images: Math.min(PREVIEWS, wish.steps - 1) };
   if (!wish.references.length) return ["v1/images/generations", body];
   const form = new FormData();
-  for (const [name, value] of Object.entries(body)) form.append(name, value);
+  for (const [name, text] of formTexts(body)) form.append(name, text);
   for (const { blob, name } of wish.references) form.append("image[]", blob, name);
   if (wish.mask) form.append("mask", await wish.mask.blob, "mask.png");
   return ["v1/images/edits", form];
@@ -581,9 +588,10 @@ function show(made) {
     `${wish.width} × ${wish.height}`,
     `${wish.steps} ${wish.steps === 1 ? "step" : "steps"}`,
     `seed ${wish.seed}`,
+    asText(wish.loras.chosen),
     `${wish.format.toUpperCase()}, ${bytes(made.blob.size)}`,
     seconds(made.timing?.total ?? made.seconds),
-  ].join(" · ");
+  ].filter(Boolean).join(" · ");
   $("caption-warnings").textContent = made.warnings.join(" ");
   $("caption-warnings").hidden = !made.warnings.length;
   Object.assign($("download"), { href: made.url, download: fileName(wish) });
@@ -649,6 +657,7 @@ function restore() {
   $("seed").value = wish.seed;
   page.references = [...wish.references];
   page.mask = wish.mask;
+  picker.restore(wish.loras);
   showReferences();
   const preset = $(wish.isAuto ? "size-auto" : `size-${wish.width}x${wish.height}`) ?? $("size-custom");
   preset.checked = true;
@@ -719,8 +728,29 @@ function onHealth(status, body) {
     return 1.5;
   }
   const waiting = body.queue.size ? `, ${body.queue.size} waiting` : "";
+  refreshAdapters();
   setStatus("ready", `Ready on ${body.worker?.device === "cpu" ? "the CPU" : body.worker?.device}${waiting}`);
   return page.running ? 1 : 6;
+}
+
+/** Ask for the list of adapters, unless it is known. */
+async function refreshAdapters() {
+  if (!page.isListOld) return;
+  page.isListOld = false;
+  try {
+    const { status, body } = await ask("v1/loras", { key: page.key });
+    if (status === 200) picker.list(body.data);
+    else page.isListOld = true;
+  } catch {
+    page.isListOld = true; // the status says that the service is gone
+  }
+}
+
+/** Have the service asked for everything anew. */
+function lookAgain() {
+  if (document.hidden) return;
+  page.isListOld = true;
+  poll();
 }
 
 function setStatus(state, text) {
@@ -788,7 +818,7 @@ function useKey(key) {
   } catch {
     // Without storage the key lasts as long as the page.
   }
-  poll();
+  lookAgain();
 }
 
 function remembered() {
@@ -802,6 +832,12 @@ function remembered() {
 function showError(error) {
   const isOurs = error instanceof Refusal;
   if (!isOurs) console.error(error);
+  const name = (error.param ?? "").replace(/[[.].*/, "");
+  if (name === "loras") {
+    page.isListOld = true;
+    picker.complain(error.message, /^loras\[(\d+)/.exec(error.param)?.[1]);
+    return;
+  }
   $("error").textContent = isOurs ? error.message : "The page failed in a way that nobody expected; load it anew.";
   $("error").hidden = false;
   if (error.status === 401) {
@@ -809,7 +845,7 @@ function showError(error) {
     $("key").focus();
     return;
   }
-  const field = $(FIELD_OF[(error.param ?? "").replace(/[[.].*/, "")] ?? "");
+  const field = $(FIELD_OF[name] ?? "");
   if (!field) return;
   if (field.closest("details")) $("settings").open = true;
   field.setAttribute("aria-invalid", "true");
@@ -818,6 +854,7 @@ function showError(error) {
 }
 
 function hideError() {
+  picker.forgive();
   $("error").hidden = true;
   $("error").textContent = "";
   for (const field of document.querySelectorAll("[aria-invalid]")) {
@@ -842,18 +879,6 @@ function say(text) {
 
 // ---------------------------------------------------------------------------------------------
 // Small things
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-function button(text, className, onClick) {
-  const made = element("button", { type: "button", textContent: text, className });
-  made.addEventListener("click", onClick);
-  return made;
-}
 
 function reveal(place) {
   if (place.getBoundingClientRect().top < window.innerHeight * 0.6) return;
@@ -937,9 +962,8 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) make();
   if (event.key === "Escape") page.running?.abort();
 });
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) poll();
-});
+document.addEventListener("visibilitychange", lookAgain);
+window.addEventListener("focus", lookAgain);
 document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
   if (!files.length) return;

@@ -17,6 +17,7 @@ export function asCurl(wish, base, needsKey) {
       num_inference_steps: wish.steps,
       seed: wish.seed,
       output_format: wish.format,
+      ...adapters(wish),
     };
     return (
       `curl -fsS ${quote(`${base}generate`)}${key} \\\n  -H 'content-type: application/json' \\\n` +
@@ -25,7 +26,7 @@ export function asCurl(wish, base, needsKey) {
   }
   const texts = { prompt: wish.prompt, ...fields(wish) };
   const parts = [
-    ...Object.entries(texts).map(([name, value]) => `--form-string ${quote(`${name}=${value}`)}`),
+    ...formTexts(texts).map(([name, value]) => `--form-string ${quote(`${name}=${value}`)}`),
     ...wish.references.map(({ name }) => `-F ${upload("image[]", name)}`),
     ...(wish.mask ? [`-F ${upload("mask", "mask.png")}`] : []),
   ];
@@ -73,7 +74,26 @@ export function fields(wish) {
     num_inference_steps: wish.steps,
     seed: wish.seed,
     output_format: wish.format,
+    ...adapters(wish),
   };
+}
+
+/** The texts of a form with these fields, as pairs; of a list, those of its entries in order. */
+export function formTexts(values) {
+  return Object.entries(values).flatMap(([name, value]) => {
+    if (!Array.isArray(value)) return [[name, String(value)]];
+    return value.flatMap((entry) =>
+      Object.entries(entry).map(([key, part]) => [`${name}[][${key}]`, String(part)]),
+    );
+  });
+}
+
+/** The adapters that a request names; where none are named, the service takes its own. */
+function adapters({ loras: { chosen, usual, isTouched }, references }) {
+  if (!isTouched || !(chosen.length || usual.length)) return {};
+  if (chosen.length || !references.length) return { loras: chosen };
+  // A form cannot hold an empty list; at scale 0 an adapter changes nothing.
+  return { loras: usual.map(({ name }) => ({ name, scale: 0 })) };
 }
 
 function sides({ width, height }) {
@@ -91,6 +111,7 @@ function upload(field, name) {
 // JSON's texts and numbers are Python's too.
 function python(value) {
   if (typeof value !== "object") return JSON.stringify(value);
+  if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
   const entries = Object.entries(value).map(([name, entry]) => `${python(name)}: ${python(entry)}`);
   return `{${entries.join(", ")}}`;
 }

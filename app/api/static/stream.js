@@ -17,6 +17,13 @@ export async function ask(path, { key = "", signal } = {}) {
   return { status: response.status, body };
 }
 
+/** GET the picture at `path` as a blob. */
+export async function askPicture(path, { key = "" } = {}) {
+  const response = await reach(path, { headers: authorization(key) });
+  if (!response.ok) throw await refusal(response);
+  return response.blob();
+}
+
 /**
  * POST `body` (an object, or a FormData with pictures) and yield what happens to it:
  * {kind: "comment", text}, {kind: "preview", blob, index}, then one {kind: "done", blob, event}.
