@@ -224,7 +224,7 @@ class Settings(BaseModel):
     @field_validator("loras", "lora_fuse", mode="before")
     @classmethod
     def _read_adapters(cls, value: Sequence[object]) -> tuple[object, ...]:
-        return tuple(_read_adapter(each) if isinstance(each, str) else each for each in value)
+        return tuple(read_adapter(each) if isinstance(each, str) else each for each in value)
 
     @field_validator("loras", "lora_fuse")
     @classmethod
@@ -285,8 +285,12 @@ class Settings(BaseModel):
         return settings
 
 
-def _read_adapter(text: str) -> tuple[str, float]:
-    """Read a name and its scale; without one it is 1."""
+def read_adapter(text: str) -> tuple[str, float]:
+    """Read a name and its scale, such as `style:0.8`; without one it is 1.
+
+    Raises:
+        ValueError: it is neither.
+    """
     name, colon, scale = (part.strip() for part in text.partition(":"))
     try:
         number = float(scale) if colon else 1.0

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from app import logs
+from app.api.schema.loras import use_all
 from app.cli.console import MODEL, SIZE, STEPS, Options
 from app.cli.warm_worker import check_output, choose_seed, draft, make_pictures, warm_runtime
-from app.domain import ImageSpec, ModelSpec
+from app.domain import ImageSpec, Lora, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest
 from app.images import OutputFormat
 from app.images.formats import OUTPUT_FORMATS, list_words
 from app.limits import Limits
+from app.runtime import Runtime
 from app.service.results import Picture
-from app.settings import Settings
+from app.settings import Settings, read_adapter
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
+_LIST_S = 60.0
+"""How long it may take to look through the directory of adapters."""
 _NAMES = {
+    "loras": "--lora",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "seed": "--seed",
@@ -37,6 +43,11 @@ OPTIONS: Options = {
     **STEPS,
     "--guidance": {"type": float},
     "--seed": {"type": int, "help": "-1 or nothing draws one"},
+    "--lora": {
+        "action": "append",
+        "metavar": "NAME:SCALE",
+        "help": "an adapter of `klein lora list`, instead of those of KLEIN_LORAS; up to four",
+    },
     **MODEL,
 }
 
@@ -85,8 +96,26 @@ async def _generate(
 
     async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, plan=plan) as (
         runtime,
-        _,
+        info,
         specs,
     ):
+        loras: tuple[Lora, ...] = ()
+        if info.linear_shapes and (arguments.lora or settings.loras):
+            loras = await _find_loras(runtime, arguments.lora)
+        specs = [replace(spec, loras=loras) for spec in specs]
         (picture,) = await make_pictures(runtime, specs, "images", output)
         return picture
+
+
+async def _find_loras(runtime: Runtime, named: list[str] | None) -> tuple[Lora, ...]:
+    """Return the adapters that are *named*, or the default, once the directory has been read."""
+    adapters = runtime.service.adapters
+    with suppress(TimeoutError):
+        await asyncio.wait_for(adapters.is_whole.wait(), _LIST_S)
+    if named is None:
+        return adapters.default
+    try:
+        pairs = [read_adapter(text) for text in named]
+    except ValueError:
+        raise InvalidRequest("--lora must be a name and a scale, such as style:0.8.") from None
+    return use_all(pairs, adapters, runtime.service.limits)

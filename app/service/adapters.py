@@ -50,6 +50,8 @@ class Adapters:
         """The adapters that are part of the weights."""
         self.default: tuple[Lora, ...] = ()
         """The adapters of an image whose request names none."""
+        self.is_whole = asyncio.Event()
+        """Set while every file of the directory has been looked at."""
         self.problems: tuple[str, ...] = ()
         """Why adapters of KLEIN_LORAS are not used, in sentences."""
         self.refused: tuple[RefusedFile, ...] = ()
@@ -99,6 +101,7 @@ class Adapters:
         if len(new) > _MAX_TOLD:
             _log.warning("%d more are not; `klein lora list` says why.", len(new) - _MAX_TOLD)
         self.refused = found.refused
+        (self.is_whole.set if found.is_whole else self.is_whole.clear)()
         names = set(self._listed)
         self._listed = {each.name: each for each in found.adapters}
         if names != set(self._listed):

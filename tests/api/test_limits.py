@@ -65,6 +65,9 @@ async def test_health_shows_the_limits(client, service) -> None:
         "max_references": 4,
         "max_seed": 2**53 - 1,
         "max_prompt_characters": 32_000,
+        "max_loras": 4,
+        "max_lora_scale": 2,
+        "max_lora_rank": 128,
         "scaled": None,
     }
     assert Limits(**shown) == service.limits

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from app.api.config import ApiConfig
 from app.api.native.request import read, table
@@ -17,11 +18,13 @@ from app.cli.console import add_options
 from app.cli.main import main
 from app.cli.warm_worker import warm_runtime
 from app.domain import ImageSpec
-from app.engine.models.registry import find_spec
+from app.engine.adapters.shapes import linear_shapes
+from app.engine.models.registry import find_model, find_spec
 from app.errors import InvalidRequest
 from app.limits import Limits
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
+from tests.engine.adapters import forge
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 
 CONFIG = ApiConfig(
@@ -176,3 +179,30 @@ def test_a_folder_that_may_not_be_written_to(unloaded, capsys, monkeypatch) -> N
 
     assert main(["generate", "a", "-o", "closed/x.png"]) == 1
     assert "may not be written" in capsys.readouterr().err
+
+
+def test_adapters_of_the_folder_can_be_named(tmp_path, monkeypatch, capsys) -> None:
+    """`--lora` draws with them, by the rules of HTTP, and an unknown one names those like it."""
+    shapes = linear_shapes(find_model("shapes").architecture)
+    weak = {name: (down / 10, up / 3) for name, (down, up) in forge.draw(shapes, 4).items()}
+    (tmp_path / "loras").mkdir()
+    forge.write(tmp_path / "loras" / "strange.safetensors", *forge.layouts(weak, 4.0)["ai-toolkit"])
+    monkeypatch.setenv("KLEIN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("KLEIN_DEVICE", "cpu")
+    drawn = []
+    for words in ([], ["--lora", "strange:0.5"]):
+        path = tmp_path / f"{len(words)}.png"
+        assert main(["generate", "a red circle", "--seed", "3", "-o", str(path), *words]) == 0
+        drawn.append(Image.open(path))
+
+    assert "loras" not in drawn[0].text
+    assert drawn[1].text["loras"].startswith("strange:0.5@")
+    assert drawn[0].tobytes() != drawn[1].tobytes()
+    for words, says in (
+        ("strage", "`strange`"),
+        ("strange:5", "-2 and 2"),
+        (":", "name and a scale"),
+    ):
+        capsys.readouterr()
+        assert main(["generate", "x", "--lora", words, "-o", str(tmp_path / "x.png")]) == 2
+        assert says in capsys.readouterr().err
