@@ -40,8 +40,7 @@ class EngineConfig:
     max_pixels: int = 4_194_304
     """The operator's limit of an output's size, in pixels; the memory plan may set a lower one."""
     lora_rank: int = 0
-    """The most that the ranks of an image's adapters may sum up to in one layer; memory for so much
-    is planned. 0: no adapter is taken."""
+    """The rank of adapters for which GPU memory is planned; with 0 they take what a plan leaves."""
     lora_fuse: tuple[Lora, ...] = ()
     """Adapters that are added to the weights before these are quantized."""
     vae: str | None = None
