@@ -173,8 +173,8 @@ def test_an_adapter_that_is_missing_is_a_sentence(caplog) -> None:
     adapters = Adapters([("a", 1.0), ("b", 0.5)])
     adapters.replace(Listing((adapter("a"),), is_whole=False))
     assert adapters.problems == ()
-    for _ in range(2):
-        adapters.replace(Listing((adapter("a"),)))
+    for is_whole in (True, False, True):
+        adapters.replace(Listing((adapter("a"),), is_whole=is_whole))
 
     assert [lora.name for lora in adapters.default] == ["a"]
     assert adapters.problems == (
