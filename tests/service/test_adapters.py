@@ -83,6 +83,7 @@ async def test_a_model_that_takes_none_lists_none(tmp_path, watched) -> None:
     await asyncio.sleep(0.05)
 
     assert names(adapters) == []
+    assert adapters.refused == ()
 
 
 async def test_the_list_follows_the_folder(tmp_path, watched) -> None:
