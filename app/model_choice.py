@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from app.errors import StartupError
 from app.settings import Settings, complete_path
 from app.telemetry.gpu import Gpu
 from app.telemetry.preflight import check_gpu, torch_cuda
+
+_log = logging.getLogger(__name__)
 
 KLEIN = "flux.2-klein-4b"
 DEMO = "shapes"
@@ -132,6 +135,8 @@ def choose_loras(settings: Settings, choice: Choice) -> LoraChoice:
     Raises:
         StartupError: an adapter of KLEIN_LORA_FUSE is not there.
     """
+    if settings.lora_dir is not None and not settings.lora_dir.is_dir():
+        _log.warning("KLEIN_LORA_DIR names no folder; until there is one no adapter is listed.")
     directory = lora_directory(settings, choice)
     shapes = linear_shapes(find_model(choice.key).architecture)
     is_asked_for = bool(settings.loras) or "lora_rank" in settings.model_fields_set

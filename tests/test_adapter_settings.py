@@ -75,6 +75,15 @@ def test_memory_is_planned_for_who_uses_adapters(tmp_path, file, values, rank) -
     assert choose_loras(read(tmp_path, **values), CHOICE).planned_rank == rank
 
 
+def test_a_folder_that_is_missing_is_told(tmp_path, caplog) -> None:
+    """It may come; that of the cache need not."""
+    choose_loras(read(tmp_path), CHOICE)
+    assert not caplog.text
+    choose_loras(read(tmp_path, lora_dir=str(tmp_path / "none")), CHOICE)
+
+    assert "KLEIN_LORA_DIR names no folder" in caplog.text
+
+
 def test_fused_adapters_are_found_at_the_start(tmp_path) -> None:
     """By name, with their hash; they need no memory of their own."""
     path = write(tmp_path / "comfy" / "sub" / "My ink.safetensors", STYLE)

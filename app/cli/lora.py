@@ -112,7 +112,7 @@ def _check(path: Path, choice: Choice, shapes: Shapes) -> int:
 
 
 def _describe(path: Path, layout: Layout, model: str, shapes: Shapes) -> Iterable[str]:
-    key = next(iter(layout.layers[0].tensors.values()))[0]
+    key = next(key for word, (key, _) in layout.layers[0].tensors.items() if word != "alpha")
     writers = [writer for prefix, writer in _WRITERS.items() if key.startswith(prefix)]
     kinds = {"LoRA" if "down" in layer.tensors else "LoKr" for layer in layout.layers}
     modules = {module for layer in layout.layers for module in layer.target.modules}

@@ -121,11 +121,13 @@ class Adapters:
                 f"The adapters of KLEIN_LORAS have rank {rank} together, above the "
                 f"{self.max_rank} of KLEIN_LORA_RANK; none of them is used.",
             )
-        return tuple(
+        missing = (
             f"KLEIN_LORAS names {name}, but no such adapter is listed; images are made without it."
             for name, _ in self._wanted
-            if is_whole and name not in self._listed
+            if name not in self._listed
         )
+        # Those that are still to be read may be among what is missing, but not a second time.
+        return tuple(each for each in missing if is_whole or each in self.problems)
 
 
 class AdapterWatch:

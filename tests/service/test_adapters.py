@@ -83,6 +83,7 @@ async def test_a_model_that_takes_none_lists_none(tmp_path, watched) -> None:
     await asyncio.sleep(0.05)
 
     assert names(adapters) == []
+    assert adapters.refused == ()
 
 
 async def test_the_list_follows_the_folder(tmp_path, watched) -> None:
@@ -173,8 +174,8 @@ def test_an_adapter_that_is_missing_is_a_sentence(caplog) -> None:
     adapters = Adapters([("a", 1.0), ("b", 0.5)])
     adapters.replace(Listing((adapter("a"),), is_whole=False))
     assert adapters.problems == ()
-    for _ in range(2):
-        adapters.replace(Listing((adapter("a"),)))
+    for is_whole in (True, False, True):
+        adapters.replace(Listing((adapter("a"),), is_whole=is_whole))
 
     assert [lora.name for lora in adapters.default] == ["a"]
     assert adapters.problems == (
