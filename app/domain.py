@@ -8,7 +8,7 @@ plain data.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -262,6 +262,11 @@ class ModelInfo:
     race: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Milliseconds of a step at the default size by `linears` and `attention`, then by format or
     kernel, as timed on this card; empty where nothing was timed."""
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Every field by name, but the shapes of a few hundred layers."""
+        return {key: value for key, value in asdict(self).items() if key != "linear_shapes"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from app.errors import StartupError
+from app.limits import MAX_LORA_SCALE, MAX_LORAS
 
 PREFIX = "KLEIN_"
 _LISTS = frozenset(
@@ -27,8 +28,6 @@ _DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
 
 MIN_KEY_LENGTH = 8
 LORA_RANKS = (32, 64, 128, 256)
-MAX_LORAS = 4
-MAX_LORA_SCALE = 2.0
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 

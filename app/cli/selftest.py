@@ -296,7 +296,7 @@ def _document(
         "psnr_db": [round(each, 2) if np.isfinite(each) else None for each in found],
         "workers": [
             {
-                **asdict(made.info),
+                **made.info.facts,
                 "seconds": [round(each.seconds["total"], 4) for each in made.pictures],
                 "peak_reserved_bytes": [
                     each.peak.reserved if each.peak else None for each in made.pictures

@@ -6,7 +6,7 @@ object and the state, so that clients of either find theirs.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -64,9 +64,7 @@ async def health(request: Request, runtime: Running) -> Response:
         "output_formats": list(OUTPUT_FORMATS),
     }
     if status.info is not None:
-        # The shapes of a few hundred layers are for the adapters' directory alone.
-        details["worker"] = asdict(replace(status.info, linear_shapes={}))
-        del details["worker"]["linear_shapes"]
+        details["worker"] = status.info.facts
     return _answer(request, status, details)
 
 
