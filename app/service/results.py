@@ -22,8 +22,8 @@ class Picture:
     peak: PeakMemory | None
     prompt_tokens: int
     warnings: tuple[str, ...]
-    loras: tuple[Lora, ...] = ()
     latents: bytes | None = field(default=None, repr=False)
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,13 @@ from tests.engine.test_pixels import pipeline, theirs
 from tests.support.single_files import write_fp8
 
 pytestmark = pytest.mark.torch
+full = pytest.mark.full
+
+
+def one_of(first: str, *others: str) -> list:
+    """The first is in every run, all are in .ci/run."""
+    return [first, *(pytest.param(each, marks=full) for each in others)]
+
 
 MODEL = "flux.2-klein-4b"
 SPEC = ImageSpec("a red circle", 64, 96, 2, 1.0, 7, wants_latents=True)
@@ -104,7 +111,7 @@ def distance_db(made: np.ndarray, right: np.ndarray) -> float:
     return 10 * math.log10(float((right**2).sum()) / error) if error else math.inf
 
 
-@pytest.mark.parametrize("layout", READ_RIGHTLY)
+@pytest.mark.parametrize("layout", one_of(*READ_RIGHTLY))
 def test_pixels_are_the_pipelines_with_the_same_file(
     engines, tiny_klein, pairs, tmp_path, layout
 ) -> None:
@@ -130,6 +137,7 @@ def test_pixels_are_the_pipelines_with_the_same_file(
         assert np.array_equal(made, right)
 
 
+@full
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_two_adapters_are_the_pipelines_two(engines, tiny_klein, files, pairs, tmp_path) -> None:
     """In the same order, each at its scale."""
@@ -145,7 +153,7 @@ def test_two_adapters_are_the_pipelines_two(engines, tiny_klein, files, pairs, t
     assert np.array_equal(made, right)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("precision", one_of("fp8", "bf16", "int8"))
 def test_every_layout_gives_the_same_latents(engines, files, precision) -> None:
     """Bit for bit, as the same adapter in PEFT's layout."""
     engine = engines(precision)
@@ -157,6 +165,7 @@ def test_every_layout_gives_the_same_latents(engines, files, precision) -> None:
         assert np.array_equal(made, right)
 
 
+@full
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_an_adapter_costs_8_bit_no_accuracy(engines, pairs, tmp_path, precision) -> None:
     """The distance to pictures without quantization stays within 1 dB of that without one.
@@ -177,7 +186,7 @@ def test_an_adapter_costs_8_bit_no_accuracy(engines, pairs, tmp_path, precision)
     assert sum(found) / len(found) > without - 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8", "int8"])
+@pytest.mark.parametrize("precision", one_of("fp8", "fp32", "int8"))
 def test_a_switch_leaves_nothing_behind(engines, files, pairs, tmp_path, precision) -> None:
     """Scale 0 is none, bit for bit; after a and none, b gives what b alone gives."""
     engine = engines(precision)
@@ -197,7 +206,7 @@ def test_a_switch_leaves_nothing_behind(engines, files, pairs, tmp_path, precisi
     assert not np.array_equal(drawn[3], only_b)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8", "int8"])
+@pytest.mark.parametrize("precision", one_of("fp8", "fp32", "int8"))
 def test_the_order_of_two_adapters_is_rounding(engines, files, pairs, tmp_path, precision) -> None:
     """Their changes add up."""
     engine = engines(precision)
@@ -208,7 +217,7 @@ def test_the_order_of_two_adapters_is_rounding(engines, files, pairs, tmp_path, 
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8", "int8"])
+@pytest.mark.parametrize("precision", one_of("fp8", "fp32", "int8"))
 @pytest.mark.parametrize("layer", ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear2"])
 def test_a_kronecker_product_is_the_matrix_that_it_stands_for(
     engines, tmp_path, layer, precision
@@ -239,7 +248,7 @@ def test_a_kronecker_product_is_the_matrix_that_it_stands_for(
     assert distance_db(made, same) > (90 if precision == "fp32" else 30)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8", "int8"])
+@pytest.mark.parametrize("precision", one_of("fp8", "fp32", "int8"))
 def test_the_trial_touches_a_block_of_each_kind_and_leaves_nothing(engines, precision) -> None:
     """Zeros change no picture; afterwards no slot is held."""
     engine = engines(precision)
@@ -302,7 +311,7 @@ def test_a_file_that_was_replaced_is_not_drawn_with(engines, files, tmp_path) ->
     assert np.array_equal(latents(engine), none)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize("precision", one_of("fp8", "fp32"))
 def test_without_room_for_slots_the_job_fails_alone(engines, files, monkeypatch, precision) -> None:
     """It is out of memory; the next is as without adapters, and the adapter works when asked."""
     engine = engines(precision)
