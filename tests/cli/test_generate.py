@@ -182,6 +182,7 @@ def test_a_folder_that_may_not_be_written_to(unloaded, capsys, monkeypatch) -> N
     assert "may not be written" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_adapters_of_the_folder_can_be_named(tmp_path, monkeypatch, capsys) -> None:
     """`--lora` draws with them, by the rules of HTTP, and an unknown one names those like it."""
     shapes = linear_shapes(find_model("shapes").architecture)
