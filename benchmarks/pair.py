@@ -66,6 +66,14 @@ class Service:
     port: int
     ready_s: float = 0.0
 
+    def attention(self) -> str:
+        """Return the kernel of attention that it took."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("GET", "/health")
+        found = json.loads(connection.getresponse().read())
+        connection.close()
+        return str((found.get("worker") or {}).get("attention", ""))
+
     def ask(self, case: Case, number: int) -> tuple[float, dict[str, str], bytes]:
         """Return seconds from the first byte sent to the last read, the headers and the body."""
         asked: dict[str, Any] = {
@@ -139,6 +147,7 @@ def main() -> int:
                         note=f"{case.note}; round {turn}, in turn with the other tree",
                         stages=stages,
                         ready_s=round(service.ready_s, 1),
+                        attention=service.attention(),
                         peak_reserved_bytes=int(headers.get("x-klein-peak-vram-bytes") or 0)
                         or None,
                     )
