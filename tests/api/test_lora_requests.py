@@ -158,8 +158,10 @@ async def test_an_adapter_of_too_high_a_rank_is_refused_as_the_model(client, ada
     assert "128" in error_of(response)["message"]
 
 
-async def test_an_unknown_model_names_adapters_like_it(client) -> None:
-    """At most three, in the sentence for a model that is not served."""
+async def test_an_unknown_model_names_adapters_like_it(client, adapters, monkeypatch) -> None:
+    """At most three, in the sentence for a model that is not served; looked for once."""
+    near, sought = adapters.near, []
+    monkeypatch.setattr(adapters, "near", lambda name: sought.append(name) or near(name))
     response = await ask(client, "/v1/images/generations", model="outlinet")
 
     error = error_of(response)
@@ -169,6 +171,7 @@ async def test_an_unknown_model_names_adapters_like_it(client) -> None:
         "model_not_found",
     )
     assert "`outlined`" in error["message"]
+    assert sought == ["outlinet"]
 
 
 FORMS = {

@@ -238,13 +238,13 @@ async def test_adapters_are_in_the_file_and_in_the_log_line(at) -> None:
     at.service.adapters = Adapters(fused=(Lora("grain", 0.5, "b" * 64, "/loras/grain", 8),))
     context = RequestContext("r1")
     token = current_request.set(context)
-    loras = (Lora("ink", -0.25, "a" * 64, "/loras/ink", 16), Lora("oil", 1.0, "c" * 64, "", 16))
+    loras = (Lora("ink", -1 / 3, "a" * 64, "/loras/ink", 16), Lora("oil", 1.0, "c" * 64, "", 16))
     ticket = at.service.submit([replace(SPEC, loras=loras)], client="a", output=PNG)
     current_request.reset(token)
     (picture,) = await ticket.pictures()
 
     told = Image.open(io.BytesIO(picture.data)).text
-    assert told["loras"] == f"ink:-0.25@{'a' * 64}, oil:1@{'c' * 64}"
+    assert told["loras"] == f"ink:{-1 / 3}@{'a' * 64}, oil:1@{'c' * 64}"
     assert told["fused_loras"] == f"grain:0.5@{'b' * 64}"
     assert "/loras" not in str(told)
     assert context.loras == ("ink", "oil")

@@ -161,8 +161,9 @@ def use_all(
             found.append(adapters.use(name, scale))
         except UnknownAdapter:
             word = shorten(name)
+            near = say_near(name, adapters) or "; GET /v1/loras lists those there are"
             raise InvalidRequest(
-                f"There is no adapter `{word}`; {say_near(name, adapters)}.",
+                f"There is no adapter `{word}`{near}.",
                 param=f"{NAME}[{index}].name",
                 code="model_not_found",
                 word=word,
@@ -172,9 +173,9 @@ def use_all(
 
 
 def say_near(name: str, adapters: Adapters) -> str:
-    """Say which adapters have names like *name*, or how to list them."""
+    """Say which adapters have names like *name*; nothing where none has."""
     near = ", ".join(f"`{each}`" for each in adapters.near(name))
-    return f"names like it are {near}" if near else "GET /v1/loras lists those there are"
+    return f"; names like it are {near}" if near else ""
 
 
 def headers(loras: Iterable[Lora]) -> dict[str, str]:
