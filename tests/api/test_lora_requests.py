@@ -247,6 +247,19 @@ async def test_a_form_that_cannot_be_read_is_refused(client, service, fields, wo
     assert not service.specs
 
 
+async def test_a_file_is_no_name(serve, service) -> None:
+    """Also where unknown fields are ignored: the default must not take its place."""
+    client = await serve(unknown_fields="ignore")
+    parts = [("prompt", (None, "a")), ("image", ("a.png", photo(), "image/png"))]
+    response = await client.post(
+        "/v1/images/edits", files=[*parts, ("loras[][name]", ("a.txt", b"outlined"))]
+    )
+
+    assert response.status_code == 400
+    assert "text, not a file" in error_of(response)["message"]
+    assert not service.specs
+
+
 async def test_an_empty_list_in_a_form_is_none(client, service) -> None:
     """An empty text is absent, as in every form; `[]` is none."""
     seen = []
