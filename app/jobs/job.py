@@ -44,12 +44,19 @@ class Job:
     submitted_at: float = 0.0
     started_at: float = 0.0
     predicted_s: float = 0.0
+    overtaken: int = 0
+    """How many jobs after it started before it, since their adapters were on the GPU."""
     warnings: tuple[str, ...] = ()
     """What the client should know of its request."""
     cancel_running: Callable[[], object] | None = field(default=None, repr=False)
     """Set while the job runs: cancels it in the worker."""
     context: Context = field(default_factory=copy_context, repr=False)
     """The request's context, in which the job runs too, so that log lines carry the request id."""
+
+    @property
+    def adapters(self) -> tuple[tuple[str, float], ...]:
+        """The hashes and scales of the adapters that take part."""
+        return tuple((each.sha256, each.scale) for each in self.spec.loras if each.scale)
 
     def succeed(self, result: Generated) -> None:
         """Resolve the future with *result*, unless it is done already."""

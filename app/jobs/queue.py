@@ -239,7 +239,7 @@ class JobQueue:
                 await self._arrived.wait()
         finally:
             self._is_taking = False
-        job = self._waiting.take()
+        job = self._waiting.take(self._clock())
         self._running.append(job)
         job.state = JobState.RUNNING
         job.started_at = self._clock()

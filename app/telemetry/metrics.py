@@ -37,6 +37,10 @@ IMAGE_BUCKETS = (
     .005, .01, .02, .05, .1, .2, .35, .5, .75, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 30, 60, 120, 300,
 )  # fmt: skip
 STEP_BUCKETS = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5)  # fmt: skip
+LOAD_BUCKETS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5)  # fmt: skip
+MOST_ADAPTERS = 64
+"""Names that `adapter` has as values; those of more are `other`."""
+OTHER = "other"
 VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
 
 
@@ -108,8 +112,22 @@ class Metrics:
             buckets=STEP_BUCKETS,
             registry=registry,
         )
+        self._adapter_load = Histogram(
+            "klein_adapter_load_seconds",
+            "Seconds to bring an adapter (LoRA) to where the layers read it, by source.",
+            ["source"],
+            buckets=LOAD_BUCKETS,
+            registry=registry,
+        )
 
     def _make_counters(self, registry: CollectorRegistry) -> None:
+        self._adapter_loads = Counter(
+            "klein_adapter_loads",
+            "Adapters (LoRA) that were brought to where the layers read them, by name and source.",
+            ["adapter", "source"],
+            registry=registry,
+        )
+        self._adapter_names: set[str] = set()
         self._requests = Counter(
             "klein_requests",
             "Requests by route and outcome.",
@@ -172,6 +190,11 @@ class Metrics:
             "Seconds from the last worker's start to its first picture.",
             registry=registry,
         )
+        self._adapter_bytes = Gauge(
+            "klein_adapter_bytes",
+            "Memory that adapters (LoRA) take on the GPU, or of the host without one.",
+            registry=registry,
+        )
         self._build_info = Gauge(
             "klein_build_info", "Versions.", ["version", "torch", "cuda"], registry=registry
         )
@@ -229,9 +252,21 @@ class Metrics:
             self._cache.labels("hit" if generated.is_prompt_cached else "miss").inc()
         for is_cached in generated.are_references_cached:
             self._reference_cache.labels("hit" if is_cached else "miss").inc()
+        for load in generated.lora_loads:
+            self._adapter_loads.labels(self._adapter_label(load.name), load.source).inc()
+            self._adapter_load.labels(load.source).observe(load.seconds)
+        self._adapter_bytes.set(generated.lora_bytes)
         self._images.labels(mode).inc()
         self._pixels.inc(generated.image.width * generated.image.height)
         self._busy.inc(generated.timings.total)
+
+    def _adapter_label(self, name: str) -> str:
+        """Return the label's value for the adapter *name*, which the directory gave it."""
+        if name not in self._adapter_names:
+            if len(self._adapter_names) == MOST_ADAPTERS:
+                return OTHER
+            self._adapter_names.add(name)
+        return name
 
     def request_finished(self, route: str, outcome: str, seconds: float) -> None:
         """Count a finished request and its *seconds*.

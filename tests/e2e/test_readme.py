@@ -33,6 +33,9 @@ FIRST_REQUEST = (
     "curl -X POST localhost:8000/generate -H 'content-type: application/json' "
     """-d '{"prompt":"a red circle"}' -o a.png"""
 )
+LORA_REQUEST = FIRST_REQUEST.replace(
+    '"a red circle"', '"a red circle","loras":[{"name":"red-to-blue","scale":0.5}]'
+)
 ALONE = (
     "klein --version",
     "openssl rand -hex -out klein-keys 24",
@@ -41,6 +44,7 @@ ALONE = (
     pytest.param("klein doctor --card rtx-3060", marks=pytest.mark.full),
     pytest.param("klein selftest", marks=pytest.mark.full),
     pytest.param("klein cache list", marks=pytest.mark.full),
+    pytest.param("klein lora list", marks=pytest.mark.full),
     pytest.param("klein cache prune --to-gb 20 --dry-run", marks=pytest.mark.full),
     pytest.param('klein compare "a red circle" --precision bf16,fp32', marks=pytest.mark.full),
 )
@@ -53,6 +57,13 @@ NOT_RUN_HERE = {
     "klein download --model flux.2-klein-4b": "8 GB; tests/engine/hub has a hub of its own",
     "klein bench --out report.md": "minutes; tests/cli/test_bench.py measures less",
     "klein cache prune --to-gb 20": "it deletes; tests/cli/test_cache.py has a cache of its own",
+    **{
+        line: "tests/cli/test_lora.py has files and a hub of its own"
+        for page, kind, text in BLOCKS
+        if (page, kind) == ("lora.md", "sh")
+        for line in text.splitlines()
+        if line.startswith("klein lora ") and line != "klein lora list"
+    },
     "klein doctor --race": "needs a card; tests/gpu/test_race.py holds the race",
     "klein serve --host 0.0.0.0": "it would listen to the network; Server binds a loopback address",
     "KLEIN_SITE=pictures.example caddy run --config docker/caddy/Caddyfile": (
@@ -87,7 +98,7 @@ def run(command, cwd, timeout_s=120):
 def test_every_command_is_run_or_says_why_not():
     """One that nobody runs cannot stand on a page, and what stands on no page is not kept here."""
     alone = [getattr(each, "values", (each,))[0] for each in ALONE]
-    known = {FIRST_REQUEST, *alone, *COLLECTED, *NOT_RUN_HERE}
+    known = {FIRST_REQUEST, LORA_REQUEST, *alone, *COLLECTED, *NOT_RUN_HERE}
 
     assert {line for line in COMMANDS if not line.startswith("make ")} == known
 
@@ -130,10 +141,11 @@ def test_the_pytest_commands_find_tests(command):
     assert done.returncode == 0, done.stdout.decode()
 
 
-def test_the_first_request_gives_a_png(shapes, tmp_path):
-    """The curl line, as it stands but for the port."""
+@pytest.mark.parametrize("request_line", [FIRST_REQUEST, LORA_REQUEST])
+def test_the_requests_give_a_png(shapes, tmp_path, request_line):
+    """The curl lines, as they stand but for the port."""
     place = shapes.url.removeprefix("http://")
-    done = run(FIRST_REQUEST.replace("localhost:8000", place), tmp_path)
+    done = run(request_line.replace("localhost:8000", place), tmp_path)
 
     assert done.returncode == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

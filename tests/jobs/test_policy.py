@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.domain import Lora
 from app.jobs.job import Job
-from app.jobs.policy import FairOrder
+from app.jobs.policy import MOST_OVERTAKEN, FairOrder
 from tests.jobs.conftest import SPEC
 
 
@@ -132,3 +136,102 @@ def test_the_order_is_the_plain_one_whatever_happens(steps, remembered) -> None:
             plain.position(job) for job in plain.waiting
         ]
     loop.close()
+
+
+def wanting(adapter: str, job: Job) -> Job:
+    """Have *job* be drawn with *adapter*; an empty one is none."""
+    loras = (Lora(adapter, 1.0, adapter, ""),) if adapter else ()
+    job.spec = replace(job.spec, loras=loras)
+    return job
+
+
+def drawn_with(order: FairOrder, now: float = 0.0) -> list[Job]:
+    """Take all jobs."""
+    return [order.take(now) for _ in range(len(order))]
+
+
+def swaps(jobs: Sequence[Job]) -> int:
+    """How often the adapters change from one job to the next."""
+    return sum(one.adapters != other.adapters for one, other in pairwise(jobs))
+
+
+async def test_jobs_with_the_adapters_on_the_gpu_come_first(make_jobs) -> None:
+    """Requests for two adapters in turn become runs; each client's own order stays within one."""
+    jobs = [
+        wanting("ab"[n % 2], job) for n, job in enumerate(make_jobs([f"x{n}" for n in range(16)]))
+    ]
+
+    taken = drawn_with(order_of(jobs))
+
+    assert swaps(jobs) == 15
+    assert swaps(taken) <= 4
+    for adapter in "ab":
+        numbers = [int(job.id[1:]) for job in taken if job.spec.loras[0].name == adapter]
+        assert numbers == sorted(numbers)
+
+
+async def test_pictures_of_one_request_stay_together(make_jobs) -> None:
+    """None of another request comes between them."""
+    jobs = make_jobs([f"x{number}" for number in range(7)])
+    for name, job in zip("abbbaaa", jobs, strict=True):
+        wanting(name, job)
+
+    assert swaps(drawn_with(order_of(jobs))) == 1
+
+
+async def test_an_overtaken_job_still_meets_its_deadline(make_jobs) -> None:
+    """One that would miss it is not overtaken."""
+    for deadline, right in ((2.0, ["x0", "x1", "x2"]), (3.0, ["x0", "x2", "x1"])):
+        jobs = [
+            wanting(name, job)
+            for name, job in zip("aba", make_jobs(["x0", "x1", "x2"]), strict=True)
+        ]
+        for job in jobs:
+            job.predicted_s, job.deadline = 1.0, 60.0
+        jobs[1].deadline = deadline
+
+        order = order_of(jobs)
+        assert [order.take(float(n)).id for n in range(3)] == right
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("uvwxyz"), st.sampled_from(["", "a", "b", "c"])), max_size=40
+    )
+)
+def test_no_job_waits_for_more_than_four_others_for_the_adapters_sake(asked) -> None:
+    """Whoever asks for what: counted against the order without adapters."""
+
+    async def takes(*, has_adapters: bool) -> list[str]:
+        order, loop = FairOrder(remembered=100), asyncio.get_running_loop()
+        for number, (client, adapter) in enumerate(asked):
+            job = Job(str(number), SPEC, client, 60.0, loop.create_future())
+            order.add(wanting(adapter if has_adapters else "", job))
+        return [job.id for job in drawn_with(order, -1e9)]
+
+    fair, made = (asyncio.run(takes(has_adapters=each)) for each in (False, True))
+    place = {name: number for number, name in enumerate(fair)}
+
+    assert sorted(made) == sorted(fair)
+    for number, name in enumerate(made):
+        assert sum(place[other] > place[name] for other in made[:number]) <= MOST_OVERTAKEN
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("uvw"), st.sampled_from(["", "a", "b"])), max_size=20))
+def test_clients_still_take_turns(asked) -> None:
+    """With adapters too: no client is served twice more often than another that still waits."""
+
+    async def take_all() -> None:
+        order, loop = FairOrder(remembered=100), asyncio.get_running_loop()
+        for client, adapter in asked:
+            order.add(wanting(adapter, Job("", SPEC, client, 60.0, loop.create_future())))
+        served: Counter[str] = Counter()
+        while len(order):
+            waiting = {job.client for job in order}
+            job = order.take(-1e9)
+            served[job.client] += 1
+            assert served[job.client] <= min(served[each] for each in waiting) + 2
+
+    asyncio.run(take_all())

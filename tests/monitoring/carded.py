@@ -14,7 +14,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from app.domain import Generated, ImageSpec, LoadProgress, ModelInfo, PeakMemory, Progress, Stage
+from app.domain import (
+    Generated,
+    ImageSpec,
+    LoadProgress,
+    LoraLoad,
+    ModelInfo,
+    PeakMemory,
+    Progress,
+    Stage,
+)
 from app.engine.config import EngineConfig
 from app.errors import Cancelled, GenerationFailed, OutOfMemory
 from tests.support.scripted_engine import Script, ScriptedEngine
@@ -73,6 +82,8 @@ class CardedEngine(ScriptedEngine):
             held=HELD,
             is_prompt_cached=is_cached,
             are_references_cached=are_cached,
+            lora_loads=() if is_cached else (LoraLoad("a-style", 0.004, "host"),),
+            lora_bytes=98_000_000,
         )
 
     def _linger(

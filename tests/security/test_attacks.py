@@ -41,6 +41,7 @@ ROUTES = {
     "GET /metrics",
     "GET /openapi.json",
     "GET /sdapi/v1/latent-upscale-modes",
+    "GET /sdapi/v1/loras",
     "GET /sdapi/v1/options",
     "GET /sdapi/v1/progress",
     "GET /sdapi/v1/samplers",
@@ -52,12 +53,16 @@ ROUTES = {
     "GET /static/{name}",
     "GET /v1/images/files/{name}",
     "GET /v1/jobs",
+    "GET /v1/loras",
+    "GET /v1/loras/{name}",
+    "GET /v1/loras/{name}/preview",
     "GET /v1/models",
     "GET /v1/models/{id:path}",
     "POST /generate",
     "POST /sdapi/v1/img2img",
     "POST /sdapi/v1/interrupt",
     "POST /sdapi/v1/options",
+    "POST /sdapi/v1/refresh-loras",
     "POST /sdapi/v1/txt2img",
     "POST /v1/images",
     "POST /v1/images/edits",
@@ -467,6 +472,17 @@ ODD = [
     {"output_compression": 101, "output_format": "jpeg"},
     {"partial_images": 10**9, "stream": True},
     {"__proto__": 1},
+    *(
+        {"loras": loras}
+        for loras in (
+            [{"name": "../../etc/passwd"}],
+            [{"name": "a", "scale": 10**400}],
+            [{"name": "a" * 100_000}],
+            [{}] * 100_000,
+            {"name": "a"},
+        )
+    ),
+    {"model": "../../../etc/passwd"},
     {"width": 2**31, "height": 2**31},
 ]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from app.domain import (
     Generated,
+    LoraLoad,
     ModelInfo,
     PeakMemory,
     RawImage,
@@ -14,7 +17,7 @@ from app.domain import (
     WorkerStage,
 )
 from app.telemetry.gpu import Gpu
-from app.telemetry.metrics import OUTCOMES, Metrics
+from app.telemetry.metrics import MOST_ADAPTERS, OTHER, OUTCOMES, Metrics
 from tests.support.fake_nvml import FakeNvml
 
 INFO = ModelInfo(
@@ -100,6 +103,23 @@ def test_lookups_of_references_are_counted_one_by_one(metrics) -> None:
         for result in ("hit", "miss")
     ]
     assert counts == [2, 1]
+
+
+def test_adapters_are_counted_by_name_and_source(metrics) -> None:
+    """Of names there are 64 at most, more are `other`; bytes are those of the last picture."""
+    before = Generated(RawImage(64, 64, b""), StageTimings(0.02, 0.1, 2.4, 0.3), None, 5, False)
+    for number in range(MOST_ADAPTERS + 3):
+        load = LoraLoad(f"style-{number}", 0.004, "host" if number else "disk")
+        made = replace(before, lora_loads=(load,) * 2, lora_bytes=number)
+        metrics.image_finished(made, SECONDS, "generate")
+
+    loads = "klein_adapter_loads_total"
+    assert sample(metrics, loads, adapter="style-0", source="disk") == 2
+    assert sample(metrics, loads, adapter=f"style-{MOST_ADAPTERS - 1}", source="host") == 2
+    assert sample(metrics, loads, adapter=f"style-{MOST_ADAPTERS}", source="host") is None
+    assert sample(metrics, loads, adapter=OTHER, source="host") == 6
+    assert sample(metrics, "klein_adapter_load_seconds_count", source="disk") == 2
+    assert sample(metrics, "klein_adapter_bytes") == MOST_ADAPTERS + 2
 
 
 def test_gauges_are_read_at_the_scrape(metrics) -> None:

@@ -5,5 +5,5 @@ say it), `draw` (the pixels), `judge` (did a picture follow?), `vocabulary` (the
 (the three networks) and `passes` (their forward passes), `feed` (training data), `fitting` (one
 optimisation step), `codec` (the autoencoder's training), `shelves` (its latents), `flow` (the other
 two networks' training), `exam` and `adherence` (the questions and who answers them), `checkpoint`
-(the folder), `train` (the command). Nothing here is served.
+(the folder), `train` (the command), `lora` (its adapter). Nothing here is served.
 """
