@@ -139,6 +139,7 @@ class ActiveAdapters:
 
     def _fill(self, adapters: list[tuple[_Adapter, float]]) -> None:
         touched = {modules for adapter, _ in adapters for modules in adapter}
+        self._make_room([adapter for adapter, _ in adapters], touched)
         variant: list[Hashable] = []
         is_graph = True
         # In the order of the layers, so that equal adapters make equal variants.
@@ -155,6 +156,16 @@ class ActiveAdapters:
             is_graph = is_graph and branch.variant is not None
         if touched:
             self._set_variant(tuple(variant) if is_graph else None)
+
+    def _make_room(self, adapters: list[_Adapter], touched: set[tuple[str, ...]]) -> None:
+        """Drop slots that must grow, all before one does: the allocator keeps pieces else."""
+        has_grown = False
+        for modules in touched & self._branches.keys():
+            parts = [adapter[modules] for adapter in adapters if modules in adapter]
+            rank = sum(len(part.down) for part in parts if part.down is not None)
+            has_grown |= self._branches[modules].make_room(rank)
+        if has_grown and self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _branch(self, place: Place) -> ExactBranch | SlotBranch:
         branch = self._branches.get(place.modules)

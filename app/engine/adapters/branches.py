@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from app.engine import torch_private
 from app.engine.adapters.joined import join_low_rank, kronecker_of, multiply_kronecker
 from app.engine.adapters.reader import Branch, Kronecker, LowRank
+from app.engine.kernels import blocks
 from app.engine.kernels.blocks import FP8_LIMIT, TINY
+from app.engine.kernels.fp8_linear import multiply_fp8
 
 BUCKETS = (32, 64, 128, 256)
 """The ranks that slots have; a branch runs at the smallest that holds its adapters'."""
@@ -84,6 +85,9 @@ class LayerBranch(Protocol):
     def fill(self, parts: Parts) -> None:
         """Take the place of all adapters before."""
 
+    def make_room(self, rank: int) -> bool:
+        """Drop slots that are too small for *rank*; return whether there were any."""
+
     def clear(self) -> None:
         """Hold no adapter; slots stay."""
 
@@ -124,6 +128,11 @@ class ExactBranch:
         self._parts: list[tuple[Prepared, float]] = []
         self.size_bytes = 0
         self.variant: int | None = None
+
+    def make_room(self, rank: int) -> bool:
+        """Drop nothing: there are no slots."""
+        del rank
+        return False
 
     def clear(self) -> None:
         """Drop what `fill` copied."""
@@ -209,6 +218,13 @@ class SlotBranch:
         """The rank, with the allocation that it lies in."""
         return None if self._kroneckers else self.allocations * (BUCKETS[-1] + 1) + self._rank
 
+    def make_room(self, rank: int) -> bool:
+        """Drop slots that are too small for *rank*; return whether there were any."""
+        if not 0 < len(self._down) < bucket(rank):
+            return False
+        self._down, self._up = torch.empty(0), torch.empty(0)
+        return True
+
     def clear(self) -> None:
         """Drop Kronecker products, which are in no slot."""
         self._kroneckers = []
@@ -247,9 +263,8 @@ class SlotBranch:
             if input_scale is None:
                 inner = x @ down.t()
             else:
-                flat = x.reshape(-1, x.shape[-1])
-                inner = torch_private.scaled_product(flat, down, input_scale, self._one, dtype)
-            product.view(-1, self._outputs).addmm_(inner.view(-1, self._rank), up)
+                inner = multiply_fp8(x, down, input_scale, self._one, dtype)
+            blocks.add_product(product, inner, up)
         if self._kroneckers:
             wide = x if input_scale is None else (x.float() * input_scale).to(dtype)
             for part, branch in self._kroneckers:
@@ -261,8 +276,6 @@ class SlotBranch:
         if self._rank <= len(self._down):
             return
         down, up, _ = factors[0]
-        # The old ones first: both may have no room.
-        self._down = self._up = torch.empty(0)
         kind = torch.float8_e4m3fn if self._is_fp8 else down.dtype
         self._down = torch.empty(self._rank, down.shape[1], dtype=kind, device=self._device)
         self._up = torch.empty(self._rank, up.shape[1], dtype=up.dtype, device=self._device)

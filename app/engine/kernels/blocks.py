@@ -116,6 +116,15 @@ def gate_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch
 
 
 @_as_kernel
+def add_product(x: torch.Tensor, inner: torch.Tensor, up: torch.Tensor) -> None:
+    """Add inner @ up to *x*, [..., out], in place; *inner* is [..., r] and *up* [r, out].
+
+    On a GPU r is a multiple of 32.
+    """
+    x.view(-1, x.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), up)
+
+
+@_as_kernel
 def join(
     heads: torch.Tensor | None, feed: torch.Tensor | None, cast: Cast | None = None
 ) -> torch.Tensor:
@@ -130,13 +139,6 @@ def join(
         parts.append(functional.silu(gate) * value)
     made = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
     return made if cast is None else cast(made)
-
-
-@_as_kernel
-def fill(heads: torch.Tensor, cast: Cast, out: torch.Tensor) -> None:
-    """Write *heads*, cast, to the first columns of *out*: [1, h, n, s] and [1, n, m]."""
-    made = cast(merge(heads))
-    out[..., : made.shape[-1]] = made
 
 
 def merge(heads: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ _NORM_ROWS, _NORM_WARPS = 1, 4
 _ADD_ROWS, _ADD_WARPS = 4, 4
 _JOIN_ROWS, _JOIN_WARPS, _COLUMNS = 2, 8, 1024
 _HEAD_ROWS, _HEAD_BLOCK, _HEAD_WARPS = 2, 8, 4
+_PRODUCT_ROWS, _PRODUCT_BLOCK, _PRODUCT_PART, _PRODUCT_WARPS = 128, 128, 32, 8
 _AMAX_BLOCK, _PROGRAMS = 4096, 512
 
 
@@ -85,6 +86,25 @@ def gate_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch
     return out
 
 
+def add_product(x: torch.Tensor, inner: torch.Tensor, up: torch.Tensor) -> None:
+    """Launch the kernel of this name."""
+    rank, columns = up.shape
+    rows = x.numel() // columns
+    grid = -(-columns // _PRODUCT_BLOCK), -(-rows // _PRODUCT_ROWS)
+    blocks_triton.add_product[grid](
+        x,
+        inner,
+        up,
+        rows,
+        columns,
+        rank,
+        ROWS=_PRODUCT_ROWS,
+        BLOCK=_PRODUCT_BLOCK,
+        PART=_PRODUCT_PART,
+        num_warps=_PRODUCT_WARPS,
+    )
+
+
 def join(
     heads: torch.Tensor | None, feed: torch.Tensor | None, cast: Cast | None = None
 ) -> torch.Tensor:
@@ -115,38 +135,12 @@ def join(
         WIDTH=width,
         SIZE=size,
         FEED=feed_width,
-        OUT=out.shape[-1],
         BLOCK=block,
         ROWS=_JOIN_ROWS,
         CASTS=cast is not None,
         num_warps=_JOIN_WARPS,
     )
     return out
-
-
-def fill(heads: torch.Tensor, cast: Cast, out: torch.Tensor) -> None:
-    """Launch the kernel `join` for the heads alone, with the rows of *out*."""
-    _, count, rows, size = heads.shape
-    width = count * size
-    block = _column_block(width)
-    blocks_triton.join[(-(-rows // _JOIN_ROWS), -(-width // block))](
-        heads,
-        None,
-        cast.inverse,
-        out,
-        rows,
-        heads.stride(1),
-        heads.stride(2),
-        0,
-        WIDTH=width,
-        SIZE=size,
-        FEED=0,
-        OUT=out.shape[-1],
-        BLOCK=block,
-        ROWS=_JOIN_ROWS,
-        CASTS=True,
-        num_warps=_JOIN_WARPS,
-    )
 
 
 def find_scale(x: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor) -> None:

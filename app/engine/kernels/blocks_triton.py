@@ -101,6 +101,35 @@ def rms_norm(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def add_product(
+    x: tl.tensor,
+    inner: tl.tensor,
+    up: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    width: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+) -> None:
+    """Add inner @ up to x, in place, PART of the *width* of inner at a time.
+
+    Multiples of 16 for *columns* and *width* need no other kernel.
+    """
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    within, fits = (row < rows)[:, None], (column < columns)[None, :]
+    place = x + row.to(tl.int64)[:, None] * columns + column[None, :]
+    value = tl.load(place, within & fits, other=0).to(tl.float32)
+    for start in range(0, width, PART):
+        rank = start + tl.arange(0, PART)
+        left = tl.load(inner + row[:, None] * width + rank[None, :], within, other=0)
+        right = tl.load(up + rank[:, None] * columns + column[None, :], fits, other=0)
+        value = tl.dot(left, right, value)
+    tl.store(place, value.to(x.dtype.element_ty), within & fits)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def gate_add(
     x: tl.tensor,
     gate: tl.tensor,
@@ -136,21 +165,17 @@ def join(
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     FEED: tl.constexpr,
-    OUT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     CASTS: tl.constexpr,
 ) -> None:
-    """Write the heads' WIDTH columns, then FEED columns silu(gate) * value of *feed*.
-
-    The rows of *out* lie OUT apart.
-    """
+    """Write the heads' WIDTH columns, then FEED columns silu(gate) * value of *feed*."""
     block = tl.program_id(1)
     before: tl.constexpr = tl.cdiv(WIDTH, BLOCK)
     # In one program all rows have the same block of columns, from the one or the other.
     lanes = tl.arange(0, BLOCK)[None, :]
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    out += row * OUT
+    out += row * (WIDTH + FEED)
     if FEED == 0:
         _merge(
             heads + row * row_stride,

@@ -251,6 +251,8 @@ def _build_fused(
         pool,
         options.device if options.plan.is_streamed else None,
     )
+    # Of those that are streamed only two places stay on the GPU, beside which the rest has room.
+    del layers
     network, places = _build_shell(checkpoint.transformer, fill, options)
     transformer = FusedTransformer(network, options.kernels, pool, architecture.graph_tokens)
     return encoder, transformer, places
