@@ -240,6 +240,8 @@ def _build_fused(
         pool,
         options.device if options.plan.is_streamed else None,
     )
+    # Of those that are streamed only two places stay on the GPU, beside which the rest has room.
+    del layers
     network = _build_shell(checkpoint.transformer, fill, options)
     return encoder, FusedTransformer(network, options.kernels, pool, architecture.graph_tokens)
 

@@ -58,16 +58,15 @@ class QuantizedLinearBuilder:
 
     def keep(self) -> None:
         """Write the quantized layers to the cache, unless they were read from it, and close it."""
-        if self.cache is None:
-            return
-        self.cache.write(
-            {
-                f"{name}.{word}": getattr(made, word)
-                for name, made in self._made.items()
-                for word in self.format.layers().cached
-            }
-        )
-        self.cache.close()
+        if self.cache is not None:
+            self.cache.write(
+                {
+                    f"{name}.{word}": getattr(made, word)
+                    for name, made in self._made.items()
+                    for word in self.format.layers().cached
+                }
+            )
+            self.cache.close()
         self._made.clear()
 
     def _recall(self, name: str) -> nn.Module | None:

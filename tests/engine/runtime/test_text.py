@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
 from app.engine.memory.planner import Plan
+from app.engine.pipeline import build as pipeline_build
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.pipeline.text import encode_text
 from app.engine.runtime.tokenizer import Tokens
@@ -64,6 +67,28 @@ def test_streamed_layers_hold_two_on_the_card(tiny_klein):
     assert sum(len(each) for each in layers._host) >= 27 * sum(
         each.nbytes for each in next(iter(layers)).parameters()
     )
+
+
+def test_streamed_layers_leave_before_the_transformer_comes(tiny_klein, monkeypatch):
+    """Their memory on the card is the transformer's: no plan counts both."""
+    made, held = weakref.WeakSet(), []
+    make_layer, make_shell = pipeline_build.encoder_layer, pipeline_build._build_shell
+
+    def make(*inputs, **options):
+        layer = make_layer(*inputs, **options)
+        made.add(layer)
+        return layer
+
+    def note(*inputs):
+        held.append(len(made))
+        return make_shell(*inputs)
+
+    monkeypatch.setattr(pipeline_build, "encoder_layer", make)
+    monkeypatch.setattr(pipeline_build, "_build_shell", note)
+    build(tiny_klein, plan=Plan.STREAMED)
+    build(tiny_klein)
+
+    assert held == [2, 27]
 
 
 def tokens(count: int) -> Tokens:
