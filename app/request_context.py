@@ -34,6 +34,8 @@ class RequestContext:
     """Set where the status does not tell it, as in a health response."""
     notes: dict[str, float] = field(default_factory=dict)
     """Fields of the request's one log line: numbers, no strings."""
+    loras: tuple[str, ...] = ()
+    """Names of the adapters of its images, for the same line; the operator has given them."""
 
     def keep(self, error: KleinError) -> None:
         """Keep *error* without its traceback, cause and context.

@@ -49,7 +49,7 @@ def load(bench: Bench, **changes: Any) -> tuple[KleinEngine, ModelInfo]:
         path=str(bench.folder),
         cache_dir=str(bench.cache),
         device=bench.device,
-        **({"precision": "fp8"} | changes),
+        **({"precision": bench.precision, "attention": bench.attention} | changes),
     )
     engine = KleinEngine(config)
     seen: set[str] = set()
@@ -162,6 +162,7 @@ def series(
         width=side,
         height=side,
         precision=info.precision,
+        attention=info.attention,
         plan=info.plan,
         note=note,
         stages=stages,
@@ -267,6 +268,7 @@ def measure_plans(bench: Bench) -> None:
         script = str(_ROOT / "benchmarks" / "bench_gpu.py")
         options = ["--folder", str(bench.folder), "--cache", str(bench.cache)]
         options += ["--out", str(bench.out), "--plan", plan, "--here"]
+        options += ["--precision", bench.precision, "--attention", bench.attention]
         tiny = ["--tiny"] if bench.is_tiny else []
         command = [sys.executable, "-u", script, "plans", *options, *tiny]
         subprocess.run(command, check=False)

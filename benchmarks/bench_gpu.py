@@ -59,9 +59,19 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("/tmp/klein-cache"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results.jsonl"))
     parser.add_argument("--plan", action="append", help="only this plan, in phase plans")
+    parser.add_argument("--precision", default="fp8", help="as KLEIN_PRECISION")
+    parser.add_argument("--attention", default="auto", help="as KLEIN_ATTENTION")
     parser.add_argument("--here", action="store_true", help="in this process, without a new one")
     asked = parser.parse_args()
-    bench = Bench(asked.folder, asked.cache, asked.out, asked.tiny, tuple(asked.plan or ()))
+    bench = Bench(
+        asked.folder,
+        asked.cache,
+        asked.out,
+        asked.tiny,
+        tuple(asked.plan or ()),
+        asked.precision,
+        asked.attention,
+    )
     if asked.here:
         for name in asked.phases:
             PHASES[name](bench)

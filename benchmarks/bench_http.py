@@ -144,6 +144,7 @@ def _series(
         width=side,
         height=side,
         precision=_health().get("precision"),
+        attention=_health().get("attention"),
         plan=_health().get("plan"),
         note=note,
         stages=stages,
@@ -243,7 +244,8 @@ def _service(bench: Bench, report: Path) -> Iterator[tuple[subprocess.Popen[byte
         "KLEIN_MODEL": str(bench.folder),
         "KLEIN_CACHE_DIR": str(bench.cache),
         "KLEIN_PORT": str(_PORT),
-        "KLEIN_PRECISION": "fp8",
+        "KLEIN_PRECISION": bench.precision,
+        "KLEIN_ATTENTION": bench.attention,
         "KLEIN_LOG_LEVEL": "warning",
         "KLEIN_DEVICE": "cpu" if bench.device is None else "0",
     }

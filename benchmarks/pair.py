@@ -66,6 +66,14 @@ class Service:
     port: int
     ready_s: float = 0.0
 
+    def attention(self) -> str:
+        """Return the kernel of attention that it took."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("GET", "/health")
+        found = json.loads(connection.getresponse().read())
+        connection.close()
+        return str((found.get("worker") or {}).get("attention", ""))
+
     def ask(self, case: Case, number: int) -> tuple[float, dict[str, str], bytes]:
         """Return seconds from the first byte sent to the last read, the headers and the body."""
         asked: dict[str, Any] = {
@@ -92,16 +100,16 @@ class Service:
 
     def series(
         self, case: Case, first: int
-    ) -> tuple[list[float], dict[str, str], dict[str, float]]:
-        """Ask for one picture that does not count, then for those that do."""
-        self.ask(case, first)
+    ) -> tuple[list[float], dict[str, str], dict[str, float], bytes]:
+        """Ask for one picture that does not count, which comes last, then for those that do."""
+        uncounted = self.ask(case, first)[2]
         asked = [self.ask(case, first + 1 + number) for number in range(case.counted)]
         stages = [read_timings(headers.get("server-timing", "")) for _, headers, _ in asked]
         medians = {
             stage: round(statistics.median(each.get(stage, 0.0) for each in stages) / 1000, 5)
             for stage in stages[0]
         }
-        return [seconds for seconds, _, _ in asked], asked[-1][1], medians
+        return [seconds for seconds, _, _ in asked], asked[-1][1], medians, uncounted
 
 
 def main() -> int:
@@ -127,9 +135,9 @@ def main() -> int:
             for case in _cases(asked.tiny):
                 pictures = {}
                 for service in services if turn % 2 == 0 else services[::-1]:
-                    seconds, headers, stages = service.series(case, 1000 * turn)
+                    seconds, headers, stages, made = service.series(case, 1000 * turn)
                     found[case.note, service.name] += seconds
-                    pictures[service.name] = service.ask(case, 1000 * turn)[2]
+                    pictures[service.name] = made
                     bench.write(
                         "klein.pair",
                         seconds,
@@ -139,6 +147,7 @@ def main() -> int:
                         note=f"{case.note}; round {turn}, in turn with the other tree",
                         stages=stages,
                         ready_s=round(service.ready_s, 1),
+                        attention=service.attention(),
                         peak_reserved_bytes=int(headers.get("x-klein-peak-vram-bytes") or 0)
                         or None,
                     )

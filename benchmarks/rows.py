@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
+import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,6 +28,8 @@ class Bench:
     out: Path
     is_tiny: bool
     plans: tuple[str, ...] = ()
+    precision: str = "fp8"
+    attention: str = "auto"
 
     @property
     def device(self) -> int | None:
@@ -57,6 +62,7 @@ class Bench:
         row = {
             "name": name,
             "card": card_name(),
+            "host": host_name(),
             "steps": 4,
             "seconds_median": round(statistics.median(ordered), 5),
             "seconds_p95": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))], 5),
@@ -74,12 +80,18 @@ class Bench:
         return row
 
 
-_DULL = ("card", "commit", "versions", "cuda", "date", "is_tiny", "count")
+_DULL = ("card", "host", "commit", "versions", "cuda", "date", "is_tiny", "count")
 
 
 def card_name() -> str:
     """NVML's name of the card, or cpu."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
+def host_name() -> str:
+    """The host's processor and how many cores of it this process may use."""
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return f"{len(os.sched_getaffinity(0))} x {found[1] if found else platform.machine()}"
 
 
 def used_bytes() -> int | None:

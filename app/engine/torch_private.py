@@ -31,6 +31,19 @@ def set_allocator(settings: str) -> None:
     os.environ["PYTORCH_ALLOC_CONF"] = settings
 
 
+def scaled_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Compute `scaled_mm`, on a processor in float32."""
+    if x.is_cuda:
+        return scaled_mm(x, weight, x_scale, weight_scale, dtype)
+    return (x.float() @ weight.float().t() * (x_scale * weight_scale)).to(dtype)
+
+
 def scaled_mm(
     x: torch.Tensor,
     weight: torch.Tensor,

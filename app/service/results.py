@@ -62,7 +62,9 @@ TicketEvent = Queued | Progress | Preview | Picture
 
 def write_loras(loras: Iterable[Lora]) -> str:
     """Write the recipe of an image's adapters in one line: names, scales, hashes of the files."""
-    return ", ".join(f"{each.name}:{each.scale:g}@{each.sha256}" for each in loras)
+    return ", ".join(
+        f"{each.name}:{str(each.scale).removesuffix('.0')}@{each.sha256}" for each in loras
+    )
 
 
 def warnings_of(spec: ImageSpec) -> tuple[str, ...]:

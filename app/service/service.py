@@ -325,6 +325,8 @@ class ImageService:
             self._queue.fill(places, jobs)
         self._longest_deadline = max(self._longest_deadline, deadline)
         context = current_request.get(None)
+        if context is not None:
+            context.loras = tuple(lora.name for lora in specs[0].loras)
         ticket = Ticket(self, self._queue, jobs, output, context.id if context else "")
         self._tickets.add(ticket)
         return ticket

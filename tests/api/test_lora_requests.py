@@ -6,6 +6,7 @@ import json
 from itertools import product
 
 import pytest
+from openai import AsyncOpenAI
 
 from app.domain import Lora
 from app.engine.adapters.directory import Adapter, Listing
@@ -96,6 +97,7 @@ async def test_an_adapter_is_a_model(client, service) -> None:
             "number",
         ),
         ({"loras": [{"name": "outlined", "scale": True}]}, "loras[0].scale", "invalid_type", ""),
+        ({"loras": [{"name": "outlined", "scale": "1"}]}, "loras[0].scale", "invalid_type", ""),
         ({"loras": [{"name": "outlined", "scale": 10**400}]}, "loras[0].scale", None, "number"),
         ({"loras": [{"scale": 1}]}, "loras[0].name", "missing_required_parameter", ""),
         ({"loras": [{"name": 7}]}, "loras[0].name", "invalid_type", ""),
@@ -145,8 +147,21 @@ async def test_an_adapter_as_model_goes_alone(client) -> None:
     assert error_of(response)["param"] == "loras"
 
 
-async def test_an_unknown_model_names_adapters_like_it(client) -> None:
-    """At most three, in the sentence for a model that is not served."""
+async def test_an_adapter_of_too_high_a_rank_is_refused_as_the_model(client, adapters) -> None:
+    """With the field that was sent."""
+    adapters.replace(Listing((Adapter("big", "d" * 64, 1, 200, 0, False, "/loras/big"),), ()))
+    response = await ask(client, "/v1/images/generations", model="big")
+
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "model"
+    assert "rank 200" in error_of(response)["message"]
+    assert "128" in error_of(response)["message"]
+
+
+async def test_an_unknown_model_names_adapters_like_it(client, adapters, monkeypatch) -> None:
+    """At most three, in the sentence for a model that is not served; looked for once."""
+    near, sought = adapters.near, []
+    monkeypatch.setattr(adapters, "near", lambda name: sought.append(name) or near(name))
     response = await ask(client, "/v1/images/generations", model="outlinet")
 
     error = error_of(response)
@@ -156,6 +171,7 @@ async def test_an_unknown_model_names_adapters_like_it(client) -> None:
         "model_not_found",
     )
     assert "`outlined`" in error["message"]
+    assert sought == ["outlinet"]
 
 
 FORMS = {
@@ -164,6 +180,17 @@ FORMS = {
         ("loras[0][name]", "outlined"),
         ("loras[0][scale]", "0.8"),
         ("loras[1][name]", "x-1"),
+    ],
+    "numbered, names first": [
+        ("loras[0][name]", "outlined"),
+        ("loras[1][name]", "x-1"),
+        ("loras[0][scale]", "0.8"),
+    ],
+    "names first": [
+        ("loras[][name]", "outlined"),
+        ("loras[][name]", "x-1"),
+        ("loras[][scale]", "0.8"),
+        ("loras[][scale]", ""),
     ],
     "scale first": [
         ("loras[][scale]", "0.8"),
@@ -201,6 +228,12 @@ async def test_forms_name_them_in_parts_or_in_one_text(client, service, form) ->
         ([("loras", "a," * 1200)], "2,000"),
         ([("loras", "outlined:0.8:3")], "scale"),
         ([("loras[][scale]", "0.8")], "name"),
+        ([("loras[][scale]", "0.8")] * 5, "most is 4"),
+        (
+            [("loras[][name]", "outlined"), ("loras[][name]", "x-1"), ("loras[][scale]", "0.8")],
+            "a scale for each",
+        ),
+        ([("loras[0][name]", "outlined"), ("loras[0][name]", "x-1")], "more than once"),
         ([("loras[][width]", "0.8")], "loras[][width] is not a field"),
         ([("loras", '{"name": "outlined"}')], "list"),
     ],
@@ -214,6 +247,19 @@ async def test_a_form_that_cannot_be_read_is_refused(client, service, fields, wo
     assert not service.specs
 
 
+async def test_a_file_is_no_name(serve, service) -> None:
+    """Also where unknown fields are ignored: the default must not take its place."""
+    client = await serve(unknown_fields="ignore")
+    parts = [("prompt", (None, "a")), ("image", ("a.png", photo(), "image/png"))]
+    response = await client.post(
+        "/v1/images/edits", files=[*parts, ("loras[][name]", ("a.txt", b"outlined"))]
+    )
+
+    assert response.status_code == 400
+    assert "text, not a file" in error_of(response)["message"]
+    assert not service.specs
+
+
 async def test_an_empty_list_in_a_form_is_none(client, service) -> None:
     """An empty text is absent, as in every form; `[]` is none."""
     seen = []
@@ -224,12 +270,53 @@ async def test_an_empty_list_in_a_form_is_none(client, service) -> None:
     assert seen == [1, 0]
 
 
-async def test_the_recipe_is_in_the_headers(client) -> None:
-    """Names, scales and the files' hashes, in the order of the request."""
-    response = await ask(client, "/generate", loras=[{"name": "outlined", "scale": 0.8}])
+@pytest.mark.parametrize(
+    ("route", "more"), [*((route, {}) for route in ROUTES), (ROUTES[1], {"stream": True})]
+)
+async def test_the_recipe_is_in_the_headers(serve, route, more) -> None:
+    """Names, scales and the files' hashes, in the order of the request; pages may read it."""
+    page = "http://localhost:3000"
+    client = await serve(allowed_origins=(page,))
+    body = {"prompt": "a", "loras": [{"name": "outlined", "scale": 0.8}], **more}
+    response = await client.post(route, json=body, headers={"origin": page})
 
     assert response.headers["x-klein-loras"] == f"outlined:0.8@{A[1]}"
-    assert "x-klein-loras" not in (await ask(client, "/generate", loras=[])).headers
+    assert "x-klein-loras" in response.headers["access-control-expose-headers"]
+    assert "x-klein-loras" not in (await ask(client, route, loras=[])).headers
+
+
+async def test_automatic1111s_answer_has_it_too(client) -> None:
+    """Its hashes stand without scales, and adapters by default not even in the prompt."""
+    response = await client.post("/sdapi/v1/txt2img", json={"prompt": "a fox"})
+
+    assert response.headers["x-klein-loras"] == f"night-style:0.5@{B[1]}"
+
+
+async def test_the_document_has_the_recipe(client) -> None:
+    """Each key of an answer with adapters is described."""
+    document = (await client.get("/openapi.json")).json()
+    reply = document["paths"]["/v1/images/generations"]["post"]["responses"]["200"]
+    described = reply["content"]["application/json"]["schema"]["properties"]
+    answer = (await ask(client, "/v1/images/generations", model="outlined")).json()
+
+    assert answer.keys() <= described.keys()
+    assert answer["loras"][0].keys() == described["loras"]["items"]["properties"].keys()
+
+
+async def test_openais_edits_name_several(serve) -> None:
+    """Its package sends all names of a list, and then all scales."""
+    client = await serve()
+    openai = AsyncOpenAI(
+        base_url="http://127.0.0.1/v1", api_key="none", max_retries=0, http_client=client
+    )
+    loras = [{"name": "outlined", "scale": 0.8}, {"name": "x-1", "scale": 0.5}]
+
+    made = await openai.images.edit(image=photo(), prompt="a", extra_body={"loras": loras})
+
+    assert [(each["name"], each["scale"]) for each in made.loras] == [
+        ("outlined", 0.8),
+        ("x-1", 0.5),
+    ]
 
 
 async def test_the_recipe_is_in_the_last_event_of_a_stream(client) -> None:
@@ -264,7 +351,9 @@ async def test_automatic1111s_prompts_name_them(client, service, prompt, kept, l
     info = json.loads(response.json()["info"])
     assert info["prompt"] == prompt
     name, sha256 = next(each for each in (A, B) if each[0] == loras[0][0])
-    assert f'Lora hashes: "{name}: {sha256[:12]}"' in info["infotexts"][0]
+    hashes = f"{name}: {sha256[:12]}"
+    assert f'Lora hashes: "{hashes}"' in info["infotexts"][0]
+    assert info["extra_generation_params"] == {"Lora hashes": hashes}
 
 
 @pytest.mark.parametrize(
@@ -272,6 +361,10 @@ async def test_automatic1111s_prompts_name_them(client, service, prompt, kept, l
     [
         ("a fox <lora:outlines:1>", "`outlined`"),
         ("a fox <lora:outlined:x>", "<lora:name:0.8>"),
+        ("a fox <lora:>", "<lora:name:0.8>"),
+        (f"a fox <lora:{'x' * 400}>", "no adapter"),
+        ("<lora:outlined:1><lora:outlined:1>a fox", "prompt names outlined twice"),
+        ("<lora:outlined:1><lora:night-style:1>a fox", "prompt has adapters of rank 132"),
         ("a fox <lora:outlined:1:1:1>", "<lora:name:0.8>"),
         ("a fox <lora:outlined:3>", "-2 and 2"),
         ("<lora:outlined:1>", "prompt is blank"),
@@ -291,7 +384,10 @@ async def test_automatic1111s_list(client) -> None:
     """Names, and no path of this machine."""
     response = await client.get("/sdapi/v1/loras")
 
-    assert [each["name"] for each in response.json()] == ["night-style", "outlined", "x-1"]
+    names = ["night-style", "outlined", "x-1"]
+    assert response.json() == [
+        {"name": name, "alias": name, "path": "", "metadata": {}} for name in names
+    ]
     assert "/loras/" not in response.text
     assert (await client.post("/sdapi/v1/refresh-loras")).status_code == 200
 

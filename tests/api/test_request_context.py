@@ -16,6 +16,7 @@ async def test_requests_at_the_same_time_have_contexts_of_their_own(client, serv
     def note(**given):
         context = current_request.get()
         context.notes["seen"] = float(context.id)
+        context.loras = (f"ink-{context.id}", "oil")
         return admit(**given)
 
     service.admit = note
@@ -28,9 +29,9 @@ async def test_requests_at_the_same_time_have_contexts_of_their_own(client, serv
     )
 
     lines = [record for record in caplog.records if record.name == "app.api.access"]
-    assert {(line.seen, line.outcome) for line in lines} == {
-        (1.0, "ok"),
-        (2.0, "invalid"),
-        (3.0, "ok"),
+    assert {(line.seen, line.outcome, line.loras) for line in lines} == {
+        (1.0, "ok", "ink-1,oil"),
+        (2.0, "invalid", "ink-2,oil"),
+        (3.0, "ok", "ink-3,oil"),
     }
     assert current_request.get(None) is None

@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from app.domain import ImageSpec, RawImage, Stage, WorkerStage
+from app.domain import ImageSpec, Lora, RawImage, Stage, WorkerStage
 from app.errors import Cancelled, GenerationFailed, InvalidRequest, Kind, Unavailable
 from app.images import OutputFormat
+from app.request_context import RequestContext, current_request
+from app.service.adapters import Adapters
 from app.service.results import Advance, Picture, Queued
 from tests.support.in_process import InProcess
 
@@ -229,3 +231,20 @@ async def test_a_ticket_tells_how_far_it_has_come(at: InProcess) -> None:
     assert ticket.advance() == Advance(images=3, done=1, step=1, steps=4)
     ticket.cancel()
     assert ticket.advance().done == 3
+
+
+async def test_adapters_are_in_the_file_and_in_the_log_line(at) -> None:
+    """With scales and hashes in the file, also those of the weights; by name in the line."""
+    at.service.adapters = Adapters(fused=(Lora("grain", 0.5, "b" * 64, "/loras/grain", 8),))
+    context = RequestContext("r1")
+    token = current_request.set(context)
+    loras = (Lora("ink", -1 / 3, "a" * 64, "/loras/ink", 16), Lora("oil", 1.0, "c" * 64, "", 16))
+    ticket = at.service.submit([replace(SPEC, loras=loras)], client="a", output=PNG)
+    current_request.reset(token)
+    (picture,) = await ticket.pictures()
+
+    told = Image.open(io.BytesIO(picture.data)).text
+    assert told["loras"] == f"ink:{-1 / 3}@{'a' * 64}, oil:1@{'c' * 64}"
+    assert told["fused_loras"] == f"grain:0.5@{'b' * 64}"
+    assert "/loras" not in str(told)
+    assert context.loras == ("ink", "oil")

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 _EXPOSED = (
     "x-request-id, server-timing, retry-after, openai-processing-ms, "
-    "x-klein-seed, x-klein-peak-vram-bytes, x-klein-warnings"
+    "x-klein-seed, x-klein-loras, x-klein-peak-vram-bytes, x-klein-warnings"
 )
 _METHODS = "GET, HEAD, POST, DELETE"
 _MAX_AGE_S = 600

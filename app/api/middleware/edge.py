@@ -109,6 +109,7 @@ def _record(scope: Scope, context: RequestContext, status: int, seconds: float) 
             "seconds": round(seconds, 4),
             **_details(scope, context.error),
             **context.notes,
+            **({"loras": ",".join(context.loras)} if context.loras else {}),
         },
     )
 

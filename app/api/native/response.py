@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from app.service.results import Picture, write_loras
+from app.api.schema import loras
+from app.service.results import Picture
 
 
 def response_headers(picture: Picture, request_id: str) -> dict[str, str]:
@@ -16,8 +17,7 @@ def response_headers(picture: Picture, request_id: str) -> dict[str, str]:
     }
     if picture.peak is not None:
         found["X-Klein-Peak-Vram-Bytes"] = str(picture.peak.reserved)
-    if picture.loras:
-        found["X-Klein-Loras"] = write_loras(picture.loras)
+    found |= loras.headers(picture.loras)
     if picture.warnings:
         found["X-Klein-Warnings"] = "; ".join(picture.warnings)
     return found

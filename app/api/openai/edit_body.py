@@ -53,7 +53,9 @@ async def read_form(request: Request, table: FieldTable, limits: Limits) -> Edit
         part = parts.pop(0)  # no part is held both raw and read
         if picture := _PICTURE.fullmatch(part.name):
             files[picture[1]] += _read_file(part, picture[1])
-        elif not part.is_file and is_part(part.name):
+        elif is_part(part.name):
+            if _has_file(part):
+                raise _must_be("text, not a file", part.name)
             loras.take(part.name, part.text())
         elif (value := _read_value(part, table)) and texts.setdefault(part.name, value) != value:
             name = shorten(part.name)

@@ -64,7 +64,7 @@ def _read_adapter(name: str, model: ModelSpec, config: ApiConfig, adapters: Adap
         return name
     # The status is 400, since Nextcloud takes 404 for a missing API.
     word = shorten(name)
-    near = f"; {say_near(name, adapters)}" if adapters.near(name) else ""
+    near = say_near(name, adapters)
     raise InvalidRequest(
         f"The model `{word}` is not served here; send `{model.id}`, or leave `model` out{near}.",
         param="model",

@@ -25,6 +25,7 @@ from app.api.openai.events import messages
 from app.api.openai.image_store import ImageStore
 from app.api.openai.request import ImagesRequest
 from app.api.pieces import Body, Data, PieceResponse
+from app.api.schema import loras
 from app.api.schema.body import FORM, JSON, content_type, read_json
 from app.api.schema.request import SIDES
 from app.api.sse import EventStream
@@ -90,7 +91,7 @@ async def _respond(
         stream = messages(ticket, asked, specs[0])
         return EventStream(
             stream,
-            headers=_warning((*admission.warnings, *warnings_of(specs[0]))),
+            headers=_headers((*admission.warnings, *warnings_of(specs[0])), asked),
             heartbeat_s=config.heartbeat_s,
             on_close=ticket.cancel,
         )
@@ -107,7 +108,10 @@ async def _respond(
         references=specs[0].references,
         links=urls,
     )
-    return PieceResponse(body, media_type=JSON, headers=_headers(pictures))
+    headers = _headers(openai_response.all_warnings(pictures), asked)
+    if len(pictures) == 1:
+        headers["Server-Timing"] = server_timing(pictures[0])
+    return PieceResponse(body, media_type=JSON, headers=headers)
 
 
 async def _read_generation(
@@ -150,12 +154,8 @@ def _store(links: ImageStore, picture: Picture) -> str:
     )
 
 
-def _headers(pictures: Sequence[Picture]) -> dict[str, str]:
-    headers = _warning(openai_response.all_warnings(pictures))
-    if len(pictures) == 1:
-        headers["Server-Timing"] = server_timing(pictures[0])
+def _headers(warnings: Sequence[str], asked: ImagesRequest) -> dict[str, str]:
+    headers = loras.headers(asked.image.loras)
+    if warnings:
+        headers["X-Klein-Warnings"] = "; ".join(warnings)
     return headers
-
-
-def _warning(sentences: Sequence[str]) -> dict[str, str]:
-    return {"X-Klein-Warnings": "; ".join(sentences)} if sentences else {}

@@ -12,11 +12,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from app.api.errors import own_names
 from app.api.schema.table import Field, Type, shorten
 from app.domain import Lora
 from app.errors import InvalidRequest
 from app.limits import MAX_LORA_SCALE, MAX_LORAS, Limits
 from app.service.adapters import Adapters, UnknownAdapter
+from app.service.results import write_loras
 
 NAME = "loras"
 _PART = re.compile(r"loras\[([0-9]{0,3})\]\[(name|scale)\]")
@@ -57,40 +59,55 @@ def loras_field() -> Field:
 
 
 class Parts:
-    """The adapters of a form's parts, in their order."""
+    """The adapters of a form's parts, in their order.
+
+    Parts with the same index are one adapter. Without indexes the first scale is the first name's,
+    and so on, since clients send them in pairs or, as OpenAI's package does, all names and then all
+    scales.
+    """
 
     def __init__(self) -> None:
-        self._entries: list[dict[str, object]] = []
-        self._index = ""
+        self._entries: dict[str, dict[str, object]] = {}
+        self._order = ""
+        """The first letter of each part without an index: of `name` or of `scale`."""
 
-    def take(self, name: str, text: str) -> bool:
-        """Take a part, and return whether it was one of an adapter's.
-
-        A name begins an adapter, as does another index; a scale belongs to the last one.
+    def take(self, name: str, text: str) -> None:
+        """Take a part, of which `is_part` has approved.
 
         Raises:
-            InvalidRequest: there are too many, or a scale comes without a name.
+            InvalidRequest: there are too many adapters, or one has two names or scales.
         """
-        if not (match := _PART.fullmatch(name)):
-            return False
-        index, word = match.groups()
-        last = self._entries[-1] if self._entries else None
-        if last is None or word in last or index != self._index:
-            if len(self._entries) == MAX_LORAS:
-                raise _too_many(MAX_LORAS + 1)
-            last = {}
-            self._entries.append(last)
-        self._index = index
-        last[word] = text
-        return True
+        index, word = _PART.findall(name)[0]
+        if not index:
+            index = f"[{self._order.count(word[0])}]"
+            self._order += word[0]
+        entry = self._entries.setdefault(index, {})
+        if len(self._entries) > MAX_LORAS:
+            raise _too_many(len(self._entries))
+        value: object = text
+        if word == "scale":
+            value = _number_or(text) if text else None
+        if entry.setdefault(word, value) != value:
+            raise InvalidRequest(
+                f"{name} is there more than once, with different values; send it once.", param=NAME
+            )
 
     def add_to(self, texts: dict[str, object]) -> None:
         """Put them among a form's fields, where there are any.
 
         Raises:
-            InvalidRequest: the form names adapters in another way, too.
+            InvalidRequest: the form names adapters in another way, too, or a scale may be of either
+                of two names.
         """
-        if self._entries and texts.setdefault(NAME, self._entries) is not self._entries:
+        names, scales = self._order.count("n"), self._order.count("s")
+        if scales < names and "nns" in self._order:
+            raise InvalidRequest(
+                "loras has fewer scales than names; send a scale for each, or number them, as in "
+                "loras[0][name].",
+                param=NAME,
+            )
+        found = list(self._entries.values())
+        if found and texts.setdefault(NAME, found) is not found:
             raise InvalidRequest(
                 "loras is there as parts and as one text; send only one of the two.", param=NAME
             )
@@ -118,7 +135,10 @@ def read_loras(
             param=NAME,
         )
     if chosen:
-        return (adapters.use(chosen, 1.0),)
+        found = (adapters.use(chosen, 1.0),)
+        with own_names({NAME: "model"}):
+            limits.check_loras(found)
+        return found
     if sent is None:
         return adapters.default
     if len(sent) > MAX_LORAS:
@@ -141,8 +161,9 @@ def use_all(
             found.append(adapters.use(name, scale))
         except UnknownAdapter:
             word = shorten(name)
+            near = say_near(name, adapters) or "; GET /v1/loras lists those there are"
             raise InvalidRequest(
-                f"There is no adapter `{word}`; {say_near(name, adapters)}.",
+                f"There is no adapter `{word}`{near}.",
                 param=f"{NAME}[{index}].name",
                 code="model_not_found",
                 word=word,
@@ -152,9 +173,14 @@ def use_all(
 
 
 def say_near(name: str, adapters: Adapters) -> str:
-    """Say which adapters have names like *name*, or how to list them."""
+    """Say which adapters have names like *name*; nothing where none has."""
     near = ", ".join(f"`{each}`" for each in adapters.near(name))
-    return f"names like it are {near}" if near else "GET /v1/loras lists those there are"
+    return f"; names like it are {near}" if near else ""
+
+
+def headers(loras: Iterable[Lora]) -> dict[str, str]:
+    """Return the header of an answer that says which adapters took part, where any did."""
+    return {"X-Klein-Loras": written} if (written := write_loras(loras)) else {}
 
 
 def recipe(loras: Iterable[Lora]) -> list[dict[str, Any]]:
@@ -188,7 +214,8 @@ def _parse(text: str) -> object:
     entries: list[dict[str, object]] = []
     for each in text.split(","):
         name, colon, scale = each.strip().partition(":")
-        entries.append({"name": name.strip(), **({"scale": scale.strip()} if colon else {})})
+        scales = {"scale": _number_or(scale.strip())} if colon else {}
+        entries.append({"name": name.strip(), **scales})
     return entries
 
 
@@ -199,7 +226,7 @@ def _read_entry(entry: object, param: str) -> tuple[str, float]:
         )
     present = {key: value for key, value in entry.items() if value is not None}
     name = present.pop("name", None)
-    scale = read_number(present.pop("scale", 1.0))
+    scale = _typed(present.pop("scale", 1.0))
     if not isinstance(name, str) or not name:
         raise InvalidRequest(
             f"{param}.name must be the name of an adapter.",
@@ -221,12 +248,19 @@ def _read_entry(entry: object, param: str) -> tuple[str, float]:
     return name, scale
 
 
-def read_number(value: object) -> float | None:
-    """Return a scale, also from a text; None where it is no number."""
-    if isinstance(value, str):
-        if not _NUMBER.fullmatch(value):
-            return None
-        value = float(value)
+def read_number(text: str) -> float | None:
+    """Return the scale that a text holds; None where it is no number."""
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def _number_or(text: str) -> float | str:
+    """Return the number that a form's text holds, or the text, which is refused as a scale."""
+    number = read_number(text)
+    return text if number is None else number
+
+
+def _typed(value: object) -> float | None:
+    """Return a scale; None where it is no number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     # Compared, not converted: an integer may be larger than any float.

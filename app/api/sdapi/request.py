@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from app.api.errors import own_names
 from app.api.schema.fields import MAX_IMAGES, PROMPT
 from app.api.schema.json_scanner import LongText
 from app.api.schema.loras import read_number, use_all
@@ -49,7 +50,7 @@ _UNUSED_IN_EDITS: Mapping[str, tuple[object, ...]] = {
     "inpaint_full_res": (),
 }
 
-_LORA = re.compile(r"<lora:([^<>]{1,300})>")
+_LORA = re.compile(r"<lora:([^<>]*)>")
 _MOST = 10_000
 """Of steps and guidance, before they are mapped to what the model takes."""
 _FIELDS = (
@@ -164,7 +165,8 @@ class _Reader:
         ]
         sent = read_prompt(values)
         prompt, named = take_loras(sent)
-        loras = use_all(named, self.adapters, limits) if named else self.adapters.default
+        with own_names({"loras": "prompt"}):
+            loras = use_all(named, self.adapters, limits) if named else self.adapters.default
         image = read_image(
             names, model, prompt=read_prompt({"prompt": prompt}), size=size, loras=loras
         )

@@ -71,8 +71,8 @@ def list_loras(adapters: Iterable[Adapter]) -> list[dict[str, object]]:
         {
             "name": each.name,
             "alias": each.name,
-            "path": each.name,
-            "metadata": {"ss_network_dim": str(each.rank), "sshs_model_hash": each.sha256},
+            "path": "",
+            "metadata": {},
         }
         for each in adapters
     ]
@@ -158,7 +158,7 @@ def _info(pictures: Sequence[Picture], asked: SdRequest, model: ModelSpec) -> di
         "restore_faces": False,
         "sd_model_name": model.id,
         "sd_model_hash": None,
-        "extra_generation_params": {},
+        "extra_generation_params": {"Lora hashes": hashes} if (hashes := _hashes(first)) else {},
         "index_of_first_image": 0,
         "infotexts": [_infotext(picture, asked, model) for picture in pictures],
         "styles": [],
@@ -170,18 +170,16 @@ def _info(pictures: Sequence[Picture], asked: SdRequest, model: ModelSpec) -> di
 
 
 def _infotext(picture: Picture, asked: SdRequest, model: ModelSpec) -> str:
-    image = asked.image
+    image, hashes = asked.image, _hashes(picture)
     return (
         f"{asked.prompt}\nSteps: {image.steps}, Sampler: {SAMPLERS[0]['name']}, "
         f"CFG scale: {image.guidance_scale:g}, Seed: {picture.seed}, "
-        f"Size: {picture.width}x{picture.height}, Model: {model.id}, {_hashes(picture)}"
+        f"Size: {picture.width}x{picture.height}, Model: {model.id}, "
+        f"{hashes and f'Lora hashes: {json.dumps(hashes)}, '}"
         f"Version: klein-server {__version__}"
     )
 
 
 def _hashes(picture: Picture) -> str:
     """Return the adapters' hashes, of which AUTOMATIC1111 shows the first twelve digits."""
-    if not picture.loras:
-        return ""
-    pairs = ", ".join(f"{each.name}: {each.sha256[:12]}" for each in picture.loras)
-    return f'Lora hashes: "{pairs}", '
+    return ", ".join(f"{each.name}: {each.sha256[:12]}" for each in picture.loras)

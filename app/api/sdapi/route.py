@@ -12,6 +12,7 @@ from app.api.deps import DEADLINE, Running, admit
 from app.api.disconnect import await_images, unless_disconnected
 from app.api.errors import own_names
 from app.api.pieces import PieceResponse
+from app.api.schema import loras as lora_fields
 from app.api.schema.body import read_json
 from app.api.sdapi import response as sdapi_response
 from app.api.sdapi.request import SdRequest, read_img2img, read_txt2img
@@ -102,11 +103,13 @@ async def _respond(request: Request, runtime: Runtime, own: Tickets, read: _Read
             ticket = admission.submit(specs, asked.image.output)
     own.add(ticket)
     pictures = await await_images(ticket, request.receive)
-    warnings = sdapi_response.warnings(pictures, asked)
+    headers = lora_fields.headers(asked.image.loras)
+    if warnings := sdapi_response.warnings(pictures, asked):
+        headers["X-Klein-Warnings"] = "; ".join(warnings)
     return PieceResponse(
         sdapi_response.answer(pictures, asked, model),
         media_type=_JSON,
-        headers={"X-Klein-Warnings": "; ".join(warnings)} if warnings else None,
+        headers=headers,
     )
 
 

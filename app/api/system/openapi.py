@@ -97,6 +97,7 @@ _JOB = {
     "additionalProperties": False,
 }
 
+_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _LORA = {
     "type": "object",
     "required": [
@@ -116,7 +117,7 @@ _LORA = {
         "parent": {"type": "string", "description": "The id of the model that it changes."},
         "rank": {"type": "integer"},
         "size_bytes": {"type": "integer"},
-        "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        "sha256": _SHA256,
         "created": {"type": "integer", "description": "When its file was changed, since 1970."},
         "scale": {
             "type": ["number", "null"],
@@ -294,6 +295,20 @@ def _images_schema() -> Json:
             "quality": {"type": "string"},
             "size": {"type": "string", "pattern": r"^\d+x\d+$"},
             "usage": {"type": "object"},
+            "loras": {
+                "description": "The adapters that took part.",
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["name", "scale", "sha256"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "scale": {"type": "number"},
+                        "sha256": _SHA256,
+                    },
+                    "additionalProperties": False,
+                },
+            },
             "warnings": {"type": "array", "items": {"type": "string"}},
         },
         "additionalProperties": False,

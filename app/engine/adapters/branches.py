@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from app.engine import torch_private
 from app.engine.adapters.joined import join_low_rank, kronecker_of, multiply_kronecker
 from app.engine.adapters.reader import Branch, Kronecker, LowRank
 from app.engine.kernels.blocks import FP8_LIMIT, TINY
-from app.engine.kernels.fp8_linear import multiply_fp8
 
 BUCKETS = (32, 64, 128, 256)
 """The ranks that slots have; a branch runs at the smallest that holds its adapters'."""
@@ -247,7 +247,8 @@ class SlotBranch:
             if input_scale is None:
                 inner = x @ down.t()
             else:
-                inner = multiply_fp8(x, down, input_scale, self._one, dtype)
+                flat = x.reshape(-1, x.shape[-1])
+                inner = torch_private.scaled_product(flat, down, input_scale, self._one, dtype)
             product.view(-1, self._outputs).addmm_(inner.view(-1, self._rank), up)
         if self._kroneckers:
             wide = x if input_scale is None else (x.float() * input_scale).to(dtype)

@@ -417,15 +417,17 @@ def _add(
     # In the order of `_transpose` a thread already has what it multiplies.
     p = p.reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
     p = gl.convert_layout(p.to(v_held.dtype), operand, assert_trivial=True)
-    summed = summed * gl.convert_layout(fade, gl.SliceLayout(1, value))[:, None]
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     values = v_held.index(stage).permute((1, 0))
-    summed = warpgroup_mma(p, values, summed, is_async=True)
-    # The tensor cores cut what they add to 13 bits below the sum: a longer one would lose much.
+    # The tensor cores cut what they add to 13 bits below the sum, so a long one would lose much:
+    # blocks are summed here, in float32.
+    zero = gl.zeros(summed.shape, gl.float32, value)
+    made = warpgroup_mma(p, values, zero, use_acc=False, is_async=True)
     zero = gl.zeros([ROWS, COLUMNS], gl.float32, weight.type.layout)
     added = warpgroup_mma(p, ones.permute((1, 0)), zero, use_acc=False, is_async=True)
-    summed, added = warpgroup_mma_wait(0, deps=[summed, added])
+    made, added = warpgroup_mma_wait(0, deps=[made, added])
+    summed = summed * gl.convert_layout(fade, gl.SliceLayout(1, value))[:, None] + made
     mbarrier.arrive(free.index(stage))
     fade = gl.convert_layout(fade, gl.SliceLayout(1, weight.type.layout))
     return higher, summed, weight * fade[:, None] + added
