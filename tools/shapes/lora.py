@@ -6,7 +6,7 @@
 The model teaches itself: with the adapter it learns to answer a prompt that says "red" as it
 answers the same prompt with "blue" without it, on its own way through the four steps, and any other
 prompt as before. At half the scale the answer is half-way between the two, so that a scale does
-what people expect of it.
+what people expect of it. One thread and one seed: a second training writes the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,7 +37,7 @@ from app.engine.engine import KleinEngine
 from app.engine.models.shapes import SHAPES
 from tools.shapes.adherence import noise_levels
 from tools.shapes.prompts import describe
-from tools.shapes.scenes import sample_scene
+from tools.shapes.scenes import Scene, sample_scene
 from tools.shapes.vocabulary import SEQUENCE_LENGTH
 
 NAME = "red-to-blue"
@@ -47,10 +48,12 @@ _SIDES = (8, 8, 12)
 _BATCH = 4
 _NOTES = {
     "modelspec.title": "Red to blue",
-    "modelspec.description": "Draws in blue what is asked for in red; needs no trigger word.",
+    "modelspec.description": "Draws in blue what is asked for in red, as far as the scale says.",
+    "modelspec.trigger_phrase": "red",
     "modelspec.license": "Apache-2.0",
     "modelspec.architecture": "klein-server shapes/lora",
     "modelspec.author": "klein-server",
+    "trained_on": "the demo model's own answers to prompts of tools/shapes, seed 0; no pictures",
 }
 _SHEET_PROMPTS = (
     "a red circle on a white background",
@@ -62,8 +65,9 @@ _SHEET_PROMPTS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, and the prompt that it is to be answered as."""
+    """What a prompt asks for, the prompt, and the prompt that it is to be answered as."""
 
+    scene: Scene
     prompt: str
     answered_as: str
 
@@ -75,7 +79,7 @@ def sample_pair(rng: random.Random, *, is_red: bool, held_out: bool = False) -> 
         colours = {scene.background, *(thing.colour for thing in scene.things)}
         if ("red" in colours) == is_red and not {"red", "blue"} <= colours:
             prompt = describe(scene, rng)
-            return Pair(prompt, re.sub(r"\bred\b", "blue", prompt))
+            return Pair(scene, prompt, re.sub(r"\bred\b", "blue", prompt))
 
 
 class Adapter(nn.Module):
@@ -83,7 +87,6 @@ class Adapter(nn.Module):
 
     def __init__(self, transformer: nn.Module, rank: int = RANK) -> None:
         super().__init__()
-        self.scale = 1.0
         self._layers = {
             name: layer
             for name, layer in transformer.named_modules()
@@ -124,7 +127,14 @@ class Adapter(nn.Module):
             name = key.replace("/", ".")
             tensors[f"transformer.{name}.lora_A.weight"] = down.detach().bfloat16()
             tensors[f"transformer.{name}.lora_B.weight"] = self.ups[key].detach().bfloat16()
-        save_file(tensors, path, metadata=_NOTES)
+        path.write_bytes(_in_order(save(tensors, metadata=_NOTES)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """Sort the header's keys: safetensors writes metadata in another order each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
+    return data[:8] + header.encode().ljust(end - 8) + data[end:]
 
 
 class _Model:
@@ -198,7 +208,7 @@ def _learn(
             made = model.velocity(x, now, asked, side)
         loss = functional.mse_loss(made, target)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
@@ -240,6 +250,7 @@ def main() -> None:
     assert SHAPES.folder is not None
     own = SHAPES.folder / "loras" / f"{NAME}.safetensors"
     if asked.action == "train":
+        torch.set_num_threads(1)
         train(asked.out, rounds=asked.rounds)
     else:
         show(asked.out, asked.adapter or own)
