@@ -7,15 +7,19 @@ only client that waits, `take` looks at a few.
 
 A job whose adapters are on the GPU may start before others whose adapters would have to be brought:
 within the line of the only client that waits, or as the first of another client's. Nobody is
-overtaken more than a few times, and nobody past the deadline.
+overtaken more than a few times, and nobody past the deadline. A client served early has no other
+turn where this one would have come, so that the order of the turns stays what it was.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate, islice, takewhile
 
 from app.jobs.job import Job
 
@@ -36,8 +40,8 @@ class FairOrder:
         self._count = 0
         self._numbers = itertools.count()
         self._last_served: dict[str, int] = {}
-        self._served_early: set[str] = set()
-        """Clients that had their next turn before it came."""
+        self._served_early: dict[str, tuple[int, int]] = {}
+        """Where the turn would have come of each client that had it before."""
         self._adapters: tuple[tuple[str, float], ...] = ()
         """Of the job taken last."""
         self.work_s = 0.0
@@ -75,40 +79,52 @@ class FairOrder:
 
         *now* is the time to which the jobs' deadlines belong.
         """
-        while (client := min(self._lines, key=self._place)) in self._served_early:
-            self._end_turn(client)
+        client = self._next_client()
         job = next(iter(self._lines[client]))
         if job.adapters != self._adapters and (alike := self._find_alike(now)):
             job = alike
         self._adapters = job.adapters
-        self.remove(job)
         if job.client == client:
             self._end_turn(client)
         else:
-            # Its turn comes where it would have come, so that the order of the clients stays.
-            self._served_early.add(job.client)
+            self._served_early[job.client] = self._place(job.client)
+        self.remove(job)
         return job
 
+    def _next_client(self) -> str:
+        """Return the client whose turn it is, and end the turns before it that came early."""
+        if self._served_early:
+            others = self._lines.keys() - self._served_early.keys()
+            due = min(map(self._place, others), default=None)
+            for client, place in sorted(self._served_early.items(), key=operator.itemgetter(1)):
+                if due is None or place < due:
+                    self._end_turn(client)
+        return min(self._lines, key=self._place)
+
     def _end_turn(self, client: str) -> None:
-        self._served_early.discard(client)
+        self._served_early.pop(client, None)
         self._last_served[client] = next(self._numbers)
         if len(self._last_served) > self._remembered:
             self._last_served = {
                 name: turn for name, turn in self._last_served.items() if name in self._lines
             }
-            self._served_early &= set(self._lines)
+            self._served_early = {
+                name: place for name, place in self._served_early.items() if name in self._lines
+            }
 
     def _find_alike(self, now: float) -> Job | None:
         """Return a job with the adapters of the last one that may overtake those before it."""
         if len(self._lines) == 1:
             (line,) = self._lines.values()
-            first = list(itertools.islice(line, _LOOKED_AT))
+            near = list(islice(line, _LOOKED_AT + MOST_OVERTAKEN))
+            first = near[:_LOOKED_AT]
         else:
-            clients = sorted(set(self._lines) - self._served_early, key=self._place)
-            first = [next(iter(self._lines[client])) for client in clients]
+            clients = sorted(self._lines.keys() - self._served_early.keys(), key=self._place)
+            near = first = [next(iter(self._lines[client])) for client in clients]
         for index, job in enumerate(first):
             if job.adapters == self._adapters:
-                return job if _may_overtake(job, first[:index], now) else None
+                request = takewhile(partial(_is_of_request, job), near[index:])
+                return job if _may_overtake(list(request), first[:index], now) else None
         return None
 
     def position(self, job: Job) -> int:
@@ -123,35 +139,37 @@ class FairOrder:
 
         The order of the clients stays the same from round to round: the client just served is last.
         """
-        found: dict[Job, int] = {}
         if client not in self._lines:
-            return found
-        mine, position = self._place(client), 0
-        ends: Counter[int] = Counter()
-        """How many others have their last turn in each round, counted from 0."""
-        for other, line in self._lines.items():
-            if other != client:
-                is_before = self._place(other) < mine
-                position += is_before
-                ends[len(line) - is_before] += 1
-        others = ends.total()
-        for rounds, job in enumerate(self._lines[client]):
-            if rounds:
-                others -= ends[rounds - 1]
-                position += 1 + others
-            found[job] = position
-        return found
+            return {}
+        mine, early = self._place(client), self._served_early
+        firsts = [(self._place(each) > mine) + (each in early) for each in self._lines]
+        """Before which turn of the client each one, itself too, starts its first job."""
+        turns = Counter(firsts)
+        turns.subtract(map(operator.add, firsts, map(len, self._lines.values())))
+        started = accumulate(accumulate(turns[turn] for turn in itertools.count()))
+        pairs = zip(self._lines[client], islice(started, int(client in early), None), strict=False)
+        return {job: count - 1 for job, count in pairs}
 
     def _place(self, client: str) -> tuple[int, int]:
         """Return the sort key of a client's turn: the smallest is next."""
-        return self._last_served.get(client, -1), next(iter(self._lines[client].values()))
+        return self._served_early.get(client) or (
+            self._last_served.get(client, -1),
+            next(iter(self._lines[client].values())),
+        )
 
 
-def _may_overtake(job: Job, others: Sequence[Job], now: float) -> bool:
-    """Return whether *job* may start before *others*, the next ones in order, and count it."""
-    if any(other.overtaken >= MOST_OVERTAKEN for other in others):
+def _is_of_request(job: Job, other: Job) -> bool:
+    return (other.client, other.submitted_at) == (job.client, job.submitted_at)
+
+
+def _may_overtake(jobs: Sequence[Job], others: Sequence[Job], now: float) -> bool:
+    """Return whether *jobs* may start before *others*, the next ones in order.
+
+    If so, the first of them is counted.
+    """
+    if any(other.overtaken + len(jobs) > MOST_OVERTAKEN for other in others):
         return False
-    end = now + job.predicted_s
+    end = now + sum(job.predicted_s for job in jobs)
     for other in others:
         end += other.predicted_s
         if end > other.deadline:

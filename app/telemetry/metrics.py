@@ -229,6 +229,7 @@ class Metrics:
         """Set the gauges of a loaded model; *load_s* counts seconds from the worker's start."""
         self._gpu = info.device
         self._load_duration.set(load_s)
+        self._adapter_bytes.set(0)
         self._build_info.clear()
         self._build_info.labels(self._version, info.torch, info.cuda or "none").set(1)
         self._model_info.clear()

@@ -157,9 +157,9 @@ def swaps(jobs: Sequence[Job]) -> int:
 
 async def test_jobs_with_the_adapters_on_the_gpu_come_first(make_jobs) -> None:
     """Requests for two adapters in turn become runs; each client's own order stays within one."""
-    jobs = [
-        wanting("ab"[n % 2], job) for n, job in enumerate(make_jobs([f"x{n}" for n in range(16)]))
-    ]
+    jobs = make_jobs([f"x{number}" for number in range(16)])
+    for number, job in enumerate(jobs):
+        wanting("ab"[number % 2], job).submitted_at = number
 
     taken = drawn_with(order_of(jobs))
 
@@ -194,19 +194,32 @@ async def test_an_overtaken_job_still_meets_its_deadline(make_jobs) -> None:
         assert [order.take(float(n)).id for n in range(3)] == right
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from("uvwxyz"), st.sampled_from(["", "a", "b", "c"])), max_size=40
-    )
+async def test_no_other_job_parts_the_pictures_of_a_request(make_jobs) -> None:
+    """One of more pictures than may overtake a job is not begun before it."""
+    for pictures, right in ((4, "xxxxxy"), (5, "xyxxxx")):
+        names = ["x0", "y1", *(f"x{number}" for number in range(2, 2 + pictures))]
+        jobs = make_jobs(names, client="c")
+        for number, (name, job) in enumerate(zip(names, jobs, strict=True)):
+            wanting(name[0], job).submitted_at = float(min(number, 2))
+
+        taken = "".join(job.id[0] for job in drawn_with(order_of(jobs)))
+        assert taken[: len(right)] == right
+
+
+several = st.lists(
+    st.tuples(st.integers(0, 29), st.sampled_from(["", "a", "b", "c"])), min_size=20, max_size=60
 )
+
+
+@settings(max_examples=60, deadline=None)
+@given(several)
 def test_no_job_waits_for_more_than_four_others_for_the_adapters_sake(asked) -> None:
     """Whoever asks for what: counted against the order without adapters."""
 
     async def takes(*, has_adapters: bool) -> list[str]:
         order, loop = FairOrder(remembered=100), asyncio.get_running_loop()
         for number, (client, adapter) in enumerate(asked):
-            job = Job(str(number), SPEC, client, 60.0, loop.create_future())
+            job = Job(str(number), SPEC, str(client), 60.0, loop.create_future())
             order.add(wanting(adapter if has_adapters else "", job))
         return [job.id for job in drawn_with(order, -1e9)]
 
@@ -216,6 +229,46 @@ def test_no_job_waits_for_more_than_four_others_for_the_adapters_sake(asked) -> 
     assert sorted(made) == sorted(fair)
     for number, name in enumerate(made):
         assert sum(place[other] > place[name] for other in made[:number]) <= MOST_OVERTAKEN
+
+
+async def test_who_comes_back_after_an_early_turn_is_served_as_without_it(make_jobs) -> None:
+    """The turn counts from where it would have come, also where the client had left by then."""
+    others = [f"{client}{number}" for number in (1, 2, 3) for client in "defghij"]
+    places = []
+    for adapter in ("b", "a"):
+        order = order_of([wanting("a", job) for job in make_jobs(["w0"])])
+        order.take()
+        jobs = make_jobs(["x1", *others, "c1"])
+        for job in jobs:
+            order.add(wanting(adapter if job.id == "c1" else "b", job))
+        first = [order.take(-1e9).id for _ in range(11)]
+        assert first.index("c1") == (0 if adapter == "a" else 8)
+        (back,) = make_jobs(["c2"])
+        order.add(wanting("b", back))
+        places.append((order.position(back), drawn_with(order, -1e9).index(back)))
+
+    assert places[0] == places[1]
+    assert places[0][0] == places[0][1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 11), st.sampled_from("ab")), max_size=80))
+def test_positions_are_right_after_early_turns(steps) -> None:
+    """Each is the place in the order, where no more jobs overtake others."""
+
+    async def check() -> None:
+        order, loop = FairOrder(remembered=100), asyncio.get_running_loop()
+        for is_new, client, adapter in steps:
+            if is_new or not len(order):
+                job = Job("", SPEC, str(client), 60.0, loop.create_future())
+                order.add(wanting(adapter, job))
+            else:
+                order.take(-1e9)
+        said = {job: order.position(job) for job in order}
+        # Past their deadlines nobody is overtaken.
+        assert [said[job] for job in drawn_with(order, 1e9)] == list(range(len(said)))
+
+    asyncio.run(check())
 
 
 @settings(max_examples=30, deadline=None)

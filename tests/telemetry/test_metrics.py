@@ -121,6 +121,9 @@ def test_adapters_are_counted_by_name_and_source(metrics) -> None:
     assert sample(metrics, "klein_adapter_load_seconds_count", source="disk") == 2
     assert sample(metrics, "klein_adapter_bytes") == MOST_ADAPTERS + 2
 
+    metrics.model_ready(INFO, 21.0)
+    assert sample(metrics, "klein_adapter_bytes") == 0  # A new worker holds none.
+
 
 def test_gauges_are_read_at_the_scrape(metrics) -> None:
     """Queue, readiness and waiting time are those of the moment."""
