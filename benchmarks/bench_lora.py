@@ -51,8 +51,7 @@ def _measure(bench: Bench, engine: KleinEngine, info: ModelInfo) -> None:
     def adapter(rank: int, seed: int) -> Lora:
         return write(folder / f"rank-{rank}-{seed}.safetensors", info.linear_shapes, rank, seed)
 
-    make(engine, bench.side, "before any adapter")
-    reserved = _reserved()
+    without = make(engine, bench.side, "before any adapter")
     one, *others = (adapter(32, seed) for seed in range(4))
     choices = {
         "no adapter": (),
@@ -60,23 +59,34 @@ def _measure(bench: Bench, engine: KleinEngine, info: ModelInfo) -> None:
         "four of rank 32": (one, *others),
         "one of rank 128": (adapter(128, 9),),
     }
+    for note, loras in choices.items():
+        made = make(engine, bench.side, f"peak with {note}", loras=loras)
+        if loras:
+            _write_memory(bench, info, note, without, made)
     for side in (bench.side, bench.side // 2):
         _by_turns(bench, engine, info, side, choices)
-    first = make(engine, bench.side, "peak", loras=(one,))
-    bench.write(
-        "klein.lora.memory",
-        [0.0],
-        precision=info.precision,
-        slots_bytes=first.lora_bytes,
-        reserved_before=reserved,
-        peak_reserved_bytes=first.peak.reserved if first.peak else None,
-        note="after every choice above",
-    )
     _switches(bench, engine, info, (one, others[0]))
     _from_disk(bench, engine, info, one, [adapter(32, 20 + number) for number in range(6)])
 
 
-def write(path: Path, shapes: Shapes, rank: int, seed: int) -> Lora:
+def _write_memory(
+    bench: Bench, info: ModelInfo, note: str, without: Generated, made: Generated
+) -> None:
+    """Write what a picture with adapters takes beside the slots."""
+    before, after = (each.peak.reserved if each.peak else 0 for each in (without, made))
+    bench.write(
+        "klein.lora.memory",
+        [made.timings.total],
+        precision=info.precision,
+        slots_bytes=made.lora_bytes,
+        peak_reserved_bytes=after or None,
+        peak_without_bytes=before or None,
+        beside_slots_bytes=after - before - made.lora_bytes,
+        note=note,
+    )
+
+
+def write(path: Path, shapes: Shapes, rank: int, seed: int, strength: float = _STRENGTH) -> Lora:
     """Write a random adapter of every linear layer under Black Forest Labs' names, in bf16."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -86,7 +96,7 @@ def write(path: Path, shapes: Shapes, rank: int, seed: int) -> Lora:
         columns = sizes[0][1]
         down = torch.randn(rank, columns, generator=generator) / columns**0.5
         up = torch.randn(sum(rows for rows, _ in sizes), rank, generator=generator)
-        up *= _STRENGTH / rank**0.5
+        up *= strength / rank**0.5
         tensors[f"diffusion_model.{name}.lora_A.weight"] = down.bfloat16()
         tensors[f"diffusion_model.{name}.lora_B.weight"] = up.bfloat16()
     save_file(tensors, path)
@@ -181,7 +191,3 @@ def _timed(
     took = time.perf_counter() - begun
     take(made)
     return took
-
-
-def _reserved() -> int | None:
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else None

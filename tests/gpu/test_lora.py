@@ -16,6 +16,7 @@ from benchmarks.bench_lora import write
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 SPEC = ImageSpec("a red circle", 512, 512, 4, 1.0, 7)
+_STRENGTH = 0.3
 _LEAST_DB = 40
 """Between a picture of eager passes and one of a graph's: other kernels may be chosen there."""
 
@@ -35,7 +36,7 @@ def engine(checkpoint, tmp_path_factory, request):
 def loras(engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
     return [
-        write(folder / f"{rank}-{seed}.safetensors", engine.shapes, rank, seed)
+        write(folder / f"{rank}-{seed}.safetensors", engine.shapes, rank, seed, _STRENGTH)
         for rank, seed in ((32, 1), (32, 2), (16, 3), (100, 4))
     ]
 
