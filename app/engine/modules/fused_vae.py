@@ -42,7 +42,7 @@ class FusedDecoder(nn.Module):
         self.blocks = nn.ModuleList()
         pending = None
         for block in decoder.up_blocks:
-            self.blocks.append(_resnets(block.resnets, pending))
+            self.blocks.extend(_resnets(block.resnets, pending))
             if block.upsamplers:
                 up = _Upsample(block.upsamplers[0].conv)
                 self.blocks.append(up)
@@ -67,7 +67,7 @@ class FusedEncoder(nn.Module):
         self.blocks = nn.ModuleList()
         pending = self.conv_in.bias
         for block in encoder.down_blocks:
-            self.blocks.append(_resnets(block.resnets, pending))
+            self.blocks.extend(_resnets(block.resnets, pending))
             pending = None
             if block.downsamplers:
                 down = _Downsample(block.downsamplers[0].conv)
@@ -209,11 +209,12 @@ class _Head(nn.Module):
         return pixels
 
 
-def _resnets(resnets: Any, pending: torch.Tensor | None) -> nn.Sequential:
-    """Wrap *resnets*, of which the first gets an image with a *pending* bias."""
-    return nn.Sequential(
-        *(_Resnet(each, None if number else pending) for number, each in enumerate(resnets))
-    )
+def _resnets(resnets: Any, pending: torch.Tensor | None) -> list[_Resnet]:
+    """Wrap *resnets*, of which the first gets an image with a *pending* bias.
+
+    A module of all would hold its first image until its last, half a gigabyte at a megapixel.
+    """
+    return [_Resnet(each, None if number else pending) for number, each in enumerate(resnets)]
 
 
 def _start(x: torch.Tensor, conv: Any) -> FeatureMap:

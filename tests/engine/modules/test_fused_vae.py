@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -55,6 +56,28 @@ def test_pictures_and_latents_are_those_of_diffusers(vae):
     ):
         assert made.shape == right.shape
         assert float((made - right).norm() / right.norm()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_no_block_runs_beside_an_image_of_an_earlier_one(vae, part):
+    """While a block runs, of the images before it its own input alone is held."""
+    fused = deepcopy(vae)
+    fuse_vae(fused)
+    network = getattr(fused, part)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+
+    def note(_, inputs) -> None:
+        held.append(sum(each() is not None for each in seen))
+        seen.append(weakref.ref(inputs[0].data))
+
+    for block in network.blocks:
+        block.register_forward_pre_hook(note)
+    network(torch.rand(1, 4, 4, 4) if part == "decoder" else torch.rand(1, 3, 32, 32))
+
+    assert len(held) > 8
+    assert max(held) == 0
 
 
 @torch.no_grad()
