@@ -84,11 +84,12 @@ class FairOrder:
         if job.adapters != self._adapters and (alike := self._find_alike(now)):
             job = alike
         self._adapters = job.adapters
+        place = self._place(job.client)
+        self.remove(job)
         if job.client == client:
             self._end_turn(client)
         else:
-            self._served_early[job.client] = self._place(job.client)
-        self.remove(job)
+            self._served_early[job.client] = place
         return job
 
     def _next_client(self) -> str:
