@@ -111,7 +111,8 @@ def distance_db(made: np.ndarray, right: np.ndarray) -> float:
     return 10 * math.log10(float((right**2).sum()) / error) if error else math.inf
 
 
-@pytest.mark.parametrize("layout", one_of(*READ_RIGHTLY))
+@full
+@pytest.mark.parametrize("layout", READ_RIGHTLY)
 def test_pixels_are_the_pipelines_with_the_same_file(
     engines, tiny_klein, pairs, tmp_path, layout
 ) -> None:

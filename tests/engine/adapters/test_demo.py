@@ -30,7 +30,7 @@ full = pytest.mark.full
 PATH = SHAPES.folder / "loras" / "red-to-blue.safetensors"
 SHEET = Path(__file__).parents[3] / "docs" / "lora.png"
 SIDE = 256
-COUNTS = [2, pytest.param(24, marks=full)]
+COUNTS = [1, pytest.param(24, marks=full)]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,8 @@ def test_red_becomes_blue_and_at_half_the_scale_goes_half_the_way(draw, count) -
     assert seen[0.0, "blue"] == seen[1.0, "red"] == seen[0.5, "red"] == seen[0.5, "blue"] == 0
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@full
+@pytest.mark.parametrize("count", [24])
 def test_what_is_not_red_stays_as_it_is(draw, count) -> None:
     """The judge thinks of it as before; few pixels move, as between two seeds (0.1 %)."""
     kept, moved = 0, 0.0

@@ -21,7 +21,7 @@ from app.engine.models.registry import find_spec
 from app.engine.quantization.select import GpuCapabilities, choose_precision
 from app.errors import StartupError
 from tests.engine.adapters import forge
-from tests.engine.adapters.test_active import MODEL, distance_db, latents, one_of, use
+from tests.engine.adapters.test_active import MODEL, distance_db, latents, use
 from tests.support.single_files import write_fp8
 
 pytestmark = pytest.mark.torch
@@ -47,7 +47,8 @@ def start(folder: Path, cache: Path, precision: str, *fused: Lora) -> KleinEngin
     return engine
 
 
-@pytest.mark.parametrize("precision", one_of("fp8", "fp32", "int8"))
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp8", "fp32", "int8"])
 def test_a_fused_adapter_is_the_adapter(tiny_klein, lora, tmp_path, precision) -> None:
     """In float32 to rounding; in 8 bit it costs no accuracy, in the mean of a few pictures."""
     exact, fused = start(tiny_klein, tmp_path, "fp32"), start(tiny_klein, tmp_path, precision, lora)
