@@ -138,11 +138,22 @@ def choose_loras(settings: Settings, choice: Choice) -> LoraChoice:
     if settings.lora_dir is not None and not settings.lora_dir.is_dir():
         _log.warning("KLEIN_LORA_DIR names no folder; until there is one no adapter is listed.")
     directory = lora_directory(settings, choice)
-    shapes = linear_shapes(find_model(choice.key).architecture)
-    is_asked_for = bool(settings.loras) or "lora_rank" in settings.model_fields_set
-    is_planned = is_asked_for or directory.holds_any(shapes, _LOOK_S)
     fused = tuple(_find_fused(directory, *each) for each in settings.lora_fuse)
-    return LoraChoice(directory, fused, settings.lora_rank if is_planned else 0)
+    return LoraChoice(directory, fused, planned_rank(settings, choice, directory))
+
+
+def asked_rank(settings: Settings) -> int:
+    """Return the rank that the settings ask memory for; 0 where they say nothing of adapters."""
+    is_asked_for = bool(settings.loras) or "lora_rank" in settings.model_fields_set
+    return settings.lora_rank if is_asked_for else 0
+
+
+def planned_rank(settings: Settings, choice: Choice, directory: Directory) -> int:
+    """Return the rank that memory is planned for: that of the settings, or of what lies there."""
+    if rank := asked_rank(settings):
+        return rank
+    shapes = linear_shapes(find_model(choice.key).architecture)
+    return settings.lora_rank if directory.holds_any(shapes, _LOOK_S) else 0
 
 
 def _find_fused(directory: Directory, name: str, scale: float) -> Lora:

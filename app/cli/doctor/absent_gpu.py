@@ -20,6 +20,7 @@ from app.engine import roofline
 from app.engine.models.registry import MODELS, find_model, find_spec
 from app.engine.quantization.formats import FORMATS
 from app.errors import InvalidRequest
+from app.model_choice import asked_rank
 from app.settings import Settings
 
 _KLEIN = next(iter(MODELS))
@@ -39,7 +40,7 @@ def answer_for_absent_gpu(key: str, settings: Settings) -> Report:
         )
     is_named = settings.model in MODELS and not find_model(settings.model).is_embedded
     model = find_spec(settings.model if is_named else _KLEIN)
-    target = assume(spec)
+    target = replace(assume(spec), lora_rank=asked_rank(settings))
     ahead = preview_plan(target, settings, model)
     found = Report(data={}, computed_for=spec.name)
     _tell_gpu(found, spec, target)

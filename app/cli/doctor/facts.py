@@ -29,7 +29,7 @@ from app.engine.quantization.formats import FORMATS, automatic
 from app.engine.race.results import Results
 from app.engine.runtime.toolchain import CompilerFound, find_compiler
 from app.errors import StartupError
-from app.model_choice import Choice, choose_model
+from app.model_choice import Choice, choose_model, lora_directory, planned_rank
 from app.settings import Settings
 from app.telemetry.gpu import Gpu, GpuFacts
 
@@ -115,7 +115,10 @@ def examine(
         choice = error.message
     entry = find_model(choice.key) if isinstance(choice, Choice) else None
     klein = None if entry is None or entry.is_embedded else entry
-    ahead = _look_ahead(settings, klein, gpu_facts, torch, compiler)
+    rank = 0
+    if isinstance(choice, Choice):
+        rank = planned_rank(settings, choice, lora_directory(settings, choice))
+    ahead = _look_ahead(settings, klein, gpu_facts, torch, compiler, rank)
     precision = ahead.precision if isinstance(ahead, PlanPreview) else "bf16"
     is_cached = isinstance(choice, Choice) and not choice.path
     memory = psutil.virtual_memory()
@@ -183,6 +186,7 @@ def _look_ahead(
     gpu: GpuFacts | str | None,
     torch: TorchFound,
     compiler: CompilerFound,
+    lora_rank: int,
 ) -> PlanPreview | str | None:
     if entry is None or not isinstance(gpu, GpuFacts):
         return None
@@ -193,6 +197,7 @@ def _look_ahead(
         race=torch.race,
         has_kernels=not compiler.missing,
         spec=roofline.recognise(gpu.name, gpu.total_bytes),
+        lora_rank=lora_rank,
     )
     try:
         return preview_plan(target, settings, entry.spec)

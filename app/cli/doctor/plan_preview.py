@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from app.domain import ModelSpec
 from app.engine import roofline
+from app.engine.adapters.shapes import linear_shapes, slot_bytes
 from app.engine.memory.planner import (
     CONTEXT_BYTES,
     MemoryPlan,
@@ -47,6 +48,8 @@ class Target:
     spec: roofline.GpuDatasheet | None = None
     race: Results | None = None
     """What was timed, or computed of the datasheet; None where *runs* alone decides."""
+    lora_rank: int = 0
+    """The rank of adapters that memory is planned for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +148,12 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     chosen = choose_precision(settings.precision, facts, is_small=False)
     limit = min(settings.max_pixels, model.max_pixels)
     architecture = find_model(model.id).architecture
+    adapters = slot_bytes(linear_shapes(architecture), target.lora_rank)
     if chosen.linears.is_exact:
         plan: MemoryPlan | None = plan_exact(
             # The engine looks once its CUDA context is there.
             target.free_bytes - CONTEXT_BYTES,
-            _exact_bytes(model, chosen.linears),
+            _exact_bytes(model, chosen.linears) + adapters,
             architecture.working_bytes,
             limit_pixels=limit,
             max_references=model.max_references,
@@ -158,7 +162,7 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
     else:
         plan = plan_memory(
             target.free_bytes,
-            klein_weights(chosen.linears),
+            replace(klein_weights(chosen.linears), adapters=adapters),
             architecture,
             architecture.with_kernels if target.has_kernels else architecture.without_kernels,
             default_pixels=model.default_width * model.default_height,

@@ -89,20 +89,21 @@ class ActiveAdapters:
         self._clear()
         loads: list[LoraLoad] = []
         adapters: list[tuple[_Adapter, float]] = []
-        for lora in wanted:
-            begun = time.perf_counter()
-            source = "host" if lora.sha256 in self._kept else "disk"
-            adapters.append((self._take(lora), lora.scale))
-            loads.append(LoraLoad(lora.name, time.perf_counter() - begun, source))
-        begun = time.perf_counter()
         try:
+            for lora in wanted:
+                begun = time.perf_counter()
+                source = "host" if lora.sha256 in self._kept else "disk"
+                adapters.append((self._take(lora), lora.scale))
+                loads.append(LoraLoad(lora.name, time.perf_counter() - begun, source))
+            begun = time.perf_counter()
             self._fill(adapters)
         except BaseException:
             self._clear()
             raise
+        finally:
+            self._forget({lora.sha256 for lora in wanted})
         share = (time.perf_counter() - begun) / max(1, len(loads))
         self._chosen = chosen
-        self._forget()
         return tuple(LoraLoad(each.name, each.seconds + share, each.source) for each in loads)
 
     @contextmanager
@@ -203,9 +204,8 @@ class ActiveAdapters:
             f"The adapter {lora.name} was replaced or cannot be read any more; ask again."
         )
 
-    def _forget(self) -> None:
-        """Drop the adapters that were used the longest ago, as the limit asks, not the chosen."""
-        used = {sha256 for sha256, _ in self._chosen}
+    def _forget(self, used: set[str]) -> None:
+        """Drop the adapters that were used the longest ago, as the limit asks, but those *used*."""
         size = {
             sha256: sum(t.nbytes for part in adapter.values() for t in part.tensors())
             for sha256, adapter in self._kept.items()

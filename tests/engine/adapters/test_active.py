@@ -349,6 +349,13 @@ def test_host_memory_keeps_what_was_used_last(engines, pairs, tmp_path, monkeypa
     sources = [draw(engine, lora).lora_loads[0].source for lora in (two, three, two, one)]
 
     assert sources == ["disk", "disk", "host", "disk"]
+    with pytest.raises(GenerationFailed):
+        draw(engine, two, three, replace(one, sha256="0" * 64))
+    draw(engine)
+    assert len(engine._started.components.adapters._kept) <= 3
+    draw(engine, one)
+    draw(engine)
+    assert len(engine._started.components.adapters._kept) == 1
 
 
 def _other(pairs, folder, seed: int = 5):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.cli.doctor.plan_preview import assume, preview_plan
-from app.engine.adapters.shapes import slot_bytes
+from app.engine.adapters.shapes import linear_shapes, slot_bytes
 from app.engine.checkpoint.detect import open_checkpoint
 from app.engine.config import EngineConfig
 from app.engine.memory.budget import choose_plan, count_exact, count_weights
@@ -149,6 +149,18 @@ def test_the_doctor_plans_exact_weights_as_the_engine_does(precision, gigabytes)
         f"one network at a time: all networks need {found.peak_bytes / GB:.1f} GB, "
         f"free are {(target.free_bytes - CONTEXT_BYTES) / GB:.1f} GB",
     )
+
+
+def test_doctor_counts_adapters_as_the_engine_does():
+    """The preview of a plan has room for the rank that the settings ask for, on small cards too."""
+    card = find_gpu("rtx-3060")
+    needed = slot_bytes(linear_shapes(ARCHITECTURE), 128)
+    plain, with_adapters = (
+        preview_plan(replace(assume(card), lora_rank=rank), Settings(plan="resident"), MODEL).plan
+        for rank in (0, 128)
+    )
+
+    assert with_adapters.peak_bytes - plain.peak_bytes == needed
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
