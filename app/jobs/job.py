@@ -44,8 +44,8 @@ class Job:
     submitted_at: float = 0.0
     started_at: float = 0.0
     predicted_s: float = 0.0
-    overtaken: int = 0
-    """How many jobs after it started before it, since their adapters were on the GPU."""
+    number: int = 0
+    """Counts the jobs as they came; the order sets it."""
     warnings: tuple[str, ...] = ()
     """What the client should know of its request."""
     cancel_running: Callable[[], object] | None = field(default=None, repr=False)

@@ -2,20 +2,20 @@
 
 A client who asks for eight images at once takes eight places, but another client's single image
 comes right after the first of them. The clients are served round-robin, the one served longest ago
-first. No operation looks at more than one entry for each client, however many jobs wait; of the
-only client that waits, `take` looks at a few.
+first. Taking a job looks at one entry for each client, however many jobs wait; of the only client
+that waits, at a few.
 
 A job whose adapters are on the GPU may start before others whose adapters would have to be brought:
-within the line of the only client that waits, or as the first of another client's. Nobody is
-overtaken more than a few times, and nobody past the deadline. A client served early has no other
-turn where this one would have come, so that the order of the turns stays what it was.
+within the line of the only client that waits, or as the first of another client's, of each client
+once. The turns go on as they would without: one for each job taken. Whose turn has come is due and
+starts at most a few jobs later, never so late that it would miss its deadline; who started early
+has an empty turn.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -24,24 +24,32 @@ from itertools import accumulate, islice, takewhile
 from app.jobs.job import Job
 
 MOST_OVERTAKEN = 4
-"""How often a job may be overtaken for the adapters' sake."""
+"""How many jobs later than in its turn a job may start for the adapters' sake."""
 _LOOKED_AT = 8
 
 
 class FairOrder:
-    """The waiting jobs, one queue per client.
+    """The waiting jobs: those that are due, and one queue per client.
 
     *remembered* clients without a waiting job keep their turn before they are forgotten.
     """
 
     def __init__(self, remembered: int) -> None:
         self._remembered = remembered
-        self._lines: dict[str, dict[Job, int]] = {}
+        self._lines: dict[str, dict[int, Job | None]] = {}
+        """By the jobs' numbers; None has started early."""
+        self._due: dict[Job, int] = {}
+        """Which job taken should have been each of them, in this order."""
+        self._early = 0
+        """The empty turns in the queues."""
+        self._ahead: set[str] = set()
+        """The clients that had a job started early since one started in turn."""
+        self._taken = 0
         self._count = 0
+        self._held: Counter[str] = Counter()
+        """How many jobs of each client wait."""
         self._numbers = itertools.count()
         self._last_served: dict[str, int] = {}
-        self._served_early: dict[str, tuple[int, int]] = {}
-        """Where the turn would have come of each client that had it before."""
         self._adapters: tuple[tuple[str, float], ...] = ()
         """Of the job taken last."""
         self.work_s = 0.0
@@ -51,82 +59,113 @@ class FairOrder:
         return self._count
 
     def __iter__(self) -> Iterator[Job]:
+        yield from self._due
         for line in self._lines.values():
-            yield from line
+            yield from filter(None, line.values())
 
     def of(self, client: str) -> int:
         """Return how many jobs of *client* wait."""
-        return len(self._lines.get(client, ()))
+        return self._held[client]
 
     def add(self, job: Job) -> None:
         """Append *job* to its client's queue."""
-        self._lines.setdefault(job.client, {})[job] = next(self._numbers)
+        job.number = next(self._numbers)
+        self._lines.setdefault(job.client, {})[job.number] = job
         self._count += 1
+        self._held[job.client] += 1
         self.work_s += job.predicted_s
 
     def remove(self, job: Job) -> None:
         """Remove *job*, which waits."""
-        line = self._lines[job.client]
-        del line[job]
-        if not line:
-            del self._lines[job.client]
+        if self._due.pop(job, None) is None:
+            line = self._lines[job.client]
+            del line[job.number]
+            if not line:
+                del self._lines[job.client]
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        """Count *job*, which has left, no more."""
         self._count -= 1
+        self._held[job.client] -= 1
+        if not self._held[job.client]:
+            del self._held[job.client]
         # Sums and differences of floats leave a remainder.
         self.work_s = max(0.0, self.work_s - job.predicted_s) if self._count else 0.0
 
     def take(self, now: float = -math.inf) -> Job:
-        """Remove and return the next job, which ends its client's turn; at least one waits.
+        """Remove and return the next job; at least one waits.
 
         *now* is the time to which the jobs' deadlines belong.
         """
-        client = self._next_client()
-        job = next(iter(self._lines[client]))
-        if job.adapters != self._adapters and (alike := self._find_alike(now)):
-            job = alike
+        self._taken += 1
+        if self._lines:
+            self._end_turn()
+        while not self._due:
+            self._end_turn()
+        in_turn = next(iter(self._due))
+        job = in_turn
+        if job.adapters != self._adapters:
+            job = self._find_alike(now) or job
         self._adapters = job.adapters
-        place = self._place(job.client)
-        self.remove(job)
-        if job.client == client:
-            self._end_turn(client)
+        if job is in_turn:
+            self._ahead.clear()
         else:
-            self._served_early[job.client] = place
+            self._ahead.add(job.client)
+        if self._due.pop(job, None) is None:
+            self._lines[job.client][job.number] = None
+            self._early += 1
+        self._forget(job)
         return job
 
-    def _next_client(self) -> str:
-        """Return the client whose turn it is, and end the turns before it that came early."""
-        if self._served_early:
-            others = self._lines.keys() - self._served_early.keys()
-            due = min(map(self._place, others), default=None)
-            for client, place in sorted(self._served_early.items(), key=operator.itemgetter(1)):
-                if due is None or place < due:
-                    self._end_turn(client)
-        return min(self._lines, key=self._place)
-
-    def _end_turn(self, client: str) -> None:
-        self._served_early.pop(client, None)
+    def _end_turn(self) -> None:
+        """End the turn of the client served longest ago: its first job is due."""
+        client = min(self._lines, key=self._place)
+        line = self._lines[client]
+        job = line.pop(next(iter(line)))
+        if job:
+            self._due[job] = self._taken
+        else:
+            self._early -= 1
+        if not line:
+            del self._lines[client]
         self._last_served[client] = next(self._numbers)
         if len(self._last_served) > self._remembered:
             self._last_served = {
                 name: turn for name, turn in self._last_served.items() if name in self._lines
             }
-            self._served_early = {
-                name: place for name, place in self._served_early.items() if name in self._lines
-            }
 
     def _find_alike(self, now: float) -> Job | None:
-        """Return a job with the adapters of the last one that may overtake those before it."""
-        if len(self._lines) == 1:
-            (line,) = self._lines.values()
-            near = list(islice(line, _LOOKED_AT + MOST_OVERTAKEN))
-            first = near[:_LOOKED_AT]
-        else:
-            clients = sorted(self._lines.keys() - self._served_early.keys(), key=self._place)
-            near = first = [next(iter(self._lines[client])) for client in clients]
-        for index, job in enumerate(first):
-            if job.adapters == self._adapters:
-                request = takewhile(partial(_is_of_request, job), near[index:])
-                return job if _may_overtake(list(request), first[:index], now) else None
+        """Return a job with the adapters of the last one that may start before those in turn."""
+        is_alone = len(self._held) == 1
+        first = [*self._due, *(self._next_of_one() if is_alone else self._next_of_each())]
+        for index, job in enumerate(first[:_LOOKED_AT] if is_alone else first):
+            if job.adapters == self._adapters and (is_alone or job.client not in self._ahead):
+                request = list(takewhile(partial(_is_of_request, job), first[index:]))
+                return job if self._may_overtake(request, first[:index], now) else None
         return None
+
+    def _next_of_one(self) -> Iterator[Job]:
+        """Return a few jobs of the only client that waits."""
+        (client,) = self._held
+        line = self._lines.get(client, {})
+        return filter(None, islice(line.values(), _LOOKED_AT + MOST_OVERTAKEN))
+
+    def _next_of_each(self) -> Iterator[Job]:
+        """Return the first job of each client, unless it started early, in the order of turns."""
+        lines = (self._lines[client] for client in sorted(self._lines, key=self._place))
+        return filter(None, (next(iter(line.values())) for line in lines))
+
+    def _may_overtake(self, jobs: Sequence[Job], others: Sequence[Job], now: float) -> bool:
+        """Return whether *jobs* may start before *others*, which are the next ones in order."""
+        late = self._taken - self._due[others[0]]
+        if max(late, self._early) + len(jobs) > MOST_OVERTAKEN:
+            return False
+        start = now + sum(job.predicted_s for job in jobs)
+        ends = accumulate((other.predicted_s for other in others), initial=start)
+        return all(
+            end <= other.deadline for end, other in zip(islice(ends, 1, None), others, strict=True)
+        )
 
     def position(self, job: Job) -> int:
         """Return how many jobs start before *job*, which waits, if no others are added.
@@ -140,41 +179,25 @@ class FairOrder:
 
         The order of the clients stays the same from round to round: the client just served is last.
         """
-        if client not in self._lines:
-            return {}
-        mine, early = self._place(client), self._served_early
-        firsts = [(self._place(each) > mine) + (each in early) for each in self._lines]
-        """Before which turn of the client each one, itself too, starts its first job."""
-        turns = Counter(firsts)
-        turns.subtract(map(operator.add, firsts, map(len, self._lines.values())))
-        started = accumulate(accumulate(turns[turn] for turn in itertools.count()))
-        pairs = zip(self._lines[client], islice(started, int(client in early), None), strict=False)
-        return {job: count - 1 for job, count in pairs}
+        found = {job: count for count, job in enumerate(self._due) if job.client == client}
+        if client in self._lines:
+            mine = self._place(client)
+            turns = Counter(
+                turn
+                for name, line in self._lines.items()
+                for turn, job in enumerate(line.values(), self._place(name) > mine)
+                if job
+            )
+            """How many start from one turn of the client's to the next."""
+            started = accumulate(turns[turn] for turn in itertools.count())
+            jobs = zip(self._lines[client].values(), started, strict=False)
+            found |= {job: len(self._due) + count - 1 for job, count in jobs if job}
+        return found
 
     def _place(self, client: str) -> tuple[int, int]:
         """Return the sort key of a client's turn: the smallest is next."""
-        return self._served_early.get(client) or (
-            self._last_served.get(client, -1),
-            next(iter(self._lines[client].values())),
-        )
+        return self._last_served.get(client, -1), next(iter(self._lines[client]))
 
 
 def _is_of_request(job: Job, other: Job) -> bool:
     return (other.client, other.submitted_at) == (job.client, job.submitted_at)
-
-
-def _may_overtake(jobs: Sequence[Job], others: Sequence[Job], now: float) -> bool:
-    """Return whether *jobs* may start before *others*, the next ones in order.
-
-    If so, the first of them is counted.
-    """
-    if any(other.overtaken + len(jobs) > MOST_OVERTAKEN for other in others):
-        return False
-    end = now + sum(job.predicted_s for job in jobs)
-    for other in others:
-        end += other.predicted_s
-        if end > other.deadline:
-            return False
-    for other in others:
-        other.overtaken += 1
-    return True

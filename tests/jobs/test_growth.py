@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import pytest
 
+from app.domain import Lora
 from app.errors import Cancelled, Unavailable
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue
@@ -85,15 +87,19 @@ async def test_a_position_costs_no_more_than_a_look_at_each_job(clients, count) 
 
 @pytest.mark.parametrize("clients", SHARES.values(), ids=SHARES)
 @pytest.mark.parametrize("count", [FEW, MANY])
-async def test_the_next_job_costs_no_more_than_a_look_at_each_client(clients, count) -> None:
-    """At most sixty instructions for each client with a job that waits."""
-    queue, _ = await filled(count, clients(count))
+@pytest.mark.parametrize("loras", [(), (Lora("a", 1.0, "a", ""),)], ids=["none", "adapters"])
+async def test_the_next_job_costs_no_more_than_a_look_at_each_client(clients, count, loras) -> None:
+    """At most sixty instructions for each client with a job that waits, a hundred and twenty where
+    all have others than the adapters on the GPU."""
+    queue, jobs = await filled(count, clients(count))
+    for job in jobs:
+        job.spec = replace(job.spec, loras=loras)
 
     def take() -> None:
         with pytest.raises(StopIteration):
             queue.take().send(None)
 
-    assert operations(take) <= 60 * clients(count) + FIXED
+    assert operations(take) <= (120 if loras else 60) * clients(count) + FIXED
 
 
 @pytest.mark.parametrize("clients", SHARES.values(), ids=SHARES)
