@@ -152,5 +152,5 @@ def test_an_alpha_that_is_no_number_refuses_the_file(alpha, tmp_path) -> None:
     note = {"lora_adapter_metadata": f'{{"transformer.lora_alpha": {alpha}}}'}
     path = forge.write(tmp_path / "a.safetensors", LAYOUTS["bare diffusers names"][0], note)
 
-    with pytest.raises(AdapterRefused, match="alpha .* is no number"):
+    with pytest.raises(AdapterRefused, match=r"alpha .* is no number"):
         read_layout(path, NAMES, SHAPES)
