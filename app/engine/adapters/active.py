@@ -106,6 +106,12 @@ class ActiveAdapters:
         self._chosen = chosen
         return tuple(LoraLoad(each.name, each.seconds + share, each.source) for each in loads)
 
+    def give_up(self) -> None:
+        """Free what adapters take on the device; the next job that has some brings them anew."""
+        self._clear()
+        for branch in self._branches.values():
+            branch.drop()
+
     @contextmanager
     def trial(self) -> Iterator[tuple[Lora, ...]]:
         """Yield an adapter of zeros on one block of each kind, for a picture of the warm-up.

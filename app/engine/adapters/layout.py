@@ -241,5 +241,5 @@ def _alphas(path: Path, metadata: Mapping[str, str]) -> Alphas:
             },
             is_root=bool(config.get("use_rslora")),
         )
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise refusal(path, "the alpha in its lora_adapter_metadata is no number") from None

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from app.domain import Generated, ImageSpec, Lora
 from app.engine.adapters import active
+from app.engine.adapters.branches import Place, Prepared, SlotBranch
 from app.engine.adapters.names import targets_of
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
@@ -335,6 +336,50 @@ def test_without_room_for_slots_the_job_fails_alone(engines, files, monkeypatch,
 
     assert np.array_equal(latents(engine), none)
     assert np.array_equal(latents(engine, lora), right)
+
+
+def test_without_room_for_half_of_a_slot_there_is_none(monkeypatch) -> None:
+    """A's was allocated, B's was not: else every later job of this layer would fail."""
+    branch = SlotBranch(Place(("x",), torch.nn.Linear(8, 6), False), 6, torch.device("cpu"))
+    part = Prepared(torch.ones(2, 8), torch.ones(2, 6), 1.0, ())
+    empty, made = torch.empty, []
+
+    def allocate(*shape, **more):
+        made.append(shape)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return empty(*shape, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", allocate)
+        with pytest.raises(torch.OutOfMemoryError):
+            branch.fill([(part, 1.0)])
+    branch.fill([(part, 1.0)])
+
+    assert torch.equal(branch.add(torch.zeros(1, 6), torch.ones(1, 8)), torch.full((1, 6), 16.0))
+
+
+def test_out_of_memory_gives_up_the_slots(engines, files, monkeypatch) -> None:
+    """Else a picture that fits without adapters would find no room until the service restarts."""
+    engine = engines("fp8")
+    lora = use(files["kohya"])
+    right = latents(engine, lora)
+    adapters = engine._started.components.adapters
+    allocated = {name: each.allocations for name, each in adapters._branches.items()}
+    assert draw(engine).lora_bytes > 0
+
+    def no_room(*_args):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("app.engine.engine.decode", no_room)
+        with pytest.raises(OutOfMemory):
+            draw(engine, lora)
+
+    assert adapters.size_bytes == 0
+    assert np.array_equal(latents(engine, lora), right)
+    # A graph of the slots before is of another variant.
+    assert all(adapters._branches[name].allocations > was for name, was in allocated.items())
 
 
 def test_host_memory_keeps_what_was_used_last(engines, pairs, tmp_path, monkeypatch) -> None:

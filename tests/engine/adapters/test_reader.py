@@ -144,3 +144,13 @@ def test_the_rank_is_that_of_the_widest_joined_layer(layout, rank, tmp_path) -> 
     path = forge.write(tmp_path / "a.safetensors", *LAYOUTS[layout])
 
     assert read_layout(path, NAMES, SHAPES).rank == rank
+
+
+@pytest.mark.parametrize("alpha", ["1" + 400 * "0", '"much"', "[2]"])
+def test_an_alpha_that_is_no_number_refuses_the_file(alpha, tmp_path) -> None:
+    """By a sentence: any other error would end the look at the whole folder, and the start."""
+    note = {"lora_adapter_metadata": f'{{"transformer.lora_alpha": {alpha}}}'}
+    path = forge.write(tmp_path / "a.safetensors", LAYOUTS["bare diffusers names"][0], note)
+
+    with pytest.raises(AdapterRefused, match=r"alpha .* is no number"):
+        read_layout(path, NAMES, SHAPES)
