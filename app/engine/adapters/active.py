@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -204,8 +205,15 @@ class ActiveAdapters:
     def _read(self, lora: Lora) -> dict[str, Branch]:
         try:
             return read_whole(lora, self.shapes)
-        except (AdapterRefused, StartupError, OSError) as error:
+        except (AdapterRefused, StartupError) as error:
             _log.warning("The adapter %s cannot be used: %s", lora.name, error)
+            why = getattr(error, "why", "")
+        except OSError as error:
+            # Its text has the path.
+            _log.warning("The adapter %s cannot be read (%s).", lora.name, error.strerror)
+            why = ""
+        if why:
+            raise GenerationFailed(f"The adapter {lora.name} cannot be used: {why}.")
         raise GenerationFailed(
             f"The adapter {lora.name} was replaced or cannot be read any more; ask again."
         )
@@ -233,11 +241,21 @@ def read_whole(lora: Lora, shapes: Shapes) -> dict[str, Branch]:
         OSError: it cannot be read.
     """
     path = Path(lora.path)
+    # To open a pipe would wait for whoever writes into it.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise AdapterRefused(f"{path.name} is no regular file.")
     with ThreadPoolExecutor(1, "hash") as pool:
         digest = pool.submit(_sha256, path)
-        branches = read_adapter(path, targets_of(shapes), shapes)
+        refused = None
+        try:
+            branches = read_adapter(path, targets_of(shapes), shapes)
+        except AdapterRefused as error:
+            refused = error
+        # Before what is wrong with the file is said: that may be true of another one alone.
         if digest.result() != lora.sha256:
             raise AdapterRefused(f"{path.name} is not what it was when it was listed.")
+        if refused is not None:
+            raise refused
     return branches
 
 

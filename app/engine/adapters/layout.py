@@ -45,7 +45,14 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 class AdapterRefused(Exception):
-    """The file cannot be used; the message is a sentence that names the file and says why."""
+    """The file cannot be used; the message is a sentence that names the file and says why.
+
+    *why* is the same without the file's name; empty where another look at the file may help.
+    """
+
+    def __init__(self, message: str, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +150,7 @@ def read_layout(path: Path, names: Mapping[str, Target], shapes: Shapes) -> Layo
 
 def refusal(path: Path, what: str) -> AdapterRefused:
     """Return the error that says of the file at *path* *what* is wrong with it."""
-    return AdapterRefused(f"{path.name} cannot be used as an adapter: {what}.")
+    return AdapterRefused(f"{path.name} cannot be used as an adapter: {what}.", what)
 
 
 def _sort(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from app.domain import Generated, ImageSpec, Lora
 from app.engine.adapters import active
@@ -311,6 +312,38 @@ def test_a_file_that_was_replaced_is_not_drawn_with(engines, files, tmp_path) ->
         draw(engine, lora)
 
     assert np.array_equal(latents(engine), none)
+
+
+def test_a_file_that_holds_no_numbers_is_said_to(engines, files, tmp_path) -> None:
+    """Its header is listed, and to ask again would not help."""
+    engine = engines("fp8")
+    tensors = load_file(files["kohya"])
+    name = "lora_unet_img_in.lora_up.weight"
+    path = tmp_path / "a.safetensors"
+    save_file(tensors | {name: torch.full_like(tensors[name], math.inf)}, path)
+
+    with pytest.raises(GenerationFailed, match=r"a cannot be used: img_in .* not finite"):
+        draw(engine, use(path))
+
+
+def test_a_file_that_is_gone_puts_no_path_into_the_log(engines, tmp_path, caplog) -> None:
+    """As no other line does."""
+    lora = Lora("a", 1.0, "0" * 64, str(tmp_path / "gone.safetensors"))
+
+    with pytest.raises(GenerationFailed, match="adapter a was replaced"):
+        draw(engines("fp8"), lora)
+
+    assert "The adapter a cannot be read (No such file or directory)." in caplog.messages
+    assert str(tmp_path) not in caplog.text
+
+
+def test_a_pipe_in_the_place_of_a_file_holds_up_no_job(engines, tmp_path) -> None:
+    """It came there after the file was listed."""
+    os.mkfifo(tmp_path / "a.safetensors")
+    lora = Lora("a", 1.0, "0" * 64, str(tmp_path / "a.safetensors"))
+
+    with pytest.raises(GenerationFailed, match="adapter a"):
+        draw(engines("fp8"), lora)
 
 
 @pytest.mark.parametrize("precision", one_of("fp8", "fp32"))
