@@ -8,6 +8,7 @@ HTTP lists adapters, too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ MAX_BYTES = 4_000_000_000
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 _SHOWN = 80
+_PLAIN = re.compile(r"\^?[\w.-]+")
+"""A name in PEFT's `alpha_pattern` that stands for itself."""
 _KINDS = (
     {"down", "up"},
     {"w1", "w2"},
@@ -64,6 +67,11 @@ class Layer:
     tensors: Mapping[str, tuple[str, TensorEntry]]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The file's name of it, and diffusers' of the first module that it holds."""
+        return self.name, self.target.modules[0]
+
+    @property
     def rank(self) -> int:
         """The rank of a low-rank branch; 0 of any other."""
         return self.shape("down")[0] if "down" in self.tensors else 0
@@ -91,13 +99,13 @@ class Alphas:
     is_root: bool = False
     """Whether alpha is divided by the rank's root (`use_rslora`)."""
 
-    def of(self, module: str, rank: int) -> float:
-        """Return alpha of *module*: PEFT matches a pattern against the end of its name."""
+    def of(self, layer: Layer) -> float:
+        """Return alpha of *layer*: PEFT matches a pattern against the end of its name."""
         for name, value in (self.pattern or {}).items():
             end = name.removeprefix("^")
-            if module == end or module.endswith(f".{end}"):
+            if any(each == end or each.endswith(f".{end}") for each in layer.names):
                 return value
-        return float(rank) if self.default is None else self.default
+        return float(layer.divisor) if self.default is None else self.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +249,12 @@ def _alphas(path: Path, metadata: Mapping[str, str]) -> Alphas:
         raise refusal(path, "it holds DoRA, which is not supported")
     try:
         default, pattern = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        if expression := next((name for name in pattern if not _PLAIN.fullmatch(name)), ""):
+            raise refusal(
+                path,
+                f"its alpha_pattern has the regular expression {expression[:_SHOWN]}, which is not "
+                "supported",
+            )
         return Alphas(
             default=None if default is None else float(default),
             pattern={

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -153,4 +155,28 @@ def test_an_alpha_that_is_no_number_refuses_the_file(alpha, tmp_path) -> None:
     path = forge.write(tmp_path / "a.safetensors", LAYOUTS["bare diffusers names"][0], note)
 
     with pytest.raises(AdapterRefused, match=r"alpha .* is no number"):
+        read_layout(path, NAMES, SHAPES)
+
+
+def test_a_pattern_of_alpha_matches_the_files_own_names(tmp_path) -> None:
+    """PEFT's config names the layers of the model that was trained, whoever's names it has."""
+    tensors, _ = LAYOUTS["bare BFL names"]
+    tensors = {name: each for name, each in tensors.items() if "alpha" not in name}
+    config = {"lora_alpha": RANK, "alpha_pattern": {"double_blocks.0.img_attn.qkv": 2 * RANK}}
+    note = {"lora_adapter_metadata": json.dumps(config)}
+
+    branches = read(forge.write(tmp_path / "a.safetensors", tensors, note))
+
+    assert {name for name, each in branches.items() if each.scale == 2} == {
+        f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"
+    }
+
+
+@pytest.mark.parametrize("pattern", [r".*attn.*", r"single_transformer_blocks\.\d+\.attn\.to_out"])
+def test_a_pattern_of_alpha_that_is_an_expression_refuses_the_file(pattern, tmp_path) -> None:
+    """PEFT would match it; to take no notice of it would draw at another scale."""
+    note = {"lora_adapter_metadata": json.dumps({"lora_alpha": 4, "alpha_pattern": {pattern: 8}})}
+    path = forge.write(tmp_path / "a.safetensors", LAYOUTS["bare diffusers names"][0], note)
+
+    with pytest.raises(AdapterRefused, match="regular expression"):
         read_layout(path, NAMES, SHAPES)
