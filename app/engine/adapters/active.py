@@ -5,9 +5,10 @@ Not thread-safe: the engine's thread alone uses it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
-import stat
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -241,9 +242,9 @@ def read_whole(lora: Lora, shapes: Shapes) -> dict[str, Branch]:
         OSError: it cannot be read.
     """
     path = Path(lora.path)
-    # To open a pipe would wait for whoever writes into it.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise AdapterRefused(f"{path.name} is no regular file.")
+    # A pipe in its place would not answer.
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     with ThreadPoolExecutor(1, "hash") as pool:
         digest = pool.submit(_sha256, path)
         refused = None

@@ -322,7 +322,7 @@ def test_a_file_that_holds_no_numbers_is_said_to(engines, files, tmp_path) -> No
     path = tmp_path / "a.safetensors"
     save_file(tensors | {name: torch.full_like(tensors[name], math.inf)}, path)
 
-    with pytest.raises(GenerationFailed, match=r"a cannot be used: img_in .* not finite"):
+    with pytest.raises(GenerationFailed, match=r"a cannot be used: img_in has .* not finite"):
         draw(engine, use(path))
 
 
