@@ -26,6 +26,11 @@ from app.engine.checkpoint.safetensors_header import (
 
 MAX_BYTES = 4_000_000_000
 """The largest file that is read."""
+MAX_KRONECKER_RANK = 256
+"""A Kronecker product's factors take at most the memory of a LoRA of this rank.
+
+They are multiplied out, so that a small file could fill the memory.
+"""
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 _SHOWN = 80
@@ -216,6 +221,12 @@ def _check(path: Path, layer: Layer, shapes: Shapes) -> None:
             f"it is for another model: {layer.name} is {parts}, but the weight that it changes "
             f"is {list(wanted)}",
         )
+    if _product_size(layer) > MAX_KRONECKER_RANK * sum(wanted):
+        raise refusal(
+            path,
+            f"the factors of {layer.name} are larger than those of a LoRA of rank "
+            f"{MAX_KRONECKER_RANK}",
+        )
 
 
 def _product_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
@@ -229,6 +240,19 @@ def _product_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | N
         for word in ("w1", "w2")
     )
     return None if left is None or right is None else (left[0] * right[0], left[1] * right[1])
+
+
+def _product_size(layer: Layer) -> int:
+    """Count the numbers of both factors of a Kronecker product, multiplied out; 0 of any other."""
+    if layer.rank:
+        return 0
+    sizes = (
+        math.prod(layer.shape(word))
+        if word in layer.tensors
+        else layer.shape(f"{word}_a")[0] * layer.shape(f"{word}_b")[1]
+        for word in ("w1", "w2")
+    )
+    return sum(sizes)
 
 
 def _chained(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, int] | None:
