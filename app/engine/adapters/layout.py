@@ -33,6 +33,8 @@ They are multiplied out, so that a small file could fill the memory.
 """
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_ALPHA_DTYPES = _DTYPES | {"F64": 8, "I64": 8, "I32": 4}
+"""Of alpha too: scripts that write adapters store a rank as it is."""
 _SHOWN = 80
 _PLAIN = re.compile(r"\^?[\w.-]+")
 """A name in PEFT's `alpha_pattern` that stands for itself."""
@@ -205,10 +207,11 @@ def _check(path: Path, layer: Layer, shapes: Shapes) -> None:
     if set(words) not in _KINDS:
         has = ", ".join(sorted(layer.tensors))
         raise refusal(path, f"{layer.name} is incomplete: it has only {has}")
-    for key, entry in layer.tensors.values():
-        if entry.dtype not in _DTYPES:
+    for word, (key, entry) in layer.tensors.items():
+        bytes_of = _ALPHA_DTYPES if word == "alpha" else _DTYPES
+        if entry.dtype not in bytes_of:
             raise refusal(path, f"{key[:_SHOWN]} is of the type {entry.dtype[:16]}, not a float")
-        if entry.size_bytes != math.prod(entry.shape) * _DTYPES[entry.dtype]:
+        if entry.size_bytes != math.prod(entry.shape) * bytes_of[entry.dtype]:
             raise refusal(path, f"the bytes of {key[:_SHOWN]} do not fit its shape")
     if "alpha" in layer.tensors and math.prod(layer.shape("alpha")) != 1:
         raise refusal(path, f"alpha of {layer.name} is not one number")

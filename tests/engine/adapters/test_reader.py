@@ -198,3 +198,16 @@ def test_kronecker_factors_as_large_as_the_weight_are_refused(
 
     with pytest.raises(AdapterRefused, match="larger than those of a LoRA of rank 4"):
         read_layout(forge.write(tmp_path / "a.safetensors", tensors, {}), NAMES, SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
+def test_alpha_may_be_a_whole_number(dtype, tmp_path) -> None:
+    """As `torch.tensor(16)` is."""
+    tensors, note = LAYOUTS["kohya"]
+    tensors = {
+        name: each.to(dtype) if name.endswith(".alpha") else each for name, each in tensors.items()
+    }
+
+    branches = read(forge.write(tmp_path / "a.safetensors", tensors, note))
+
+    assert {each.scale for each in branches.values()} == {ALPHA / RANK}
