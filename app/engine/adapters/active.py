@@ -247,9 +247,16 @@ def read_whole(lora: Lora, shapes: Shapes) -> dict[str, Branch]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     with ThreadPoolExecutor(1, "hash") as pool:
         digest = pool.submit(_sha256, path)
-        branches = read_adapter(path, targets_of(shapes), shapes)
+        refused = None
+        try:
+            branches = read_adapter(path, targets_of(shapes), shapes)
+        except AdapterRefused as error:
+            refused = error
+        # Before what is wrong with the file is said: that may be true of another one alone.
         if digest.result() != lora.sha256:
             raise AdapterRefused(f"{path.name} is not what it was when it was listed.")
+        if refused is not None:
+            raise refused
     return branches
 
 

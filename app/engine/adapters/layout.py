@@ -26,8 +26,15 @@ from app.engine.checkpoint.safetensors_header import (
 
 MAX_BYTES = 4_000_000_000
 """The largest file that is read."""
+MAX_KRONECKER_RANK = 256
+"""A Kronecker product's factors take at most the memory of a LoRA of this rank.
+
+They are multiplied out, so that a small file could fill the memory.
+"""
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_ALPHA_DTYPES = _DTYPES | {"F64": 8, "I64": 8, "I32": 4}
+"""Of alpha too: scripts that write adapters store a rank as it is."""
 _SHOWN = 80
 _PLAIN = re.compile(r"\^?[\w.-]+")
 """A name in PEFT's `alpha_pattern` that stands for itself."""
@@ -200,10 +207,11 @@ def _check(path: Path, layer: Layer, shapes: Shapes) -> None:
     if set(words) not in _KINDS:
         has = ", ".join(sorted(layer.tensors))
         raise refusal(path, f"{layer.name} is incomplete: it has only {has}")
-    for key, entry in layer.tensors.values():
-        if entry.dtype not in _DTYPES:
+    for word, (key, entry) in layer.tensors.items():
+        bytes_of = _ALPHA_DTYPES if word == "alpha" else _DTYPES
+        if entry.dtype not in bytes_of:
             raise refusal(path, f"{key[:_SHOWN]} is of the type {entry.dtype[:16]}, not a float")
-        if entry.size_bytes != math.prod(entry.shape) * _DTYPES[entry.dtype]:
+        if entry.size_bytes != math.prod(entry.shape) * bytes_of[entry.dtype]:
             raise refusal(path, f"the bytes of {key[:_SHOWN]} do not fit its shape")
     if "alpha" in layer.tensors and math.prod(layer.shape("alpha")) != 1:
         raise refusal(path, f"alpha of {layer.name} is not one number")
@@ -215,6 +223,12 @@ def _check(path: Path, layer: Layer, shapes: Shapes) -> None:
             path,
             f"it is for another model: {layer.name} is {parts}, but the weight that it changes "
             f"is {list(wanted)}",
+        )
+    if _product_size(layer) > MAX_KRONECKER_RANK * sum(wanted):
+        raise refusal(
+            path,
+            f"the factors of {layer.name} are larger than those of a LoRA of rank "
+            f"{MAX_KRONECKER_RANK}",
         )
 
 
@@ -229,6 +243,19 @@ def _product_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | N
         for word in ("w1", "w2")
     )
     return None if left is None or right is None else (left[0] * right[0], left[1] * right[1])
+
+
+def _product_size(layer: Layer) -> int:
+    """Count the numbers of both factors of a Kronecker product, multiplied out; 0 of any other."""
+    if layer.rank:
+        return 0
+    sizes = (
+        math.prod(layer.shape(word))
+        if word in layer.tensors
+        else layer.shape(f"{word}_a")[0] * layer.shape(f"{word}_b")[1]
+        for word in ("w1", "w2")
+    )
+    return sum(sizes)
 
 
 def _chained(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from app.engine.adapters import layout
 from app.engine.adapters.layout import AdapterRefused, read_layout
 from app.engine.adapters.names import targets
 from app.engine.adapters.reader import Kronecker, LowRank, read_adapter
@@ -180,3 +181,33 @@ def test_a_pattern_of_alpha_that_is_an_expression_refuses_the_file(pattern, tmp_
 
     with pytest.raises(AdapterRefused, match="regular expression"):
         read_layout(path, NAMES, SHAPES)
+
+
+@pytest.mark.parametrize("is_product", [False, True])
+def test_kronecker_factors_as_large_as_the_weight_are_refused(
+    is_product, tmp_path, monkeypatch
+) -> None:
+    """No rank bounds them, and a file of some megabytes may hold those of all weights."""
+    monkeypatch.setattr(layout, "MAX_KRONECKER_RANK", 4)
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {f"{stem}.lokr_w1": torch.ones(1, 1)}
+    if is_product:
+        tensors |= {f"{stem}.lokr_w2_a": torch.ones(72, 1), f"{stem}.lokr_w2_b": torch.ones(1, 24)}
+    else:
+        tensors[f"{stem}.lokr_w2"] = torch.ones(72, 24)
+
+    with pytest.raises(AdapterRefused, match="larger than those of a LoRA of rank 4"):
+        read_layout(forge.write(tmp_path / "a.safetensors", tensors, {}), NAMES, SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
+def test_alpha_may_be_a_whole_number(dtype, tmp_path) -> None:
+    """As `torch.tensor(16)` is."""
+    tensors, note = LAYOUTS["kohya"]
+    tensors = {
+        name: each.to(dtype) if name.endswith(".alpha") else each for name, each in tensors.items()
+    }
+
+    branches = read(forge.write(tmp_path / "a.safetensors", tensors, note))
+
+    assert {each.scale for each in branches.values()} == {ALPHA / RANK}
