@@ -23,7 +23,6 @@ _log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 3.0
 _MAX_NEAR = 3
-_MOST_COMPARED, _LONGEST = 300, 200
 _MAX_COMPARED = 16
 _MAX_TOLD = 10
 """Files at a time that the log says of why they are not listed."""
@@ -69,13 +68,15 @@ class Adapters:
         return self._listed.get(name)
 
     def near(self, name: str) -> tuple[str, ...]:
-        """Return at most three names like *name*, the most like it first.
-
-        Of many adapters those with names of a similar length are compared: all would take the event
-        loop tens of milliseconds.
-        """
-        by_length = sorted(self._listed, key=lambda each: abs(len(each) - len(name)))
-        return tuple(get_close_matches(name[:_LONGEST], by_length[:_MOST_COMPARED], n=_MAX_NEAR))
+        """Return at most three names like *name*, the most like it first."""
+        # All of difflib's work for a thousand long names would hold up the event loop.
+        matcher = SequenceMatcher(b=name[:MAX_NAME])
+        ratios = []
+        for each in self._listed:
+            matcher.set_seq1(each)
+            ratios.append((matcher.quick_ratio(), each))
+        likely = [each for _, each in nlargest(_MAX_COMPARED, ratios)]
+        return tuple(get_close_matches(name[:MAX_NAME], likely, _MAX_NEAR))
 
     def use(self, name: str, scale: float) -> Lora:
         """Return the adapter *name*, as its file is now, to be used at *scale*.
