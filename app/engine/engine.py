@@ -117,14 +117,16 @@ class KleinEngine:
         """
         if self._started is None:
             raise StartupError("The model is not loaded; load it first.")
+        components = self._started.components
         try:
             # Concurrent with the text stage: on the CPU it takes as long as a text encoder pass.
-            components = self._started.components
             noise = self._helpers.submit(draw_noise, components, spec)
             is_looked_up = spec.references and components.references.size
             keys = self._helpers.submit(reference_keys, spec) if is_looked_up else None
             return _Job(components, spec, noise, keys, on_progress, is_cancelled, is_trial).run()
         except Exception as error:
+            if error_mapping.is_out_of_memory(error):
+                components.adapters.give_up()
             fault = error_mapping.translate(error)
         raise fault
 

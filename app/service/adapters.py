@@ -95,7 +95,8 @@ class Adapters:
 
     def replace(self, found: Listing) -> None:
         """List *found* instead of what was listed before, and log what is new of it."""
-        new = [each for each in found.refused if each not in set(self.refused)]
+        told = set(self.refused)
+        new = [each for each in found.refused if each not in told]
         for each in new[:_MAX_TOLD]:
             _log.warning("An adapter's file is not listed: %s", each.reason)
         if len(new) > _MAX_TOLD:

@@ -41,7 +41,11 @@ def test_a_wheel_draws_from_an_empty_folder(tmp_path: Path) -> None:
     assert red > 180
     assert max(green, blue) < 90
     assert min(picture.getpixel((5, 5))) > 230
-    assert sum(each.file_size for each in _checkpoint(wheel)) < 10_000_000
+    adapters, checkpoint = [], []
+    for each in _demo(wheel):
+        (adapters if "/loras/" in each.filename else checkpoint).append(each.file_size)
+    assert sum(checkpoint) < 10_000_000
+    assert 0 < sum(adapters) < 300_000
 
 
 def _install(wheel: Path, place: Path) -> Path:
@@ -58,7 +62,7 @@ def _install(wheel: Path, place: Path) -> Path:
     return place / "bin" / "klein"
 
 
-def _checkpoint(wheel: Path) -> list[zipfile.ZipInfo]:
+def _demo(wheel: Path) -> list[zipfile.ZipInfo]:
     with zipfile.ZipFile(wheel) as file:
         found = [each for each in file.infolist() if "/models/data/shapes/" in each.filename]
     assert found

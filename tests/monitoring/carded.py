@@ -82,7 +82,7 @@ class CardedEngine(ScriptedEngine):
             held=HELD,
             is_prompt_cached=is_cached,
             are_references_cached=are_cached,
-            lora_loads=() if is_cached else (LoraLoad("a-style", 0.004, "host"),),
+            lora_loads=(LoraLoad("a-style", 0.004, "host"),),
             lora_bytes=98_000_000,
         )
 

@@ -238,3 +238,23 @@ def test_refused_files_are_told_once(caplog) -> None:
     assert adapters.refused == refused
     assert len(caplog.records) == 11
     assert "20 more are not" in caplog.records[-1].getMessage()
+
+
+def test_a_folder_of_refused_files_does_not_hold_up_the_loop() -> None:
+    """Twenty thousand may be refused, and each is compared a few times, not with all others."""
+    hashed = 0
+
+    class Word(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            nonlocal hashed
+            hashed += 1
+            return super().__hash__()
+
+    refused = tuple(RefusedFile(Word(n), "It may run code.") for n in range(300))
+    adapters = Adapters()
+    for _ in range(2):
+        adapters.replace(Listing((), refused))
+
+    assert hashed <= 4 * len(refused)

@@ -5,8 +5,10 @@ Not thread-safe: the engine's thread alone uses it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -106,6 +108,12 @@ class ActiveAdapters:
         self._chosen = chosen
         return tuple(LoraLoad(each.name, each.seconds + share, each.source) for each in loads)
 
+    def give_up(self) -> None:
+        """Free what adapters take on the device; the next job that has some brings them anew."""
+        self._clear()
+        for branch in self._branches.values():
+            branch.drop()
+
     @contextmanager
     def trial(self) -> Iterator[tuple[Lora, ...]]:
         """Yield an adapter of zeros on one block of each kind, for a picture of the warm-up.
@@ -198,8 +206,15 @@ class ActiveAdapters:
     def _read(self, lora: Lora) -> dict[str, Branch]:
         try:
             return read_whole(lora, self.shapes)
-        except (AdapterRefused, StartupError, OSError) as error:
+        except (AdapterRefused, StartupError) as error:
             _log.warning("The adapter %s cannot be used: %s", lora.name, error)
+            why = getattr(error, "why", "")
+        except OSError as error:
+            # Its text has the path.
+            _log.warning("The adapter %s cannot be read (%s).", lora.name, error.strerror)
+            why = ""
+        if why:
+            raise GenerationFailed(f"The adapter {lora.name} cannot be used: {why}.")
         raise GenerationFailed(
             f"The adapter {lora.name} was replaced or cannot be read any more; ask again."
         )
@@ -227,11 +242,21 @@ def read_whole(lora: Lora, shapes: Shapes) -> dict[str, Branch]:
         OSError: it cannot be read.
     """
     path = Path(lora.path)
+    # A pipe in its place would not answer.
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     with ThreadPoolExecutor(1, "hash") as pool:
         digest = pool.submit(_sha256, path)
-        branches = read_adapter(path, targets_of(shapes), shapes)
+        refused = None
+        try:
+            branches = read_adapter(path, targets_of(shapes), shapes)
+        except AdapterRefused as error:
+            refused = error
+        # Before what is wrong with the file is said: that may be true of another one alone.
         if digest.result() != lora.sha256:
             raise AdapterRefused(f"{path.name} is not what it was when it was listed.")
+        if refused is not None:
+            raise refused
     return branches
 
 

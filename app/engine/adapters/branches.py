@@ -91,6 +91,9 @@ class LayerBranch(Protocol):
     def clear(self) -> None:
         """Hold no adapter; slots stay."""
 
+    def drop(self) -> None:
+        """Hold no adapter and no slots."""
+
     def add(
         self,
         product: torch.Tensor | None,
@@ -138,6 +141,10 @@ class ExactBranch:
         """Drop what `fill` copied."""
         self._parts.clear()
         self.size_bytes = 0
+
+    def drop(self) -> None:
+        """Drop what `fill` copied."""
+        self.clear()
 
     def fill(self, parts: Parts) -> None:
         """Copy *parts* to the device."""
@@ -222,12 +229,17 @@ class SlotBranch:
         """Drop slots that are too small for *rank*; return whether there were any."""
         if not 0 < len(self._down) < bucket(rank):
             return False
-        self._down, self._up = torch.empty(0), torch.empty(0)
+        self.drop()
         return True
 
     def clear(self) -> None:
         """Drop Kronecker products, which are in no slot."""
         self._kroneckers = []
+
+    def drop(self) -> None:
+        """Drop the slots too; what is counted of them stays."""
+        self.clear()
+        self._down, self._up = torch.empty(0), torch.empty(0)
 
     def fill(self, parts: Parts) -> None:
         """Copy *parts* into the slots, the scales multiplied into B; rows without one are zero."""
@@ -272,13 +284,16 @@ class SlotBranch:
         return product
 
     def _allocate(self, factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
-        """Make the slots as large as the rank; they never shrink."""
+        """Make the slots as large as the rank; they never shrink, but `drop` drops them."""
         if self._rank <= len(self._down):
             return
         down, up, _ = factors[0]
         kind = torch.float8_e4m3fn if self._is_fp8 else down.dtype
-        self._down = torch.empty(self._rank, down.shape[1], dtype=kind, device=self._device)
-        self._up = torch.empty(self._rank, up.shape[1], dtype=up.dtype, device=self._device)
+        # Both or none: where there is no room, the next job may find some.
+        self._down, self._up = (
+            torch.empty(self._rank, down.shape[1], dtype=kind, device=self._device),
+            torch.empty(self._rank, up.shape[1], dtype=up.dtype, device=self._device),
+        )
         self.allocations += 1
 
     def _store(self, rows: slice, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:

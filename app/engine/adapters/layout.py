@@ -8,6 +8,7 @@ HTTP lists adapters, too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,9 +26,18 @@ from app.engine.checkpoint.safetensors_header import (
 
 MAX_BYTES = 4_000_000_000
 """The largest file that is read."""
+MAX_KRONECKER_RANK = 256
+"""A Kronecker product's factors take at most the memory of a LoRA of this rank.
+
+They are multiplied out, so that a small file could fill the memory.
+"""
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_ALPHA_DTYPES = _DTYPES | {"F64": 8, "I64": 8, "I32": 4}
+"""Of alpha too: scripts that write adapters store a rank as it is."""
 _SHOWN = 80
+_PLAIN = re.compile(r"\^?[\w.-]+")
+"""A name in PEFT's `alpha_pattern` that stands for itself."""
 _KINDS = (
     {"down", "up"},
     {"w1", "w2"},
@@ -45,7 +55,14 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 class AdapterRefused(Exception):
-    """The file cannot be used; the message is a sentence that names the file and says why."""
+    """The file cannot be used; the message is a sentence that names the file and says why.
+
+    *why* is the same without the file's name; empty where another look at the file may help.
+    """
+
+    def __init__(self, message: str, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +72,11 @@ class Layer:
     name: str
     target: Target
     tensors: Mapping[str, tuple[str, TensorEntry]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The file's name of it, and diffusers' of the first module that it holds."""
+        return self.name, self.target.modules[0]
 
     @property
     def rank(self) -> int:
@@ -84,13 +106,13 @@ class Alphas:
     is_root: bool = False
     """Whether alpha is divided by the rank's root (`use_rslora`)."""
 
-    def of(self, module: str, rank: int) -> float:
-        """Return alpha of *module*: PEFT matches a pattern against the end of its name."""
+    def of(self, layer: Layer) -> float:
+        """Return alpha of *layer*: PEFT matches a pattern against the end of its name."""
         for name, value in (self.pattern or {}).items():
             end = name.removeprefix("^")
-            if module == end or module.endswith(f".{end}"):
+            if any(each == end or each.endswith(f".{end}") for each in layer.names):
                 return value
-        return float(rank) if self.default is None else self.default
+        return float(layer.divisor) if self.default is None else self.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +165,7 @@ def read_layout(path: Path, names: Mapping[str, Target], shapes: Shapes) -> Layo
 
 def refusal(path: Path, what: str) -> AdapterRefused:
     """Return the error that says of the file at *path* *what* is wrong with it."""
-    return AdapterRefused(f"{path.name} cannot be used as an adapter: {what}.")
+    return AdapterRefused(f"{path.name} cannot be used as an adapter: {what}.", what)
 
 
 def _sort(
@@ -185,10 +207,11 @@ def _check(path: Path, layer: Layer, shapes: Shapes) -> None:
     if set(words) not in _KINDS:
         has = ", ".join(sorted(layer.tensors))
         raise refusal(path, f"{layer.name} is incomplete: it has only {has}")
-    for key, entry in layer.tensors.values():
-        if entry.dtype not in _DTYPES:
+    for word, (key, entry) in layer.tensors.items():
+        bytes_of = _ALPHA_DTYPES if word == "alpha" else _DTYPES
+        if entry.dtype not in bytes_of:
             raise refusal(path, f"{key[:_SHOWN]} is of the type {entry.dtype[:16]}, not a float")
-        if entry.size_bytes != math.prod(entry.shape) * _DTYPES[entry.dtype]:
+        if entry.size_bytes != math.prod(entry.shape) * bytes_of[entry.dtype]:
             raise refusal(path, f"the bytes of {key[:_SHOWN]} do not fit its shape")
     if "alpha" in layer.tensors and math.prod(layer.shape("alpha")) != 1:
         raise refusal(path, f"alpha of {layer.name} is not one number")
@@ -200,6 +223,12 @@ def _check(path: Path, layer: Layer, shapes: Shapes) -> None:
             path,
             f"it is for another model: {layer.name} is {parts}, but the weight that it changes "
             f"is {list(wanted)}",
+        )
+    if _product_size(layer) > MAX_KRONECKER_RANK * sum(wanted):
+        raise refusal(
+            path,
+            f"the factors of {layer.name} are larger than those of a LoRA of rank "
+            f"{MAX_KRONECKER_RANK}",
         )
 
 
@@ -214,6 +243,19 @@ def _product_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | N
         for word in ("w1", "w2")
     )
     return None if left is None or right is None else (left[0] * right[0], left[1] * right[1])
+
+
+def _product_size(layer: Layer) -> int:
+    """Count the numbers of both factors of a Kronecker product, multiplied out; 0 of any other."""
+    if layer.rank:
+        return 0
+    sizes = (
+        math.prod(layer.shape(word))
+        if word in layer.tensors
+        else layer.shape(f"{word}_a")[0] * layer.shape(f"{word}_b")[1]
+        for word in ("w1", "w2")
+    )
+    return sum(sizes)
 
 
 def _chained(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, int] | None:
@@ -234,6 +276,12 @@ def _alphas(path: Path, metadata: Mapping[str, str]) -> Alphas:
         raise refusal(path, "it holds DoRA, which is not supported")
     try:
         default, pattern = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        if expression := next((name for name in pattern if not _PLAIN.fullmatch(name)), ""):
+            raise refusal(
+                path,
+                f"its alpha_pattern has the regular expression {expression[:_SHOWN]}, which is not "
+                "supported",
+            )
         return Alphas(
             default=None if default is None else float(default),
             pattern={
@@ -241,5 +289,5 @@ def _alphas(path: Path, metadata: Mapping[str, str]) -> Alphas:
             },
             is_root=bool(config.get("use_rslora")),
         )
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise refusal(path, "the alpha in its lora_adapter_metadata is no number") from None

@@ -78,7 +78,7 @@ def _scale(layer: Layer, tensors: Mapping[str, torch.Tensor], alphas: Alphas) ->
         return 1.0
     if (alpha := tensors.get("alpha")) is not None:
         return float(alpha.float()) / rank
-    return alphas.of(layer.target.modules[0], rank) / (math.sqrt(rank) if alphas.is_root else rank)
+    return alphas.of(layer) / (math.sqrt(rank) if alphas.is_root else rank)
 
 
 def _branches(layer: Layer, scale: float, tensors: Mapping[str, torch.Tensor]) -> dict[str, Branch]:

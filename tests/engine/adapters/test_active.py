@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -11,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from app.domain import Generated, ImageSpec, Lora
 from app.engine.adapters import active
+from app.engine.adapters.branches import Place, Prepared, SlotBranch
 from app.engine.adapters.names import targets_of
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
@@ -312,6 +314,38 @@ def test_a_file_that_was_replaced_is_not_drawn_with(engines, files, tmp_path) ->
     assert np.array_equal(latents(engine), none)
 
 
+def test_a_file_that_holds_no_numbers_is_said_to(engines, files, tmp_path) -> None:
+    """Its header is listed, and to ask again would not help."""
+    engine = engines("fp8")
+    tensors = load_file(files["kohya"])
+    name = "lora_unet_img_in.lora_up.weight"
+    path = tmp_path / "a.safetensors"
+    save_file(tensors | {name: torch.full_like(tensors[name], math.inf)}, path)
+
+    with pytest.raises(GenerationFailed, match=r"a cannot be used: img_in has .* not finite"):
+        draw(engine, use(path))
+
+
+def test_a_file_that_is_gone_puts_no_path_into_the_log(engines, tmp_path, caplog) -> None:
+    """As no other line does."""
+    lora = Lora("a", 1.0, "0" * 64, str(tmp_path / "gone.safetensors"))
+
+    with pytest.raises(GenerationFailed, match="adapter a was replaced"):
+        draw(engines("fp8"), lora)
+
+    assert "The adapter a cannot be read (No such file or directory)." in caplog.messages
+    assert str(tmp_path) not in caplog.text
+
+
+def test_a_pipe_in_the_place_of_a_file_holds_up_no_job(engines, tmp_path) -> None:
+    """It came there after the file was listed."""
+    os.mkfifo(tmp_path / "a.safetensors")
+    lora = Lora("a", 1.0, "0" * 64, str(tmp_path / "a.safetensors"))
+
+    with pytest.raises(GenerationFailed, match="adapter a"):
+        draw(engines("fp8"), lora)
+
+
 @pytest.mark.parametrize("precision", one_of("fp8", "fp32"))
 def test_without_room_for_slots_the_job_fails_alone(engines, files, monkeypatch, precision) -> None:
     """It is out of memory; the next is as without adapters, and the adapter works when asked."""
@@ -335,6 +369,50 @@ def test_without_room_for_slots_the_job_fails_alone(engines, files, monkeypatch,
 
     assert np.array_equal(latents(engine), none)
     assert np.array_equal(latents(engine, lora), right)
+
+
+def test_without_room_for_half_of_a_slot_there_is_none(monkeypatch) -> None:
+    """A's was allocated, B's was not: else every later job of this layer would fail."""
+    branch = SlotBranch(Place(("x",), torch.nn.Linear(8, 6), False), 6, torch.device("cpu"))
+    part = Prepared(torch.ones(2, 8), torch.ones(2, 6), 1.0, ())
+    empty, made = torch.empty, []
+
+    def allocate(*shape, **more):
+        made.append(shape)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return empty(*shape, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", allocate)
+        with pytest.raises(torch.OutOfMemoryError):
+            branch.fill([(part, 1.0)])
+    branch.fill([(part, 1.0)])
+
+    assert torch.equal(branch.add(torch.zeros(1, 6), torch.ones(1, 8)), torch.full((1, 6), 16.0))
+
+
+def test_out_of_memory_gives_up_the_slots(engines, files, monkeypatch) -> None:
+    """Else a picture that fits without adapters would find no room until the service restarts."""
+    engine = engines("fp8")
+    lora = use(files["kohya"])
+    right = latents(engine, lora)
+    adapters = engine._started.components.adapters
+    allocated = {name: each.allocations for name, each in adapters._branches.items()}
+    assert draw(engine).lora_bytes > 0
+
+    def no_room(*_args):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("app.engine.engine.decode", no_room)
+        with pytest.raises(OutOfMemory):
+            draw(engine, lora)
+
+    assert adapters.size_bytes == 0
+    assert np.array_equal(latents(engine, lora), right)
+    # A graph of the slots before is of another variant.
+    assert all(adapters._branches[name].allocations > was for name, was in allocated.items())
 
 
 def test_host_memory_keeps_what_was_used_last(engines, pairs, tmp_path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,9 +108,10 @@ def test_a_damaged_adapter_ends_the_start(tiny_klein, lora, tmp_path) -> None:
     """With the sentence that names the file."""
     path = tmp_path / "b.safetensors"
     path.write_bytes(b"nothing")
+    damaged = replace(lora, path=str(path), sha256=hashlib.sha256(b"nothing").hexdigest())
     opened = open_checkpoint(tiny_klein)
     with opened.files, pytest.raises(StartupError, match=r"b\.safetensors cannot be used"):
-        fuse(opened.transformer, [replace(lora, path=str(path))])
+        fuse(opened.transformer, [damaged])
 
 
 def test_the_sum_is_made_in_float32(tiny_klein, lora) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from app.engine.adapters import layout
 from app.engine.adapters.layout import AdapterRefused, read_layout
 from app.engine.adapters.names import targets
 from app.engine.adapters.reader import Kronecker, LowRank, read_adapter
@@ -144,3 +147,67 @@ def test_the_rank_is_that_of_the_widest_joined_layer(layout, rank, tmp_path) -> 
     path = forge.write(tmp_path / "a.safetensors", *LAYOUTS[layout])
 
     assert read_layout(path, NAMES, SHAPES).rank == rank
+
+
+@pytest.mark.parametrize("alpha", ["1" + 400 * "0", '"much"', "[2]"])
+def test_an_alpha_that_is_no_number_refuses_the_file(alpha, tmp_path) -> None:
+    """By a sentence: any other error would end the look at the whole folder, and the start."""
+    note = {"lora_adapter_metadata": f'{{"transformer.lora_alpha": {alpha}}}'}
+    path = forge.write(tmp_path / "a.safetensors", LAYOUTS["bare diffusers names"][0], note)
+
+    with pytest.raises(AdapterRefused, match=r"alpha .* is no number"):
+        read_layout(path, NAMES, SHAPES)
+
+
+def test_a_pattern_of_alpha_matches_the_files_own_names(tmp_path) -> None:
+    """PEFT's config names the layers of the model that was trained, whoever's names it has."""
+    tensors, _ = LAYOUTS["bare BFL names"]
+    tensors = {name: each for name, each in tensors.items() if "alpha" not in name}
+    config = {"lora_alpha": RANK, "alpha_pattern": {"double_blocks.0.img_attn.qkv": 2 * RANK}}
+    note = {"lora_adapter_metadata": json.dumps(config)}
+
+    branches = read(forge.write(tmp_path / "a.safetensors", tensors, note))
+
+    assert {name for name, each in branches.items() if each.scale == 2} == {
+        f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"
+    }
+
+
+@pytest.mark.parametrize("pattern", [r".*attn.*", r"single_transformer_blocks\.\d+\.attn\.to_out"])
+def test_a_pattern_of_alpha_that_is_an_expression_refuses_the_file(pattern, tmp_path) -> None:
+    """PEFT would match it; to take no notice of it would draw at another scale."""
+    note = {"lora_adapter_metadata": json.dumps({"lora_alpha": 4, "alpha_pattern": {pattern: 8}})}
+    path = forge.write(tmp_path / "a.safetensors", LAYOUTS["bare diffusers names"][0], note)
+
+    with pytest.raises(AdapterRefused, match="regular expression"):
+        read_layout(path, NAMES, SHAPES)
+
+
+@pytest.mark.parametrize("is_product", [False, True])
+def test_kronecker_factors_as_large_as_the_weight_are_refused(
+    is_product, tmp_path, monkeypatch
+) -> None:
+    """No rank bounds them, and a file of some megabytes may hold those of all weights."""
+    monkeypatch.setattr(layout, "MAX_KRONECKER_RANK", 4)
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {f"{stem}.lokr_w1": torch.ones(1, 1)}
+    if is_product:
+        tensors |= {f"{stem}.lokr_w2_a": torch.ones(72, 1), f"{stem}.lokr_w2_b": torch.ones(1, 24)}
+    else:
+        tensors[f"{stem}.lokr_w2"] = torch.ones(72, 24)
+
+    with pytest.raises(AdapterRefused, match="larger than those of a LoRA of rank 4"):
+        read_layout(forge.write(tmp_path / "a.safetensors", tensors, {}), NAMES, SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
+def test_alpha_may_be_a_whole_number(dtype, tmp_path) -> None:
+    """As `torch.tensor(16)` is."""
+    tensors, note = LAYOUTS["kohya"]
+    tensors = {
+        name: each.to(dtype) if name.endswith(".alpha") else each for name, each in tensors.items()
+    }
+
+    branches = read(forge.write(tmp_path / "a.safetensors", tensors, note))
+
+    assert {each.scale for each in branches.values()} == {ALPHA / RANK}
