@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -73,37 +72,6 @@ class Prepared:
 
 Parts = Sequence[tuple[Prepared, float]]
 """What each of the chosen adapters adds to a layer, with the scale that is asked for."""
-
-
-class LayerBranch(Protocol):
-    """The branch of one layer."""
-
-    @property
-    def variant(self) -> int | None:
-        """What a CUDA graph depends on; None where there can be none."""
-
-    def fill(self, parts: Parts) -> None:
-        """Take the place of all adapters before."""
-
-    def make_room(self, rank: int) -> bool:
-        """Drop slots that are too small for *rank*; return whether there were any."""
-
-    def clear(self) -> None:
-        """Hold no adapter; slots stay."""
-
-    def drop(self) -> None:
-        """Hold no adapter and no slots."""
-
-    def add(
-        self,
-        product: torch.Tensor | None,
-        x: torch.Tensor,
-        input_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return *product*, [..., out], perhaps changed itself, plus the branch of *x*, [..., in].
-
-        *input_scale* is that of an *x* in fp8. Without a *product* the branch alone.
-        """
 
 
 def prepare_exact(
@@ -169,7 +137,7 @@ class ExactBranch:
         x: torch.Tensor,
         input_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add the adapters in order; *product* is not changed itself."""
+        """Return *product*, [..., out], plus the adapters of *x*, [..., in], in their order."""
         assert product is not None
         assert input_scale is None
         for part, scale in self._parts:
@@ -266,7 +234,10 @@ class SlotBranch:
         x: torch.Tensor,
         input_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add into *product*."""
+        """Add the branch of *x*, [..., in], into *product*, [..., out]; without one, return it alone.
+
+        *input_scale* is that of an *x* in fp8.
+        """
         dtype = self._up.dtype if self._rank else self._kroneckers[0][1].left.dtype
         if product is None:
             product = torch.zeros(*x.shape[:-1], self._outputs, dtype=dtype, device=x.device)
