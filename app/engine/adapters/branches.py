@@ -234,7 +234,7 @@ class SlotBranch:
         x: torch.Tensor,
         input_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add the branch of *x*, [..., in], into *product*, [..., out]; without one, return it alone.
+        """Add the branch of *x*, [..., in], into *product*, [..., out]; return it alone without one.
 
         *input_scale* is that of an *x* in fp8.
         """
