@@ -234,9 +234,9 @@ class SlotBranch:
         x: torch.Tensor,
         input_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add the branch of *x*, [..., in], into *product*, [..., out]; return it alone without one.
+        """Add the branch of *x*, [..., in], into *product*, [..., out]; return what it is then.
 
-        *input_scale* is that of an *x* in fp8.
+        Without a *product* the branch alone. *input_scale* is that of an *x* in fp8.
         """
         dtype = self._up.dtype if self._rank else self._kroneckers[0][1].left.dtype
         if product is None:
