@@ -19,7 +19,7 @@ class RawImage:
 
     width: int
     height: int
-    pixels: bytes | memoryview = field(repr=False)
+    pixels: bytes | bytearray | memoryview = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Mask:
 
     width: int
     height: int
-    weights: bytes = field(repr=False)
+    weights: bytes | bytearray = field(repr=False)
 
 
 ALIASES = ("gpt-image-", "dall-e-", "chatgpt-image-")

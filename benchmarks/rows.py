@@ -102,7 +102,7 @@ def used_bytes() -> int | None:
     return total - free
 
 
-def sha256(pixels: bytes | memoryview) -> str:
+def sha256(pixels: bytes | bytearray | memoryview) -> str:
     """The pixels' fingerprint."""
     return hashlib.sha256(pixels).hexdigest()
 

@@ -28,6 +28,8 @@ ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
 
 _MAX_MESSAGE_BYTES = 65_536
 _MAX_PIXELS = 64_000_000
+_PIECE_BYTES = 64 * 1024
+"""Copied to or from a decoder before yielding to the event loop."""
 _END_S = 1.0
 """For the fork server to exit by itself once its control socket is closed."""
 _LOOK_S = 0.05
@@ -219,7 +221,13 @@ class Decoder:
         )
 
     async def _send(self, data: bytes | bytearray | memoryview) -> None:
-        await asyncio.get_running_loop().sock_sendall(self.connection, data)
+        # A send that the decoder reads meanwhile never finds the socket full: the whole file would
+        # be copied in one call, without yielding to other tasks.
+        loop = asyncio.get_running_loop()
+        view = memoryview(data)
+        for at in range(0, len(view), _PIECE_BYTES):
+            await loop.sock_sendall(self.connection, view[at : at + _PIECE_BYTES])
+            await asyncio.sleep(0)
 
     async def _read(self) -> dict[str, Any]:
         length = int.from_bytes(await self._receive(LENGTH_BYTES), "big")
@@ -230,17 +238,17 @@ class Decoder:
             raise ValueError(type(message))
         return message
 
-    async def _receive(self, size_bytes: int) -> bytes:
+    async def _receive(self, size_bytes: int) -> bytearray:
         loop = asyncio.get_running_loop()
         data = bytearray(size_bytes)
         rest = memoryview(data)
         while rest:
-            count = await loop.sock_recv_into(self.connection, rest)
+            count = await loop.sock_recv_into(self.connection, rest[:_PIECE_BYTES])
             if count == 0:
                 raise EOFError
             rest = rest[count:]
-            await asyncio.sleep(0)  # buffered data is read without yielding to other tasks
-        return bytes(data)
+            await asyncio.sleep(0)
+        return data
 
 
 def _size(sides: Any) -> Size:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,46 @@ async def decode(
     uploads = [Upload(data, f"images[{index}]") for index, data in enumerate(files)]
     over = masked and Upload(masked, "mask")
     return await pool.prepare(uploads, over, size, nearest, client=client)
+
+
+class Recording(socket.socket):
+    """A socket that notes in which turn of the event loop it sends how many bytes."""
+
+    turn = 0
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(fileno=connection.detach())
+        self.sent: list[tuple[int, int]] = []
+
+    def send(self, data, flags=0) -> int:
+        """As every socket does."""
+        count = super().send(data, flags)
+        self.sent.append((self.turn, count))
+        return count
+
+
+async def test_no_turn_of_the_event_loop_copies_a_large_file(pool) -> None:
+    """A decoder that reads as fast as it is written to never makes a send wait, so 20 MB would be
+    copied in one turn, in which nobody else is answered."""
+    decoder = await pool._take()
+    decoder.connection = Recording(decoder.connection)
+
+    async def count() -> None:
+        while True:
+            Recording.turn += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    with pytest.raises(InvalidRequest):
+        await decoder.prepare([Upload(bytes(20_000_000), "image")], None, None, nearest)
+    counting.cancel()
+    pool._end(decoder)
+    turns: Counter[int] = Counter()
+    for turn, sent_bytes in decoder.connection.sent:
+        turns[turn] += sent_bytes
+
+    assert sum(turns.values()) > 20_000_000
+    assert max(turns.values()) <= 64 * 1024
 
 
 def server_pid(pool: DecoderPool) -> int | None:
