@@ -270,6 +270,44 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """What one worker computes on: a GPU, or a share of the CPU."""
+
+    index: int | None = None
+    """Its place in the service, for people; None for the CPU."""
+    name: str = "cpu"
+    """NVML's product name of the GPU, or `cpu`."""
+    uuid: str = "cpu"
+    """NVML's UUID of the GPU; `cpu`, or `cpu:0`, `cpu:1`, ... where several workers share it."""
+    total_bytes: int | None = None
+    visible: str = ""
+    """What the worker sets `CUDA_VISIBLE_DEVICES` to; empty leaves it as it is."""
+    threads: int = 0
+    """A CPU worker's share of the cores; 0 takes torch's own number."""
+
+
+CPU = Device()
+"""The CPU where one worker has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """The state of one worker, for /health and the metrics."""
+
+    device: Device
+    stage: WorkerStage
+    is_ready: bool
+    is_up: bool
+    """Whether its process exists."""
+    progress: float | None
+    reason: str
+    restarts: int
+    info: ModelInfo | None
+    is_left_out: bool = False
+    """Whether it was given up while others go on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The service's state, for /health, the metrics and people."""
 
@@ -286,8 +324,8 @@ class Status:
     estimated_wait_s: float
     """How long a new image would wait."""
     worker_restarts: int
-    is_worker_up: bool = True
-    """Whether a worker process exists."""
+    workers: tuple[WorkerStatus, ...] = ()
+    """One for each device, in their order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,14 @@ _SIZE = re.compile(r"([0-9]{2,5})x([0-9]{2,5})")
 _NEARLY = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")
 
 
+def room(max_pixels: Sequence[int], references: int) -> float:
+    """Return the pixels of the largest output with *references* reference images on a device.
+
+    *max_pixels* is `ModelInfo.max_pixels`; where it is empty nothing limits them.
+    """
+    return max_pixels[min(references, len(max_pixels) - 1)] if max_pixels else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one request may ask for here; `/health` shows the fields under these names."""

@@ -11,20 +11,22 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from app import __version__
-from app.domain import Loss, ModelInfo
+from app.domain import CPU, Device, Loss, ModelInfo
 from app.engine import create_engine
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_spec
 from app.errors import DeadlineExceeded, Kind, Unavailable
 from app.images.pool import DecoderPool
 from app.jobs.dispatcher import Dispatcher
-from app.jobs.estimate import Estimator
+from app.jobs.estimate import Estimates
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
-from app.limits import Limits
+from app.jobs.taker import Taker
+from app.limits import Limits, room
 from app.model_choice import (
     KLEIN,
     Choice,
@@ -41,7 +43,8 @@ from app.telemetry.gpu import Gpu
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
-from app.worker.supervisor import Supervisor, TimeLimits
+from app.worker.pool import Pool, Worker
+from app.worker.supervisor import Events, Supervisor, TimeLimits
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +53,11 @@ DOWNLOAD_GRACE_S = 60.0
 
 Unless it hangs, it gives up by itself and reports why.
 """
+
+
+_NO_ROOM = (
+    "The only card that had room for this picture cannot be brought back; ask for a smaller size."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,33 +78,30 @@ class Runtime:
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.on_ready: list[Callable[[ModelInfo], None]] = []
         self._lag = LoopLag()
-        self._estimator = Estimator()
-        self._queue = JobQueue(settings.queue_images)
-        device = choose_device(settings, self.choice, gpu)
+        self._estimates = Estimates(warm_up_spec(self.model))
         chosen = choose_loras(settings, self.choice)
         adapters = Adapters(settings.loras, settings.lora_rank, chosen.fused)
         self._watch = AdapterWatch(chosen.directory, adapters, [name for name, _ in settings.loras])
-        self.worker = Supervisor(
-            make_engine,
-            _engine_config(settings, self.choice, device, chosen),
-            self,
-            predict_step_s=self._estimator.predict_step,
-            limits=TimeLimits(
-                load_s=settings.load_limit_s,
-                download_s=settings.download_silence_s + DOWNLOAD_GRACE_S,
-                silence_s=settings.watchdog_s,
-            ),
-            log=(settings.log_format, settings.log_level),
-        )
+        self._settings, self._loras, self._make_engine = settings, chosen, make_engine
+        devices = _devices(settings, self.choice, gpu)
+        self.workers = Pool(self._make_supervisor, devices, self)
+        takers = {worker: self._make_taker(worker) for worker in self.workers.workers}
+        self._takers = takers
+        self._queue = JobQueue(settings.queue_images, tuple(takers.values()))
+        self._dispatchers = [
+            Dispatcher(
+                self._queue, worker.supervisor, self._estimates.of(worker.device.name), taker
+            )
+            for worker, taker in takers.items()
+        ]
         self.decoders = DecoderPool()
         self.previews = Previews(self.decoders)
-        self._dispatcher = Dispatcher(self._queue, self.worker, self._estimator)
         self.service = ImageService(
             self.model,
             _limits(settings, self.choice),
             self._queue,
-            self._estimator,
-            self.worker,
+            self._estimates,
+            self.workers,
             self.metrics,
             RateLimit(settings.rate_limit_per_minute),
             deadline_s=settings.deadline_s,
@@ -104,7 +109,10 @@ class Runtime:
             adapters=adapters,
         )
         self.metrics.watch(self.service.status, self._lag.read)
-        self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
+        for device in devices:
+            self.metrics.add_device(device)
+            held = partial(self.service.held_memory.get, device.uuid)
+            self.metrics.watch_gpu(Gpu(device.index or 0).read if device.index else gpu.read, held)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
 
@@ -127,14 +135,17 @@ class Runtime:
             started.callback(self.service.close)
             # Last but one: a job that was cancelled may wait for the worker's end.
             started.push_async_callback(self._join)
-            started.push_async_callback(self.worker.close)
-            self.worker.start()
+            started.push_async_callback(self.workers.close)
+            self.workers.start()
             started.callback(self.decoders.kill)
             self.decoders.start()
             started.callback(self._watch.close)
             self._watch.start()
             self._tasks = [
-                asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
+                *(
+                    asyncio.create_task(each.run(), name=f"dispatcher {index}")
+                    for index, each in enumerate(self._dispatchers)
+                ),
                 asyncio.create_task(self._lag.run(), name="loop lag"),
             ]
             for task in self._tasks:
@@ -165,24 +176,61 @@ class Runtime:
 
     def kill(self) -> None:
         """Kill the worker and the decoders now, with their jobs; `close` must still be called."""
-        self.worker.kill()
+        self.workers.kill()
         self.decoders.kill()
 
-    # The supervisor's events.
+    def _make_supervisor(self, device: Device, events: Events) -> Supervisor:
+        settings = self._settings
+        return Supervisor(
+            self._make_engine,
+            _engine_config(settings, self.choice, device.index, self._loras),
+            events,
+            predict_step_s=self._estimates.of(device.name).predict_step,
+            limits=TimeLimits(
+                load_s=settings.load_limit_s,
+                download_s=settings.download_silence_s + DOWNLOAD_GRACE_S,
+                silence_s=settings.watchdog_s,
+            ),
+            log=(settings.log_format, settings.log_level),
+        )
 
-    def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
+    def _make_taker(self, worker: Worker) -> Taker:
+        kind = worker.device.name
+        supervisor = worker.supervisor
+
+        def sizes() -> tuple[int, ...]:
+            return supervisor.info.max_pixels if supervisor.info else ()
+
+        return Taker(
+            device=worker.device,
+            is_ready=lambda: supervisor.is_ready,
+            fits=lambda spec: spec.pixels <= room(sizes(), len(spec.references)),
+            predict_s=self._estimates.of(kind).predict,
+            speed=lambda: self._estimates.speed(kind),
+            kind=lambda: (kind, sizes()),
+        )
+
+    # The workers' events.
+
+    def on_worker_ready(self, worker: Worker, info: ModelInfo, seconds: float) -> None:
         """Learn the speed of the warm-up image and log what is served and what is missing."""
         for sentence in info.advice:
             _log.warning(sentence)
-        self._estimator.learn(warm_up_spec(self.model), info.warm_up_s)
-        self.metrics.model_ready(info, seconds)
+        self._estimates.of(worker.device.name).learn(warm_up_spec(self.model), info.warm_up_s)
+        self.metrics.model_ready(info, seconds, worker.device)
         self._watch.on_ready(info)
+        self._queue.look_again()
         for callback in self.on_ready:
             callback(info)
 
-    def on_worker_lost(self, reason: Loss) -> None:
+    def on_worker_lost(self, worker: Worker, reason: Loss) -> None:
         """Count the lost worker."""
-        self.metrics.lost_workers.labels(reason).inc()
+        self.metrics.worker_lost(worker.device, reason)
+        self._queue.look_again()
+
+    def on_left_out(self, worker: Worker) -> None:
+        """Give its jobs to the others, and fail those that fit no other."""
+        self._queue.drop(self._takers[worker], Unavailable(_NO_ROOM, kind=Kind.WORKER_DOWN))
 
     def on_fatal(self, exit_code: int, message: str) -> None:
         """Fail the waiting jobs, and set `ended`."""
@@ -208,6 +256,14 @@ def build_runtime(
     """
     index = settings.device if isinstance(settings.device, int) else 0
     return Runtime(settings, make_engine, gpu or Gpu(index))
+
+
+def _devices(settings: Settings, choice: Choice, gpu: Gpu) -> tuple[Device, ...]:
+    index = choose_device(settings, choice, gpu)
+    if index is None:
+        return (CPU,)
+    now = gpu.read()
+    return (Device(index, now.name, now.uuid, now.total_bytes) if now else Device(index),)
 
 
 def _limits(settings: Settings, choice: Choice) -> Limits:

@@ -1,4 +1,4 @@
-"""Take a job, run it on the backend, resolve its future: one job on the GPU at a time.
+"""Take a job, run it on a worker, resolve its future: one job on its GPU at a time.
 
 The next job starts as soon as the GPU is free, while the finished image is still being transferred.
 """
@@ -14,17 +14,25 @@ from app.errors import SEE_LOG, Cancelled, GenerationFailed, KleinError
 from app.jobs.estimate import Estimator
 from app.jobs.job import Job, JobState
 from app.jobs.queue import JobQueue
+from app.jobs.taker import Taker
 
 _log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Drives one backend from one queue; cancel `run` to end it."""
+    """Drives one backend from a queue, from which others may take too; cancel `run` to end it."""
 
-    def __init__(self, queue: JobQueue, backend: Backend, estimator: Estimator) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        backend: Backend,
+        estimator: Estimator,
+        taker: Taker | None = None,
+    ) -> None:
         self._queue = queue
         self._backend = backend
         self._estimator = estimator
+        self._taker = taker or queue.takers[0]
         self._tasks: set[asyncio.Task[Generated]] = set()
 
     async def run(self) -> None:
@@ -32,7 +40,7 @@ class Dispatcher:
         try:
             while True:
                 await self._backend.wait_until_ready()
-                await self._start(await self._queue.take()).wait()
+                await self._start(await self._queue.take(self._taker)).wait()
         finally:
             for task in self._tasks:
                 task.cancel()

@@ -66,6 +66,11 @@ class Estimator:
     def __repr__(self) -> str:
         return f"<Estimator {self._fixed_s:.3e} s and {self._slope_s:.3e} s per unit>"
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether there was a sample."""
+        return bool(self._count)
+
     def learn(self, spec: ImageSpec, seconds: float) -> None:
         """Add a sample: *spec* took *seconds*.
 
@@ -107,6 +112,35 @@ class Estimator:
     def _weight(self, known: _Range) -> float:
         halved: float = 0.5 ** ((self._count - known.seen_at) / _HALF_LIFE)
         return max(_LEAST_WEIGHT, halved)
+
+
+class Estimates:
+    """An estimator for each kind of device: equal ones learn together.
+
+    *reference* is the spec by which speeds are compared.
+    """
+
+    def __init__(self, reference: ImageSpec) -> None:
+        self._reference = reference
+        self._kinds: dict[str, Estimator] = {}
+
+    def __repr__(self) -> str:
+        return f"<Estimates {self._kinds}>"
+
+    def of(self, kind: str) -> Estimator:
+        """Return the estimator of *kind*, a product's name."""
+        return self._kinds.setdefault(kind, Estimator())
+
+    def predict(self, spec: ImageSpec) -> float:
+        """Predict the seconds of *spec* on the fastest device; 0 before the first image."""
+        return min(
+            (each.predict(spec) for each in self._kinds.values() if each.has_learned), default=0.0
+        )
+
+    def speed(self, kind: str) -> float:
+        """Return the speed of *kind* relative to the fastest; 1 before its first image."""
+        own_s = self.of(kind).predict(self._reference)
+        return self.predict(self._reference) / own_s if own_s else 1.0
 
 
 def _range_of(units: float) -> int:

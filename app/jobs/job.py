@@ -7,9 +7,13 @@ from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from app.domain import Generated, ImageSpec, Progress
+from app.domain import CPU, Device, Generated, ImageSpec, Progress
 from app.errors import KleinError
+
+if TYPE_CHECKING:
+    from app.jobs.taker import Taker
 
 
 class JobState(Enum):
@@ -44,6 +48,8 @@ class Job:
     submitted_at: float = 0.0
     started_at: float = 0.0
     predicted_s: float = 0.0
+    taker: Taker | None = field(default=None, repr=False)
+    """Whose device it is on, once it runs."""
     number: int = 0
     """Counts the jobs as they came; the order sets it."""
     warnings: tuple[str, ...] = ()
@@ -52,6 +58,11 @@ class Job:
     """Set while the job runs: cancels it in the worker."""
     context: Context = field(default_factory=copy_context, repr=False)
     """The request's context, in which the job runs too, so that log lines carry the request id."""
+
+    @property
+    def device(self) -> Device:
+        """The device that it is, or was, on; the CPU before it runs."""
+        return self.taker.device if self.taker else CPU
 
     @property
     def adapters(self) -> tuple[tuple[str, float], ...]:

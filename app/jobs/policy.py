@@ -5,6 +5,9 @@ comes right after the first of them. The clients are served round-robin, the one
 first. Taking a job looks at one entry for each client, however many jobs wait; of the only client
 that waits, at a few.
 
+Where devices differ in size or speed, a job that should be left to another device is passed over
+and keeps its place; each device serves the clients in turns of its own.
+
 A job whose adapters are on the GPU may start before others whose adapters would have to be brought:
 within the line of the only client that waits, or as the first of another client's, of each client
 once. The turns go on as they would without: one for each job taken. Whose turn has come is due and
@@ -17,11 +20,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, islice, takewhile
 
 from app.jobs.job import Job
+
+Adapters = tuple[tuple[str, float], ...]
+"""Hashes and scales of adapters (`Job.adapters`)."""
 
 MOST_OVERTAKEN = 4
 """How many jobs later than in its turn a job may start for the adapters' sake."""
@@ -50,8 +56,6 @@ class FairOrder:
         """How many jobs of each client wait."""
         self._numbers = itertools.count()
         self._last_served: dict[str, int] = {}
-        self._adapters: tuple[tuple[str, float], ...] = ()
-        """Of the job taken last."""
         self.work_s = 0.0
         """The predicted seconds of all waiting jobs together."""
 
@@ -93,10 +97,11 @@ class FairOrder:
         # Sums and differences of floats leave a remainder.
         self.work_s = max(0.0, self.work_s - job.predicted_s) if self._count else 0.0
 
-    def take(self, now: float = -math.inf) -> Job:
+    def take(self, now: float = -math.inf, adapters: Adapters = ()) -> Job:
         """Remove and return the next job; at least one waits.
 
-        *now* is the time to which the jobs' deadlines belong.
+        *now* is the time to which the jobs' deadlines belong, *adapters* are on the device that
+        takes it.
         """
         self._taken += 1
         if self._lines:
@@ -105,9 +110,8 @@ class FairOrder:
             self._end_turn()
         in_turn = next(iter(self._due))
         job = in_turn
-        if job.adapters != self._adapters:
-            job = self._find_alike(now) or job
-        self._adapters = job.adapters
+        if job.adapters != adapters:
+            job = self._find_alike(now, adapters) or job
         if job is in_turn:
             self._ahead.clear()
         else:
@@ -118,15 +122,47 @@ class FairOrder:
         self._forget(job)
         return job
 
+    def take_first(self, is_for_taker: Callable[[Job], bool], served: dict[str, int]) -> Job | None:
+        """Remove and return the first job in order that *is_for_taker*; None where none is.
+
+        *served* are the turns of the taker's own: a client whose small jobs it takes keeps its turn
+        for a large one on another device.
+        """
+        job = next(filter(is_for_taker, self._in_order(served)), None)
+        if job is None:
+            return None
+        self._taken += 1
+        if self._due.pop(job, None) is None:
+            self._pop(job.client, job.number)
+        served[job.client] = next(self._numbers)
+        if len(served) > self._remembered:
+            for client in set(served).difference(self._held):
+                del served[client]
+        self._forget(job)
+        return job
+
+    def _in_order(self, served: dict[str, int]) -> Iterator[Job]:
+        """Yield the waiting jobs: those that are due, the first of each client, the second, ..."""
+        yield from self._due
+        clients = sorted(
+            self._lines, key=lambda name: (served.get(name, -1), next(iter(self._lines[name])))
+        )
+        rounds = itertools.zip_longest(*(self._lines[client].values() for client in clients))
+        yield from filter(None, itertools.chain.from_iterable(rounds))
+
     def _end_turn(self) -> None:
         """End the turn of the client served longest ago: its first job is due."""
         client = min(self._lines, key=self._place)
-        line = self._lines[client]
-        job = line.pop(next(iter(line)))
+        job = self._pop(client, next(iter(self._lines[client])))
         if job:
             self._due[job] = self._taken
         else:
             self._early -= 1
+
+    def _pop(self, client: str, number: int) -> Job | None:
+        """Take a job, or an empty turn, out of *client*'s queue; the client has been served."""
+        line = self._lines[client]
+        job = line.pop(number)
         if not line:
             del self._lines[client]
         self._last_served[client] = next(self._numbers)
@@ -134,13 +170,14 @@ class FairOrder:
             self._last_served = {
                 name: turn for name, turn in self._last_served.items() if name in self._lines
             }
+        return job
 
-    def _find_alike(self, now: float) -> Job | None:
-        """Return a job with the adapters of the last one that may start before those in turn."""
+    def _find_alike(self, now: float, adapters: Adapters) -> Job | None:
+        """Return a job with *adapters* that may start before those in turn."""
         is_alone = len(self._held) == 1
         first = [*self._due, *(self._next_of_one() if is_alone else self._next_of_each())]
         for index, job in enumerate(first[:_LOOKED_AT] if is_alone else first):
-            if job.adapters == self._adapters and (is_alone or job.client not in self._ahead):
+            if job.adapters == adapters and (is_alone or job.client not in self._ahead):
                 request = list(takewhile(partial(_is_of_request, job), first[index:]))
                 return job if self._may_overtake(request, first[:index], now) else None
         return None

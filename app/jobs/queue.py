@@ -3,12 +3,13 @@
 A request reserves its places first, perhaps long before its jobs are known, and fills them with
 jobs or gives them back. Every change of state happens without a wait in between; `take` changes
 nothing until its wait is over. The bound counts images that wait or have a place; running ones
-hold none. The queue's `repr` is its state.
+hold none. Several workers take from it. The queue's `repr` is its state.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,10 @@ from app.errors import Cancelled, DeadlineExceeded, Kind, KleinError, Unavailabl
 from app.jobs.job import Job, JobState
 from app.jobs.policy import FairOrder
 from app.jobs.shares import Shares
+from app.jobs.taker import Choice, Taker
+
+_LOOK_AGAIN_S = 0.25
+"""While a taker leaves the waiting jobs to others: they may be slower than predicted."""
 
 
 @dataclass(eq=False, slots=True)
@@ -35,8 +40,16 @@ class Places:
 class JobQueue:
     """Holds the waiting and the running jobs. Used from the event loop's thread only."""
 
-    def __init__(self, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        takers: Sequence[Taker] = (),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Without *takers* there is one, for which every job fits."""
         self.capacity = capacity
+        self.takers = tuple(takers) or (Taker(),)
         self._clock = clock
         self._shares = Shares(capacity, clock=clock)
         self._waiting = FairOrder(remembered=4 * capacity)
@@ -44,8 +57,10 @@ class JobQueue:
         self._places: set[Places] = set()
         self._reserved: Counter[str] = Counter()
         """How many of the places are each client's."""
-        self._is_taking = False
-        self._arrived = asyncio.Event()
+        self._idle: dict[Taker, None] = {}
+        """Those that wait for a job, the longest first."""
+        self._changed = asyncio.Event()
+        """Set when a waiting taker may find a job."""
         self._timers: dict[Job, asyncio.TimerHandle] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -84,10 +99,11 @@ class JobQueue:
                 retry_after_s,
             )
         # A job that starts at once needs no place.
-        free = self.capacity + self._is_taking - self.size
-        # While the GPU is idle, nothing is kept.
-        is_idle = self._is_taking and not self._waiting
-        if images <= max(free - self._shares.kept(client), min(free, is_idle)):
+        idle = sum(taker.is_ready() for taker in self._idle)
+        free = self.capacity + idle - self.size
+        # While a device is idle, nothing is kept.
+        spare = max(0, idle - len(self._waiting))
+        if images <= max(free - self._shares.kept(client), min(free, spare)):
             return
         if not is_over_share:
             self._shares.claim(client, retry_after_s, images=images)
@@ -100,17 +116,24 @@ class JobQueue:
         )
 
     def check_time(
-        self, client: str, work_s: float, left_s: float, *, retry_after_s: int, has_claim: bool
+        self,
+        client: str,
+        works_s: Sequence[float],
+        left_s: float,
+        *,
+        retry_after_s: int,
+        has_claim: bool,
     ) -> None:
-        """Refuse *work_s* seconds of GPU time that could not be finished in *left_s*.
+        """Refuse jobs of *works_s* seconds each that could not be finished in *left_s*.
 
         With *has_claim*, *client* gets a claim to that time once it is refused.
 
         Raises:
             Unavailable: too much work is queued, or the time is kept for others.
         """
+        work_s = sum(works_s)
         kept_s = self._shares.kept_s(client, left_s - work_s)
-        if self.expected_wait_s() + kept_s + work_s <= left_s:
+        if self.expected_wait_s(kept_s) + self.span_s(works_s) <= left_s:
             return
         if has_claim:
             self._shares.claim(client, retry_after_s, work_s=work_s)
@@ -119,6 +142,23 @@ class JobQueue:
             Kind.QUEUE_FULL,
             retry_after_s,
         )
+
+    def span_s(self, works_s: Sequence[float]) -> float:
+        """Return the most seconds in which all devices together finish jobs of *works_s* seconds.
+
+        This is the bound of list scheduling (R. L. Graham, "Bounds on Multiprocessing Timing
+        Anomalies", 1969), with the sum of the devices' speeds for their number.
+        """
+        speed = max(1.0, self._speed())
+        return sum(works_s) / speed + (1 - 1 / speed) * max(works_s, default=0.0)
+
+    def _speed(self) -> float:
+        """Return the speed of all devices together, of which the fastest has 1.
+
+        Where none is ready, those that come back count.
+        """
+        speeds = [taker.speed() for taker in self.takers if taker.is_ready()]
+        return sum(speeds) or sum(taker.speed() for taker in self.takers)
 
     def reserve(
         self, client: str, images: int, *, retry_after_s: int, is_early: bool = False
@@ -174,11 +214,15 @@ class JobQueue:
             and self._shares.is_alone(client)
         )
 
-    def expected_wait_s(self) -> float:
-        """Return the predicted seconds until all waiting and running jobs have ended."""
+    def expected_wait_s(self, more_s: float = 0.0) -> float:
+        """Return the predicted seconds until all waiting and running jobs have ended.
+
+        *more_s* are seconds of work, on the fastest device, that come besides.
+        """
         now = self._clock()
-        left = sum(max(0.0, job.predicted_s - (now - job.started_at)) for job in self._running)
-        return left + self._waiting.work_s
+        left = [taker.left_s(now) for taker in self.takers]
+        done = sum(taker.speed() * s for taker, s in zip(self.takers, left, strict=True))
+        return max(*left, 0.0, (done + self._waiting.work_s + more_s) / self._speed())
 
     def position(self, job: Job) -> int:
         """Return how many jobs start before *job*; 0 for the next one and for one that runs."""
@@ -213,7 +257,7 @@ class JobQueue:
             self._timers[job] = asyncio.get_running_loop().call_later(
                 job.deadline - now, self._expire, job
             )
-        self._arrived.set()
+        self._changed.set()
         self._settle()
 
     def cancel(self, job: Job) -> None:
@@ -230,25 +274,65 @@ class JobQueue:
         ):
             self._shares.end_claim(client)
 
-    async def take(self) -> Job:
-        """Wait for the next job and mark it as running. Only one task may take at a time."""
-        self._is_taking = True
+    async def take(self, taker: Taker | None = None) -> Job:
+        """Wait for the next job that is for *taker* and mark it as running.
+
+        Only one task may take for each of the takers.
+        """
+        taker = taker or self.takers[0]
+        self._idle[taker] = None
         try:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
+            while (job := self._choose(taker)) is None:
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_AGAIN_S if self._waiting else None):
+                        await self._changed.wait()
         finally:
-            self._is_taking = False
-        job = self._waiting.take(self._clock())
+            del self._idle[taker]
+        taker.adapters = job.adapters
+        taker.running[job] = None
         self._running.append(job)
+        job.taker = taker
         job.state = JobState.RUNNING
         job.started_at = self._clock()
+        job.predicted_s = taker.seconds(job)
+        if self._waiting:
+            # What this one left to others may now be for the next that waits.
+            self._changed.set()
         return job
+
+    def _choose(self, taker: Taker) -> Job | None:
+        """Take the next job that is for *taker* off the waiting ones; None where none is."""
+        if not self._waiting or not taker.is_ready():
+            return None
+        now = self._clock()
+        if len({each.kind() for each in self.takers}) == 1:
+            return self._waiting.take(now, taker.adapters)
+        others = [each for each in self.takers if each is not taker and each.is_ready()]
+        return self._waiting.take_first(Choice(taker, others, now), taker.served)
+
+    def look_again(self) -> None:
+        """Have waiting takers look at the jobs again: a worker has become ready, or is gone."""
+        self._changed.set()
+
+    def drop(self, taker: Taker, error: KleinError) -> None:
+        """Count *taker* no more, whose worker is given up while others go on.
+
+        Jobs that only its device could run fail with *error*.
+        """
+        self.takers = tuple(each for each in self.takers if each is not taker)
+        for job in tuple(self._waiting):
+            if not any(each.fits(job.spec) for each in self.takers):
+                self._cancel(job, error)
+        self.look_again()
 
     def finish(self, job: Job) -> None:
         """Record that *job*, which ran, is off the GPU, whatever its outcome."""
         self._running.remove(job)
+        if job.taker is not None:
+            del job.taker.running[job]
         self._end(job)
+        self._changed.set()
         self._settle()
 
     async def wait_until_empty(self) -> None:

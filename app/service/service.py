@@ -28,6 +28,7 @@ from app.domain import (
     RawImage,
     Status,
     WorkerStage,
+    WorkerStatus,
 )
 from app.errors import (
     DeadlineExceeded,
@@ -38,11 +39,10 @@ from app.errors import (
     Unavailable,
 )
 from app.images import OutputFormat
-from app.jobs.estimate import Estimator
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
-from app.limits import Limits
+from app.limits import Limits, room
 from app.request_context import current_request
 from app.service.adapters import Adapters
 from app.service.results import Picture, warnings_of, write_loras
@@ -63,15 +63,23 @@ left in the file of one megapixel.
 
 
 class WorkerState(Protocol):
-    """What the service reads of the worker's state."""
-
-    progress: LoadProgress
-    info: ModelInfo | None
-    restart_count: int
+    """What the service reads of its workers' state, of all together."""
 
     @property
-    def pid(self) -> int | None:
-        """The worker's process id, None while there is none."""
+    def progress(self) -> LoadProgress:
+        """The stage of the one that is furthest."""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the first has loaded, with the largest sizes of any of them."""
+
+    @property
+    def restart_count(self) -> int:
+        """How many times one was started again."""
+
+    @property
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        """The state of each."""
 
     @property
     def is_ready(self) -> bool:
@@ -80,6 +88,13 @@ class WorkerState(Protocol):
     @property
     def reason(self) -> str:
         """Why it is not ready, in words."""
+
+
+class Predictor(Protocol):
+    """Predicts how long an image takes."""
+
+    def predict(self, spec: ImageSpec) -> float:
+        """Predict the seconds of *spec* on the fastest device."""
 
 
 def warm_up_spec(model: ModelSpec) -> ImageSpec:
@@ -105,7 +120,7 @@ class ImageService:
         model: ModelSpec,
         limits: Limits,
         queue: JobQueue,
-        estimator: Estimator,
+        estimator: Predictor,
         worker: WorkerState,
         metrics: Metrics,
         rates: RateLimit,
@@ -130,8 +145,8 @@ class ImageService:
         self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="encode helper")
         self._is_draining = False
         self._tickets = Tickets()
-        self.held_memory: PeakMemory | None = None
-        """PyTorch's GPU memory after the last image."""
+        self.held_memory: dict[str, PeakMemory] = {}
+        """PyTorch's GPU memory after the last image, by the device's UUID."""
         self._longest_deadline = 0.0
 
     def status(self) -> Status:
@@ -149,7 +164,7 @@ class ImageService:
             running=self._queue.running,
             estimated_wait_s=self._queue.expected_wait_s(),
             worker_restarts=worker.restart_count,
-            is_worker_up=worker.pid is not None,
+            workers=worker.statuses,
         )
 
     def admit(
@@ -223,8 +238,8 @@ class ImageService:
         self.limits.check(spec)
         count = len(spec.references)
         info, limit = self._worker.info, self.limits.max_pixels
-        if info is not None and info.max_pixels:
-            limit = min(limit, info.max_pixels[min(count, len(info.max_pixels) - 1)])
+        if info is not None:
+            limit = int(min(limit, room(info.max_pixels, count)))
         if spec.pixels > limit:
             side = math.isqrt(limit) // self.limits.multiple * self.limits.multiple
             beside = f" with {count} reference images" if count else ""
@@ -305,7 +320,7 @@ class ImageService:
         if places is None:
             self._check_open(len(specs), admission.client)
         predicted_s = [self._estimator.predict(spec) for spec in specs]
-        deadline = self._clock() + self._checked_seconds_left(admission, sum(predicted_s))
+        deadline = self._clock() + self._checked_seconds_left(admission, predicted_s)
         jobs = [
             Job(
                 id=secrets.token_hex(8),
@@ -331,9 +346,9 @@ class ImageService:
         self._tickets.add(ticket)
         return ticket
 
-    def _checked_seconds_left(self, admission: Admission, predicted_s: float) -> float:
+    def _checked_seconds_left(self, admission: Admission, works_s: Sequence[float]) -> float:
         """Return the seconds to the deadline; raise an error where the request cannot meet it."""
-        asked_s = admission.deadline_s
+        asked_s, predicted_s = admission.deadline_s, self._queue.span_s(works_s)
         if asked_s is not None and asked_s < predicted_s:
             raise InvalidRequest(
                 f"The deadline of {asked_s:g} s is shorter than the {predicted_s:.1f} s "
@@ -345,7 +360,7 @@ class ImageService:
             raise DeadlineExceeded(_TOO_SLOW)
         self._queue.check_time(
             admission.client,
-            predicted_s,
+            works_s,
             left_s,
             retry_after_s=self._retry_after_s(),
             # A deadline that the client chose may be one that can never be met.
@@ -381,10 +396,11 @@ class ImageService:
         except OutOfMemory:
             self._metrics.images_out_of_memory.inc()
             raise
-        self.held_memory = generated.held
+        if generated.held is not None:
+            self.held_memory[job.device.uuid] = generated.held
         started = self._clock()
         spec, image = job.spec, generated.image
-        data = await self.encode(image, output, self._note(spec), spec.scaled_to)
+        data = await self.encode(image, output, self._note(job), spec.scaled_to)
         now = self._clock()
         seconds = {
             "queue": job.started_at - job.submitted_at,
@@ -396,7 +412,8 @@ class ImageService:
             "total": now - job.submitted_at,
         }
         _note(seconds)
-        self._metrics.image_finished(generated, seconds, "edit" if spec.references else "generate")
+        mode = "edit" if spec.references else "generate"
+        self._metrics.image_finished(generated, seconds, mode, job.device)
         width, height = spec.scaled_to or (image.width, image.height)
         return Picture(
             data=data,
@@ -417,9 +434,15 @@ class ImageService:
         most = self.model.max_sequence_length
         return (f"prompt cut to {most} tokens",) if generated.is_prompt_cut else ()
 
-    def _note(self, spec: ImageSpec) -> dict[str, str]:
+    def _info_of(self, job: Job) -> ModelInfo | None:
+        """Return what the worker that made *job* has loaded."""
+        workers = self._worker.statuses
+        found = (each.info for each in workers if each.device is job.device and each.info)
+        return next(found, self._worker.info)
+
+    def _note(self, job: Job) -> dict[str, str]:
         """Return the metadata written into the image; references and masks are not."""
-        info = self._worker.info
+        spec, info = job.spec, self._info_of(job)
         width, height = spec.output_size
         return {
             "prompt": spec.prompt,

@@ -25,7 +25,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from app.domain import Generated, GpuSnapshot, Loss, ModelInfo, PeakMemory, Status
+from app.domain import Device, Generated, GpuSnapshot, Loss, ModelInfo, PeakMemory, Status
 
 STAGES = ("queue", "text", "reference", "denoise", "decode", "encode", "total")
 OUTCOMES = (
@@ -55,7 +55,10 @@ STATUS_GAUGES: dict[str, tuple[str, Callable[[Status], float]]] = {
         lambda status: status.running,
     ),
     "klein_ready": ("1 where a request would be taken.", lambda status: status.is_ready),
-    "klein_worker_up": ("1 where a worker process is there.", lambda status: status.is_worker_up),
+    "klein_workers_left_out": (
+        "Workers that were given up while others go on.",
+        lambda status: sum(each.is_left_out for each in status.workers),
+    ),
     "klein_estimated_wait_seconds": (
         "How long a new image would wait.",
         lambda status: status.estimated_wait_s,
@@ -73,23 +76,24 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
         self._version = version
-        self._gpu = "cpu"
         self._make_histograms(registry)
         self._make_counters(registry)
         self._make_gauges(registry)
+        self._gpus = _GpuCollector()
+        registry.register(self._gpus)
 
     def _make_histograms(self, registry: CollectorRegistry) -> None:
         self._image_duration = Histogram(
             "klein_image_duration_seconds",
             "Seconds per image by stage, on this GPU.",
-            ["gpu", "stage"],
+            ["gpu", "uuid", "stage"],
             buckets=IMAGE_BUCKETS,
             registry=registry,
         )
         self._image_peak = Histogram(
             "klein_image_peak_vram_bytes",
             "The most memory that torch held on the GPU during one image.",
-            ["gpu", "kind"],
+            ["gpu", "uuid", "kind"],
             buckets=VRAM_BUCKETS,
             registry=registry,
         )
@@ -150,10 +154,16 @@ class Metrics:
             "klein_oom", "Images that failed for want of GPU memory.", registry=registry
         )
         self.lost_workers = Counter(
-            "klein_worker_restarts", "Workers lost, by reason.", ["reason"], registry=registry
+            "klein_worker_restarts",
+            "Workers lost, by reason.",
+            ["gpu", "uuid", "reason"],
+            registry=registry,
         )
         self._busy = Counter(
-            "klein_gpu_busy_seconds", "Seconds that the GPU worked on images.", registry=registry
+            "klein_gpu_busy_seconds",
+            "Seconds that the GPU worked on images.",
+            ["gpu", "uuid"],
+            registry=registry,
         )
         self._cache = Counter(
             "klein_prompt_cache_requests",
@@ -170,7 +180,6 @@ class Metrics:
         # Present from the first scrape on, at 0.
         for counter, values in (
             (self._rejected, REJECTIONS),
-            (self.lost_workers, tuple(Loss)),
             (self._images, ("generate", "edit")),
             (self._cache, ("hit", "miss")),
             (self._reference_cache, ("hit", "miss")),
@@ -182,17 +191,19 @@ class Metrics:
         self._last_peak = Gauge(
             "klein_last_image_peak_vram_bytes",
             "The most memory that torch held on the GPU during the last image.",
-            ["gpu", "kind"],
+            ["gpu", "uuid", "kind"],
             registry=registry,
         )
         self._load_duration = Gauge(
             "klein_model_load_duration_seconds",
             "Seconds from the last worker's start to its first picture.",
+            ["gpu", "uuid"],
             registry=registry,
         )
         self._adapter_bytes = Gauge(
             "klein_adapter_bytes",
             "Memory that adapters (LoRA) take on the GPU, or of the host without one.",
+            ["gpu", "uuid"],
             registry=registry,
         )
         self._build_info = Gauge(
@@ -201,7 +212,7 @@ class Metrics:
         self._model_info = Gauge(
             "klein_model_info",
             "What is served and how.",
-            ["model", "revision", "precision", "plan"],
+            ["gpu", "uuid", "model", "revision", "precision", "plan"],
             registry=registry,
         )
 
@@ -213,42 +224,57 @@ class Metrics:
 
         for name, (text, field) in STATUS_GAUGES.items():
             Gauge(name, text, registry=self.registry).set_function(partial(value_of, field))
+        self.registry.register(_WorkerCollector(read))
         Gauge(
             "klein_event_loop_lag_seconds",
             "How late the event loop woke, the most in the last minute.",
             registry=self.registry,
         ).set_function(read_lag_s)
 
+    def add_device(self, device: Device) -> None:
+        """Show the counts of lost workers of *device* from the first scrape on, at 0."""
+        for reason in Loss:
+            self.lost_workers.labels(*_labels(device), reason)
+
     def watch_gpu(
         self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
     ) -> None:
-        """Read the GPU's state, and the memory that torch holds on it, at every scrape."""
-        self.registry.register(_GpuCollector(read, torch_memory))
+        """Read a GPU's state, and the memory that torch holds on it, at every scrape."""
+        self._gpus.add(read, torch_memory)
 
-    def model_ready(self, info: ModelInfo, load_s: float) -> None:
-        """Set the gauges of a loaded model; *load_s* counts seconds from the worker's start."""
-        self._gpu = info.device
-        self._load_duration.set(load_s)
-        self._adapter_bytes.set(0)
+    def worker_lost(self, device: Device, reason: Loss) -> None:
+        """Count the lost worker of *device*."""
+        self.lost_workers.labels(*_labels(device), reason).inc()
+
+    def model_ready(self, info: ModelInfo, load_s: float, device: Device) -> None:
+        """Set the gauges of a model that *device* has; *load_s* is since its worker's start."""
+        labels = _labels(device)
+        self._load_duration.labels(*labels).set(load_s)
+        self._adapter_bytes.labels(*labels).set(0)
         self._build_info.clear()
         self._build_info.labels(self._version, info.torch, info.cuda or "none").set(1)
-        self._model_info.clear()
-        self._model_info.labels(info.model, info.revision, info.precision, info.plan).set(1)
+        self._model_info.remove_by_labels({"uuid": device.uuid})
+        self._model_info.labels(*labels, info.model, info.revision, info.precision, info.plan).set(
+            1
+        )
 
-    def image_finished(self, generated: Generated, seconds: dict[str, float], mode: str) -> None:
-        """Count a finished image.
+    def image_finished(
+        self, generated: Generated, seconds: dict[str, float], mode: str, device: Device
+    ) -> None:
+        """Count a finished image of *device*.
 
         *seconds* has one entry per name in `STAGES`; *mode* is `generate` or `edit`.
         """
+        labels = _labels(device)
         for stage, value in seconds.items():
-            self._image_duration.labels(self._gpu, stage).observe(value)
+            self._image_duration.labels(*labels, stage).observe(value)
         self._queue_wait.observe(seconds["queue"])
         for step in generated.timings.steps:
             self._step_duration.observe(step)
         if peak := generated.peak:
             for kind, size in (("allocated", peak.allocated), ("reserved", peak.reserved)):
-                self._image_peak.labels(self._gpu, kind).observe(size)
-                self._last_peak.labels(self._gpu, kind).set(size)
+                self._image_peak.labels(*labels, kind).observe(size)
+                self._last_peak.labels(*labels, kind).set(size)
         if generated.is_prompt_cached is not None:
             self._cache.labels("hit" if generated.is_prompt_cached else "miss").inc()
         for is_cached in generated.are_references_cached:
@@ -256,10 +282,10 @@ class Metrics:
         for load in generated.lora_loads:
             self._adapter_loads.labels(self._adapter_label(load.name), load.source).inc()
             self._adapter_load.labels(load.source).observe(load.seconds)
-        self._adapter_bytes.set(generated.lora_bytes)
+        self._adapter_bytes.labels(*labels).set(generated.lora_bytes)
         self._images.labels(mode).inc()
         self._pixels.inc(generated.image.width * generated.image.height)
-        self._busy.inc(generated.timings.total)
+        self._busy.labels(*labels).inc(generated.timings.total)
 
     def _adapter_label(self, name: str) -> str:
         """Return the label's value for the adapter *name*, which the directory gave it."""
@@ -286,41 +312,68 @@ class Metrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
-@dataclass(frozen=True, slots=True)
-class _GpuCollector(Collector):
-    """Reads the GPU at each scrape; yields nothing without one."""
+def _labels(device: Device) -> tuple[str, str]:
+    """Return the values of `gpu` and `uuid`; two GPUs of one kind have the same name."""
+    return device.name, device.uuid
 
-    read: Callable[[], GpuSnapshot | None]
-    read_torch_memory: Callable[[], PeakMemory | None]
+
+@dataclass(frozen=True, slots=True)
+class _WorkerCollector(Collector):
+    """Reads which workers there are at each scrape."""
+
+    read: Callable[[], Status]
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Yield one metric family per value that NVML reports."""
-        snapshot, torch_memory = self.read(), self.read_torch_memory()
-        if snapshot is None:
-            return
-        readings = (
-            ("memory_used_bytes", "Used memory of the GPU.", snapshot.used_bytes),
-            ("memory_total_bytes", "Memory of the GPU.", snapshot.total_bytes),
-            (
-                "utilization_ratio",
-                "Share of time that the GPU was busy.",
-                snapshot.utilization_ratio,
-            ),
-            ("power_watts", "Power that the GPU draws.", snapshot.power_watts),
-            ("temperature_celsius", "Temperature of the GPU.", snapshot.temperature_celsius),
-            (
-                "torch_allocated_bytes",
-                "Memory of the GPU that torch's tensors hold between images.",
-                torch_memory.allocated if torch_memory else None,
-            ),
-            (
-                "torch_reserved_bytes",
-                "Memory of the GPU that torch keeps reserved between images.",
-                torch_memory.reserved if torch_memory else None,
-            ),
+        """Yield `klein_worker_up`."""
+        family = GaugeMetricFamily(
+            "klein_worker_up", "1 where a worker process is there.", labels=["gpu", "uuid"]
         )
-        for name, text, value in readings:
-            if value is not None:
-                family = GaugeMetricFamily(f"klein_gpu_{name}", text, labels=["gpu", "uuid"])
-                family.add_metric([snapshot.name, snapshot.uuid], value)
+        for worker in self.read().workers:
+            family.add_metric(_labels(worker.device), worker.is_up)
+        yield family
+
+
+_READINGS: dict[str, tuple[str, Callable[[GpuSnapshot, PeakMemory | None], float | None]]] = {
+    "memory_used_bytes": ("Used memory of the GPU.", lambda gpu, torch: gpu.used_bytes),
+    "memory_total_bytes": ("Memory of the GPU.", lambda gpu, torch: gpu.total_bytes),
+    "utilization_ratio": (
+        "Share of time that the GPU was busy.",
+        lambda gpu, torch: gpu.utilization_ratio,
+    ),
+    "power_watts": ("Power that the GPU draws.", lambda gpu, torch: gpu.power_watts),
+    "temperature_celsius": ("Temperature of the GPU.", lambda gpu, torch: gpu.temperature_celsius),
+    "torch_allocated_bytes": (
+        "Memory of the GPU that torch's tensors hold between images.",
+        lambda gpu, torch: torch.allocated if torch else None,
+    ),
+    "torch_reserved_bytes": (
+        "Memory of the GPU that torch keeps reserved between images.",
+        lambda gpu, torch: torch.reserved if torch else None,
+    ),
+}
+
+
+class _GpuCollector(Collector):
+    """Reads the GPUs at each scrape; yields nothing without one."""
+
+    def __init__(self) -> None:
+        self._gpus: list[
+            tuple[Callable[[], GpuSnapshot | None], Callable[[], PeakMemory | None]]
+        ] = []
+
+    def add(
+        self, read: Callable[[], GpuSnapshot | None], torch_memory: Callable[[], PeakMemory | None]
+    ) -> None:
+        """Read one more."""
+        self._gpus.append((read, torch_memory))
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Yield one metric family per value that NVML reports, with one sample for each GPU."""
+        now = [(snapshot, memory()) for read, memory in self._gpus if (snapshot := read())]
+        for name, (text, value_of) in _READINGS.items():
+            family = GaugeMetricFamily(f"klein_gpu_{name}", text, labels=["gpu", "uuid"])
+            for snapshot, memory in now:
+                if (value := value_of(snapshot, memory)) is not None:
+                    family.add_metric([snapshot.name, snapshot.uuid], value)
+            if family.samples:
                 yield family

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,13 +15,24 @@ from hypothesis import strategies as st
 
 from app.domain import Lora
 from app.jobs.job import Job
-from app.jobs.policy import MOST_OVERTAKEN, FairOrder
+from app.jobs.policy import MOST_OVERTAKEN, Adapters, FairOrder
 from tests.jobs.conftest import SPEC
 
 
-def order_of(jobs: Sequence[Job], served: Sequence[str] = ()) -> FairOrder:
+class Order(FairOrder):
+    """What one device takes: the adapters of the job taken last are on it."""
+
+    adapters: Adapters = ()
+
+    def take(self, now: float = -math.inf, adapters: Adapters = ()) -> Job:
+        job = super().take(now, self.adapters)
+        self.adapters = job.adapters
+        return job
+
+
+def order_of(jobs: Sequence[Job], served: Sequence[str] = ()) -> Order:
     """All of *jobs* wait, after one turn of each client of *served*."""
-    order, loop = FairOrder(remembered=100), asyncio.get_event_loop()
+    order, loop = Order(remembered=100), asyncio.get_event_loop()
     for client in served:
         order.add(Job("", SPEC, client, 60.0, loop.create_future()))
         order.take()
@@ -117,7 +129,7 @@ def test_the_order_is_the_plain_one_whatever_happens(steps, remembered) -> None:
     """With jobs that come, are served and leave, of six clients of whom few are
     remembered: the same job is next each time, and each position is the same."""
     loop = asyncio.new_event_loop()
-    order, plain = FairOrder(remembered), Plain(remembered)
+    order, plain = Order(remembered), Plain(remembered)
     for number, (what, which) in enumerate(steps):
         if what == "add":
             job = Job(f"{which}{number}", SPEC, which, 60.0, loop.create_future(), predicted_s=0.1)
@@ -146,7 +158,7 @@ def wanting(adapter: str, job: Job) -> Job:
     return job
 
 
-def drawn_with(order: FairOrder, now: float = 0.0) -> list[Job]:
+def drawn_with(order: Order, now: float = 0.0) -> list[Job]:
     """Take all jobs."""
     return [order.take(now) for _ in range(len(order))]
 
@@ -241,7 +253,7 @@ def test_no_job_waits_for_more_than_four_others_for_the_adapters_sake(steps) -> 
     """Whoever asks for what and when: compared with the order without adapters."""
 
     async def takes(*, has_adapters: bool) -> list[int]:
-        order, loop = FairOrder(remembered=100), asyncio.get_running_loop()
+        order, loop = Order(remembered=100), asyncio.get_running_loop()
         numbers: dict[Job, int] = {}
         taken = []
         for time, step in enumerate(steps):
@@ -293,7 +305,7 @@ def test_positions_are_right_after_early_turns(steps) -> None:
     """Each is the place in the order, where no more jobs overtake others; also as jobs leave."""
 
     async def check() -> None:
-        order, loop = FairOrder(remembered=100), asyncio.get_running_loop()
+        order, loop = Order(remembered=100), asyncio.get_running_loop()
         waiting: set[Job] = set()
         for what, which, adapter in steps:
             if what == "add":
@@ -343,7 +355,7 @@ def test_clients_still_take_turns(asked) -> None:
     """With adapters too: of clients that wait, none has had more than three pictures more."""
 
     async def take_all() -> None:
-        order, loop = FairOrder(remembered=100), asyncio.get_running_loop()
+        order, loop = Order(remembered=100), asyncio.get_running_loop()
         for client, adapter in asked:
             order.add(wanting(adapter, Job("", SPEC, client, 60.0, loop.create_future())))
         served: Counter[str] = Counter()

@@ -229,7 +229,7 @@ async def test_a_place_kept_for_somebody_is_no_place_of_an_idle_card() -> None:
 def has_time(scene: Scene, client: str, work_s: float, left_s: float) -> bool:
     """Whether so much work would be accepted; where not, it has a claim."""
     try:
-        scene.queue.check_time(client, work_s, left_s, retry_after_s=1, has_claim=True)
+        scene.queue.check_time(client, [work_s], left_s, retry_after_s=1, has_claim=True)
     except Unavailable:
         return False
     return True

@@ -148,7 +148,9 @@ class QueueModel(RuleBasedStateMachine):
         left_s = DEADLINE_S - self.queue.expected_wait_s()
         is_idle = self.taking is not None and not self.taking.done()
         try:
-            self.queue.check_time(client, work_s, DEADLINE_S, retry_after_s=1, has_claim=has_claim)
+            self.queue.check_time(
+                client, [work_s], DEADLINE_S, retry_after_s=1, has_claim=has_claim
+            )
         except Unavailable:
             is_refused = True
         else:

@@ -16,6 +16,7 @@ from app.domain import (
     RawImage,
     StageTimings,
     WorkerStage,
+    WorkerStatus,
 )
 from app.engine.models.registry import find_spec
 from app.jobs.dispatcher import Dispatcher
@@ -36,6 +37,7 @@ class Worker:
     restart_count = 0
     is_ready = True
     reason = ""
+    statuses: tuple[WorkerStatus, ...] = ()
     info: ModelInfo | None = INFO
 
     def __init__(self) -> None:

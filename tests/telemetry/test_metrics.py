@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from app.domain import (
+    Device,
     Generated,
     LoraLoad,
     ModelInfo,
@@ -32,6 +33,8 @@ INFO = ModelInfo(
     torch="2.13.0",
     cuda="13.0",
 )
+RTX = Device(0, "NVIDIA GeForce RTX 3060", "GPU-1")
+TWIN = Device(1, "NVIDIA GeForce RTX 3060", "GPU-2")
 PEAK = PeakMemory(7_370_000_000, 7_830_000_000)
 SECONDS = {"queue": 0.5, "text": 0.02, "reference": 0.0, "denoise": 2.4, "decode": 0.3}
 SECONDS |= {"encode": 0.01, "total": 3.3}
@@ -46,7 +49,7 @@ def metrics() -> Metrics:
     )  # fmt: skip
     metrics.watch(lambda: status, lambda: 0.002)
     metrics.watch_gpu(Gpu(0, load_nvml=FakeNvml).read, lambda: PEAK)
-    metrics.model_ready(INFO, 21.0)
+    metrics.model_ready(INFO, 21.0, RTX)
     metrics.image_finished(
         Generated(
             RawImage(1024, 1024, b""),
@@ -58,6 +61,7 @@ def metrics() -> Metrics:
         ),
         SECONDS,
         "generate",
+        RTX,
     )
     return metrics
 
@@ -69,20 +73,14 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def test_the_owner_of_a_card_sees_what_it_does(metrics) -> None:
     """Seconds by stage and the peak memory of each image, under the card's own name."""
-    gpu = "NVIDIA GeForce RTX 3060"
+    card = {"gpu": "NVIDIA GeForce RTX 3060", "uuid": "GPU-1"}
 
-    assert sample(metrics, "klein_image_duration_seconds_sum", gpu=gpu, stage="denoise") == 2.4
-    assert sample(metrics, "klein_image_duration_seconds_sum", gpu=gpu, stage="total") == 3.3
-    assert (
-        sample(metrics, "klein_last_image_peak_vram_bytes", gpu=gpu, kind="reserved")
-        == 7_830_000_000
-    )
-    assert (
-        sample(
-            metrics, "klein_image_peak_vram_bytes_bucket", gpu=gpu, kind="allocated", le="7.5e+09"
-        )
-        == 1
-    )
+    assert sample(metrics, "klein_image_duration_seconds_sum", **card, stage="denoise") == 2.4
+    assert sample(metrics, "klein_image_duration_seconds_sum", **card, stage="total") == 3.3
+    peak = sample(metrics, "klein_last_image_peak_vram_bytes", **card, kind="reserved")
+    assert peak == 7_830_000_000
+    bucket = {"kind": "allocated", "le": "7.5e+09"}
+    assert sample(metrics, "klein_image_peak_vram_bytes_bucket", **card, **bucket) == 1
     assert sample(metrics, "klein_step_duration_seconds_count") == 4
 
 
@@ -96,7 +94,7 @@ def test_lookups_of_references_are_counted_one_by_one(metrics) -> None:
         False,
         are_references_cached=(True, False, True),
     )
-    metrics.image_finished(generated, SECONDS, "edit")
+    metrics.image_finished(generated, SECONDS, "edit", RTX)
 
     counts = [
         sample(metrics, "klein_reference_cache_requests_total", result=result)
@@ -111,7 +109,7 @@ def test_adapters_are_counted_by_name_and_source(metrics) -> None:
     for number in range(MOST_ADAPTERS + 3):
         load = LoraLoad(f"style-{number}", 0.004, "host" if number else "disk")
         made = replace(before, lora_loads=(load,) * 2, lora_bytes=number)
-        metrics.image_finished(made, SECONDS, "generate")
+        metrics.image_finished(made, SECONDS, "generate", RTX)
 
     loads = "klein_adapter_loads_total"
     assert sample(metrics, loads, adapter="style-0", source="disk") == 2
@@ -119,10 +117,12 @@ def test_adapters_are_counted_by_name_and_source(metrics) -> None:
     assert sample(metrics, loads, adapter=f"style-{MOST_ADAPTERS}", source="host") is None
     assert sample(metrics, loads, adapter=OTHER, source="host") == 6
     assert sample(metrics, "klein_adapter_load_seconds_count", source="disk") == 2
-    assert sample(metrics, "klein_adapter_bytes") == MOST_ADAPTERS + 2
+    assert sample(metrics, "klein_adapter_bytes", gpu=RTX.name, uuid=RTX.uuid) == MOST_ADAPTERS + 2
 
-    metrics.model_ready(INFO, 21.0)
-    assert sample(metrics, "klein_adapter_bytes") == 0  # A new worker holds none.
+    metrics.model_ready(INFO, 21.0, RTX)
+    assert (
+        sample(metrics, "klein_adapter_bytes", gpu=RTX.name, uuid=RTX.uuid) == 0
+    )  # A new worker holds none.
 
 
 def test_gauges_are_read_at_the_scrape(metrics) -> None:
@@ -167,7 +167,7 @@ def test_a_new_worker_replaces_what_is_said_of_the_model(metrics) -> None:
     """One model_info at a time, also after a restart with another plan."""
     import dataclasses
 
-    metrics.model_ready(dataclasses.replace(INFO, plan="streamed/tiled"), 5.0)
+    metrics.model_ready(dataclasses.replace(INFO, plan="streamed/tiled"), 5.0, RTX)
     text = metrics.exposition()[0].decode()
 
     assert text.count("klein_model_info{") == 1

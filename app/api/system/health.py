@@ -16,7 +16,7 @@ from app import __version__
 from app.api.deps import Running
 from app.api.errors import envelope, retry_after
 from app.api.schema.loras import recipe
-from app.domain import Status, WorkerStage
+from app.domain import Status, WorkerStage, WorkerStatus
 from app.errors import Kind, KleinError
 from app.images.formats import OUTPUT_FORMATS
 from app.request_context import current_request
@@ -61,6 +61,7 @@ async def health(request: Request, runtime: Running) -> Response:
         "limits": asdict(runtime.service.limits),
         "loras": _loras(runtime.service.adapters),
         "worker_restarts": status.worker_restarts,
+        "devices": [_device(each) for each in status.workers],
         "output_formats": list(OUTPUT_FORMATS),
     }
     if status.info is not None:
@@ -84,6 +85,25 @@ def _loras(adapters: Adapters) -> dict[str, Any]:
         "default": recipe(adapters.default),
         "fused": recipe(adapters.fused),
         "problems": list(adapters.problems),
+    }
+
+
+def _device(worker: WorkerStatus) -> dict[str, Any]:
+    """Say what one worker is at, and what it has loaded that may differ from the others."""
+    info = worker.info
+    return {
+        "name": worker.device.name,
+        "uuid": worker.device.uuid,
+        "ready": worker.is_ready,
+        "stage": worker.stage,
+        "progress": worker.progress,
+        "reason": worker.reason,
+        "left_out": worker.is_left_out,
+        "restarts": worker.restarts,
+        "precision": info and info.precision,
+        "attention": info and info.attention,
+        "plan": info and info.plan,
+        "max_pixels": info and info.max_pixels,
     }
 
 

@@ -106,7 +106,7 @@ class Bench:
         async with warm_runtime(
             settings, make_engine=self.make_engine, gpu=self.gpu, plan=self._plan
         ) as (runtime, info, specs):
-            sampler.worker_pid = runtime.worker.pid
+            sampler.worker_pid = runtime.workers.pid
             self.result.loaded.append(info)
             for spec in specs:
                 what = f"{info.precision} {spec.width}x{spec.height}"

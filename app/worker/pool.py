@@ -1,0 +1,209 @@
+"""Several workers, one for each device, behind one face: it is ready while one of them is.
+
+A worker that dies is replaced alone, by its own supervisor. One that its supervisor gives up is
+left out while others go on; the service ends when none is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from app.domain import Device, LoadProgress, Loss, ModelInfo, WorkerStage, WorkerStatus
+from app.worker.supervisor import Events, Supervisor
+
+_log = logging.getLogger(__name__)
+
+_FURTHEST = (
+    WorkerStage.READY,
+    WorkerStage.WARM_UP,
+    WorkerStage.WEIGHTS,
+    WorkerStage.LOADING,
+    WorkerStage.VERIFY,
+    WorkerStage.DOWNLOAD,
+    WorkerStage.STARTING,
+    WorkerStage.RESTARTING,
+    WorkerStage.FAILED,
+)
+"""The stages of a worker; the pool's is the first that one of them is at."""
+
+
+class PoolEvents(Protocol):
+    """Receives what happens to the workers, in the event loop's thread."""
+
+    def on_worker_ready(self, worker: Worker, info: ModelInfo, seconds: float) -> None:
+        """Handle a loaded model, *seconds* after the start of its process."""
+
+    def on_worker_lost(self, worker: Worker, reason: Loss) -> None:
+        """Handle a lost worker, which is replaced unless one of the next two follows."""
+
+    def on_left_out(self, worker: Worker) -> None:
+        """Handle the end of a worker for good, while others go on."""
+
+    def on_fatal(self, exit_code: int, message: str) -> None:
+        """Handle the end of the last one: the service ends."""
+
+
+class Worker:
+    """One supervisor and its device; handles its events."""
+
+    def __init__(
+        self, pool: Pool, device: Device, make: Callable[[Device, Events], Supervisor]
+    ) -> None:
+        self._pool = pool
+        self.device = device
+        self.is_left_out = False
+        self.supervisor = make(device, self)
+
+    def __repr__(self) -> str:
+        state = "left out" if self.is_left_out else repr(self.supervisor)
+        return f"<Worker {self.device.uuid}, {state}>"
+
+    @property
+    def status(self) -> WorkerStatus:
+        """The worker's state."""
+        supervisor = self.supervisor
+        return WorkerStatus(
+            device=self.device,
+            stage=supervisor.progress.stage,
+            is_ready=supervisor.is_ready,
+            is_up=supervisor.pid is not None,
+            progress=supervisor.progress.fraction,
+            reason=supervisor.reason,
+            restarts=supervisor.restart_count,
+            info=supervisor.info,
+            is_left_out=self.is_left_out,
+        )
+
+    def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
+        """Pass it on, and start those that wait for it."""
+        self._pool.events.on_worker_ready(self, info, seconds)
+        self._pool.start_next()
+
+    def on_worker_lost(self, reason: Loss) -> None:
+        """Pass it on."""
+        self._pool.events.on_worker_lost(self, reason)
+
+    def on_fatal(self, exit_code: int, message: str) -> None:
+        """Leave this worker out; the last one ends the service."""
+        self.is_left_out = True
+        self._pool.on_left_out(self, exit_code, message)
+
+
+class Pool:
+    """Owns a supervisor for each of *devices*, which *make* makes.
+
+    *at_once* workers load at a time where the host's memory holds no more loads. Used in the event
+    loop's thread only; its `repr` is its state.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Device, Events], Supervisor],
+        devices: Sequence[Device],
+        events: PoolEvents,
+        *,
+        at_once: int | None = None,
+    ) -> None:
+        self.events = events
+        self.workers = tuple(Worker(self, device, make) for device in devices)
+        self._at_once = at_once or len(self.workers)
+        self._unstarted = list(self.workers)
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<Pool {list(self.workers)}>"
+
+    @property
+    def serving(self) -> tuple[Worker, ...]:
+        """Those that are not left out."""
+        return tuple(each for each in self.workers if not each.is_left_out)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a job could start on one of them."""
+        return any(each.supervisor.is_ready for each in self.workers)
+
+    @property
+    def progress(self) -> LoadProgress:
+        """The progress of the worker that is furthest; of workers that all failed, the last's."""
+        found = [each.supervisor.progress for each in self.serving or self.workers[-1:]]
+        return min(
+            found,
+            key=lambda progress: (_FURTHEST.index(progress.stage), -(progress.fraction or 0.0)),
+        )
+
+    @property
+    def reason(self) -> str:
+        """Why no job could start now, in words that any client may read; empty where one could."""
+        if self.is_ready:
+            return ""
+        furthest = self.progress
+        return next(
+            each.supervisor.reason
+            for each in self.serving or self.workers[-1:]
+            if each.supervisor.progress is furthest
+        )
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the first worker that serves has loaded, with the largest sizes of any of them."""
+        found = [info for each in self.serving if (info := each.supervisor.info)]
+        if not found:
+            return None
+        most = [sizes for info in found if (sizes := info.max_pixels)]
+        return replace(found[0], max_pixels=tuple(map(max, zip(*most, strict=True))))
+
+    @property
+    def restart_count(self) -> int:
+        """How many times a worker was started again."""
+        return sum(each.supervisor.restart_count for each in self.workers)
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the first worker that has one."""
+        pids = (each.supervisor.pid for each in self.workers)
+        return next((pid for pid in pids if pid is not None), None)
+
+    @property
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        """The state of each worker."""
+        return tuple(each.status for each in self.workers)
+
+    def start(self) -> None:
+        """Start the workers, as many at once as may load together."""
+        for _ in range(self._at_once):
+            self.start_next()
+
+    def start_next(self) -> None:
+        """Start a worker that was not started yet, if there is one."""
+        if self._unstarted and not self._is_closed:
+            self._unstarted.pop(0).supervisor.start()
+
+    async def close(self) -> None:
+        """Close all workers together."""
+        self._is_closed = True
+        await asyncio.gather(*(each.supervisor.close() for each in self.workers))
+
+    def kill(self) -> None:
+        """Kill all processes now, and start no other."""
+        self._is_closed = True
+        for each in self.workers:
+            each.supervisor.kill()
+
+    def on_left_out(self, worker: Worker, exit_code: int, message: str) -> None:
+        """Go on without *worker*, or end the service where it was the last."""
+        if not self.serving:
+            self.events.on_fatal(exit_code, message)
+            return
+        _log.error(
+            "%s (%s) is left out, the other cards go on: %s",
+            worker.device.name,
+            worker.device.uuid,
+            message,
+        )
+        self.events.on_left_out(worker)
+        self.start_next()
