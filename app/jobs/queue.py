@@ -215,14 +215,23 @@ class JobQueue:
         )
 
     def expected_wait_s(self, more_s: float = 0.0) -> float:
-        """Return the predicted seconds until all waiting and running jobs have ended.
+        """Return the predicted seconds until a new image could start, after all that wait.
 
-        *more_s* are seconds of work, on the fastest device, that come besides.
+        *more_s* are seconds of work, on the fastest device, that wait besides. The work is spread
+        as water fills vessels: first the device that is free first, then that and the next.
         """
         now = self._clock()
-        left = [taker.left_s(now) for taker in self.takers]
-        done = sum(taker.speed() * s for taker, s in zip(self.takers, left, strict=True))
-        return max(*left, 0.0, (done + self._waiting.work_s + more_s) / self._speed())
+        ready = [taker for taker in self.takers if taker.is_ready()] or self.takers
+        levels = sorted((taker.left_s(now), taker.speed()) for taker in ready)
+        work_s, speed, filled_s = max(0.0, self._waiting.work_s + more_s), 0.0, levels[0][0]
+        for left_s, its_speed in levels:
+            room_s = speed * (left_s - filled_s)
+            if work_s < room_s:
+                break
+            work_s -= room_s
+            filled_s = left_s
+            speed += its_speed
+        return filled_s + work_s / speed
 
     def position(self, job: Job) -> int:
         """Return how many jobs start before *job*; 0 for the next one and for one that runs."""

@@ -24,6 +24,8 @@ class Picture:
     warnings: tuple[str, ...]
     latents: bytes | None = field(default=None, repr=False)
     loras: tuple[Lora, ...] = ()
+    device: str = "cpu"
+    """The product name of the GPU that made it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -428,6 +428,7 @@ class ImageService:
             warnings=(*job.warnings, *warnings_of(spec), *self._warnings(generated)),
             loras=spec.loras,
             latents=generated.latents,
+            device=job.device.name,
         )
 
     def _warnings(self, generated: Generated) -> tuple[str, ...]:
@@ -452,6 +453,7 @@ class ImageService:
             "size": f"{width}x{height}",
             "model": self.model.id,
             "precision": info.precision if info else "",
+            "device": job.device.name,
             **_raced(info),
             **_recipes(spec.loras, self.adapters.fused),
         }

@@ -42,7 +42,7 @@ def card(
         is_ready=is_ready,
         fits=lambda spec: spec.pixels <= most_pixels,
         predict_s=lambda spec: seconds,
-        speed=lambda: 1.0 / seconds,
+        speed=lambda: 1.0,
         kind=lambda: (seconds, most_pixels),
     )
 
@@ -187,13 +187,26 @@ async def test_the_wait_is_that_of_all_devices_together() -> None:
     for takers, wait_s, span_s in (
         ([card(1.0)], 8.0, 8.0),
         ([card(1.0), card(1.0)], 4.0, 4.5),
-        ([card(1.0), card(2.0)], 8 / 1.5, 8 / 1.5 + 1 / 3),
+        ([card(1.0), replace(card(2.0), speed=lambda: 0.5)], 8 / 1.5, 8 / 1.5 + 1 / 3),
     ):
         queue = JobQueue(8, takers, clock=clock)
         queue.submit(jobs("a", 8), retry_after_s=1)
 
         assert queue.expected_wait_s() == pytest.approx(wait_s)
         assert queue.span_s([1.0] * 8) == pytest.approx(span_s)
+
+
+async def test_while_a_device_is_idle_nobody_waits() -> None:
+    """One of two is busy for ten seconds: a picture waits 0 s, and behind two of 4 s, 8 s."""
+    queue = JobQueue(8, [card(10.0), card(10.0)], clock=Clock())
+    queue.submit(jobs("a", 1), retry_after_s=1)
+    await taken(queue, queue.takers[0])
+
+    assert queue.expected_wait_s() == 0.0
+    queue.submit(jobs("a", 2, seconds=4.0), retry_after_s=1)
+    assert queue.expected_wait_s() == 8.0
+    queue.submit(jobs("a", 1, seconds=4.0), retry_after_s=1)
+    assert queue.expected_wait_s() == 11.0
 
 
 async def test_one_long_picture_is_not_expected_sooner_for_many_devices() -> None:

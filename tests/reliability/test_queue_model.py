@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from app.errors import Cancelled, DeadlineExceeded, GenerationFailed, Kind, Unavailable
 from app.jobs.job import Job, JobState
 from app.jobs.queue import JobQueue, Places
+from app.jobs.taker import Taker
 from tests.jobs.conftest import SPEC, generated
 
 CAPACITY = 4
@@ -36,20 +37,28 @@ class QueueModel(RuleBasedStateMachine):
     taken = Bundle("taken")
     reserved = Bundle("reserved")
 
+    workers = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.queue = JobQueue(CAPACITY, clock=lambda: 0.0)
+        takers = [Taker() for _ in range(self.workers)]
+        self.queue = JobQueue(CAPACITY, takers, clock=lambda: 0.0)
         self.jobs: list[Job] = []
         self.ended: Counter[str] = Counter()
-        self.taking: asyncio.Task[Job] | None = None
+        self.taking: dict[Taker, asyncio.Task[Job]] = {}
         self.is_draining = False
         self.count = 0
         self.places: list[Places] = []
         """Those that are neither filled nor given back."""
         self.asked: set[str] = set()
         self.lent = 0
-        """Places beyond the bound: one, for a request that came while the card was idle."""
+        """Places beyond the bound: one for each card that was idle when a request came."""
+
+    @property
+    def idle(self) -> int:
+        """How many cards wait for a job."""
+        return sum(not task.done() for task in self.taking.values())
 
     def settle(self) -> None:
         """Let everything that is due happen."""
@@ -76,7 +85,7 @@ class QueueModel(RuleBasedStateMachine):
         """All images get a place, or none does: never beyond the bound, nor beyond a client's
         share, unless it is alone."""
         size, held = self.queue.size, self.held(client)
-        is_idle = self.taking is not None and not self.taking.done()
+        idle = self.idle
         self.asked.add(client)
         try:
             places = self.queue.reserve(client, images, retry_after_s=1, is_early=is_early)
@@ -87,12 +96,12 @@ class QueueModel(RuleBasedStateMachine):
         if refused is not None:
             assert refused is Kind.QUEUE_FULL
             assert self.queue.size == size
-            # An empty queue, and an idle card, have room for one, whoever has a claim.
-            assert images > 1 or size > (CAPACITY if is_idle else 0) or held >= SHARE
+            # An empty queue, and each idle card, have room for one, whoever has a claim.
+            assert images > 1 or size >= (CAPACITY + idle if idle else 1) or held >= SHARE
             return None
-        assert size + images <= CAPACITY + is_idle
+        assert size + images <= CAPACITY + idle
         assert held + images <= SHARE or self.asked == {client}
-        self.lent = int(size + images > CAPACITY)
+        self.lent = max(0, size + images - CAPACITY)
         self.places.append(places)
         return places
 
@@ -122,7 +131,7 @@ class QueueModel(RuleBasedStateMachine):
         has as many as before."""
         before, size, held = places.images, self.queue.size, self.held(places.client)
         more = max(0, images - before)
-        is_idle = self.taking is not None and not self.taking.done()
+        idle = self.idle
         self.asked.add(places.client)
         try:
             self.queue.widen(places, before + more, retry_after_s=1)
@@ -136,9 +145,9 @@ class QueueModel(RuleBasedStateMachine):
             assert (places.images, self.queue.size) == (before, size)
         elif more:
             assert (places.images, self.queue.size) == (before + more, size + more)
-            assert size + more <= CAPACITY + is_idle
+            assert size + more <= CAPACITY + idle
             assert held + more <= SHARE or self.asked == {places.client}
-            self.lent = int(size + more > CAPACITY)
+            self.lent = max(0, size + more - CAPACITY)
         return places
 
     @rule(client=st.sampled_from("abc"), work_s=st.floats(0, 50), has_claim=st.booleans())
@@ -146,7 +155,7 @@ class QueueModel(RuleBasedStateMachine):
         """What would be late is refused, and keeps its time: never from an idle card, nor more
         than a quarter of what another has."""
         left_s = DEADLINE_S - self.queue.expected_wait_s()
-        is_idle = self.taking is not None and not self.taking.done()
+        idle = self.idle
         try:
             self.queue.check_time(
                 client, [work_s], DEADLINE_S, retry_after_s=1, has_claim=has_claim
@@ -156,7 +165,7 @@ class QueueModel(RuleBasedStateMachine):
         else:
             is_refused = False
         if is_refused:
-            assert not is_idle or work_s > left_s
+            assert not idle or work_s > left_s
             assert work_s + (DEADLINE_S - work_s) / 4 > left_s
         else:
             assert work_s <= left_s
@@ -188,30 +197,31 @@ class QueueModel(RuleBasedStateMachine):
         for _ in range(times):
             self.queue.give_back(places)
 
-    @rule()
-    def begin_to_take(self) -> None:
-        """The card is idle and asks for the next job."""
-        if self.taking is None:
-            self.taking = self.loop.create_task(self.queue.take())
+    @rule(which=st.integers(0, 2))
+    def begin_to_take(self, which: int) -> None:
+        """A card is idle and asks for the next job."""
+        taker = self.queue.takers[which % self.workers]
+        if taker not in self.taking:
+            self.taking[taker] = self.loop.create_task(self.queue.take(taker))
             self.settle()
 
-    @rule(target=taken)
-    def take(self) -> object:
+    @rule(target=taken, which=st.integers(0, 2))
+    def take(self, which: int) -> object:
         """The card gets a job, if there is one."""
-        if self.taking is None or not self.taking.done():
+        taker = self.queue.takers[which % self.workers]
+        if taker not in self.taking or not self.taking[taker].done():
             return multiple()
-        job = self.taking.result()
-        self.taking = None
+        job = self.taking.pop(taker).result()
         assert job.state in {JobState.RUNNING, JobState.ENDED}
         return job
 
-    @rule()
-    def give_up_taking(self) -> None:
+    @rule(which=st.integers(0, 2))
+    def give_up_taking(self, which: int) -> None:
         """The card's side is cancelled; what it was about to get is not lost."""
-        if self.taking is not None and not self.taking.done():
-            self.taking.cancel()
+        taker = self.queue.takers[which % self.workers]
+        if taker in self.taking and not self.taking[taker].done():
+            self.taking.pop(taker).cancel()
             self.settle()
-            self.taking = None
 
     @rule(job=accepted)
     def cancel(self, job: Job) -> None:
@@ -277,8 +287,8 @@ class QueueModel(RuleBasedStateMachine):
             if job.state is JobState.RUNNING:
                 job.succeed(generated(SPEC))
                 self.queue.finish(job)
-        if self.taking is not None:
-            self.taking.cancel()
+        for task in self.taking.values():
+            task.cancel()
         self.settle()
         assert self.ended == Counter(job.id for job in self.jobs)
         assert (self.queue.size, self.queue.running) == (0, 0)
@@ -286,18 +296,30 @@ class QueueModel(RuleBasedStateMachine):
         self.loop.close()
 
 
-QueueModel.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+class ThreeWorkers(QueueModel):
+    """As `QueueModel`, with three cards."""
+
+    workers = 3
+
+
+for _model in (QueueModel, ThreeWorkers):
+    _model.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 class TestQueueModel(QueueModel.TestCase):
     """Sixty lives of thirty steps each; `full` makes it a thousand."""
 
 
+class TestQueueOfThreeWorkers(ThreeWorkers.TestCase):
+    """The same with three cards."""
+
+
 @pytest.mark.full
-def test_a_thousand_lives_of_the_queue() -> None:
+@pytest.mark.parametrize("model", [QueueModel, ThreeWorkers])
+def test_a_thousand_lives_of_the_queue(model) -> None:
     """The long form of the model."""
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
-        QueueModel, settings=settings(max_examples=1000, stateful_step_count=40, deadline=None)
+        model, settings=settings(max_examples=1000, stateful_step_count=40, deadline=None)
     )

@@ -180,6 +180,7 @@ async def test_the_file_says_how_it_was_made(at) -> None:
         "size": "64x64",
         "model": "flux.2-klein-4b",
         "precision": "int8",
+        "device": "cpu",
     }
 
 

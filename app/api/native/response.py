@@ -13,6 +13,7 @@ def response_headers(picture: Picture, request_id: str) -> dict[str, str]:
     found = {
         "X-Request-Id": request_id,
         "X-Klein-Seed": str(picture.seed),
+        "X-Klein-Device": picture.device,
         "Server-Timing": server_timing(picture),
     }
     if picture.peak is not None:

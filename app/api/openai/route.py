@@ -111,6 +111,7 @@ async def _respond(
     headers = _headers(openai_response.all_warnings(pictures), asked)
     if len(pictures) == 1:
         headers["Server-Timing"] = server_timing(pictures[0])
+        headers["X-Klein-Device"] = pictures[0].device
     return PieceResponse(body, media_type=JSON, headers=headers)
 
 
