@@ -16,7 +16,7 @@ from app.engine.hub.hf_cache import find_snapshot
 from app.engine.models.registry import MODELS, find_model, find_spec
 from app.engine.quantization.formats import check_choice
 from app.errors import StartupError
-from app.settings import Settings, complete_path
+from app.settings import PER_CARD, Settings, complete_path
 from app.telemetry.gpu import Gpu
 from app.telemetry.preflight import check_gpu, torch_cuda
 
@@ -39,7 +39,7 @@ def read_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
         StartupError: as `Settings.read`, and for a precision that is none.
     """
     settings = Settings.read(environ, **overrides)
-    check_choice(settings.precision)
+    check_choice(settings.precision, PER_CARD)
     return settings
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
@@ -19,6 +19,7 @@ from app.domain import CPU, Device, Loss, ModelInfo
 from app.engine import create_engine
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_spec
+from app.engine.quantization.formats import AUTO
 from app.errors import DeadlineExceeded, Kind, Unavailable
 from app.images.pool import DecoderPool
 from app.jobs.dispatcher import Dispatcher
@@ -84,7 +85,8 @@ class Runtime:
         self._watch = AdapterWatch(chosen.directory, adapters, [name for name, _ in settings.loras])
         self._settings, self._loras, self._make_engine = settings, chosen, make_engine
         devices = _devices(settings, self.choice, gpu)
-        self.workers = Pool(self._make_supervisor, devices, self)
+        self._is_common = settings.precision == AUTO and len({each.name for each in devices}) > 1
+        self.workers = Pool(self._make_supervisor, devices, self, is_first_alone=self._is_common)
         takers = {worker: self._make_taker(worker) for worker in self.workers.workers}
         self._takers = takers
         self._queue = JobQueue(settings.queue_images, tuple(takers.values()))
@@ -216,12 +218,26 @@ class Runtime:
         """Learn the speed of the warm-up image and log what is served and what is missing."""
         for sentence in info.advice:
             _log.warning(sentence)
+        if self._is_common:
+            self._have_others_take(info)
         self._estimates.of(worker.device.name).learn(warm_up_spec(self.model), info.warm_up_s)
         self.metrics.model_ready(info, seconds, worker.device)
         self._watch.on_ready(info)
         self._queue.look_again()
         for callback in self.on_ready:
             callback(info)
+
+    def _have_others_take(self, info: ModelInfo) -> None:
+        """Have all other workers compute as the first has chosen to, so that pixels are the same.
+
+        It is the oldest card's: what runs there, newer ones run too.
+        """
+        self._is_common = False
+        for worker in self.workers.workers:
+            config = worker.supervisor.config
+            worker.supervisor.config = replace(
+                config, precision=info.precision, attention=info.attention or config.attention
+            )
 
     def on_worker_lost(self, worker: Worker, reason: Loss) -> None:
         """Count the lost worker."""
@@ -286,7 +302,7 @@ def _engine_config(
         cache_dir=str(settings.cache_dir),
         device=device,
         vae=None if settings.vae is None else str(settings.vae),
-        precision=settings.precision,
+        precision=settings.engine_precision,
         attention=settings.attention,
         offload=settings.offload,
         plan=settings.plan,

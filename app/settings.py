@@ -29,6 +29,8 @@ _DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
 MIN_KEY_LENGTH = 8
 LORA_RANKS = (32, 64, 128, 256)
 
+PER_CARD = "per-card"
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -81,7 +83,9 @@ class Settings(BaseModel):
     device: int | Literal["cpu"] = 0
     """Index of the CUDA GPU, or `cpu`."""
     precision: str = "auto"
-    """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why."""
+    """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why. Several
+    cards of different kinds all take what the oldest chooses, so that a seed's pixels do not depend
+    on the card; with `per-card` each chooses for itself."""
     attention: str = "auto"
     """Attention of the 8-bit transformer: `torch`, `cudnn`, `int8` or `fp8`; `auto` takes the
     fastest that keeps its bound on this card."""
@@ -187,6 +191,11 @@ class Settings(BaseModel):
     """Log lines for people or one JSON object each."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe lines that are logged."""
+
+    @property
+    def engine_precision(self) -> str:
+        """What each worker is asked for."""
+        return "auto" if self.precision == PER_CARD else self.precision
 
     @field_validator("api_keys")
     @classmethod

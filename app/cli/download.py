@@ -40,11 +40,11 @@ def run(
     if variant.is_embedded:
         print(f"{variant.spec.title}: it comes with the package, there is nothing to download.")
         return 0
-    is_chosen = settings.precision != AUTO
+    asked = settings.engine_precision
     close_umask()
-    precision = settings.precision if is_chosen else _precision_of_this_machine(variant, settings)
+    precision = asked if asked != AUTO else _precision_of_this_machine(variant, settings)
     linears = FORMATS[precision]
-    instead = linears.instead(settings.precision)
+    instead = linears.instead(asked)
     wanted = choose_file(variant, settings.cache_dir, linears.file, instead)
     hub = hub or Hub(silence_s=settings.download_silence_s)
     if arguments.verify:

@@ -111,7 +111,8 @@ def run(
     choice = choose_model(settings, None if settings.device == "cpu" else gpu.read())
     is_small = find_model(choice.key).is_embedded
     # `auto` gives a small model no 8-bit format, but one is to be tested.
-    tested_name = "fp8" if is_small and settings.precision == AUTO else settings.precision
+    asked = settings.engine_precision
+    tested_name = "fp8" if is_small and asked == AUTO else asked
     on_processor = choose_device(settings, choice, gpu) is None
 
     def make(precision: str, plan: str) -> Made | str:
@@ -220,7 +221,7 @@ async def _make(
             info,
             specs,
         ):
-            pictures = await make_pictures(runtime, specs, settings.precision)
+            pictures = await make_pictures(runtime, specs, settings.engine_precision)
     except InvalidRequest:
         raise
     except KleinError as error:
@@ -258,7 +259,7 @@ def _read_notes(choice: Choice, settings: Settings, tested: Made | str) -> FileN
         return "not read, since the worker failed"
     else:
         taken = FORMATS[tested.info.precision]
-        instead = taken.instead(settings.precision)
+        instead = taken.instead(settings.engine_precision)
         file = choose_file(entry, settings.cache_dir, taken.file, instead)
         path = settings.cache_dir / "models" / entry.spec.id / file
     try:

@@ -81,7 +81,7 @@ class Worker:
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
         """Pass it on, and start those that wait for it."""
         self._pool.events.on_worker_ready(self, info, seconds)
-        self._pool.start_next()
+        self._pool.on_ready()
 
     def on_worker_lost(self, reason: Loss) -> None:
         """Pass it on."""
@@ -96,8 +96,9 @@ class Worker:
 class Pool:
     """Owns a supervisor for each of *devices*, which *make* makes.
 
-    *at_once* workers load at a time where the host's memory holds no more loads. Used in the event
-    loop's thread only; its `repr` is its state.
+    They are started in this order. *at_once* workers load at a time where the host's memory holds
+    no more loads; with *is_first_alone* the others start once the first one has loaded. Used in the
+    event loop's thread only; its `repr` is its state.
     """
 
     def __init__(
@@ -107,10 +108,12 @@ class Pool:
         events: PoolEvents,
         *,
         at_once: int | None = None,
+        is_first_alone: bool = False,
     ) -> None:
         self.events = events
         self.workers = tuple(Worker(self, device, make) for device in devices)
         self._at_once = at_once or len(self.workers)
+        self._is_alone = is_first_alone
         self._unstarted = list(self.workers)
         self._is_closed = False
 
@@ -175,10 +178,18 @@ class Pool:
 
     def start(self) -> None:
         """Start the workers, as many at once as may load together."""
-        for _ in range(self._at_once):
-            self.start_next()
+        for _ in range(1 if self._is_alone else self._at_once):
+            self._start_next()
 
-    def start_next(self) -> None:
+    def on_ready(self) -> None:
+        """Start the workers that waited for one to be ready."""
+        if self._is_alone:
+            self._is_alone = False
+            self.start()
+        else:
+            self._start_next()
+
+    def _start_next(self) -> None:
         """Start a worker that was not started yet, if there is one."""
         if self._unstarted and not self._is_closed:
             self._unstarted.pop(0).supervisor.start()
@@ -206,4 +217,4 @@ class Pool:
             message,
         )
         self.events.on_left_out(worker)
-        self.start_next()
+        self._start_next()

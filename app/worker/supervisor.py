@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from app.domain import Generated, ImageSpec, LoadProgress, Loss, ModelInfo, Progress, WorkerStage
@@ -119,15 +118,10 @@ class Supervisor:
         self._events = events
         self._predict_step_s = predict_step_s
         self._limits = limits or TimeLimits()
-        self._launch = partial(
-            WorkerProcess,
-            self.on_message,
-            self.on_exit,
-            make_engine,
-            config,
-            log,
-            self._limits.close_s,
-        )
+        self._make_engine = make_engine
+        self.config = config
+        """Of the next process; it may be replaced."""
+        self._log = log
         self._clock = clock
         self._handle: WorkerProcess | None = None
         self._running: dict[str, _Running] = {}
@@ -177,7 +171,14 @@ class Supervisor:
         self._started_at = self._clock()
         self._overdue, self._lost_because = "", None
         try:
-            self._handle = self._launch()
+            self._handle = WorkerProcess(
+                self.on_message,
+                self.on_exit,
+                self._make_engine,
+                self.config,
+                self._log,
+                self._limits.close_s,
+            )
         except Exception as error:
             self._on_unstartable(error)
         else:

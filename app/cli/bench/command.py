@@ -69,7 +69,7 @@ def run(
     gpu = gpu or Gpu(settings.device if isinstance(settings.device, int) else 0, cache_s=0)
     result = Run(describe_machine(gpu), datetime.now(UTC).date().isoformat())
     bench = Bench(settings, arguments, make_engine, gpu, result)
-    asyncio.run(bench.run(parse_precisions(arguments.precision or settings.precision)))
+    asyncio.run(bench.run(parse_precisions(arguments.precision or settings.engine_precision)))
     print(render_table(result))
     if arguments.out:
         for path in write_report(result, arguments.out):
@@ -102,7 +102,7 @@ class Bench:
         self.result.readings = sampler.readings
 
     async def _measure_precision(self, settings: Settings, sampler: Sampler) -> None:
-        note(f"{settings.precision}: starting the worker")
+        note(f"{settings.engine_precision}: starting the worker")
         async with warm_runtime(
             settings, make_engine=self.make_engine, gpu=self.gpu, plan=self._plan
         ) as (runtime, info, specs):

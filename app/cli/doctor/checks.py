@@ -254,7 +254,7 @@ def _judge_formats(
     assert isinstance(facts.gpu, GpuFacts)
     card = Card(facts.gpu.capability, recognise(facts.gpu.name, facts.gpu.total_bytes))
     taken, entry = FORMATS[ahead.linears], find_model(model.id)
-    for each in on_formats(settings.precision, facts.torch.lacking, taken, card, entry):
+    for each in on_formats(settings.engine_precision, facts.torch.lacking, taken, card, entry):
         found.complain(each.what, each.remedy, is_fatal=False)
 
 

@@ -208,7 +208,7 @@ def _look_ahead(
 def _ask_cache(variant: ModelEntry, settings: Settings, precision: str) -> CacheFound:
     """Count the bytes that *variant* needs at *precision*, and those not downloaded yet."""
     folder, linears = settings.cache_dir, FORMATS[precision]
-    wanted = choose_file(variant, folder, linears.file, linears.instead(settings.precision))
+    wanted = choose_file(variant, folder, linears.file, linears.instead(settings.engine_precision))
     above = folder
     while not above.exists() and above != above.parent:
         above = above.parent

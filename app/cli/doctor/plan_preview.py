@@ -143,9 +143,9 @@ def preview_plan(target: Target, settings: Settings, model: ModelSpec) -> PlanPr
         for lap in target.race.attention:
             if lap.name == settings.attention and (fault := wrong(lap)):
                 raise unusable(lap.name, fault)
-        winner = choose(target.race, settings.precision, settings.attention)
+        winner = choose(target.race, settings.engine_precision, settings.attention)
         facts, attention = capabilities(target.race, winner), winner.attention
-    chosen = choose_precision(settings.precision, facts, is_small=False)
+    chosen = choose_precision(settings.engine_precision, facts, is_small=False)
     limit = min(settings.max_pixels, model.max_pixels)
     architecture = find_model(model.id).architecture
     adapters = slot_bytes(linear_shapes(architecture), target.lora_rank)

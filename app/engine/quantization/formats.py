@@ -183,14 +183,15 @@ def automatic() -> tuple[WeightFormat, ...]:
     return tuple(each for each in FORMATS.values() if each.reason is not None)
 
 
-def check_choice(asked: str) -> None:
+def check_choice(asked: str, *also: str) -> None:
     """Check a value of `KLEIN_PRECISION`.
 
     Raises:
-        StartupError: it is not one of `choices`, which the message lists.
+        StartupError: it is none of `choices`, nor of *also*; the message lists them.
     """
-    *others, last = map(repr, choices())
-    if asked not in choices():
+    names = (*choices(), *also)
+    *others, last = map(repr, names)
+    if asked not in names:
         raise StartupError(
             "KLEIN_PRECISION has a value that does not fit: Input should be "
             f"{', '.join(others)} or {last}. Correct it and start again."
