@@ -19,6 +19,8 @@ class EngineConfig:
     """The folder of downloads, quantized weights and compiled code."""
     device: int | None
     """Index of the CUDA device, or None for the CPU."""
+    worker: int = 0
+    """The worker's place among those of the service."""
     precision: str = "auto"
     """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
     attention: str = "auto"

@@ -11,7 +11,8 @@ loading take *s* seconds, `startfail` makes it fail, `startexit` makes the proce
 `stay=s` makes the process take *s* seconds to leave, `once=PATH` lets faults strike only while PATH
 does not exist and creates it. `gate=PATH` holds every picture between its steps until PATH exists.
 `noise=1` draws what no file format can compress. `trace=PATH` gets a line for each end of a
-picture. No setting of the service selects this engine.
+picture. `room=pixels` is the largest size that fits. `1:slow=2` is meant for the second worker
+alone, after the words for all. No setting of the service selects this engine.
 """
 
 from __future__ import annotations
@@ -57,16 +58,35 @@ class Script:
     load_s: float = 0.0
     stay_s: float = 0.0
     noise: float = 0.0
+    room: float = 0.0
     start_fails: bool = False
     start_exits: bool = False
     once: str | None = None
     trace: str | None = None
     gate: str | None = None
     recurring: dict[int, str] = field(default_factory=dict)
+    own: dict[int, Script] = field(default_factory=dict)
+    """Other scripts, by the worker's place."""
+
+    def of(self, worker: int) -> Script:
+        """The script of one worker."""
+        return self.own.get(worker, self)
 
     @classmethod
     def parse(cls, words: list[str]) -> Script:
         """Read the command line's words."""
+        own = {int(word[0]) for word in words if word[1:2] == ":"}
+        common = [word for word in words if word[1:2] != ":"]
+        return replace(
+            cls._parse(common),
+            own={
+                place: cls._parse([*common, *(w[2:] for w in words if w.startswith(f"{place}:"))])
+                for place in own
+            },
+        )
+
+    @classmethod
+    def _parse(cls, words: list[str]) -> Script:
         script = cls()
         for word in words:
             if "@" in word:
@@ -115,7 +135,7 @@ class ScriptedEngine:
             precision_reason="scripted",
             plan="resident",
             plan_reasons=("scripted",),
-            max_pixels=(),
+            max_pixels=(int(self._script.room),) if self._script.room else (),
             torch="none",
             cuda=None,
             warm_up_s=max(self._script.slow_s, 0.001),
@@ -245,7 +265,7 @@ class MakeScriptedEngine:
 
     def __call__(self, config: EngineConfig) -> ScriptedEngine:
         """Build it."""
-        return ScriptedEngine(config, self.script)
+        return ScriptedEngine(config, self.script.of(config.worker))
 
 
 if __name__ == "__main__":
