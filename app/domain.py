@@ -273,17 +273,26 @@ class ModelInfo:
 class Device:
     """What one worker computes on: a GPU, or a share of the CPU."""
 
-    index: int | None = None
-    """Its place in the service, for people; None for the CPU."""
+    index: int = 0
+    """Its place in the service."""
     name: str = "cpu"
     """NVML's product name of the GPU, or `cpu`."""
     uuid: str = "cpu"
     """NVML's UUID of the GPU; `cpu`, or `cpu:0`, `cpu:1`, ... where several workers share it."""
     total_bytes: int | None = None
-    visible: str = ""
-    """What the worker sets `CUDA_VISIBLE_DEVICES` to; empty leaves it as it is."""
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability (major, minor)."""
+    cpus: frozenset[int] = frozenset()
+    """The CPUs of the GPU's NUMA node; empty where they are not known."""
+    number: int | None = None
+    """CUDA's own number of the GPU, where NVML does not answer and its UUID is unknown."""
     threads: int = 0
     """A CPU worker's share of the cores; 0 takes torch's own number."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is no GPU."""
+        return self.name == "cpu"
 
 
 CPU = Device()

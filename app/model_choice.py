@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from app.domain import GpuSnapshot, Lora
+from app.domain import CPU, Device, GpuSnapshot, Lora
 from app.engine.adapters.directory import FOLDER, SETTLE_S, Directory
 from app.engine.adapters.shapes import linear_shapes
 from app.engine.hub.hf_cache import find_snapshot
 from app.engine.models.registry import MODELS, find_model, find_spec
 from app.engine.quantization.formats import check_choice
 from app.errors import StartupError
-from app.settings import PER_CARD, Settings, complete_path
-from app.telemetry.gpu import Gpu
+from app.settings import ALL, PER_CARD, Settings, complete_path
+from app.telemetry.gpu import Gpu, GpuFacts
 from app.telemetry.preflight import check_gpu, torch_cuda
 
 _log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
     """
     name = settings.model
     if name == "auto":
-        if settings.device == "cpu":
+        if settings.is_cpu:
             return Choice(DEMO, None, "KLEIN_DEVICE is cpu")
         if gpu_now is None:
             return Choice(DEMO, None, "no CUDA card was found")
@@ -90,21 +90,58 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
     return Choice(find_spec(name).id, None, "KLEIN_MODEL names it")
 
 
-def choose_device(settings: Settings, choice: Choice, gpu: Gpu) -> int | None:
-    """Choose the index of the GPU; None means the CPU.
+def choose_devices(settings: Settings, choice: Choice, gpu: Gpu) -> tuple[Device, ...]:
+    """Choose what each worker computes on; *gpu* is any GPU, through which others are found.
 
     The demo model falls back to the CPU, unless KLEIN_DEVICE names a GPU.
 
     Raises:
-        StartupError: the GPU cannot be used.
+        StartupError: a GPU cannot be used.
     """
-    if settings.device == "cpu":
-        return None
-    if choice.is_demo:
-        is_asked_for = "device" in settings.model_fields_set
-        return settings.device if is_asked_for or gpu.read() is not None else None
-    check_gpu(gpu, settings.device, torch_cuda())
-    return settings.device
+    if settings.is_cpu:
+        return _shares(len(settings.device))
+    is_asked_for = "device" in settings.model_fields_set
+    if choice.is_demo and not is_asked_for and gpu.read() is None:
+        return (CPU,)
+    is_all = settings.device == (ALL,)
+    names = tuple(map(str, range(gpu.count()))) or ("0",) if is_all else settings.device
+    found: list[Device] = []
+    for name in names:
+        try:
+            found.append(_find_device(gpu.of(name), name, len(found), choice))
+        except StartupError as error:
+            if not is_all or (name == names[-1] and not found):
+                raise
+            _log.warning("Card %s is left out: %s", name, error.message)
+    if len({each.uuid for each in found}) < len(found):
+        raise StartupError("KLEIN_DEVICE names a card twice; name each once and start again.")
+    return tuple(found)
+
+
+def _find_device(gpu: Gpu, name: str, index: int, choice: Choice) -> Device:
+    """Describe the GPU that KLEIN_DEVICE calls *name*."""
+    if not choice.is_demo:
+        check_gpu(gpu, torch_cuda())
+    now, facts = gpu.read(), gpu.facts()
+    if now is None:
+        # Without NVML, CUDA alone knows the cards.
+        return Device(index, name="GPU", uuid=name, number=int(name) if name.isdigit() else 0)
+    return Device(
+        index,
+        now.name,
+        now.uuid,
+        total_bytes=now.total_bytes,
+        capability=facts.capability if isinstance(facts, GpuFacts) else None,
+        cpus=gpu.cpus(),
+        number=None,
+    )
+
+
+def _shares(count: int) -> tuple[Device, ...]:
+    if count == 1:
+        return (CPU,)
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    return tuple(Device(index, uuid=f"cpu:{index}", threads=threads) for index in range(count))
 
 
 @dataclass(frozen=True, slots=True)

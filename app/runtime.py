@@ -15,7 +15,7 @@ from functools import partial
 from typing import Self
 
 from app import __version__
-from app.domain import CPU, Device, Loss, ModelInfo
+from app.domain import Device, Loss, ModelInfo
 from app.engine import create_engine
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_spec
@@ -32,7 +32,7 @@ from app.model_choice import (
     KLEIN,
     Choice,
     LoraChoice,
-    choose_device,
+    choose_devices,
     choose_loras,
     choose_model,
 )
@@ -73,7 +73,7 @@ class Runtime:
     """One service from start to close. `ended` is set when it cannot continue."""
 
     def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Gpu) -> None:
-        self.choice = choose_model(settings, gpu.read() if settings.device != "cpu" else None)
+        self.choice = choose_model(settings, None if settings.is_cpu else gpu.read())
         self.model = find_spec(self.choice.key)
         self.metrics = Metrics(version=__version__)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -84,7 +84,7 @@ class Runtime:
         adapters = Adapters(settings.loras, settings.lora_rank, chosen.fused)
         self._watch = AdapterWatch(chosen.directory, adapters, [name for name, _ in settings.loras])
         self._settings, self._loras, self._make_engine = settings, chosen, make_engine
-        devices = _devices(settings, self.choice, gpu)
+        devices = choose_devices(settings, self.choice, gpu)
         self._is_common = settings.precision == AUTO and len({each.name for each in devices}) > 1
         self.workers = Pool(self._make_supervisor, devices, self, is_first_alone=self._is_common)
         takers = {worker: self._make_taker(worker) for worker in self.workers.workers}
@@ -114,7 +114,8 @@ class Runtime:
         for device in devices:
             self.metrics.add_device(device)
             held = partial(self.service.held_memory.get, device.uuid)
-            self.metrics.watch_gpu(Gpu(device.index or 0).read if device.index else gpu.read, held)
+            if not device.is_cpu:
+                self.metrics.watch_gpu(gpu.of(device.uuid).read, held)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
 
@@ -185,7 +186,7 @@ class Runtime:
         settings = self._settings
         return Supervisor(
             self._make_engine,
-            _engine_config(settings, self.choice, device.index, self._loras),
+            _engine_config(settings, self.choice, device, self._loras),
             events,
             predict_step_s=self._estimates.of(device.name).predict_step,
             limits=TimeLimits(
@@ -270,16 +271,7 @@ def build_runtime(
     Raises:
         StartupError: model or GPU cannot be used; one sentence and what to do.
     """
-    index = settings.device if isinstance(settings.device, int) else 0
-    return Runtime(settings, make_engine, gpu or Gpu(index))
-
-
-def _devices(settings: Settings, choice: Choice, gpu: Gpu) -> tuple[Device, ...]:
-    index = choose_device(settings, choice, gpu)
-    if index is None:
-        return (CPU,)
-    now = gpu.read()
-    return (Device(index, now.name, now.uuid, now.total_bytes) if now else Device(index),)
+    return Runtime(settings, make_engine, (gpu or Gpu()).of(settings.gpu))
 
 
 def _limits(settings: Settings, choice: Choice) -> Limits:
@@ -294,13 +286,17 @@ def _limits(settings: Settings, choice: Choice) -> Limits:
 
 
 def _engine_config(
-    settings: Settings, choice: Choice, device: int | None, loras: LoraChoice
+    settings: Settings, choice: Choice, device: Device, loras: LoraChoice
 ) -> EngineConfig:
     return EngineConfig(
         model=choice.key,
         path=choice.path,
         cache_dir=str(settings.cache_dir),
-        device=device,
+        device=None if device.is_cpu else device.number or 0,
+        card="" if device.is_cpu or device.number is not None else device.uuid,
+        cpus=device.cpus,
+        threads=device.threads,
+        worker=device.index,
         vae=None if settings.vae is None else str(settings.vae),
         precision=settings.engine_precision,
         attention=settings.attention,

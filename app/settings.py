@@ -21,7 +21,15 @@ from app.limits import MAX_LORA_SCALE, MAX_LORAS
 
 PREFIX = "KLEIN_"
 _LISTS = frozenset(
-    {"api_keys", "allowed_hosts", "allowed_origins", "trusted_proxies", "loras", "lora_fuse"}
+    {
+        "api_keys",
+        "allowed_hosts",
+        "allowed_origins",
+        "trusted_proxies",
+        "loras",
+        "lora_fuse",
+        "device",
+    }
 )
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 _DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
@@ -30,6 +38,14 @@ MIN_KEY_LENGTH = 8
 LORA_RANKS = (32, 64, 128, 256)
 
 PER_CARD = "per-card"
+CPU = "cpu"
+ALL = "all"
+MAX_DEVICES = 16
+_DEVICE = re.compile(
+    r"\d{1,3}|(GPU|MIG)-[0-9a-f-]{1,64}|([0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]|all",
+    re.IGNORECASE,
+)
+_CPUS = re.compile(r"cpu(:([1-9]\d{0,2}))?", re.IGNORECASE)
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -80,8 +96,10 @@ class Settings(BaseModel):
     vae: CompletePath | None = None
     """A safetensors file with the VAE to use instead of the model's, such as that of
     FLUX.2-small-decoder."""
-    device: int | Literal["cpu"] = 0
-    """Index of the CUDA GPU, or `cpu`."""
+    device: tuple[str, ...] = ("0",)
+    """The GPUs that make pictures, each with a worker of its own: `0`, `0,1`, UUIDs or PCI ids as
+    nvidia-smi shows them, or `all`. Numbers count the cards that `CUDA_VISIBLE_DEVICES` leaves, in
+    nvidia-smi's order. Or `cpu`; `cpu:3` has three workers share it."""
     precision: str = "auto"
     """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why. Several
     cards of different kinds all take what the oldest chooses, so that a seed's pixels do not depend
@@ -197,6 +215,38 @@ class Settings(BaseModel):
         """What each worker is asked for."""
         return "auto" if self.precision == PER_CARD else self.precision
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the CPU makes the pictures."""
+        return self.device[0] == CPU
+
+    @property
+    def gpu(self) -> str:
+        """The first GPU, for commands that use one."""
+        return "0" if self.device[0] in {CPU, ALL} else self.device[0]
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _read_devices(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str | int) else value
+        if not isinstance(parts, Sequence):
+            return value
+        return tuple(each for part in parts for each in _read_device(str(part)))
+
+    @field_validator("device")
+    @classmethod
+    def _check_devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        kinds = set(value)
+        if not value:
+            raise ValueError("it names no card; give 0, all, or cpu")
+        if len(kinds) > 1 and kinds & {CPU, ALL}:
+            raise ValueError("cpu and all stand alone, without other cards beside them")
+        if kinds != {CPU} and len(kinds) < len(value):
+            raise ValueError("it names a card twice")
+        if len(value) > MAX_DEVICES:
+            raise ValueError(f"it names {len(value)} devices, the most is {MAX_DEVICES}")
+        return value
+
     @field_validator("api_keys")
     @classmethod
     def _refuse_weak_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -291,6 +341,19 @@ class Settings(BaseModel):
                 "KLEIN_API_KEYS or KLEIN_API_KEYS_FILE too, or list the origins."
             )
         return settings
+
+
+def _read_device(text: str) -> tuple[str, ...]:
+    """Read one entry of `KLEIN_DEVICE`: one device, or as many shares of the CPU as it says."""
+    text = text.strip()
+    if shares := _CPUS.fullmatch(text):
+        return (CPU,) * int(shares[2] or 1)
+    if not _DEVICE.fullmatch(text):
+        raise ValueError(
+            "an entry is no card such as 0, GPU-1b2c3d4e-..., 0000:65:00.0 or all, nor cpu or cpu:3"
+        )
+    # NVML and CUDA write UUIDs and PCI ids in their own case; numbers lose leading zeros.
+    return (str(int(text)) if text.isdigit() else ALL if text.lower() == ALL else text,)
 
 
 def read_adapter(text: str) -> tuple[str, float]:

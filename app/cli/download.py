@@ -17,6 +17,7 @@ from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import MODELS, files_for, find_model
 from app.engine.quantization.formats import AUTO, FORMATS, choices
 from app.settings import Settings, complete_path
+from app.telemetry.gpu import Gpu, show_only
 
 OPTIONS: Options = {
     "--model": {"help": "catalogue key (KLEIN_MODEL)"},
@@ -89,6 +90,9 @@ def _verify(variant: ModelEntry, cache_dir: Path, wanted: str) -> int:
 
 def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     """Return the precision that the service would choose here, by the race that it holds."""
+    now = None if settings.is_cpu else Gpu(settings.gpu).read()
+    if now is not None:
+        show_only(now.uuid)
     import torch
 
     from app.engine.quantization.select import choose_precision
@@ -96,9 +100,9 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     from app.engine.race.results import choose
     from app.engine.runtime.kernels_choice import choose_kernels
 
-    index, facts = settings.device, None
-    if isinstance(index, int) and index < torch.cuda.device_count():
-        device = torch.device("cuda", index)
+    facts = None
+    if not settings.is_cpu and torch.cuda.device_count():
+        device = torch.device("cuda", 0)
         results = race(
             device,
             variant.architecture,

@@ -74,8 +74,8 @@ def run(
             "klein lora list takes nothing more; add and check take a file, remove takes a name."
         )
     close_umask()
-    card = gpu or Gpu(settings.device if isinstance(settings.device, int) else 0)
-    choice = choose_model(settings, card.read() if settings.device != "cpu" else None)
+    card = gpu or Gpu(settings.gpu)
+    choice = choose_model(settings, card.read() if not settings.is_cpu else None)
     shapes = linear_shapes(find_model(choice.key).architecture)
     if arguments.action == "list":
         print("\n".join(_list(settings, choice, shapes)))

@@ -30,7 +30,7 @@ from app.engine.quantization.formats import AUTO, FORMATS
 from app.errors import InvalidRequest, KleinError
 from app.images import OutputFormat
 from app.images.uploads import decode_upload
-from app.model_choice import Choice, choose_device, choose_model
+from app.model_choice import Choice, choose_devices, choose_model
 from app.service.results import Picture
 from app.settings import Settings
 from app.telemetry.gpu import Gpu
@@ -107,13 +107,13 @@ def run(
     for path in (sheet, report):
         check_output(path)
     logs.set_up(style=settings.log_format, level="warning")
-    gpu = gpu or Gpu(settings.device if isinstance(settings.device, int) else 0)
-    choice = choose_model(settings, None if settings.device == "cpu" else gpu.read())
+    gpu = gpu or Gpu(settings.gpu)
+    choice = choose_model(settings, None if settings.is_cpu else gpu.read())
     is_small = find_model(choice.key).is_embedded
     # `auto` gives a small model no 8-bit format, but one is to be tested.
     asked = settings.engine_precision
     tested_name = "fp8" if is_small and asked == AUTO else asked
-    on_processor = choose_device(settings, choice, gpu) is None
+    on_processor = choose_devices(settings, choice, gpu)[0].is_cpu
 
     def make(precision: str, plan: str) -> Made | str:
         note(f"{precision}: starting the worker")

@@ -13,7 +13,7 @@ from enum import Enum, auto
 from pathlib import Path
 
 from app.errors import StartupError
-from app.telemetry.gpu import Gpu, GpuFacts
+from app.telemetry.gpu import Gpu, GpuFacts, UnknownGpuError
 
 LEAST_FREE_BYTES = 4_500_000_000
 """Weights on the GPU in klein's smallest plan, without activations."""
@@ -55,7 +55,7 @@ def find_faults(gpu: GpuFacts, torch_cuda: str) -> dict[GpuFault, str]:
     return faults
 
 
-def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
+def check_gpu(gpu: Gpu, torch_cuda: str | None) -> None:
     """Refuse a GPU that cannot serve klein; *torch_cuda* is the CUDA version of torch's build.
 
     Raises:
@@ -67,17 +67,17 @@ def check_gpu(gpu: Gpu, index: int, torch_cuda: str | None) -> None:
             "The installed torch was built without CUDA; install the one that requirements.lock "
             "names, or set KLEIN_DEVICE=cpu."
         )
-    count = gpu.count()
-    if count == 0:
+    if gpu.count() == 0:
         raise StartupError(
             "No NVIDIA driver answers on this machine; install one and check it with nvidia-smi "
             "(in a container, pass the card in), or set KLEIN_DEVICE=cpu."
         )
-    if index >= count:
+    try:
+        gpu.check_exists()
+    except UnknownGpuError as error:
         raise StartupError(
-            f"There is no card {index}; this machine has {count}, counted from 0. "
-            "Set KLEIN_DEVICE to one of them."
-        )
+            f"{str(error)[0].upper()}{str(error)[1:]}. Set KLEIN_DEVICE to one of them."
+        ) from None
     facts = gpu.facts()
     # Where NVML cannot tell more, the engine will find out.
     if isinstance(facts, GpuFacts) and (faults := find_faults(facts, torch_cuda)):

@@ -22,6 +22,7 @@ from app.domain import Engine, Progress, Stage
 from app.engine.config import EngineConfig
 from app.errors import SEE_LOG, GenerationFailed, Kind, KleinError
 from app.request_context import RequestContext, current_request
+from app.telemetry.gpu import show_only
 from app.worker.messages import (
     Cancel,
     Done,
@@ -54,6 +55,7 @@ def main(pipe: End, make_engine: EngineFactory, config: EngineConfig, log: tuple
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(style=log[0], level=log[1])
+    take_share(config)
     code = EXIT_PIPE
     try:
         code = run(pipe, make_engine, config, leave=_leave)
@@ -61,6 +63,16 @@ def main(pipe: End, make_engine: EngineFactory, config: EngineConfig, log: tuple
         _log.exception("The worker failed in a way nobody foresaw.")
     # Not sys.exit: a lost GPU may hang its library's clean-up.
     _leave(code)
+
+
+def take_share(config: EngineConfig) -> None:
+    """Limit this process to its share of the machine, before anything asks what there is."""
+    if config.card:
+        show_only(config.card)
+    if near := config.cpus & os.sched_getaffinity(0):
+        os.sched_setaffinity(0, near)
+    if config.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
 
 
 def _leave(code: int) -> NoReturn:

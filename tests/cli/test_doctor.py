@@ -351,7 +351,7 @@ def test_what_a_start_refuses_is_refused_here_too(capsys, tmp_path) -> None:
     assert code == 1
     assert "2.9 GB of the card are free, which is too little" in " ".join(said.split())
     with pytest.raises(StartupError, match=r"2\.9 GB free of 12\.9 GB"):
-        check_gpu(Gpu(0, load_nvml=lambda: nvml), 0, "13.0")
+        check_gpu(Gpu(0, load_nvml=lambda: nvml), "13.0")
 
 
 @pytest.mark.torch

@@ -164,7 +164,7 @@ def test_no_driver() -> None:
         raise OSError("libnvidia-ml.so.1")
 
     with pytest.raises(StartupError, match="No NVIDIA driver") as refused:
-        check_gpu(Gpu(0, load_nvml=load), 0, "13.0")
+        check_gpu(Gpu(0, load_nvml=load), "13.0")
     assert "KLEIN_DEVICE=cpu" in refused.value.message
 
 
@@ -178,7 +178,7 @@ def test_no_card_ends_the_start_at_once(is_timed: bool) -> None:
 def test_a_driver_too_old() -> None:
     """Found and needed are both named."""
     with pytest.raises(StartupError, match=r"580\.65\.06 is too old") as refused:
-        check_gpu(Gpu(0, load_nvml=OldDriver), 0, "13.0")
+        check_gpu(Gpu(0, load_nvml=OldDriver), "13.0")
     assert "11.8" in refused.value.message
     assert "13.0" in refused.value.message
 
@@ -189,13 +189,13 @@ def test_a_driver_of_the_same_major_version_will_do() -> None:
     def load() -> FullCard:
         return FullCard(used_bytes=1_000_000_000)
 
-    check_gpu(Gpu(0, load_nvml=load), 0, "13.2")
+    check_gpu(Gpu(0, load_nvml=load), "13.2")
 
 
 def test_too_little_free_memory() -> None:
     """How much is free and needed, and who holds it, the largest first."""
     with pytest.raises(StartupError, match=r"3\.9 GB free of 12\.9 GB") as refused:
-        check_gpu(Gpu(0, load_nvml=FullCard), 0, "13.0")
+        check_gpu(Gpu(0, load_nvml=FullCard), "13.0")
     message = refused.value.message
 
     assert "4.5 GB are needed" in message
@@ -205,7 +205,7 @@ def test_too_little_free_memory() -> None:
 def test_a_card_that_is_not_there() -> None:
     """The number is named, and how many there are."""
     with pytest.raises(StartupError, match="no card 3"):
-        check_gpu(Gpu(3, load_nvml=FullCard), 3, "13.0")
+        check_gpu(Gpu(3, load_nvml=FullCard), "13.0")
 
 
 def remove_file(folder: Path) -> str:

@@ -66,7 +66,7 @@ def run(
     if arguments.out:
         check_output(arguments.out)
     logs.set_up(style=settings.log_format, level="warning")
-    gpu = gpu or Gpu(settings.device if isinstance(settings.device, int) else 0, cache_s=0)
+    gpu = gpu or Gpu(settings.gpu, cache_s=0)
     result = Run(describe_machine(gpu), datetime.now(UTC).date().isoformat())
     bench = Bench(settings, arguments, make_engine, gpu, result)
     asyncio.run(bench.run(parse_precisions(arguments.precision or settings.engine_precision)))
@@ -140,7 +140,7 @@ class Bench:
         return sum_up(spec, info, pictures, sampler.usage(first), floor_s)
 
     def _read_gpu(self) -> GpuSnapshot | None:
-        return None if self.settings.device == "cpu" else self.gpu.read()
+        return None if self.settings.is_cpu else self.gpu.read()
 
     def _note(self, text: str) -> None:
         self.result.notes.append(text)

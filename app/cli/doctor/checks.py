@@ -192,7 +192,7 @@ def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
         found.complain(
             facts.forecast, "Set KLEIN_PRECISION=auto to let the card decide.", is_fatal=True
         )
-    if settings.device == "cpu" and facts.is_klein:
+    if settings.is_cpu and facts.is_klein:
         found.complain(
             "klein on a processor takes minutes for a picture.",
             "Take a card, or the demo: KLEIN_MODEL=shapes.",

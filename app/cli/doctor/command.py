@@ -35,7 +35,7 @@ def run(
     settings: Settings,
     *,
     gpu: Gpu | None = None,
-    ask_torch: Callable[[int | None], TorchFound] | None = None,
+    ask_torch: Callable[[str | None], TorchFound] | None = None,
 ) -> int:
     """Print the report; return 0 where the service can serve, else 1."""
     if arguments.card:

@@ -31,7 +31,7 @@ from app.engine.runtime.toolchain import CompilerFound, find_compiler
 from app.errors import StartupError
 from app.model_choice import Choice, choose_model, lora_directory, planned_rank
 from app.settings import Settings
-from app.telemetry.gpu import Gpu, GpuFacts
+from app.telemetry.gpu import Gpu, GpuFacts, show_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,17 @@ class Facts:
 
 
 def examine(
-    settings: Settings, gpu: Gpu | None, ask_torch: Callable[[int | None], TorchFound]
+    settings: Settings, gpu: Gpu | None, ask_torch: Callable[[str | None], TorchFound]
 ) -> Facts:
     """Collect all facts; change and download nothing."""
-    index = settings.device if isinstance(settings.device, int) else None
     # Before torch is asked: its CUDA context would count as used memory.
-    gpu = None if index is None else gpu or Gpu(index)
+    gpu = None if settings.is_cpu else (gpu or Gpu()).of(settings.gpu)
     gpu_facts = gpu.facts() if gpu else None
-    torch = ask_torch(index)
+    snapshot = gpu.read() if gpu else None
+    torch = ask_torch(None if gpu is None else snapshot.uuid if snapshot else "")
     compiler = find_compiler()
     try:
-        now = gpu.read() if gpu and isinstance(gpu_facts, GpuFacts) else None
+        now = snapshot if isinstance(gpu_facts, GpuFacts) else None
         choice: Choice | str = choose_model(settings, now)
     except StartupError as error:
         choice = error.message
@@ -147,25 +147,27 @@ def _examine_given(
     return examine_vae(settings.vae) if settings.vae else None
 
 
-def ask_torch(index: int | None, *, cache: Path, again: bool) -> TorchFound:
-    """Import torch, and probe its kernels on GPU *index* unless that is None.
+def ask_torch(uuid: str | None, *, cache: Path, again: bool) -> TorchFound:
+    """Import torch, and probe its kernels on the GPU of this *uuid* unless that is None.
 
     A race that was kept in *cache* says more than probes; *again* holds it, and keeps the result.
     """
+    if uuid:
+        show_only(uuid)
     import torch
 
     with warnings.catch_warnings():
         # torch warns of too old a driver here; `checks` reports that itself.
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index is None or index >= count:
+    if uuid is None or not count:
         return TorchFound(str(torch.__version__), torch.version.cuda, sees_gpu=False)
     from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
     from app.engine.quantization.probe import probe_gpu
     from app.engine.race import measure
     from app.engine.runtime.kernels_choice import choose_kernels
 
-    device = torch.device("cuda", index)
+    device = torch.device("cuda", 0)
     has_kernels = choose_kernels(device, cache).is_on
     hold_or_recall = partial(measure.race, again=True) if again else measure.known
     race = hold_or_recall(device, FLUX2_KLEIN_4B, cache, has_kernels=has_kernels)
