@@ -92,7 +92,7 @@ class Runtime:
         self._queue = JobQueue(settings.queue_images, tuple(takers.values()))
         self._dispatchers = [
             Dispatcher(
-                self._queue, worker.supervisor, self._estimates.of(worker.device.name), taker
+                self._queue, worker.supervisor, self._estimates.of(worker.device.uuid), taker
             )
             for worker, taker in takers.items()
         ]
@@ -188,7 +188,7 @@ class Runtime:
             self._make_engine,
             _engine_config(settings, self.choice, device, self._loras),
             events,
-            predict_step_s=self._estimates.of(device.name).predict_step,
+            predict_step_s=self._estimates.of(device.uuid).predict_step,
             limits=TimeLimits(
                 load_s=settings.load_limit_s,
                 download_s=settings.download_silence_s + DOWNLOAD_GRACE_S,
@@ -198,7 +198,7 @@ class Runtime:
         )
 
     def _make_taker(self, worker: Worker) -> Taker:
-        kind = worker.device.name
+        uuid = worker.device.uuid
         supervisor = worker.supervisor
 
         def sizes() -> tuple[int, ...]:
@@ -208,9 +208,9 @@ class Runtime:
             device=worker.device,
             is_ready=lambda: supervisor.is_ready,
             fits=lambda spec: spec.pixels <= room(sizes(), len(spec.references)),
-            predict_s=self._estimates.of(kind).predict,
-            speed=lambda: self._estimates.speed(kind),
-            kind=lambda: (kind, sizes()),
+            predict_s=self._estimates.of(uuid).predict,
+            speed=lambda: self._estimates.speed(uuid),
+            room=sizes,
         )
 
     # The workers' events.
@@ -221,7 +221,7 @@ class Runtime:
             _log.warning(sentence)
         if self._is_common:
             self._have_others_take(info)
-        self._estimates.of(worker.device.name).learn(warm_up_spec(self.model), info.warm_up_s)
+        self._estimates.of(worker.device.uuid).learn(warm_up_spec(self.model), info.warm_up_s)
         self.metrics.model_ready(info, seconds, worker.device)
         self._watch.on_ready(info)
         self._queue.look_again()

@@ -59,17 +59,13 @@ class Estimator:
 
     def __init__(self) -> None:
         self._ranges: dict[int, _Range] = {}
-        self._count = 0
+        self.count = 0
+        """The samples."""
         self._fixed_s = 0.0
         self._slope_s = 0.0
 
     def __repr__(self) -> str:
         return f"<Estimator {self._fixed_s:.3e} s and {self._slope_s:.3e} s per unit>"
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether there was a sample."""
-        return bool(self._count)
 
     def learn(self, spec: ImageSpec, seconds: float) -> None:
         """Add a sample: *spec* took *seconds*.
@@ -79,8 +75,8 @@ class Estimator:
         """
         units = work(spec)
         seconds = max(_SHORTEST_S, min(seconds, self._most_s(units)))
-        self._count += 1
-        self._ranges.setdefault(_range_of(units), _Range()).add(units, seconds, self._count)
+        self.count += 1
+        self._ranges.setdefault(_range_of(units), _Range()).add(units, seconds, self.count)
         self._fixed_s, self._slope_s = _fit(
             [(*known.point, self._weight(known)) for known in self._ranges.values()]
         )
@@ -110,37 +106,46 @@ class Estimator:
         return max(_MOST_GROWTH * self._predict(units), next_s)
 
     def _weight(self, known: _Range) -> float:
-        halved: float = 0.5 ** ((self._count - known.seen_at) / _HALF_LIFE)
+        halved: float = 0.5 ** ((self.count - known.seen_at) / _HALF_LIFE)
         return max(_LEAST_WEIGHT, halved)
 
 
 class Estimates:
-    """An estimator for each kind of device: equal ones learn together.
+    """An estimator for each device: two of a kind may differ, by their cooling for example.
 
     *reference* is the spec by which speeds are compared.
     """
 
     def __init__(self, reference: ImageSpec) -> None:
         self._reference = reference
-        self._kinds: dict[str, Estimator] = {}
+        self._devices: dict[str, Estimator] = {}
+        self._known: dict[str, tuple[int, float]] = {}
+        """Of each device how many samples there were, and the reference's prediction then."""
 
     def __repr__(self) -> str:
-        return f"<Estimates {self._kinds}>"
+        return f"<Estimates {self._devices}>"
 
-    def of(self, kind: str) -> Estimator:
-        """Return the estimator of *kind*, a product's name."""
-        return self._kinds.setdefault(kind, Estimator())
+    def of(self, uuid: str) -> Estimator:
+        """Return the estimator of a device."""
+        return self._devices.setdefault(uuid, Estimator())
 
     def predict(self, spec: ImageSpec) -> float:
         """Predict the seconds of *spec* on the fastest device; 0 before the first image."""
-        return min(
-            (each.predict(spec) for each in self._kinds.values() if each.has_learned), default=0.0
-        )
+        known = (each for each in self._devices.values() if each.count)
+        return min((each.predict(spec) for each in known), default=0.0)
 
-    def speed(self, kind: str) -> float:
-        """Return the speed of *kind* relative to the fastest; 1 before its first image."""
-        own_s = self.of(kind).predict(self._reference)
-        return self.predict(self._reference) / own_s if own_s else 1.0
+    def speed(self, uuid: str) -> float:
+        """Return a device's speed relative to the fastest; 1 before its first image."""
+        own_s = self._reference_s(uuid)
+        return min(filter(None, map(self._reference_s, self._devices))) / own_s if own_s else 1.0
+
+    def _reference_s(self, uuid: str) -> float:
+        estimator = self._devices[uuid]
+        count, seconds = self._known.get(uuid, (0, 0.0))
+        if count != estimator.count:
+            seconds = estimator.predict(self._reference)
+            self._known[uuid] = estimator.count, seconds
+        return seconds
 
 
 def _range_of(units: float) -> int:

@@ -21,6 +21,8 @@ from app.jobs.policy import FairOrder
 from app.jobs.shares import Shares
 from app.jobs.taker import Choice, Taker
 
+_ALIKE = 0.8
+"""Of two devices of which the slower has this share of the other's speed either will do."""
 _LOOK_AGAIN_S = 0.25
 """While a taker leaves the waiting jobs to others: they may be slower than predicted."""
 
@@ -315,10 +317,16 @@ class JobQueue:
         if not self._waiting or not taker.is_ready():
             return None
         now = self._clock()
-        if len({each.kind() for each in self.takers}) == 1:
+        if self._are_alike():
             return self._waiting.take(now, taker.adapters)
         others = [each for each in self.takers if each is not taker and each.is_ready()]
         return self._waiting.take_first(Choice(taker, others, now), taker.served)
+
+    def _are_alike(self) -> bool:
+        """Return whether it matters little on which device a job runs."""
+        speeds = [taker.speed() for taker in self.takers]
+        is_same_room = len({taker.room() for taker in self.takers}) == 1
+        return is_same_room and min(speeds) > _ALIKE * max(speeds)
 
     def look_again(self) -> None:
         """Have waiting takers look at the jobs again: a worker has become ready, or is gone."""

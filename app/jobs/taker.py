@@ -40,8 +40,8 @@ class Taker:
     predict_s: Callable[[ImageSpec], float] | None = None
     speed: Callable[[], float] = _fastest
     """Relative to the fastest device, which has 1."""
-    kind: Callable[[], Hashable] = _alike
-    """Equal for devices that are equally fast and that the same jobs fit."""
+    room: Callable[[], Hashable] = _alike
+    """Equal for devices that the same jobs fit."""
     running: dict[Job, None] = field(default_factory=dict, repr=False)
     """Jobs on the device or being transferred from it."""
     adapters: tuple[tuple[str, float], ...] = ()
