@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -83,6 +84,17 @@ def is_open(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
+def speaks_tls(port: int, certificate: Path) -> bool:
+    """Whether it shows a certificate: Caddy listens before its authority has signed one."""
+    if not (certificate.exists() and is_open(port)):
+        return False
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as plain:
+        trust = ssl.create_default_context(cafile=str(certificate))
+        with trust.wrap_socket(plain, server_hostname="localhost"):
+            return True
+    return False
+
+
 def replaced(text: str, **values: str) -> str:
     """Replace each of these words, which the file must have."""
     for old, new in values.items():
@@ -148,7 +160,7 @@ def site(request, tmp_path_factory) -> Iterator[Site]:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, env=environ, stderr=log, stdout=log, cwd=folder)
         try:
-            wait_until(lambda: is_open(port) and certificate.exists())
+            wait_until(lambda: speaks_tls(port, certificate))
             urls = f"https://localhost:{port}", f"http://localhost:{plain}"
             yield Site(*urls, certificate, service, trace, gate)
         finally:
