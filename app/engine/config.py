@@ -19,14 +19,6 @@ class EngineConfig:
     """The folder of downloads, quantized weights and compiled code."""
     device: int | None
     """Index of the CUDA device, or None for the CPU."""
-    card: str = ""
-    """UUID of the only GPU that the worker is to see; empty: all that the service sees."""
-    cpus: frozenset[int] = frozenset()
-    """The CPUs nearest to that GPU; empty: all."""
-    threads: int = 0
-    """How many threads compute on a CPU; 0: as many as torch takes."""
-    worker: int = 0
-    """The worker's place among those of the service."""
     precision: str = "auto"
     """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
     attention: str = "auto"
@@ -53,3 +45,11 @@ class EngineConfig:
     """Adapters that are added to the weights before these are quantized."""
     vae: str | None = None
     """A file with another VAE, given by the operator, or None for the model's."""
+    worker: int = 0
+    """The worker's place among those of the service."""
+    card: str = ""
+    """UUID of the only GPU that the worker is to see; empty: all that the service sees."""
+    cpus: frozenset[int] = frozenset()
+    """The CPUs nearest to that GPU; empty: all."""
+    threads: int = 0
+    """How many threads compute on a CPU; 0: as many as torch takes."""
