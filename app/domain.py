@@ -14,6 +14,31 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """What one worker computes on; plain data, found by the parent."""
+
+    index: int | None
+    """The card's number as KLEIN_DEVICE counts; None without a card."""
+    name: str
+    """NVML's name of the product, or `cpu`."""
+    uuid: str
+    """NVML's UUID; without a card `cpu`, or `cpu:0`, `cpu:1` and so on where there are several.
+    Empty where NVML does not answer."""
+    total_bytes: int | None = None
+    visible: str = ""
+    """What the worker sets CUDA_VISIBLE_DEVICES to; empty leaves it as it is."""
+    pci_id: str = ""
+    """As the kernel writes it, such as 0000:65:00.0; empty where it is not known."""
+    threads: int = 0
+    """How many threads a worker without a card computes with; 0 leaves that to torch."""
+
+    @property
+    def torch_index(self) -> int | None:
+        """The index under which torch has the card in the worker; None without one."""
+        return 0 if self.visible else self.index
+
+
+@dataclass(frozen=True, slots=True)
 class RawImage:
     """An uncompressed image: *pixels* is uint8 [height, width, 3], RGB, rows from the top."""
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from app.domain import GpuSnapshot, Lora
+from app.domain import Device, Lora
 from app.engine.adapters.directory import FOLDER, SETTLE_S, Directory
 from app.engine.adapters.shapes import linear_shapes
 from app.engine.hub.hf_cache import find_snapshot
 from app.engine.models.registry import MODELS, find_model, find_spec
 from app.engine.quantization.formats import check_choice
 from app.errors import StartupError
-from app.settings import Settings, complete_path
-from app.telemetry.gpu import Gpu
-from app.telemetry.preflight import check_gpu, torch_cuda
+from app.settings import ALL, CPU, Settings, complete_path
+from app.telemetry.cards import Cards
+from app.telemetry.preflight import check_driver, check_gpu, torch_cuda
 
 _log = logging.getLogger(__name__)
 
@@ -57,21 +57,21 @@ class Choice:
         return self.key == DEMO and self.path is None
 
 
-def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
-    """Choose the model that `KLEIN_MODEL` means on this machine.
+def choose_model(settings: Settings, card: Device | None) -> Choice:
+    """Choose the model that `KLEIN_MODEL` means on this machine, whose largest card is *card*.
 
     Raises:
         StartupError: it is neither a catalogue key nor a path that exists.
     """
     name = settings.model
     if name == "auto":
-        if settings.device == "cpu":
+        if settings.is_cpu:
             return Choice(DEMO, None, "KLEIN_DEVICE is cpu")
-        if gpu_now is None:
+        if card is None or card.total_bytes is None:
             return Choice(DEMO, None, "no CUDA card was found")
-        if gpu_now.total_bytes < SMALLEST_GPU_BYTES:
-            return Choice(DEMO, None, f"{gpu_now.name} has less than 6 GB")
-        return Choice(KLEIN, None, f"{gpu_now.name} can hold it")
+        if card.total_bytes < SMALLEST_GPU_BYTES:
+            return Choice(DEMO, None, f"{card.name} has less than 6 GB")
+        return Choice(KLEIN, None, f"{card.name} can hold it")
     looks_like_path = "/" in name or name.startswith(".") or os.path.lexists(name)
     if looks_like_path and name not in MODELS:
         try:
@@ -90,21 +90,85 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
     return Choice(find_spec(name).id, None, "KLEIN_MODEL names it")
 
 
-def choose_device(settings: Settings, choice: Choice, gpu: Gpu) -> int | None:
-    """Choose the index of the GPU; None means the CPU.
+def choose_devices(settings: Settings, choice: Choice, cards: Cards) -> tuple[Device, ...]:
+    """Choose what computes: cards in the order of KLEIN_DEVICE, or processes without a card.
 
-    The demo model falls back to the CPU, unless KLEIN_DEVICE names a GPU.
+    The demo model falls back to the CPU, unless KLEIN_DEVICE names a card. Of `all`, cards that
+    cannot serve klein are left out.
 
     Raises:
-        StartupError: the GPU cannot be used.
+        StartupError: a card that is named cannot be used, or none can.
     """
-    if settings.device == "cpu":
-        return None
+    if settings.is_cpu:
+        return _processors(len(settings.device))
     if choice.is_demo:
-        is_asked_for = "device" in settings.model_fields_set
-        return settings.device if is_asked_for or gpu.read() is not None else None
-    check_gpu(gpu, settings.device, torch_cuda())
-    return settings.device
+        return _demo_devices(settings, cards)
+    cuda = check_driver(cards, torch_cuda())
+    devices = _find(settings, cards)
+    faults = {
+        each: f"Card {each.index}: {fault}"
+        for each in devices
+        if (fault := check_gpu(cards.open(each), cuda))
+    }
+    able = tuple(each for each in devices if each not in faults)
+    if faults and (settings.device != ALL or not able):
+        raise StartupError(" ".join(faults.values()))
+    for fault in faults.values():
+        _log.warning("A card is left out. %s", fault)
+    return able
+
+
+def named_cards(settings: Settings, cards: Cards) -> tuple[Device, ...]:
+    """Return those cards that KLEIN_DEVICE names and that are there."""
+    if settings.is_cpu:
+        return ()
+    if settings.device == ALL:
+        return cards.visible()
+    found = map(cards.find, settings.device)
+    return tuple(each for each in found if isinstance(each, Device))
+
+
+def largest_card(settings: Settings, cards: Cards) -> Device | None:
+    """Return the card with the most memory of those that KLEIN_DEVICE names, if any."""
+    named = named_cards(settings, cards)
+    return max(named, key=lambda each: each.total_bytes or 0, default=None)
+
+
+def _demo_devices(settings: Settings, cards: Cards) -> tuple[Device, ...]:
+    if cards.visible():
+        return _find(settings, cards)
+    if "device" not in settings.model_fields_set:
+        return _processors(1)
+    if not all(name.isdigit() for name in settings.device):
+        check_driver(cards, torch_cuda())
+    # torch may see a card where NVML does not answer; the engine will find out.
+    return tuple(Device(int(name), f"card {name}", "") for name in settings.device)
+
+
+def _find(settings: Settings, cards: Cards) -> tuple[Device, ...]:
+    """Find the cards that KLEIN_DEVICE names."""
+    if settings.device == ALL:
+        return cards.visible()
+    devices = []
+    for name in settings.device:
+        found = cards.find(name)
+        if isinstance(found, str):
+            raise StartupError(
+                f"KLEIN_DEVICE cannot be followed: {found}. `nvidia-smi -L` lists the cards; "
+                "set KLEIN_DEVICE to some of them."
+            )
+        if found in devices:
+            raise StartupError(f"KLEIN_DEVICE names card {found.index} twice; leave one name out.")
+        devices.append(found)
+    return tuple(devices)
+
+
+def _processors(count: int) -> tuple[Device, ...]:
+    """Return *count* processes without a card, each with its share of the cores."""
+    if count == 1:
+        return (Device(None, CPU, CPU),)
+    share = max(1, len(os.sched_getaffinity(0)) // count)
+    return tuple(Device(None, CPU, f"{CPU}:{each}", threads=share) for each in range(count))
 
 
 @dataclass(frozen=True, slots=True)

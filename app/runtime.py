@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from app import __version__
-from app.domain import Loss, ModelInfo
+from app.domain import Device, Loss, ModelInfo
 from app.engine import create_engine
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_spec
@@ -29,15 +29,16 @@ from app.model_choice import (
     KLEIN,
     Choice,
     LoraChoice,
-    choose_device,
+    choose_devices,
     choose_loras,
     choose_model,
+    largest_card,
 )
 from app.service.adapters import Adapters, AdapterWatch
 from app.service.previews import Previews
 from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
@@ -63,8 +64,8 @@ class Ended:
 class Runtime:
     """One service from start to close. `ended` is set when it cannot continue."""
 
-    def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Gpu) -> None:
-        self.choice = choose_model(settings, gpu.read() if settings.device != "cpu" else None)
+    def __init__(self, settings: Settings, make_engine: EngineFactory, cards: Cards) -> None:
+        self.choice = choose_model(settings, largest_card(settings, cards))
         self.model = find_spec(self.choice.key)
         self.metrics = Metrics(version=__version__)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -72,7 +73,7 @@ class Runtime:
         self._lag = LoopLag()
         self._estimator = Estimator()
         self._queue = JobQueue(settings.queue_images)
-        device = choose_device(settings, self.choice, gpu)
+        device = choose_devices(settings, self.choice, cards)[0]
         chosen = choose_loras(settings, self.choice)
         adapters = Adapters(settings.loras, settings.lora_rank, chosen.fused)
         self._watch = AdapterWatch(chosen.directory, adapters, [name for name, _ in settings.loras])
@@ -104,7 +105,9 @@ class Runtime:
             adapters=adapters,
         )
         self.metrics.watch(self.service.status, self._lag.read)
-        self.metrics.watch_gpu(gpu.read, lambda: self.service.held_memory)
+        if device.index is not None:
+            read = cards.open(device).read
+            self.metrics.watch_gpu(read, lambda: self.service.held_memory)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
 
@@ -199,15 +202,14 @@ class Runtime:
 
 
 def build_runtime(
-    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Gpu | None = None
+    settings: Settings, *, make_engine: EngineFactory = create_engine, cards: Cards | None = None
 ) -> Runtime:
     """Build the service for *settings*; call it inside a running event loop.
 
     Raises:
         StartupError: model or GPU cannot be used; one sentence and what to do.
     """
-    index = settings.device if isinstance(settings.device, int) else 0
-    return Runtime(settings, make_engine, gpu or Gpu(index))
+    return Runtime(settings, make_engine, cards or Cards())
 
 
 def _limits(settings: Settings, choice: Choice) -> Limits:
@@ -222,13 +224,14 @@ def _limits(settings: Settings, choice: Choice) -> Limits:
 
 
 def _engine_config(
-    settings: Settings, choice: Choice, device: int | None, loras: LoraChoice
+    settings: Settings, choice: Choice, device: Device, loras: LoraChoice
 ) -> EngineConfig:
     return EngineConfig(
         model=choice.key,
         path=choice.path,
         cache_dir=str(settings.cache_dir),
-        device=device,
+        device=device.torch_index,
+        place=device,
         vae=None if settings.vae is None else str(settings.vae),
         precision=settings.precision,
         attention=settings.attention,

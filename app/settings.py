@@ -26,6 +26,14 @@ _LISTS = frozenset(
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 _DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
 
+CPU = "cpu"
+ALL = ("all",)
+MAX_WORKERS = 16
+_PROCESSORS = re.compile(r"cpu(?::([0-9]{1,9}))?")
+_LONGEST_NUMBER = 5
+_UUID = re.compile(r"(gpu|mig)(-[0-9a-f]+)+")
+_PCI_ID = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])")
+
 MIN_KEY_LENGTH = 8
 LORA_RANKS = (32, 64, 128, 256)
 
@@ -78,8 +86,10 @@ class Settings(BaseModel):
     vae: CompletePath | None = None
     """A safetensors file with the VAE to use instead of the model's, such as that of
     FLUX.2-small-decoder."""
-    device: int | Literal["cpu"] = 0
-    """Index of the CUDA GPU, or `cpu`."""
+    device: tuple[str, ...] = ("0",)
+    """The cards that compute, separated by commas: numbers from 0 as `nvidia-smi` counts, UUIDs
+    (`GPU-...`, `MIG-...`, or the beginning of one) or PCI ids such as `0000:65:00.0`. `all` takes
+    each that can serve, `cpu` none, `cpu:3` three processes without a card."""
     precision: str = "auto"
     """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why."""
     attention: str = "auto"
@@ -188,6 +198,19 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe lines that are logged."""
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether no card computes."""
+        return self.device[0] == CPU
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _read_devices(cls, value: object) -> tuple[str, ...]:
+        if not isinstance(value, (tuple, list)):
+            return read_devices(str(value))
+        is_cpu = set(value) == {CPU}
+        return read_devices(f"{CPU}:{len(value)}" if is_cpu else ",".join(map(str, value)))
+
     @field_validator("api_keys")
     @classmethod
     def _refuse_weak_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -282,6 +305,47 @@ class Settings(BaseModel):
                 "KLEIN_API_KEYS or KLEIN_API_KEYS_FILE too, or list the origins."
             )
         return settings
+
+
+def read_devices(text: str) -> tuple[str, ...]:
+    """Read names of cards, each into one form; `cpu:3` becomes `cpu` three times.
+
+    Raises:
+        ValueError: *text* is no such list.
+    """
+    parts = [part.strip().lower() for part in text.split(",")]
+    alone = _PROCESSORS.fullmatch(parts[0])
+    count = int(alone[1] or 1) if alone and len(parts) == 1 else len(parts)
+    if not 1 <= count <= MAX_WORKERS:
+        raise ValueError(f"it asks for {count} processes, and 1 to {MAX_WORKERS} are possible")
+    if alone and len(parts) == 1:
+        return (CPU,) * count
+    devices = tuple(_read_device(part, number) for number, part in enumerate(parts, 1))
+    if ALL[0] in devices and len(devices) > 1:
+        raise ValueError("all takes every card, so no other can stand beside it")
+    if len(set(devices)) < len(devices):
+        raise ValueError("it names a card twice; leave one out")
+    return devices
+
+
+def _read_device(part: str, number: int) -> str:
+    if not part:
+        raise ValueError(f"entry {number} is empty; take the comma away")
+    if part.startswith(CPU):
+        raise ValueError("cpu stands alone, without cards, and several processes are cpu:3")
+    if part == ALL[0]:
+        return part
+    if part.isascii() and part.isdigit() and len(part) < _LONGEST_NUMBER:
+        return str(int(part))
+    if _UUID.fullmatch(part):
+        return part[:3].upper() + part[3:]
+    if found := _PCI_ID.fullmatch(part):
+        # As the kernel writes it; nvidia-smi prints eight digits of the domain.
+        return f"{int(found[1] or '0', 16):04x}:{found[2]}"
+    raise ValueError(
+        f"entry {number} is no number such as 0, no UUID such as GPU-1b2c3d4e and no PCI id such "
+        "as 0000:65:00.0; all, cpu and cpu:3 are possible too"
+    )
 
 
 def read_adapter(text: str) -> tuple[str, float]:

@@ -16,7 +16,10 @@ from app.engine.hub.trust import close_umask
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import MODELS, files_for, find_model
 from app.engine.quantization.formats import AUTO, FORMATS, choices
+from app.model_choice import named_cards
 from app.settings import Settings, complete_path
+from app.telemetry.cards import Cards
+from app.worker.placement import see_only
 
 OPTIONS: Options = {
     "--model": {"help": "catalogue key (KLEIN_MODEL)"},
@@ -89,6 +92,8 @@ def _verify(variant: ModelEntry, cache_dir: Path, wanted: str) -> int:
 
 def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     """Return the precision that the service would choose here, by the race that it holds."""
+    named = named_cards(settings, Cards())[:1]
+    see_only(named)
     import torch
 
     from app.engine.quantization.select import choose_precision
@@ -96,9 +101,9 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     from app.engine.race.results import choose
     from app.engine.runtime.kernels_choice import choose_kernels
 
-    index, facts = settings.device, None
-    if isinstance(index, int) and index < torch.cuda.device_count():
-        device = torch.device("cuda", index)
+    facts = None
+    if named and torch.cuda.is_available():
+        device = torch.device("cuda", 0)
         results = race(
             device,
             variant.architecture,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.domain import Lora
+from app.domain import Device, Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,9 @@ class EngineConfig:
     cache_dir: str
     """The folder of downloads, quantized weights and compiled code."""
     device: int | None
-    """Index of the CUDA device, or None for the CPU."""
+    """torch's index of the card in the worker, or None for the CPU."""
+    place: Device | None = None
+    """What the worker's process is confined to; None leaves it as it is."""
     precision: str = "auto"
     """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
     attention: str = "auto"

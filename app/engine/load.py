@@ -280,6 +280,8 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
 def find_device(config: EngineConfig) -> torch.device:
     """Return the device, or raise an error that says why there is none."""
     if config.device is None:
+        if config.place is not None and config.place.threads:
+            torch.set_num_threads(config.place.threads)
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise StartupError(

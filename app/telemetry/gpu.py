@@ -48,28 +48,30 @@ class GpuFacts:
     cuda: tuple[int, int] | None = None
 
 
-def _load_nvml() -> Any:
+def import_nvml() -> Any:
+    """Import NVML's bindings, which a machine without a card need not have."""
     import pynvml
 
     return pynvml
 
 
 class Gpu:
-    """One GPU by index; `read` may be called from any thread.
+    """One GPU by NVML's UUID, or by NVML's index; `read` may be called from any thread.
 
-    *load_nvml* returns the `pynvml` module or, in tests, an object with the same functions;
-    *cache_s* is how many seconds a reading is kept.
+    torch's index is another: it depends on CUDA_VISIBLE_DEVICES. *load_nvml* returns the `pynvml`
+    module or, in tests, an object with the same functions; *cache_s* is how many seconds a reading
+    is kept.
     """
 
     def __init__(
         self,
-        index: int,
+        key: str | int,
         *,
-        load_nvml: Callable[[], Any] = _load_nvml,
+        load_nvml: Callable[[], Any] = import_nvml,
         clock: Callable[[], float] = time.monotonic,
         cache_s: float = CACHE_S,
     ) -> None:
-        self._index = index
+        self._key = key
         self._load_nvml = load_nvml
         self._clock = clock
         self._cache_s = cache_s
@@ -91,27 +93,17 @@ class Gpu:
                 self._read_at = math.inf if self._nvml is None else self._clock()
             return self._last
 
-    def count(self) -> int:
-        """Return the number of GPUs; 0 without a driver."""
-        try:
-            return int(self._open().nvmlDeviceGetCount())
-        except Exception as error:
-            _log.debug("NVML gave no count: %s.", type(error).__name__)
-            return 0
-
     def facts(self) -> GpuFacts | str:
         """Ask for everything that `read` leaves out; a str says why NVML cannot tell."""
         try:
             nvml = self._open()
-            if self._index >= (count := nvml.nvmlDeviceGetCount()):
-                return f"there is no card {self._index}; this machine has {count}, counted from 0"
-            gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
+            gpu, board = self._handles(nvml)
             memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
-            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(gpu)
+            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(board)
             cuda = self._optional(nvml.nvmlSystemGetCudaDriverVersion)
             return GpuFacts(
-                name=_text(nvml.nvmlDeviceGetName(gpu)),
-                driver=_text(nvml.nvmlSystemGetDriverVersion()),
+                name=text(nvml.nvmlDeviceGetName(board)),
+                driver=text(nvml.nvmlSystemGetDriverVersion()),
                 capability=(int(major), int(minor)),
                 total_bytes=int(memory.total),
                 free_bytes=int(memory.free),
@@ -129,20 +121,30 @@ class Gpu:
             self._nvml = nvml
         return self._nvml
 
+    def _handles(self, nvml: Any) -> tuple[Any, Any]:
+        """Return the handle, and that of the whole board where the GPU is a part of one (MIG)."""
+        if isinstance(self._key, int):
+            gpu = nvml.nvmlDeviceGetHandleByIndex(self._key)
+        else:
+            gpu = nvml.nvmlDeviceGetHandleByUUID(self._key)
+            if self._key.startswith("MIG-"):
+                return gpu, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(gpu)
+        return gpu, gpu
+
     def _snapshot(self, nvml: Any) -> GpuSnapshot:
-        gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
+        gpu, board = self._handles(nvml)
         memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
         return GpuSnapshot(
-            name=_text(nvml.nvmlDeviceGetName(gpu)),
-            uuid=_text(nvml.nvmlDeviceGetUUID(gpu)),
+            name=text(nvml.nvmlDeviceGetName(board)),
+            uuid=text(nvml.nvmlDeviceGetUUID(gpu)),
             used_bytes=int(memory.used),
             total_bytes=int(memory.total),
             utilization_ratio=self._optional(
                 lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100
             ),
-            power_watts=self._optional(lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000),
+            power_watts=self._optional(lambda: nvml.nvmlDeviceGetPowerUsage(board) / 1000),
             temperature_celsius=self._optional(
-                lambda: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU)
+                lambda: nvml.nvmlDeviceGetTemperature(board, nvml.NVML_TEMPERATURE_GPU)
             ),
         )
 
@@ -176,5 +178,6 @@ def _program(pid: int) -> str:
         return "a program outside this container"
 
 
-def _text(value: str | bytes) -> str:
+def text(value: str | bytes) -> str:
+    """Return what NVML's bindings give as text in some versions and as bytes in others."""
     return value.decode() if isinstance(value, bytes) else value

@@ -34,6 +34,7 @@ from app.worker.messages import (
     Stop,
     ToWorker,
 )
+from app.worker.placement import settle
 from app.worker.transport import End, Message, Outbox
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def main(pipe: End, make_engine: EngineFactory, config: EngineConfig, log: tuple
     logs.set_up(style=log[0], level=log[1])
     code = EXIT_PIPE
     try:
+        if config.place is not None:
+            settle(config.place)
         code = run(pipe, make_engine, config, leave=_leave)
     except BaseException:
         _log.exception("The worker failed in a way nobody foresaw.")
