@@ -135,8 +135,9 @@ def examine(settings: Settings, cards: Cards, ask_torch: AskTorch) -> Facts:
     rank = 0
     if isinstance(choice, Choice):
         rank = planned_rank(settings, choice, lora_directory(settings, choice))
-    found = []
+    found: list[CardFound] = []
     for name, each in named.items():
+        gpu: GpuFacts | str | None
         if isinstance(each, Device):
             gpu, torch = gpus[each.uuid], asked[each.uuid]
         else:
