@@ -20,6 +20,8 @@ _SYSFS = Path("/sys/bus/pci/devices")
 def settle(device: Device) -> None:
     """Confine this process to *device*: its card and the cores near it, or a share of the cores."""
     see_only((device,))
+    # torch then asks NVML whether there is a card, which does not initialise CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if device.threads:
         # The libraries' own pools; torch's is set by the engine.
         os.environ["OMP_NUM_THREADS"] = str(device.threads)
@@ -33,8 +35,6 @@ def settle(device: Device) -> None:
 def see_only(devices: Sequence[Device]) -> None:
     """Let CUDA show this process *devices* alone, in their order; without any, what it did."""
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    # torch then asks NVML whether there is a card, which does not initialise CUDA.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if visible := ",".join(each.visible for each in devices if each.visible):
         os.environ[VISIBLE] = visible
 

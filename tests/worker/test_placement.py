@@ -165,6 +165,7 @@ assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.torch
+@pytest.mark.full
 def test_no_import_asks_for_a_card() -> None:
     """Neither CUDA nor the number of cards, in the server and in all that the engine imports.
 
