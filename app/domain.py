@@ -14,6 +14,35 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """What one worker computes on; plain data, found by the parent."""
+
+    index: int | None
+    """The card's number as KLEIN_DEVICE counts; None without a card."""
+    name: str
+    """NVML's name of the product, or `cpu`."""
+    uuid: str
+    """NVML's UUID; without a card `cpu`, or `cpu:0`, `cpu:1` and so on where there are several.
+    Empty where NVML does not answer."""
+    total_bytes: int | None = None
+    visible: str = ""
+    """What the worker sets CUDA_VISIBLE_DEVICES to; empty leaves it as it is."""
+    pci_id: str = ""
+    """As the kernel writes it, such as 0000:65:00.0; empty where it is not known."""
+    threads: int = 0
+    """How many threads a worker without a card computes with; 0 leaves that to torch."""
+
+    @property
+    def torch_index(self) -> int | None:
+        """The index under which torch has the card in the worker; None without one."""
+        return 0 if self.visible else self.index
+
+
+NO_CARD = Device(None, "cpu", "cpu")
+"""The CPU where one worker has it."""
+
+
+@dataclass(frozen=True, slots=True)
 class RawImage:
     """An uncompressed image: *pixels* is uint8 [height, width, 3], RGB, rows from the top."""
 
@@ -267,36 +296,6 @@ class ModelInfo:
     def facts(self) -> dict[str, object]:
         """Every field by name, but the shapes of a few hundred layers."""
         return {key: value for key, value in asdict(self).items() if key != "linear_shapes"}
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What one worker computes on: a GPU, or a share of the CPU."""
-
-    index: int = 0
-    """Its place in the service."""
-    name: str = "cpu"
-    """NVML's product name of the GPU, or `cpu`."""
-    uuid: str = "cpu"
-    """NVML's UUID of the GPU; `cpu`, or `cpu:0`, `cpu:1`, ... where several workers share it."""
-    total_bytes: int | None = None
-    capability: tuple[int, int] | None = None
-    """CUDA's compute capability (major, minor)."""
-    cpus: frozenset[int] = frozenset()
-    """The CPUs of the GPU's NUMA node; empty where they are not known."""
-    number: int | None = None
-    """CUDA's own number of the GPU, where NVML does not answer and its UUID is unknown."""
-    threads: int = 0
-    """A CPU worker's share of the cores; 0 takes torch's own number."""
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether it is no GPU."""
-        return self.name == "cpu"
-
-
-CPU = Device()
-"""The CPU where one worker has it."""
 
 
 @dataclass(frozen=True, slots=True)

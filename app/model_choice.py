@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from app.domain import CPU, Device, GpuSnapshot, Lora
+from app.domain import NO_CARD, Device, Lora
 from app.engine.adapters.directory import FOLDER, SETTLE_S, Directory
 from app.engine.adapters.shapes import linear_shapes
 from app.engine.hub.hf_cache import find_snapshot
 from app.engine.models.registry import MODELS, find_model, find_spec
 from app.engine.quantization.formats import check_choice
 from app.errors import StartupError
-from app.settings import ALL, PER_CARD, Settings, complete_path
-from app.telemetry.gpu import Gpu, GpuFacts
-from app.telemetry.preflight import check_gpu, torch_cuda
+from app.settings import ALL, CPU, PER_CARD, Settings, complete_path
+from app.telemetry.cards import Cards
+from app.telemetry.preflight import check_driver, check_gpu, torch_cuda
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class Choice:
         return self.key == DEMO and self.path is None
 
 
-def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
-    """Choose the model that `KLEIN_MODEL` means on this machine.
+def choose_model(settings: Settings, card: Device | None) -> Choice:
+    """Choose the model that `KLEIN_MODEL` means on this machine, whose largest card is *card*.
 
     Raises:
         StartupError: it is neither a catalogue key nor a path that exists.
@@ -67,11 +67,11 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
     if name == "auto":
         if settings.is_cpu:
             return Choice(DEMO, None, "KLEIN_DEVICE is cpu")
-        if gpu_now is None:
+        if card is None or card.total_bytes is None:
             return Choice(DEMO, None, "no CUDA card was found")
-        if gpu_now.total_bytes < SMALLEST_GPU_BYTES:
-            return Choice(DEMO, None, f"{gpu_now.name} has less than 6 GB")
-        return Choice(KLEIN, None, f"{gpu_now.name} can hold it")
+        if card.total_bytes < SMALLEST_GPU_BYTES:
+            return Choice(DEMO, None, f"{card.name} has less than 6 GB")
+        return Choice(KLEIN, None, f"{card.name} can hold it")
     looks_like_path = "/" in name or name.startswith(".") or os.path.lexists(name)
     if looks_like_path and name not in MODELS:
         try:
@@ -90,58 +90,85 @@ def choose_model(settings: Settings, gpu_now: GpuSnapshot | None) -> Choice:
     return Choice(find_spec(name).id, None, "KLEIN_MODEL names it")
 
 
-def choose_devices(settings: Settings, choice: Choice, gpu: Gpu) -> tuple[Device, ...]:
-    """Choose what each worker computes on; *gpu* is any GPU, through which others are found.
+def choose_devices(settings: Settings, choice: Choice, cards: Cards) -> tuple[Device, ...]:
+    """Choose what computes: cards in the order of KLEIN_DEVICE, or processes without a card.
 
-    The demo model falls back to the CPU, unless KLEIN_DEVICE names a GPU.
+    The demo model falls back to the CPU, unless KLEIN_DEVICE names a card. Of `all`, cards that
+    cannot serve klein are left out.
 
     Raises:
-        StartupError: a GPU cannot be used.
+        StartupError: a card that is named cannot be used, or none can.
     """
     if settings.is_cpu:
-        return _shares(len(settings.device))
-    is_asked_for = "device" in settings.model_fields_set
-    if choice.is_demo and not is_asked_for and gpu.read() is None:
-        return (CPU,)
-    is_all = settings.device == (ALL,)
-    names = tuple(map(str, range(gpu.count()))) or ("0",) if is_all else settings.device
-    found: list[Device] = []
-    for name in names:
-        try:
-            found.append(_find_device(gpu.of(name), name, len(found), choice))
-        except StartupError as error:
-            if not is_all or (name == names[-1] and not found):
-                raise
-            _log.warning("Card %s is left out: %s", name, error.message)
-    if len({each.uuid for each in found}) < len(found):
-        raise StartupError("KLEIN_DEVICE names a card twice; name each once and start again.")
-    return tuple(found)
+        return _processors(len(settings.device))
+    if choice.is_demo:
+        return _demo_devices(settings, cards)
+    cuda = check_driver(cards, torch_cuda())
+    devices = _find(settings, cards)
+    faults = {
+        each: f"Card {each.index}: {fault}"
+        for each in devices
+        if (fault := check_gpu(cards.open(each), cuda))
+    }
+    able = tuple(each for each in devices if each not in faults)
+    if faults and (settings.device != ALL or not able):
+        raise StartupError(" ".join(faults.values()))
+    for fault in faults.values():
+        _log.warning("A card is left out. %s", fault)
+    return able
 
 
-def _find_device(gpu: Gpu, name: str, index: int, choice: Choice) -> Device:
-    """Describe the GPU that KLEIN_DEVICE calls *name*."""
-    if not choice.is_demo:
-        check_gpu(gpu, torch_cuda())
-    now, facts = gpu.read(), gpu.facts()
-    if now is None:
-        # Without NVML, CUDA alone knows the cards.
-        return Device(index, name="GPU", uuid=name, number=int(name) if name.isdigit() else 0)
-    return Device(
-        index,
-        now.name,
-        now.uuid,
-        total_bytes=now.total_bytes,
-        capability=facts.capability if isinstance(facts, GpuFacts) else None,
-        cpus=gpu.cpus(),
-        number=None,
-    )
+def named_cards(settings: Settings, cards: Cards) -> tuple[Device, ...]:
+    """Return those cards that KLEIN_DEVICE names and that are there."""
+    if settings.is_cpu:
+        return ()
+    if settings.device == ALL:
+        return cards.visible()
+    found = map(cards.find, settings.device)
+    return tuple(each for each in found if isinstance(each, Device))
 
 
-def _shares(count: int) -> tuple[Device, ...]:
+def largest_card(settings: Settings, cards: Cards) -> Device | None:
+    """Return the card with the most memory of those that KLEIN_DEVICE names, if any."""
+    named = named_cards(settings, cards)
+    return max(named, key=lambda each: each.total_bytes or 0, default=None)
+
+
+def _demo_devices(settings: Settings, cards: Cards) -> tuple[Device, ...]:
+    if cards.visible():
+        return _find(settings, cards)
+    if "device" not in settings.model_fields_set:
+        return _processors(1)
+    if not all(name.isdigit() for name in settings.device):
+        check_driver(cards, torch_cuda())
+    # torch may see a card where NVML does not answer; the engine will find out.
+    return tuple(Device(int(name), f"card {name}", "") for name in settings.device)
+
+
+def _find(settings: Settings, cards: Cards) -> tuple[Device, ...]:
+    """Find the cards that KLEIN_DEVICE names."""
+    if settings.device == ALL:
+        return cards.visible()
+    devices = []
+    for name in settings.device:
+        found = cards.find(name)
+        if isinstance(found, str):
+            raise StartupError(
+                f"KLEIN_DEVICE cannot be followed: {found}. `nvidia-smi -L` lists the cards; "
+                "set KLEIN_DEVICE to some of them."
+            )
+        if found in devices:
+            raise StartupError(f"KLEIN_DEVICE names card {found.index} twice; leave one name out.")
+        devices.append(found)
+    return tuple(devices)
+
+
+def _processors(count: int) -> tuple[Device, ...]:
+    """Return *count* processes without a card, each with its share of the cores."""
     if count == 1:
-        return (CPU,)
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
-    return tuple(Device(index, uuid=f"cpu:{index}", threads=threads) for index in range(count))
+        return (NO_CARD,)
+    share = max(1, len(os.sched_getaffinity(0)) // count)
+    return tuple(Device(None, CPU, f"{CPU}:{each}", threads=share) for each in range(count))
 
 
 @dataclass(frozen=True, slots=True)

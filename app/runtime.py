@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,12 +35,14 @@ from app.model_choice import (
     choose_devices,
     choose_loras,
     choose_model,
+    largest_card,
 )
 from app.service.adapters import Adapters, AdapterWatch
 from app.service.previews import Previews
 from app.service.service import ImageService, warm_up_spec
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
+from app.telemetry.gpu import GpuFacts
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
@@ -72,8 +74,8 @@ class Ended:
 class Runtime:
     """One service from start to close. `ended` is set when it cannot continue."""
 
-    def __init__(self, settings: Settings, make_engine: EngineFactory, gpu: Gpu) -> None:
-        self.choice = choose_model(settings, None if settings.is_cpu else gpu.read())
+    def __init__(self, settings: Settings, make_engine: EngineFactory, cards: Cards) -> None:
+        self.choice = choose_model(settings, largest_card(settings, cards))
         self.model = find_spec(self.choice.key)
         self.metrics = Metrics(version=__version__)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -84,9 +86,11 @@ class Runtime:
         adapters = Adapters(settings.loras, settings.lora_rank, chosen.fused)
         self._watch = AdapterWatch(chosen.directory, adapters, [name for name, _ in settings.loras])
         self._settings, self._loras, self._make_engine = settings, chosen, make_engine
-        devices = choose_devices(settings, self.choice, gpu)
-        self._is_common = settings.precision == AUTO and len({each.name for each in devices}) > 1
-        self.workers = Pool(self._make_supervisor, devices, self, is_first_alone=self._is_common)
+        devices = choose_devices(settings, self.choice, cards)
+        self._devices = devices
+        first = _oldest(devices, cards) if settings.precision == AUTO else None
+        self._is_common = first is not None
+        self.workers = Pool(self._make_supervisor, devices, self, first=first)
         takers = {worker: self._make_taker(worker) for worker in self.workers.workers}
         self._takers = takers
         self._queue = JobQueue(settings.queue_images, tuple(takers.values()))
@@ -114,8 +118,8 @@ class Runtime:
         for device in devices:
             self.metrics.add_device(device)
             held = partial(self.service.held_memory.get, device.uuid)
-            if not device.is_cpu:
-                self.metrics.watch_gpu(gpu.of(device.uuid).read, held)
+            if device.index is not None:
+                self.metrics.watch_gpu(cards.open(device).read, held)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
 
@@ -186,7 +190,10 @@ class Runtime:
         settings = self._settings
         return Supervisor(
             self._make_engine,
-            _engine_config(settings, self.choice, device, self._loras),
+            replace(
+                _engine_config(settings, self.choice, device, self._loras),
+                worker=self._devices.index(device),
+            ),
             events,
             predict_step_s=self._estimates.of(device.uuid).predict_step,
             limits=TimeLimits(
@@ -231,7 +238,7 @@ class Runtime:
     def _have_others_take(self, info: ModelInfo) -> None:
         """Have all other workers compute as the first has chosen to, so that pixels are the same.
 
-        It is the oldest card's: what runs there, newer ones run too.
+        It is the oldest card: what runs there, newer ones run too.
         """
         self._is_common = False
         for worker in self.workers.workers:
@@ -264,14 +271,26 @@ class Runtime:
 
 
 def build_runtime(
-    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Gpu | None = None
+    settings: Settings, *, make_engine: EngineFactory = create_engine, cards: Cards | None = None
 ) -> Runtime:
     """Build the service for *settings*; call it inside a running event loop.
 
     Raises:
         StartupError: model or GPU cannot be used; one sentence and what to do.
     """
-    return Runtime(settings, make_engine, (gpu or Gpu()).of(settings.gpu))
+    return Runtime(settings, make_engine, cards or Cards())
+
+
+def _oldest(devices: Sequence[Device], cards: Cards) -> Device | None:
+    """Return the device with the lowest compute capability; None where all are of one kind."""
+    if len({each.name for each in devices}) == 1:
+        return None
+
+    def capability(device: Device) -> tuple[int, int]:
+        facts = cards.open(device).facts()
+        return facts.capability if isinstance(facts, GpuFacts) else (0, 0)
+
+    return min(devices, key=capability)
 
 
 def _limits(settings: Settings, choice: Choice) -> Limits:
@@ -292,11 +311,8 @@ def _engine_config(
         model=choice.key,
         path=choice.path,
         cache_dir=str(settings.cache_dir),
-        device=None if device.is_cpu else device.number or 0,
-        card="" if device.is_cpu or device.number is not None else device.uuid,
-        cpus=device.cpus,
-        threads=device.threads,
-        worker=device.index,
+        device=device.torch_index,
+        place=device,
         vae=None if settings.vae is None else str(settings.vae),
         precision=settings.engine_precision,
         attention=settings.attention,

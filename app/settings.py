@@ -21,31 +21,22 @@ from app.limits import MAX_LORA_SCALE, MAX_LORAS
 
 PREFIX = "KLEIN_"
 _LISTS = frozenset(
-    {
-        "api_keys",
-        "allowed_hosts",
-        "allowed_origins",
-        "trusted_proxies",
-        "loras",
-        "lora_fuse",
-        "device",
-    }
+    {"api_keys", "allowed_hosts", "allowed_origins", "trusted_proxies", "loras", "lora_fuse"}
 )
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 _DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
 
-MIN_KEY_LENGTH = 8
-LORA_RANKS = (32, 64, 128, 256)
-
 PER_CARD = "per-card"
 CPU = "cpu"
-ALL = "all"
-MAX_DEVICES = 16
-_DEVICE = re.compile(
-    r"\d{1,3}|(GPU|MIG)-[0-9a-f-]{1,64}|([0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]|all",
-    re.IGNORECASE,
-)
-_CPUS = re.compile(r"cpu(:([1-9]\d{0,2}))?", re.IGNORECASE)
+ALL = ("all",)
+MAX_WORKERS = 16
+_PROCESSORS = re.compile(r"cpu(?::([0-9]{1,9}))?")
+_LONGEST_NUMBER = 5
+_UUID = re.compile(r"(gpu|mig)(-[0-9a-f]+)+")
+_PCI_ID = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])")
+
+MIN_KEY_LENGTH = 8
+LORA_RANKS = (32, 64, 128, 256)
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -97,13 +88,13 @@ class Settings(BaseModel):
     """A safetensors file with the VAE to use instead of the model's, such as that of
     FLUX.2-small-decoder."""
     device: tuple[str, ...] = ("0",)
-    """The GPUs that make pictures, each with a worker of its own: `0`, `0,1`, UUIDs or PCI ids as
-    nvidia-smi shows them, or `all`. Numbers count the cards that `CUDA_VISIBLE_DEVICES` leaves, in
-    nvidia-smi's order. Or `cpu`; `cpu:3` has three workers share it."""
+    """The cards that compute, separated by commas: numbers from 0 as `nvidia-smi` counts, UUIDs
+    (`GPU-...`, `MIG-...`, or the beginning of one) or PCI ids such as `0000:65:00.0`. `all` takes
+    each that can serve, `cpu` none, `cpu:3` three processes without a card."""
     precision: str = "auto"
     """Arithmetic of the transformer; `auto` chooses by the GPU and a probe, and says why. Several
-    cards of different kinds all take what the oldest chooses, so that a seed's pixels do not depend
-    on the card; with `per-card` each chooses for itself."""
+    cards of different kinds all take what the first to load chooses, so that a seed's pixels do not
+    depend on the card; with `per-card` each chooses for itself."""
     attention: str = "auto"
     """Attention of the 8-bit transformer: `torch`, `cudnn`, `int8` or `fp8`; `auto` takes the
     fastest that keeps its bound on this card."""
@@ -217,35 +208,16 @@ class Settings(BaseModel):
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the CPU makes the pictures."""
+        """Whether no card computes."""
         return self.device[0] == CPU
-
-    @property
-    def gpu(self) -> str:
-        """The first GPU, for commands that use one."""
-        return "0" if self.device[0] in {CPU, ALL} else self.device[0]
 
     @field_validator("device", mode="before")
     @classmethod
-    def _read_devices(cls, value: object) -> object:
-        parts = [value] if isinstance(value, str | int) else value
-        if not isinstance(parts, Sequence):
-            return value
-        return tuple(each for part in parts for each in _read_device(str(part)))
-
-    @field_validator("device")
-    @classmethod
-    def _check_devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        kinds = set(value)
-        if not value:
-            raise ValueError("it names no card; give 0, all, or cpu")
-        if len(kinds) > 1 and kinds & {CPU, ALL}:
-            raise ValueError("cpu and all stand alone, without other cards beside them")
-        if kinds != {CPU} and len(kinds) < len(value):
-            raise ValueError("it names a card twice")
-        if len(value) > MAX_DEVICES:
-            raise ValueError(f"it names {len(value)} devices, the most is {MAX_DEVICES}")
-        return value
+    def _read_devices(cls, value: object) -> tuple[str, ...]:
+        if not isinstance(value, (tuple, list)):
+            return read_devices(str(value))
+        is_cpu = set(value) == {CPU}
+        return read_devices(f"{CPU}:{len(value)}" if is_cpu else ",".join(map(str, value)))
 
     @field_validator("api_keys")
     @classmethod
@@ -343,17 +315,45 @@ class Settings(BaseModel):
         return settings
 
 
-def _read_device(text: str) -> tuple[str, ...]:
-    """Read one entry of `KLEIN_DEVICE`: one device, or as many shares of the CPU as it says."""
-    text = text.strip()
-    if shares := _CPUS.fullmatch(text):
-        return (CPU,) * int(shares[2] or 1)
-    if not _DEVICE.fullmatch(text):
-        raise ValueError(
-            "an entry is no card such as 0, GPU-1b2c3d4e-..., 0000:65:00.0 or all, nor cpu or cpu:3"
-        )
-    # NVML and CUDA write UUIDs and PCI ids in their own case; numbers lose leading zeros.
-    return (str(int(text)) if text.isdigit() else ALL if text.lower() == ALL else text,)
+def read_devices(text: str) -> tuple[str, ...]:
+    """Read names of cards, each into one form; `cpu:3` becomes `cpu` three times.
+
+    Raises:
+        ValueError: *text* is no such list.
+    """
+    parts = [part.strip().lower() for part in text.split(",")]
+    alone = _PROCESSORS.fullmatch(parts[0])
+    count = int(alone[1] or 1) if alone and len(parts) == 1 else len(parts)
+    if not 1 <= count <= MAX_WORKERS:
+        raise ValueError(f"it asks for {count} processes, and 1 to {MAX_WORKERS} are possible")
+    if alone and len(parts) == 1:
+        return (CPU,) * count
+    devices = tuple(_read_device(part, number) for number, part in enumerate(parts, 1))
+    if ALL[0] in devices and len(devices) > 1:
+        raise ValueError("all takes every card, so no other can stand beside it")
+    if len(set(devices)) < len(devices):
+        raise ValueError("it names a card twice; leave one out")
+    return devices
+
+
+def _read_device(part: str, number: int) -> str:
+    if not part:
+        raise ValueError(f"entry {number} is empty; take the comma away")
+    if part.startswith(CPU):
+        raise ValueError("cpu stands alone, without cards, and several processes are cpu:3")
+    if part == ALL[0]:
+        return part
+    if part.isascii() and part.isdigit() and len(part) < _LONGEST_NUMBER:
+        return str(int(part))
+    if _UUID.fullmatch(part):
+        return part[:3].upper() + part[3:]
+    if found := _PCI_ID.fullmatch(part):
+        # As the kernel writes it; nvidia-smi prints eight digits of the domain.
+        return f"{int(found[1] or '0', 16):04x}:{found[2]}"
+    raise ValueError(
+        f"entry {number} is no number such as 0, no UUID such as GPU-1b2c3d4e and no PCI id such "
+        "as 0000:65:00.0; all, cpu and cpu:3 are possible too"
+    )
 
 
 def read_adapter(text: str) -> tuple[str, float]:

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from app import runtime as module
-from app.domain import ImageSpec, LoadProgress, WorkerStage
+from app.domain import Device, ImageSpec, LoadProgress, WorkerStage
 from app.errors import DeadlineExceeded, Kind, StartupError, Unavailable
 from app.images import OutputFormat
 from app.images.pool import DecoderPool
@@ -23,6 +23,7 @@ from tests.support.adapter_files import SHAPES, write
 from tests.support.fakes import INFO
 
 SPEC = ImageSpec("a red circle", 128, 128, 4, 1.0, 7)
+DEVICE = Device(None, "cpu", "cpu")
 PNG = OutputFormat("png")
 
 
@@ -197,10 +198,11 @@ def test_the_engine_gets_what_the_settings_say() -> None:
     """The parts of the settings that the worker reads."""
     settings = Settings(model="shapes", device="cpu", max_pixels=2_000_000, prompt_cache=3)
     choice = module.choose_model(settings, None)
-    config = module._engine_config(settings, choice, None, module.choose_loras(settings, choice))
+    config = module._engine_config(settings, choice, DEVICE, module.choose_loras(settings, choice))
 
     assert (config.model, config.device, config.max_pixels) == ("shapes", None, 2_000_000)
     assert config.prompt_cache == 3
+    assert config.place == DEVICE
 
 
 async def _ask(runtime: Runtime) -> int:

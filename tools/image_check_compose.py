@@ -1,7 +1,8 @@
 """Read compose files as `docker compose config` does, as far as ours go, where no engine is.
 
 Variables are replaced after the file is read, so a `$` in a comment is never looked at; files are
-merged key by key, later ones win, lists grow, and `!reset` takes a key away.
+merged key by key, later ones win, lists grow, `!reset` takes a key away, and a list after
+`!override` replaces the one below it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ INSIDE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:(?P<operator>:?[-?+])(?P<word>.*)
 RESET = object()
 
 
+class Override(list[Any]):
+    """A list that replaces the one below it."""
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Safe YAML that knows the one tag our files use."""
+    """Safe YAML that knows the tags our files use."""
 
 
 _Loader.add_constructor("!reset", lambda _loader, _node: RESET)
+_Loader.add_constructor(
+    "!override", lambda loader, node: Override(loader.construct_sequence(node, deep=True))
+)
 
 
 def load(paths: list[Path], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def _fill_in(node: Any, environ: Mapping[str, str]) -> Any:
     if isinstance(node, str):
         return interpolate(node, environ)
     if isinstance(node, list):
-        return [_fill_in(item, environ) for item in node]
+        return type(node)(_fill_in(item, environ) for item in node)
     if isinstance(node, dict):
         return {key: _fill_in(value, environ) for key, value in node.items()}
     return node
@@ -93,5 +101,5 @@ def _merge(below: Any, above: Any) -> Any:
             if above.get(key) is not RESET
         }
     if isinstance(below, list) and isinstance(above, list):
-        return below + above
+        return list(above) if isinstance(above, Override) else below + above
     return below if above is None and below is not None else above

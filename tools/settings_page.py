@@ -89,6 +89,8 @@ def _limits(metadata: list[Any]) -> typing.Iterator[str]:
 def _default(value: object) -> str:
     if value in ((), None):
         return "none"
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, float):

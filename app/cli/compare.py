@@ -40,7 +40,7 @@ from app.images import OutputFormat
 from app.images.uploads import decode_upload, to_pillow
 from app.service.results import Picture
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.worker.child import EngineFactory
 
 DIFFERENCE_GAIN = 8
@@ -134,7 +134,7 @@ def run(
     settings: Settings,
     *,
     make_engine: EngineFactory = create_engine,
-    gpu: Gpu | None = None,
+    cards: Cards | None = None,
 ) -> int:
     """Compare and print; return 0 where every worker made an image, else 1."""
     if arguments.output.suffix.lower() != ".png":
@@ -143,7 +143,7 @@ def run(
     arguments.seed = choose_seed(arguments.seed)
     trials = _trials(parse_precisions(arguments.precision), arguments.attention)
     logs.set_up(style=settings.log_format, level="warning")
-    found, notes = asyncio.run(_make_all(arguments, settings, trials, make_engine, gpu))
+    found, notes = asyncio.run(_make_all(arguments, settings, trials, make_engine, cards))
     if not found:
         raise StartupError("No precision gave a picture, so there is nothing to compare.")
     found = against_reference(found)
@@ -196,7 +196,7 @@ async def _make_all(
     settings: Settings,
     trials: Mapping[str, Mapping[str, str]],
     make_engine: EngineFactory,
-    gpu: Gpu | None,
+    cards: Cards | None,
 ) -> tuple[list[Compared], list[str]]:
     """Return what was made, and a note on each worker that could not be started."""
     found: list[Compared] = []
@@ -213,7 +213,7 @@ async def _make_all(
         note(f"{label}: starting the worker")
         chosen = settings.model_copy(update=changes)
         try:
-            async with warm_runtime(chosen, make_engine=make_engine, gpu=gpu, plan=plan) as (
+            async with warm_runtime(chosen, make_engine=make_engine, cards=cards, plan=plan) as (
                 runtime,
                 info,
                 specs,

@@ -16,8 +16,10 @@ from app.engine.hub.trust import close_umask
 from app.engine.models.entry import ModelEntry
 from app.engine.models.registry import MODELS, files_for, find_model
 from app.engine.quantization.formats import AUTO, FORMATS, choices
+from app.model_choice import named_cards
 from app.settings import Settings, complete_path
-from app.telemetry.gpu import Gpu, show_only
+from app.telemetry.cards import Cards
+from app.worker.placement import see_only
 
 OPTIONS: Options = {
     "--model": {"help": "catalogue key (KLEIN_MODEL)"},
@@ -90,9 +92,8 @@ def _verify(variant: ModelEntry, cache_dir: Path, wanted: str) -> int:
 
 def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     """Return the precision that the service would choose here, by the race that it holds."""
-    now = None if settings.is_cpu else Gpu(settings.gpu).read()
-    if now is not None:
-        show_only(now.uuid)
+    named = named_cards(settings, Cards())[:1]
+    see_only(named)
     import torch
 
     from app.engine.quantization.select import choose_precision
@@ -101,7 +102,7 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
     from app.engine.runtime.kernels_choice import choose_kernels
 
     facts = None
-    if not settings.is_cpu and torch.cuda.device_count():
+    if named and torch.cuda.is_available():
         device = torch.device("cuda", 0)
         results = race(
             device,

@@ -21,7 +21,7 @@ from app.limits import Limits
 from app.runtime import Runtime
 from app.service.results import Picture
 from app.settings import Settings, read_adapter
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.worker.child import EngineFactory
 
 _LIST_S = 60.0
@@ -57,7 +57,7 @@ def run(
     settings: Settings,
     *,
     make_engine: EngineFactory = create_engine,
-    gpu: Gpu | None = None,
+    cards: Cards | None = None,
 ) -> int:
     """Generate the image; return the exit code."""
     formats = {suffix: each.name for each in OUTPUT_FORMATS.values() for suffix in each.suffixes}
@@ -68,7 +68,7 @@ def run(
     logs.set_up(style=settings.log_format, level="warning")
     seed = choose_seed(arguments.seed)
     try:
-        picture = asyncio.run(_generate(arguments, settings, seed, output, make_engine, gpu))
+        picture = asyncio.run(_generate(arguments, settings, seed, output, make_engine, cards))
     except InvalidRequest as error:
         error.rename(_NAMES)
         raise
@@ -84,7 +84,7 @@ async def _generate(
     seed: int,
     output: OutputFormat,
     make_engine: EngineFactory,
-    gpu: Gpu | None,
+    cards: Cards | None,
 ) -> Picture:
     def plan(model: ModelSpec) -> list[ImageSpec]:
         width, height = model.default_width, model.default_height
@@ -94,7 +94,7 @@ async def _generate(
         guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
         return [replace(spec, seed=seed, guidance_scale=guidance)]
 
-    async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, plan=plan) as (
+    async with warm_runtime(settings, make_engine=make_engine, cards=cards, plan=plan) as (
         runtime,
         info,
         specs,

@@ -28,9 +28,9 @@ from app.engine.hub.fetch import Hub, hash_file
 from app.engine.hub.trust import close_umask, make_folder, whole_file
 from app.engine.models.registry import find_model
 from app.errors import InvalidRequest, StartupError
-from app.model_choice import Choice, choose_model, lora_directory
+from app.model_choice import Choice, choose_model, largest_card, lora_directory
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 
 OPTIONS: Options = {
     "action": {"choices": ("list", "add", "remove", "check")},
@@ -65,7 +65,7 @@ def run(
     arguments: argparse.Namespace,
     settings: Settings,
     *,
-    gpu: Gpu | None = None,
+    cards: Cards | None = None,
     hub: Hub | None = None,
 ) -> int:
     """Do what is asked; return 0, or 1 where a file that was checked cannot be used."""
@@ -74,8 +74,7 @@ def run(
             "klein lora list takes nothing more; add and check take a file, remove takes a name."
         )
     close_umask()
-    card = gpu or Gpu(settings.gpu)
-    choice = choose_model(settings, card.read() if not settings.is_cpu else None)
+    choice = choose_model(settings, largest_card(settings, cards or Cards()))
     shapes = linear_shapes(find_model(choice.key).architecture)
     if arguments.action == "list":
         print("\n".join(_list(settings, choice, shapes)))

@@ -30,10 +30,10 @@ from app.engine.quantization.formats import AUTO, FORMATS
 from app.errors import InvalidRequest, KleinError
 from app.images import OutputFormat
 from app.images.uploads import decode_upload
-from app.model_choice import Choice, choose_devices, choose_model
+from app.model_choice import Choice, choose_devices, choose_model, largest_card
 from app.service.results import Picture
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.worker.child import EngineFactory
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def run(
     settings: Settings,
     *,
     make_engine: EngineFactory = create_engine,
-    gpu: Gpu | None = None,
+    cards: Cards | None = None,
 ) -> int:
     """Make, check, write and tell; return 0 where every check passed, else 1."""
     sheet, report = arguments.output, arguments.output.with_suffix(".json")
@@ -107,18 +107,18 @@ def run(
     for path in (sheet, report):
         check_output(path)
     logs.set_up(style=settings.log_format, level="warning")
-    gpu = gpu or Gpu(settings.gpu)
-    choice = choose_model(settings, None if settings.is_cpu else gpu.read())
+    cards = cards or Cards()
+    choice = choose_model(settings, largest_card(settings, cards))
     is_small = find_model(choice.key).is_embedded
     # `auto` gives a small model no 8-bit format, but one is to be tested.
     asked = settings.engine_precision
     tested_name = "fp8" if is_small and asked == AUTO else asked
-    on_processor = choose_devices(settings, choice, gpu)[0].is_cpu
+    on_processor = choose_devices(settings, choice, cards)[0].index is None
 
     def make(precision: str, plan: str) -> Made | str:
         note(f"{precision}: starting the worker")
         chosen = settings.model_copy(update={"precision": precision, "plan": plan})
-        return asyncio.run(_make(chosen, arguments.size, make_engine, gpu))
+        return asyncio.run(_make(chosen, arguments.size, make_engine, cards))
 
     tested = make(tested_name, settings.plan)
     # Now, since the reference may bring another file of the transformer.
@@ -204,7 +204,7 @@ def _judge_file(notes: FileNotes | str) -> Check:
 
 
 async def _make(
-    settings: Settings, size: str | None, make_engine: EngineFactory, gpu: Gpu
+    settings: Settings, size: str | None, make_engine: EngineFactory, cards: Cards
 ) -> Made | str:
     """Make all pictures in one worker, or return why there are none."""
 
@@ -216,7 +216,7 @@ async def _make(
         return [*specs[:-1], replace(specs[-1], references=(_reference_picture(width, height),))]
 
     try:
-        async with warm_runtime(settings, make_engine=make_engine, gpu=gpu, plan=plan) as (
+        async with warm_runtime(settings, make_engine=make_engine, cards=cards, plan=plan) as (
             runtime,
             info,
             specs,

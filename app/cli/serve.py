@@ -30,7 +30,7 @@ from app.engine import create_engine
 from app.errors import StartupError
 from app.runtime import Ended, Runtime, build_runtime
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.worker.child import EngineFactory
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def serve(
-    settings: Settings, *, make_engine: EngineFactory = create_engine, gpu: Gpu | None = None
+    settings: Settings, *, make_engine: EngineFactory = create_engine, cards: Cards | None = None
 ) -> int:
-    """Serve with *settings*; tests pass *make_engine* and *gpu* to the composition root."""
+    """Serve with *settings*; tests pass *make_engine* and *cards* to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
     bound_heap()
     _check_exposure(settings)
@@ -75,16 +75,16 @@ def serve(
         _log.warning("%s", old.sentence)
     try:
         with contextlib.closing(bind(settings)) as listener:
-            return asyncio.run(_run(settings, listener, make_engine, gpu))
+            return asyncio.run(_run(settings, listener, make_engine, cards))
     finally:
         # Before anything else is logged at the end.
         logs.flush()
 
 
 async def _run(
-    settings: Settings, listener: socket.socket, make_engine: EngineFactory, gpu: Gpu | None
+    settings: Settings, listener: socket.socket, make_engine: EngineFactory, cards: Cards | None
 ) -> int:
-    runtime = build_runtime(settings, make_engine=make_engine, gpu=gpu)
+    runtime = build_runtime(settings, make_engine=make_engine, cards=cards)
     _log.info("Listening at %s while the model is loaded.", address(listener))
     # The app, once there is one, closes it first.
     async with runtime:

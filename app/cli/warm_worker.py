@@ -21,7 +21,7 @@ from app.limits import DRAW, MAX_SEED, Limits
 from app.runtime import Runtime, build_runtime
 from app.service.results import Picture
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.worker.child import EngineFactory
 
 _PATIENCE_S = 86_400.0
@@ -36,7 +36,7 @@ async def warm_runtime(
     settings: Settings,
     *,
     make_engine: EngineFactory = create_engine,
-    gpu: Gpu | None = None,
+    cards: Cards | None = None,
     plan: Callable[[ModelSpec], list[ImageSpec]] = lambda model: [],
 ) -> AsyncIterator[tuple[Runtime, ModelInfo, list[ImageSpec]]]:
     """Start a worker for *settings* and yield it once it is warm; close it at the end.
@@ -48,7 +48,9 @@ async def warm_runtime(
         InvalidRequest: the model cannot generate a planned spec.
     """
     runtime = build_runtime(
-        settings.model_copy(update={"deadline_s": _PATIENCE_S}), make_engine=make_engine, gpu=gpu
+        settings.model_copy(update={"deadline_s": _PATIENCE_S}),
+        make_engine=make_engine,
+        cards=cards,
     )
     specs = plan(runtime.model)
     for spec in specs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.domain import Lora
+from app.domain import Device, Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class EngineConfig:
     cache_dir: str
     """The folder of downloads, quantized weights and compiled code."""
     device: int | None
-    """Index of the CUDA device, or None for the CPU."""
+    """torch's index of the card in the worker, or None for the CPU."""
     precision: str = "auto"
     """`auto`, `fp8`, `int8`, `bf16` or `fp32`."""
     attention: str = "auto"
@@ -47,9 +47,5 @@ class EngineConfig:
     """A file with another VAE, given by the operator, or None for the model's."""
     worker: int = 0
     """The worker's place among those of the service."""
-    card: str = ""
-    """UUID of the only GPU that the worker is to see; empty: all that the service sees."""
-    cpus: frozenset[int] = frozenset()
-    """The CPUs nearest to that GPU; empty: all."""
-    threads: int = 0
-    """How many threads compute on a CPU; 0: as many as torch takes."""
+    place: Device | None = None
+    """What the worker's process is confined to; None leaves it as it is."""

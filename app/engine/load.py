@@ -280,11 +280,17 @@ def _find(config: EngineConfig, precision: Precision, on_progress: OnProgress) -
 def find_device(config: EngineConfig) -> torch.device:
     """Return the device, or raise an error that says why there is none."""
     if config.device is None:
+        if config.place is not None and config.place.threads:
+            torch.set_num_threads(config.place.threads)
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    try:
+        # Not is_available: a worker's torch asks NVML, which knows cards that CUDA cannot use.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (AssertionError, RuntimeError) as error:
+        _log.info("CUDA does not start: %s", error)
         raise StartupError(
             "No CUDA card can be used; check the driver with nvidia-smi, or set KLEIN_DEVICE=cpu."
-        )
+        ) from None
     if config.device >= torch.cuda.device_count():
         raise StartupError(
             f"There is no card {config.device}; this machine has {torch.cuda.device_count()}, "

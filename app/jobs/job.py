@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from app.domain import CPU, Device, Generated, ImageSpec, Progress
+from app.domain import NO_CARD, Device, Generated, ImageSpec, Progress
 from app.errors import KleinError
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class Job:
 
     @property
     def device(self) -> Device:
-        """The device that it is, or was, on; the CPU before it runs."""
-        return self.taker.device if self.taker else CPU
+        """The device that it is, or was, on; the NO_CARD before it runs."""
+        return self.taker.device if self.taker else NO_CARD
 
     @property
     def adapters(self) -> tuple[tuple[str, float], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-from app.domain import CPU, Device, ImageSpec
+from app.domain import NO_CARD, Device, ImageSpec
 from app.jobs.job import Job
 
 
@@ -33,7 +33,7 @@ class Taker:
     alike, and a job takes what it is predicted to take.
     """
 
-    device: Device = CPU
+    device: Device = NO_CARD
     is_ready: Callable[[], bool] = _always
     """Whether a job could start now; a worker that is being restarted takes none."""
     fits: Callable[[ImageSpec], bool] = _fits

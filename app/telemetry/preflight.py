@@ -13,7 +13,8 @@ from enum import Enum, auto
 from pathlib import Path
 
 from app.errors import StartupError
-from app.telemetry.gpu import Gpu, GpuFacts, UnknownGpuError
+from app.telemetry.cards import Cards
+from app.telemetry.gpu import Gpu, GpuFacts
 
 LEAST_FREE_BYTES = 4_500_000_000
 """Weights on the GPU in klein's smallest plan, without activations."""
@@ -55,33 +56,32 @@ def find_faults(gpu: GpuFacts, torch_cuda: str) -> dict[GpuFault, str]:
     return faults
 
 
-def check_gpu(gpu: Gpu, torch_cuda: str | None) -> None:
-    """Refuse a GPU that cannot serve klein; *torch_cuda* is the CUDA version of torch's build.
+def check_driver(cards: Cards, torch_cuda: str | None) -> str:
+    """Return *torch_cuda*, the CUDA version of torch's build, where it and a driver are there.
 
     Raises:
-        StartupError: torch without CUDA, no driver or too old a one, no such GPU, or too little
-            free memory.
+        StartupError: torch without CUDA, or no card that NVML knows.
     """
     if torch_cuda is None:
         raise StartupError(
             "The installed torch was built without CUDA; install the one that requirements.lock "
             "names, or set KLEIN_DEVICE=cpu."
         )
-    if gpu.count() == 0:
+    if not cards.visible():
         raise StartupError(
-            "No NVIDIA driver answers on this machine; install one and check it with nvidia-smi "
-            "(in a container, pass the card in), or set KLEIN_DEVICE=cpu."
+            f"No NVIDIA card can be used on this machine: {cards.problem}. Install a driver and "
+            "check it with nvidia-smi (in a container, pass the card in), or set KLEIN_DEVICE=cpu."
         )
-    try:
-        gpu.check_exists()
-    except UnknownGpuError as error:
-        raise StartupError(
-            f"{str(error)[0].upper()}{str(error)[1:]}. Set KLEIN_DEVICE to one of them."
-        ) from None
+    return torch_cuda
+
+
+def check_gpu(gpu: Gpu, torch_cuda: str) -> str | None:
+    """Say why a GPU cannot serve klein: too old a driver, or too little free memory."""
     facts = gpu.facts()
     # Where NVML cannot tell more, the engine will find out.
-    if isinstance(facts, GpuFacts) and (faults := find_faults(facts, torch_cuda)):
-        raise StartupError(next(iter(faults.values())))
+    if not isinstance(facts, GpuFacts):
+        return None
+    return next(iter(find_faults(facts, torch_cuda).values()), None)
 
 
 def torch_cuda() -> str | None:

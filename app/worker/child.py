@@ -22,7 +22,6 @@ from app.domain import Engine, Progress, Stage
 from app.engine.config import EngineConfig
 from app.errors import SEE_LOG, GenerationFailed, Kind, KleinError
 from app.request_context import RequestContext, current_request
-from app.telemetry.gpu import show_only
 from app.worker.messages import (
     Cancel,
     Done,
@@ -35,6 +34,7 @@ from app.worker.messages import (
     Stop,
     ToWorker,
 )
+from app.worker.placement import settle
 from app.worker.transport import End, Message, Outbox
 
 _log = logging.getLogger(__name__)
@@ -55,24 +55,15 @@ def main(pipe: End, make_engine: EngineFactory, config: EngineConfig, log: tuple
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(style=log[0], level=log[1])
-    take_share(config)
     code = EXIT_PIPE
     try:
+        if config.place is not None:
+            settle(config.place)
         code = run(pipe, make_engine, config, leave=_leave)
     except BaseException:
         _log.exception("The worker failed in a way nobody foresaw.")
     # Not sys.exit: a lost GPU may hang its library's clean-up.
     _leave(code)
-
-
-def take_share(config: EngineConfig) -> None:
-    """Limit this process to its share of the machine, before anything asks what there is."""
-    if config.card:
-        show_only(config.card)
-    if near := config.cpus & os.sched_getaffinity(0):
-        os.sched_setaffinity(0, near)
-    if config.threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)
 
 
 def _leave(code: int) -> NoReturn:

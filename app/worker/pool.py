@@ -96,9 +96,9 @@ class Worker:
 class Pool:
     """Owns a supervisor for each of *devices*, which *make* makes.
 
-    They are started in this order. *at_once* workers load at a time where the host's memory holds
-    no more loads; with *is_first_alone* the others start once the first one has loaded. Used in the
-    event loop's thread only; its `repr` is its state.
+    *at_once* workers load at a time where the host's memory holds no more loads; with *first* the
+    others start once that one has loaded. Used in the event loop's thread only; its `repr` is its
+    state.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class Pool:
         events: PoolEvents,
         *,
         at_once: int | None = None,
-        is_first_alone: bool = False,
+        first: Device | None = None,
     ) -> None:
         self.events = events
         self.workers = tuple(Worker(self, device, make) for device in devices)
         self._at_once = at_once or len(self.workers)
-        self._is_alone = is_first_alone
-        self._unstarted = list(self.workers)
+        self._is_alone = first is not None
+        self._unstarted = sorted(self.workers, key=lambda each: each.device != first)
         self._is_closed = False
 
     def __repr__(self) -> str:

@@ -30,7 +30,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from benchmarks.comfyui import workflow
 from benchmarks.comfyui.ballast import ballast
 from benchmarks.comfyui.services import Comfy, Klein, Picture, Service
@@ -224,10 +224,12 @@ def main() -> int:
         lambda folder: Klein(folder, settings),
         lambda folder: Comfy(folder, asked.checkout.absolute(), bench.folder, python, words),
     )
-    gpu = Gpu(0, cache_s=0.0)
+    cards = Cards(cache_s=0.0)
+    gpu = next(map(cards.open, cards.visible()), None)
 
     def read_used() -> int | None:
-        return None if (now := gpu.read()) is None else now.used_bytes
+        now = None if gpu is None else gpu.read()
+        return None if now is None else now.used_bytes
 
     begun = bench.count()
     is_whole = compare(bench, makers, asked.rounds, "whole card", read_used)

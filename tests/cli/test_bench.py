@@ -19,7 +19,7 @@ from app.cli.console import add_options
 from app.domain import ModelInfo
 from app.errors import InvalidRequest
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.worker.child import EngineFactory
 from app.worker.supervisor import Supervisor
 from tests.monitoring.carded import GPU, PEAK, CardedEngine
@@ -41,7 +41,7 @@ def measure(*words: str, make_engine: EngineFactory = CardedEngine) -> int:
         arguments(*words),
         Settings(model="shapes"),
         make_engine=make_engine,
-        gpu=Gpu(0, load_nvml=FakeNvml),
+        cards=Cards(load_nvml=FakeNvml, environ={}),
     )
 
 

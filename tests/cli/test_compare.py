@@ -21,7 +21,7 @@ from app.cli.console import add_options
 from app.domain import RawImage
 from app.errors import InvalidRequest, StartupError
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from app.worker.supervisor import Supervisor
 from tests.cli.rounding import RoundingEngine
 from tests.support.fake_nvml import FakeNvml
@@ -37,7 +37,7 @@ def run(tmp_path: Path, *words: str) -> int:
         parser.parse_args(["a cat", "-o", str(tmp_path / "sheet.png"), *words]),
         Settings(model="shapes"),
         make_engine=RoundingEngine,
-        gpu=Gpu(0, load_nvml=FakeNvml),
+        cards=Cards(load_nvml=FakeNvml, environ={}),
     )
 
 

@@ -16,16 +16,16 @@ import pytest
 from app.cli.console import add_options
 from app.cli.doctor import command
 from app.cli.doctor.checks import diagnose, minimum_driver
-from app.cli.doctor.facts import CacheFound, Facts, HostFound, TorchFound
+from app.cli.doctor.facts import CacheFound, CardFound, Facts, HostFound, TorchFound
 from app.engine.models.registry import find_spec
 from app.engine.runtime.toolchain import CompilerFound
-from app.errors import StartupError
 from app.model_choice import Choice
 from app.settings import Settings
+from app.telemetry.cards import Cards
 from app.telemetry.gpu import Gpu, GpuFacts, Holder
 from app.telemetry.preflight import check_gpu
 from tests.engine.race.test_results import RTX_3060
-from tests.support.fake_nvml import FakeNvml
+from tests.support.fake_nvml import FakeCard, FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 1_000_000_000
@@ -35,8 +35,8 @@ TORCH = TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, runs=("int8",))
 class TalkingNvml(FakeNvml):
     """An RTX 3060 that also tells who is on it, as far as that can be told."""
 
-    def __init__(self, *, used_bytes: int = 2 * GB) -> None:
-        super().__init__(used_bytes=used_bytes)
+    def __init__(self, *cards: FakeCard, used_bytes: int = 2 * GB) -> None:
+        super().__init__(*cards, used_bytes=used_bytes)
 
     def nvmlDeviceGetComputeRunningProcesses(self, card: int) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=1_900_000_000)]
@@ -62,8 +62,8 @@ def ask(capsys, *words: str, nvml: object = None, torch: TorchFound = TORCH, **s
     code = command.run(
         parser.parse_args(words),
         Settings(**settings),
-        gpu=Gpu(settings.get("device", 0), load_nvml=lambda: nvml or TalkingNvml()),
-        ask_torch=lambda index: torch,
+        cards=Cards(load_nvml=lambda: nvml or TalkingNvml(), environ={}),
+        ask_torch=lambda devices: [torch] * max(1, len(devices)),
     )
     return code, capsys.readouterr().out
 
@@ -220,20 +220,20 @@ CARD = GpuFacts(
     holders=(Holder(4711, "blender", 1_500_000_000),),
 )
 FACTS = Facts(
-    gpu=CARD,
-    torch=TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, runs=("fp8",)),
+    cards=(CardFound(CARD, TorchFound("2.13.0+cu130", "13.0", sees_gpu=True, runs=("fp8",))),),
     compiler=CompilerFound("/usr/bin/gcc", has_triton=True, has_headers=True),
     host=HostFound(32 * GB, 24 * GB),
     choice=Choice("flux.2-klein-4b", None, "it can hold it"),
     model=find_spec("flux.2-klein-4b"),
-    forecast=None,
     cache=CacheFound("/models", 12_300_000_000, 0, 100 * GB, is_writable=True),
 )
 
 
 def judge(**changes: object):
-    """The diagnosis of a good machine with *changes*."""
-    return diagnose(replace(FACTS, **changes), Settings())
+    """The diagnosis of a good machine with *changes*, some of which are its card's."""
+    of_card = {key: changes.pop(key) for key in ("gpu", "torch", "forecast") if key in changes}
+    cards = (replace(FACTS.cards[0], **of_card),)
+    return diagnose(replace(FACTS, cards=cards, **changes), Settings())
 
 
 def test_a_good_machine_has_no_problems() -> None:
@@ -350,8 +350,48 @@ def test_what_a_start_refuses_is_refused_here_too(capsys, tmp_path) -> None:
 
     assert code == 1
     assert "2.9 GB of the card are free, which is too little" in " ".join(said.split())
-    with pytest.raises(StartupError, match=r"2\.9 GB free of 12\.9 GB"):
-        check_gpu(Gpu(0, load_nvml=lambda: nvml), "13.0")
+    assert "2.9 GB free of 12.9 GB" in str(check_gpu(Gpu(0, load_nvml=lambda: nvml), "13.0"))
+
+
+@pytest.mark.torch
+def test_each_card_is_told(capsys, tmp_path) -> None:
+    """Under its number, with a plan of its own; a problem names its card."""
+    nvml = TalkingNvml(*CARDS)
+    code, said = ask(capsys, nvml=nvml, cache_dir=tmp_path, device="2,0")
+
+    lines = said.splitlines()
+    names = [line for line in lines if line.startswith("card ")]
+    assert [line.split()[1:3] for line in names] == [["card", "2,"], ["card", "0,"]]
+    assert "NVIDIA GeForce RTX 4090" in names[0]
+    assert sum(line.startswith("plan ") for line in lines) == 2
+    assert code == 0
+
+    code, said = ask(capsys, nvml=nvml, cache_dir=tmp_path, device="0,1,7")
+    said = " ".join(said.split())
+    assert code == 1
+    assert "Card 1: 1.0 GB of the card are free, which is too little" in said
+    assert "Card 7: NVML finds no card that can be used: there is no card 7; this machine" in said
+    assert "Card 0: " not in said
+
+
+@pytest.mark.torch
+def test_of_all_cards_one_must_be_able_to_serve(capsys, tmp_path) -> None:
+    """As the start does, which leaves the others out; scripts get each."""
+    code, said = ask(capsys, "--json", nvml=TalkingNvml(*CARDS), cache_dir=tmp_path, device="all")
+    document = json.loads(said)
+    assert code == 0
+    assert [each["name"] for each in document["cards"]] == ["card 0", "card 1", "card 2"]
+    assert document["cards"][0]["card"] == document["card"]
+    assert document["cards"][2]["forecast"]["plan"]["name"] == "resident"
+
+    assert ask(capsys, nvml=TalkingNvml(CARDS[1]), cache_dir=tmp_path, device="all")[0] == 1
+
+
+CARDS = (
+    FakeCard("GPU-aaaa", bus=1),
+    FakeCard("GPU-bbbb", bus=2, total_bytes=6 * GB, used_bytes=5 * GB),
+    FakeCard("GPU-cccc", bus=3, name="NVIDIA GeForce RTX 4090", total_bytes=24 * GB),
+)
 
 
 @pytest.mark.torch

@@ -167,7 +167,7 @@ async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:
         info,
         _,
     ):
-        runtime.on_worker_ready(info, 1.0)
+        runtime.workers.workers[0].on_worker_ready(info, 1.0)
         runtime.on_fatal(70, "It died.")
         await runtime.ended
     assert not [record for record in caplog.records if record.exc_info]

@@ -24,7 +24,7 @@ from app.engine.models.registry import MODELS
 from app.errors import InvalidRequest
 from app.service.results import Picture
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 from tests.cli.rounding import RoundingEngine
 from tests.support.fake_nvml import FakeNvml
 from tests.support.fakes import INFO
@@ -82,7 +82,7 @@ def run(tmp_path: Path, *words: str) -> int:
         parser.parse_args(["-o", str(tmp_path / "sheet.png"), *words]),
         Settings(model="shapes"),
         make_engine=RoundingEngine,
-        gpu=Gpu(0, load_nvml=FakeNvml),
+        cards=Cards(load_nvml=FakeNvml, environ={}),
     )
 
 

@@ -18,7 +18,10 @@ from tools import image_check_compose as compose
 ROOT = Path(__file__).resolve().parents[2]
 WITH_A_CARD = [ROOT / "compose.yaml"]
 WITHOUT = [*WITH_A_CARD, ROOT / "docker" / "compose.cpu.yaml"]
-FILES = pytest.mark.parametrize("files", [WITH_A_CARD, WITHOUT], ids=["card", "cpu"])
+WITH_ALL = [*WITH_A_CARD, ROOT / "docker" / "compose.all-cards.yaml"]
+FILES = pytest.mark.parametrize(
+    "files", [WITH_A_CARD, WITHOUT, WITH_ALL], ids=["card", "cpu", "all cards"]
+)
 # What the container decides and nobody outside.
 FIXED = {"KLEIN_HOST", "KLEIN_PORT", "KLEIN_CACHE_DIR"}
 
@@ -122,11 +125,31 @@ def test_no_key_gives_powers_back(files: list[Path]) -> None:
 
 def test_the_card_is_reserved() -> None:
     """With capabilities, without which an engine gives none; which card, can be chosen."""
-    for environ, card in ({}, "0"), ({"KLEIN_GPU": "1"}, "1"):
+    for environ, card in ({}, "0"), ({"KLEIN_GPU": "1"}, "1"), ({"KLEIN_GPU": "GPU-a"}, "GPU-a"):
         resources = klein(WITH_A_CARD, environ)["deploy"]["resources"]
 
         expected = {"driver": "nvidia", "device_ids": [card], "capabilities": ["gpu"]}
         assert resources["reservations"]["devices"] == [expected]
+
+
+def test_with_all_cards_only_the_cards_are_others() -> None:
+    """One reservation in the place of the other, and the service takes each that can serve."""
+    one, every = klein(WITH_A_CARD), klein(WITH_ALL)
+
+    expected = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert every["deploy"]["resources"]["reservations"]["devices"] == [expected]
+    assert every["environment"] == one["environment"] | {"KLEIN_DEVICE": "all"}
+    same = one.keys() - {"deploy", "environment"}
+    assert {key: every[key] for key in same} == {key: one[key] for key in same}
+    assert Settings.read(compose.environment(every, {})).device == ("all",)
+
+
+def test_some_of_all_cards_can_be_named() -> None:
+    """By what KLEIN_DEVICE admits."""
+    outside = {"KLEIN_DEVICE": "GPU-1b2c,0"}
+    given = compose.environment(klein(WITH_ALL, outside), outside)
+
+    assert Settings.read(given).device == ("GPU-1b2c", "0")
 
 
 def test_without_a_card_only_the_card_is_missing() -> None:

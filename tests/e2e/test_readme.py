@@ -71,6 +71,10 @@ NOT_RUN_HERE = {
     ),
     "docker compose up": "needs a card; tests/container/test_compose.py reads the file",
     "docker compose -f compose.yaml -f docker/compose.cpu.yaml up": "`make image-check` does",
+    "docker compose -f compose.yaml -f docker/compose.all-cards.yaml up": (
+        "needs cards; tests/container/test_compose.py reads the files"
+    ),
+    "nvidia-smi -L": "needs NVIDIA's driver",
     "docker compose --profile monitoring up": "tests/monitoring checks what it mounts",
     "docker compose --profile monitoring up -d": "tests/monitoring checks what it mounts",
     **{

@@ -118,7 +118,9 @@ async def test_a_start_says_what_is_missing(caplog) -> None:
     """Once, as a warning, before the lines of what is served."""
     runtime = build_runtime(Settings(model="shapes", device="cpu"))
     with caplog.at_level(logging.INFO):
-        runtime.on_worker_ready(replace(INFO, advice=("100 % of it is missing.",)), 1.0)
+        runtime.workers.workers[0].on_worker_ready(
+            replace(INFO, advice=("100 % of it is missing.",)), 1.0
+        )
 
     assert [each.getMessage() for each in caplog.records if each.levelname == "WARNING"] == [
         "100 % of it is missing."

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app import errors
-from app.domain import ImageSpec, Mask, RawImage, Stage
+from app.domain import Device, ImageSpec, Mask, RawImage, Stage
 from app.engine import engine as engine_module
 from app.engine import error_mapping
 from app.engine import load as start
@@ -225,6 +225,17 @@ def test_a_package_without_the_demo_says_so(tmp_path, monkeypatch):
     with pytest.raises(errors.StartupError, match="install the package again"):
         engine.load(lambda _: None)
     engine.close()
+
+
+def test_a_process_without_a_card_computes_with_its_share(monkeypatch):
+    """Of the cores, where there are several such processes; one alone leaves it to torch."""
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    config = EngineConfig("shapes", None, "", None, place=Device(None, "cpu", "cpu:1", threads=2))
+
+    assert start.find_device(config) == torch.device("cpu")
+    start.find_device(replace(config, place=Device(None, "cpu", "cpu")))
+    assert given == [2]
 
 
 def test_a_card_that_is_not_there_is_told_in_a_sentence(tmp_path):

@@ -102,10 +102,10 @@ class CardedEngine(ScriptedEngine):
 if __name__ == "__main__":
     from app.cli.serve import serve
     from app.settings import Settings
-    from app.telemetry.gpu import Gpu
+    from app.telemetry.cards import Cards
     from tests.monitoring import carded
     from tests.support.fake_nvml import FakeNvml
 
     # Through the module's own name, so that the worker process finds the class under it.
-    card = Gpu(0, load_nvml=FakeNvml)
-    sys.exit(serve(Settings.read(os.environ), make_engine=carded.CardedEngine, gpu=card))
+    cards = Cards(load_nvml=FakeNvml, environ={})
+    sys.exit(serve(Settings.read(os.environ), make_engine=carded.CardedEngine, cards=cards))

@@ -1,9 +1,23 @@
-"""A card that is not there: the functions of `pynvml` that the service calls, with an RTX 3060's
-answers."""
+"""Cards that are not there: the functions of `pynvml` that the service calls, with an RTX 3060's
+answers unless told otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
+
+
+@dataclass(frozen=True)
+class FakeCard:
+    """One card in its slot; *parts* are the UUIDs of what it is divided into (MIG)."""
+
+    uuid: str = "GPU-00000000-1111-2222-3333-444444444444"
+    bus: int = 0x65
+    name: str = "NVIDIA GeForce RTX 3060"
+    total_bytes: int = 12_884_901_888
+    used_bytes: int | None = None
+    parts: Sequence[str] = ()
 
 
 class FakeNvml:
@@ -14,8 +28,14 @@ class FakeNvml:
     class NVMLError(Exception):
         """What NVML raises."""
 
-    def __init__(self, *, has_power: bool = True, used_bytes: int = 9_000_000_000) -> None:
+    def __init__(
+        self,
+        *cards: FakeCard,
+        has_power: bool = True,
+        used_bytes: int = 9_000_000_000,
+    ) -> None:
         self.reads = 0
+        self._cards = cards or (FakeCard(),)
         self._has_power = has_power
         self._used_bytes = used_bytes
 
@@ -23,21 +43,55 @@ class FakeNvml:
         """Nothing to start."""
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index >= len(self._cards):
+            raise self.NVMLError("invalid argument")
         return index
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int | tuple[int, int]:
+        for index, card in enumerate(self._cards):
+            if uuid == card.uuid:
+                return index
+            if uuid in card.parts:
+                return index, card.parts.index(uuid)
+        raise self.NVMLError("not found")
+
     def nvmlDeviceGetName(self, card: int) -> str:
-        return "NVIDIA GeForce RTX 3060"
+        return self._cards[card].name
 
-    def nvmlDeviceGetUUID(self, card: int) -> bytes:
-        return b"GPU-00000000-1111-2222-3333-444444444444"
+    def nvmlDeviceGetUUID(self, card: int | tuple[int, int]) -> bytes:
+        if isinstance(card, tuple):
+            return self._cards[card[0]].parts[card[1]].encode()
+        return self._cards[card].uuid.encode()
 
-    def nvmlDeviceGetMemoryInfo(self, card: int) -> SimpleNamespace:
+    def nvmlDeviceGetPciInfo(self, card: int) -> SimpleNamespace:
+        return SimpleNamespace(busId=f"00000000:{self._cards[card].bus:02X}:00.0".encode())
+
+    def nvmlDeviceGetMigMode(self, card: int) -> list[int]:
+        if not self._cards[card].parts:
+            raise self.NVMLError("not supported")
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, card: int) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, card: int, index: int) -> tuple[int, int]:
+        if index >= len(self._cards[card].parts):
+            raise self.NVMLError("not found")
+        return card, index
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, part: tuple[int, int]) -> int:
+        return part[0]
+
+    def nvmlDeviceGetMemoryInfo(self, card: int | tuple[int, int]) -> SimpleNamespace:
         self.reads += 1
-        total = 12_884_901_888
-        return SimpleNamespace(used=self._used_bytes, total=total, free=total - self._used_bytes)
+        one = self._cards[card[0] if isinstance(card, tuple) else card]
+        total, used = one.total_bytes, one.used_bytes or self._used_bytes
+        if isinstance(card, tuple):
+            total, used = total // 7, 0
+        return SimpleNamespace(used=used, total=total, free=total - used)
 
     def nvmlDeviceGetCount(self) -> int:
-        return 1
+        return len(self._cards)
 
     def nvmlDeviceGetCudaComputeCapability(self, card: int) -> tuple[int, int]:
         return (8, 6)

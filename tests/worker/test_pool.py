@@ -84,7 +84,7 @@ def pool_of(count: int, *, at_once: int | None = None) -> tuple[Pool, list[Scrip
 
 def test_it_is_ready_while_one_is() -> None:
     """One of three is enough, whichever."""
-    pool, (first, second, third), _ = pool_of(3)
+    pool, (_, second, third), _ = pool_of(3)
     assert (pool.is_ready, pool.reason) == (False, "It starts.")
     second.become_ready()
     assert (pool.is_ready, pool.reason, pool.progress.stage) == (True, "", WorkerStage.READY)
@@ -130,7 +130,7 @@ def test_one_that_is_given_up_is_left_out_and_the_last_ends_the_service() -> Non
 
 def test_a_loss_is_told_with_its_card() -> None:
     """So that it is counted for the card."""
-    pool, (_, second), listening = pool_of(2)
+    _, (_, second), listening = pool_of(2)
     second.events.on_worker_lost(Loss.HANG)
 
     assert listening.heard == [("lost", 1, Loss.HANG)]
@@ -139,7 +139,7 @@ def test_a_loss_is_told_with_its_card() -> None:
 @pytest.mark.parametrize("ends", ["become_ready", "fail"])
 def test_where_memory_holds_one_load_they_load_one_after_the_other(ends) -> None:
     """The next starts when the one before is ready, or is left out."""
-    pool, (first, second, third), _ = pool_of(3, at_once=1)
+    _, (first, second, third), _ = pool_of(3, at_once=1)
     assert [each.has_started for each in (first, second, third)] == [True, False, False]
     getattr(first, ends)(*(["no"] if ends == "fail" else []))
     assert [each.has_started for each in (second, third)] == [True, False]

@@ -167,7 +167,7 @@ async def test_starts_that_take_long_to_die_end_the_service_too(started, is_firs
 async def test_the_settings_reach_the_supervisor() -> None:
     """The worker gives up by itself first; the supervisor is there for one that hangs."""
     settings = Settings(model="shapes", device="cpu", download_silence_s=7, load_limit_s=11)
-    limits = build_runtime(settings).worker._limits
+    limits = build_runtime(settings).workers.workers[0].supervisor._limits
 
     assert limits.load_s == 11
     assert 7 < limits.download_s <= 7 + 60

@@ -32,8 +32,10 @@ from app.cli.warm_worker import (
 from app.domain import GpuSnapshot, ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.errors import InvalidRequest, KleinError, StartupError
+from app.model_choice import named_cards
 from app.runtime import Runtime
 from app.settings import Settings
+from app.telemetry.cards import Cards
 from app.telemetry.gpu import Gpu
 from app.worker.child import EngineFactory
 
@@ -56,7 +58,7 @@ def run(
     settings: Settings,
     *,
     make_engine: EngineFactory = create_engine,
-    gpu: Gpu | None = None,
+    cards: Cards | None = None,
 ) -> int:
     """Measure and print; return 0, or 1 without a single row."""
     if arguments.n < 1:
@@ -66,9 +68,10 @@ def run(
     if arguments.out:
         check_output(arguments.out)
     logs.set_up(style=settings.log_format, level="warning")
-    gpu = gpu or Gpu(settings.gpu, cache_s=0)
+    cards = cards or Cards(cache_s=0)
+    gpu = next(map(cards.open, named_cards(settings, cards)), None)
     result = Run(describe_machine(gpu), datetime.now(UTC).date().isoformat())
-    bench = Bench(settings, arguments, make_engine, gpu, result)
+    bench = Bench(settings, arguments, make_engine, cards, gpu, result)
     asyncio.run(bench.run(parse_precisions(arguments.precision or settings.engine_precision)))
     print(render_table(result))
     if arguments.out:
@@ -85,7 +88,8 @@ class Bench:
     settings: Settings
     arguments: argparse.Namespace
     make_engine: EngineFactory
-    gpu: Gpu
+    cards: Cards
+    gpu: Gpu | None
     result: Run
     """Filled by `run`."""
     prompts: Iterator[str] = field(default_factory=new_prompts)
@@ -104,7 +108,7 @@ class Bench:
     async def _measure_precision(self, settings: Settings, sampler: Sampler) -> None:
         note(f"{settings.engine_precision}: starting the worker")
         async with warm_runtime(
-            settings, make_engine=self.make_engine, gpu=self.gpu, plan=self._plan
+            settings, make_engine=self.make_engine, cards=self.cards, plan=self._plan
         ) as (runtime, info, specs):
             sampler.worker_pid = runtime.workers.pid
             self.result.loaded.append(info)
@@ -140,7 +144,7 @@ class Bench:
         return sum_up(spec, info, pictures, sampler.usage(first), floor_s)
 
     def _read_gpu(self) -> GpuSnapshot | None:
-        return None if self.settings.is_cpu else self.gpu.read()
+        return None if self.gpu is None else self.gpu.read()
 
     def _note(self, text: str) -> None:
         self.result.notes.append(text)

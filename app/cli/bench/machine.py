@@ -49,9 +49,9 @@ class Machine:
         return f"{self.gpu}, {self.gpu_bytes / 1e9:.1f} GB, driver {self.driver}"
 
 
-def describe_machine(gpu: Gpu) -> Machine:
+def describe_machine(gpu: Gpu | None) -> Machine:
     """Ask NVML, the kernel and the installed packages."""
-    facts = gpu.facts()
+    facts = gpu.facts() if gpu else None
     known = facts if isinstance(facts, GpuFacts) else None
     return Machine(
         gpu=known.name if known else None,

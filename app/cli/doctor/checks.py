@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from app.cli.doctor.facts import CacheFound, Facts, HostFound
+from app.cli.doctor.facts import CacheFound, CardFound, Facts, HostFound, TorchFound
 from app.cli.doctor.files import FilesFound
 from app.cli.doctor.plan_preview import PlanPreview, name_kernels
 from app.cli.doctor.report import Report, gigabytes
@@ -16,7 +16,7 @@ from app.engine.models.registry import find_model
 from app.engine.quantization.formats import FORMATS
 from app.engine.roofline import find_gpu, recognise
 from app.engine.runtime.toolchain import CompilerFound, install_command
-from app.settings import Settings
+from app.settings import ALL, Settings
 from app.telemetry.gpu import GpuFacts, Holder
 from app.telemetry.preflight import GpuFault, find_faults
 
@@ -34,25 +34,50 @@ _FIRST_LOAD_BYTES = 10_000_000_000
 def diagnose(facts: Facts, settings: Settings) -> Report:
     """Report the facts, and each problem with its remedy."""
     found = Report(data=_data(facts))
-    if isinstance(facts.gpu, GpuFacts):
-        _judge_gpu(found, facts, facts.gpu)
-    else:
-        _judge_absence(found, facts, settings)
-    _judge_torch(found, facts)
+    _judge_torch(found, facts.cards[0].torch)
     _judge_model(found, facts, settings)
-    if isinstance(facts.forecast, PlanPreview) and facts.model is not None:
-        tell_forecast(found, facts.forecast, facts.model)
-        if facts.torch.race is None:
-            found.tell("race", "not held yet; the first start does, or klein doctor --race now")
-        _judge_plan(found, facts, facts.forecast, facts.model, settings)
-        _judge_formats(found, facts, facts.forecast, facts.model, settings)
-    _judge_kernels(found, facts.compiler, has_gpu=isinstance(facts.gpu, GpuFacts))
+    reports = [_judge_card(facts, card, settings) for card in facts.cards]
+    # Of `all` the service leaves out what cannot serve.
+    is_spared = settings.device == ALL and any(each.can_serve for each in reports)
+    for each in reports:
+        found.lines += each.lines
+        found.problems += [
+            replace(problem, is_fatal=problem.is_fatal and not is_spared)
+            for problem in each.problems
+        ]
+    _judge_processor(found, facts, settings)
+    has_gpu = any(isinstance(each.gpu, GpuFacts) for each in facts.cards)
+    _judge_kernels(found, facts.compiler, has_gpu=has_gpu)
     if facts.cache is not None:
         _judge_cache(found, facts.cache)
     if facts.stored:
         kinds = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in facts.stored.items())
         found.tell("stored", f"{gigabytes(sum(facts.stored.values()))} in the cache: {kinds}")
     _judge_host(found, facts.host, is_klein=facts.is_klein)
+    return found
+
+
+def _judge_card(facts: Facts, card: CardFound, settings: Settings) -> Report:
+    """Report one card, what klein would do on it, and each problem, which names it."""
+    found = Report(data={})
+    if isinstance(card.gpu, GpuFacts):
+        _judge_gpu(found, card, card.gpu)
+        _judge_sight(found, card)
+    else:
+        _judge_absence(found, facts, card, settings)
+    if isinstance(card.forecast, str):
+        found.complain(
+            card.forecast, "Set KLEIN_PRECISION=auto to let the card decide.", is_fatal=True
+        )
+    if isinstance(card.forecast, PlanPreview) and facts.model is not None:
+        tell_forecast(found, card.forecast, facts.model)
+        if card.torch.race is None:
+            found.tell("race", "not held yet; the first start does, or klein doctor --race now")
+        _judge_plan(found, card, card.forecast, facts.model, settings)
+        _judge_formats(found, card, card.forecast, facts.model, settings)
+    if card.name:
+        about = card.name[0].upper() + card.name[1:]
+        found.problems = [replace(each, what=f"{about}: {each.what}") for each in found.problems]
     return found
 
 
@@ -83,12 +108,12 @@ def tell_forecast(
         )
 
 
-def _faults(facts: Facts) -> Collection[GpuFault]:
+def _faults(card: CardFound) -> Collection[GpuFault]:
     """Return what the start's check would find wrong with the GPU.
 
     A driver that does not say which CUDA it knows, as the oldest, is judged by its version.
     """
-    gpu, cuda = facts.gpu, facts.torch.cuda
+    gpu, cuda = card.gpu, card.torch.cuda
     if not isinstance(gpu, GpuFacts):
         return ()
     found = find_faults(gpu, cuda or PINNED_CUDA)
@@ -106,10 +131,11 @@ def _sizes(plan: MemoryPlan) -> str:
     return f"{text}, beside a reference image {beside[0] / 1e6:.1f}"
 
 
-def _judge_gpu(found: Report, facts: Facts, gpu: GpuFacts) -> None:
-    needed = minimum_driver(facts.torch.cuda)
+def _judge_gpu(found: Report, card: CardFound, gpu: GpuFacts) -> None:
+    needed = minimum_driver(card.torch.cuda)
     major, minor = gpu.capability
-    found.tell("card", f"{gpu.name}, compute capability {major}.{minor}")
+    name = f"{card.name}, {gpu.name}" if card.name else gpu.name
+    found.tell("card", f"{name}, compute capability {major}.{minor}")
     found.tell("driver", f"{gpu.driver}, needed is {needed} or newer")
     holders = (
         f"held by {_names(gpu)}" if gpu.holders else "the driver names nobody who holds the rest"
@@ -118,10 +144,10 @@ def _judge_gpu(found: Report, facts: Facts, gpu: GpuFacts) -> None:
         "memory",
         f"{gigabytes(gpu.total_bytes)}, of which {gigabytes(gpu.free_bytes)} are free; {holders}",
     )
-    if GpuFault.OLD_DRIVER in _faults(facts):
+    if GpuFault.OLD_DRIVER in _faults(card):
         found.complain(
-            f"The driver {gpu.driver} is too old for torch {facts.torch.version}, which is built "
-            f"for CUDA {facts.torch.cuda or PINNED_CUDA}.",
+            f"The driver {gpu.driver} is too old for torch {card.torch.version}, which is built "
+            f"for CUDA {card.torch.cuda or PINNED_CUDA}.",
             f"Install NVIDIA's driver {needed} or newer and start the machine again.",
             is_fatal=True,
         )
@@ -140,37 +166,41 @@ def _judge_gpu(found: Report, facts: Facts, gpu: GpuFacts) -> None:
         )
 
 
-def _judge_absence(found: Report, facts: Facts, settings: Settings) -> None:
+def _judge_absence(found: Report, facts: Facts, card: CardFound, settings: Settings) -> None:
     """Report a missing GPU; the demo runs on the CPU unless KLEIN_DEVICE names a GPU."""
-    if facts.gpu is None:
+    if card.gpu is None:
         found.tell("card", "none wanted: KLEIN_DEVICE is cpu")
         return
-    found.tell("card", f"none: {facts.gpu}")
+    found.tell("card", f"none: {card.gpu}")
     is_demo = facts.model is not None and not facts.is_klein
     is_fatal = not is_demo or "device" in settings.model_fields_set
     served = "" if is_fatal else " The demo model is served by the processor."
     found.complain(
-        f"NVML finds no card that can be used: {facts.gpu}.{served}",
-        f"For klein, install NVIDIA's driver {minimum_driver(facts.torch.cuda)} or newer; in a "
+        f"NVML finds no card that can be used: {card.gpu}.{served}",
+        f"For klein, install NVIDIA's driver {minimum_driver(card.torch.cuda)} or newer; in a "
         "container, start it with the card (docker run --gpus all, or compose.yaml as it stands) "
         "and see that nvidia-smi answers there. Without a card, set KLEIN_DEVICE=cpu.",
         is_fatal=is_fatal,
     )
 
 
-def _judge_torch(found: Report, facts: Facts) -> None:
-    torch = facts.torch
+def _judge_torch(found: Report, torch: TorchFound) -> None:
     built = f"built for CUDA {torch.cuda}" if torch.cuda else "built for processors only"
     found.tell("torch", f"{torch.version}, {built}")
-    is_blind = isinstance(facts.gpu, GpuFacts) and not torch.sees_gpu
-    if is_blind and torch.cuda is None:
+
+
+def _judge_sight(found: Report, card: CardFound) -> None:
+    """Report a card that NVML sees and torch does not."""
+    if card.torch.sees_gpu:
+        return
+    if card.torch.cuda is None:
         found.complain(
             "torch is built for processors only and cannot use the card.",
             f"Install torch's build for CUDA {PINNED_CUDA}: pip install --force-reinstall "
             "-r requirements.lock without an index of processor wheels.",
             is_fatal=True,
         )
-    elif is_blind and GpuFault.OLD_DRIVER not in _faults(facts):
+    elif GpuFault.OLD_DRIVER not in _faults(card):
         found.complain(
             "NVML sees the card, but torch does not.",
             "See what CUDA_VISIBLE_DEVICES says, and in a container whether the driver's compute "
@@ -188,10 +218,9 @@ def _judge_model(found: Report, facts: Facts, settings: Settings) -> None:
         found.tell("files", facts.choice.path)
     if facts.files is not None:
         _judge_files(found, facts.files)
-    if isinstance(facts.forecast, str):
-        found.complain(
-            facts.forecast, "Set KLEIN_PRECISION=auto to let the card decide.", is_fatal=True
-        )
+
+
+def _judge_processor(found: Report, facts: Facts, settings: Settings) -> None:
     if settings.is_cpu and facts.is_klein:
         found.complain(
             "klein on a processor takes minutes for a picture.",
@@ -213,25 +242,25 @@ def _judge_files(found: Report, files: FilesFound) -> None:
 
 
 def _judge_plan(
-    found: Report, facts: Facts, ahead: PlanPreview, model: ModelSpec, settings: Settings
+    found: Report, card: CardFound, ahead: PlanPreview, model: ModelSpec, settings: Settings
 ) -> None:
-    assert isinstance(facts.gpu, GpuFacts)
-    if ahead.plan is None or GpuFault.LITTLE_MEMORY in _faults(facts):
+    assert isinstance(card.gpu, GpuFacts)
+    if ahead.plan is None or GpuFault.LITTLE_MEMORY in _faults(card):
         found.complain(
-            f"{gigabytes(facts.gpu.free_bytes)} of the card are free, which is too little even "
+            f"{gigabytes(card.gpu.free_bytes)} of the card are free, which is too little even "
             "with the text encoder in host memory.",
-            f"Close what holds it: {_names(facts.gpu)}. If that is klein, it serves already."
-            if facts.gpu.holders
+            f"Close what holds it: {_names(card.gpu)}. If that is klein, it serves already."
+            if card.gpu.holders
             else "Close what else uses the card.",
             is_fatal=True,
         )
     elif settings.plan != "auto":
         judge_asked_plan(found, ahead.plan, model)
-    elif ahead.plan.name is not Plan.RESIDENT and facts.gpu.holders:
+    elif ahead.plan.name is not Plan.RESIDENT and card.gpu.holders:
         found.complain(
             f"What else is on the card makes the plan {ahead.plan.name} necessary, which is "
             "slower than resident.",
-            f"Close what can be spared: {_names(facts.gpu)}.",
+            f"Close what can be spared: {_names(card.gpu)}.",
             is_fatal=False,
         )
 
@@ -248,13 +277,13 @@ def judge_asked_plan(found: Report, plan: MemoryPlan, model: ModelSpec) -> None:
 
 
 def _judge_formats(
-    found: Report, facts: Facts, ahead: PlanPreview, model: ModelSpec, settings: Settings
+    found: Report, card: CardFound, ahead: PlanPreview, model: ModelSpec, settings: Settings
 ) -> None:
     """Report each format whose library is missing, with what that costs on this card."""
-    assert isinstance(facts.gpu, GpuFacts)
-    card = Card(facts.gpu.capability, recognise(facts.gpu.name, facts.gpu.total_bytes))
+    assert isinstance(card.gpu, GpuFacts)
+    kind = Card(card.gpu.capability, recognise(card.gpu.name, card.gpu.total_bytes))
     taken, entry = FORMATS[ahead.linears], find_model(model.id)
-    for each in on_formats(settings.engine_precision, facts.torch.lacking, taken, card, entry):
+    for each in on_formats(settings.engine_precision, card.torch.lacking, taken, kind, entry):
         found.complain(each.what, each.remedy, is_fatal=False)
 
 
@@ -334,11 +363,13 @@ def _name(holder: Holder) -> str:
 
 
 def _data(facts: Facts) -> dict[str, object]:
-    """Return the facts as plain data for the JSON document."""
+    """Return the facts as plain data for the JSON document, the first card's twice."""
     data = asdict(facts)
-    data["card"] = data.pop("gpu")  # the name that scripts know
-    data["torch"] = name_kernels(data["torch"], facts.torch.runs)
-    if isinstance(facts.gpu, GpuFacts):
-        known = find_gpu(facts.gpu.name)
-        data["card"]["key"] = known.key if known else None
-    return data
+    for card, each in zip(facts.cards, data["cards"], strict=True):
+        each["card"] = each.pop("gpu")  # the name that scripts know
+        each["torch"] = name_kernels(each["torch"], card.torch.runs)
+        if isinstance(card.gpu, GpuFacts):
+            known = find_gpu(card.gpu.name)
+            each["card"]["key"] = known.key if known else None
+    first = data["cards"][0]
+    return data | {key: first[key] for key in ("card", "torch", "forecast")}

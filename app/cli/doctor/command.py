@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 
 from app.cli.console import MODEL, Options
 from app.cli.doctor import facts
 from app.cli.doctor.absent_gpu import answer_for_absent_gpu
 from app.cli.doctor.checks import diagnose
-from app.cli.doctor.facts import TorchFound
+from app.cli.doctor.facts import AskTorch
 from app.cli.old_cache import find_old_cache
 from app.settings import Settings
-from app.telemetry.gpu import Gpu
+from app.telemetry.cards import Cards
 
 OPTIONS: Options = {
     "--json": {"action": "store_true", "help": "one JSON document instead of words"},
@@ -34,17 +33,17 @@ def run(
     arguments: argparse.Namespace,
     settings: Settings,
     *,
-    gpu: Gpu | None = None,
-    ask_torch: Callable[[str | None], TorchFound] | None = None,
+    cards: Cards | None = None,
+    ask_torch: AskTorch | None = None,
 ) -> int:
     """Print the report; return 0 where the service can serve, else 1."""
     if arguments.card:
         found = answer_for_absent_gpu(arguments.card, settings)
     else:
         asking = partial(facts.ask_torch, cache=settings.cache_dir, again=arguments.race)
-        examined = facts.examine(settings, gpu, ask_torch or asking)
+        examined = facts.examine(settings, cards or Cards(), ask_torch or asking)
         found = diagnose(examined, settings)
-        if arguments.race and examined.torch.race is None:
+        if arguments.race and all(each.torch.race is None for each in examined.cards):
             found.complain(
                 "There is no card here on which the race could be held.",
                 "Ask where torch sees the card, with KLEIN_DEVICE naming it.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import psutil
 
 from app.cli.doctor.files import FilesFound, examine_files, examine_vae
 from app.cli.doctor.plan_preview import PlanPreview, Target, preview_plan
-from app.domain import ModelSpec
+from app.domain import Device, ModelSpec
 from app.engine import roofline
 from app.engine.hub import disk, trust
 from app.engine.hub.download import choose_file, missing_bytes
@@ -29,9 +29,11 @@ from app.engine.quantization.formats import FORMATS, automatic
 from app.engine.race.results import Results
 from app.engine.runtime.toolchain import CompilerFound, find_compiler
 from app.errors import StartupError
-from app.model_choice import Choice, choose_model, lora_directory, planned_rank
-from app.settings import Settings
-from app.telemetry.gpu import Gpu, GpuFacts, show_only
+from app.model_choice import Choice, choose_model, largest_card, lora_directory, planned_rank
+from app.settings import ALL, CPU, Settings
+from app.telemetry.cards import Cards
+from app.telemetry.gpu import GpuFacts
+from app.worker.placement import see_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,24 @@ class TorchFound:
     lacking: Mapping[str, str] = field(default_factory=dict)
     race: Results | None = None
     """The race that a start would go by; None where none was held yet."""
+
+
+AskTorch = Callable[[Sequence[Device]], Sequence[TorchFound]]
+"""Asks torch of each card; where there is none, once for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardFound:
+    """One card that KLEIN_DEVICE names, and what klein would do on it.
+
+    *gpu* is None where KLEIN_DEVICE is cpu; a str says why a fact is missing.
+    """
+
+    gpu: GpuFacts | str | None
+    torch: TorchFound
+    forecast: PlanPreview | str | None = None
+    name: str = ""
+    """Such as `card 1`, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +96,15 @@ class HostFound:
 class Facts:
     """Everything known of the machine; a str says why a fact is missing.
 
-    *gpu* is None where KLEIN_DEVICE is cpu, *model* where none could be chosen.
+    *model* is None where none could be chosen.
     """
 
-    gpu: GpuFacts | str | None
-    torch: TorchFound
+    cards: tuple[CardFound, ...]
+    """At least one, which may be missing."""
     compiler: CompilerFound
     host: HostFound
     choice: Choice | str
     model: ModelSpec | None
-    forecast: PlanPreview | str | None
     cache: CacheFound | None
     stored: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each kind of file in the cache folder."""
@@ -98,19 +117,17 @@ class Facts:
         return self.model is not None and self.model.hub_id is not None
 
 
-def examine(
-    settings: Settings, gpu: Gpu | None, ask_torch: Callable[[str | None], TorchFound]
-) -> Facts:
+def examine(settings: Settings, cards: Cards, ask_torch: AskTorch) -> Facts:
     """Collect all facts; change and download nothing."""
+    named = _named(settings, cards)
+    seen = [each for each in named.values() if isinstance(each, Device)]
     # Before torch is asked: its CUDA context would count as used memory.
-    gpu = None if settings.is_cpu else (gpu or Gpu()).of(settings.gpu)
-    gpu_facts = gpu.facts() if gpu else None
-    snapshot = gpu.read() if gpu else None
-    torch = ask_torch(None if gpu is None else snapshot.uuid if snapshot else "")
+    gpus = {each.uuid: cards.open(each).facts() for each in seen}
+    first, *others = ask_torch(seen)
+    asked = dict(zip(gpus, (first, *others), strict=False))
     compiler = find_compiler()
     try:
-        now = snapshot if isinstance(gpu_facts, GpuFacts) else None
-        choice: Choice | str = choose_model(settings, now)
+        choice: Choice | str = choose_model(settings, largest_card(settings, cards))
     except StartupError as error:
         choice = error.message
     entry = find_model(choice.key) if isinstance(choice, Choice) else None
@@ -118,22 +135,42 @@ def examine(
     rank = 0
     if isinstance(choice, Choice):
         rank = planned_rank(settings, choice, lora_directory(settings, choice))
-    ahead = _look_ahead(settings, klein, gpu_facts, torch, compiler, rank)
+    found: list[CardFound] = []
+    for name, each in named.items():
+        gpu: GpuFacts | str | None
+        if isinstance(each, Device):
+            gpu, torch = gpus[each.uuid], asked[each.uuid]
+        else:
+            gpu, torch = each, TorchFound(first.version, first.cuda, sees_gpu=False)
+        ahead = _look_ahead(settings, klein, gpu, torch, compiler, rank)
+        found.append(CardFound(gpu, torch, ahead, name if len(named) > 1 else ""))
+    ahead = found[0].forecast
     precision = ahead.precision if isinstance(ahead, PlanPreview) else "bf16"
     is_cached = isinstance(choice, Choice) and not choice.path
     memory = psutil.virtual_memory()
     return Facts(
-        gpu=gpu_facts,
-        torch=torch,
+        cards=tuple(found),
         compiler=compiler,
         host=HostFound(memory.total, memory.available),
         choice=choice,
         model=entry.spec if entry else None,
-        forecast=ahead,
         cache=_ask_cache(klein, settings, precision) if klein and is_cached else None,
         stored=disk.sums(disk.survey(settings.cache_dir)),
         files=_examine_given(settings, choice, entry),
     )
+
+
+def _named(settings: Settings, cards: Cards) -> dict[str, Device | str | None]:
+    """Return what KLEIN_DEVICE names; a str says why there is no such card."""
+    if settings.is_cpu:
+        return {CPU: None}
+    if settings.device == ALL:
+        return {f"card {each.index}": each for each in cards.visible()} or {"": cards.problem}
+    found = {name: cards.find(name) for name in settings.device}
+    return {
+        f"card {each.index if isinstance(each, Device) else name}": each
+        for name, each in found.items()
+    }
 
 
 def _examine_given(
@@ -147,27 +184,35 @@ def _examine_given(
     return examine_vae(settings.vae) if settings.vae else None
 
 
-def ask_torch(uuid: str | None, *, cache: Path, again: bool) -> TorchFound:
-    """Import torch, and probe its kernels on the GPU of this *uuid* unless that is None.
+def ask_torch(devices: Sequence[Device], *, cache: Path, again: bool) -> list[TorchFound]:
+    """Import torch, and probe its kernels on each of *devices*; without any ask for its version.
 
     A race that was kept in *cache* says more than probes; *again* holds it, and keeps the result.
     """
-    if uuid:
-        show_only(uuid)
+    see_only(devices)
     import torch
 
     with warnings.catch_warnings():
         # torch warns of too old a driver here; `checks` reports that itself.
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if uuid is None or not count:
-        return TorchFound(str(torch.__version__), torch.version.cuda, sees_gpu=False)
+    return [
+        _ask_torch(index, cache=cache, again=again)
+        if index < min(count, len(devices))
+        else TorchFound(str(torch.__version__), torch.version.cuda, sees_gpu=False)
+        for index in range(max(1, len(devices)))
+    ]
+
+
+def _ask_torch(index: int, *, cache: Path, again: bool) -> TorchFound:
+    import torch
+
     from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
     from app.engine.quantization.probe import probe_gpu
     from app.engine.race import measure
     from app.engine.runtime.kernels_choice import choose_kernels
 
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", index)
     has_kernels = choose_kernels(device, cache).is_on
     hold_or_recall = partial(measure.race, again=True) if again else measure.known
     race = hold_or_recall(device, FLUX2_KLEIN_4B, cache, has_kernels=has_kernels)

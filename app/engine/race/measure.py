@@ -301,9 +301,15 @@ def _warm(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _gpu(device: torch.device) -> Gpu:
+    """Find torch's card in NVML, which numbers them in another way."""
+    card = torch.cuda.get_device_properties(device)
+    return Gpu(f"{'MIG' if ' MIG ' in card.name else 'GPU'}-{card.uuid}")
+
+
 def _busy(device: torch.device) -> str:
     """Say what NVML tells of others on the GPU, on which nothing of ours runs yet."""
-    now = Gpu(device.index or 0).read()
+    now = _gpu(device).read()
     load = now.utilization_ratio if now else None
     return f"others used {load:.0%} of it" if load is not None and load > _MOST_BUSY else ""
 
@@ -316,7 +322,7 @@ def _heavy(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def _key(device: torch.device, architecture: Architecture, *, has_kernels: bool) -> dict[str, str]:
-    facts = Gpu(device.index or 0).facts()
+    facts = _gpu(device).facts()
     return {
         CARD: str(torch.cuda.get_device_properties(device).uuid),
         "driver": facts.driver if isinstance(facts, GpuFacts) else "",

@@ -137,7 +137,9 @@ def test_a_new_format_is_planned_with_its_bytes(dummy, tiny_klein, monkeypatch):
 
 def test_a_new_format_is_offered_and_chosen(dummy):
     """In the error that lists the choices, on the command line, by `auto`, and with its floor."""
-    with pytest.raises(StartupError, match=r"'auto', 'fp8', 'int8', 'bf16', 'fp32' or 'dummy'\."):
+    with pytest.raises(
+        StartupError, match=r"'auto', 'fp8', 'int8', 'bf16', 'fp32', 'dummy' or 'per-card'\."
+    ):
         read_settings({"KLEIN_PRECISION": "fp9"})
     chosen = choose_precision("auto", GpuCapabilities((9, 0), frozenset(["dummy"])), is_small=False)
 
@@ -155,7 +157,7 @@ def test_a_wrong_precision_is_one_sentence_that_lists_the_choices():
 
     assert refused.value.message == (
         "KLEIN_PRECISION has a value that does not fit: Input should be 'auto', 'fp8', 'int8', "
-        "'bf16' or 'fp32'. Correct it and start again."
+        "'bf16', 'fp32' or 'per-card'. Correct it and start again."
     )
 
 

@@ -100,9 +100,22 @@ def test_a_step_is_as_often_a_matmul_as_the_blocks_run_it(counted, monkeypatch):
 def test_others_on_the_card_are_noticed(monkeypatch, load, said):
     """By what NVML says before anything of ours runs."""
     gpu = SimpleNamespace(read=lambda: SimpleNamespace(utilization_ratio=load))
-    monkeypatch.setattr(measure, "Gpu", lambda index: gpu)
+    monkeypatch.setattr(measure, "_gpu", lambda device: gpu)
 
     assert measure._busy(CPU) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("NVIDIA H100 80GB HBM3", "GPU-1b2c"), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "MIG-1b2c")],
+)
+def test_nvml_is_asked_of_the_card_that_torch_has(monkeypatch, name, key):
+    """By UUID: torch's first card need not be NVML's."""
+    properties = SimpleNamespace(name=name, uuid="1b2c")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(measure, "Gpu", lambda key: key)
+
+    assert measure._gpu(torch.device("cuda", 0)) == key
 
 
 def test_equal_runs_that_differ_are_noticed(counted, monkeypatch):
