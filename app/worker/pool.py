@@ -114,7 +114,8 @@ class Pool:
         self.workers = tuple(Worker(self, device, make) for device in devices)
         self._at_once = at_once or len(self.workers)
         self._is_alone = first is not None
-        self._unstarted = sorted(self.workers, key=lambda each: each.device != first)
+        self._order = sorted(self.workers, key=lambda each: each.device != first)
+        self._unstarted: list[Worker] = []
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -178,21 +179,22 @@ class Pool:
 
     def start(self) -> None:
         """Start the workers, as many at once as may load together."""
-        for _ in range(1 if self._is_alone else self._at_once):
-            self._start_next()
+        self._unstarted = list(self._order)
+        self._start_some(1 if self._is_alone else self._at_once)
 
     def on_ready(self) -> None:
         """Start the workers that waited for one to be ready."""
         if self._is_alone:
             self._is_alone = False
-            self.start()
+            self._start_some(self._at_once)
         else:
-            self._start_next()
+            self._start_some(1)
 
-    def _start_next(self) -> None:
-        """Start a worker that was not started yet, if there is one."""
-        if self._unstarted and not self._is_closed:
-            self._unstarted.pop(0).supervisor.start()
+    def _start_some(self, count: int) -> None:
+        """Start *count* workers of those that were not started yet."""
+        for _ in range(count):
+            if self._unstarted and not self._is_closed:
+                self._unstarted.pop(0).supervisor.start()
 
     async def close(self) -> None:
         """Close all workers together."""
@@ -217,4 +219,4 @@ class Pool:
             message,
         )
         self.events.on_left_out(worker)
-        self._start_next()
+        self._start_some(1)

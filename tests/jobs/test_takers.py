@@ -38,7 +38,7 @@ def card(
 ) -> Taker:
     """A device that takes *seconds* for a picture, and has room for so many pixels."""
     return Taker(
-        device=Device(0, f"takes {seconds} s"),
+        device=Device(0, "RTX", f"GPU-{seconds}"),
         is_ready=is_ready,
         fits=lambda spec: spec.pixels <= most_pixels,
         predict_s=lambda spec: seconds,

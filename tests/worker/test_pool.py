@@ -157,3 +157,17 @@ async def test_closed_together_and_none_starts_after() -> None:
     assert first.is_closed
     assert second.is_closed
     assert not second.has_started
+
+
+def test_where_cards_differ_the_others_wait_for_the_first_to_choose() -> None:
+    """The oldest card loads alone, and the rest together after it; given up, the next is alone."""
+    listening = Listening()
+    devices = [Device(index, f"RTX {index}", f"GPU-{index}") for index in range(4)]
+    pool = Pool(Scripted, devices, listening, first=devices[2])
+    pool.start()
+    workers = [each.supervisor for each in pool.workers]
+    assert [each.has_started for each in workers] == [False, False, True, False]
+    workers[2].fail("no")
+    assert [each.has_started for each in workers] == [True, False, True, False]
+    workers[0].become_ready()
+    assert all(each.has_started for each in workers)
