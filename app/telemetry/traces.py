@@ -39,7 +39,7 @@ def start_traces(environ: Mapping[str, str]) -> Traces | None:
     except ImportError:
         return _refuse(
             "OpenTelemetry's packages are not installed; install them with "
-            "pip install 'klein-server[otel]'"
+            "pip install 'fastapi[opentelemetry]'"
         )
     try:
         return Traces()

@@ -77,7 +77,7 @@ NOT_RUN_HERE = {
     "docker run --rm -p 127.0.0.1:16686:16686 -p 127.0.0.1:4318:4318 jaegertracing/jaeger:2.13.0": (
         "fetches an image; tests/support/otlp.py is a collector"
     ),
-    "pip install 'klein-server[otel]'": "fetches packages; the tests' lock has them",
+    "pip install -c requirements-test.lock '.[otel]'": "fetches packages; the tests' lock has them",
     "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 klein serve": (
         "tests/telemetry/test_tracing.py serves with one"
     ),

@@ -319,7 +319,7 @@ def test_without_a_collector_nothing_is_imported() -> None:
         ({"OTEL_TRACES_EXPORTER": "console"}, "OTEL_TRACES_EXPORTER may be otlp or none"),
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "http/protobuf only"),
         ({"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/json"}, "http/protobuf only"),
-        ({"absent": "1"}, r"pip install 'klein-server\[otel\]'"),
+        ({"absent": "1"}, r"pip install 'fastapi\[opentelemetry\]'"),
         ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "OTEL_.* cannot be understood"),
     ],
 )
