@@ -291,7 +291,8 @@ class Metrics:
         It is Prometheus' text format, or OpenMetrics where that is listed: only it has exemplars.
         """
         if _OPENMETRICS.search(accept):
-            return openmetrics.generate_latest(self.registry), openmetrics.CONTENT_TYPE_LATEST
+            body = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return body, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 

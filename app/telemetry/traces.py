@@ -24,37 +24,44 @@ def start_traces(environ: Mapping[str, str]) -> Traces | None:
     """Start what sends traces, or return None: they are not asked for, or it logs why not."""
     if _first(environ, _ENDPOINTS) is None or _is_disabled(environ):
         return None
-    exporters = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() or "otlp"
-    if exporters == "none":
-        return None
-    if "otlp" not in exporters.split(","):
-        return _refuse("OTEL_TRACES_EXPORTER may be otlp or none here")
-    if (_first(environ, _PROTOCOLS) or _PROTOCOL) != _PROTOCOL:
-        return _refuse(
-            f"OTEL_EXPORTER_OTLP_PROTOCOL may be {_PROTOCOL} only here, which collectors take at "
-            "port 4318"
-        )
-    try:
-        from app.telemetry.tracing import Traces
-    except ImportError:
-        return _refuse(
-            "OpenTelemetry's packages are not installed; install them with "
-            "pip install 'fastapi[opentelemetry]'"
-        )
-    try:
-        return Traces()
-    except ValueError as error:
-        return _refuse(f"a variable OTEL_* cannot be understood ({error})")
+    reason = _unusable(environ)
+    if reason is None:
+        try:
+            from app.telemetry.tracing import Traces
+
+            return Traces()
+        except ImportError:
+            reason = (
+                "OpenTelemetry's packages are not installed; install them with "
+                "pip install 'fastapi[opentelemetry]'"
+            )
+        except ValueError as error:
+            reason = f"a variable OTEL_* cannot be understood ({error})"
+    _log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, but no traces are sent: %s.", reason)
+    return None
 
 
 def _is_disabled(environ: Mapping[str, str]) -> bool:
-    return environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    is_disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return is_disabled or _exporter(environ) == "none"
+
+
+def _unusable(environ: Mapping[str, str]) -> str | None:
+    """Return which variable asks for what cannot be had here."""
+    if _exporter(environ) != "otlp":
+        return "OTEL_TRACES_EXPORTER may be otlp or none here"
+    if (_first(environ, _PROTOCOLS) or _PROTOCOL) != _PROTOCOL:
+        return (
+            f"OTEL_EXPORTER_OTLP_PROTOCOL may be {_PROTOCOL} only here, which collectors take at "
+            "port 4318"
+        )
+    return None
+
+
+def _exporter(environ: Mapping[str, str]) -> str:
+    return environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() or "otlp"
 
 
 def _first(environ: Mapping[str, str], names: tuple[str, str]) -> str | None:
     """Return the first of *names* that is set: the one for traces goes before the one for all."""
     return next(filter(None, (environ.get(name, "").strip() for name in names)), None)
-
-
-def _refuse(reason: str) -> None:
-    _log.warning("A collector is set (OTEL_EXPORTER_OTLP_ENDPOINT), but no traces: %s.", reason)

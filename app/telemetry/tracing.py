@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -120,7 +121,7 @@ class RequestTrace:
             start_time=(borders := _borders(time.time_ns(), seconds))[0],
         )
         inside = trace.set_span_in_context(picture)
-        for stage, starts_at, ends_at in zip(STAGES, borders, borders[1:], strict=True):
+        for stage, (starts_at, ends_at) in zip(STAGES, pairwise(borders), strict=True):
             self._tracer.start_span(stage, inside, start_time=starts_at).end(ends_at)
         picture.end(borders[-1])
 
@@ -204,7 +205,7 @@ class _Exporter(SpanExporter):
 
     def shutdown(self) -> None:
         """Close the connection."""
-        self._inner.shutdown()
+        self._inner.shutdown()  # type: ignore[no-untyped-call]
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Nothing is kept back."""
