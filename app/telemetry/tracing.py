@@ -105,6 +105,7 @@ class RequestTrace:
         *seconds* has one entry for each of `STAGES`, and the `total`. They are laid end to end, so
         the queue's has what lies between them too: the way to the worker and back.
         """
+        borders = _borders(time.time_ns(), seconds)
         picture = self._tracer.start_span(
             f"{_OPERATION} {model}",
             trace.set_span_in_context(self._span),
@@ -118,7 +119,7 @@ class RequestTrace:
                 "klein.image.steps": spec.num_inference_steps,
                 "klein.image.width": spec.width,
             },
-            start_time=(borders := _borders(time.time_ns(), seconds))[0],
+            start_time=borders[0],
         )
         inside = trace.set_span_in_context(picture)
         for stage, (starts_at, ends_at) in zip(STAGES, pairwise(borders), strict=True):
