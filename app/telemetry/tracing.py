@@ -54,10 +54,11 @@ _GIVEN = frozenset({
 _OUTCOME = "klein.outcome"
 _ERROR = "error.type"
 
-_TOLD_HERE = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
-"""Loggers that would tell of a collector that is down at each try."""
-_TELLS_SECRETS = "opentelemetry.util.re"
-"""The logger that repeats a malformed OTEL_EXPORTER_OTLP_HEADERS, which may hold a key."""
+_SENDS = OTLPSpanExporter.__module__
+"""The logger that tells of a collector that is down at each try."""
+_SILENT = ("opentelemetry.sdk._shared_internal", "opentelemetry.util.re")
+"""Loggers of each span that is dropped, and of malformed OTEL_EXPORTER_OTLP_HEADERS with their
+text, which may hold a key."""
 
 
 class Traces:
@@ -67,9 +68,10 @@ class Traces:
     """
 
     def __init__(self) -> None:
-        for name in (*_TOLD_HERE, _TELLS_SECRETS):
+        for name in _SILENT:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._exporter = _Exporter()
+        logging.getLogger(_SENDS).filters[:] = [self._exporter.hear]
         self.provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self.provider.sampler = _Clean(self.provider.sampler)
         self.provider.add_span_processor(BatchSpanProcessor(self._exporter))
@@ -81,9 +83,10 @@ class Traces:
         return RequestTrace(self._tracer, span) if span.is_recording() else None
 
     def close(self) -> None:
-        """Send the last spans, for `FLUSH_S` at most; with a collector that is down, none."""
-        if self._exporter.is_down:
+        """Send the last spans, for `FLUSH_S` at most; a collector that is down is not awaited."""
+        if self._exporter.is_failing:
             return
+        self._exporter.is_closing = True
         # Not an executor's: those are awaited when the process ends.
         sending = threading.Thread(target=self.provider.shutdown, name="last traces", daemon=True)
         sending.start()
@@ -185,22 +188,35 @@ class _Clean(Sampler):
 
 
 class _Exporter(SpanExporter):
-    """Sends over OTLP; an outage is logged once, and so is its end."""
+    """Sends over OTLP, and tries again for a while; an outage is logged once, and so is its end."""
 
     def __init__(self) -> None:
         self._inner = OTLPSpanExporter()
-        self.is_down = False
+        self._is_down = False
+        self.is_failing = False
+        """Whether the last try has failed."""
+        self.is_closing = False
+        """Whether the next one that fails is the last."""
+
+    def hear(self, record: logging.LogRecord) -> bool:
+        """Learn from OpenTelemetry's own log line that a try has failed; let none through."""
+        self.is_failing = True
+        if self.is_closing:
+            self.is_closing = False
+            self._inner.shutdown()  # type: ignore[no-untyped-call]
+        return False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send *spans*, on the thread of the batches."""
         result = self._inner.export(spans)
-        was_down, self.is_down = self.is_down, result is not SpanExportResult.SUCCESS
-        if self.is_down and not was_down:
+        was_down = self._is_down
+        self._is_down = self.is_failing = result is not SpanExportResult.SUCCESS
+        if self._is_down and not was_down:
             _log.warning(
                 "Traces do not reach their collector and are dropped; pictures are made as before. "
                 "This is said again when it has changed."
             )
-        elif was_down and not self.is_down:
+        elif was_down and not self._is_down:
             _log.info("Traces reach their collector again.")
         return result
 

@@ -280,18 +280,21 @@ async def test_an_outage_is_said_once_and_so_is_its_end(collector, caplog, monke
     assert not any(it.exc_info for it in caplog.records)
 
 
-def test_nothing_is_sent_at_the_end_to_a_collector_that_is_down(collector) -> None:
-    """The end does not wait for what has failed before."""
+def test_the_end_waits_for_no_collector_that_is_down(collector) -> None:
+    """The last spans are tried once where the try before has not failed, and else not at all."""
     traces = start_traces({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
     assert traces is not None
-    collector.status = 400
     tracer = traces.provider.get_tracer("test")
     tracer.start_span("one").end()
     traces.provider.force_flush()
+    collector.status = 503
     tracer.start_span("two").end()
     traces.close()
+    tries = len(collector.requests)
+    traces.close()
 
-    assert len(collector.requests) == 1
+    assert [it.name for it in collector.spans] == ["one"]
+    assert tries == len(collector.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -463,11 +466,11 @@ def test_a_service_sends_its_pictures_way(collector, scripted) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("answers", [False, True])
-def test_a_collector_that_is_down_costs_less_than_a_millisecond(answers, monkeypatch) -> None:
-    """For each picture, whether nobody listens or nobody answers; neither delays the end."""
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_collector_that_is_down_costs_less_than_a_millisecond(listens, monkeypatch) -> None:
+    """For each picture, whether nobody listens or nobody answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1] if answers else 9
+        port = silent.getsockname()[1] if listens else 9
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
         traces = start_traces({"OTEL_EXPORTER_OTLP_ENDPOINT": "set"})
         assert traces is not None
@@ -481,25 +484,29 @@ def test_a_collector_that_is_down_costs_less_than_a_millisecond(answers, monkeyp
                 trace.settle(Outcome("ok"))
         made = time.perf_counter()
         traces.close()
-        closed = time.perf_counter()
 
     assert (made - began) / 1000 < 0.001
-    assert closed - made < tracing.FLUSH_S + 0.5
 
 
 @pytest.mark.system
 def test_a_collector_that_is_down_delays_no_drain(scripted, monkeypatch) -> None:
-    """A service ends as soon as one without traces, and a second later at most."""
+    """A service ends as soon as one without traces where nobody listens, and a second later where
+    nobody answers.
+    """
     took_s = []
-    for endpoint in ("", "http://127.0.0.1:9"):
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
-        server = scripted("slow=0.05")
-        server.wait_until_ready()
-        for _ in range(3):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (None, 9, silent.getsockname()[1]):
+            endpoint = f"http://127.0.0.1:{port}" if port else ""
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+            server = scripted("slow=0.05")
+            server.wait_until_ready()
             assert server.post("/generate", {"prompt": "a"})[0] == 200
-        began = time.perf_counter()
-        assert server.stop() == 0
-        took_s.append(time.perf_counter() - began)
-        assert "Traceback" not in server.log
+            began = time.perf_counter()
+            assert server.stop() == 0
+            took_s.append(time.perf_counter() - began)
+            assert "Traceback" not in server.log
+            assert server.log.count("reach their collector") <= 1
 
-    assert took_s[1] - took_s[0] < tracing.FLUSH_S + 0.5
+    without, refused, silent_s = took_s
+    assert refused - without < 0.2
+    assert silent_s - without < tracing.FLUSH_S + 0.2
