@@ -280,21 +280,21 @@ async def test_an_outage_is_said_once_and_so_is_its_end(collector, caplog, monke
     assert not any(it.exc_info for it in caplog.records)
 
 
-def test_the_end_waits_for_no_collector_that_is_down(collector) -> None:
-    """The last spans are tried once where the try before has not failed, and else not at all."""
+@pytest.mark.parametrize(("has_failed", "tries"), [(False, 2), (True, 1)])
+def test_the_end_waits_for_no_collector_that_is_down(has_failed, tries, collector) -> None:
+    """The last spans are tried once, and not at all where the try before has failed."""
     traces = start_traces({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
     assert traces is not None
     tracer = traces.provider.get_tracer("test")
-    tracer.start_span("one").end()
-    traces.provider.force_flush()
-    collector.status = 503
-    tracer.start_span("two").end()
-    traces.close()
-    tries = len(collector.requests)
+    for name, status in ("one", 400 if has_failed else 200), ("two", 503):
+        collector.status = status
+        tracer.start_span(name).end()
+        if name == "one":
+            traces.provider.force_flush()
     traces.close()
 
-    assert [it.name for it in collector.spans] == ["one"]
-    assert tries == len(collector.requests) == 2
+    assert len(collector.requests) == tries
+    assert [it.name for it in collector.spans] == ([] if has_failed else ["one"])
 
 
 @pytest.mark.parametrize(
