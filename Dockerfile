@@ -7,6 +7,8 @@ ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE} AS builder
 # One more index to find wheels in, such as PyTorch's own of CPU builds, which bring no CUDA libraries.
 ARG PIP_EXTRA_INDEX_URL=""
+# Extras to install too: otel, which sends traces (docs/tracing.md).
+ARG EXTRAS=""
 WORKDIR /src
 RUN python3 -m venv /opt/klein
 ENV PATH=/opt/klein/bin:${PATH}
@@ -14,10 +16,11 @@ COPY requirements.lock ./
 # 5.2 GB, counted by the wheels: 4.8 of them torch with CUDA, 0.2 comfy-kitchen.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --disable-pip-version-check --requirement requirements.lock
-COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY pyproject.toml README.md LICENSE NOTICE requirements-test.lock ./
 COPY app ./app
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --disable-pip-version-check --constraint requirements.lock .
+    pip install --disable-pip-version-check --constraint requirements.lock --constraint requirements-test.lock \
+    ".${EXTRAS:+[${EXTRAS}]}"
 
 FROM ${BASE} AS runtime
 # Triton writes C when the service starts: it needs a compiler, libc's headers and Python's here, not only in the

@@ -1,4 +1,4 @@
-"""Logging, set up once per process by `serve` or the worker; a contextvar holds the request id.
+"""Logging, set up once per process by `serve` or the worker; a contextvar holds the request's ids.
 
 Lines go to standard error, as text or as one JSON object each. They contain no prompts, keys or
 images. What a client wrote, such as the name of a field, is a value of its own: quoted where it is
@@ -99,7 +99,7 @@ def _handlers() -> list[LineHandler]:
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    """Return what a call passed as `extra=`, and the request id where there is one."""
+    """Return what a call passed as `extra=`, and the ids of request and trace where they are."""
     extras = {
         key: clip(_hide(value), _MAX_VALUE) if isinstance(value, str) else value
         for key, value in vars(record).items()
@@ -107,6 +107,8 @@ def _extras(record: logging.LogRecord) -> dict[str, object]:
     }
     if (context := current_request.get(None)) and context.id:
         extras.setdefault("request_id", context.id)
+        if context.trace is not None:
+            extras["trace_id"] = context.trace.id
     return extras
 
 

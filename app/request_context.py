@@ -7,11 +7,33 @@ with the id alone while it handles a message. Outside of a request there is none
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
+from app.domain import ImageSpec
 from app.errors import KleinError
+
+
+class Outcome(NamedTuple):
+    """How a request ended: the label of its metrics, and the error's code where it is ours."""
+
+    name: str
+    fault: str | None = None
+
+
+class Trace(Protocol):
+    """The distributed trace that a request is part of."""
+
+    id: str
+    """32 hexadecimal digits."""
+
+    def picture_made(self, model: str, spec: ImageSpec, seconds: Mapping[str, float]) -> None:
+        """Add a picture that was finished now; *seconds* by stage, with the `total`."""
+
+    def settle(self, outcome: Outcome) -> None:
+        """Say how the request ended; the first call counts."""
 
 
 def _nothing() -> None:
@@ -36,6 +58,8 @@ class RequestContext:
     """Fields of the request's one log line: numbers, no strings."""
     loras: tuple[str, ...] = ()
     """Names of the adapters of its images, for the same line; the operator has given them."""
+    trace: Trace | None = None
+    """Where traces are sent and this request's is recorded."""
 
     def keep(self, error: KleinError) -> None:
         """Keep *error* without its traceback, cause and context.

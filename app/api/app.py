@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.middleware import Middleware
 
 import app.images.png  # noqa: F401 - so that the first picture's file does not wait for numpy
@@ -19,7 +23,7 @@ from app.api.middleware.body_limit import BodyLimit
 from app.api.middleware.cors import Origins, Preflights
 from app.api.middleware.edge import Edge
 from app.api.middleware.gates import Gates, HostCheck, OriginCheck
-from app.api.middleware.target import Target
+from app.api.middleware.target import Target, settled_path
 from app.api.native import route as native_route
 from app.api.openai import route as openai_route
 from app.api.openai.image_store import ImageStore
@@ -30,9 +34,18 @@ from app.api.system import docs, health, jobs, loras, models, openapi, playgroun
 from app.images.preparing import AUTO, TRANSPARENT
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
+from app.telemetry.traces import start_traces
+
+if TYPE_CHECKING:
+    from app.telemetry.tracing import Traces
 
 HEARTBEAT_S = 15.0
 LINK_LIFETIME_S = 3600.0
+TRACED = frozenset({
+    "/generate", "/v1/images", "/v1/images/edits", "/v1/images/generations",
+    "/sdapi/v1/img2img", "/sdapi/v1/txt2img",
+})  # fmt: skip
+"""Paths at which pictures are made: no other has a trace, and so no link to a picture has one."""
 _ANYWHERE = frozenset({"0.0.0.0", "::", ""})
 
 
@@ -48,12 +61,16 @@ def create_app(
 
     *build* makes the runtime when the lifespan starts; the other parameters are for tests.
     """
+    traces = start_traces(os.environ)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with build(settings) as runtime:
             app.state.runtime = runtime
             yield
+            sending = asyncio.create_task(asyncio.to_thread(traces.close)) if traces else None
+        if sending is not None:
+            await sending
 
     config = ApiConfig(
         is_strict=settings.unknown_fields == "refuse",
@@ -68,7 +85,8 @@ def create_app(
         title="klein-server",
         version=__version__,
         lifespan=lifespan,
-        middleware=_middleware(settings),
+        telemetry=_telemetry(traces),
+        middleware=_middleware(settings, traces),
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -93,7 +111,27 @@ def create_app(
     return app
 
 
-def _middleware(settings: Settings) -> list[Middleware]:
+def _telemetry(traces: Traces | None) -> TelemetryConfig:
+    """Have FastAPI make server spans and nothing else, whatever the process has been set up with.
+
+    Its logs would have the texts of exceptions.
+    """
+
+    def is_left_out(scope: MutableMapping[str, Any]) -> bool:
+        return settled_path(scope["path"]) not in TRACED
+
+    return {
+        "tracer_provider": traces.provider if traces else None,
+        "tracing": traces is not None,
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+        "exclude": is_left_out,
+    }
+
+
+def _middleware(settings: Settings, traces: Traces | None) -> list[Middleware]:
     """List the middleware, outermost first; a valid key is checked first: it permits any host."""
     proxies, origins = Proxies(settings.trusted_proxies), Origins(settings.allowed_origins)
     check_key = KeyCheck(
@@ -103,7 +141,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         password_prefixes=(sdapi_response.ERRORS.prefix,) if settings.sdapi else (),
     )
     return [
-        Middleware(Edge, origins=origins),
+        Middleware(Edge, origins=origins, traces=traces),
         Middleware(Target, proxies=proxies),
         Middleware(Preflights, origins=origins),
         Middleware(Gates, checks=(check_key, HostCheck(_hosts(settings)), OriginCheck(origins))),

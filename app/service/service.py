@@ -412,6 +412,7 @@ class ImageService:
             "total": now - job.submitted_at,
         }
         _note(seconds)
+        _trace(self.model.id, spec, seconds)
         mode = "edit" if spec.references else "generate"
         self._metrics.image_finished(generated, seconds, mode, job.device)
         width, height = spec.scaled_to or (image.width, image.height)
@@ -481,6 +482,13 @@ def _raced(info: ModelInfo | None) -> dict[str, str]:
         for part, laps in info.race.items()
     )
     return {"attention": info.attention} | ({"race": times} if times else {})
+
+
+def _trace(model: str, spec: ImageSpec, seconds: Mapping[str, float]) -> None:
+    """Add a finished image to its request's trace, if there is one."""
+    context = current_request.get(None)
+    if context is not None and context.trace is not None:
+        context.trace.picture_made(model, spec, seconds)
 
 
 def _note(seconds: Mapping[str, float]) -> None:

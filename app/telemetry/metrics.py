@@ -7,6 +7,7 @@ a client writes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +24,11 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from app.domain import Device, Generated, GpuSnapshot, Loss, ModelInfo, PeakMemory, Status
+from app.request_context import current_request
 
 STAGES = ("queue", "text", "reference", "denoise", "decode", "encode", "total")
 OUTCOMES = (
@@ -41,6 +44,7 @@ LOAD_BUCKETS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5)  # fmt: sk
 MOST_ADAPTERS = 64
 """Names that `adapter` has as values; those of more are `other`."""
 OTHER = "other"
+_OPENMETRICS = re.compile(r"(?:^|,)\s*application/openmetrics-text\s*(?:[;,]|$)")
 VRAM_BUCKETS = (*(half * 5e8 for half in range(4, 33)), 24e9, 48e9, 80e9, 160e9)
 
 
@@ -267,8 +271,8 @@ class Metrics:
         """
         labels = _labels(device)
         for stage, value in seconds.items():
-            self._image_duration.labels(*labels, stage).observe(value)
-        self._queue_wait.observe(seconds["queue"])
+            self._image_duration.labels(*labels, stage).observe(value, _exemplar())
+        self._queue_wait.observe(seconds["queue"], _exemplar())
         for step in generated.timings.steps:
             self._step_duration.observe(step)
         if peak := generated.peak:
@@ -301,15 +305,27 @@ class Metrics:
         *route* is a template, never a client's path; *outcome* is one of `OUTCOMES`.
         """
         self._requests.labels(route, outcome).inc()
-        self._request_duration.labels(route, outcome).observe(seconds)
+        self._request_duration.labels(route, outcome).observe(seconds, _exemplar())
 
     def request_rejected(self, reason: str) -> None:
         """Count a rejected request; *reason* is one of `REJECTIONS`."""
         self._rejected.labels(reason).inc()
 
-    def exposition(self) -> tuple[bytes, str]:
-        """Return one scrape: the body in Prometheus' text format, and its content type."""
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """Return one scrape, the body and its content type, to one that sent *accept*.
+
+        It is Prometheus' text format, or OpenMetrics where that is listed: only it has exemplars.
+        """
+        if _OPENMETRICS.search(accept):
+            body = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return body, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+
+def _exemplar() -> dict[str, str] | None:
+    """Return what leads from a bucket to the request's trace; None where it has none."""
+    context = current_request.get(None)
+    return {"trace_id": context.trace.id} if context and context.trace else None
 
 
 def _labels(device: Device) -> tuple[str, str]:

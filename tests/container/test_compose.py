@@ -168,6 +168,27 @@ def test_both_builds_are_of_this_checkout() -> None:
     assert klein(WITHOUT)["build"] == {"context": ".", "args": {"PIP_EXTRA_INDEX_URL": ""}}
 
 
+def test_the_file_for_traces_adds_them_and_nothing_else() -> None:
+    """The packages, the collector's address, and a collector as confined as the others."""
+    files = [*WITH_A_CARD, ROOT / "docker" / "compose.traces.yaml"]
+    plain, traced = klein(WITH_A_CARD), klein(files)
+    jaeger = compose.load(files, {})["services"]["jaeger"]
+    elsewhere = {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://otlp.example"}
+
+    assert traced["build"] == {"context": ".", "args": {"EXTRAS": "otel"}}
+    assert {key: traced[key] for key in traced.keys() - {"build", "environment"}} == {
+        key: plain[key] for key in plain.keys() - {"build", "environment"}
+    }
+    given = compose.environment(traced, {})
+    assert given.items() - compose.environment(plain, {}).items() == {
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://jaeger:4318")
+    }
+    assert klein(files, elsewhere)["environment"].items() >= elsewhere.items()
+    assert all(port.startswith("127.0.0.1:") for port in jaeger["ports"])
+    assert (jaeger["read_only"], jaeger["cap_drop"]) == (True, ["ALL"])
+    assert re.fullmatch(r"[\w/]+:\d+\.\d+\.\d+", jaeger["image"])
+
+
 def test_the_service_takes_the_environment_it_is_given() -> None:
     """On all interfaces without a key, which only the published loopback port makes safe."""
     given = compose.environment(klein(WITH_A_CARD), {})

@@ -127,6 +127,17 @@ def test_what_is_installed_is_the_locks() -> None:
     assert project["optional-dependencies"]["int8"] == []
 
 
+def test_extras_are_installed_where_they_are_asked_for() -> None:
+    """None by default; what they need has a version in the tests' lock."""
+    assert ("ARG", 'EXTRAS=""') in instructions()
+    assert '".${EXTRAS:+[${EXTRAS}]}"' in TEXT
+    (otel,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["otel"]
+    assert otel == "fastapi[opentelemetry]"
+    assert "opentelemetry-sdk==" in (ROOT / "requirements-test.lock").read_text()
+
+
 def test_no_token_and_no_weights_go_in() -> None:
     """Neither by name nor by a copy of the whole checkout."""
     copied = [words for name, words in instructions() if name in ("COPY", "ADD")]

@@ -75,6 +75,16 @@ NOT_RUN_HERE = {
         "needs cards; tests/container/test_compose.py reads the files"
     ),
     "nvidia-smi -L": "needs NVIDIA's driver",
+    "docker compose -f compose.yaml -f docker/compose.traces.yaml up": (
+        "needs a card; tests/container/test_compose.py reads the file"
+    ),
+    "docker run --rm -p 127.0.0.1:16686:16686 -p 127.0.0.1:4318:4318 jaegertracing/jaeger:2.13.0": (
+        "fetches an image; tests/support/otlp.py is a collector"
+    ),
+    "pip install -c requirements-test.lock '.[otel]'": "fetches packages; the tests' lock has them",
+    "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 klein serve": (
+        "tests/telemetry/test_tracing.py serves with one"
+    ),
     "docker compose --profile monitoring up": "tests/monitoring checks what it mounts",
     "docker compose --profile monitoring up -d": "tests/monitoring checks what it mounts",
     **{

@@ -26,6 +26,7 @@ from app.images.pool import DecoderPool
 from app.jobs import shares
 from app.service import previews
 from app.settings import Settings
+from app.telemetry import tracing
 from app.worker import restarts
 from app.worker.supervisor import TimeLimits
 
@@ -95,6 +96,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "equal lines": (log_writer.MOST_OWN, log_writer.WINDOW_S, log_writer.MOST_FOREIGN),
     "lines that nobody reads": (log_writer.MAX_WAITING_BYTES,),
     "waiting for a reader at the end": (log_writer.FLUSH_S,),
+    "waiting for the traces' collector at the end": (tracing.FLUSH_S,),
     "starts and deaths without a picture": (
         restarts.MAX_DEATHS,
         restarts.WINDOW_S,

@@ -345,7 +345,7 @@ class FakeMetrics:
         """Note the reason."""
         self.rejected.append(reason)
 
-    def exposition(self) -> tuple[bytes, str]:
+    def exposition(self, accept: str) -> tuple[bytes, str]:
         """Write one line."""
         return b"klein_fake 1\n", "text/plain; version=1.0.0; charset=utf-8"
 

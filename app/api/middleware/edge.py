@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,7 +21,10 @@ from app.api.middleware.cors import Origins
 from app.errors import Cancelled, Kind, KleinError
 from app.log_writer import ACCESS
 from app.logs import clip
-from app.request_context import RequestContext, current_request
+from app.request_context import Outcome, RequestContext, current_request
+
+if TYPE_CHECKING:
+    from app.telemetry.tracing import Traces
 
 _access = logging.getLogger(ACCESS)
 _log = logging.getLogger(__name__)
@@ -40,9 +44,10 @@ SECURITY_HEADERS = {
 class Edge:
     """ASGI middleware, outermost: sets request id and headers, counts and logs the outcome."""
 
-    def __init__(self, app: ASGIApp, *, origins: Origins) -> None:
+    def __init__(self, app: ASGIApp, *, origins: Origins, traces: Traces | None = None) -> None:
         self._app = app
         self._origins = origins
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; whatever happens, it is answered, counted and logged once."""
@@ -50,6 +55,8 @@ class Edge:
             await self._app(scope, receive, send)
             return
         context = RequestContext(_adopt(Headers(scope=scope).get("x-request-id")))
+        if self._traces is not None:
+            context.trace = self._traces.current()
         current_request.set(context)
         started = time.perf_counter()
         status = 0
@@ -61,6 +68,9 @@ class Edge:
                 headers = MutableHeaders(scope=message)
                 _complete(headers, context.id, time.perf_counter() - started)
                 self._origins.mark(scope, headers)
+            elif context.trace and not message.get("more_body", False):
+                # Now: the span ends with the last bytes.
+                context.trace.settle(_outcome(context, status))
             await send(message)
 
         try:
@@ -74,6 +84,8 @@ class Edge:
             context.error = Cancelled()
             raise
         finally:
+            if context.trace:
+                context.trace.settle(_outcome(context, status))
             _record(scope, context, status, time.perf_counter() - started)
 
 
@@ -91,7 +103,7 @@ def _complete(headers: MutableHeaders, identity: str, seconds: float) -> None:
 def _record(scope: Scope, context: RequestContext, status: int, seconds: float) -> None:
     """Count the request and log it; neither holds the prompt or the key."""
     route = getattr(scope.get("route"), "path", "unmatched")
-    outcome = context.outcome or _outcome(context.error, status)
+    outcome = _outcome(context, status).name
     reason = REPLIES[context.error.kind].reason if context.error else None
     if runtime := runtime_of(scope):
         runtime.metrics.request_finished(route, outcome, seconds)
@@ -138,7 +150,10 @@ def _without(text: str | None, instead: str, message: str) -> str:
     return re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", instead, message)
 
 
-def _outcome(error: KleinError | None, status: int) -> str:
-    if error is not None:
-        return REPLIES[error.kind].outcome
-    return "ok" if status < 400 else "error"
+def _outcome(context: RequestContext, status: int) -> Outcome:
+    if context.outcome is not None:
+        return Outcome(context.outcome)
+    if context.error is not None:
+        reply = REPLIES[context.error.kind]
+        return Outcome(reply.outcome, reply.code if reply.status >= 500 else None)
+    return Outcome("ok" if status < 400 else "error")

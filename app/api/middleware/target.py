@@ -48,7 +48,7 @@ class Target:
         received = [value for name, value in scope["headers"] if name == b"host"]
         inner = {
             **scope,
-            "path": _SLASHES.sub("/", scope["path"]).removesuffix("/") or "/",
+            "path": settled_path(scope["path"]),
             "method": "GET" if scope["method"] == "HEAD" else scope["method"],
             "scheme": scheme or scope["scheme"],
             HOSTS: tuple(value.decode("latin-1") for value in received),
@@ -57,3 +57,8 @@ class Target:
             others = [pair for pair in scope["headers"] if pair[0] != b"host"]
             inner["headers"] = [(b"host", host.encode("latin-1")), *others]
         return inner
+
+
+def settled_path(path: str) -> str:
+    """Return *path* in the one form by which routes are found."""
+    return _SLASHES.sub("/", path).removesuffix("/") or "/"

@@ -70,9 +70,9 @@ async def health(request: Request, runtime: Running) -> Response:
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(runtime: Running) -> Response:
+async def metrics(request: Request, runtime: Running) -> Response:
     """Answer a scrape."""
-    body, content_type = runtime.metrics.exposition()
+    body, content_type = runtime.metrics.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type})
 
 
