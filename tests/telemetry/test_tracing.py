@@ -269,11 +269,11 @@ async def test_an_outage_is_said_once_and_so_is_its_end(collector, caplog, monke
     async with client_of(InProcess()) as client:
         for count in (1, 2, 3):
             assert (await client.post("/generate", json={"prompt": "a"})).status_code == 200
-            await until(lambda count=count: len(collector.requests) >= count)
-        await until(lambda: "do not reach" in caplog.text)
+            await until(lambda count=count: len(collector.requests) >= count, 20)
+        await until(lambda: "do not reach" in caplog.text, 20)
         collector.status = 200
         await client.post("/generate", json={"prompt": "a"})
-        await until(lambda: "again." in caplog.text)
+        await until(lambda: "again." in caplog.text, 20)
 
     ours = [it for it in caplog.records if it.name.startswith(("app.telemetry", "opentelemetry"))]
     assert [it.levelname for it in ours] == ["WARNING", "INFO"]
