@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -244,3 +245,14 @@ async def test_adapters_are_listed_once_the_worker_is_ready(
 def _noted(configs, make, make_engine, config, *given, **more):
     configs.append(config)
     return make(make_engine, config, *given, **more)
+
+
+@pytest.mark.parametrize(("free_gb", "together"), [(1, 1), (6, 1), (10, 2), (60, 13)])
+def test_so_many_workers_load_together_as_the_hosts_memory_holds(
+    monkeypatch, free_gb: int, together: int
+) -> None:
+    """A machine of 16 GB with 6 of them free loads two cards' workers one after the other."""
+    memory = SimpleNamespace(available=free_gb * 1_000_000_000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+
+    assert module._loads_at_once() == together
