@@ -5,13 +5,18 @@
 A file's metadata names its sources with size and modification time. A file whose sources changed,
 that is damaged, or that others may write to (`app.engine.hub.trust`) is replaced. It is written to
 a temporary file and renamed, so no reader sees a partial one; a failed write costs time only.
+
+Of several workers that start together one quantizes, and the others wait for its file.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +31,9 @@ from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
+_WAIT_S = 600.0
+"""For another worker that quantizes; after that this one does it too."""
+_LOOK_S = 0.1
 _VERSION = "2"
 """Has to be raised when the quantization of the same sources changes."""
 
@@ -44,10 +52,20 @@ class QuantizedCache:
             "sources": json.dumps([[file, each.st_size, each.st_mtime_ns] for file, each in stats]),
             "change": part.change,
         }
+        self._place = self._path.with_name(f".{self._path.stem}.lock")
+        self._lock: int | None = None
+        """A file descriptor, while this process alone may write the file."""
+        self._has_waited = False
         self._file = self._open()
 
     def read(self, names: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:
-        """Read the tensors *names* of one layer onto *device*; None where one is not cached."""
+        """Read the tensors *names* of one layer onto *device*; None where one is not cached.
+
+        Where no layer is, the first call waits until no other process quantizes them.
+        """
+        if self._file is None and not self._has_waited:
+            self._has_waited = True
+            self._file = self._open_after_others()
         if self._file is None or not set(names) <= self._file.tensors.keys():
             return None
         return [self._file.tensors[name].read(device) for name in names]
@@ -74,9 +92,30 @@ class QuantizedCache:
             )
 
     def close(self) -> None:
-        """Close the file, if there is one."""
+        """Close the file, if there is one, and let others that wait for it look."""
         if self._file is not None:
             self._file.close()
+        if self._lock is not None:
+            # Who waits for this one and who comes later may hold two: at worst both quantize.
+            self._place.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def _open_after_others(self) -> SafetensorsFile | None:
+        """Lock the file's place, and open the file if another process has written it meanwhile.
+
+        The lock ends with `close`, or with the process. Without it every worker quantizes.
+        """
+        try:
+            make_folder(self._path.parent, self._cache)
+            # Do not follow a link that another user may have put there.
+            self._lock = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            until = time.monotonic() + _WAIT_S
+            while not _is_locked(self._lock) and time.monotonic() < until:
+                time.sleep(_LOOK_S)
+        except OSError as error:
+            _log.debug("The quantized weights' place cannot be locked: %s.", error.strerror)
+        return self._open()
 
     def _open(self) -> SafetensorsFile | None:
         with suppress(OSError, StartupError):
@@ -87,6 +126,15 @@ class QuantizedCache:
                     return file
                 file.close()
         return None
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock an open file for this process, if no other has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from app.engine.checkpoint.safetensors_io import SafetensorsFile
 from app.engine.hub import disk
+from app.engine.quantization.builder import QuantizedLinearBuilder
 from tests.support.checkpoints import write_tiny_klein
 from tests.support.layout_files import build
 from tests.support.single_files import write_fp8
@@ -134,3 +137,37 @@ def test_what_was_written_or_read_is_in_use_until_it_is_released(folder, cache):
         disk.release()
 
     assert {each.kind for each in disk.prune(cache, 0).removed} == {disk.Kind.QUANTIZED}
+
+
+def test_of_several_workers_one_quantizes_and_the_others_wait_for_its_file(
+    folder, cache, monkeypatch
+):
+    """The second build begins while the first has not ended; no weight is read twice."""
+    reads: Counter[str] = Counter()
+    second: dict[str, torch.Tensor] = {}
+    others: list[Thread] = []
+    plain, keep = SafetensorsFile.read, QuantizedLinearBuilder.keep
+
+    def count(self, tensor, *where):
+        reads[tensor.name] += self.path.is_relative_to(folder)
+        return plain(self, tensor, *where)
+
+    def other() -> None:
+        second.update(state(build(folder, quantized_cache=cache, linears="fp8")))
+
+    def keep_late(self: QuantizedLinearBuilder) -> None:
+        if not others:
+            others.append(Thread(target=other))
+            others[0].start()
+            others[0].join(0.3)
+            assert others[0].is_alive()
+        keep(self)
+
+    monkeypatch.setattr(SafetensorsFile, "read", count)
+    monkeypatch.setattr(QuantizedLinearBuilder, "keep", keep_late)
+    first = state(build(folder, quantized_cache=cache, linears="fp8"))
+    others[0].join(30)
+
+    assert same(first, second)
+    assert {times for name, times in reads.items() if name.endswith("attn.to_q.weight")} == {1}
+    assert not list((cache / "converted").glob(".*"))
