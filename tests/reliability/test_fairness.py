@@ -20,11 +20,16 @@ def keyed(key: str) -> bytes:
 
 
 @pytest.mark.full
-def test_who_asks_politely_is_served_beside_24_sockets_that_never_stop(scripted) -> None:
-    """Pictures of 0.16 s, a queue of eight. The greedy key asks again on each socket as soon as it
-    was answered; the polite one twenty times, every 0.4 s, and is served at least once of any
+@pytest.mark.parametrize(("workers", "slow_s"), [(1, 0.16), (3, 0.48)])
+def test_who_asks_politely_is_served_beside_24_sockets_that_never_stop(
+    scripted, workers: int, slow_s: float
+) -> None:
+    """A picture each 0.16 s, by one worker or by three, and a queue of eight. The greedy key asks
+    again on each socket as soon as it was answered; the polite one twenty times, every 0.4 s, and
+    is served at least once of any
     three. Whatever is accepted of either is answered with a picture, and both get some."""
-    server = scripted("slow=0.16", queue_images=8, api_keys=",".join(KEYS))
+    device = f"cpu:{workers}"
+    server = scripted(f"slow={slow_s}", queue_images=8, api_keys=",".join(KEYS), device=device)
     server.wait_until_ready()
     port, greedy = port_of(server), []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,3 +163,53 @@ def test_told_to_stop_all_workers_finish_what_was_accepted(scripted, tmp_path: P
 
     assert server.wait() == 0
     assert not any(each.is_running() for each in workers)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("hang", "hang"), ("sticky", "fatal_cuda"), ("exit", "killed")]
+)
+def test_what_befalls_one_worker_is_counted_for_its_card(
+    scripted, tmp_path: Path, fault: str, reason: str
+) -> None:
+    """Of three jobs, one on each, one is lost; the other two and all later ones are made."""
+    gate, once = tmp_path / "gate", tmp_path / "once"
+    words = (f"1:{fault}@1", f"once={once}", f"gate={gate}")
+    server = scripted(*words, device="cpu:3", watchdog_s=1)
+    wait_until_all_are_ready(server)
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(answer_of, server) for _ in range(3)]
+        wait_until(lambda: server.metric("klein_requests_running") == 3)
+        gate.touch()
+        assert sorted(job.result() for job in jobs) == [200, 200, 500]
+    wait_until_all_are_ready(server)
+
+    assert [answer_of(server) for _ in range(4)] == [200] * 4
+    lost = "klein_worker_restarts_total"
+    found = [server.metric(lost, uuid=f"cpu:{index}", reason=reason) for index in range(3)]
+    assert found == [0, 1, 0]
+
+
+@pytest.mark.full
+def test_who_leaves_frees_the_worker_that_has_its_picture(scripted, tmp_path: Path) -> None:
+    """One of three clients hangs up: its picture is stopped within a step, the others' are made."""
+    gate, trace = tmp_path / "gate", tmp_path / "trace"
+    server = scripted(f"gate={gate}", f"trace={trace}", device="cpu:3")
+    wait_until_all_are_ready(server)
+    port = int(server.url.rpartition(":")[2])
+    body = json.dumps(SMALL).encode()
+    head = (
+        "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with ThreadPoolExecutor(2) as pool:
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.sendall(head.encode() + body)
+            wait_until(lambda: server.metric("klein_requests_running") == 1)
+            jobs = [pool.submit(answer_of, server) for _ in range(2)]
+            wait_until(lambda: server.metric("klein_requests_running") == 3)
+        wait_until(lambda: server.metric("klein_requests_running") == 2)
+        gate.touch()
+        assert [job.result() for job in jobs] == [200, 200]
+
+    assert sorted(trace.read_text().split("\n")[:-1]) == ["finished", "finished", "stopped 1"]
