@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from app.domain import ImageSpec
+from app.domain import Device, ImageSpec
 from app.errors import KleinError
 
 
@@ -29,8 +29,10 @@ class Trace(Protocol):
     id: str
     """32 hexadecimal digits."""
 
-    def picture_made(self, model: str, spec: ImageSpec, seconds: Mapping[str, float]) -> None:
-        """Add a picture that was finished now; *seconds* by stage, with the `total`."""
+    def picture_made(
+        self, model: str, spec: ImageSpec, seconds: Mapping[str, float], device: Device
+    ) -> None:
+        """Add a picture that *device* has made now; *seconds* by stage, with the `total`."""
 
     def settle(self, outcome: Outcome) -> None:
         """Say how the request ended; the first call counts."""

@@ -412,7 +412,7 @@ class ImageService:
             "total": now - job.submitted_at,
         }
         _note(seconds)
-        _trace(self.model.id, spec, seconds)
+        _trace(self.model.id, job, seconds)
         mode = "edit" if spec.references else "generate"
         self._metrics.image_finished(generated, seconds, mode, job.device)
         width, height = spec.scaled_to or (image.width, image.height)
@@ -484,11 +484,11 @@ def _raced(info: ModelInfo | None) -> dict[str, str]:
     return {"attention": info.attention} | ({"race": times} if times else {})
 
 
-def _trace(model: str, spec: ImageSpec, seconds: Mapping[str, float]) -> None:
+def _trace(model: str, job: Job, seconds: Mapping[str, float]) -> None:
     """Add a finished image to its request's trace, if there is one."""
     context = current_request.get(None)
     if context is not None and context.trace is not None:
-        context.trace.picture_made(model, spec, seconds)
+        context.trace.picture_made(model, job.spec, seconds, job.device)
 
 
 def _note(seconds: Mapping[str, float]) -> None:

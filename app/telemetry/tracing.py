@@ -33,7 +33,7 @@ from opentelemetry.trace import Link, SpanKind, Status, StatusCode, TraceState
 from opentelemetry.util.types import Attributes
 
 from app import __version__
-from app.domain import ImageSpec
+from app.domain import Device, ImageSpec
 from app.request_context import Outcome
 
 _log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ _GIVEN = frozenset({
     "http.request.method", "network.protocol.version", "url.path", "url.scheme",
     "gen_ai.operation.name", "gen_ai.output.type", "gen_ai.provider.name", "gen_ai.request.model",
     "klein.image.height", "klein.image.references", "klein.image.steps", "klein.image.width",
+    "klein.device.name", "klein.device.uuid",
 })  # fmt: skip
 """What a span may begin with. FastAPI adds http.route, http.response.status_code, error.type."""
 _OUTCOME = "klein.outcome"
@@ -102,8 +103,10 @@ class RequestTrace:
         self._is_settled = False
         self.id = trace.format_trace_id(span.get_span_context().trace_id)
 
-    def picture_made(self, model: str, spec: ImageSpec, seconds: Mapping[str, float]) -> None:
-        """Add the spans of a picture that ends now.
+    def picture_made(
+        self, model: str, spec: ImageSpec, seconds: Mapping[str, float], device: Device
+    ) -> None:
+        """Add the spans of a picture that ends now, and that *device* has made.
 
         *seconds* has one entry for each of `STAGES`, and the `total`. They are laid end to end, so
         the queue's has what lies between them too: the way to the worker and back.
@@ -121,6 +124,8 @@ class RequestTrace:
                 "klein.image.references": len(spec.references),
                 "klein.image.steps": spec.num_inference_steps,
                 "klein.image.width": spec.width,
+                "klein.device.name": device.name,
+                "klein.device.uuid": device.uuid,
             },
             start_time=borders[0],
         )

@@ -19,7 +19,7 @@ import pytest
 
 from app import logs
 from app.api.app import TRACED, create_app
-from app.domain import ImageSpec
+from app.domain import NO_CARD, ImageSpec
 from app.errors import DeadlineExceeded, GenerationFailed, OutOfMemory
 from app.request_context import Outcome, RequestContext, current_request
 from app.settings import Settings
@@ -96,6 +96,8 @@ async def test_a_request_is_part_of_its_callers_trace(collector) -> None:
         "klein.image.references": 0,
         "klein.image.steps": 4,
         "klein.image.width": 256,
+        "klein.device.name": "cpu",
+        "klein.device.uuid": "cpu",
     }
     for picture in pictures:
         stages = children(collector, picture)
@@ -112,7 +114,7 @@ def test_stages_are_laid_end_to_end(collector) -> None:
     with tracer.start_as_current_span("request"):
         trace = traces.current()
         assert trace is not None
-        trace.picture_made("m", SPEC, SECONDS)
+        trace.picture_made("m", SPEC, SECONDS, NO_CARD)
     traces.close()
 
     (picture,) = [it for it in collector.spans if it.name == "generate_content m"]
@@ -480,7 +482,7 @@ def test_a_collector_that_is_down_costs_less_than_a_millisecond(listens, monkeyp
             with tracer.start_as_current_span("request"):
                 trace = traces.current()
                 assert trace is not None
-                trace.picture_made("m", SPEC, SECONDS)
+                trace.picture_made("m", SPEC, SECONDS, NO_CARD)
                 trace.settle(Outcome("ok"))
         made = time.perf_counter()
         traces.close()
