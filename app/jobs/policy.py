@@ -32,6 +32,8 @@ Adapters = tuple[tuple[str, float], ...]
 MOST_OVERTAKEN = 4
 """How many jobs later than in its turn a job may start for the adapters' sake."""
 _LOOKED_AT = 8
+_LOOKED_AT_FOR_ONE = 256
+"""How many jobs may be passed over for a device; more would hold up the event loop."""
 
 
 class FairOrder:
@@ -125,10 +127,11 @@ class FairOrder:
     def take_first(self, is_for_taker: Callable[[Job], bool], served: dict[str, int]) -> Job | None:
         """Remove and return the first job in order that *is_for_taker*; None where none is.
 
-        *served* are the turns of the taker's own: a client whose small jobs it takes keeps its turn
+        It looks at a few hundred. *served* are the turns of the taker's own: a client whose small jobs it takes keeps its turn
         for a large one on another device.
         """
-        job = next(filter(is_for_taker, self._in_order(served)), None)
+        first = islice(self._in_order(served), _LOOKED_AT_FOR_ONE)
+        job = next(filter(is_for_taker, first), None)
         if job is None:
             return None
         self._taken += 1
