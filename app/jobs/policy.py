@@ -127,8 +127,8 @@ class FairOrder:
     def take_first(self, is_for_taker: Callable[[Job], bool], served: dict[str, int]) -> Job | None:
         """Remove and return the first job in order that *is_for_taker*; None where none is.
 
-        It looks at a few hundred. *served* are the turns of the taker's own: a client whose small jobs it takes keeps its turn
-        for a large one on another device.
+        It looks at a few hundred. *served* are the turns of the taker's own: a client whose small
+        jobs it takes keeps its turn for a large one on another device.
         """
         first = islice(self._in_order(served), _LOOKED_AT_FOR_ONE)
         job = next(filter(is_for_taker, first), None)
