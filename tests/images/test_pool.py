@@ -103,10 +103,12 @@ async def test_no_turn_of_the_event_loop_copies_a_large_file(pool) -> None:
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    with pytest.raises(InvalidRequest):
-        await decoder.prepare([Upload(bytes(20_000_000), "image")], None, None, nearest)
-    counting.cancel()
-    pool._end(decoder)
+    try:
+        with pytest.raises(InvalidRequest):
+            await decoder.prepare([Upload(bytes(20_000_000), "image")], None, None, nearest)
+    finally:
+        counting.cancel()
+        pool._end(decoder)
     turns: Counter[int] = Counter()
     for turn, sent_bytes in decoder.connection.sent:
         turns[turn] += sent_bytes
