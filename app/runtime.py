@@ -18,7 +18,7 @@ import psutil
 
 from app import __version__
 from app.domain import Device, Loss, ModelInfo
-from app.engine import create_engine
+from app.engine import create_engine, imports
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_model, find_spec
 from app.engine.quantization.formats import AUTO
@@ -48,6 +48,7 @@ from app.telemetry.gpu import GpuFacts
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.child import EngineFactory
+from app.worker.fork_server import ForkServer
 from app.worker.pool import Pool, Worker
 from app.worker.supervisor import Events, Supervisor, TimeLimits
 
@@ -92,6 +93,9 @@ class Runtime:
         self._settings, self._loras, self._make_engine = settings, chosen, make_engine
         devices = choose_devices(settings, self.choice, cards)
         self._devices = devices
+        # Of an engine that does not say so, nothing is known.
+        known = imports if make_engine is create_engine else getattr(make_engine, "imports", None)
+        self._fork_server = ForkServer(known(devices[0].torch_index) if known else ())
         first = _oldest(devices, cards) if settings.precision == AUTO else None
         self._is_common = first is not None
         at_once = None if find_model(self.choice.key).is_embedded else _loads_at_once()
@@ -207,6 +211,7 @@ class Runtime:
                 silence_s=settings.watchdog_s,
             ),
             log=(settings.log_format, settings.log_level),
+            fork_server=self._fork_server,
         )
 
     def _make_taker(self, worker: Worker) -> Taker:

@@ -13,6 +13,7 @@ Phases, in the order in which they run without a choice:
     profile     the kernels of one picture
     http        the service as a subprocess, one client, one request in flight
     starts      the service started, three times where the cache is empty
+    workers     pictures on one card, on two and on as many as there are; one worker killed
     lora        pictures with adapters beside pictures without, switches, loads from disk
     plans       every memory plan with the process capped just above its bar
     diffusers   the pipeline of diffusers with the same architecture, on the card and offloaded
@@ -29,7 +30,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_engine, bench_http, bench_kernels, bench_lora, bench_pipeline
+from benchmarks import (
+    bench_engine,
+    bench_http,
+    bench_kernels,
+    bench_lora,
+    bench_pipeline,
+    bench_workers,
+)
 from benchmarks.rows import Bench, print_table
 
 PHASES: dict[str, Callable[[Bench], None]] = {
@@ -40,14 +48,15 @@ PHASES: dict[str, Callable[[Bench], None]] = {
     "profile": bench_engine.profile,
     "http": bench_http.measure,
     "starts": bench_http.measure_starts,
+    "workers": bench_workers.measure,
     "lora": bench_lora.measure,
     "plans": bench_engine.measure_plans,
     "diffusers": bench_pipeline.measure,
 }
 
 
-# Edits are a part of the phase before it.
-_USUAL = [name for name in PHASES if name != "edits"]
+# Edits are a part of the phase before it; several workers want several cards.
+_USUAL = [name for name in PHASES if name not in ("edits", "workers")]
 
 
 def main() -> int:

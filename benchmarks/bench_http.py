@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -40,9 +40,9 @@ def measure(bench: Bench) -> None:
 
 def _measure(bench: Bench, before: int | None, report: Path) -> None:
     begun = time.time()
-    with _service(bench, report) as (service, ready_s):
+    with serve(bench, report) as (service, ready_s):
         print(f"  ready after {ready_s:.1f} s", flush=True)
-        loading = _host_bytes(service.pid, "VmHWM")
+        loading = host_bytes(service.pid, "VmHWM")
         print(f"  host memory at most {loading / 1e9:.2f} GB until ready", flush=True)
         for stage, seconds in _stages(report, begun).items():
             print(f"  {seconds:6.1f} s {stage}", flush=True)
@@ -51,7 +51,7 @@ def _measure(bench: Bench, before: int | None, report: Path) -> None:
         _series(bench, bench.side, "a new connection each", before, ready_s, is_kept=False)
         _series(bench, bench.side, "cache hit", before, ready_s, prompt="the same")
         _queue(bench, report)
-        serving = _host_bytes(service.pid, "VmRSS")
+        serving = host_bytes(service.pid, "Pss")
         print(f"  host memory {serving / 1e9:.2f} GB after serving", flush=True)
 
 
@@ -70,21 +70,21 @@ def measure_starts(bench: Bench) -> None:
 
 def _measure_start(bench: Bench, note: str, report: Path) -> None:
     begun = time.time()
-    with _service(bench, report) as (service, ready_s):
-        loading = _host_bytes(service.pid, "VmHWM")
-        _post(_connect(), bench.side, "a picture")
+    with serve(bench, report) as (service, ready_s):
+        loading = host_bytes(service.pid, "VmHWM")
+        post(connect(), bench.side, "a picture")
         bench.write(
             "klein.start",
             [ready_s],
             note=note,
-            precision=_health().get("precision"),
-            plan=_health().get("plan"),
+            precision=health().get("precision"),
+            plan=health().get("plan"),
             stages=_stages(report, begun),
             host_peak_bytes=loading,
-            host_bytes=_host_bytes(service.pid, "VmRSS"),
+            host_bytes=host_bytes(service.pid, "Pss"),
         )
         killed = time.time()
-        os.kill(next(line["pid"] for line in _lines(report) if "pid" in line), signal.SIGKILL)
+        os.kill(next(line["pid"] for line in read_lines(report) if "pid" in line), signal.SIGKILL)
         bench.write(
             "klein.killed",
             [_first_picture(bench.side, killed)],
@@ -97,7 +97,7 @@ def _first_picture(side: int, begun: float) -> float:
     """Return the seconds from *begun* until a picture has come; a killed worker fails one."""
     while True:
         try:
-            _post(_connect(), side, "a picture after")
+            post(connect(), side, "a picture after")
         except RuntimeError:
             continue
         return time.time() - begun
@@ -105,7 +105,7 @@ def _first_picture(side: int, begun: float) -> float:
 
 def _stages(report: Path, begun: float) -> dict[str, float]:
     """When each stage of a start began, in seconds after *begun*."""
-    stages = [line for line in _lines(report) if "stage" in line and line["at"] > begun]
+    stages = [line for line in read_lines(report) if "stage" in line and line["at"] > begun]
     return {
         stage: round(next(lines)["at"] - begun, 1)
         for stage, lines in groupby(stages, itemgetter("stage"))
@@ -122,16 +122,16 @@ def _series(
     *,
     is_kept: bool = True,
 ) -> None:
-    connection = _connect()
+    connection = connect()
     for number in range(3):
-        _post(connection, side, prompt or f"warm {number} {note}")
+        post(connection, side, prompt or f"warm {number} {note}")
     headers: dict[str, str] = {}
     seconds, timings, body = [], [], b""
     for number in range(bench.repeats):
         if not is_kept:
             connection.close()
             connection.connect()
-        taken, headers, body = _post(connection, side, prompt or f"picture {number} {note}")
+        taken, headers, body = post(connection, side, prompt or f"picture {number} {note}")
         seconds.append(taken)
         timings.append(read_timings(headers.get("server-timing", "")))
     stages = {
@@ -143,9 +143,9 @@ def _series(
         seconds,
         width=side,
         height=side,
-        precision=_health().get("precision"),
-        attention=_health().get("attention"),
-        plan=_health().get("plan"),
+        precision=health().get("precision"),
+        attention=health().get("attention"),
+        plan=health().get("plan"),
         note=note,
         stages=stages,
         ready_s=round(ready_s, 1),
@@ -163,15 +163,13 @@ def _queue(bench: Bench, report: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     count = 4 if bench.is_tiny else 20
-    seen = len(_lines(report))
+    seen = len(read_lines(report))
     begun = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
-        list(
-            pool.map(lambda number: _post(_connect(), bench.side, f"queued {number}"), range(count))
-        )
+        list(pool.map(lambda number: post(connect(), bench.side, f"queued {number}"), range(count)))
     each = (time.perf_counter() - begun) / count
     # The first of them follows a picture that nobody waited behind.
-    idle = [line["idle_ms"] for line in _lines(report)[seen + 1 :]]
+    idle = [line["idle_ms"] for line in read_lines(report)[seen + 1 :]]
     bench.write(
         "klein.http",
         [each],
@@ -183,17 +181,19 @@ def _queue(bench: Bench, report: Path) -> None:
     )
 
 
-def _lines(report: Path) -> list[dict[str, Any]]:
+def read_lines(report: Path) -> list[dict[str, Any]]:
+    """Read what the timed service has written."""
     return [json.loads(line) for line in report.read_text().splitlines()]
 
 
-def _connect() -> http.client.HTTPConnection:
+def connect() -> http.client.HTTPConnection:
+    """Open a connection to the service."""
     connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=300)
     connection.connect()
     return connection
 
 
-def _post(
+def post(
     connection: http.client.HTTPConnection, side: int, prompt: str
 ) -> tuple[float, dict[str, str], bytes]:
     """Return seconds from the first byte sent to the last byte read, headers and body."""
@@ -213,32 +213,35 @@ def read_timings(header: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"([\w-]+);dur=([\d.]+)", header)}
 
 
-def _host_bytes(pid: int, entry: str, below: int = 1) -> int:
-    """Host memory of the service's process and its worker's, added up: what each holds (VmRSS) or
-    held (VmHWM). *below*: how many generations of children are counted.
+def host_bytes(pid: int, entry: str) -> int:
+    """Host memory of process *pid* and all that came from it: what each held at most (VmHWM; pages
+    that they share count for each) or holds (Pss; they count once).
     """
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(rf"{entry}:\s+(\d+)", status)
-    if found is None:
-        raise RuntimeError(f"/proc/{pid}/status has no {entry}")
-    kilobytes = int(found[1])
-    if below == 0:
-        return 1024 * kilobytes
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return 1024 * kilobytes + sum(_host_bytes(int(child), entry, below - 1) for child in children)
+    kilobytes = 0
+    file = "smaps_rollup" if entry == "Pss" else "status"
+    with contextlib.suppress(OSError):  # It may end meanwhile.
+        found = re.search(rf"^{entry}:\s+(\d+)", Path(f"/proc/{pid}/{file}").read_text(), re.M)
+        kilobytes = int(found[1]) if found else 0
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            kilobytes += host_bytes(int(child), entry) // 1024
+    return 1024 * kilobytes
 
 
-def _health() -> dict[str, object]:
+def health() -> dict[str, Any]:
+    """What `/health` says, with what it says of the worker."""
     connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=10)
     connection.request("GET", "/health")
-    found: dict[str, object] = json.loads(connection.getresponse().read())
+    found: dict[str, Any] = json.loads(connection.getresponse().read())
     connection.close()
     inner = found.get("worker") or found.get("model_info") or {}
     return found | inner if isinstance(inner, dict) else found
 
 
 @contextlib.contextmanager
-def _service(bench: Bench, report: Path) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def serve(
+    bench: Bench, report: Path, devices: Sequence[str] = (), workers: int = 1
+) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    """Run the service on *devices* and yield it once all *workers* are ready, with the seconds."""
     environment = {
         **os.environ,
         "KLEIN_MODEL": str(bench.folder),
@@ -247,14 +250,14 @@ def _service(bench: Bench, report: Path) -> Iterator[tuple[subprocess.Popen[byte
         "KLEIN_PRECISION": bench.precision,
         "KLEIN_ATTENTION": bench.attention,
         "KLEIN_LOG_LEVEL": "warning",
-        "KLEIN_DEVICE": "cpu" if bench.device is None else "0",
+        "KLEIN_DEVICE": ",".join(devices) or ("cpu" if bench.device is None else "0"),
     }
     begun = time.perf_counter()
     # The real service; its engine notes when the card begins and ends each picture.
     command = [sys.executable, "-m", "benchmarks.timed_service", f"report={report}"]
     process = subprocess.Popen(command, cwd=_ROOT, env=environment)
     try:
-        while not _is_ready():
+        while not is_ready(workers):
             if process.poll() is not None or time.perf_counter() - begun > 420:
                 raise RuntimeError(f"the service did not start, exit code {process.poll()}")
             time.sleep(0.2)
@@ -264,10 +267,9 @@ def _service(bench: Bench, report: Path) -> Iterator[tuple[subprocess.Popen[byte
         process.wait(60)
 
 
-def _is_ready() -> bool:
+def is_ready(workers: int = 1) -> bool:
+    """Whether the service answers, and so many of its workers are ready."""
     try:
-        connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=5)
-        connection.request("GET", "/health/ready")
-        return connection.getresponse().status == 200
+        return sum(bool(each["ready"]) for each in health()["devices"]) >= workers
     except OSError:
         return False

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from app.domain import Engine, Generated, ImageSpec, LoadProgress, ModelInfo, Progress
-from app.engine import create_engine
+from app.engine import create_engine, imports
 from app.engine.config import EngineConfig
 
 
@@ -108,6 +108,7 @@ class MakeTimed:
     """Builds the engine inside the worker process; it pickles with the file's path."""
 
     report: str
+    imports = staticmethod(imports)
 
     def __call__(self, config: EngineConfig) -> TimedEngine:
         """Build it."""

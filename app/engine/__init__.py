@@ -9,6 +9,19 @@ from __future__ import annotations
 from app.domain import Engine
 from app.engine.config import EngineConfig
 
+_ENGINE = "app.engine.engine"
+_LIBRARIES = (
+    "transformers.models.qwen3.modeling_qwen3",
+    "diffusers.models.autoencoders.autoencoder_kl_flux2",
+    "diffusers.models.transformers.transformer_flux2",
+)
+"""The libraries' own networks, which run on the CPU; ours replace them on a card."""
+
+
+def imports(device: int | None) -> tuple[str, ...]:
+    """Return the modules that an engine on *device*, as in `EngineConfig`, will import."""
+    return (_ENGINE,) if device is not None else (_ENGINE, *_LIBRARIES)
+
 
 def create_engine(config: EngineConfig) -> Engine:
     """Build the engine for *config* inside the worker process."""

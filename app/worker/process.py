@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
+import multiprocessing.process
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
@@ -17,6 +17,7 @@ from functools import partial
 from app.engine.config import EngineConfig
 from app.errors import GenerationFailed
 from app.worker import child
+from app.worker.fork_server import Context
 from app.worker.messages import Failed, FromWorker, Generate, ToWorker
 from app.worker.transport import Message, Outbox, pair
 
@@ -42,13 +43,15 @@ class WorkerProcess:
         config: EngineConfig,
         log: tuple[str, str],
         leave_s: float,
+        context: Context,
     ) -> None:
-        """Start the process; it has *leave_s* seconds to exit after it hung up or was killed.
+        """Start the process with *context*.
+
+        It has *leave_s* seconds to exit after it hung up or was killed.
 
         Raises:
             Exception: it could not be started, and nothing is left of it.
         """
-        context = multiprocessing.get_context("spawn")
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._on_exit = on_exit

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from app.domain import Generated, ImageSpec, LoadProgress, Loss, ModelInfo, Progress, WorkerStage
@@ -21,6 +22,7 @@ from app.engine.config import EngineConfig
 from app.errors import Kind, KleinError, Unavailable, WorkerLost
 from app.request_context import current_request
 from app.worker import child, restarts
+from app.worker.fork_server import Context, ForkServer
 from app.worker.messages import (
     Cancel,
     Done,
@@ -114,6 +116,7 @@ class Supervisor:
         limits: TimeLimits | None = None,
         log: tuple[str, str] = ("text", "info"),
         clock: Callable[[], float] = time.monotonic,
+        fork_server: ForkServer | None = None,
     ) -> None:
         self._events = events
         self._predict_step_s = predict_step_s
@@ -123,6 +126,8 @@ class Supervisor:
         """Of the next process; it may be replaced."""
         self._log = log
         self._clock = clock
+        self._fork_server = fork_server or ForkServer()
+        self._starts = 0
         self._handle: WorkerProcess | None = None
         self._running: dict[str, _Running] = {}
         self._deaths: list[float] = []
@@ -170,6 +175,17 @@ class Supervisor:
             return
         self._started_at = self._clock()
         self._overdue, self._lost_because = "", None
+        self._watch_start()
+        self._starts += 1
+        try:
+            self._fork_server.ask(partial(self._start_process, self._starts))
+        except Exception as error:
+            self._on_unstartable(error)
+
+    def _start_process(self, start: int, context: Context) -> None:
+        """Start the process of the *start*-th start, unless that has been given up."""
+        if self._is_closing or start != self._starts:
+            return
         try:
             self._handle = WorkerProcess(
                 self.on_message,
@@ -178,11 +194,10 @@ class Supervisor:
                 self.config,
                 self._log,
                 self._limits.close_s,
+                context,
             )
         except Exception as error:
             self._on_unstartable(error)
-        else:
-            self._watch_start()
 
     async def wait_until_ready(self) -> None:
         """Return once a job could start."""
@@ -279,8 +294,8 @@ class Supervisor:
             case _:
                 _log.debug("Dropped what the worker said of a job that has ended.")
 
-    def on_exit(self, handle: WorkerProcess, exit_code: int | None) -> None:
-        """Fail the running job, and decide whether to restart."""
+    def on_exit(self, handle: WorkerProcess | None, exit_code: int | None) -> None:
+        """Fail the running job, and decide whether to restart; None was never started."""
         if handle is not self._handle:
             return
         self._is_ready.clear()
@@ -444,6 +459,10 @@ class Supervisor:
         self._is_ready.clear()
         if self._handle:
             self._handle.kill()
+        else:
+            # Its process was not started yet.
+            self._starts += 1
+            self.on_exit(None, None)
 
 
 def _tell(running: _Running, progress: Progress) -> None:
