@@ -44,7 +44,7 @@ def _measure(bench: Bench, before: int | None, report: Path) -> None:
         print(f"  ready after {ready_s:.1f} s", flush=True)
         loading = host_bytes(service.pid, "VmHWM")
         print(f"  host memory at most {loading / 1e9:.2f} GB until ready", flush=True)
-        for stage, seconds in _stages(report, begun).items():
+        for stage, seconds in stages(report, begun).items():
             print(f"  {seconds:6.1f} s {stage}", flush=True)
         for side, note in ((bench.side, "a new prompt each"), (bench.side // 2, "half")):
             _series(bench, side, note, before, ready_s)
@@ -79,7 +79,7 @@ def _measure_start(bench: Bench, note: str, report: Path) -> None:
             note=note,
             precision=health().get("precision"),
             plan=health().get("plan"),
-            stages=_stages(report, begun),
+            stages=stages(report, begun),
             host_peak_bytes=loading,
             host_bytes=host_bytes(service.pid, "Pss"),
         )
@@ -89,7 +89,7 @@ def _measure_start(bench: Bench, note: str, report: Path) -> None:
             "klein.killed",
             [_first_picture(bench.side, killed)],
             note=note,
-            stages=_stages(report, killed),
+            stages=stages(report, killed),
         )
 
 
@@ -103,12 +103,16 @@ def _first_picture(side: int, begun: float) -> float:
         return time.time() - begun
 
 
-def _stages(report: Path, begun: float) -> dict[str, float]:
-    """When each stage of a start began, in seconds after *begun*."""
-    stages = [line for line in read_lines(report) if "stage" in line and line["at"] > begun]
+def stages(report: Path, begun: float, pid: int | None = None) -> dict[str, float]:
+    """When each stage of a start began, of worker *pid* or any, in seconds after *begun*."""
+    lines = [
+        line
+        for line in read_lines(report)
+        if "stage" in line and line["at"] > begun and pid in (None, line["pid"])
+    ]
     return {
-        stage: round(next(lines)["at"] - begun, 1)
-        for stage, lines in groupby(stages, itemgetter("stage"))
+        stage: round(next(noted)["at"] - begun, 1)
+        for stage, noted in groupby(lines, itemgetter("stage"))
     }
 
 
@@ -250,6 +254,7 @@ def serve(
         "KLEIN_PRECISION": bench.precision,
         "KLEIN_ATTENTION": bench.attention,
         "KLEIN_LOG_LEVEL": "warning",
+        "KLEIN_QUEUE_IMAGES": "64",
         "KLEIN_DEVICE": ",".join(devices) or ("cpu" if bench.device is None else "0"),
     }
     begun = time.perf_counter()

@@ -18,7 +18,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_http import connect, health, host_bytes, is_ready, post, read_lines, serve
+from benchmarks.bench_http import (
+    connect,
+    health,
+    host_bytes,
+    is_ready,
+    post,
+    read_lines,
+    serve,
+    stages,
+)
 from benchmarks.rows import Bench, sha256
 
 _SECONDS_TO_RETURN = 120
@@ -42,10 +51,18 @@ def _devices(bench: Bench, count: int) -> list[str]:
 
 
 def _measure(bench: Bench, count: int, report: Path, *, is_last: bool) -> None:
+    begun = time.time()
     with serve(bench, report, _devices(bench, count), count) as (service, ready_s):
         facts = {"workers": count, "width": bench.side, "height": bench.side}
         loading = host_bytes(service.pid, "VmHWM")
-        bench.write("klein.workers.start", [ready_s], workers=count, host_peak_bytes=loading)
+        pids = {line["pid"]: None for line in read_lines(report)}
+        bench.write(
+            "klein.workers.start",
+            [ready_s],
+            workers=count,
+            stages=[stages(report, begun, pid) for pid in pids],
+            host_peak_bytes=loading,
+        )
         pictures = 4 if bench.is_tiny else 40
         _at_once(bench, 8 * count, "warm {}")
         rounds = [_at_once(bench, pictures, f"round {number} {{}}") for number in range(3)]
@@ -66,10 +83,12 @@ def _measure(bench: Bench, count: int, report: Path, *, is_last: bool) -> None:
 
 
 def _ask(bench: Bench, prompt: str) -> str:
-    """Return the picture's fingerprint; empty for a failure."""
+    """Return the picture's fingerprint; empty where the worker that drew it was lost."""
     try:
         return sha256(_image_data(post(connect(), bench.side, prompt)[2]))
-    except RuntimeError:
+    except RuntimeError as error:
+        if "process was lost" not in str(error):
+            raise
         return ""
 
 
@@ -79,7 +98,9 @@ def _drawn() -> Counter[str]:
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
-    counts = re.findall(r'^klein_image_duration_seconds_count\{.*uuid="([^"]*)".*\} (\S+)$', text, re.M)
+    counts = re.findall(
+        r'^klein_image_duration_seconds_count\{.*uuid="([^"]*)".*\} (\S+)$', text, re.M
+    )
     drawn: Counter[str] = Counter()
     for uuid, count in counts:
         drawn[uuid] += int(float(count))
@@ -120,7 +141,7 @@ def _same_pixels(bench: Bench, count: int, facts: dict[str, Any]) -> None:
 
 def _kill_one(bench: Bench, report: Path, pictures: int, count: int, facts: dict[str, Any]) -> None:
     """Kill a worker while they draw: how many are lost, and when it draws again."""
-    pids = [line["pid"] for line in read_lines(report) if "pid" in line]
+    pids = [line["pid"] for line in read_lines(report)]
     with ThreadPoolExecutor(pictures) as pool:
         begun = time.perf_counter()
         asked = [pool.submit(_ask, bench, f"killed {number}") for number in range(pictures)]

@@ -6,7 +6,7 @@ The real engine behind the real entry point. A CUDA event is recorded before the
 each picture (before its prompt is cut into tokens, so a little too early) and after its last, and
 the file gets a line of JSON for each picture: milliseconds from the last kernel of the picture
 before to the first of this one. A line is written for each stage of the start too, with the time
-of day; the first names the worker's process. Without a card the host's clock stands in, to
+of day; each names the worker's process. Without a card the host's clock stands in, to
 rehearse.
 """
 
@@ -94,7 +94,7 @@ class TimedEngine:
         return float(first.elapsed_time(second))
 
     def _note(self, **facts: object) -> None:
-        write_line(self._report, **facts)
+        write_line(self._report, pid=os.getpid(), **facts)
 
 
 def write_line(report: str, **facts: object) -> None:
