@@ -98,12 +98,11 @@ def _drawn() -> Counter[str]:
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
-    counts = re.findall(
-        r'^klein_image_duration_seconds_count\{.*uuid="([^"]*)".*\} (\S+)$', text, re.M
-    )
     drawn: Counter[str] = Counter()
-    for uuid, count in counts:
-        drawn[uuid] += int(float(count))
+    for line in text.splitlines():
+        found = re.search(r'^klein_image_duration_seconds_count{.*uuid="([^"]*)".* (\S+)$', line)
+        if found and 'stage="total"' in line:
+            drawn[found[1]] += int(float(found[2]))
     return drawn
 
 
