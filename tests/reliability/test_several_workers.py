@@ -26,12 +26,6 @@ LARGE = {"prompt": "x", "width": 512, "height": 512}
 pytestmark = pytest.mark.slow
 
 
-def worker_pids(server: Server) -> list[int]:
-    """The workers' process ids."""
-    children = psutil.Process(server.process.pid).children()
-    return [each.pid for each in children if "spawn_main" in " ".join(each.cmdline())]
-
-
 def devices(server: Server) -> list[dict]:
     """What /health says of each."""
     return json.loads(server.get("/health")[2])["devices"]
@@ -76,7 +70,7 @@ def test_a_killed_worker_costs_one_job_while_the_others_serve(scripted, tmp_path
         jobs = [pool.submit(answer_of, server) for _ in range(9)]
         wait_until(lambda: server.metric("klein_requests_running") == 3)
         wait_until(lambda: in_service(server) == 9)
-        os.kill(worker_pids(server)[0], signal.SIGKILL)
+        os.kill(server.worker_pids()[0], signal.SIGKILL)
         wait_until(lambda: in_service(server) == 8)
         assert server.get("/health/ready")[0] == 200
         gate.touch()
@@ -152,7 +146,7 @@ def test_told_to_stop_all_workers_finish_what_was_accepted(scripted, tmp_path: P
     gate = tmp_path / "gate"
     server = scripted(f"gate={gate}", device="cpu:3")
     wait_until_all_are_ready(server)
-    workers = [psutil.Process(pid) for pid in worker_pids(server)]
+    workers = [psutil.Process(pid) for pid in server.worker_pids()]
     with ThreadPoolExecutor(7) as pool:
         jobs = [pool.submit(answer_of, server) for _ in range(7)]
         wait_until(lambda: in_service(server) == 7)

@@ -141,12 +141,22 @@ class Server:
         return 0.0
 
     def worker_pid(self) -> int:
-        """The process id of the only child that is a worker."""
+        """The process id of the only worker."""
+        (pid,) = self.worker_pids()
+        return pid
+
+    def worker_pids(self) -> list[int]:
+        """The process ids of the workers: spawned, or forked from the fork server."""
         import psutil
 
-        children = psutil.Process(self.process.pid).children()
-        (worker,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        return int(worker.pid)
+        pids: list[int] = []
+        for child in psutil.Process(self.process.pid).children():
+            command = " ".join(child.cmdline())
+            if "spawn_main" in command:
+                pids.append(child.pid)
+            elif "multiprocessing.forkserver" in command:
+                pids += [each.pid for each in child.children()]
+        return pids
 
     def stop(self, *, timeout_s: float = 60.0) -> int:
         """SIGTERM, wait, and return the exit code."""

@@ -95,7 +95,8 @@ def test_imports_do_not_hold_up_the_loop(tmp_path: Path) -> None:
 async def act(supervisor, listening):
     begun = time.monotonic()
     longest = await ready(listening)
-    return longest, time.monotonic() - begun, parent_of(supervisor.pid) == _forkserver._forkserver_pid
+    is_forked = parent_of(supervisor.pid) == _forkserver._forkserver_pid
+    return longest, time.monotonic() - begun, is_forked
 """
     longest, took, is_forked = play(tmp_path, act, "takes_long")
 

@@ -16,6 +16,7 @@ import os
 import shlex
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,9 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _SHARED_MODE = 0o755
 PRIVATE_MODE = 0o700
 ANOTHER_FOLDER = "set KLEIN_CACHE_DIR to a folder of this user's own"
+
+_LOOK_S = 0.1
+"""Between two tries to lock a file."""
 
 
 def why_open(path: Path, root: Path) -> str:
@@ -89,6 +93,35 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def lock_file(path: Path, wait_s: float) -> int:
+    """Make *path* and lock it, waiting for another process's lock for at most *wait_s* seconds.
+
+    Return the open file's descriptor, which holds the lock until it is closed. No link that another
+    user may have put there is followed.
+
+    Raises:
+        OSError: it cannot be made, or its disk has no locks.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        until = time.monotonic() + wait_s
+        while not _is_locked(lock) and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock an open file for this process, if no other has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def close_umask() -> None:

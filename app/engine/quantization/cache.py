@@ -11,12 +11,10 @@ Of several workers that start together one quantizes, and the others wait for it
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,14 +24,13 @@ import torch
 from app.engine.checkpoint.files import ComponentFiles
 from app.engine.checkpoint.safetensors_io import NAMES, SafetensorsFile
 from app.engine.hub.disk import QUANTIZED, hold
-from app.engine.hub.trust import is_closed, make_folder, whole_file, why_open
+from app.engine.hub.trust import is_closed, lock_file, make_folder, whole_file, why_open
 from app.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
 _WAIT_S = 600.0
 """For another worker that quantizes; after that this one does it too."""
-_LOOK_S = 0.1
 _VERSION = "2"
 """Has to be raised when the quantization of the same sources changes."""
 
@@ -108,11 +105,7 @@ class QuantizedCache:
         """
         try:
             make_folder(self._path.parent, self._cache)
-            # Do not follow a link that another user may have put there.
-            self._lock = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            until = time.monotonic() + _WAIT_S
-            while not _is_locked(self._lock) and time.monotonic() < until:
-                time.sleep(_LOOK_S)
+            self._lock = lock_file(self._place, _WAIT_S)
         except OSError as error:
             _log.debug("The quantized weights' place cannot be locked: %s.", error.strerror)
         return self._open()
@@ -126,15 +119,6 @@ class QuantizedCache:
                     return file
                 file.close()
         return None
-
-
-def _is_locked(descriptor: int) -> bool:
-    """Lock an open file for this process, if no other has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -1,28 +1,33 @@
-"""Races kept on disk, so that a later start on the same card holds none.
+"""Races kept on disk, so that a later start on the same kind of card holds none.
 
-    <cache>/race/<the card's UUID>.json
+    <cache>/race/<the card's name and memory>.json
 
-A file counts only while card, driver, versions and everything else in its key are the same, and
-where nobody else may have written it (`app.engine.hub.trust`).
+Cards of one kind share a race: each would else choose for itself, and a seed's pixels would depend
+on the card. A file counts only while card, driver, versions and everything else in its key are the
+same, and where nobody else may have written it (`app.engine.hub.trust`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from app.engine.hub.trust import PRIVATE_MODE, is_closed, make_folder, whole_file
+from app.engine.hub.trust import PRIVATE_MODE, is_closed, lock_file, make_folder, whole_file
 from app.engine.race.results import Results
 
 _log = logging.getLogger(__name__)
 
 CARD = "card"
 """The entry of a key that names the file."""
+_WAIT_S = 120.0
+"""For another process's race: some seconds, and a minute where kernels have to be compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,32 @@ def race_once(
     """Return the race that was kept for *key*, or hold one by *run* and keep it.
 
     One that was disturbed is not kept: the next start tries anew. With *again* it is held anyway.
+    Of processes that start together one holds it, and the others wait.
     """
     if not again and (known := recall(cache, key)) is not None:
         return known
-    results = run()
-    if not results.disturbed:
-        _keep(cache, key, results)
+    with _alone(cache, key):
+        if not again and (known := recall(cache, key)) is not None:
+            return known
+        results = run()
+        if not results.disturbed:
+            _keep(cache, key, results)
     return results
+
+
+@contextmanager
+def _alone(cache: Path, key: Mapping[str, str]) -> Iterator[None]:
+    """Wait for the processes that are at it, where they can be seen."""
+    path = _path(cache, key).with_suffix(".lock")
+    with ExitStack() as held:
+        try:
+            make_folder(path.parent, cache, PRIVATE_MODE)
+            held.callback(os.close, lock_file(path, _WAIT_S))
+            # Who waits for this one and who comes later may hold two: at worst both race.
+            held.callback(path.unlink, missing_ok=True)
+        except OSError as error:
+            _log.debug("The race's place cannot be locked: %s.", error.strerror)
+        yield
 
 
 def _keep(cache: Path, key: Mapping[str, str], results: Results) -> None:
@@ -73,4 +97,4 @@ def _keep(cache: Path, key: Mapping[str, str], results: Results) -> None:
 
 
 def _path(cache: Path, key: Mapping[str, str]) -> Path:
-    return cache / "race" / f"{key[CARD]}.json"
+    return cache / "race" / f"{re.sub(r'[^A-Za-z0-9]+', '-', key[CARD])}.json"

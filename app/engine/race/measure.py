@@ -323,8 +323,9 @@ def _heavy(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 def _key(device: torch.device, architecture: Architecture, *, has_kernels: bool) -> dict[str, str]:
     facts = _gpu(device).facts()
+    card = torch.cuda.get_device_properties(device)
     return {
-        CARD: str(torch.cuda.get_device_properties(device).uuid),
+        CARD: f"{card.name} {card.total_memory >> 20} MiB {card.multi_processor_count}",
         "driver": facts.driver if isinstance(facts, GpuFacts) else "",
         "torch": str(torch.__version__),
         "triton": _version("triton"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -34,6 +37,32 @@ def test_another_card_driver_or_version_races_anew(tmp_path, changed):
     assert race_once(tmp_path, other, lambda: H100) is H100
     assert race_once(tmp_path, other, never) == H100
     assert (recall(tmp_path, KEY) is None) == (changed != "card")
+
+
+def test_of_those_that_start_together_one_races(tmp_path):
+    """The others wait for what it finds; each race is held in a thread that has come to it."""
+    barrier, held = threading.Barrier(3), []
+
+    def run():
+        held.append(1)
+        time.sleep(0.2)
+        return H100
+
+    def start(_):
+        barrier.wait()
+        return race_once(tmp_path, KEY, run)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(start, range(3))) == [H100] * 3
+    assert len(held) == 1
+    assert [each.suffix for each in (tmp_path / "race").iterdir()] == [".json"]
+
+
+def test_a_name_is_a_file_in_its_folder(tmp_path):
+    """Whatever a driver calls a card."""
+    race_once(tmp_path, KEY | {"card": "../a card (80 GB) / 132"}, lambda: H100)
+
+    assert [each.name for each in (tmp_path / "race").iterdir()] == ["-a-card-80-GB-132.json"]
 
 
 def test_it_is_repeated_when_asked(tmp_path):
