@@ -61,7 +61,7 @@ def without_library(results: Results) -> Results:
     [
         (RTX_3060, "int8", "int8", "the fastest that keeps its bound; timed here, ms a step: int8"),
         (RTX_4070, "int8", "int8", "int8 160.0, fp8 290.0, bf16 560.0; attention int8 40.0, torch"),
-        (H100, "fp8", "cudnn", "nothing else makes a step 5 % faster"),
+        (H100, "fp8", "cudnn", "nothing else makes a step 3 % faster"),
         (H100, "fp8", "cudnn", "int8 left out: 1.03 times bf16's time on this card"),
         (without_library(RTX_3060), "", "torch", f"int8 left out: {GONE}"),
         (without_library(RTX_4070), "fp8", "torch", f"int8 left out: {GONE}"),
