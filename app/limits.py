@@ -26,6 +26,9 @@ MAX_LORAS = 4
 MAX_LORA_SCALE = 2.0
 """Scales lie between this and its negative."""
 
+PREVIEW_SIDE = 256
+"""Pixels of a preview's longer side, at most."""
+
 DRAW = -1
 """The seed that stands for a random one."""
 

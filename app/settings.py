@@ -193,7 +193,8 @@ class Settings(BaseModel):
     white ones, which the answer says in `warnings`. `alpha`: a mask without transparent pixels is
     refused. Masks under `/sdapi/v1/` are read as AUTOMATIC1111 reads them."""
     png_metadata: bool = True
-    """Write prompt, seed, steps, guidance, size, model and precision into the picture."""
+    """Write prompt, seed, steps, guidance, size, model and precision into the picture: as
+    AUTOMATIC1111 does, and as JSON under `klein`, which is XMP in JPEG and WebP."""
     docs: bool = True
     """Serve `/docs` and `/openapi.json`."""
     log_format: Literal["text", "json"] = "text"

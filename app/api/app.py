@@ -27,6 +27,7 @@ from app.api.middleware.target import Target, settled_path
 from app.api.native import route as native_route
 from app.api.openai import route as openai_route
 from app.api.openai.image_store import ImageStore
+from app.api.openai.kept_streams import LIFETIME_S, KeptStreams
 from app.api.proxies import Proxies
 from app.api.sdapi import response as sdapi_response
 from app.api.sdapi import route as sdapi_route
@@ -55,6 +56,7 @@ def create_app(
     *,
     heartbeat_s: float = HEARTBEAT_S,
     link_lifetime_s: float = LINK_LIFETIME_S,
+    kept_s: float = LIFETIME_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """Make the app.
@@ -68,10 +70,12 @@ def create_app(
         async with build(settings) as runtime:
             app.state.runtime = runtime
             yield
+            await kept.close()
             sending = asyncio.create_task(asyncio.to_thread(traces.close)) if traces else None
         if sending is not None:
             await sending
 
+    kept = KeptStreams(lifetime_s=kept_s)
     config = ApiConfig(
         is_strict=settings.unknown_fields == "refuse",
         has_aliases=settings.model_aliases,
@@ -95,7 +99,9 @@ def create_app(
     errors.install(app, config, *([sdapi_response.ERRORS] if settings.sdapi else []))
     for router in (
         native_route.build_router(config),
-        openai_route.build_router(config, ImageStore(lifetime_s=link_lifetime_s, clock=clock)),
+        openai_route.build_router(
+            config, ImageStore(lifetime_s=link_lifetime_s, clock=clock), kept
+        ),
         models.build_router(config),
         jobs.router,
         loras.router,

@@ -30,25 +30,43 @@ _KEY_FORM = (
     "<form><label>API key <input type=password autocomplete=off required autofocus></label> "
     f"<button>Show</button> <output></output></form><script>{_SCRIPT}</script>"
 )
+_PROGRAMS = ("image/gif", "application/json")
+"""What no browser names beside HTML."""
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem;"
     "color-scheme:light dark}code{font-family:ui-monospace,monospace}"
 )
-_NAME = re.compile(r"`([^`]*)`|\b(KLEIN_[A-Z_]+)\b")
+_KEYS = (
+    "<p>Whoever runs the service has set its keys, as <code>KLEIN_API_KEYS</code> or "
+    "<code>KLEIN_API_KEYS_FILE</code>: ask them for one.</p>"
+)
+_OWNER = (
+    "<p>That is a setting of the service, to be made on the machine that it runs on; "
+    "<code>docs/network.md</code> has the steps. If someone else runs it, show them this page.</p>"
+)
+_SETTING = "KLEIN_"
+_NAME = re.compile(rf"`([^`]*)`|\b({_SETTING}[A-Z_]+)\b")
 
 
 def wants_page(scope: Scope) -> bool:
     """Whether a browser asks, for something to show to a person.
 
-    Java's HttpURLConnection asks for HTML by default too, together with GIF.
+    It does so too when it sends a form. Java's HttpURLConnection asks for HTML by default, together
+    with GIF; no browser asks for JSON.
     """
     accept = Headers(scope=scope).get("accept", "")
-    return scope["method"] == "GET" and "text/html" in accept and "image/gif" not in accept
+    return "text/html" in accept and not any(each in accept for each in _PROGRAMS)
 
 
 def mark_up(text: str) -> str:
     """Write *text* as HTML; names of settings and what stands in backticks become code."""
     return _NAME.sub(r"<code>\1\2</code>", escape(text, quote=False))
+
+
+def _advice(message: str, needs_key: bool) -> str:
+    if needs_key:
+        return _KEYS + _KEY_FORM
+    return _OWNER if _SETTING in message else ""
 
 
 def page_of(message: str, status: int, headers: Mapping[str, str]) -> HTMLResponse:
@@ -59,7 +77,7 @@ def page_of(message: str, status: int, headers: Mapping[str, str]) -> HTMLRespon
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>klein-server</title><style>{_STYLE}</style>"
         f"<h1>This is klein-server, but …</h1><p>{mark_up(message)}</p>"
-        f"{_KEY_FORM if needs_key else ''}",
+        f"{_advice(message, needs_key)}",
         status_code=status,
         headers={
             "Content-Security-Policy": _KEY_POLICY if needs_key else POLICY,

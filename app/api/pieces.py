@@ -72,6 +72,15 @@ class Body:
         )
 
     @property
+    def held_bytes(self) -> int:
+        """How many bytes it holds: an image is encoded only while it is sent."""
+        return sum(len(part.data if isinstance(part, Data) else part) for part in self._parts)
+
+    def copy(self) -> Body:
+        """Return another one, which can be sent once too; both hold the same images."""
+        return Body(*self._parts)
+
+    @property
     def pictures(self) -> list[bytes]:
         """The images that are not written yet."""
         return [part.data for part in self._parts if isinstance(part, Data)]

@@ -234,7 +234,7 @@ def _draw(found: Sequence[Compared], settings: Settings, prompt: str) -> bytes:
         [one.caption for one in found],
         reference if len(found) > 1 else None,
     )
-    text = {"prompt": prompt, "compared": ", ".join(one.label for one in found)}
+    text = {"Description": prompt, "compared": ", ".join(one.label for one in found)}
     return images.encode(sheet, OutputFormat("png"), text if settings.png_metadata else None)
 
 

@@ -11,14 +11,25 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from xml.sax.saxutils import escape
 
 from PIL import ExifTags, Image
 
 from app.domain import RawImage
 from app.images.uploads import resize, to_pillow
 
-_MAX_EXIF_TEXT_BYTES = 60_000
-"""A JPEG segment, and so all of EXIF, is limited to 64 kB."""
+INFOTEXT, RECIPE = "parameters", "klein"
+"""The entries of metadata that JPEG and WebP carry, by the names of their chunks in a PNG:
+AUTOMATIC1111's text, whose last line has the settings, and a JSON object in ASCII."""
+
+_MAX_TEXT_BYTES = 60_000
+"""A JPEG's segment is limited to 64 kB, and so are all of EXIF and all of XMP."""
+_XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:klein="urn:klein-server">'
+    "<klein:recipe>{}</klein:recipe></rdf:Description></rdf:RDF></x:xmpmeta>"
+)
 
 Encoder = Callable[[RawImage, int, Mapping[str, str], Executor | None], bytes]
 """Takes the image, the quality from 0 to 100, metadata, and threads that may share the work."""
@@ -64,8 +75,8 @@ def encode(
     It is scaled to *size* first, if that is another than its own.
 
     A PNG is encoded on the calling thread and those of *helpers*, with one text chunk per entry.
-    JPEG and WebP get all entries as one JSON object in EXIF's UserComment; texts too long for EXIF
-    are cut and end in three dots.
+    JPEG and WebP get `INFOTEXT` in EXIF's UserComment and `RECIPE` in XMP; prompts too long for
+    either are cut and end in three dots.
     """
     if size not in {None, (image.width, image.height)}:
         image = resize(image, *size)
@@ -111,21 +122,40 @@ def _save(
     image: RawImage, pillow_format: str, metadata: Mapping[str, str], **options: int | str
 ) -> bytes:
     buffer = io.BytesIO()
-    exif = _encode_exif(metadata) if metadata else b""
-    to_pillow(image).save(buffer, pillow_format, exif=exif, **options)
+    notes: dict[str, bytes] = {}
+    if infotext := metadata.get(INFOTEXT):
+        notes["exif"] = _encode_exif(infotext)
+    if recipe := metadata.get(RECIPE):
+        notes["xmp"] = _encode_xmp(recipe)
+    to_pillow(image).save(buffer, pillow_format, **notes, **options)
     return buffer.getvalue()
 
 
-def _encode_exif(metadata: Mapping[str, str]) -> bytes:
-    text = json.dumps(dict(metadata))
-    limit = _MAX_EXIF_TEXT_BYTES
-    while len(text) > _MAX_EXIF_TEXT_BYTES:
+def _encode_exif(infotext: str) -> bytes:
+    """Write UserComment as AUTOMATIC1111 does, big-endian, which Pillow's EXIF is too."""
+    prompt, newline, settings = infotext.replace("\0", "\ufffd").rpartition("\n")
+    limit = len(prompt)
+    while len(text := _encode_comment(_cut(prompt, limit) + newline + settings)) > _MAX_TEXT_BYTES:
         limit //= 2
-        text = json.dumps({key: _cut(value, limit) for key, value in metadata.items()})
     exif = Image.Exif()
-    # JSON escapes what is not ASCII, so the character code ASCII suits every prompt.
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + text.encode()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = text
     return exif.tobytes()
+
+
+def _encode_comment(text: str) -> bytes:
+    # JSON may contain a lone surrogate, which UTF-16 cannot encode: "?" replaces it.
+    return b"UNICODE\0" + text.encode("utf-16-be", "replace")
+
+
+def _encode_xmp(recipe: str) -> bytes:
+    limit = len(recipe)
+    packet = _XMP.format(escape(recipe))
+    while len(packet) > _MAX_TEXT_BYTES:
+        limit //= 2
+        values = json.loads(recipe)
+        texts = {key: _cut(text, limit) for key, text in values.items() if isinstance(text, str)}
+        packet = _XMP.format(escape(json.dumps(values | texts)))
+    return packet.encode("ascii")
 
 
 def _cut(text: str, limit: int) -> str:

@@ -69,6 +69,11 @@ def write_loras(loras: Iterable[Lora]) -> str:
     )
 
 
+def describe_loras(loras: Iterable[Lora]) -> list[dict[str, object]]:
+    """Describe an image's adapters for JSON: names, scales, hashes of the files."""
+    return [{"name": each.name, "scale": each.scale, "sha256": each.sha256} for each in loras]
+
+
 def warnings_of(spec: ImageSpec) -> tuple[str, ...]:
     """Return what is known before the image is made."""
     if spec.scaled_to is None:

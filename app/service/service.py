@@ -21,7 +21,6 @@ from app.domain import (
     Generated,
     ImageSpec,
     LoadProgress,
-    Lora,
     ModelInfo,
     ModelSpec,
     PeakMemory,
@@ -45,7 +44,8 @@ from app.jobs.rate_limit import RateLimit
 from app.limits import Limits, room
 from app.request_context import current_request
 from app.service.adapters import Adapters
-from app.service.results import Picture, warnings_of, write_loras
+from app.service.recipes import write_recipe
+from app.service.results import Picture, describe_loras, warnings_of
 from app.service.ticket import Admission, Ticket, Tickets
 from app.telemetry.metrics import Metrics
 
@@ -443,21 +443,15 @@ class ImageService:
         return next(found, self._worker.info)
 
     def _note(self, job: Job) -> dict[str, str]:
-        """Return the metadata written into the image; references and masks are not."""
-        spec, info = job.spec, self._info_of(job)
-        width, height = spec.output_size
-        return {
-            "prompt": spec.prompt,
-            "seed": str(spec.seed),
-            "steps": str(spec.num_inference_steps),
-            "guidance": str(spec.guidance_scale),
-            "size": f"{width}x{height}",
-            "model": self.model.id,
+        """Return the metadata written into the image."""
+        info, fused = self._info_of(job), self.adapters.fused
+        facts = {
             "precision": info.precision if info else "",
             "device": job.device.name,
             **_raced(info),
-            **_recipes(spec.loras, self.adapters.fused),
+            **({"fused_loras": describe_loras(fused)} if fused else {}),
         }
+        return write_recipe(job.spec, self.model.id, facts)
 
     def _retry_after_s(self) -> int:
         """Return the `Retry-After`: the expected wait, with jitter, within 1..60 s."""
@@ -465,12 +459,6 @@ class ImageService:
         if not self._worker.is_ready:
             wait_s = max(wait_s, 5)
         return max(1, min(60, wait_s + random.randint(0, 1 + wait_s // 4)))
-
-
-def _recipes(loras: Sequence[Lora], fused: Sequence[Lora]) -> dict[str, str]:
-    """Return the adapters of an image as metadata, and those that are part of the weights."""
-    named = {"loras": write_loras(loras), "fused_loras": write_loras(fused)}
-    return {key: text for key, text in named.items() if text}
 
 
 def _raced(info: ModelInfo | None) -> dict[str, str]:

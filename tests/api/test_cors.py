@@ -13,7 +13,7 @@ UI = "https://ui.example"
 ASKS = {
     "origin": UI,
     "access-control-request-method": "POST",
-    "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+    "access-control-request-headers": "authorization,content-type,idempotency-key",
 }
 ROUTES = ("/generate", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/health")
 

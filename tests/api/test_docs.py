@@ -123,6 +123,24 @@ async def test_masks_are_described_as_they_are_read(serve, mask, says_white):
     assert [("white" in each) for each in found] == [says_white] * 3
 
 
+async def test_the_key_of_a_stream_is_described(client):
+    """Where streams are, with what is allowed."""
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    patterns = {
+        path: [each["schema"].get("pattern") for each in methods["post"]["parameters"]]
+        for path, methods in paths.items()
+        if "post" in methods
+    }
+
+    key = "^[A-Za-z0-9_.-]{1,128}$"
+    assert patterns == {
+        "/generate": [None],
+        "/v1/images": [None, key],
+        "/v1/images/generations": [None, key],
+        "/v1/images/edits": [None, key],
+    }
+
+
 async def test_limits_are_those_of_the_served_model(client, service):
     """The document is made for the model that answers."""
     service.model = find_spec("shapes")

@@ -176,6 +176,46 @@ async def test_a_browser_is_told_in_words(client):
     assert "gpu.lan" not in response.text
 
 
+async def test_its_reader_learns_who_can_change_that(serve):
+    """The page may be read on another device of the house: which setting, where, and by whom."""
+    client = await serve(api_keys=(KEY,))
+    named = await client.get("/", headers={"host": "gpu.lan", "accept": BROWSER})
+    keyless = await client.get("/health", headers={"accept": BROWSER})
+
+    assert "on the machine that it runs on" in named.text
+    assert "show them this page" in named.text
+    assert "<code>KLEIN_API_KEYS_FILE</code>" in keyless.text
+    assert "ask them for one" in keyless.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "setting", "status"),
+    [
+        ({"host": "gpu.lan"}, "KLEIN_ALLOWED_HOSTS", 400),
+        ({"origin": "http://other.lan:8000"}, "KLEIN_ALLOWED_ORIGINS", 403),
+        ({"origin": "null"}, "KLEIN_ALLOWED_ORIGINS", 403),
+        ({"sec-fetch-site": "cross-site"}, "KLEIN_ALLOWED_ORIGINS", 403),
+    ],
+    ids=str,
+)
+async def test_a_browser_that_sends_a_form_is_told_in_words_too(
+    client, service, headers, setting, status
+):
+    """A refused name or origin; a page's own requests ask for no HTML and get JSON."""
+    form = {"prompt": "a"}
+    page = await client.post("/generate", data=form, headers=headers | {"accept": BROWSER})
+    data = await client.post("/generate", data=form, headers=headers | {"accept": "*/*"})
+
+    assert (page.status_code, data.status_code) == (status, status)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert f"<code>{setting}</code>" in page.text
+    assert "show them this page" in page.text
+    assert "<script" not in page.text
+    assert "other.lan" not in page.text
+    assert setting in str(error_of(data)["message"])
+    assert not service.tickets
+
+
 async def test_a_browser_without_a_key_is_asked_for_it(serve):
     """401 with what to send and a form; the policy lets the form's own script run, no other."""
     client = await serve(api_keys=(KEY,))
@@ -200,7 +240,9 @@ async def test_a_browser_that_needs_no_key_is_asked_for_none(client):
     assert "<script" not in response.text
 
 
-@pytest.mark.parametrize("accept", ["*/*", "application/json", "", JAVA])
+@pytest.mark.parametrize(
+    "accept", ["*/*", "application/json", "", JAVA, "application/json, text/html;q=0.5"]
+)
 async def test_a_program_is_told_in_json(client, accept):
     """Java's HttpURLConnection asks for HTML by default and wants none."""
     response = await client.get("/v1/models", headers={"host": "gpu.lan", "accept": accept})

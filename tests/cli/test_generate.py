@@ -4,6 +4,7 @@ rules."""
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -195,7 +196,8 @@ def test_adapters_of_the_folder_can_be_named(tmp_path, monkeypatch, capsys) -> N
     words = ["generate", "a red circle", "--seed", "3", "-o", str(path), "--lora"]
 
     assert main([*words, "strange:0.5"]) == 0
-    assert Image.open(path).text["loras"].startswith("strange:0.5@")
+    (used,) = json.loads(Image.open(path).text["klein"])["loras"]
+    assert (used["name"], used["scale"]) == ("strange", 0.5)
     capsys.readouterr()
     assert main([*words, "strage"]) == 1
     assert "names like it are `strange`" in capsys.readouterr().err

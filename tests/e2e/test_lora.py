@@ -78,7 +78,9 @@ def test_an_adapter_is_found_used_replaced_and_forgotten(server, folder) -> None
     headers, one, image = draw(server, loras=[{"name": "My-style", "scale": 0.5}])
     recipe = f"My-style:0.5@{first}"
     assert headers["x-klein-loras"] == recipe
-    assert image.text["loras"] == recipe
+    assert json.loads(image.text["klein"])["loras"] == [
+        {"name": "My-style", "scale": 0.5, "sha256": first}
+    ]
     assert (one != none).any()
     assert (draw(server, loras=[])[1] == none).all()
     assert (draw(server, loras=[{"name": "My-style", "scale": 0}])[1] == none).all()

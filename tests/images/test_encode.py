@@ -7,6 +7,7 @@ import json
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -142,27 +143,65 @@ class TestJpegAndWebp:
         assert sorted(set(sizes)) == sizes
 
     @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-    @pytest.mark.parametrize("prompt", ["a red circle", "ein 🐻\r\n\0", "half: \ud83d"])
-    def test_metadata_survives(self, kind, prompt):
-        """All entries come back from EXIF's user comment as they were given."""
-        metadata = {"prompt": prompt, "seed": "42"}
+    @pytest.mark.parametrize(
+        ("prompt", "kept"),
+        [
+            ("a red circle", "a red circle"),
+            ("ein 🐻\r\n<&>\x1b", "ein 🐻\r\n<&>\x1b"),
+            ("half: \ud83d\0", "half: ?\ufffd"),
+        ],
+    )
+    def test_metadata_survives(self, kind, prompt, kept):
+        """AUTOMATIC1111's text is where it has it in such files, our JSON in XMP."""
+        data = encode(noise(64, 64), OutputFormat(kind), notes(prompt))
 
-        assert metadata == self.comment(encode(noise(64, 64), OutputFormat(kind), metadata))
+        assert comment(data) == f"{kept}\n{SETTINGS}"
+        assert recipe(data) == {"prompt": prompt, "seed": 42}
 
     @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-    def test_long_prompt_is_cut(self, kind):
-        """A prompt too long for EXIF is cut and marked; the other entries stay whole."""
-        metadata = {"prompt": "🐻" * 32_000, "seed": "42"}
+    @pytest.mark.parametrize("letter", ["🐻", "x", "&", "\x01"])
+    def test_a_long_prompt_is_cut(self, kind, letter):
+        """One too long for a JPEG's segment, and marked; the settings stay whole."""
+        data = encode(noise(64, 64), OutputFormat(kind), notes(letter * 32_000))
+        text, told = comment(data), recipe(data)
 
-        comment = self.comment(encode(noise(64, 64), OutputFormat(kind), metadata))
+        for prompt in (text.removesuffix(f"\n{SETTINGS}"), told["prompt"]):
+            assert prompt.endswith(f"{letter}...") or prompt == "x" * 32_000
+            assert 3_000 < len(prompt) <= 32_000
+        assert text.endswith(f"{letter}...\n{SETTINGS}")
+        assert told["seed"] == 42
 
-        assert comment["seed"] == "42"
-        assert comment["prompt"].startswith("🐻" * 1000)
-        assert comment["prompt"].endswith("🐻...")
+    @pytest.mark.parametrize("kind", ["jpeg", "webp"])
+    def test_without_metadata(self, kind):
+        """No word is written where none was asked for, and the pixels are the same."""
+        bare = Image.open(io.BytesIO(encode(noise(64, 64), OutputFormat(kind))))
+        told = Image.open(io.BytesIO(encode(noise(64, 64), OutputFormat(kind), notes("a"))))
 
-    @staticmethod
-    def comment(data: bytes) -> dict[str, str]:
-        exif = Image.open(io.BytesIO(data)).getexif().get_ifd(ExifTags.IFD.Exif)
-        code, text = exif[ExifTags.Base.UserComment][:8], exif[ExifTags.Base.UserComment][8:]
-        assert code == b"ASCII\0\0\0"
-        return json.loads(text)
+        assert not {"exif", "xmp"} & set(bare.info)
+        assert bare.tobytes() == told.tobytes()
+
+
+SETTINGS = "Steps: 4, Seed: 42"
+
+
+def notes(prompt: str) -> dict[str, str]:
+    """Metadata as the service writes it."""
+    return {
+        "parameters": f"{prompt}\n{SETTINGS}",
+        "klein": json.dumps({"prompt": prompt, "seed": 42}),
+    }
+
+
+def comment(data: bytes) -> str:
+    """Read EXIF's user comment as AUTOMATIC1111 does."""
+    exif = Image.open(io.BytesIO(data)).getexif().get_ifd(ExifTags.IFD.Exif)
+    code, text = exif[ExifTags.Base.UserComment][:8], exif[ExifTags.Base.UserComment][8:]
+    assert code == b"UNICODE\0"
+    return text.decode("utf-16-be")
+
+
+def recipe(data: bytes) -> dict[str, object]:
+    """Read our JSON from XMP."""
+    packet = ElementTree.fromstring(Image.open(io.BytesIO(data)).info["xmp"])
+    (text,) = packet.itertext()
+    return json.loads(text)

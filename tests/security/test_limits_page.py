@@ -15,7 +15,7 @@ from app.api.http_limits import connections, held, protocol, refusals
 from app.api.http_limits.protocol import GuardedProtocol
 from app.api.middleware import body_limit, cors
 from app.api.openai import fields as openai_fields
-from app.api.openai import image_store
+from app.api.openai import image_store, kept_streams
 from app.api.schema import json_scanner, multipart, table
 from app.api.system import jobs
 from app.cli import serve
@@ -89,6 +89,9 @@ VALUES: dict[str, tuple[float, ...]] = {
     "places kept for who was turned away": (shares.PRESENT_S,),
     "those turned away that are remembered": (shares.CLAIMS_MOST,),
     "jobs that `/v1/jobs` lists and cancels": (jobs.MAX_LISTED,),
+    "streams with an `Idempotency-Key`": (kept_streams.MAX_BYTES, kept_streams.MAX_STREAMS),
+    "a kept stream without a reader": (kept_streams.LIFETIME_S,),
+    "readers of a kept stream": (kept_streams.MAX_READERS,),
     "links to pictures": (image_store.MAX_BYTES, image_store.MAX_COUNT),
     "header names that a preflight's answer repeats": (cors._MAX_NAMES,),
     "a caller's word in a line": (logs._MAX_WORD,),

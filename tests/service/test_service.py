@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from app import __version__
 from app.domain import ImageSpec, Lora, RawImage, Stage, WorkerStage
 from app.errors import Cancelled, GenerationFailed, InvalidRequest, Kind, Unavailable
 from app.images import OutputFormat
@@ -169,19 +172,25 @@ async def test_what_a_route_warns_of_comes_with_each_picture(at) -> None:
 
 
 async def test_the_file_says_how_it_was_made(at) -> None:
-    """All that is needed to make it again, and none of the references."""
+    """All that is needed to make it again, twice, and none of the references."""
     (picture,) = await at.service.submit([SPEC], client="a", output=PNG).pictures()
+    info = Image.open(io.BytesIO(picture.data)).info
 
-    assert Image.open(io.BytesIO(picture.data)).info == {
+    assert info.pop("parameters") == (
+        "a red circle\nNegative prompt: \nSteps: 4, Sampler: Euler, CFG scale: 1, Seed: 7, "
+        f"Size: 64x64, Model: flux.2-klein-4b, Version: klein-server {__version__}"
+    )
+    assert json.loads(info.pop("klein")) == {
         "prompt": "a red circle",
-        "seed": "7",
-        "steps": "4",
-        "guidance": "1.0",
+        "seed": 7,
+        "steps": 4,
+        "guidance": 1.0,
         "size": "64x64",
         "model": "flux.2-klein-4b",
         "precision": "int8",
         "device": "cpu",
     }
+    assert not info
 
 
 async def test_the_file_says_what_was_timed(at) -> None:
@@ -193,7 +202,7 @@ async def test_the_file_says_what_was_timed(at) -> None:
     )
     (picture,) = await at.service.submit([SPEC], client="a", output=PNG).pictures()
 
-    told = Image.open(io.BytesIO(picture.data)).info
+    told = recipe_of(picture)
     assert told["attention"] == "cuDNN"
     assert told["race"] == "linears fp8 19.2 ms, int8 36.0 ms; attention cudnn 9.9 ms"
 
@@ -244,8 +253,18 @@ async def test_adapters_are_in_the_file_and_in_the_log_line(at) -> None:
     current_request.reset(token)
     (picture,) = await ticket.pictures()
 
-    told = Image.open(io.BytesIO(picture.data)).text
-    assert told["loras"] == f"ink:{-1 / 3}@{'a' * 64}, oil:1@{'c' * 64}"
-    assert told["fused_loras"] == f"grain:0.5@{'b' * 64}"
+    told = recipe_of(picture)
+    assert told["loras"] == [
+        {"name": "ink", "scale": -1 / 3, "sha256": "a" * 64},
+        {"name": "oil", "scale": 1.0, "sha256": "c" * 64},
+    ]
+    assert told["fused_loras"] == [{"name": "grain", "scale": 0.5, "sha256": "b" * 64}]
+    settings = Image.open(io.BytesIO(picture.data)).text["parameters"]
+    assert f'Lora hashes: "ink: {"a" * 12}, oil: {"c" * 12}", ' in settings
     assert "/loras" not in str(told)
     assert context.loras == ("ink", "oil")
+
+
+def recipe_of(picture: Picture) -> dict[str, Any]:
+    """What the file says under `klein`."""
+    return json.loads(Image.open(io.BytesIO(picture.data)).text["klein"])

@@ -20,11 +20,10 @@ from app.api.native.response import server_timing
 from app.api.openai.request import ImagesRequest
 from app.api.openai.response import ECHOED_QUALITIES, usage
 from app.api.pieces import Body, Data
-from app.api.schema.loras import recipe
 from app.domain import ImageSpec
 from app.errors import KleinError
 from app.request_context import current_request
-from app.service.results import Picture, Preview, Queued
+from app.service.results import Picture, Preview, Queued, describe_loras
 from app.service.ticket import Ticket
 
 _log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ async def messages(
 
 
 def _result(picture: Picture, spec: ImageSpec) -> dict[str, Any]:
-    more: dict[str, Any] = {"loras": recipe(picture.loras)} if picture.loras else {}
+    more: dict[str, Any] = {"loras": describe_loras(picture.loras)} if picture.loras else {}
     if picture.warnings:
         more["warnings"] = picture.warnings
     return {"seed": picture.seed, "usage": usage([picture], spec.references), **more}

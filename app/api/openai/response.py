@@ -12,9 +12,8 @@ from typing import Any
 
 from app.api.openai.request import ImagesRequest
 from app.api.pieces import Body, Data
-from app.api.schema.loras import recipe
 from app.domain import RawImage
-from app.service.results import Picture
+from app.service.results import Picture, describe_loras
 
 ECHOED_QUALITIES = frozenset({"low", "medium", "high", "xhigh", "max"})
 """Those that openai-python's strict mode accepts in a response."""
@@ -43,7 +42,7 @@ def answer(
     if asked.quality in ECHOED_QUALITIES:
         head["quality"] = asked.quality
     if first.loras:
-        head["loras"] = recipe(first.loras)
+        head["loras"] = describe_loras(first.loras)
     if warnings := all_warnings(pictures):
         head["warnings"] = warnings
     parts: list[bytes | Data] = [json.dumps(head).encode()[:-1] + b', "data": [']

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -23,18 +24,20 @@ from app.api.openai import request as openai_request
 from app.api.openai import response as openai_response
 from app.api.openai.events import messages
 from app.api.openai.image_store import ImageStore
+from app.api.openai.kept_streams import KeptStream, KeptStreams
 from app.api.openai.request import ImagesRequest
+from app.api.openai.stream_key import KEY, StreamKey
 from app.api.pieces import Body, Data, PieceResponse
 from app.api.schema import loras
 from app.api.schema.body import FORM, JSON, content_type, read_json
 from app.api.schema.request import SIDES
 from app.api.sse import EventStream
-from app.domain import ImageSpec
+from app.domain import ImageSpec, RawImage
 from app.errors import Kind, KleinError
 from app.request_context import current_request
 from app.runtime import Runtime
 from app.service.results import Picture, warnings_of
-from app.service.ticket import Admission
+from app.service.ticket import Admission, Ticket
 
 _FILES = "/v1/images/files/"
 _Read = Callable[
@@ -43,18 +46,27 @@ _Read = Callable[
 _OWN_NAMES = {**SIDES, "references": "image", "images": "n", "deadline_s": DEADLINE}
 
 
-def build_router(config: ApiConfig, links: ImageStore) -> APIRouter:
-    """Make the router; images that are returned by URL come from the image store *links*."""
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    """What outlives a request: images that are returned by URL, and streams that have a key."""
+
+    links: ImageStore
+    kept: KeptStreams
+
+
+def build_router(config: ApiConfig, links: ImageStore, kept: KeptStreams) -> APIRouter:
+    """Make the router, which fills the image store *links* and the streams that are *kept*."""
     router = APIRouter(tags=["openai"])
+    stores = _Stores(links, kept)
 
     @router.post("/v1/images", summary="The same as /v1/images/generations")
     @router.post("/v1/images/generations", summary="Make pictures of a prompt")
     async def generations(request: Request, runtime: Running) -> Response:
-        return await _respond(request, runtime, config, links, _read_generation, JSON)
+        return await _respond(request, runtime, config, stores, _read_generation, JSON)
 
     @router.post("/v1/images/edits", summary="Make pictures of a prompt and other pictures")
     async def change(request: Request, runtime: Running) -> Response:
-        return await _respond(request, runtime, config, links, _read_edit, FORM, JSON)
+        return await _respond(request, runtime, config, stores, _read_edit, FORM, JSON)
 
     @router.get(_FILES + "{name}", summary="Fetch a picture behind a link", response_class=Response)
     async def file(name: str) -> Response:
@@ -77,24 +89,90 @@ async def _respond(
     request: Request,
     runtime: Runtime,
     config: ApiConfig,
-    links: ImageStore,
+    stores: _Stores,
     read: _Read,
     *media_types: str,
 ) -> Response:
     """Queue the images; wait and answer with JSON, or start the stream of events that waits."""
+    kept, key = stores.kept, None
+    if KEY in request.headers:
+        key = StreamKey(request, about=read.__name__)
+        request = key.watch(request)
+        if stream := kept.join(current_request.get().client, key.text):
+            # Whether there is room for another one does not matter.
+            return await _follow(request, key, stream, kept, config)
     with admit(request, runtime.service, *media_types) as admission:
         asked, specs = await read(request, runtime, admission, config)
         current_request.get().release_body()
+        if key is not None and asked.wants_stream:
+            digest = await key.digest(request)
+            stream = _keep(key, digest, kept, admission, asked, specs)
+            return await _follow(request, key, stream, kept, config)
         with own_names(_OWN_NAMES):
             ticket = admission.submit(specs, asked.image.output)
     if asked.wants_stream:
-        stream = messages(ticket, asked, specs[0])
         return EventStream(
-            stream,
-            headers=_headers((*admission.warnings, *warnings_of(specs[0])), asked),
+            messages(ticket, asked, specs[0]),
+            headers=_stream_headers(admission, asked, specs),
             heartbeat_s=config.heartbeat_s,
             on_close=ticket.cancel,
         )
+    return await _answer(request, runtime, config, stores.links, ticket, asked, specs[0].references)
+
+
+def _keep(
+    key: StreamKey,
+    digest: bytes,
+    kept: KeptStreams,
+    admission: Admission,
+    asked: ImagesRequest,
+    specs: Sequence[ImageSpec],
+) -> KeptStream:
+    """Queue the image and keep its stream, unless another request has done so meanwhile."""
+    if stream := kept.join(admission.client, key.text):
+        return stream
+    key.check()
+    room_bytes = kept.make_room(admission.client, specs[0])
+    with own_names(_OWN_NAMES):
+        ticket = admission.submit(specs, asked.image.output)
+    return kept.keep(
+        key.text,
+        digest,
+        ticket,
+        messages(ticket, asked, specs[0]),
+        headers=_stream_headers(admission, asked, specs),
+        room_bytes=room_bytes,
+    )
+
+
+async def _follow(
+    request: Request, key: StreamKey, stream: KeptStream, kept: KeptStreams, config: ApiConfig
+) -> Response:
+    """Answer with all events of *stream*, which the request has joined, if it has its body."""
+    try:
+        stream.check(await key.digest(request))
+    except BaseException:
+        kept.leave(stream)
+        raise
+    current_request.get().release_body()
+    return EventStream(
+        stream.read(),
+        headers=stream.headers,
+        heartbeat_s=config.heartbeat_s,
+        on_close=partial(kept.leave, stream),
+    )
+
+
+async def _answer(
+    request: Request,
+    runtime: Runtime,
+    config: ApiConfig,
+    links: ImageStore,
+    ticket: Ticket,
+    asked: ImagesRequest,
+    references: Sequence[RawImage],
+) -> Response:
+    """Wait for the images and answer with JSON."""
     pictures = await await_images(ticket, request.receive)
     urls = None
     if asked.wants_links:
@@ -105,7 +183,7 @@ async def _respond(
         asked=asked,
         model=runtime.service.model.id,
         created=int(time.time()),
-        references=specs[0].references,
+        references=references,
         links=urls,
     )
     headers = _headers(openai_response.all_warnings(pictures), asked)
@@ -153,6 +231,12 @@ def _store(links: ImageStore, picture: Picture) -> str:
         media_type=picture.media_type,
         client=current_request.get().client,
     )
+
+
+def _stream_headers(
+    admission: Admission, asked: ImagesRequest, specs: Sequence[ImageSpec]
+) -> dict[str, str]:
+    return _headers((*admission.warnings, *warnings_of(specs[0])), asked)
 
 
 def _headers(warnings: Sequence[str], asked: ImagesRequest) -> dict[str, str]:

@@ -183,11 +183,6 @@ def headers(loras: Iterable[Lora]) -> dict[str, str]:
     return {"X-Klein-Loras": written} if (written := write_loras(loras)) else {}
 
 
-def recipe(loras: Iterable[Lora]) -> list[dict[str, Any]]:
-    """Describe adapters for JSON: names, scales and the hashes of their files."""
-    return [{"name": each.name, "scale": each.scale, "sha256": each.sha256} for each in loras]
-
-
 def _too_many(count: int) -> InvalidRequest:
     return InvalidRequest(
         f"loras holds {count} adapters; the most is {MAX_LORAS}.",

@@ -18,13 +18,14 @@ from app.api.sdapi.request import SdRequest
 from app.domain import ModelSpec
 from app.errors import KleinError
 from app.service.adapters import Adapter
+from app.service.recipes import SAMPLER, write_hashes, write_settings
 from app.service.results import Picture
 from app.service.ticket import Ticket
 
 _STARTED = 0.01
 """The least progress of a client that has jobs; 0 means none."""
 
-SAMPLERS = ({"name": "Euler", "aliases": ["euler"], "options": {}},)
+SAMPLERS = ({"name": SAMPLER, "aliases": ["euler"], "options": {}},)
 SCHEDULERS = (
     {
         "name": "automatic",
@@ -151,14 +152,16 @@ def _info(pictures: Sequence[Picture], asked: SdRequest, model: ModelSpec) -> di
         "subseed_strength": 0,
         "width": first.width,
         "height": first.height,
-        "sampler_name": SAMPLERS[0]["name"],
+        "sampler_name": SAMPLER,
         "cfg_scale": image.guidance_scale,
         "steps": image.steps,
         "batch_size": len(pictures),
         "restore_faces": False,
         "sd_model_name": model.id,
         "sd_model_hash": None,
-        "extra_generation_params": {"Lora hashes": hashes} if (hashes := _hashes(first)) else {},
+        "extra_generation_params": {"Lora hashes": hashes}
+        if (hashes := write_hashes(first.loras))
+        else {},
         "index_of_first_image": 0,
         "infotexts": [_infotext(picture, asked, model) for picture in pictures],
         "styles": [],
@@ -170,16 +173,12 @@ def _info(pictures: Sequence[Picture], asked: SdRequest, model: ModelSpec) -> di
 
 
 def _infotext(picture: Picture, asked: SdRequest, model: ModelSpec) -> str:
-    image, hashes = asked.image, _hashes(picture)
-    return (
-        f"{asked.prompt}\nSteps: {image.steps}, Sampler: {SAMPLERS[0]['name']}, "
-        f"CFG scale: {image.guidance_scale:g}, Seed: {picture.seed}, "
-        f"Size: {picture.width}x{picture.height}, Model: {model.id}, "
-        f"{hashes and f'Lora hashes: {json.dumps(hashes)}, '}"
-        f"Version: klein-server {__version__}"
+    settings = write_settings(
+        steps=asked.image.steps,
+        guidance=asked.image.guidance_scale,
+        seed=picture.seed,
+        size=f"{picture.width}x{picture.height}",
+        model=model.id,
+        loras=picture.loras,
     )
-
-
-def _hashes(picture: Picture) -> str:
-    """Return the adapters' hashes, of which AUTOMATIC1111 shows the first twelve digits."""
-    return ", ".join(f"{each.name}: {each.sha256[:12]}" for each in picture.loras)
+    return f"{asked.prompt}\n{settings}"

@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse, Response
 from app import __version__
 from app.api.deps import Running
 from app.api.errors import envelope, retry_after
-from app.api.schema.loras import recipe
 from app.domain import Status, WorkerStage, WorkerStatus
 from app.errors import Kind, KleinError
 from app.images.formats import OUTPUT_FORMATS
 from app.request_context import current_request
 from app.service.adapters import Adapters
+from app.service.results import describe_loras
 
 router = APIRouter(tags=["health"])
 
@@ -82,8 +82,8 @@ def _loras(adapters: Adapters) -> dict[str, Any]:
         "listed": len(adapters.listed()),
         "refused": len(adapters.refused),
         "max_rank": adapters.max_rank,
-        "default": recipe(adapters.default),
-        "fused": recipe(adapters.fused),
+        "default": describe_loras(adapters.default),
+        "fused": describe_loras(adapters.fused),
         "problems": list(adapters.problems),
     }
 

@@ -16,6 +16,7 @@ from app.api.deps import DEADLINE, MIN_DEADLINE_S
 from app.api.errors import REPLIES
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
+from app.api.openai.stream_key import KEY, PATTERN
 from app.api.schema.fields import about_mask
 from app.images.formats import OUTPUT_FORMATS
 from app.service import previews
@@ -47,6 +48,16 @@ _DEADLINE = {
     "required": False,
     "description": "Seconds that the client is willing to wait; only ever shortens the limit.",
     "schema": {"type": "number", "minimum": MIN_DEADLINE_S},
+}
+_KEY = {
+    "name": KEY,
+    "in": "header",
+    "required": False,
+    "description": (
+        "Keeps a stream for a minute when its connection ends; the same key with the same body "
+        "reads it again from its start. Without `stream` it has no effect."
+    ),
+    "schema": {"type": "string", "pattern": f"^{PATTERN}$"},
 }
 _NULLABLE = {"type": ["string", "null"]}
 _ERROR = {
@@ -150,7 +161,7 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
     for path, (contents, reply) in _posts(service, config).items():
         paths[path]["post"] |= {
             "requestBody": {"required": True, "content": contents},
-            "parameters": [_DEADLINE],
+            "parameters": [_DEADLINE] if path == "/generate" else [_DEADLINE, _KEY],
             "responses": {"200": reply, **_errors(_GENERATES)},
         }
     paths["/v1/images/files/{name}"]["get"] |= {

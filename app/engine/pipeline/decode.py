@@ -20,10 +20,9 @@ from app.engine.modules.rope import Grid
 from app.engine.pipeline import image_tensors
 from app.engine.pipeline.components import PipelineComponents, pack, unpack
 from app.engine.pipeline.tiled_decode import decode_tiled
+from app.limits import PREVIEW_SIDE
 
 _log = logging.getLogger(__name__)
-
-_LONGEST_SIDE = 256
 
 
 def decode(components: PipelineComponents, latents: torch.Tensor, shape: Grid) -> torch.Tensor:
@@ -62,7 +61,7 @@ def preview(
 ) -> RawImage:
     """Decode the current estimate of the clean latents as a small image."""
     height, width = shape
-    longest = _LONGEST_SIDE // components.architecture.token_side
+    longest = PREVIEW_SIDE // components.architecture.token_side
     scale = min(1.0, longest / max(height, width))
     small = (max(1, round(height * scale)), max(1, round(width * scale)))
     latents = estimate()
