@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app import logs
-from app.cli.console import MODEL, Options
+from app.cli.console import LOADING, Options
 from app.cli.old_cache import find_old_cache
 from app.cli.system_limits import bound_heap, raise_file_limit
 from app.domain import ModelInfo
@@ -55,12 +55,14 @@ END_S = 5.0
 OPTIONS: Options = {
     "--host": {"help": "address to listen on (KLEIN_HOST)"},
     "--port": {"type": int, "help": "port to listen on (KLEIN_PORT)"},
-    **MODEL,
+    **LOADING,
 }
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Serve until a signal ends it; return the exit code."""
+    if arguments.json:
+        settings = settings.model_copy(update={"log_format": "json"})
     return serve(settings)
 
 
