@@ -36,7 +36,7 @@ class Command:
 
     module: str
     help: str
-    settings: tuple[str, ...] | None = ("model", "cache_dir")
+    settings: tuple[str, ...] | None = ("model",)
     """Its options that override the setting of the same name. None: `run` gets the environment
     instead of settings, which are slow to read."""
     loads_model: bool = False
@@ -83,9 +83,15 @@ COMMANDS: dict[str, Command] = {
         reports_old_cache=True,
     ),
     "cache": Command(
-        "app.cli.cache", "list what lies on the disk, or delete what can be made again"
+        "app.cli.cache",
+        "list what lies on the disk, or delete what can be made again",
+        settings=("model", "cache_dir"),
     ),
-    "lora": Command("app.cli.lora", "list, add, remove or check adapters (LoRA)"),
+    "lora": Command(
+        "app.cli.lora",
+        "list, add, remove or check adapters (LoRA)",
+        settings=("model", "cache_dir"),
+    ),
     "bench": Command(
         "app.cli.bench.command",
         "measure how fast this card makes pictures",

@@ -86,7 +86,7 @@ def test_embedded(tmp_path, capsys):
     """For the demo model there is nothing to do."""
     settings = Settings.read({}, model="shapes")
 
-    assert download.run(argparse.Namespace(verify=False), settings) == 0
+    assert download.run(argparse.Namespace(verify=False, json=False), settings) == 0
     assert "nothing to download" in capsys.readouterr().out
 
 
