@@ -117,13 +117,17 @@ _COLUMNS: dict[str, Callable[[Compared], str]] = {
 
 
 OPTIONS: Options = {
-    "prompt": {},
+    "prompt": {"help": "what the pictures show"},
     "--precision": {"default": "fp8,int8,bf16", "help": "separated by commas (fp8,int8,bf16)"},
     "--attention": {"help": "kernels separated by commas; each makes a picture at each precision"},
-    "-o --output": {"type": Path, "default": Path("compare.png")},
+    "-o --output": {
+        "type": Path,
+        "default": Path("compare.png"),
+        "help": "the contact sheet",
+    },
     **SIZE,
     **STEPS,
-    "--seed": {"type": int, "default": 0},
+    "--seed": {"type": int, "default": 0, "help": "-1 draws one (0)"},
     **MODEL,
     **PLAN,
     **CACHE_DIR,

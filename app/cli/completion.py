@@ -174,7 +174,11 @@ def _fish(commands: Sequence[Described]) -> str:
                 f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
                 for name in word.names
             )
-            value = " -r" if word.names and word.takes_value else ""
+            if not word.names and not word.choices and not word.is_path:
+                continue
+            value = ""
+            if word.names and word.takes_value:
+                value = " -r" if word.is_path else " -x"
             if word.choices:
                 value += f" -a {_fish_text(' '.join(word.choices))}"
             if word.is_path:

@@ -48,7 +48,7 @@ _MEDIA_TYPES = {b"\xff\xd8": "jpeg", b"RI": "webp"}
 """By a file's first two bytes; the service itself looks at what a file holds."""
 
 OPTIONS: Options = {
-    "prompt": {},
+    "prompt": {"help": "what the picture shows; of an edit, what is to change"},
     "-o --output": {
         "metavar": "PLACE",
         "help": "a file, a folder, or - for standard output; the current folder where left out, "
@@ -70,7 +70,7 @@ OPTIONS: Options = {
     "--format": {"choices": tuple(OUTPUT_FORMATS), "help": "by the name where left out, else png"},
     **SIZE,
     **STEPS,
-    "--guidance": {"type": float},
+    "--guidance": {"type": float, "help": "how close to the prompt; a distilled model has one"},
     "--seed": {"type": int, "help": "-1 or nothing draws one"},
     "--lora": {
         "action": "append",
@@ -120,7 +120,7 @@ class Sink:
                 "seed": event.seed,
                 "format": self.output.format.format,
                 "bytes": len(event.data),
-                "seconds": dict(event.seconds),
+                "seconds": {stage: round(each, 6) for stage, each in event.seconds.items()},
                 "warnings": list(event.warnings),
             }
         )

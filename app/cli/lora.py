@@ -35,7 +35,7 @@ from app.settings import Settings
 from app.telemetry.cards import Cards
 
 OPTIONS: Options = {
-    "action": {"choices": ("list", "add", "remove", "check")},
+    "action": {"choices": ("list", "add", "remove", "check"), "help": "what to do"},
     "what": {
         "nargs": "?",
         "help": "add: a file, or owner/repository@commit:path/file.safetensors of the hub; "

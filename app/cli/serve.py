@@ -22,6 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app import logs
+from app.cli import first_lines
 from app.cli.console import LOADING, Options
 from app.cli.old_cache import find_old_cache
 from app.cli.system_limits import bound_heap, raise_file_limit
@@ -88,6 +89,9 @@ async def _run(
 ) -> int:
     runtime = build_runtime(settings, make_engine=make_engine, cards=cards)
     _log.info("Listening at %s while the model is loaded.", address(listener))
+    host, port = listener.getsockname()[:2]
+    _log.info("%s", first_lines.reach(host, port, settings))
+    _log.info("%s", first_lines.needs(settings, runtime.choice))
     # The app, once there is one, closes it first.
     async with runtime:
         # Not earlier: it takes up to a second, in which the worker runs its own imports already.
