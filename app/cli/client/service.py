@@ -128,10 +128,11 @@ class Service:
                 on_open(connection.sock)
                 data = None if body is None else json.dumps(body).encode()
                 connection.request(method, parts.path + path, data, self._headers(data))
-                answer = connection.getresponse()
-                if answer.status not in allowed:
-                    raise self._refusal(answer)
-                yield answer
+                # The answer may own the socket by now.
+                with connection.getresponse() as answer:
+                    if answer.status not in allowed:
+                        raise self._refusal(answer)
+                    yield answer
             except (OSError, HTTPException) as error:
                 raise self._absent(_reason(error)) from None
 
