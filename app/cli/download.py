@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from app.cli.console import CACHE_DIR, Options, Progress, progress_bar
+from app.cli.console import CACHE_DIR, STAGES, Options, Progress, progress_bar
 from app.domain import LoadProgress
 from app.engine.hub.download import choose_file, ensure, missing_bytes, verify
 from app.engine.hub.fetch import Hub
@@ -143,5 +143,5 @@ def _precision_of_this_machine(variant: ModelEntry, settings: Settings) -> str:
 
 def _told_by(show: Progress, total_bytes: int) -> Callable[[LoadProgress], None]:
     return lambda progress: show(
-        progress.fraction, f"{progress.stage} {progress.detail}", total_bytes
+        progress.fraction, f"{STAGES[progress.stage]}, {progress.detail}", total_bytes
     )

@@ -231,9 +231,15 @@ def test_all_jobs_are_taken_back(asking, service, held, capsys) -> None:
 
 
 def test_ctrl_c_takes_the_job_back(asking, service, gate, held) -> None:
-    """The exit code is 130, nothing is printed, and the card does not draw on."""
+    """The exit code is 130, nothing is printed, and the card does not draw on.
+
+    While the command waits it has neither a process of its own nor the library of models.
+    """
     asked = start(service, asking, "generate", "a", "-n", "6", *SMALL)
     waiting(service, 4)
+    process = psutil.Process(asked.pid)
+    assert process.children() == []
+    assert not [each for each in process.memory_maps() if "torch" in each.path]
     asked.send_signal(signal.SIGINT)
     out, err = asked.communicate(timeout=20)
 
@@ -243,17 +249,11 @@ def test_ctrl_c_takes_the_job_back(asking, service, gate, held) -> None:
     assert gate.with_name("trace").read_text().splitlines()[-1].startswith("stopped")
 
 
-def test_no_second_model_is_loaded(asking, service, held) -> None:
-    """The command has no process and no library of its own; the service's worker draws."""
-    asked = start(service, asking, "generate", "a", *SMALL)
-    waiting(service)
-    process = psutil.Process(asked.pid)
+def test_the_first_lines_of_the_service_say_what_it_needs(service) -> None:
+    """Where it listens, who reaches it, what it needs, and then what it loads."""
+    words = [line.split()[2] for line in service.lines[:4]]
 
-    assert process.children() == []
-    assert not [each for each in process.memory_maps() if "torch" in each.path]
-    held()
-    assert asked.wait(20) == 0
-    asked.communicate()
+    assert words == ["Listening", "Only", "Needs", "Model"]
 
 
 @pytest.mark.parametrize(
