@@ -151,6 +151,9 @@ def _zsh(commands: Sequence[Described]) -> str:
 
 
 def _zsh_specs(word: Word) -> list[str]:
+    if not word.names and not word.choices and not word.is_path:
+        # Else its description stands in the way of options.
+        return []
     value = f"({' '.join(word.choices)})" if word.choices else ("_files" if word.is_path else " ")
     if not word.names:
         return [f"*:{_zsh_text(word.help)}:{value}"]
