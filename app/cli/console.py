@@ -31,6 +31,7 @@ class RefuseKey(Action):
 
 
 ENV_FILE = "--env-file"
+REFUSED_KEYS = "--api-key --api-keys --key"
 COMMON: Options = {
     "--json": {"action": "store_true", "help": "answer with one JSON document, for programs"},
     ENV_FILE: {
@@ -38,7 +39,7 @@ COMMON: Options = {
         "metavar": "FILE",
         "help": "read variables from this file too, such as .env; those that are set win",
     },
-    "--api-key --api-keys --key": {"action": RefuseKey, "nargs": "?", "help": SUPPRESS},
+    REFUSED_KEYS: {"action": RefuseKey, "nargs": "?", "help": SUPPRESS},
 }
 """The options of every command."""
 MODEL: Options = {"--model": {"help": "catalogue key, local folder, or auto (KLEIN_MODEL)"}}

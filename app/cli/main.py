@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from app import __version__
-from app.cli.console import add_options, note
+from app.cli.console import COMMON, REFUSED_KEYS, add_options, note
 from app.cli.environment import own_settings, take_env_file
 from app.cli.system_limits import check_surroundings, explain
 from app.errors import KleinError
@@ -184,6 +184,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         + ".",
         allow_abbrev=False,
     )
+    parser.add_argument(*REFUSED_KEYS.split(), **COMMON[REFUSED_KEYS])
     parser.add_argument("--version", action="version", version=f"klein {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     return parser, {

@@ -140,6 +140,9 @@ def test_a_key_on_the_command_line_is_refused(dummy, capsys, command, option) ->
         assert ended.value.code == 2
         assert "put it into a file" in said
         assert "first-key" not in said
+    with pytest.raises(SystemExit):
+        main([option, "first-key-1234", command])
+    assert "first-key" not in capsys.readouterr().err
     assert not dummy
 
 

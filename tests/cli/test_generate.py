@@ -4,7 +4,9 @@ rules."""
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from app.limits import Limits
 from app.service.adapters import Adapters
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
+from tests.cli.test_console import Terminal
 from tests.engine.adapters import forge
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 
@@ -165,6 +168,23 @@ def test_seed_minus_one_draws_one(tmp_path, capsys) -> None:
     assert (tmp_path / "x.png").stat().st_size > 0
     (seed,) = re.findall(r"128x128, seed (-?\d+),", said)
     assert int(seed) >= 0
+
+
+def test_several_pictures_by_a_model_of_its_own(tmp_path, monkeypatch, capsys) -> None:
+    """Seeds that follow each other, an edit's size, and JSON; a terminal sees load and steps."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    Image.new("RGB", (128, 192), "red").save(tmp_path / "red.png")
+    Image.new("L", (128, 192), 255).save(tmp_path / "mask.png")
+    words = ["--image", str(tmp_path / "red.png"), "--mask", str(tmp_path / "mask.png"), "--json"]
+    assert draw(tmp_path, "-n", "2", "--seed", "4", "--steps", "2", *words) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["url"] is None
+    assert [Path(each["path"]).name for each in told["pictures"]] == ["x-4.png", "x-5.png"]
+    assert [(each["width"], each["height"]) for each in told["pictures"]] == [(128, 192)] * 2
+    assert all(each["seconds"]["total"] > 0 for each in told["pictures"])
+    assert "| starting the worker" in sys.stderr.getvalue()
+    assert "0 of 2, denoise 1/2" in sys.stderr.getvalue()
 
 
 async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:

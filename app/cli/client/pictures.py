@@ -132,14 +132,16 @@ class _Drawing:
 
     def _wait_until_loaded(self, index: int) -> None:
         while not self._is_closed:
+            # First, since one that is ready may refuse for a moment yet.
+            time.sleep(_LOOK_S)
             state = self.service.state()
             if state["ready"]:
                 return
             stage = str(state["stage"])
             if stage in {"failed", "draining"}:
                 raise KleinError(plain(state.get("reason") or "The service is ending."))
-            self._tell(index, Step(f"the service is {STAGES.get(stage, plain(stage))}"))
-            time.sleep(_LOOK_S)
+            doing = STAGES.get(stage, plain(stage))
+            self._tell(index, Step(f"the service is {doing}"))
 
     def _wait_for_room(self, index: int, seconds: int) -> None:
         self._tell(index, Step(f"the queue is full, asking again in {seconds} s"))
