@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from app import logs
 from app.api.schema.loras import use_all
+from app.cli.console import note
 from app.cli.drawing import Drawn, Event, OnEvent, Preview, Step, denoised
 from app.cli.environment import own_settings
 from app.cli.generate import read_picture
@@ -95,6 +96,8 @@ def _plan(arguments: argparse.Namespace, settings: Settings, model: ModelSpec) -
     )
     if arguments.image:
         edit = _read_edit(arguments, settings, limits, size)
+        for each in edit.warnings:
+            note(each)
         width, height = edit.size
         spec = replace(spec, width=width, height=height, references=edit.references, mask=edit.mask)
     return [replace(spec, seed=arguments.seed + index) for index in range(arguments.n)]

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -228,6 +229,21 @@ def test_all_jobs_are_taken_back(asking, service, held, capsys) -> None:
     assert main(["cancel", "--all"]) == 0
     assert main(["cancel"]) == 1
     assert main(["cancel", "a", "--all"]) == 1
+
+
+def test_one_that_fails_takes_the_others_back(asking, service, held, capsys) -> None:
+    """At once, not when the command's process ends."""
+
+    def spoil() -> None:
+        service.request("DELETE", f"/v1/jobs/{waiting(service, 3)[1]['id']}")
+
+    other = threading.Thread(target=spoil)
+    other.start()
+    assert main(["generate", "a", "-n", "3", *SMALL]) == 1
+    other.join()
+
+    assert "cancelled" in capsys.readouterr().err
+    waiting(service, 0)
 
 
 def test_ctrl_c_takes_the_job_back(asking, service, gate, held) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from app.api.config import ApiConfig
 from app.api.native.request import read, table
-from app.cli import generate, output
+from app.cli import generate, local, output
 from app.cli.console import add_options
 from app.cli.main import main
 from app.cli.warm_worker import warm_runtime
@@ -183,8 +183,26 @@ def test_several_pictures_by_a_model_of_its_own(tmp_path, monkeypatch, capsys) -
     assert [Path(each["path"]).name for each in told["pictures"]] == ["x-4.png", "x-5.png"]
     assert [(each["width"], each["height"]) for each in told["pictures"]] == [(128, 192)] * 2
     assert all(each["seconds"]["total"] > 0 for each in told["pictures"])
+    assert "white was repainted" in sys.stderr.getvalue()
     assert "| starting the worker" in sys.stderr.getvalue()
     assert "0 of 2, denoise 1/2" in sys.stderr.getvalue()
+
+
+def test_an_edit_is_planned_before_loading(tmp_path) -> None:
+    """Its pictures, its mask, and its previews, of which there is one less than steps."""
+    Image.new("RGB", (128, 192), "red").save(tmp_path / "red.png")
+    Image.new("L", (128, 192), 255).save(tmp_path / "mask.png")
+    parser = argparse.ArgumentParser()
+    add_options(parser, generate.OPTIONS)
+    words = ["--image", str(tmp_path / "red.png"), "--mask", str(tmp_path / "mask.png")]
+    given = parser.parse_args(["a", *words, "--steps", "2", "--seed", "1", "-n", "2"])
+    given.previews = 3
+
+    first, second = local._plan(given, Settings.read({}), find_spec("shapes"))
+    assert [first.seed, second.seed] == [1, 2]
+    assert [(each.width, each.height) for each in first.references] == [(128, 192)]
+    assert first.mask is not None
+    assert first.previews == 1
 
 
 async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:

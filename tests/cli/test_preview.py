@@ -12,7 +12,6 @@ import struct
 import sys
 import termios
 import threading
-import tty
 
 import numpy as np
 import pytest
@@ -72,7 +71,6 @@ def test_a_terminal_is_asked_for_its_attributes(monkeypatch, answer, found) -> N
     """One that is silent is not waited for long, and it gets its settings back."""
     monkeypatch.setattr(preview, "_ASK_S", 0.5 if answer else 0.02)
     ours, theirs = os.openpty()
-    tty.setraw(ours)
     before = termios.tcgetattr(theirs)
 
     def reply() -> None:
