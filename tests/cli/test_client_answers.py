@@ -160,8 +160,9 @@ def test_a_service_that_loads_is_waited_for(monkeypatch, place) -> None:
     assert (place / "klein-7.png").read_bytes() == b"picture"
 
 
-def test_a_service_that_fails_while_it_loads_is_not_waited_for(capsys) -> None:
+def test_a_service_that_fails_while_it_loads_is_not_waited_for(monkeypatch, capsys) -> None:
     """Its reason is told."""
+    monkeypatch.setattr("app.cli.client.pictures._LOOK_S", 0.01)
     failed = document({"ready": False, "stage": "failed", "reason": "The card is gone."}, 503)
     loading = refusal(503, "The model is still being loaded.", "model_loading")
     with FakeService({HEALTH: [failed], GENERATIONS: [loading]}) as service:
