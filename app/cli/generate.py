@@ -7,7 +7,6 @@ only where none does, or with `--local`, that a model is loaded here.
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.cli.client.pictures import draw
+from app.cli.client.request import requests_of
 from app.cli.client.service import ASKING, NoService, Service
 from app.cli.console import LOADING, SIZE, STEPS, Options, note, plain, progress_bar
 from app.cli.drawing import Display, Drawn, Event
@@ -44,9 +44,6 @@ _NAMES = {
     "mask": "--mask",
     "prompt": "The prompt",
 }
-_MEDIA_TYPES = {b"\xff\xd8": "jpeg", b"RI": "webp"}
-"""By a file's first two bytes; the service itself looks at what a file holds."""
-
 OPTIONS: Options = {
     "prompt": {"help": "what the picture shows; of an edit, what is to change"},
     "-o --output": {
@@ -162,7 +159,11 @@ def run(
     try:
         if service is not None:
             return _show(
-                arguments, environ, output, service.url, lambda sink: _ask(arguments, service, sink)
+                arguments,
+                environ,
+                output,
+                service.url,
+                lambda sink: draw(service, *requests_of(arguments, output.format), sink.on),
             )
         from app.cli.local import draw_here
 
@@ -238,56 +239,3 @@ def _check_model(service: Service, asked: str | None, environ: Mapping[str, str]
             f"{plain(wanted)}; leave --model and KLEIN_MODEL out, or load that one here, beside "
             "it, by --local."
         )
-
-
-def _ask(arguments: argparse.Namespace, service: Service, sink: Sink) -> None:
-    """Have *service* make the pictures."""
-    body: dict[str, Any] = {
-        "prompt": arguments.prompt,
-        "output_format": sink.output.format.format,
-        "stream": True,
-        "partial_images": arguments.previews,
-    }
-    if arguments.size is not None:
-        body["size"] = arguments.size
-    if arguments.steps is not None:
-        body["num_inference_steps"] = arguments.steps
-    if arguments.guidance is not None:
-        body["guidance_scale"] = arguments.guidance
-    if arguments.lora is not None:
-        body["loras"] = [_lora(each) for each in arguments.lora]
-    path = "/v1/images/generations"
-    if arguments.image:
-        path = "/v1/images/edits"
-        body["images"] = [{"image_url": _data_url(each)} for each in arguments.image]
-    if arguments.mask:
-        body["mask"] = {"image_url": _data_url(arguments.mask)}
-    requests = [{**body, "seed": arguments.seed + index} for index in range(arguments.n)]
-    draw(service, path, requests, sink.on)
-
-
-def _lora(text: str) -> dict[str, Any]:
-    """Read a name and its scale, such as `style:0.8`; the service judges both."""
-    name, colon, scale = (part.strip() for part in text.partition(":"))
-    try:
-        return {"name": name, "scale": float(scale)} if colon else {"name": name}
-    except ValueError:
-        raise InvalidRequest("--lora must be a name and a scale, such as style:0.8.") from None
-
-
-def _data_url(path: Path) -> str:
-    data = read_picture(path)
-    kind = _MEDIA_TYPES.get(data[:2], "png")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def read_picture(path: Path) -> bytes:
-    """Read the file of a picture.
-
-    Raises:
-        InvalidRequest: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read ({error.strerror}).") from None

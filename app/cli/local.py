@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from app import logs
 from app.api.schema.loras import use_all
+from app.cli.client.request import read_picture
 from app.cli.console import note
 from app.cli.drawing import Drawn, Event, OnEvent, Preview, Step, denoised
 from app.cli.environment import own_settings
-from app.cli.generate import read_picture
 from app.cli.old_cache import tell_old_cache
 from app.cli.output import Output
 from app.cli.warm_worker import draft, warm_runtime

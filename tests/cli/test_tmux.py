@@ -30,14 +30,22 @@ class Tmux:
         kept |= {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **environ}
         self._environ = kept | {"LC_ALL": "C.UTF-8", "ZDOTDIR": str(folder), "HOME": str(folder)}
         self._run("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "40", shell, at=folder)
-        self.wait(lambda screen: bool(screen.strip()))
-        is_fish = shell.startswith("fish")
-        self.type("function fish_prompt; echo ready'>'; end" if is_fish else "PS1='ready''>'")
-        self.press("Enter")
-        self.wait(lambda screen: PROMPT in screen)
+        self._is_fish = shell.startswith("fish")
 
     def __enter__(self) -> Tmux:
+        try:
+            self._take_prompt()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _take_prompt(self) -> None:
+        self.wait(lambda screen: bool(screen.strip()))
+        prompt = "function fish_prompt; echo ready'>'; end" if self._is_fish else "PS1='ready''>'"
+        self.type(prompt)
+        self.press("Enter")
+        self.wait(lambda screen: PROMPT in screen)
 
     def __exit__(self, *error: object) -> None:
         self._run("kill-server")
