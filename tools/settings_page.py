@@ -27,8 +27,9 @@ _HEAD = """\
 
 Every setting is an environment variable. It is read once, at the start; a value that does not fit,
 or a variable with the prefix `KLEIN_` that is none of these, ends the start with one sentence. An
-empty value counts as not set. `klein serve` takes `--host`, `--port` and `--model` too, and they
-win.
+empty value counts as not set. Commands take the settings that people change as options too, such as
+`--port`, and those win; `--env-file` reads variables from a file ([docs/cli.md](cli.md)).
+`KLEIN_URL` and `KLEIN_KEY_FILE` are no settings, but the clients' own.
 
 `HF_TOKEN`, the hub's own variable, is used for downloads where it is set.
 

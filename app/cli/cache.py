@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from app.cli.console import MODEL, Options, aligned, tabulate
+from app.cli.console import CACHE_DIR, MODEL, Options, aligned, tabulate
 from app.engine.hub import disk
 from app.engine.hub.disk import Pruned, Stored
 from app.engine.models.entry import RemoteFile
@@ -21,6 +22,7 @@ OPTIONS: Options = {
     "--to-gb": {"type": float, "help": "prune: GB that may be left (KLEIN_CACHE_MAX_GB)"},
     "--dry-run": {"action": "store_true", "help": "prune: only say what would be deleted"},
     **MODEL,
+    **CACHE_DIR,
 }
 
 _COLUMNS: dict[str, Callable[[Stored], str]] = {
@@ -34,7 +36,12 @@ _COLUMNS: dict[str, Callable[[Stored], str]] = {
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """List or prune; return 0, or 1 where more is left than the limit allows."""
     if arguments.action == "list":
-        print(_list(settings.cache_dir))
+        stored = disk.survey(settings.cache_dir)
+        print(
+            _document(settings.cache_dir, stored)
+            if arguments.json
+            else _list(settings.cache_dir, stored)
+        )
         return 0
     limit_gb = settings.cache_max_gb if arguments.to_gb is None else arguments.to_gb
     if arguments.to_gb is None and limit_gb == 0:
@@ -52,12 +59,37 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         raise StartupError(
             f"KLEIN_CACHE_DIR could not be pruned ({error.strerror}: {error.filename})."
         ) from None
-    print("\n".join(_told(pruned, is_trial=arguments.dry_run)))
+    lines = _told(pruned, is_trial=arguments.dry_run)
+    print(_pruned(pruned, arguments.dry_run) if arguments.json else "\n".join(lines))
     return 0 if pruned.left_bytes <= limit_gb * 1e9 else 1
 
 
-def _list(cache_dir: Path) -> str:
-    stored = disk.survey(cache_dir)
+def _document(cache_dir: Path, stored: Iterable[Stored]) -> str:
+    return json.dumps({"folder": str(cache_dir), "data": [_plain(each) for each in stored]})
+
+
+def _pruned(pruned: Pruned, is_trial: bool) -> str:
+    return json.dumps(
+        {
+            "dry_run": is_trial,
+            "removed": [_plain(each) for each in pruned.removed],
+            "kept": [_plain(each) for each in pruned.kept],
+            "is_downloading": pruned.is_downloading,
+            "left_bytes": pruned.left_bytes,
+        }
+    )
+
+
+def _plain(stored: Stored) -> dict[str, object]:
+    return {
+        "kind": stored.kind.value,
+        "name": stored.name,
+        "bytes": stored.size_bytes,
+        "used_at": int(stored.used_at),
+    }
+
+
+def _list(cache_dir: Path, stored: Sequence[Stored]) -> str:
     if not stored:
         return f"{cache_dir}: nothing"
     totals = ", ".join(f"{kind} {size:,}" for kind, size in disk.sums(stored).items())

@@ -20,10 +20,9 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from app import images, logs
-from app.cli.console import MODEL, SIZE, STEPS, Options, aligned, note, tabulate
+from app.cli.console import CACHE_DIR, MODEL, PLAN, SIZE, STEPS, Options, aligned, tabulate
+from app.cli.output import check_output, choose_seed
 from app.cli.warm_worker import (
-    check_output,
-    choose_seed,
     draft,
     make_pictures,
     new_prompts,
@@ -118,14 +117,20 @@ _COLUMNS: dict[str, Callable[[Compared], str]] = {
 
 
 OPTIONS: Options = {
-    "prompt": {},
+    "prompt": {"help": "what the pictures show"},
     "--precision": {"default": "fp8,int8,bf16", "help": "separated by commas (fp8,int8,bf16)"},
     "--attention": {"help": "kernels separated by commas; each makes a picture at each precision"},
-    "-o --output": {"type": Path, "default": Path("compare.png")},
+    "-o --output": {
+        "type": Path,
+        "default": Path("compare.png"),
+        "help": "the contact sheet",
+    },
     **SIZE,
     **STEPS,
-    "--seed": {"type": int, "default": 0},
+    "--seed": {"type": int, "default": 0, "help": "-1 draws one (0)"},
     **MODEL,
+    **PLAN,
+    **CACHE_DIR,
 }
 
 
@@ -149,8 +154,11 @@ def run(
     found = against_reference(found)
     arguments.output.write_bytes(_draw(found, settings, arguments.prompt))
     lines = [*aligned(tabulate(_COLUMNS, found)), *(f"not compared: {each}" for each in notes)]
-    print("\n".join(lines))
-    print(f"written: {arguments.output} (below: differences, {DIFFERENCE_GAIN} times as strong)")
+    if not arguments.json:
+        print("\n".join(lines))
+        print(
+            f"written: {arguments.output} (below: differences, {DIFFERENCE_GAIN} times as strong)"
+        )
     print(
         json.dumps(
             {"name": "klein.compare", "rows": [one.as_json() for one in found], "notes": notes}
@@ -210,10 +218,11 @@ async def _make_all(
         return [warm_up, spec]
 
     for label, changes in trials.items():
-        note(f"{label}: starting the worker")
         chosen = settings.model_copy(update=changes)
         try:
-            async with warm_runtime(chosen, make_engine=make_engine, cards=cards, plan=plan) as (
+            async with warm_runtime(
+                chosen, make_engine=make_engine, cards=cards, plan=plan, what=label
+            ) as (
                 runtime,
                 info,
                 specs,

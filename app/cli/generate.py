@@ -1,121 +1,241 @@
-"""`klein generate`: one image into a file, by the same worker and service as over HTTP."""
+"""`klein generate`: pictures into files, by the service that runs, else by a model of its own.
+
+A service that answers is used, since a second model would need the card's memory once more; it is
+only where none does, or with `--local`, that a model is loaded here.
+"""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-from contextlib import suppress
-from dataclasses import replace
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from app import logs
-from app.api.schema.loras import use_all
-from app.cli.console import MODEL, SIZE, STEPS, Options
-from app.cli.warm_worker import check_output, choose_seed, draft, make_pictures, warm_runtime
-from app.domain import ImageSpec, Lora, ModelSpec
-from app.engine import create_engine
-from app.errors import InvalidRequest
-from app.images import OutputFormat
-from app.images.formats import OUTPUT_FORMATS, list_words
-from app.limits import Limits
-from app.runtime import Runtime
-from app.service.results import Picture
-from app.settings import Settings, read_adapter
-from app.telemetry.cards import Cards
-from app.worker.child import EngineFactory
+from app.cli.client.pictures import draw
+from app.cli.client.request import requests_of
+from app.cli.client.service import ASKING, NoService, Service
+from app.cli.console import LOADING, SIZE, STEPS, Options, note, plain, progress_bar
+from app.cli.drawing import Display, Drawn, Event
+from app.cli.output import Output, choose_output, choose_seed
+from app.cli.preview import AUTO, NONE, PROTOCOLS, find_previews
+from app.errors import InvalidRequest, KleinError
+from app.images.formats import OUTPUT_FORMATS
 
-_LIST_S = 60.0
-"""How long it may take to look through the directory of adapters."""
+if TYPE_CHECKING:
+    from app.telemetry.cards import Cards
+    from app.worker.child import EngineFactory
+
+MOST = 100
+"""Pictures of one command."""
+PREVIEWS = 3
+"""The most that a service sends of one picture."""
+
 _NAMES = {
     "loras": "--lora",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "seed": "--seed",
     "size": "--size",
+    "images": "--image",
+    "mask": "--mask",
     "prompt": "The prompt",
 }
-
-
 OPTIONS: Options = {
-    "prompt": {},
-    "-o --output": {"type": Path, "default": Path("out.png")},
+    "prompt": {"help": "what the picture shows; of an edit, what is to change"},
+    "-o --output": {
+        "metavar": "PLACE",
+        "help": "a file, a folder, or - for standard output; the current folder where left out, "
+        "with a name from the seed",
+    },
+    "--overwrite": {"action": "store_true", "help": "replace files that are there"},
+    "-n": {"type": int, "default": 1, "help": "how many; picture i has the seed + i"},
+    "--image": {
+        "action": "append",
+        "type": Path,
+        "metavar": "FILE",
+        "help": "a picture to edit; up to four",
+    },
+    "--mask": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "where the first picture is repainted: its transparent pixels, or white ones",
+    },
+    "--format": {"choices": tuple(OUTPUT_FORMATS), "help": "by the name where left out, else png"},
     **SIZE,
     **STEPS,
-    "--guidance": {"type": float},
+    "--guidance": {"type": float, "help": "how close to the prompt; a distilled model has one"},
     "--seed": {"type": int, "help": "-1 or nothing draws one"},
     "--lora": {
         "action": "append",
         "metavar": "NAME:SCALE",
-        "help": "an adapter of `klein lora list`, instead of those of KLEIN_LORAS; up to four",
+        "help": "an adapter of `klein loras`, instead of those of KLEIN_LORAS; up to four",
     },
-    **MODEL,
+    "--preview": {
+        "choices": (AUTO, NONE, *PROTOCOLS),
+        "default": AUTO,
+        "help": "how the terminal shows pictures (auto)",
+    },
+    **ASKING,
+    "--local": {
+        "action": "store_true",
+        "help": "load a model here, whatever runs; --precision, --plan and --cache-dir are its",
+    },
+    **LOADING,
 }
+
+
+@dataclass(slots=True)
+class Sink:
+    """Writes pictures as they come, and tells of them."""
+
+    output: Output
+    display: Display
+    as_json: bool
+    url: str | None
+    told: list[dict[str, Any]] = field(default_factory=list)
+    warnings: set[str] = field(default_factory=set)
+
+    def on(self, index: int, event: Event) -> None:
+        """Show an event; a picture is written and told."""
+        self.display.on(index, event)
+        if not isinstance(event, Drawn):
+            return
+        self.output.write(index, event.data)
+        self.display.clear()
+        for each in sorted({*event.warnings} - self.warnings):
+            note(each)
+        self.warnings.update(event.warnings)
+        self.told.append(
+            {
+                "path": None if self.output.is_stdout else self.output.name(index),
+                "width": event.width,
+                "height": event.height,
+                "seed": event.seed,
+                "format": self.output.format.format,
+                "bytes": len(event.data),
+                "seconds": {stage: round(each, 6) for stage, each in event.seconds.items()},
+                "warnings": list(event.warnings),
+            }
+        )
+        if not self.as_json:
+            stages = "".join(f", {stage} {each:.2f} s" for stage, each in event.seconds.items())
+            line = f"{self.output.name(index)}: {event.width}x{event.height}, seed {event.seed}"
+            print(
+                line + stages, file=sys.stderr if self.output.is_stdout else sys.stdout, flush=True
+            )
+
+    def end(self) -> None:
+        """Print what was told as one document, where that is wanted."""
+        if self.as_json:
+            print(json.dumps({"url": self.url, "pictures": self.told}))
 
 
 def run(
     arguments: argparse.Namespace,
-    settings: Settings,
+    environ: Mapping[str, str],
     *,
-    make_engine: EngineFactory = create_engine,
+    make_engine: EngineFactory | None = None,
     cards: Cards | None = None,
 ) -> int:
-    """Generate the image; return the exit code."""
-    formats = {suffix: each.name for each in OUTPUT_FORMATS.values() for suffix in each.suffixes}
-    if arguments.output.suffix.lower() not in formats:
-        raise InvalidRequest(f"The output's name must end in {list_words(formats)}.")
-    output = OutputFormat(formats[arguments.output.suffix.lower()])
-    check_output(arguments.output)
-    logs.set_up(style=settings.log_format, level="warning")
-    seed = choose_seed(arguments.seed)
+    """Make the pictures; return the exit code."""
+    if not 1 <= arguments.n <= MOST:
+        raise InvalidRequest(f"-n must lie between 1 and {MOST}.")
+    if arguments.mask and not arguments.image:
+        raise InvalidRequest("--mask says where to repaint a picture; name that by --image.")
+    if arguments.local and arguments.url:
+        raise InvalidRequest("--local asks no service, so --url says nothing; take one of them.")
+    if arguments.json and arguments.output == "-":
+        raise InvalidRequest("-o - and --json would both write to standard output; take one.")
+    arguments.seed = choose_seed(arguments.seed, arguments.n)
+    seeds = range(arguments.seed, arguments.seed + arguments.n)
+    output = choose_output(
+        arguments.output, arguments.format, seeds, overwrites=arguments.overwrite
+    )
+    service = None if arguments.local else _find_service(arguments, environ)
     try:
-        picture = asyncio.run(_generate(arguments, settings, seed, output, make_engine, cards))
+        if service is not None:
+            return _show(
+                arguments,
+                environ,
+                output,
+                service.url,
+                lambda sink: draw(service, *requests_of(arguments, output.format), sink.on),
+            )
+        from app.cli.local import draw_here
+
+        return _show(
+            arguments,
+            environ,
+            output,
+            None,
+            lambda sink: draw_here(arguments, environ, output, sink.on, make_engine, cards),
+        )
     except InvalidRequest as error:
         error.rename(_NAMES)
         raise
-    arguments.output.write_bytes(picture.data)
-    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in picture.seconds.items())
-    print(f"{arguments.output}: {picture.width}x{picture.height}, seed {picture.seed}, {stages}")
+
+
+def _show(
+    arguments: argparse.Namespace,
+    environ: Mapping[str, str],
+    output: Output,
+    url: str | None,
+    make: Callable[[Sink], None],
+) -> int:
+    """Have *make* make the pictures while a terminal shows them."""
+    previews = find_previews(arguments.preview, environ)
+    arguments.previews = 0 if previews is None else PREVIEWS
+    with progress_bar() as progress:
+        display = Display(arguments.n, progress, previews)
+        sink = Sink(output, display, arguments.json, url)
+        make(sink)
+    sink.end()
     return 0
 
 
-async def _generate(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    seed: int,
-    output: OutputFormat,
-    make_engine: EngineFactory,
-    cards: Cards | None,
-) -> Picture:
-    def plan(model: ModelSpec) -> list[ImageSpec]:
-        width, height = model.default_width, model.default_height
-        if arguments.size not in (None, "auto"):
-            width, height = Limits.of(model, settings.max_pixels).parse_size(arguments.size)
-        spec = draft(model, arguments.prompt, width, height, arguments.steps)
-        guidance = model.default_guidance if arguments.guidance is None else arguments.guidance
-        return [replace(spec, seed=seed, guidance_scale=guidance)]
+def _find_service(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Service | None:
+    """Return the service that is to be asked; None where none runs here, and none was named.
 
-    async with warm_runtime(settings, make_engine=make_engine, cards=cards, plan=plan) as (
-        runtime,
-        info,
-        specs,
-    ):
-        loras: tuple[Lora, ...] = ()
-        if info.linear_shapes and (arguments.lora or settings.loras):
-            loras = await _find_loras(runtime, arguments.lora)
-        specs = [replace(spec, loras=loras) for spec in specs]
-        (picture,) = await make_pictures(runtime, specs, "images", output)
-        return picture
-
-
-async def _find_loras(runtime: Runtime, named: list[str] | None) -> tuple[Lora, ...]:
-    """Return the adapters that are *named*, or the default, once the directory has been read."""
-    adapters = runtime.service.adapters
-    with suppress(TimeoutError):
-        await asyncio.wait_for(adapters.is_whole.wait(), _LIST_S)
-    if named is None:
-        return adapters.default
+    Raises:
+        KleinError: the one that was named does not answer, or it serves another model.
+    """
+    service = Service.find(arguments.url, environ)
     try:
-        pairs = [read_adapter(text) for text in named]
-    except ValueError:
-        raise InvalidRequest("--lora must be a name and a scale, such as style:0.8.") from None
-    return use_all(pairs, adapters, runtime.service.limits)
+        service.state()
+    except NoService:
+        if service.is_named:
+            raise
+        return None
+    given = [name for name in ("precision", "plan", "cache_dir") if getattr(arguments, name)]
+    if given:
+        raise InvalidRequest(
+            f"--{given[0].replace('_', '-')} says how a model is loaded, but the service at "
+            f"{service.url} has loaded its own; leave it out, or load another one by --local."
+        )
+    _check_model(service, arguments.model, environ)
+    return service
+
+
+def _check_model(service: Service, asked: str | None, environ: Mapping[str, str]) -> None:
+    """Refuse a service that serves another model than the one that is wanted."""
+    wanted = asked or environ.get("KLEIN_MODEL", AUTO)
+    if wanted == AUTO:
+        return
+    if "/" in wanted or wanted.startswith(".") or os.path.lexists(wanted):
+        if asked is not None:
+            raise InvalidRequest(
+                f"Whether the service at {service.url} serves {asked} cannot be told; leave "
+                "--model out, or load the model here, beside it, by --local."
+            )
+        wanted = environ.get("KLEIN_VARIANT", "")
+    served = [str(each["id"]) for each in service.listed("/v1/models", "id")["data"]]
+    if wanted and wanted not in served:
+        raise KleinError(
+            f"The service at {service.url} serves {plain(served[0] if served else 'nothing')}, not "
+            f"{plain(wanted)}; leave --model and KLEIN_MODEL out, or load that one here, beside "
+            "it, by --local."
+        )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from app.cli.console import MODEL, Options, aligned, progress_bar, tabulate
+from app.cli.console import CACHE_DIR, MODEL, Options, aligned, progress_bar, tabulate
 from app.engine.adapters.directory import (
     FOLDER,
     MAX_NAME,
@@ -16,6 +17,7 @@ from app.engine.adapters.directory import (
     Adapter,
     Directory,
     File,
+    Listing,
     is_model_name,
     name_of,
     printable,
@@ -33,7 +35,7 @@ from app.settings import Settings
 from app.telemetry.cards import Cards
 
 OPTIONS: Options = {
-    "action": {"choices": ("list", "add", "remove", "check")},
+    "action": {"choices": ("list", "add", "remove", "check"), "help": "what to do"},
     "what": {
         "nargs": "?",
         "help": "add: a file, or owner/repository@commit:path/file.safetensors of the hub; "
@@ -42,6 +44,7 @@ OPTIONS: Options = {
     "--name": {"help": "add: what requests name it by; the file's name where left out"},
     "--sha256": {"help": "add: what the file must have; needed for a hub id"},
     **MODEL,
+    **CACHE_DIR,
 }
 
 _COLUMNS: dict[str, Callable[[Adapter], str]] = {
@@ -77,51 +80,69 @@ def run(
     choice = choose_model(settings, largest_card(settings, cards or Cards()))
     shapes = linear_shapes(find_model(choice.key).architecture)
     if arguments.action == "list":
-        print("\n".join(_list(settings, choice, shapes)))
+        *_, found = lora_directory(settings, choice, settle_s=0.0).look(shapes)
+        folder = settings.lora_dir or settings.cache_dir / FOLDER
+        print(_document(folder, found) if arguments.json else _list(folder, found, choice))
         return 0
     if arguments.action == "check":
-        return _check(Path(arguments.what), choice, shapes)
+        return _check(Path(arguments.what), choice, shapes, as_json=arguments.json)
     folder = _own_folder(settings)
     if arguments.action == "remove":
-        return _remove(arguments.what, folder)
+        return _remove(arguments.what, folder, as_json=arguments.json)
     return _add(arguments, folder, shapes, hub or Hub(silence_s=settings.download_silence_s))
 
 
-def _list(settings: Settings, choice: Choice, shapes: Shapes) -> Iterable[str]:
-    folder = settings.lora_dir or settings.cache_dir / FOLDER
-    *_, found = lora_directory(settings, choice, settle_s=0.0).look(shapes)
+def _list(folder: Path, found: Listing, choice: Choice) -> str:
+    lines = [f"{folder}: no adapter of {choice.key}"]
     if found.adapters:
-        yield from aligned(tabulate(_COLUMNS, found.adapters))
-    else:
-        yield f"{folder}: no adapter of {choice.key}"
-    for each in found.refused:
-        yield f"not listed: {each.file}: {each.reason}"
+        lines = aligned(tabulate(_COLUMNS, found.adapters))
+    return "\n".join(
+        [*lines, *(f"not listed: {each.file}: {each.reason}" for each in found.refused)]
+    )
 
 
-def _check(path: Path, choice: Choice, shapes: Shapes) -> int:
+def _document(folder: Path, found: Listing) -> str:
+    names = ("name", "rank", "size_bytes", "sha256")
+    return json.dumps(
+        {
+            "folder": str(folder),
+            "data": [{name: getattr(each, name) for name in names} for each in found.adapters],
+            "refused": [{"file": each.file, "reason": each.reason} for each in found.refused],
+        }
+    )
+
+
+def _check(path: Path, choice: Choice, shapes: Shapes, *, as_json: bool) -> int:
     try:
         layout = read_layout(path, targets_of(shapes), shapes)
     except AdapterRefused as refused:
-        print(printable(str(refused)))
+        reason = printable(str(refused))
+        print(json.dumps({"is_usable": False, "reason": reason}) if as_json else reason)
         return 1
     except OSError as error:
         raise InvalidRequest(f"{printable(path)} cannot be read ({error.strerror}).") from None
-    print("\n".join(_describe(path, layout, choice.key, shapes)))
+    found = _describe(path, layout, choice.key, shapes)
+    if as_json:
+        print(json.dumps({"is_usable": True, **found}))
+    else:
+        print("\n".join(f"{name:8}{value}" for name, value in found.items()))
     return 0
 
 
-def _describe(path: Path, layout: Layout, model: str, shapes: Shapes) -> Iterable[str]:
+def _describe(path: Path, layout: Layout, model: str, shapes: Shapes) -> dict[str, str]:
     key = next(key for word, (key, _) in layout.layers[0].tensors.items() if word != "alpha")
     writers = [writer for prefix, writer in _WRITERS.items() if key.startswith(prefix)]
     kinds = {"LoRA" if "down" in layer.tensors else "LoKr" for layer in layout.layers}
     modules = {module for layer in layout.layers for module in layer.target.modules}
-    yield f"file    {printable(path.name)}, {path.stat().st_size:,} bytes"
-    yield f"sha256  {hash_file(path)}"
-    yield f"kind    {' and '.join(sorted(kinds))} for {model}"
-    yield f"keys    of {writers[0] if writers else 'no prefix'}: {printable(key)}"
-    yield f"rank    {layout.rank}"
-    yield f"layers  {len(modules)} of {len(shapes)}"
-    yield f"name    {name_of(path.name)}"
+    return {
+        "file": f"{printable(path.name)}, {path.stat().st_size:,} bytes",
+        "sha256": hash_file(path),
+        "kind": f"{' and '.join(sorted(kinds))} for {model}",
+        "keys": f"of {writers[0] if writers else 'no prefix'}: {printable(key)}",
+        "rank": f"{layout.rank}",
+        "layers": f"{len(modules)} of {len(shapes)}",
+        "name": name_of(path.name),
+    }
 
 
 def _own_folder(settings: Settings) -> Path:
@@ -143,6 +164,7 @@ def _add(arguments: argparse.Namespace, folder: Path, shapes: Shapes, hub: Hub) 
     target = folder / f"{name}{SUFFIX}"
     make_folder(folder, folder.parent)
     if _is_there(target, name, folder, arguments.sha256):
+        _say(name, f"{name} is there already", arguments)
         return 0
     if remote is None:
         _check_file(source, shapes, arguments.sha256)
@@ -158,15 +180,19 @@ def _add(arguments: argparse.Namespace, folder: Path, shapes: Shapes, hub: Hub) 
                 arrived,
                 hub,
                 MAX_BYTES,
-                lambda done, size: show(done / size, f"{done / 1e6:.0f} MB"),
+                lambda done, size: show(done / size, f"{done / 1e6:.0f} MB", size),
             )
         try:
             _check_file(arrived, shapes, remote.sha256)
             arrived.replace(target)
         finally:
             arrived.unlink(missing_ok=True)
-    print(f"added {name}; a service that runs lists it within a few seconds")
+    _say(name, f"added {name}; a service that runs lists it within a few seconds", arguments)
     return 0
+
+
+def _say(name: str, words: str, arguments: argparse.Namespace) -> None:
+    print(json.dumps({"name": name}) if arguments.json else words)
 
 
 def _new_name(asked: str | None, file_name: str) -> str:
@@ -186,7 +212,6 @@ def _is_there(target: Path, name: str, folder: Path, sha256: str | None) -> bool
     if taken is None and not os.path.lexists(target):
         return False
     if sha256 is not None and taken is not None and hash_file(taken.path) == sha256:
-        print(f"{name} is there already")
         return True
     raise InvalidRequest(
         f"There is an adapter {name}; remove it first, or give another name by --name."
@@ -203,7 +228,7 @@ def _check_file(path: Path, shapes: Shapes, sha256: str | None) -> None:
         raise InvalidRequest(f"The file's SHA-256 is {found}, which is not the one given.")
 
 
-def _remove(name: str, folder: Path) -> int:
+def _remove(name: str, folder: Path, *, as_json: bool) -> int:
     found = _find(name, folder)
     if found is None:
         raise InvalidRequest(
@@ -211,7 +236,7 @@ def _remove(name: str, folder: Path) -> int:
             "names."
         )
     found.path.unlink()
-    print(f"removed {name}")
+    print(json.dumps({"name": name}) if as_json else f"removed {name}")
     return 0
 
 

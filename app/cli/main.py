@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from app import __version__
-from app.cli.console import add_options, note
-from app.cli.old_cache import find_old_cache
+from app.cli.console import COMMON, REFUSED_KEYS, add_options, note
+from app.cli.environment import own_settings, take_env_file
 from app.cli.system_limits import check_surroundings, explain
 from app.errors import KleinError
-from app.model_choice import read_settings
+
+EXIT_CODES = {
+    0: "done",
+    1: "not done; one sentence on standard error says why",
+    2: "the words of the command are wrong; its usage is printed",
+    130: "interrupted by Ctrl-C",
+}
+"""What the exit code says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,50 +36,82 @@ class Command:
 
     module: str
     help: str
-    settings: tuple[str, ...] = ("model",)
-    """Its options that override the setting of the same name."""
+    settings: tuple[str, ...] | None = ("model",)
+    """Its options that override the setting of the same name. None: `run` gets the environment
+    instead of settings, which are slow to read."""
     loads_model: bool = False
     """Whether it computes, and so needs a thread for each core."""
     checks_settings_first: bool = False
-    """Whether the environment is checked before the module's slow imports."""
+    """Whether the environment is checked before the module's slow imports, and must hold nothing
+    that is no setting of the service."""
     reports_old_cache: bool = False
     """Whether it reports an old cache in its own way."""
 
+
+_LOADING = ("model", "precision", "plan", "cache_dir")
 
 COMMANDS: dict[str, Command] = {
     "serve": Command(
         "app.cli.serve",
         "start the service",
-        settings=("host", "port", "model"),
+        settings=("host", "port", *_LOADING),
         loads_model=True,
         checks_settings_first=True,
         reports_old_cache=True,
     ),
     "generate": Command(
-        "app.cli.generate", "make one picture and write it to a file", loads_model=True
+        "app.cli.generate",
+        "make pictures by the service that runs here, and write them to files",
+        settings=None,
+        loads_model=True,
+    ),
+    "queue": Command("app.cli.client.queue", "list your own jobs that wait or run", settings=None),
+    "cancel": Command("app.cli.client.cancel", "take back jobs of your own", settings=None),
+    "models": Command("app.cli.client.models", "list what the service serves", settings=None),
+    "loras": Command(
+        "app.cli.client.loras", "list the adapters that the service knows", settings=None
     ),
     "download": Command(
         "app.cli.download",
         "fetch a model's files, or check those in place",
-        settings=("model", "precision"),
+        settings=("model", "precision", "cache_dir"),
     ),
     "doctor": Command(
         "app.cli.doctor.command",
         "say what will be served here, and what is amiss",
+        settings=_LOADING,
         reports_old_cache=True,
     ),
     "cache": Command(
-        "app.cli.cache", "list what lies on the disk, or delete what can be made again"
+        "app.cli.cache",
+        "list what lies on the disk, or delete what can be made again",
+        settings=("model", "cache_dir"),
     ),
-    "lora": Command("app.cli.lora", "list, add, remove or check adapters (LoRA)"),
+    "lora": Command(
+        "app.cli.lora",
+        "list, add, remove or check adapters (LoRA)",
+        settings=("model", "cache_dir"),
+    ),
     "bench": Command(
-        "app.cli.bench.command", "measure how fast this card makes pictures", loads_model=True
+        "app.cli.bench.command",
+        "measure how fast this card makes pictures",
+        settings=("model", "plan", "cache_dir"),
+        loads_model=True,
     ),
     "selftest": Command(
-        "app.cli.selftest", "check the pictures of these weights, for a report", loads_model=True
+        "app.cli.selftest",
+        "check the pictures of these weights, for a report",
+        settings=_LOADING,
+        loads_model=True,
     ),
     "compare": Command(
-        "app.cli.compare", "make one picture at several precisions", loads_model=True
+        "app.cli.compare",
+        "make one picture at several precisions",
+        settings=("model", "plan", "cache_dir"),
+        loads_model=True,
+    ),
+    "completion": Command(
+        "app.cli.completion", "print what makes a shell complete these commands", settings=None
     ),
 }
 """Every command by its name; a new one is one entry here and its module."""
@@ -135,26 +174,62 @@ def _drop_output() -> None:
     os.close(nowhere)
 
 
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of `klein`, and that of each command, which has no options yet."""
+    parser = argparse.ArgumentParser(
+        prog="klein",
+        description="Serve one warm FLUX.2 klein pipeline over HTTP, and ask it for pictures.",
+        epilog="Exit codes: "
+        + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+        + ".",
+        allow_abbrev=False,
+    )
+    parser.add_argument(*REFUSED_KEYS.split(), **COMMON[REFUSED_KEYS])
+    parser.add_argument("--version", action="version", version=f"klein {__version__}")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    return parser, {
+        name: parsers.add_parser(
+            name, help=command.help, description=f"{_capital(command.help)}.", allow_abbrev=False
+        )
+        for name, command in COMMANDS.items()
+    }
+
+
+def add_all_options(parsers: dict[str, argparse.ArgumentParser]) -> None:
+    """Add the options of every command to its parser; this imports all of their modules."""
+    for name, parser in parsers.items():
+        add_options(parser, import_module(COMMANDS[name].module).OPTIONS)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _run(words: Sequence[str]) -> int:
     # None of klein's own options has a value, so the first word without a dash is the command.
     name = next((word for word in words if not word.startswith("-")), "")
     command = COMMANDS.get(name)
     check_surroundings(is_computing=command is not None and command.loads_model)
-    parser = argparse.ArgumentParser(
-        prog="klein", description="Serve one warm FLUX.2 klein pipeline over HTTP."
-    )
-    parser.add_argument("--version", action="version", version=f"klein {__version__}")
-    parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    options = {each: parsers.add_parser(each, help=COMMANDS[each].help) for each in COMMANDS}
+    parser, parsers = make_parser()
     if command is not None:
+        take_env_file(words, os.environ)
         if command.checks_settings_first:
+            from app.model_choice import read_settings
+
             read_settings(os.environ)
-        add_options(options[name], import_module(command.module).OPTIONS)
-    arguments = parser.parse_args(words)
+        add_options(parsers[name], import_module(command.module).OPTIONS)
+    arguments, unknown = parser.parse_known_args(words)
     assert command is not None, "argparse ends the program where no command is named"
-    settings = read_settings(
+    if unknown:
+        parsers[name].error(f"unrecognized arguments: {' '.join(unknown)}")
+    run = import_module(command.module).run
+    if command.settings is None:
+        return int(run(arguments, os.environ))
+    settings = own_settings(
         os.environ, **{option: getattr(arguments, option) for option in command.settings}
     )
-    if not command.reports_old_cache and (old := find_old_cache(settings)) is not None:
-        note(old.sentence)
-    return int(import_module(command.module).run(arguments, settings))
+    if not command.reports_old_cache:
+        from app.cli.old_cache import tell_old_cache
+
+        tell_old_cache(settings)
+    return int(run(arguments, settings))

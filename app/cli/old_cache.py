@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.cli.console import note
 from app.settings import Settings
 
 _WRONG = Path("~", ".cache", "klein")
@@ -51,3 +52,9 @@ def find_old_cache(settings: Settings) -> OldCache | None:
         f"A cache of an earlier version lies in {old}, unused.",
         f"{move} && rmdir --ignore-fail-on-non-empty {' '.join(left)}",
     )
+
+
+def tell_old_cache(settings: Settings) -> None:
+    """Name it on standard error where there is one."""
+    if (old := find_old_cache(settings)) is not None:
+        note(old.sentence)

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 
 from app import __version__, images, logs
 from app.cli.compare import contact_sheet, psnr
-from app.cli.console import MODEL, SIZE, Options, note
-from app.cli.warm_worker import check_output, draft, make_pictures, parse_size, warm_runtime
+from app.cli.console import LOADING, SIZE, Options, note
+from app.cli.output import check_output
+from app.cli.warm_worker import draft, make_pictures, parse_size, warm_runtime
 from app.domain import ImageSpec, ModelInfo, ModelSpec, RawImage
 from app.engine import create_engine
 from app.engine.hub.download import choose_file, missing_bytes
@@ -66,7 +67,7 @@ OPTIONS: Options = {
         "help": "the contact sheet; the report is written beside it as .json",
     },
     **SIZE,
-    **MODEL,
+    **LOADING,
 }
 
 
@@ -116,7 +117,6 @@ def run(
     on_processor = choose_devices(settings, choice, cards)[0].index is None
 
     def make(precision: str, plan: str) -> Made | str:
-        note(f"{precision}: starting the worker")
         chosen = settings.model_copy(update={"precision": precision, "plan": plan})
         return asyncio.run(_make(chosen, arguments.size, make_engine, cards))
 
@@ -132,18 +132,26 @@ def run(
             reference = make(exact, "auto")
     checks = [*judge(tested, reference), _judge_file(notes)]
     _write(sheet, [each for each in (tested, reference) if isinstance(each, Made)])
-    report.write_text(
-        json.dumps(_strict(_document(checks, tested, reference, notes)), indent=2, allow_nan=False)
-        + "\n"
+    document = json.dumps(
+        _strict(_document(checks, tested, reference, notes)), indent=2, allow_nan=False
     )
-    for check in checks:
-        print(f"{'passed' if check.passed else 'FAILED':8}{check.name}: {check.figure}")
-    is_made = isinstance(tested, Made)
-    print(
-        f'Please open an issue at the project, named "selftest, {_device(tested)}", and attach '
-        f"{f'{sheet} and {report}' if is_made else report}."
-    )
+    report.write_text(document + "\n")
+    attached = f"{sheet} and {report}" if isinstance(tested, Made) else f"{report}"
+    print(document if arguments.json else _told(checks, tested, attached))
     return 0 if all(check.passed for check in checks) else 1
+
+
+def _told(checks: Sequence[Check], tested: Made | str, attached: str) -> str:
+    return "\n".join(
+        [
+            *(
+                f"{'passed' if check.passed else 'FAILED':8}{check.name}: {check.figure}"
+                for check in checks
+            ),
+            f'Please open an issue at the project, named "selftest, {_device(tested)}", and attach '
+            f"{attached}.",
+        ]
+    )
 
 
 def judge(tested: Made | str, reference: Made | str | None) -> list[Check]:
@@ -216,11 +224,13 @@ async def _make(
         return [*specs[:-1], replace(specs[-1], references=(_reference_picture(width, height),))]
 
     try:
-        async with warm_runtime(settings, make_engine=make_engine, cards=cards, plan=plan) as (
-            runtime,
-            info,
-            specs,
-        ):
+        async with warm_runtime(
+            settings,
+            make_engine=make_engine,
+            cards=cards,
+            plan=plan,
+            what=settings.engine_precision,
+        ) as (runtime, info, specs):
             pictures = await make_pictures(runtime, specs, settings.engine_precision)
     except InvalidRequest:
         raise

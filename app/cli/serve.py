@@ -22,7 +22,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app import logs
-from app.cli.console import MODEL, Options
+from app.cli import first_lines
+from app.cli.console import LOADING, Options
 from app.cli.old_cache import find_old_cache
 from app.cli.system_limits import bound_heap, raise_file_limit
 from app.domain import ModelInfo
@@ -55,12 +56,14 @@ END_S = 5.0
 OPTIONS: Options = {
     "--host": {"help": "address to listen on (KLEIN_HOST)"},
     "--port": {"type": int, "help": "port to listen on (KLEIN_PORT)"},
-    **MODEL,
+    **LOADING,
 }
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Serve until a signal ends it; return the exit code."""
+    if arguments.json:
+        settings = settings.model_copy(update={"log_format": "json"})
     return serve(settings)
 
 
@@ -86,6 +89,9 @@ async def _run(
 ) -> int:
     runtime = build_runtime(settings, make_engine=make_engine, cards=cards)
     _log.info("Listening at %s while the model is loaded.", address(listener))
+    host, port = listener.getsockname()[:2]
+    _log.info("%s", first_lines.reach(host, port, settings))
+    _log.info("%s", first_lines.needs(settings, runtime.choice))
     # The app, once there is one, closes it first.
     async with runtime:
         # Not earlier: it takes up to a second, in which the worker runs its own imports already.

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 from app import logs
-from app.cli.console import progress_bar
+from app.cli.console import STAGES, progress_bar
 from app.domain import ImageSpec, ModelInfo, ModelSpec
 from app.engine import create_engine
 from app.engine.quantization.formats import choices
 from app.errors import InvalidRequest, StartupError
 from app.images import OutputFormat
-from app.limits import DRAW, MAX_SEED, Limits
+from app.limits import Limits
 from app.runtime import Runtime, build_runtime
 from app.service.results import Picture
 from app.settings import Settings
@@ -38,10 +35,12 @@ async def warm_runtime(
     make_engine: EngineFactory = create_engine,
     cards: Cards | None = None,
     plan: Callable[[ModelSpec], list[ImageSpec]] = lambda model: [],
+    what: str = "",
 ) -> AsyncIterator[tuple[Runtime, ModelInfo, list[ImageSpec]]]:
     """Start a worker for *settings* and yield it once it is warm; close it at the end.
 
-    The specs that *plan* returns are checked before anything is loaded, and yielded too.
+    The specs that *plan* returns are checked before anything is loaded, and yielded too. A line
+    tells what is done meanwhile, and begins with *what*.
 
     Raises:
         StartupError: the worker does not start; one sentence says why.
@@ -63,7 +62,8 @@ async def warm_runtime(
         with progress_bar() as show:
             while first is None:
                 status = runtime.service.status()
-                show(status.progress, status.stage)
+                doing = STAGES.get(status.stage, status.stage)
+                show(status.progress, f"{what}: {doing}" if what else doing)
                 with suppress(TimeoutError):
                     first = await asyncio.wait_for(outcomes.get(), _REDRAW_S)
         if isinstance(first, str):
@@ -157,24 +157,3 @@ def parse_attentions(text: str) -> tuple[str, ...]:
         if name not in known:
             raise InvalidRequest(f"{name!r} is no attention kernel; take of {', '.join(known)}.")
     return names
-
-
-def choose_seed(given: int | None) -> int:
-    """Return the given seed; draw one for None or -1, as over HTTP."""
-    return secrets.randbelow(MAX_SEED + 1) if given is None or given == DRAW else given
-
-
-def check_output(path: Path) -> None:
-    """Refuse a path at which no file can be written, before anything is generated for it.
-
-    Raises:
-        InvalidRequest: its folder is missing or not writable, or *path* is a folder.
-    """
-    folder = path.parent
-    if path.is_dir():
-        raise InvalidRequest(f"{path} is a folder; give the name of a file in it.")
-    if not folder.is_dir():
-        raise InvalidRequest(f"There is no folder {folder}; make it first, or give another.")
-    # An existing file is overwritten; a new one needs a writable folder.
-    if not (os.access(path, os.W_OK) if path.exists() else os.access(folder, os.W_OK | os.X_OK)):
-        raise InvalidRequest(f"{path} may not be written by this user; give another place.")

@@ -104,7 +104,7 @@ async def test_refusals_name_it(client, dummy):
 
 def test_the_command_line_takes_its_suffix(dummy, capsys):
     """And names it beside the others."""
-    assert main(["generate", "a", "-o", "x.gif"]) == 1
+    assert main(["generate", "a", "--local", "-o", "x.gif"]) == 1
     assert "must end in .png, .jpg, .jpeg, .webp or .dum." in capsys.readouterr().err
 
 

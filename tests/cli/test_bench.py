@@ -185,3 +185,12 @@ def test_it_works_without_a_card(tmp_path) -> None:
     assert row["floor_s"] is None
     assert row["nvml_bytes"] is None
     assert (tmp_path / "report-stages.svg").exists()
+
+
+def test_programs_get_one_document_alone(tmp_path, capsys) -> None:
+    """`--json`: no table, no path, and the report all the same."""
+    path = tmp_path / "report.md"
+    assert measure("--json", "--sizes", "256x256", "-n", "1", "--out", str(path)) == 0
+
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 1
+    assert path.exists()

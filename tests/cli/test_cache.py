@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from app.cli.main import main
@@ -71,3 +73,21 @@ def test_without_a_limit_nothing_is_deleted(cache, capsys, words) -> None:
     assert main(["cache", "prune", *words]) == 1
     assert "--to-gb" in capsys.readouterr().err
     assert len(list((cache / "converted").iterdir())) == 2
+
+
+def test_programs_get_one_document(cache, capsys) -> None:
+    """`--json`: what is there, and what goes."""
+    assert main(["cache", "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["folder"] == str(cache)
+    assert sorted((each["kind"], each["bytes"]) for each in found["data"]) == [
+        ("quantized", 1000),
+        ("quantized", 2000),
+    ]
+
+    assert main(["cache", "prune", "--to-gb", "0.000002", "--json"]) == 0
+    pruned = json.loads(capsys.readouterr().out)
+    assert (pruned["dry_run"], pruned["left_bytes"] <= 2000) == (False, True)
+    assert pruned["removed"]
+    assert main(["cache", "list", "--json", "--cache-dir", str(cache / "none")]) == 0
+    assert json.loads(capsys.readouterr().out)["data"] == []

@@ -120,7 +120,7 @@ def test_the_commands_name_it(home) -> None:
     assert "mv -T" in line
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "compare"])
+@pytest.mark.parametrize("command", ["bench", "compare"])
 def test_every_command_that_loads_a_model_names_it(home, monkeypatch, capsys, command) -> None:
     """Once, and before a model is looked for where it is not."""
     (Path("~/.cache/klein") / "hub").mkdir(parents=True)
@@ -135,3 +135,17 @@ def test_every_command_that_loads_a_model_names_it(home, monkeypatch, capsys, co
     (before,) = said
     assert before.count("mv -T") == 1
     assert capsys.readouterr().err == ""
+
+
+def test_a_model_of_the_commands_own_names_it(home, monkeypatch, capsys) -> None:
+    """`klein generate --local`; one that asks a service needs no cache, and says nothing."""
+    (Path("~/.cache/klein") / "hub").mkdir(parents=True)
+    said = []
+
+    async def draw(*_) -> None:
+        said.append(capsys.readouterr().err)
+
+    monkeypatch.setattr("app.cli.local._draw", draw)
+    assert main(["generate", "a red circle", "--local"]) == 0
+    (before,) = said
+    assert before.count("mv -T") == 1

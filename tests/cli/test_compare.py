@@ -59,9 +59,14 @@ def test_each_precision_is_compared_with_the_most_exact(tmp_path, capsys) -> Non
     assert "20.00%" in lines[1]
 
 
-def test_the_sheet_shows_pictures_and_differences(tmp_path) -> None:
-    """Side by side in the order asked for; the difference below is eight times as strong."""
-    run(tmp_path, "--precision", "fp8,bf16", "--size", "256x128")
+def test_the_sheet_shows_pictures_and_differences(tmp_path, capsys) -> None:
+    """Side by side in the order asked for; the difference below is eight times as strong.
+
+    With `--json` nothing but the document is printed.
+    """
+    run(tmp_path, "--precision", "fp8,bf16", "--size", "256x128", "--json")
+
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
 
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet).astype(int)

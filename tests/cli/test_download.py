@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import sys
 
 import pytest
 
 from app.cli import download
-from app.cli.console import add_options
+from app.cli.console import Progress, add_options
 from app.cli.main import main
+from app.domain import LoadProgress, WorkerStage
 from app.engine.hub.fetch import Hub as Source
 from app.errors import StartupError
 from app.settings import Settings
+from tests.cli.test_console import Terminal
 from tests.engine.hub import COMMIT, ENCODER, SINGLE, VARIANT, content
 from tests.support.hub import Hub
 
@@ -86,7 +90,7 @@ def test_embedded(tmp_path, capsys):
     """For the demo model there is nothing to do."""
     settings = Settings.read({}, model="shapes")
 
-    assert download.run(argparse.Namespace(verify=False), settings) == 0
+    assert download.run(argparse.Namespace(verify=False, json=False), settings) == 0
     assert "nothing to download" in capsys.readouterr().out
 
 
@@ -112,3 +116,29 @@ def test_other_names(name, capsys):
     assert (code, printed.out) == (1, "")
     assert printed.err.count("\n") == 1
     assert "flux.2-klein-4b" in printed.err
+
+
+def test_programs_get_one_document(klein, tmp_path, capsys):
+    """`--json`: what came, what is right, and that there is nothing to do."""
+    assert klein("--precision", "fp8", "--json") == 0
+    came = json.loads(capsys.readouterr().out)
+    assert came["folder"] == str(tmp_path / "cache" / "models" / KEY / "fp8")
+    assert len(came["files"]) == 3
+    assert came["downloaded_bytes"] == came["bytes"] > 0
+
+    assert klein("--precision", "fp8", "--verify", "--json") == 0
+    states = json.loads(capsys.readouterr().out)["files"]
+    assert [each["state"] for each in states] == ["right"] * 3
+    assert klein("--model", str(tmp_path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["files"] == []
+
+
+def test_speed_and_time_left_are_shown_on_a_terminal(monkeypatch):
+    """The bytes of all files together are known, so the share that is done tells the speed."""
+    clock = iter((0.0, 2.0, 4.0))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    show = Progress(lambda: next(clock))
+    for share in (0.0, 0.25, 0.5):
+        download._told_by(show, 80_000_000)(LoadProgress(WorkerStage.DOWNLOAD, share, "a file"))
+
+    assert "downloading the model, a file, 10.0 MB/s, 0:04 left" in sys.stderr.getvalue()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from app.api.config import ApiConfig
 from app.api.native.request import read, table
-from app.cli import generate, warm_worker
+from app.cli import generate, local, output
 from app.cli.console import add_options
 from app.cli.main import main
 from app.cli.warm_worker import warm_runtime
@@ -26,6 +27,7 @@ from app.limits import Limits
 from app.service.adapters import Adapters
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
+from tests.cli.test_console import Terminal
 from tests.engine.adapters import forge
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 
@@ -59,7 +61,16 @@ def unloaded(monkeypatch, tmp_path):
     ("words", "says"),
     [
         (["-o", "nodir/x.png"], "no folder nodir"),
-        (["-o", "taken.png"], "is a folder"),
+        (["-o", "taken.png"], "is there already"),
+        (["-o", "nodir/"], "no folder nodir"),
+        (["-o", "x.png", "--format", "jpeg"], "does not fit the name"),
+        (["-o", "-", "-n", "2"], "one picture"),
+        (["-n", "0"], "-n must lie between 1 and"),
+        (["--mask", "taken.png"], "name that by --image"),
+        (["--image", "nofile.png"], "cannot be read"),
+        (["--image", "taken.png"], "is none of PNG"),
+        (["--image", "taken.png", *["--image", "taken.png"] * 4], "the most is 4"),
+        (["--url", "127.0.0.1:1"], "take one of them"),
         (["-o", "x.gif"], "must end in"),
         (["--steps", "0"], "--steps must lie between 1 and"),
         (["--steps", "9999"], "--steps must lie between 1 and"),
@@ -75,9 +86,9 @@ def unloaded(monkeypatch, tmp_path):
 )
 def test_what_can_be_known_is_refused_before_loading(unloaded, capsys, words, says) -> None:
     """One sentence, exit code 1, no worker and no file."""
-    (unloaded / "taken.png").mkdir()
+    (unloaded / "taken.png").touch()
 
-    assert main(["generate", "a red circle", *words]) == 1
+    assert main(["generate", "a red circle", "--local", *words]) == 1
     said = capsys.readouterr().err
     assert re.fullmatch(r"klein: .*\n", said)
     assert says in said
@@ -87,7 +98,7 @@ def test_what_can_be_known_is_refused_before_loading(unloaded, capsys, words, sa
 @pytest.mark.parametrize("prompt", ["", " \n", "x" * 32_001, "half \ud800"])
 def test_a_text_that_is_none_is_refused_before_loading(unloaded, capsys, prompt) -> None:
     """Also bytes on the command line that are no Unicode."""
-    assert main(["generate", prompt]) == 1
+    assert main(["generate", prompt, "--local"]) == 1
     assert capsys.readouterr().err.startswith("klein: The prompt ")
 
 
@@ -144,9 +155,9 @@ def draw(folder: Path, *words: str) -> int:
     """Run the command with the scripted engine."""
     parser = argparse.ArgumentParser()
     add_options(parser, generate.OPTIONS)
-    given = parser.parse_args(["a", "-o", str(folder / "x.png"), *words])
-    settings = Settings.read({"KLEIN_DEVICE": "cpu"}, model="shapes")
-    return generate.run(given, settings, make_engine=MakeScriptedEngine(Script()))
+    given = parser.parse_args(["a", "-o", str(folder / "x.png"), "--local", *words])
+    environ = {"KLEIN_DEVICE": "cpu", "KLEIN_MODEL": "shapes", "KLEIN_URL": "http://unused"}
+    return generate.run(given, environ, make_engine=MakeScriptedEngine(Script()))
 
 
 def test_seed_minus_one_draws_one(tmp_path, capsys) -> None:
@@ -157,6 +168,41 @@ def test_seed_minus_one_draws_one(tmp_path, capsys) -> None:
     assert (tmp_path / "x.png").stat().st_size > 0
     (seed,) = re.findall(r"128x128, seed (-?\d+),", said)
     assert int(seed) >= 0
+
+
+def test_several_pictures_by_a_model_of_its_own(tmp_path, monkeypatch, capsys) -> None:
+    """Seeds that follow each other, an edit's size, and JSON; a terminal sees load and steps."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    Image.new("RGB", (128, 192), "red").save(tmp_path / "red.png")
+    Image.new("L", (128, 192), 255).save(tmp_path / "mask.png")
+    words = ["--image", str(tmp_path / "red.png"), "--mask", str(tmp_path / "mask.png"), "--json"]
+    assert draw(tmp_path, "-n", "2", "--seed", "4", "--steps", "2", *words) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["url"] is None
+    assert [Path(each["path"]).name for each in told["pictures"]] == ["x-4.png", "x-5.png"]
+    assert [(each["width"], each["height"]) for each in told["pictures"]] == [(128, 192)] * 2
+    assert all(each["seconds"]["total"] > 0 for each in told["pictures"])
+    assert "white was repainted" in sys.stderr.getvalue()
+    assert "| starting the worker" in sys.stderr.getvalue()
+    assert "0 of 2, denoise 1/2" in sys.stderr.getvalue()
+
+
+def test_an_edit_is_planned_before_loading(tmp_path) -> None:
+    """Its pictures, its mask, and its previews, of which there is one less than steps."""
+    Image.new("RGB", (128, 192), "red").save(tmp_path / "red.png")
+    Image.new("L", (128, 192), 255).save(tmp_path / "mask.png")
+    parser = argparse.ArgumentParser()
+    add_options(parser, generate.OPTIONS)
+    words = ["--image", str(tmp_path / "red.png"), "--mask", str(tmp_path / "mask.png")]
+    given = parser.parse_args(["a", *words, "--steps", "2", "--seed", "1", "-n", "2"])
+    given.previews = 3
+
+    first, second = local._plan(given, Settings.read({}), find_spec("shapes"))
+    assert [first.seed, second.seed] == [1, 2]
+    assert [(each.width, each.height) for each in first.references] == [(128, 192)]
+    assert first.mask is not None
+    assert first.previews == 1
 
 
 async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:
@@ -177,9 +223,9 @@ async def test_a_worker_that_comes_and_goes_again_is_no_error(caplog) -> None:
 def test_a_folder_that_may_not_be_written_to(unloaded, capsys, monkeypatch) -> None:
     """Judged before loading too; root may write everywhere, so the kernel's answer is given."""
     (unloaded / "closed").mkdir()
-    monkeypatch.setattr(warm_worker.os, "access", lambda path, mode: path != Path("closed"))
+    monkeypatch.setattr(output.os, "access", lambda path, mode: path != Path("closed"))
 
-    assert main(["generate", "a", "-o", "closed/x.png"]) == 1
+    assert main(["generate", "a", "--local", "-o", "closed/x.png"]) == 1
     assert "may not be written" in capsys.readouterr().err
 
 
@@ -193,11 +239,11 @@ def test_adapters_of_the_folder_can_be_named(tmp_path, monkeypatch, capsys) -> N
     monkeypatch.setenv("KLEIN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("KLEIN_DEVICE", "cpu")
     path = tmp_path / "a.png"
-    words = ["generate", "a red circle", "--seed", "3", "-o", str(path), "--lora"]
+    words = ["generate", "a red circle", "--seed", "3", "-o", str(path), "--local", "--lora"]
 
     assert main([*words, "strange:0.5"]) == 0
     (used,) = json.loads(Image.open(path).text["klein"])["loras"]
     assert (used["name"], used["scale"]) == ("strange", 0.5)
     capsys.readouterr()
-    assert main([*words, "strage"]) == 1
+    assert main([*words, "strage", "--overwrite"]) == 1
     assert "names like it are `strange`" in capsys.readouterr().err

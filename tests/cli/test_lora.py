@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from hashlib import sha256
 from pathlib import Path
 
@@ -215,3 +216,21 @@ def test_the_command_is_registered(tmp_path, monkeypatch, capsys) -> None:
 
     assert main(["lora", "list", "--model", "flux.2-klein-4b"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/loras: no adapter of flux.2-klein-4b\n"
+
+
+def test_programs_get_one_document(klein, loras, tmp_path, capsys) -> None:
+    """`--json`, whatever is done."""
+    source = str(write(tmp_path / "ink.safetensors", STYLE))
+    write(loras / "old.ckpt", b"")
+    found = {}
+    for words in (["add", source], ["list"], ["check", source], ["remove", "ink"]):
+        assert klein(*words, "--json") == 0
+        found[words[0]] = json.loads(capsys.readouterr().out)
+
+    assert found["add"] == found["remove"] == {"name": "ink"}
+    assert found["list"]["folder"] == str(loras)
+    assert [each["sha256"] for each in found["list"]["data"]] == [DIGEST]
+    assert [each["file"] for each in found["list"]["refused"]] == ["old.ckpt"]
+    assert (found["check"]["is_usable"], found["check"]["sha256"]) == (True, DIGEST)
+    assert klein("check", str(loras / "old.ckpt"), "--json") == 1
+    assert json.loads(capsys.readouterr().out)["is_usable"] is False

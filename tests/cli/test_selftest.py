@@ -101,6 +101,8 @@ def test_flat_pictures_fail_and_are_written_down(tmp_path, capsys) -> None:
     assert report["passed"] is False
     assert [each["precision"] for each in report["workers"]] == ["fp8", "bf16"]
     assert min(report["psnr_db"]) > 40
+    assert run(tmp_path, "--size", "128x128", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["checks"] == report["checks"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 4 * (128 + 8) - 8
         assert sheet.height > 2 * 128

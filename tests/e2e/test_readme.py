@@ -64,6 +64,12 @@ NOT_RUN_HERE = {
         for line in text.splitlines()
         if line.startswith("klein lora ") and line != "klein lora list"
     },
+    **{
+        line: "tests/cli/test_client.py asks a service, tests/cli/test_tmux.py in a terminal"
+        for page, kind, text in BLOCKS
+        if (page, kind) == ("cli.md", "sh")
+        for line in text.splitlines()
+    },
     "klein doctor --race": "needs a card; tests/gpu/test_race.py holds the race",
     "klein serve --host 0.0.0.0": "it would listen to the network; Server binds a loopback address",
     "KLEIN_SITE=pictures.example caddy run --config docker/caddy/Caddyfile": (

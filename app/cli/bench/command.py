@@ -19,9 +19,9 @@ from app import logs
 from app.cli.bench.machine import Sampler, describe_machine
 from app.cli.bench.measure import Row, floor_of, sum_up
 from app.cli.bench.report import Run, render_table, write_report
-from app.cli.console import MODEL, STEPS, Options, note
+from app.cli.console import CACHE_DIR, MODEL, PLAN, STEPS, Options, note
+from app.cli.output import check_output
 from app.cli.warm_worker import (
-    check_output,
     draft,
     make_pictures,
     new_prompts,
@@ -49,6 +49,8 @@ OPTIONS: Options = {
     **STEPS,
     "--precision": {"help": "separated by commas (KLEIN_PRECISION)"},
     **MODEL,
+    **PLAN,
+    **CACHE_DIR,
     "--out": {"type": Path, "help": "write a report to this .md file, charts beside"},
 }
 
@@ -73,10 +75,9 @@ def run(
     result = Run(describe_machine(gpu), datetime.now(UTC).date().isoformat())
     bench = Bench(settings, arguments, make_engine, cards, gpu, result)
     asyncio.run(bench.run(parse_precisions(arguments.precision or settings.engine_precision)))
-    print(render_table(result))
-    if arguments.out:
-        for path in write_report(result, arguments.out):
-            print(f"written: {path}")
+    written = write_report(result, arguments.out) if arguments.out else ()
+    if not arguments.json:
+        print("\n".join([render_table(result), *(f"written: {path}" for path in written)]))
     print(json.dumps(result.as_json()))
     return 0 if result.rows else 1
 
@@ -106,9 +107,12 @@ class Bench:
         self.result.readings = sampler.readings
 
     async def _measure_precision(self, settings: Settings, sampler: Sampler) -> None:
-        note(f"{settings.engine_precision}: starting the worker")
         async with warm_runtime(
-            settings, make_engine=self.make_engine, cards=self.cards, plan=self._plan
+            settings,
+            make_engine=self.make_engine,
+            cards=self.cards,
+            plan=self._plan,
+            what=settings.engine_precision,
         ) as (runtime, info, specs):
             sampler.worker_pid = runtime.workers.pid
             self.result.loaded.append(info)
@@ -135,7 +139,6 @@ class Bench:
         self, runtime: Runtime, info: ModelInfo, spec: ImageSpec, what: str, sampler: Sampler
     ) -> Row:
         count = self.arguments.n
-        note(f"{what}: {count} images")
         specs = [replace(spec, prompt=next(self.prompts)) for _ in range(WARM_UP_IMAGES + count)]
         await make_pictures(runtime, specs[:WARM_UP_IMAGES], f"{what}, warming up")
         first = len(sampler.readings)

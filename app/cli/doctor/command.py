@@ -12,7 +12,7 @@ import argparse
 import json
 from functools import partial
 
-from app.cli.console import MODEL, Options
+from app.cli.console import LOADING, Options
 from app.cli.doctor import facts
 from app.cli.doctor.absent_gpu import answer_for_absent_gpu
 from app.cli.doctor.checks import diagnose
@@ -22,10 +22,9 @@ from app.settings import Settings
 from app.telemetry.cards import Cards
 
 OPTIONS: Options = {
-    "--json": {"action": "store_true", "help": "one JSON document instead of words"},
     "--race": {"action": "store_true", "help": "time the formats and kernels on the card again"},
     "--card": {"help": "answer for a card that is not there, such as rtx-3060"},
-    **MODEL,
+    **LOADING,
 }
 
 
