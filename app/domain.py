@@ -202,6 +202,8 @@ class WorkerStage(StrEnum):
     WARM_UP = "warm-up"
     READY = "ready"
     RESTARTING = "restarting"
+    ASLEEP = "asleep"
+    """It has no process, and starts when a job waits."""
     FAILED = "failed"
     DRAINING = "draining"
     """The service takes nothing new; a worker is never at this."""
@@ -313,6 +315,8 @@ class WorkerStatus:
     info: ModelInfo | None
     is_left_out: bool = False
     """Whether it was given up while others go on."""
+    is_yielding: bool = False
+    """Whether it sleeps because another program has the card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +338,8 @@ class Status:
     worker_restarts: int
     workers: tuple[WorkerStatus, ...] = ()
     """One for each device, in their order."""
+    state: str = ""
+    """In one word: ready, asleep, waking or yielding, else the stage."""
 
 
 @dataclass(frozen=True, slots=True)

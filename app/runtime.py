@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Self
 import psutil
 
 from app import __version__
-from app.domain import Device, Loss, ModelInfo
+from app.domain import Device, GpuSnapshot, Loss, ModelInfo
 from app.engine import create_engine, imports
 from app.engine.config import EngineConfig
 from app.engine.models.registry import find_model, find_spec
@@ -47,10 +48,15 @@ from app.telemetry.cards import Cards
 from app.telemetry.gpu import GpuFacts
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
+from app.worker.card_claim import CardClaim
 from app.worker.child import EngineFactory
 from app.worker.fork_server import ForkServer
+from app.worker.idle import IdleSleep
 from app.worker.pool import Pool, Worker
+from app.worker.rest import Cause
 from app.worker.supervisor import Events, Supervisor, TimeLimits
+from app.worker.warm_record import WarmRecord
+from app.worker.yielding import Yielding
 
 _log = logging.getLogger(__name__)
 
@@ -99,10 +105,13 @@ class Runtime:
         first = _oldest(devices, cards) if settings.precision == AUTO else None
         self._is_common = first is not None
         at_once = None if find_model(self.choice.key).is_embedded else _loads_at_once()
-        self.workers = Pool(self._make_supervisor, devices, self, first=first, at_once=at_once)
+        self.workers = Pool(
+            self._make_supervisor, devices, self, first=first, at_once=at_once, work=self
+        )
         takers = {worker: self._make_taker(worker) for worker in self.workers.workers}
         self._takers = takers
         self._queue = JobQueue(settings.queue_images, tuple(takers.values()))
+        self._queue.on_change = self.workers.look
         self._dispatchers = [
             Dispatcher(
                 self._queue, worker.supervisor, self._estimates.of(worker.device.uuid), taker
@@ -124,11 +133,16 @@ class Runtime:
             adapters=adapters,
         )
         self.metrics.watch(self.service.status, self._lag.read)
-        for device in devices:
+        self._idle = IdleSleep(settings.idle_sleep_s, self._is_needed, self.workers.sleep)
+        self._yielding: list[Yielding] = []
+        for worker in self.workers.workers:
+            device = worker.device
             self.metrics.add_device(device)
             held = partial(self.service.held_memory.get, device.uuid)
             if device.index is not None:
                 self.metrics.watch_gpu(cards.open(device).read, held)
+                if settings.yields == "auto":
+                    self._yielding.append(self._make_yielding(worker, cards.open(device).read))
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
 
@@ -152,6 +166,9 @@ class Runtime:
             # Last but one: a job that was cancelled may wait for the worker's end.
             started.push_async_callback(self._join)
             started.push_async_callback(self.workers.close)
+            for each in self._yielding:
+                started.callback(each.close)
+                each.begin()
             self.workers.start()
             started.callback(self.decoders.kill)
             self.decoders.start()
@@ -163,7 +180,10 @@ class Runtime:
                     for index, each in enumerate(self._dispatchers)
                 ),
                 asyncio.create_task(self._lag.run(), name="loop lag"),
+                *(asyncio.create_task(each.run(), name="yielding") for each in self._yielding),
             ]
+            if self._settings.idle_sleep_s:
+                self._tasks.append(asyncio.create_task(self._idle.run(), name="idle sleep"))
             for task in self._tasks:
                 started.callback(task.cancel)
             self._started = started.pop_all()
@@ -214,6 +234,39 @@ class Runtime:
             fork_server=self._fork_server,
         )
 
+    def _make_yielding(self, worker: Worker, read: Callable[[], GpuSnapshot | None]) -> Yielding:
+        uuid, settings = worker.device.uuid, self._settings
+        held = self.service.held_memory
+
+        def reserved() -> int:
+            return held[uuid].reserved if uuid in held else 0
+
+        model = (self.choice.key, self.choice.path or "", settings.precision, settings.plan)
+        return Yielding(
+            self.workers,
+            worker,
+            read,
+            reserved=reserved,
+            is_busy=lambda: self.is_busy(worker.device),
+            record=WarmRecord(settings.cache_dir, (*model, uuid, __version__)),
+            claim=CardClaim(uuid),
+        )
+
+    # What the pool asks of the queue.
+
+    def is_waiting(self) -> bool:
+        """Whether a job waits."""
+        return self._queue.waiting > 0
+
+    def is_busy(self, device: Device) -> bool:
+        """Whether a job is on *device*, or any waits or is being read."""
+        on_it = (each.running for each in self._queue.takers if each.device == device)
+        return self._queue.size > 0 or any(on_it)
+
+    def _is_needed(self) -> bool:
+        """Whether a job waits or runs, or no worker is ready, which is no time that passes idly."""
+        return self._queue.size > 0 or self._queue.running > 0 or not self.workers.is_ready
+
     def _make_taker(self, worker: Worker) -> Taker:
         uuid = worker.device.uuid
         supervisor = worker.supervisor
@@ -226,6 +279,7 @@ class Runtime:
             is_ready=lambda: supervisor.is_ready,
             fits=lambda spec: spec.pixels <= room(sizes(), len(spec.references)),
             predict_s=self._estimates.of(uuid).predict,
+            starts_in_s=lambda: worker.starts_in_s(time.monotonic()),
             speed=lambda: self._estimates.speed(uuid),
             room=sizes,
         )
@@ -261,6 +315,14 @@ class Runtime:
         """Count the lost worker."""
         self.metrics.worker_lost(worker.device, reason)
         self._queue.look_again()
+
+    def on_asleep(self, worker: Worker) -> None:
+        """Forget what PyTorch held, which nothing holds now."""
+        self.service.held_memory.pop(worker.device.uuid, None)
+
+    def on_woken(self, worker: Worker, cause: Cause, seconds: float) -> None:
+        """Count the wake."""
+        self.metrics.worker_woken(worker.device, cause, seconds)
 
     def on_left_out(self, worker: Worker) -> None:
         """Give its jobs to the others, and fail those that fit no other."""

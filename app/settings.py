@@ -138,6 +138,14 @@ class Settings(BaseModel):
     download_silence_s: Seconds = 120.0
     """Seconds without a byte after which a download is given up; what came is kept, and the next
     start goes on from there. Waiting for another process's download is not limited."""
+    idle_sleep_s: float = Field(default=0.0, ge=0, le=1_000_000)
+    """Seconds without a picture after which the worker ends and the card is free; the next request
+    starts it again. 0 keeps it."""
+    sleep_api: bool = True
+    """Answer `POST /sleep` and `POST /wake`, which free the card and take it back."""
+    yields: Literal["off", "auto"] = "off"
+    """`auto` leaves the card to other programs that need its memory while no picture is made, and
+    takes it back when that has been free for a minute."""
     watchdog_s: Seconds = 60.0
     """Seconds that a running job may be silent (or 20 predicted steps, if longer) until the worker
     counts as hung and is replaced."""
@@ -293,8 +301,8 @@ class Settings(BaseModel):
         for name, text in environ.items():
             if not name.startswith(PREFIX) or text == "":
                 continue
-            key = name[len(PREFIX) :].lower()
-            if key not in cls.model_fields:
+            key = next((each for each in cls.model_fields if variable(each) == name), None)
+            if key is None:
                 raise StartupError(
                     f"{name} is not a setting of this service; remove it or see docs/settings.md."
                 )
@@ -314,6 +322,12 @@ class Settings(BaseModel):
                 "KLEIN_API_KEYS or KLEIN_API_KEYS_FILE too, or list the origins."
             )
         return settings
+
+
+def variable(field: str) -> str:
+    """Return the environment variable of a field of `Settings`."""
+    # A keyword of Python's cannot be an attribute.
+    return PREFIX + ("YIELD" if field == "yields" else field.upper())
 
 
 def read_devices(text: str) -> tuple[str, ...]:
@@ -395,7 +409,4 @@ def _say(error: ValidationError) -> str:
     first = error.errors(include_input=False, include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
     message = first["msg"].removeprefix("Value error, ")
-    return (
-        f"{PREFIX}{name.upper()} has a value that does not fit: {message}. "
-        "Correct it and start again."
-    )
+    return f"{variable(name)} has a value that does not fit: {message}. Correct it and start again."

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic.fields import FieldInfo
 
 from app.engine.quantization.formats import choices
-from app.settings import PREFIX, Settings
+from app.settings import Settings, variable
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -59,7 +59,7 @@ def _row(name: str, field: FieldInfo) -> str:
     limits = ", ".join(_limits(field.metadata))
     kinds = _quote(choices()) if name == "precision" else _values(field.annotation)
     values = kinds + (f", {limits}" if limits else "")
-    return f"| `{PREFIX}{name.upper()}` | {values} | {_default(field.default)} | {text} |\n"
+    return f"| `{variable(name)}` | {values} | {_default(field.default)} | {text} |\n"
 
 
 def _values(annotation: Any) -> str:

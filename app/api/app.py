@@ -31,7 +31,7 @@ from app.api.openai.kept_streams import LIFETIME_S, KeptStreams
 from app.api.proxies import Proxies
 from app.api.sdapi import response as sdapi_response
 from app.api.sdapi import route as sdapi_route
-from app.api.system import docs, health, jobs, loras, models, openapi, playground
+from app.api.system import docs, health, jobs, loras, models, openapi, playground, sleep
 from app.images.preparing import AUTO, TRANSPARENT
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
@@ -108,6 +108,7 @@ def create_app(
         health.router,
         playground.build_router(),
         *([sdapi_route.build_router()] if settings.sdapi else []),
+        *([sleep.router] if settings.sleep_api else []),
     ):
         app.include_router(router)
     if settings.docs:

@@ -64,6 +64,8 @@ class JobQueue:
         self._changed = asyncio.Event()
         """Set when a waiting taker may find a job."""
         self._timers: dict[Job, asyncio.TimerHandle] = {}
+        self.on_change: Callable[[], object] = lambda: None
+        """Called when jobs have come or ended."""
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -78,6 +80,11 @@ class JobQueue:
     def size(self) -> int:
         """The places taken, by images that wait or by requests that are being read."""
         return len(self._waiting) + self._reserved.total()
+
+    @property
+    def waiting(self) -> int:
+        """The images that wait."""
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -394,3 +401,4 @@ class JobQueue:
             self._empty.clear()
         else:
             self._empty.set()
+        self.on_change()

@@ -25,6 +25,10 @@ def _fastest() -> float:
     return 1.0
 
 
+def _at_once() -> float:
+    return 0.0
+
+
 @dataclass(eq=False, slots=True)
 class Taker:
     """One of those that take jobs from the queue; each has a dispatcher.
@@ -42,6 +46,8 @@ class Taker:
     """Relative to the fastest device, which has 1."""
     room: Callable[[], Hashable] = _alike
     """Equal for devices that the same jobs fit."""
+    starts_in_s: Callable[[], float] = _at_once
+    """Predicted seconds until a worker that sleeps, or is waking, is ready."""
     running: dict[Job, None] = field(default_factory=dict, repr=False)
     """Jobs on the device or being transferred from it."""
     adapters: tuple[tuple[str, float], ...] = ()
@@ -54,8 +60,9 @@ class Taker:
         return job.predicted_s if self.predict_s is None else self.predict_s(job.spec)
 
     def left_s(self, now: float) -> float:
-        """Return the predicted seconds until its running jobs have ended; 0 once they are late."""
-        return sum(max(0.0, job.predicted_s - (now - job.started_at)) for job in self.running)
+        """Return the predicted seconds until it has woken and its running jobs have ended."""
+        running_s = sum(max(0.0, job.predicted_s - (now - job.started_at)) for job in self.running)
+        return running_s + self.starts_in_s()
 
     def free_in_s(self, now: float) -> float:
         """Return the predicted seconds until another job could start.

@@ -86,6 +86,14 @@ class WorkerState(Protocol):
         """Whether a job could start."""
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether none is ready, but one sleeps or wakes, so that a job that waits will start."""
+
+    @property
+    def state(self) -> str:
+        """In one word, as far as sleep explains it: ready, waking, asleep, yielding or empty."""
+
+    @property
     def reason(self) -> str:
         """Why it is not ready, in words."""
 
@@ -155,9 +163,13 @@ class ImageService:
         is_leaving = self._is_draining and worker.progress.stage != WorkerStage.FAILED
         return Status(
             stage=WorkerStage.DRAINING if is_leaving else worker.progress.stage,
-            is_ready=worker.is_ready and not self._is_draining,
+            is_ready=(worker.is_ready or worker.is_awaited) and not self._is_draining,
             progress=worker.progress.fraction,
-            reason="The service is shutting down." if is_leaving else worker.reason,
+            reason="The service is shutting down."
+            if is_leaving
+            else ""
+            if worker.is_awaited
+            else worker.reason,
             info=worker.info,
             queue_size=self._queue.size,
             queue_capacity=self._queue.capacity,
@@ -165,6 +177,7 @@ class ImageService:
             estimated_wait_s=self._queue.expected_wait_s(),
             worker_restarts=worker.restart_count,
             workers=worker.statuses,
+            state=WorkerStage.DRAINING if is_leaving else worker.state or worker.progress.stage,
         )
 
     def admit(
@@ -203,14 +216,16 @@ class ImageService:
                 "ask for fewer at a time.",
                 param="images",
             )
-        retry_s = self._retry_after_s()
+        retry_s, worker = self._retry_after_s(), self._worker
         if self._is_draining:
             raise Unavailable.because("The service is shutting down", Kind.DRAINING, retry_s)
-        if self._worker.info is None:
+        if worker.state == "yielding":
+            raise Unavailable(f"{worker.reason}", kind=Kind.WORKER_DOWN, retry_after_s=retry_s)
+        if worker.info is None:
             raise Unavailable.because("The model is still being loaded", Kind.LOADING, retry_s)
         if images > held:
             self._queue.check_room(client, images - held, retry_after_s=retry_s)
-        if not self._worker.is_ready:
+        if not (worker.is_ready or worker.is_awaited):
             raise Unavailable.because("The worker is being restarted", Kind.WORKER_DOWN, retry_s)
 
     def _check_rate(self, client: str, images: int, held: int) -> None:

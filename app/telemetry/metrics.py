@@ -27,7 +27,17 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from app.domain import Device, Generated, GpuSnapshot, Loss, ModelInfo, PeakMemory, Status
+from app.domain import (
+    Device,
+    Generated,
+    GpuSnapshot,
+    Loss,
+    ModelInfo,
+    PeakMemory,
+    Status,
+    WorkerStage,
+    WorkerStatus,
+)
 from app.request_context import current_request
 
 STAGES = ("queue", "text", "reference", "denoise", "decode", "encode", "total")
@@ -87,6 +97,13 @@ class Metrics:
         registry.register(self._gpus)
 
     def _make_histograms(self, registry: CollectorRegistry) -> None:
+        self._wake_duration = Histogram(
+            "klein_wake_duration_seconds",
+            "Seconds from the start of a worker that slept until it was ready.",
+            ["gpu", "uuid"],
+            buckets=IMAGE_BUCKETS,
+            registry=registry,
+        )
         self._image_duration = Histogram(
             "klein_image_duration_seconds",
             "Seconds per image by stage, on this GPU.",
@@ -161,6 +178,12 @@ class Metrics:
             "klein_worker_restarts",
             "Workers lost, by reason.",
             ["gpu", "uuid", "reason"],
+            registry=registry,
+        )
+        self._wakes = Counter(
+            "klein_worker_wakes",
+            "Wakes of workers that slept, by cause.",
+            ["gpu", "uuid", "cause"],
             registry=registry,
         )
         self._busy = Counter(
@@ -250,6 +273,11 @@ class Metrics:
         """Count the lost worker of *device*."""
         self.lost_workers.labels(*_labels(device), reason).inc()
 
+    def worker_woken(self, device: Device, cause: str, seconds: float) -> None:
+        """Count a wake of *device*'s worker, *seconds* from its start until it was ready."""
+        self._wakes.labels(*_labels(device), cause).inc()
+        self._wake_duration.labels(*_labels(device)).observe(seconds)
+
     def model_ready(self, info: ModelInfo, load_s: float, device: Device) -> None:
         """Set the gauges of a model that *device* has; *load_s* is since its worker's start."""
         labels = _labels(device)
@@ -333,6 +361,20 @@ def _labels(device: Device) -> tuple[str, str]:
     return device.name, device.uuid
 
 
+_WORKER_STATES: dict[str, tuple[str, Callable[[WorkerStatus], bool]]] = {
+    "klein_worker_up": ("1 where a worker process is there.", lambda worker: worker.is_up),
+    "klein_worker_asleep": (
+        "1 where the worker sleeps, and has no process, until it is needed.",
+        lambda worker: worker.stage == WorkerStage.ASLEEP,
+    ),
+    "klein_worker_yielding": (
+        "1 where the worker sleeps because another program has the card.",
+        lambda worker: worker.is_yielding,
+    ),
+}
+"""Gauges of each worker: what they say, and where they hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class _WorkerCollector(Collector):
     """Reads which workers there are at each scrape."""
@@ -340,13 +382,13 @@ class _WorkerCollector(Collector):
     read: Callable[[], Status]
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Yield `klein_worker_up`."""
-        family = GaugeMetricFamily(
-            "klein_worker_up", "1 where a worker process is there.", labels=["gpu", "uuid"]
-        )
-        for worker in self.read().workers:
-            family.add_metric(_labels(worker.device), worker.is_up)
-        yield family
+        """Yield a family for each of `_WORKER_STATES`."""
+        workers = self.read().workers
+        for name, (text, holds) in _WORKER_STATES.items():
+            family = GaugeMetricFamily(name, text, labels=["gpu", "uuid"])
+            for worker in workers:
+                family.add_metric(_labels(worker.device), holds(worker))
+            yield family
 
 
 _READINGS: dict[str, tuple[str, Callable[[GpuSnapshot, PeakMemory | None], float | None]]] = {

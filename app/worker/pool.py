@@ -1,18 +1,21 @@
 """Several workers, one for each device, behind one face: it is ready while one of them is.
 
 A worker that dies is replaced alone, by its own supervisor. One that its supervisor gives up is
-left out while others go on; the service ends when none is left.
+left out while others go on; the service ends when none is left. A worker that sleeps (`rest`) wakes
+when a job waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from app.domain import Device, LoadProgress, Loss, ModelInfo, WorkerStage, WorkerStatus
+from app.worker.rest import Cause, Do, Rest, RestState
 from app.worker.supervisor import Events, Supervisor
 
 _log = logging.getLogger(__name__)
@@ -26,9 +29,16 @@ _FURTHEST = (
     WorkerStage.DOWNLOAD,
     WorkerStage.STARTING,
     WorkerStage.RESTARTING,
+    WorkerStage.ASLEEP,
     WorkerStage.FAILED,
 )
 """The stages of a worker; the pool's is the first that one of them is at."""
+_HELD = (
+    "The card is left to another program, which uses its memory; the service takes it back a "
+    "minute after that is free, or at once by POST /wake."
+)
+_RETRY_S = 15.0
+"""After a wake that failed."""
 
 
 class PoolEvents(Protocol):
@@ -40,11 +50,35 @@ class PoolEvents(Protocol):
     def on_worker_lost(self, worker: Worker, reason: Loss) -> None:
         """Handle a lost worker, which is replaced unless one of the next two follows."""
 
+    def on_asleep(self, worker: Worker) -> None:
+        """Handle a worker whose process has ended so that it sleeps."""
+
+    def on_woken(self, worker: Worker, cause: Cause, seconds: float) -> None:
+        """Handle a worker that is ready again, *seconds* after its start."""
+
     def on_left_out(self, worker: Worker) -> None:
         """Handle the end of a worker for good, while others go on."""
 
     def on_fatal(self, exit_code: int, message: str) -> None:
         """Handle the end of the last one: the service ends."""
+
+
+class Work(Protocol):
+    """What the pool asks of the queue."""
+
+    def is_waiting(self) -> bool:
+        """Whether a job waits."""
+
+    def is_busy(self, device: Device) -> bool:
+        """Whether a job is on *device*, or any waits or is being read."""
+
+
+class _Nothing:
+    def is_waiting(self) -> bool:
+        return False
+
+    def is_busy(self, device: Device) -> bool:
+        return False
 
 
 class Worker:
@@ -56,6 +90,10 @@ class Worker:
         self._pool = pool
         self.device = device
         self.is_left_out = False
+        self.rest = Rest()
+        self.wake_s = 0.0
+        """Seconds of its last start."""
+        self.wake_began = 0.0
         self.supervisor = make(device, self)
 
     def __repr__(self) -> str:
@@ -76,12 +114,47 @@ class Worker:
             restarts=supervisor.restart_count,
             info=supervisor.info,
             is_left_out=self.is_left_out,
+            is_yielding=self.rest.state is RestState.ASLEEP and self.rest.is_held,
         )
+
+    @property
+    def is_unavailable(self) -> bool:
+        """Whether it sleeps and no request wakes it: its card is held, or its last wake failed."""
+        return self.rest.state is RestState.ASLEEP and bool(self.rest.is_held or self.rest.failure)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it sleeps or wakes, so that a job that waits will start."""
+        return self.rest.state is not RestState.AWAKE and not self.is_unavailable
+
+    def starts_in_s(self, now: float) -> float:
+        """Return the predicted seconds until a job could start on it, as far as it sleeps."""
+        if self.rest.state is RestState.AWAKE:
+            return 0.0
+        waking_s = now - self.wake_began if self.rest.state is RestState.WAKING else 0.0
+        # One that takes longer than the last is expected to take as long again as it is late.
+        return abs(self.wake_s - waking_s)
 
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
         """Pass it on, and start those that wait for it."""
+        cause = self.rest.ready()
+        self.wake_s = seconds if cause else info.load_s
         self._pool.events.on_worker_ready(self, info, seconds)
+        if cause:
+            self._pool.events.on_woken(self, cause, seconds)
         self._pool.on_ready()
+        self._pool.look()
+
+    def on_asleep(self) -> None:
+        """Pass it on, and see whether it is wanted again already."""
+        self.rest.gone()
+        self._pool.events.on_asleep(self)
+        self._pool.look()
+
+    def on_wake_failed(self, why: str) -> None:
+        """Have it tried again later."""
+        self.rest.failed(why)
+        self._pool.retry(self)
 
     def on_worker_lost(self, reason: Loss) -> None:
         """Pass it on."""
@@ -109,8 +182,12 @@ class Pool:
         *,
         at_once: int | None = None,
         first: Device | None = None,
+        work: Work | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.events = events
+        self._work = work or _Nothing()
+        self._clock = clock
         self.workers = tuple(Worker(self, device, make) for device in devices)
         self._at_once = at_once or len(self.workers)
         self._is_alone = first is not None
@@ -132,6 +209,21 @@ class Pool:
         return any(each.supervisor.is_ready for each in self.workers)
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether none is ready, but one sleeps or wakes, so that a job that waits will start."""
+        return not self.is_ready and any(each.is_awaited for each in self.serving)
+
+    @property
+    def state(self) -> str:
+        """In one word: ready, waking, asleep or yielding; empty for what no sleep explains."""
+        if self.is_ready:
+            return "ready"
+        states = {each.rest.state for each in self.serving if each.is_awaited}
+        if states:
+            return "waking" if RestState.WAKING in states else "asleep"
+        return "yielding" if any(each.is_unavailable for each in self.serving) else ""
+
+    @property
     def progress(self) -> LoadProgress:
         """The progress of the worker that is furthest; of workers that all failed, the last's."""
         found = [each.supervisor.progress for each in self.serving or self.workers[-1:]]
@@ -143,8 +235,11 @@ class Pool:
     @property
     def reason(self) -> str:
         """Why no job could start now, in words that any client may read; empty where one could."""
-        if self.is_ready:
+        if self.is_ready or self.is_awaited:
             return ""
+        yielding = [each.rest for each in self.serving if each.is_unavailable]
+        if yielding:
+            return _HELD if yielding[0].is_held else yielding[0].failure
         furthest = self.progress
         return next(
             each.supervisor.reason
@@ -179,7 +274,7 @@ class Pool:
 
     def start(self) -> None:
         """Start the workers, as many at once as may load together."""
-        self._unstarted = list(self._order)
+        self._unstarted = [each for each in self._order if each.rest.state is RestState.AWAKE]
         self._start_some(1 if self._is_alone else self._at_once)
 
     def on_ready(self) -> None:
@@ -189,6 +284,51 @@ class Pool:
             self._start_some(self._at_once)
         else:
             self._start_some(1)
+
+    def sleep(self, cause: Cause, *workers: Worker) -> None:
+        """Have *workers*, else all, sleep once nothing runs or waits."""
+        for each in workers or self.serving:
+            each.rest.sleep(cause)
+        self.look()
+
+    def wake(self, cause: Cause = Cause.REQUEST, *workers: Worker) -> None:
+        """Have *workers*, else all, wake if they sleep."""
+        for each in workers or self.serving:
+            each.rest.wake(cause)
+        self.look()
+
+    def hold(self, worker: Worker) -> None:
+        """Have *worker* begin asleep, since another program has its card; before `start`."""
+        worker.rest.hold()
+        worker.supervisor.sleep()
+
+    def look(self) -> None:
+        """Do what is to be done now: whatever a worker waits for may have come."""
+        if self._is_closed:
+            return
+        is_waiting = self._work.is_waiting()
+        for each in self.serving:
+            if is_waiting and not each.is_unavailable:
+                each.rest.wake(Cause.REQUEST)
+            act = each.rest.settle(
+                is_ready=each.supervisor.is_ready, has_work=self._work.is_busy(each.device)
+            )
+            if act is Do.STOP:
+                _log.info("%s (%s) falls asleep.", each.device.name, each.device.uuid)
+                each.supervisor.sleep()
+            elif act is Do.START:
+                _log.info("%s (%s) wakes.", each.device.name, each.device.uuid)
+                each.wake_began = self._clock()
+                each.supervisor.wake()
+
+    def retry(self, worker: Worker) -> None:
+        """Try to wake *worker* again in a while."""
+
+        def again() -> None:
+            if worker.rest.failure and not worker.rest.is_held:
+                self.wake(Cause.RETRY, worker)
+
+        asyncio.get_running_loop().call_later(_RETRY_S, again)
 
     def _start_some(self, count: int) -> None:
         """Start *count* workers of those that were not started yet."""

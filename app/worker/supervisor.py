@@ -55,6 +55,11 @@ _SILENT = (
     "start again to go on from there."
 )
 
+_NOT_WOKEN = (
+    "The worker sleeps and could not be woken, most likely since another program uses the card; "
+    "the service's log says why, and it is tried again."
+)
+
 EXIT_START_FAILED = 1
 EXIT_CRASH_LOOP = 70
 """EX_SOFTWARE of sysexits.h; whatever started the service may restart it."""
@@ -68,6 +73,12 @@ class Events(Protocol):
 
     def on_worker_lost(self, reason: Loss) -> None:
         """Handle a lost worker."""
+
+    def on_asleep(self) -> None:
+        """Handle the end of a process that was told to sleep."""
+
+    def on_wake_failed(self, why: str) -> None:
+        """Handle a wake that did not become ready; *why* is for any client. It sleeps on."""
 
     def on_fatal(self, exit_code: int, message: str) -> None:
         """Handle the end of the service."""
@@ -141,6 +152,8 @@ class Supervisor:
         self._started_at = 0.0
         self._is_ready = asyncio.Event()
         self._is_closing = False
+        self._is_sleeping = False
+        self._is_waking = False
         self.progress = LoadProgress(WorkerStage.STARTING)
         self.info: ModelInfo | None = None
         self.restart_count = 0
@@ -198,6 +211,25 @@ class Supervisor:
             )
         except Exception as error:
             self._on_unstartable(error)
+
+    def sleep(self) -> None:
+        """End the process, on which nothing may run, and start none until `wake`.
+
+        Without one there will be none.
+        """
+        self._is_ready.clear()
+        self._stop_watching()
+        self._is_sleeping, self._is_waking = True, False
+        self.progress = LoadProgress(WorkerStage.ASLEEP)
+        if self._handle:
+            self._handle.send(Stop())
+            self._await_leave()
+
+    def wake(self) -> None:
+        """Start a process again; `Events.on_wake_failed` where it does not become ready."""
+        self._is_sleeping, self._is_waking = False, True
+        self.progress = LoadProgress(WorkerStage.STARTING)
+        self.start()
 
     async def wait_until_ready(self) -> None:
         """Return once a job could start."""
@@ -304,6 +336,13 @@ class Supervisor:
         self._fail_running()
         if self._is_closing:
             return
+        if self._is_sleeping:
+            self._events.on_asleep()
+            return
+        if self._is_waking:
+            _log.error("The worker did not wake, exit code %s.", exit_code)
+            self._sleep_on()
+            return
         reason = self._lost_because or (
             Loss.KILLED if self.progress.stage == WorkerStage.READY else Loss.STARTUP
         )
@@ -343,8 +382,20 @@ class Supervisor:
         _log.warning("A new worker starts in %.0f s: %s.", decision.delay_s, decision.reason)
         self._after(decision.delay_s, self.start)
 
+    def _sleep_on(self) -> None:
+        """Be asleep as before a wake that failed: it counts in no restart policy."""
+        self._stop_watching()
+        self._is_waking = False
+        self._is_sleeping = True
+        self.progress = LoadProgress(WorkerStage.ASLEEP, None, _NOT_WOKEN)
+        self._events.on_wake_failed(_NOT_WOKEN)
+
     def _on_unstartable(self, error: Exception) -> None:
         """Try again, except at the first start where the error says what must be fixed first."""
+        if self._is_waking:
+            _log.error("The worker could not be started to wake: %r.", error)
+            self._sleep_on()
+            return
         if self.info is None and isinstance(error, KleinError):
             self._give_up(EXIT_START_FAILED, error.message)
             return
@@ -372,6 +423,7 @@ class Supervisor:
         self._end_worker(Loss.STARTUP)
 
     def _on_ready(self, info: ModelInfo) -> None:
+        self._is_waking = False
         self.info, self._failed_starts = info, 0
         self.progress = LoadProgress(WorkerStage.READY, 1.0)
         self._is_ready.set()
@@ -382,7 +434,9 @@ class Supervisor:
     def _on_start_failed(self, text: str) -> None:
         self._lost_because = Loss.STARTUP
         self._await_leave()
-        if self.info is None:
+        if self._is_waking:
+            _log.error("The worker could not wake: %s", text)
+        elif self.info is None:
             self._is_closing = True
             self._give_up(EXIT_START_FAILED, text)
         else:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from app.settings import PREFIX, Settings
+from app.settings import Settings, variable
 from tests.support.server import ROOT
 
 PAGE = (ROOT / "docs" / "network.md").read_text()
@@ -19,7 +19,7 @@ KEY = "first-key-1234"
 
 def test_every_setting_exists() -> None:
     """Those of the service, and the two of docker/caddy/Caddyfile."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {variable(name) for name in Settings.model_fields}
     caddy = set(re.findall(r"\{\$(\w+):", (ROOT / "docker" / "caddy" / "Caddyfile").read_text()))
 
     assert caddy == {"KLEIN_SITE", "KLEIN_UPSTREAM"}

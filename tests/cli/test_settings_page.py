@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from app.settings import Settings
+from app.settings import Settings, variable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +22,6 @@ def test_every_setting_is_on_the_page_with_its_meaning() -> None:
     page = (ROOT / "docs" / "settings.md").read_text()
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `KLEIN_")}
 
-    assert set(rows) == {f"KLEIN_{name.upper()}" for name in Settings.model_fields}
+    assert set(rows) == {variable(name) for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
-        assert " ".join(field.description.split()) in rows[f"KLEIN_{name.upper()}"]
+        assert " ".join(field.description.split()) in rows[variable(name)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from app.settings import Settings
+from app.settings import Settings, variable
 from tools import image_check_compose as compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,14 +210,14 @@ def test_names_can_be_added_to_the_services_own() -> None:
 
 def test_every_setting_can_be_set_from_outside() -> None:
     """One that is missing in compose.yaml's `environment` would be set in vain."""
-    settings = {f"KLEIN_{name.upper()}" for name in Settings.model_fields} - FIXED
+    settings = {variable(name) for name in Settings.model_fields} - FIXED
 
     assert settings <= klein(WITH_A_CARD)["environment"].keys()
 
 
 def test_only_settings_go_in() -> None:
     """The service refuses to start with a KLEIN_ variable that it does not know."""
-    known = {f"KLEIN_{name.upper()}" for name in Settings.model_fields}
+    known = {variable(name) for name in Settings.model_fields}
 
     assert klein(WITH_A_CARD)["environment"].keys() - known == {"HF_TOKEN"}
 

@@ -36,6 +36,8 @@ class Worker:
     pid: int | None = 1
     restart_count = 0
     is_ready = True
+    is_awaited = False
+    state = "ready"
     reason = ""
     statuses: tuple[WorkerStatus, ...] = ()
     info: ModelInfo | None = INFO

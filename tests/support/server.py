@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -151,11 +152,13 @@ class Server:
 
         pids: list[int] = []
         for child in psutil.Process(self.process.pid).children():
-            command = " ".join(child.cmdline())
-            if "spawn_main" in command:
-                pids.append(child.pid)
-            elif "multiprocessing.forkserver" in command:
-                pids += [each.pid for each in child.children()]
+            # One may end meanwhile.
+            with contextlib.suppress(psutil.Error):
+                command = " ".join(child.cmdline())
+                if "spawn_main" in command:
+                    pids.append(child.pid)
+                elif "multiprocessing.forkserver" in command:
+                    pids += [each.pid for each in child.children()]
         return pids
 
     def stop(self, *, timeout_s: float = 60.0) -> int:

@@ -99,6 +99,7 @@ def _device(worker: WorkerStatus) -> dict[str, Any]:
         "progress": worker.progress,
         "reason": worker.reason,
         "left_out": worker.is_left_out,
+        "yielding": worker.is_yielding,
         "restarts": worker.restarts,
         "precision": info and info.precision,
         "attention": info and info.attention,
@@ -110,6 +111,7 @@ def _device(worker: WorkerStatus) -> dict[str, Any]:
 def _readiness(status: Status) -> dict[str, Any]:
     return {
         "ready": status.is_ready,
+        "state": status.state,
         "stage": status.stage,
         "progress": status.progress,
         "reason": status.reason,
@@ -128,5 +130,7 @@ def _answer(request: Request, status: Status, body: dict[str, Any]) -> Response:
 def _kind(status: Status) -> Kind:
     if status.stage == WorkerStage.DRAINING:
         return Kind.DRAINING
-    is_loading = status.info is None and status.stage != WorkerStage.FAILED
+    is_loading = (
+        status.info is None and status.stage != WorkerStage.FAILED and status.state != "yielding"
+    )
     return Kind.LOADING if is_loading else Kind.WORKER_DOWN

@@ -1,0 +1,224 @@
+"""Sleep and wake from outside: nothing that was accepted is lost, whenever they are asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.test_service import wait_until
+from tests.support.server import Server
+from tests.support.timing import TIMED
+
+SMALL = {"prompt": "x", "width": 128, "height": 128}
+
+pytestmark = pytest.mark.slow
+
+
+def ask(server: Server, path: str) -> dict:
+    """What POST *path* answers."""
+    status, _, body = server.post(path, {})
+    assert status == 200, body
+    return json.loads(body)
+
+
+def state(server: Server) -> str:
+    """The state in one word, which /health/ready tells too."""
+    said = json.loads(server.get("/is_sleeping")[2])
+    assert said["is_sleeping"] == (said["state"] in ("asleep", "yielding"))
+    return said["state"]
+
+
+def fall_asleep(server: Server) -> None:
+    """Ask for it, and wait until no worker is there."""
+    ask(server, "/sleep")
+    wait_until(lambda: not server.worker_pids())
+    assert state(server) == "asleep"
+
+
+def make(server: Server, _: object = None) -> int:
+    """The status of a picture."""
+    return server.post("/generate", SMALL)[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:3"])
+def test_a_request_wakes_what_sleeps(scripted, device: str) -> None:
+    """Twenty at once are admitted, wait, and get their pictures from one load of each worker."""
+    server = scripted("load=0.3", device=device)
+    server.wait_until_ready()
+    assert make(server) == 200
+    fall_asleep(server)
+    ready, _, body = server.get("/health/ready")
+    assert (ready, json.loads(body)["state"]) == (200, "asleep")
+    assert server.metric("klein_ready") == 1
+    assert server.metric("klein_worker_asleep") == 1
+
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(lambda number: make(server, number), range(20))) == [200] * 20
+    workers = 3 if device == "cpu:3" else 1
+    wait_until(lambda: len(server.worker_pids()) == workers)
+    woken = [
+        float(line.rsplit(" ", 1)[1])
+        for line in server.get("/metrics")[2].decode().splitlines()
+        if line.startswith('klein_worker_wakes_total{cause="request"')
+    ]
+    assert woken == [1.0] * workers
+    assert server.metric("klein_worker_restarts_total", reason="startup") == 0
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.system)])
+def test_a_request_at_the_very_moment_of_sleep(scripted, times: int) -> None:
+    """Before, while and after the worker goes: each gets its picture."""
+    server = scripted(queue_images=200)
+    server.wait_until_ready()
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(times):
+            asleep = pool.submit(ask, server, "/sleep")
+            time.sleep(number % 10 / 1000)
+            assert make(server) == 200
+            asleep.result()
+    assert server.metric("klein_worker_wakes_total", cause="request") > times // 10
+    server.stop()
+
+
+def test_what_runs_is_finished_first(scripted, tmp_path: Path) -> None:
+    """And what waits too; the answer says that it sleeps afterwards."""
+    gate = tmp_path / "gate"
+    server = scripted(f"gate={gate}")
+    server.wait_until_ready()
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(make, server) for _ in range(3)]
+        wait_until(lambda: server.metric("klein_queue_size") == 2)
+        said = ask(server, "/sleep")
+        assert said["is_sleeping"] is False
+        assert "as soon as" in said["message"]
+        gate.touch()
+        assert [each.result() for each in running] == [200] * 3
+    wait_until(lambda: state(server) == "asleep")
+
+
+def test_asked_for_at_odd_moments(scripted) -> None:
+    """During the load, twice, while waking, and while it leaves: each is done as it was said."""
+    server = scripted("load=0.5")
+    wait_until(lambda: server.get("/health/live")[0] == 200)
+    ask(server, "/sleep")
+    wait_until(lambda: state(server) == "asleep")
+    ask(server, "/sleep")
+    assert ask(server, "/wake")["state"] == "waking"
+    ask(server, "/wake_up")
+    assert ask(server, "/sleep")["state"] == "waking"
+    wait_until(lambda: state(server) == "asleep")
+    assert server.metric("klein_worker_wakes_total", cause="asked") == 1
+    ask(server, "/wake")
+    wait_until(lambda: state(server) == "ready")
+    ask(server, "/sleep")
+    ask(server, "/wake")
+    wait_until(lambda: state(server) == "ready")
+    assert server.metric("klein_worker_wakes_total", cause="asked") == 3
+
+
+def test_a_wake_that_fails_is_said_and_tried_again(scripted, tmp_path: Path) -> None:
+    """It is no restart: the service goes on, refuses with the reason, and recovers by a wake."""
+    broken = tmp_path / "broken"
+    server = scripted("startexit", f"once={broken}")
+    broken.touch()
+    server.wait_until_ready()
+    fall_asleep(server)
+    broken.unlink()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(make, server)
+        wait_until(lambda: state(server) == "yielding")
+        status, headers, body = server.post("/generate", SMALL)
+        assert status == 503
+        assert int(headers["retry-after"]) >= 1
+        assert "could not be woken" in json.loads(body)["error"]["message"]
+        assert server.get("/health/ready")[0] == 503
+        assert server.metric("klein_ready") == 0
+        assert server.metric("klein_worker_yielding") == 0
+        ask(server, "/wake")
+        assert waiting.result() == 200
+    assert server.metric("klein_worker_restarts_total", reason="startup") == 0
+    assert state(server) == "ready"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:3"])
+def test_idleness_puts_it_to_sleep(scripted, device: str) -> None:
+    """After the time that was set, and again after the next picture."""
+    server = scripted(device=device, idle_sleep_s=0.4)
+    server.wait_until_ready()
+    for _ in range(2):
+        wait_until(lambda: state(server) == "asleep")
+        assert make(server) == 200
+
+
+@TIMED
+def test_it_ends_at_once_while_it_sleeps(scripted, is_timed: bool) -> None:
+    """SIGTERM has nothing to wait for."""
+    server = scripted()
+    server.wait_until_ready()
+    fall_asleep(server)
+    begun = time.monotonic()
+    assert server.stop() == 0
+    assert not is_timed or time.monotonic() - begun < 1.0
+
+
+def test_a_cancelled_request_wakes_nobody_for_ever(scripted) -> None:
+    """The worker that it woke sleeps again when it is asked to."""
+    server = scripted("load=0.3", "slow=0.1", deadline_s=5)
+    server.wait_until_ready()
+    fall_asleep(server)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(make, server)
+        wait_until(lambda: server.metric("klein_queue_size") == 1)
+        (job,) = json.loads(server.get("/v1/jobs")[2])["data"]
+        server.request("DELETE", f"/v1/jobs/{job['id']}")
+    wait_until(lambda: state(server) == "ready")
+    fall_asleep(server)
+
+
+def test_the_wait_is_predicted_with_the_wake(scripted) -> None:
+    """`/health` and Retry-After know how long the last load took."""
+    server = scripted("load=1.5")
+    server.wait_until_ready()
+    fall_asleep(server)
+    assert make(server) == 200
+    fall_asleep(server)
+    waits = json.loads(server.get("/health")[2])["queue"]["estimated_wait_s"]
+    assert 1.4 < waits < 10
+
+
+def test_a_killed_worker_is_back_awake(scripted) -> None:
+    """A death is not sleep; what sleeps cannot die."""
+    server = scripted()
+    server.wait_until_ready()
+    fall_asleep(server)
+    assert make(server) == 200
+    os.kill(server.worker_pid(), signal.SIGKILL)
+    wait_until(lambda: server.metric("klein_worker_restarts_total", reason="killed") == 1)
+    wait_until(lambda: state(server) == "ready")
+
+
+@pytest.mark.system
+def test_a_hundred_cycles_keep_nothing(scripted) -> None:
+    """Host memory, descriptors and threads stay, and the same seed gives the same picture."""
+    server = scripted()
+    server.wait_until_ready()
+    process = psutil.Process(server.process.pid)
+    pictures, held = set(), []
+    for number in range(100):
+        pictures.add(server.post("/generate", {**SMALL, "seed": 7})[2])
+        fall_asleep(server)
+        if number in (19, 99):
+            memory = process.memory_info().rss
+            held.append((memory, process.num_fds(), process.num_threads()))
+    assert len(pictures) == 1
+    before, after = held
+    assert after[0] <= 1.01 * before[0]
+    assert after[1] <= before[1]
+    assert after[2] <= before[2]
