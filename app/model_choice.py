@@ -142,7 +142,7 @@ def _demo_devices(settings: Settings, cards: Cards) -> tuple[Device, ...]:
     if not all(name.isdigit() for name in settings.device):
         check_driver(cards, torch_cuda())
     # torch may see a card where NVML does not answer; the engine will find out.
-    return tuple(Device(int(name), f"card {name}", "") for name in settings.device)
+    return tuple(Device(int(name), f"card {name}", f"card {name}") for name in settings.device)
 
 
 def _find(settings: Settings, cards: Cards) -> tuple[Device, ...]:

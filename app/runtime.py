@@ -43,13 +43,14 @@ from app.model_choice import (
 from app.service.adapters import Adapters, AdapterWatch
 from app.service.previews import Previews
 from app.service.service import ImageService, warm_up_spec
-from app.settings import Settings
+from app.settings import PER_CARD, Settings
 from app.telemetry.cards import Cards
 from app.telemetry.gpu import GpuFacts
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.card_claim import CardClaim
 from app.worker.child import EngineFactory
+from app.worker.common_choice import CommonChoice
 from app.worker.fork_server import ForkServer
 from app.worker.idle import IdleSleep
 from app.worker.pool import Pool, Worker
@@ -69,9 +70,7 @@ Unless it hangs, it gives up by itself and reports why.
 
 _LOAD_BYTES = 4_500_000_000
 """Host memory of a worker that loads klein: 4.1 GB, measured on H100s and H200s, and some more."""
-_NO_ROOM = (
-    "The only card that had room for this picture cannot be brought back; ask for a smaller size."
-)
+_NO_ROOM = "No card that serves has room for this picture; ask for a smaller size."
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +101,13 @@ class Runtime:
         # Of an engine that does not say so, nothing is known.
         known = imports if make_engine is create_engine else getattr(make_engine, "imports", None)
         self._fork_server = ForkServer(known(devices[0].torch_index) if known else ())
-        first = _oldest(devices, cards) if settings.precision == AUTO else None
-        self._is_common = first is not None
+        is_common = len(devices) > 1 and settings.precision != PER_CARD
+        first = _oldest(devices, cards) if is_common and _leaves_choice(settings) else None
         at_once = None if find_model(self.choice.key).is_embedded else _loads_at_once()
         self.workers = Pool(
             self._make_supervisor, devices, self, first=first, at_once=at_once, work=self
         )
+        self._common = CommonChoice(self.workers) if is_common else None
         takers = {worker: self._make_taker(worker) for worker in self.workers.workers}
         self._takers = takers
         self._queue = JobQueue(settings.queue_images, tuple(takers.values()))
@@ -134,15 +134,7 @@ class Runtime:
         )
         self.metrics.watch(self.service.status, self._lag.read)
         self._idle = IdleSleep(settings.idle_sleep_s, self._is_needed, self.workers.sleep)
-        self._yielding: list[Yielding] = []
-        for worker in self.workers.workers:
-            device = worker.device
-            self.metrics.add_device(device)
-            held = partial(self.service.held_memory.get, device.uuid)
-            if device.index is not None:
-                self.metrics.watch_gpu(cards.open(device).read, held)
-                if settings.yields == "auto":
-                    self._yielding.append(self._make_yielding(worker, cards.open(device).read))
+        self._yielding = self._watch_devices(cards)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = AsyncExitStack()
 
@@ -165,6 +157,7 @@ class Runtime:
             started.callback(self.service.close)
             # Last but one: a job that was cancelled may wait for the worker's end.
             started.push_async_callback(self._join)
+            started.callback(self._fork_server.kill)
             started.push_async_callback(self.workers.close)
             for each in self._yielding:
                 started.callback(each.close)
@@ -213,6 +206,7 @@ class Runtime:
     def kill(self) -> None:
         """Kill the worker and the decoders now, with their jobs; `close` must still be called."""
         self.workers.kill()
+        self._fork_server.kill()
         self.decoders.kill()
 
     def _make_supervisor(self, device: Device, events: Events) -> Supervisor:
@@ -233,6 +227,19 @@ class Runtime:
             log=(settings.log_format, settings.log_level),
             fork_server=self._fork_server,
         )
+
+    def _watch_devices(self, cards: Cards) -> list[Yielding]:
+        """Have the metrics show each device; return who leaves cards to others, if anyone."""
+        yielding = []
+        for worker in self.workers.workers:
+            device = worker.device
+            self.metrics.add_device(device)
+            held = partial(self.service.held_memory.get, device.uuid)
+            if device.index is not None:
+                self.metrics.watch_gpu(cards.open(device).read, held)
+                if self._settings.yields == "auto":
+                    yielding.append(self._make_yielding(worker, cards.open(device).read))
+        return yielding
 
     def _make_yielding(self, worker: Worker, read: Callable[[], GpuSnapshot | None]) -> Yielding:
         uuid, settings = worker.device.uuid, self._settings
@@ -290,26 +297,15 @@ class Runtime:
         """Learn the speed of the warm-up image and log what is served and what is missing."""
         for sentence in info.advice:
             _log.warning(sentence)
-        if self._is_common:
-            self._have_others_take(info)
+        if self._common and not self._common.admits(worker, info):
+            return
         self._estimates.of(worker.device.uuid).learn(warm_up_spec(self.model), info.warm_up_s)
         self.metrics.model_ready(info, seconds, worker.device)
         self._watch.on_ready(info)
-        self._queue.look_again()
+        is_known = all(each.supervisor.info for each in self.workers.serving)
+        self._queue.look_again(Unavailable(_NO_ROOM, kind=Kind.WORKER_DOWN) if is_known else None)
         for callback in self.on_ready:
             callback(info)
-
-    def _have_others_take(self, info: ModelInfo) -> None:
-        """Have all other workers compute as the first has chosen to, so that pixels are the same.
-
-        It is the oldest card: what runs there, newer ones run too.
-        """
-        self._is_common = False
-        for worker in self.workers.workers:
-            config = worker.supervisor.config
-            worker.supervisor.config = replace(
-                config, precision=info.precision, attention=info.attention or config.attention
-            )
 
     def on_worker_lost(self, worker: Worker, reason: Loss) -> None:
         """Count the lost worker."""
@@ -353,14 +349,22 @@ def build_runtime(
     return Runtime(settings, make_engine, cards or Cards())
 
 
+def _leaves_choice(settings: Settings) -> bool:
+    """Whether a card chooses its precision or its attention itself."""
+    return AUTO in (settings.precision, settings.attention)
+
+
 def _loads_at_once() -> int:
     """Return how many workers may load klein together in the host memory that is free now."""
     return max(1, psutil.virtual_memory().available // _LOAD_BYTES)
 
 
 def _oldest(devices: Sequence[Device], cards: Cards) -> Device | None:
-    """Return the device with the lowest compute capability; None where all are of one kind."""
-    if len({each.name for each in devices}) == 1:
+    """Return the device with the lowest compute capability; None where all are of one kind.
+
+    One name may stand for several amounts of memory.
+    """
+    if len({(each.name, each.total_bytes) for each in devices}) == 1:
         return None
 
     def capability(device: Device) -> tuple[int, int]:

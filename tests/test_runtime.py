@@ -87,6 +87,7 @@ async def runtime(monkeypatch, calls, processes) -> AsyncIterator[Runtime]:
     def note(word: str) -> Callable[[object], None]:
         return lambda _: calls.append(word)
 
+    monkeypatch.setattr(supervisor, "launch", lambda *_: None)
     monkeypatch.setattr(supervisor, "WorkerProcess", begin)
     monkeypatch.setattr(DecoderPool, "start", note("start decoders"))
     monkeypatch.setattr(DecoderPool, "kill", note("end decoders"))

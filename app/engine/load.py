@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -297,6 +298,9 @@ def find_device(config: EngineConfig) -> torch.device:
             "counted from 0. Set KLEIN_DEVICE to one of them."
         )
     torch.cuda.set_device(config.device)
+    if config.place is not None:
+        # A forked process has counted the cores before it was confined to those near its card.
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     return torch.device("cuda", config.device)
 
 

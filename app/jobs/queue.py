@@ -335,8 +335,15 @@ class JobQueue:
         is_same_room = len({taker.room() for taker in self.takers}) == 1
         return is_same_room and min(speeds) > _ALIKE * max(speeds)
 
-    def look_again(self) -> None:
-        """Have waiting takers look at the jobs again: a worker has become ready, or is gone."""
+    def look_again(self, error: KleinError | None = None) -> None:
+        """Have waiting takers look at the jobs again: a worker has become ready, or is gone.
+
+        Jobs that no device can run, as is known now, fail with *error*, if one is given.
+        """
+        if error is not None:
+            for job in tuple(self._waiting):
+                if not any(each.fits(job.spec) for each in self.takers):
+                    self._cancel(job, error)
         self._changed.set()
 
     def drop(self, taker: Taker, error: KleinError) -> None:
@@ -345,10 +352,7 @@ class JobQueue:
         Jobs that only its device could run fail with *error*.
         """
         self.takers = tuple(each for each in self.takers if each is not taker)
-        for job in tuple(self._waiting):
-            if not any(each.fits(job.spec) for each in self.takers):
-                self._cancel(job, error)
-        self.look_again()
+        self.look_again(error)
 
     def finish(self, job: Job) -> None:
         """Record that *job*, which ran, is off the GPU, whatever its outcome."""

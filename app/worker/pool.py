@@ -33,6 +33,8 @@ _FURTHEST = (
     WorkerStage.FAILED,
 )
 """The stages of a worker; the pool's is the first that one of them is at."""
+_AT_REST = frozenset({WorkerStage.READY, WorkerStage.ASLEEP, WorkerStage.FAILED})
+"""Stages of a worker that is not loading."""
 _HELD = (
     "The card is left to another program, which uses its memory; the service takes it back a "
     "minute after that is free, or at once by POST /wake."
@@ -275,15 +277,12 @@ class Pool:
     def start(self) -> None:
         """Start the workers, as many at once as may load together."""
         self._unstarted = [each for each in self._order if each.rest.state is RestState.AWAKE]
-        self._start_some(1 if self._is_alone else self._at_once)
+        self._start_some(self._room())
 
     def on_ready(self) -> None:
         """Start the workers that waited for one to be ready."""
-        if self._is_alone:
-            self._is_alone = False
-            self._start_some(self._at_once)
-        else:
-            self._start_some(1)
+        self._is_alone = False
+        self._start_some(self._room())
 
     def sleep(self, cause: Cause, *workers: Worker) -> None:
         """Have *workers*, else all, sleep once nothing runs or waits."""
@@ -311,7 +310,9 @@ class Pool:
             if is_waiting and not each.is_unavailable:
                 each.rest.wake(Cause.REQUEST)
             act = each.rest.settle(
-                is_ready=each.supervisor.is_ready, has_work=self._work.is_busy(each.device)
+                is_ready=each.supervisor.is_ready,
+                has_work=self._work.is_busy(each.device),
+                has_room=self._room() > 0,
             )
             if act is Do.STOP:
                 _log.info("%s (%s) falls asleep.", each.device.name, each.device.uuid)
@@ -321,6 +322,11 @@ class Pool:
                 each.wake_began = self._clock()
                 each.supervisor.wake()
 
+    def load_again(self, worker: Worker) -> None:
+        """Have *worker*, which has just become ready, end and start anew with its configuration."""
+        worker.rest.begin_again()
+        worker.supervisor.sleep()
+
     def retry(self, worker: Worker) -> None:
         """Try to wake *worker* again in a while."""
 
@@ -329,6 +335,14 @@ class Pool:
                 self.wake(Cause.RETRY, worker)
 
         asyncio.get_running_loop().call_later(_RETRY_S, again)
+
+    def _room(self) -> int:
+        """Return how many more may load now."""
+        loading = (
+            each.supervisor.progress.stage not in _AT_REST and each not in self._unstarted
+            for each in self.serving
+        )
+        return max(0, (1 if self._is_alone else self._at_once) - sum(loading))
 
     def _start_some(self, count: int) -> None:
         """Start *count* workers of those that were not started yet."""
@@ -359,4 +373,4 @@ class Pool:
             message,
         )
         self.events.on_left_out(worker)
-        self._start_some(1)
+        self._start_some(self._room())

@@ -9,21 +9,78 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing.process
+import os
+import select
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 
 from app.engine.config import EngineConfig
 from app.errors import GenerationFailed
 from app.worker import child
 from app.worker.fork_server import Context
 from app.worker.messages import Failed, FromWorker, Generate, ToWorker
-from app.worker.transport import Message, Outbox, pair
+from app.worker.transport import End, Message, Outbox, pair
 
 _log = logging.getLogger(__name__)
 
+_REPORT_S = 1.0
+"""For the fork server to report an exit."""
 _NOT_SENT = "The request could not be handed to the worker; the service's log says why."
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Launched:
+    """A process that was started, with this process's end of its pipe; see `launch`."""
+
+    process: SpawnProcess | ForkServerProcess
+    pipe: End
+    pidfd: int
+    """Says when it has ended, and kills it, whoever is told of its end and reaps it."""
+
+    def kill(self) -> None:
+        """Kill it, unless it has ended."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def has_ended(self, within_s: float) -> bool:
+        """Wait for its end for at most *within_s* seconds; return whether it has come."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(1000 * within_s))
+
+    def close(self) -> None:
+        """Close its file descriptors, but not the pipe."""
+        os.close(self.pidfd)
+        with suppress(ValueError):  # Its end may not have been reported.
+            self.process.close()
+
+
+def launch(
+    make_engine: child.EngineFactory, config: EngineConfig, log: tuple[str, str], context: Context
+) -> Launched:
+    """Start a worker with *context*; it may take as long as imports do.
+
+    Raises:
+        Exception: it could not be started, and nothing is left of it.
+    """
+    with ExitStack() as undo:
+        pipe, theirs = pair(context)
+        undo.callback(pipe.close)
+        # The worker must hold the only copy of its end, or its death would not be seen as EOF.
+        with closing(theirs):
+            process = context.Process(
+                target=child.main, args=(theirs, make_engine, config, log), name="klein worker"
+            )
+            process.start()
+        undo.callback(process.kill)
+        launched = Launched(process, pipe, os.pidfd_open(process.pid or 0))
+        undo.pop_all()
+    return launched
 
 
 class WorkerProcess:
@@ -39,34 +96,24 @@ class WorkerProcess:
         self,
         on_message: Callable[[WorkerProcess, FromWorker], None],
         on_exit: Callable[[WorkerProcess, int | None], None],
-        make_engine: child.EngineFactory,
-        config: EngineConfig,
-        log: tuple[str, str],
+        launched: Launched,
         leave_s: float,
-        context: Context,
     ) -> None:
-        """Start the process with *context*.
-
-        It has *leave_s* seconds to exit after it hung up or was killed.
+        """Take the process over; it has *leave_s* seconds to exit after it hung up or was killed.
 
         Raises:
-            Exception: it could not be started, and nothing is left of it.
+            Exception: it cannot be watched, and was killed.
         """
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._on_exit = on_exit
+        self._launched = launched
+        self._pipe = launched.pipe
         self._leave_s = leave_s
         self._exited = asyncio.Event()
+        self.pid = launched.process.pid or 0
         with ExitStack() as undo:
-            self._pipe, theirs = pair(context)
             undo.callback(self._pipe.close)
-            # The worker must hold the only copy of its end, or its death would not be seen as EOF.
-            with closing(theirs):
-                self._process = context.Process(
-                    target=child.main, args=(theirs, make_engine, config, log), name="klein worker"
-                )
-                self._process.start()
-            self.pid = self._process.pid or 0
             undo.callback(self._end_unwatched)
             self._outbox = Outbox(
                 self._pipe,
@@ -89,7 +136,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """Kill the process now; a hung kernel does not prevent it."""
         if not self._exited.is_set():
-            self._process.kill()
+            self._launched.kill()
             self._loop.call_later(self._leave_s, self._end, None)
 
     async def wait(self) -> None:
@@ -98,9 +145,11 @@ class WorkerProcess:
 
     def _end_unwatched(self) -> None:
         """End a process whose threads could not be started."""
-        self._process.kill()
-        self._process.join(self._leave_s)
-        if self._process.exitcode is None:
+        self._launched.kill()
+        if self._launched.has_ended(self._leave_s):
+            self._exit_code()
+            self._launched.close()
+        else:
             self._disown()
 
     def _receive(self) -> None:
@@ -110,12 +159,18 @@ class WorkerProcess:
                 self._tell(self._deliver, self._pipe.recv())
         except (EOFError, OSError):
             # It has closed the pipe, and is exiting or dead.
-            self._process.join(self._leave_s)
+            self._launched.has_ended(self._leave_s)
         except Exception:
             _log.exception("What the worker sent cannot be read.")
-        self._process.kill()
-        self._process.join(self._leave_s)
-        self._tell(self._end, self._process.exitcode)
+        self._launched.kill()
+        has_ended = self._launched.has_ended(self._leave_s)
+        self._tell(self._end, self._exit_code() if has_ended else None)
+
+    def _exit_code(self) -> int:
+        """Return the exit code of a process that has ended; -9 where nobody reports it."""
+        process = self._launched.process
+        process.join(_REPORT_S)
+        return -signal.SIGKILL if process.exitcode is None else process.exitcode
 
     def _tell(self, callback: Callable[..., None], *arguments: FromWorker | int | None) -> None:
         # The loop may have closed: then there is no listener left.
@@ -140,7 +195,8 @@ class WorkerProcess:
     def _disown(self) -> None:
         """Let this process exit without it: Python's clean-up joins every child it knows."""
         _log.error("The worker, process %s, was killed and does not go.", self.pid)
-        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+        known = multiprocessing.process._children  # type: ignore[attr-defined]
+        known.discard(self._launched.process)
 
     def _end(self, exit_code: int | None) -> None:
         """Report the process's end, once; None abandons it.
@@ -153,7 +209,7 @@ class WorkerProcess:
             self._disown()
         else:
             # Close its file descriptors at once.
-            self._process.close()
+            self._launched.close()
         self._outbox.hang_up()
         self._exited.set()
         self._on_exit(self, exit_code)

@@ -77,13 +77,21 @@ class Rest:
         """Begin asleep, since another program has the card."""
         self.state, self.is_held = RestState.ASLEEP, True
 
-    def settle(self, *, is_ready: bool, has_work: bool) -> Do:
-        """Return what to do now: *has_work* while anything runs on it or waits for it."""
+    def begin_again(self) -> None:
+        """Have an awake one end, on which nothing has run, and wake at once."""
+        self.state, self.wakes_for = RestState.LEAVING, Cause.RETRY
+
+    def settle(self, *, is_ready: bool, has_work: bool, has_room: bool = True) -> Do:
+        """Return what to do now.
+
+        *has_work* while anything runs on it or waits for it, *has_room* while the host's memory has
+        room for one more load.
+        """
         if self.state is RestState.AWAKE and self.wanted and is_ready and not has_work:
             self.is_held = self.wanted is Cause.YIELD
             self.state, self.wanted = RestState.LEAVING, None
             return Do.STOP
-        if self.state is RestState.ASLEEP and self.wakes_for:
+        if self.state is RestState.ASLEEP and self.wakes_for and has_room:
             self.state = RestState.WAKING
             return Do.START
         return Do.NOTHING

@@ -22,7 +22,7 @@ from app.engine.config import EngineConfig
 from app.errors import Kind, KleinError, Unavailable, WorkerLost
 from app.request_context import current_request
 from app.worker import child, restarts
-from app.worker.fork_server import Context, ForkServer
+from app.worker.fork_server import ForkServer
 from app.worker.messages import (
     Cancel,
     Done,
@@ -35,7 +35,7 @@ from app.worker.messages import (
     Stepped,
     Stop,
 )
-from app.worker.process import WorkerProcess
+from app.worker.process import Launched, WorkerProcess, launch
 
 _log = logging.getLogger(__name__)
 
@@ -184,30 +184,31 @@ class Supervisor:
     def start(self) -> None:
         """Start a worker; if it cannot be started, try again later or give up."""
         # A listener may have killed it in the moment that a restart was planned.
-        if self._is_closing:
+        if self._is_closing or self.progress.stage == WorkerStage.FAILED:
             return
         self._started_at = self._clock()
         self._overdue, self._lost_because = "", None
         self._watch_start()
         self._starts += 1
+        launching = partial(launch, self._make_engine, self.config, self._log)
         try:
-            self._fork_server.ask(partial(self._start_process, self._starts))
+            self._fork_server.start(launching, partial(self._on_launched, self._starts))
         except Exception as error:
             self._on_unstartable(error)
 
-    def _start_process(self, start: int, context: Context) -> None:
-        """Start the process of the *start*-th start, unless that has been given up."""
+    def _on_launched(self, start: int, launched: Launched | Exception) -> None:
+        """Take over the process of the *start*-th start, unless that has been given up."""
         if self._is_closing or start != self._starts:
+            if not isinstance(launched, Exception):
+                launched.kill()
+                launched.pipe.close()
+                launched.close()
             return
         try:
+            if isinstance(launched, Exception):
+                raise launched
             self._handle = WorkerProcess(
-                self.on_message,
-                self.on_exit,
-                self._make_engine,
-                self.config,
-                self._log,
-                self._limits.close_s,
-                context,
+                self.on_message, self.on_exit, launched, self._limits.close_s
             )
         except Exception as error:
             self._on_unstartable(error)
@@ -443,6 +444,8 @@ class Supervisor:
             _log.error("The new worker could not load the model: %s", text)
 
     def _give_up(self, exit_code: int, message: str) -> None:
+        if self._next:
+            self._next.cancel()
         self.progress = LoadProgress(WorkerStage.FAILED, None, message)
         self._events.on_fatal(exit_code, message)
         self._wake()
@@ -514,8 +517,9 @@ class Supervisor:
         if self._handle:
             self._handle.kill()
         else:
-            # Its process was not started yet.
+            # Its process was not started yet: the fork server hangs, in an import perhaps.
             self._starts += 1
+            self._fork_server.kill()
             self.on_exit(None, None)
 
 

@@ -42,6 +42,15 @@ def fall_asleep(server: Server) -> None:
     assert state(server) == "asleep"
 
 
+def wakes(server: Server) -> list[float]:
+    """How many times each worker has woken for a request."""
+    return [
+        float(line.rsplit(" ", 1)[1])
+        for line in server.get("/metrics")[2].decode().splitlines()
+        if line.startswith('klein_worker_wakes_total{cause="request"')
+    ]
+
+
 def make(server: Server, _: object = None) -> int:
     """The status of a picture."""
     return server.post("/generate", SMALL)[0]
@@ -62,13 +71,7 @@ def test_a_request_wakes_what_sleeps(scripted, device: str) -> None:
     with ThreadPoolExecutor(20) as pool:
         assert list(pool.map(lambda number: make(server, number), range(20))) == [200] * 20
     workers = 3 if device == "cpu:3" else 1
-    wait_until(lambda: len(server.worker_pids()) == workers)
-    woken = [
-        float(line.rsplit(" ", 1)[1])
-        for line in server.get("/metrics")[2].decode().splitlines()
-        if line.startswith('klein_worker_wakes_total{cause="request"')
-    ]
-    assert woken == [1.0] * workers
+    wait_until(lambda: wakes(server) == [1.0] * workers)
     assert server.metric("klein_worker_restarts_total", reason="startup") == 0
 
 

@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
 
 from app.errors import GenerationFailed, InvalidRequest, Kind, Unavailable, WorkerLost
 from app.request_context import RequestContext, current_request
+from app.worker.process import Launched
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, TimeLimits
 from tests.support.scripted_engine import Unreadable, draw
 from tests.worker.conftest import SPEC
@@ -240,7 +240,7 @@ async def test_a_worker_that_not_even_sigkill_ends_is_left_to_itself(
     async with supervise(LATE, limits=SOON) as (supervisor, listening):
         await listening.wait_for("ready")
         pid = supervisor.pid
-        monkeypatch.setattr(SpawnProcess, "kill", lambda process: None)
+        monkeypatch.setattr(Launched, "kill", lambda launched: None)
         os.kill(pid, signal.SIGSTOP)
 
     os.kill(pid, signal.SIGKILL)
@@ -249,7 +249,7 @@ async def test_a_worker_that_not_even_sigkill_ends_is_left_to_itself(
 
 ABANDON = """
 import asyncio, os, signal
-from multiprocessing.context import SpawnProcess
+from app.worker.process import Launched
 from app.worker.supervisor import TimeLimits
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 from tests.worker.conftest import CONFIG, Listening, Supervisor
@@ -264,7 +264,7 @@ async def main():
     os.kill(supervisor.pid, signal.SIGSTOP)
     await supervisor.close()
 
-SpawnProcess.kill = lambda process: None
+Launched.kill = lambda launched: None
 asyncio.run(main())
 """
 

@@ -50,7 +50,7 @@ async def main(act, *modules):
     supervisor = Supervisor(
         MakeScriptedEngine(Script.parse([])), CONFIG, listening,
         limits=TimeLimits(load_s=float(os.environ.get("LOAD_S", "60"))),
-        fork_server=ForkServer(modules),
+        fork_server=ForkServer(modules, answer_s=float(os.environ.get("ANSWER_S", "20"))),
     )
     supervisor.start()
     said = await act(supervisor, listening)
@@ -172,6 +172,57 @@ async def act(supervisor, listening):
 
     assert code == 1
     assert "took longer than 0.3 s" in sentence
+
+
+def test_a_server_that_hangs_is_replaced(tmp_path: Path) -> None:
+    """It is killed after a while, and the worker spawned; the next one has a new server."""
+    act = """
+async def act(supervisor, listening):
+    await ready(listening)
+    first = _forkserver._forkserver_pid
+    os.kill(first, signal.SIGSTOP)
+    os.kill(supervisor.pid, signal.SIGKILL)
+    await ready(listening, 2)
+    spawned = parent_of(supervisor.pid) == os.getpid()
+    os.kill(supervisor.pid, signal.SIGKILL)
+    await ready(listening, 3)
+    return spawned, parent_of(supervisor.pid) not in (first, os.getpid())
+"""
+    assert play(tmp_path, act, "wave", ANSWER_S="0.4") == [True, True]
+
+
+def test_a_worker_can_be_killed_without_its_server(tmp_path: Path) -> None:
+    """Though the server that would report its end is gone, and it stands still."""
+    act = """
+async def act(supervisor, listening):
+    import multiprocessing
+    await ready(listening)
+    worker = supervisor.pid
+    os.kill(worker, signal.SIGSTOP)
+    os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+    await asyncio.sleep(0.1)
+    multiprocessing.active_children()
+    supervisor._handle.kill()
+    await ready(listening, 2)
+    return os.path.exists(f"/proc/{worker}") and open(f"/proc/{worker}/stat").read().split()[2]
+"""
+    assert play(tmp_path, act, "wave") in (False, "Z")
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet(tmp_path: Path) -> None:
+    """The whole group gets it, and the service alone answers."""
+    (tmp_path / "takes_long.py").write_text(SLOW)
+    act = """
+async def act(supervisor, listening):
+    while not (server := _forkserver._forkserver_pid):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
+    os.kill(server, signal.SIGINT)
+    await ready(listening)
+    return server == parent_of(supervisor.pid)
+"""
+    done = run(tmp_path, act, "takes_long")
+    assert (done.stdout, done.stderr) == ("true\n", "")
 
 
 def test_a_service_that_ends_takes_its_fork_server_along(tmp_path: Path) -> None:

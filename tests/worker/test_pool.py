@@ -171,3 +171,19 @@ def test_where_cards_differ_the_others_wait_for_the_first_to_choose() -> None:
     assert [each.has_started for each in workers] == [True, False, True, False]
     workers[0].become_ready()
     assert all(each.has_started for each in workers)
+
+
+def test_a_start_counts_those_that_load_again() -> None:
+    """With room for one load, no other starts while a worker that died is loading."""
+    listening = Listening()
+    devices = [Device(index, "RTX", f"GPU-{index}") for index in range(3)]
+    pool = Pool(Scripted, devices, listening, at_once=1)
+    pool.start()
+    first, second, third = (each.supervisor for each in pool.workers)
+    first.become_ready()
+    assert second.has_started
+    first.progress = LoadProgress(WorkerStage.WEIGHTS)
+    second.become_ready()
+    assert not third.has_started
+    first.become_ready()
+    assert third.has_started

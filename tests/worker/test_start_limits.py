@@ -68,6 +68,7 @@ async def started(monkeypatch):
     clock, listening = Clock(), Listening()
     monkeypatch.setattr(asyncio.get_running_loop(), "call_later", clock.call_later)
     monkeypatch.setattr(module, "WorkerProcess", Handle)
+    monkeypatch.setattr(module, "launch", lambda *_: None)
     supervisor = Supervisor(lambda _: None, CONFIG, listening, limits=LIMITS)
     supervisor.start()
     yield supervisor, clock, listening

@@ -11,6 +11,7 @@ import pytest
 
 from app.domain import Stage
 from app.errors import GenerationFailed, OutOfMemory, WorkerLost
+from app.worker import supervisor as module
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, TimeLimits
 from tests.support.scripted_engine import draw
 from tests.worker.conftest import SPEC
@@ -178,3 +179,22 @@ async def test_closing_ends_the_process(supervise) -> None:
 
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_what_was_given_up_stays_so(supervise, monkeypatch) -> None:
+    """No timer of a start that was not possible brings it back, long after its deaths are old."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(module, "launch", refuse)
+    monkeypatch.setattr("app.worker.restarts.BACK_OFF_S", (0.0, 0.01, 0.01, 0.01))
+    async with supervise(limits=TimeLimits(load_s=0.3)) as (supervisor, listening):
+        await listening.wait_for("fatal")
+        supervisor._deaths.clear()
+        monkeypatch.undo()
+        await asyncio.sleep(0.5)
+        supervisor.start()
+
+        assert listening.heard == ["startup"] * 3 + ["fatal"]
+        assert supervisor.pid is None

@@ -50,18 +50,28 @@ def recall(cache: Path, key: Mapping[str, str]) -> Results | None:
 
 
 def race_once(
-    cache: Path, key: Mapping[str, str], run: Callable[[], Results], *, again: bool = False
+    cache: Path,
+    key: Mapping[str, str],
+    run: Callable[[], Results],
+    *,
+    again: bool = False,
+    is_outdated: Callable[[Results], bool] = lambda results: False,
 ) -> Results:
-    """Return the race that was kept for *key*, or hold one by *run* and keep it.
+    """Return the race that was kept for *key*, unless it *is_outdated*, or hold one and keep it.
 
     One that was disturbed is not kept: the next start tries anew. With *again* it is held anyway.
     Of processes that start together one holds it, and the others wait.
     """
-    if not again and (known := recall(cache, key)) is not None:
-        return known
+
+    def known() -> Results | None:
+        kept = None if again else recall(cache, key)
+        return None if kept is None or is_outdated(kept) else kept
+
+    if (kept := known()) is not None:
+        return kept
     with _alone(cache, key):
-        if not again and (known := recall(cache, key)) is not None:
-            return known
+        if (kept := known()) is not None:
+            return kept
         results = run()
         if not results.disturbed:
             _keep(cache, key, results)
@@ -76,8 +86,6 @@ def _alone(cache: Path, key: Mapping[str, str]) -> Iterator[None]:
         try:
             make_folder(path.parent, cache, PRIVATE_MODE)
             held.callback(os.close, lock_file(path, _WAIT_S))
-            # Who waits for this one and who comes later may hold two: at worst both race.
-            held.callback(path.unlink, missing_ok=True)
         except OSError as error:
             _log.debug("The race's place cannot be locked: %s.", error.strerror)
         yield

@@ -78,8 +78,7 @@ def race(
         return made
 
     key = _key(device, architecture, has_kernels=has_kernels)
-    kept = recall(cache, key)
-    return race_once(cache, key, run, again=again or (kept is not None and _is_outdated(kept)))
+    return race_once(cache, key, run, again=again, is_outdated=_is_outdated)
 
 
 def known(

@@ -23,7 +23,7 @@ def test_what_was_kept_is_read_again(tmp_path):
     """Whole, from a file that is nobody else's business."""
     assert race_once(tmp_path, KEY, lambda: RTX_3060) is RTX_3060
     assert race_once(tmp_path, KEY, never) == RTX_3060
-    (kept,) = (tmp_path / "race").iterdir()
+    (kept,) = (tmp_path / "race").glob("*.json")
     assert kept.stat().st_mode & 0o077 == 0
 
 
@@ -55,14 +55,33 @@ def test_of_those_that_start_together_one_races(tmp_path):
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(start, range(3))) == [H100] * 3
     assert len(held) == 1
-    assert [each.suffix for each in (tmp_path / "race").iterdir()] == [".json"]
+    assert race_once(tmp_path, KEY, never) == H100
 
 
 def test_a_name_is_a_file_in_its_folder(tmp_path):
     """Whatever a driver calls a card."""
     race_once(tmp_path, KEY | {"card": "../a card (80 GB) / 132"}, lambda: H100)
 
-    assert [each.name for each in (tmp_path / "race").iterdir()] == ["-a-card-80-GB-132.json"]
+    names = {each.name for each in (tmp_path / "race").iterdir()}
+    assert names == {"-a-card-80-GB-132.json", "-a-card-80-GB-132.lock"}
+
+
+def test_an_outdated_race_is_held_by_one_only(tmp_path):
+    """Of those that find it so together."""
+    race_once(tmp_path, KEY, lambda: RTX_3060)
+    held = []
+
+    def run():
+        held.append(1)
+        time.sleep(0.1)
+        return H100
+
+    def start(_):
+        return race_once(tmp_path, KEY, run, is_outdated=lambda results: results == RTX_3060)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(start, range(3))) == [H100] * 3
+    assert len(held) == 1
 
 
 def test_it_is_repeated_when_asked(tmp_path):
@@ -84,7 +103,7 @@ def test_a_disturbed_race_is_not_kept(tmp_path):
 def test_a_damaged_file_is_none(tmp_path, text):
     """It is written anew."""
     race_once(tmp_path, KEY, lambda: H100)
-    (kept,) = (tmp_path / "race").iterdir()
+    (kept,) = (tmp_path / "race").glob("*.json")
     kept.write_bytes(text)
 
     assert race_once(tmp_path, KEY, lambda: RTX_3060) is RTX_3060
@@ -94,7 +113,7 @@ def test_a_damaged_file_is_none(tmp_path, text):
 def test_what_others_may_have_written_is_none(tmp_path):
     """They could have a wrong kernel taken."""
     race_once(tmp_path, KEY, lambda: H100)
-    (kept,) = (tmp_path / "race").iterdir()
+    (kept,) = (tmp_path / "race").glob("*.json")
     kept.chmod(0o666)
 
     assert recall(tmp_path, KEY) is None
