@@ -5,12 +5,45 @@ const LEAST_SIDE = 640;
 const MOST_SIDE = 1280;
 const PAINT = "#ff3b6b";
 
-/** One painting on one canvas; `onChange` is told the painted share, 0 to 1. */
+/** A mask that is there already, as a stroke: transparent pixels may change, or, of one without, white. */
+export async function asStroke(blob) {
+  const bitmap = await createImageBitmap(blob);
+  const image = Object.assign(document.createElement("canvas"), { width: bitmap.width, height: bitmap.height });
+  const context = image.getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0);
+  const pixels = context.getImageData(0, 0, image.width, image.height);
+  const { data } = pixels;
+  let least = 255;
+  for (let i = 3; i < data.length; i += 4) least = Math.min(least, data[i]);
+  const colour = [1, 3, 5].map((at) => Number.parseInt(PAINT.slice(at, at + 2), 16));
+  for (let i = 0; i < data.length; i += 4) {
+    const light = (data[i] + data[i + 1] + data[i + 2]) / 3;
+    data[i + 3] = least < 255 ? 255 - data[i + 3] : light;
+    for (let part = 0; part < 3; part += 1) data[i + part] = colour[part];
+  }
+  context.putImageData(pixels, 0, 0);
+  return { image };
+}
+
+/** What a mask lets change, in colour, to lay over a thumbnail. */
+export function overlayOf({ image }) {
+  const small = document.createElement("canvas");
+  const scale = Math.min(1, 256 / Math.max(image.width, image.height));
+  small.width = Math.max(1, Math.round(image.width * scale));
+  small.height = Math.max(1, Math.round(image.height * scale));
+  const context = small.getContext("2d");
+  context.globalAlpha = 0.6;
+  context.drawImage(image, 0, 0, small.width, small.height);
+  return new Promise((resolve) => small.toBlob(resolve, "image/png"));
+}
+
+/** One painting on one canvas; `brush` is the slider of its size, `onChange` is told the painted share, 0 to 1. */
 export class Painter {
   #canvas;
   #picture = null;
   #layer = document.createElement("canvas");
   #strokes = [];
+  #opened = [];
   #current = null;
   #cursor = null;
   #isPenDown = false;
@@ -26,6 +59,7 @@ export class Painter {
       canvas.addEventListener(name, () => this.#end());
     }
     canvas.addEventListener("pointerleave", () => this.#hover(null));
+    canvas.addEventListener("wheel", (event) => this.#onWheel(event), { passive: false });
     canvas.addEventListener("keydown", (event) => this.#onKey(event));
     canvas.addEventListener("keyup", (event) => {
       if (event.key === " ") this.#lift();
@@ -46,13 +80,19 @@ export class Painter {
     const longest = Math.max(picture.width, picture.height);
     const scale = Math.min(MOST_SIDE, Math.max(LEAST_SIDE, longest)) / longest;
     this.#picture = picture;
-    this.#strokes = [...strokes];
+    this.#strokes = this.#opened = [...strokes];
     this.#cursor = null;
     for (const canvas of [this.#canvas, this.#layer]) {
       canvas.width = Math.max(1, Math.round(picture.width * scale));
       canvas.height = Math.max(1, Math.round(picture.height * scale));
     }
     this.#changed();
+  }
+
+  /** Whether anything was painted since it was opened. */
+  get isChanged() {
+    const [one, other] = [this.#strokes, this.#opened];
+    return one.length !== other.length || one.some((stroke, index) => stroke !== other[index]);
   }
 
   undo() {
@@ -65,9 +105,15 @@ export class Painter {
     this.#changed();
   }
 
-  fill() {
-    this.#strokes = [...this.#strokes, { isAll: true }];
+  /** Everything, the opposite, or a mask that was there already. */
+  add(stroke) {
+    this.#strokes = [...this.#strokes, stroke];
     this.#changed();
+  }
+
+  /** Let the edge fade over the brush's width. */
+  feather() {
+    this.add({ fade: this.#radius / 2 });
   }
 
   /** The share of the picture that may change. */
@@ -94,14 +140,7 @@ export class Painter {
 
   /** What was painted, in colour, to lay over a thumbnail. */
   toOverlay() {
-    const small = document.createElement("canvas");
-    const scale = 256 / Math.max(this.#layer.width, this.#layer.height);
-    small.width = Math.max(1, Math.round(this.#layer.width * scale));
-    small.height = Math.max(1, Math.round(this.#layer.height * scale));
-    const context = small.getContext("2d");
-    context.globalAlpha = 0.6;
-    context.drawImage(this.#layer, 0, 0, small.width, small.height);
-    return new Promise((resolve) => small.toBlob(resolve, "image/png"));
+    return overlayOf({ image: this.#layer });
   }
 
   #sized() {
@@ -112,7 +151,7 @@ export class Painter {
   }
 
   get #radius() {
-    return (Math.max(this.#canvas.width, this.#canvas.height) * Number(this.brush())) / 200;
+    return (Math.max(this.#canvas.width, this.#canvas.height) * Number(this.brush.value)) / 200;
   }
 
   #onDown(event) {
@@ -131,6 +170,16 @@ export class Painter {
     this.#hover(this.#point(event));
   }
 
+  #onWheel(event) {
+    event.preventDefault();
+    this.#resize(event.deltaY < 0 ? 1 : -1);
+  }
+
+  #resize(step) {
+    this.brush.value = Number(this.brush.value) + step;
+    this.#show();
+  }
+
   #onKey(event) {
     const { width, height } = this.#canvas;
     const step = event.shiftKey ? this.#radius * 2 : this.#radius / 2;
@@ -145,6 +194,8 @@ export class Painter {
       if (!this.#isPenDown) this.#begin(at);
       this.#isPenDown = true;
       this.#hover(at);
+    } else if (event.key === "[" || event.key === "]") {
+      this.#resize(event.key === "]" ? 1 : -1);
     } else {
       return;
     }
@@ -198,14 +249,28 @@ export class Painter {
     this.onChange(this.coverage());
   }
 
-  #stroke({ isAll, isEraser, radius, points }) {
+  #stroke({ isAll, isInverted, image, fade, ...line }) {
+    const { width, height } = this.#layer;
     const context = this.#layer.getContext("2d");
-    context.globalCompositeOperation = isEraser ? "destination-out" : "source-over";
+    context.globalCompositeOperation = isInverted ? "xor" : line.isEraser ? "destination-out" : "source-over";
     context.fillStyle = context.strokeStyle = PAINT;
-    if (isAll) {
-      context.fillRect(0, 0, this.#layer.width, this.#layer.height);
-      return;
-    }
+    if (isAll || isInverted) context.fillRect(0, 0, width, height);
+    else if (image) context.drawImage(image, 0, 0, width, height);
+    else if (fade) this.#fade(context, fade);
+    else this.#line(context, line);
+  }
+
+  #fade(context, fade) {
+    const { width, height } = this.#layer;
+    const before = Object.assign(document.createElement("canvas"), { width, height });
+    before.getContext("2d").drawImage(this.#layer, 0, 0);
+    context.clearRect(0, 0, width, height);
+    context.filter = `blur(${fade.toFixed(1)}px)`;
+    context.drawImage(before, 0, 0);
+    context.filter = "none";
+  }
+
+  #line(context, { radius, points }) {
     context.beginPath();
     if (points.length === 1) {
       // A line of no length is not drawn, round ends or not.
