@@ -70,6 +70,7 @@ export class Gallery {
     made.isFavourite = !made.isFavourite;
     this.#show();
     await this.#write(made);
+    await this.#measure();
   }
 
   /** Delete a picture, which can be had back until the next one is; the one to show now. */
