@@ -76,11 +76,10 @@ def test_a_full_service_is_asked_again_after_a_countdown(visit, klein) -> None:
     )
     here.page.fill("#prompt", "a cat")
     here.page.click("#make")
-    here.page.wait_for_selector(
-        "#waiting-list .note:text('The queue is full. Trying again in 2 s')"
-    )
+    note = "#waiting-list .note"
+    here.page.wait_for_selector(f"{note}:text('The queue is full. Trying again in 2 s')")
     started = time.monotonic()
-    here.page.wait_for_selector("#waiting-list .note:text('Trying again in 1 s')")
+    here.page.wait_for_selector(f"{note}:text('Trying again in 1 s')")
     here.wait_for_picture()
 
     assert time.monotonic() - started < 5

@@ -68,6 +68,7 @@ export function takeLimits({ limits, output_formats: formats = [] }) {
   usualSize().checked = true;
   const options = formats.map((value) => element("option", { value, textContent: value.toUpperCase() }));
   $("format").replaceChildren(...options);
+  $("settings").dataset.ready = "";
   fillForm(values);
 }
 

@@ -159,7 +159,7 @@ export class Gallery {
       if (there !== item) $("gallery").insertBefore(item, there ?? null);
     });
     $("older").hidden = shown.length <= wanted.length;
-    $("history").hidden = !this.#pictures.length && !this.#deleted;
+    $("history").dataset.empty = String(!this.#pictures.length);
     this.mark();
   }
 
@@ -177,7 +177,8 @@ export class Gallery {
     const size = this.#pictures.reduce((sum, made) => sum + made.bytes, 0);
     const kept = `${some(this.#pictures.length, "picture")}, ${bytes(size)}`;
     const room = quota ? ` The browser uses ${bytes(usage)} of ${bytes(quota)}.` : "";
-    $("room").textContent = store.isLasting
+    if (!this.#pictures.length) $("room").textContent = "What you make is kept here, until you delete it.";
+    else $("room").textContent = store.isLasting
       ? `${kept}, kept in this browser.${room}`
       : `${kept}. This browser keeps nothing: they are gone when the page is closed.`;
     const isFull = this.#isFull || (quota > 0 && usage > FULL * quota);

@@ -61,6 +61,7 @@ function changed() {
   $("cancel").hidden = !isBusy;
   showWaiting(queue);
   showProgress(queue.running);
+  if (isBusy) noteQueue(true);
   if (part && isFollowed) {
     showBatch(part.job);
     if ($("frame").dataset.state !== "working") expect(part.job.wish);
@@ -317,6 +318,7 @@ showFacts();
 const onQueue = (size, askedAt) => queue.running.at(-1)?.clock.onQueue(size, askedAt);
 startPolling(() => queue.isBusy, onQueue);
 await gallery.load();
-if (gallery.newest && !page.shown) display(gallery.newest);
+if (gallery.newest && !page.shown) await display(gallery.newest);
+delete $("stage").dataset.loading;
 await restoreDesk();
 await queue.resume();

@@ -25,7 +25,7 @@ function frameFor({ width, height }) {
 
 /** A picture that is to come, where there is none to stay until its first preview. */
 export function expect(wish) {
-  if (!page.shown) frameFor(wish);
+  if (!page.shown) announce(wish);
   showFrame("working");
 }
 
@@ -39,12 +39,16 @@ export function rest() {
   }
 }
 
-export async function showPreview(wish, blob, share) {
-  turn += 1;
-  endComparing();
+function announce(wish) {
   caption(wish, "On its way");
   $("viewing").inert = $("actions").inert = true;
   frameFor(wish);
+}
+
+export async function showPreview(wish, blob, share) {
+  turn += 1;
+  endComparing();
+  announce(wish);
   const url = URL.createObjectURL(blob);
   await put(url, "A preview of the picture on its way", 9 * (1 - share), turn);
   showFrame("working");
