@@ -181,11 +181,13 @@ def test_escape_asks_before_it_discards(visit, klein) -> None:
     """Whatever was painted; with nothing painted it leaves."""
     here = visit(klein).wait_until_ready().upload(checkerboard(64))
     here.page.click("text=Paint a mask")
+    here.page.wait_for_selector("#mask-dialog[open]")
     here.page.keyboard.press("Escape")
 
     assert not here.page.is_visible("#mask-dialog")
 
     here.page.click("text=Paint a mask")
+    here.page.wait_for_selector("#mask-dialog[open]")
     here.page.click("#mask-canvas")
     here.page.keyboard.press("Escape")
 

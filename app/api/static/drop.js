@@ -1,7 +1,7 @@
 // Pictures that come from outside: picked, pasted or dropped. One that says how it was made can be
 // worked from, or made again.
 
-import { $ } from "./dom.js";
+import { $, onClick } from "./dom.js";
 import { hideError } from "./errors.js";
 import { picker, restoreForm } from "./form.js";
 import { readRecipe } from "./metadata.js";
@@ -52,12 +52,12 @@ function carriesFiles({ dataTransfer }) {
 }
 
 export function wireDrop() {
-  $("found-restore").addEventListener("click", restoreFound);
-  $("found-use").addEventListener("click", async () => {
+  onClick("found-restore", restoreFound);
+  onClick("found-use", async () => {
     $("found-dialog").close();
     await addReferences([found.file]);
   });
-  $("found-cancel").addEventListener("click", () => $("found-dialog").close());
+  onClick("found-cancel", () => $("found-dialog").close());
   $("files").addEventListener("change", async () => {
     const files = [...$("files").files];
     $("files").value = "";

@@ -43,7 +43,7 @@ export function showError(error) {
     return;
   }
   if (!field) return;
-  for (const details of ["settings"]) if ($(details).contains(field)) $(details).open = true;
+  if ($("settings").contains(field)) $("settings").open = true;
   field.setAttribute("aria-invalid", "true");
   field.setAttribute("aria-describedby", `${field.getAttribute("aria-describedby") ?? ""} error`.trim());
   if (field.matches("input, textarea, select")) field.focus();

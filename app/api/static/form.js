@@ -3,6 +3,7 @@
 
 import { Picker } from "./adapters.js";
 import { $, button, element } from "./dom.js";
+import { keep, recall } from "./keeping.js";
 import { SizeRules } from "./sizes.js";
 import { cost, model, page } from "./state.js";
 import { Refusal, askPicture } from "./stream.js";
@@ -282,23 +283,12 @@ function fillForm(values) {
 }
 
 export function keepForm() {
-  if (!page.rules) return;
-  try {
-    localStorage.setItem(NAME, JSON.stringify(readForm()));
-  } catch {
-    // Without storage it lasts as long as the page.
-  }
+  if (page.rules) keep(NAME, readForm());
 }
 
 /** What was in the form; a link that was followed counts for more. */
 function keptForm() {
-  let values = {};
-  try {
-    values = JSON.parse(localStorage.getItem(NAME) ?? "{}");
-  } catch {
-    // Nothing that can be read was kept.
-  }
-  return { ...values, ...linked() };
+  return { ...recall(NAME, {}), ...linked() };
 }
 
 /** The settings in the address, which never leave the browser there. */

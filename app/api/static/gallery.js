@@ -1,7 +1,7 @@
 // The history: every picture with all that it was made with, kept in this browser until somebody
 // deletes it.
 
-import { $, button, element } from "./dom.js";
+import { $, blobOf, button, canvasOf, element, isOff, onClick, saveAs, setOff } from "./dom.js";
 import { page } from "./state.js";
 import { packed, stored } from "./store.js";
 import { bytes, some } from "./words.js";
@@ -25,13 +25,13 @@ export class Gallery {
   constructor(onChoose) {
     this.#onChoose = onChoose;
     $("favourites-only").addEventListener("change", () => this.#show());
-    $("older").addEventListener("click", () => {
+    onClick("older", () => {
       this.#most += PER_PAGE;
       this.#show();
     });
-    $("undelete").addEventListener("click", () => this.#undelete());
-    $("delete-oldest").addEventListener("click", () => this.#deleteOldest());
-    $("zip").addEventListener("click", () => this.#download());
+    onClick("undelete", () => this.#undelete());
+    onClick("delete-oldest", () => this.#deleteOldest());
+    onClick("zip", () => this.#download());
   }
 
   get newest() {
@@ -208,9 +208,8 @@ export class Gallery {
 
   /** Those that the list shows, as one file. */
   async #download() {
-    const pressed = $("zip");
-    if (pressed.getAttribute("aria-disabled") === "true") return;
-    pressed.setAttribute("aria-disabled", "true");
+    if (isOff("zip")) return;
+    setOff("zip", true);
     try {
       let room = MOST_BYTES;
       const wanted = this.#shown().filter((made) => {
@@ -221,11 +220,9 @@ export class Gallery {
         const { wish, at: date } = made;
         return { name: pictureName(wish, ENDINGS[wish.format] ?? wish.format), blob: await fileOf(made), date };
       }));
-      const url = URL.createObjectURL(await zipped(files.filter(({ blob }) => blob)));
-      element("a", { href: url, download: "klein-pictures.zip" }).click();
-      setTimeout(() => URL.revokeObjectURL(url), 60_000);
+      saveAs(await zipped(files.filter(({ blob }) => blob)), "klein-pictures.zip");
     } finally {
-      pressed.setAttribute("aria-disabled", "false");
+      setOff("zip", false);
     }
   }
 }
@@ -233,10 +230,9 @@ export class Gallery {
 async function thumbOf(blob) {
   const bitmap = await createImageBitmap(blob);
   const scale = Math.min(1, THUMB / Math.min(bitmap.width, bitmap.height));
-  const canvas = element("canvas", { width: Math.round(bitmap.width * scale), height: Math.round(bitmap.height * scale) });
-  const context = canvas.getContext("2d");
+  const [canvas, context] = canvasOf(bitmap.width * scale, bitmap.height * scale);
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/webp", 0.85));
+  return blobOf(canvas, "image/webp", 0.85);
 }

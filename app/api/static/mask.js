@@ -1,5 +1,7 @@
 // Paints a mask over a picture: strokes in, a PNG out whose transparent pixels may change.
 
+import { canvasOf, blobOf } from "./dom.js";
+
 // The longer side of the canvas on screen; the PNG has the picture's own size.
 const LEAST_SIDE = 640;
 const MOST_SIDE = 1280;
@@ -8,8 +10,7 @@ const PAINT = "#ff3b6b";
 /** A mask that is there already, as a stroke: transparent pixels may change, or, of one without, white. */
 export async function asStroke(blob) {
   const bitmap = await createImageBitmap(blob);
-  const image = Object.assign(document.createElement("canvas"), { width: bitmap.width, height: bitmap.height });
-  const context = image.getContext("2d", { willReadFrequently: true });
+  const [image, context] = canvasOf(bitmap.width, bitmap.height);
   context.drawImage(bitmap, 0, 0);
   const pixels = context.getImageData(0, 0, image.width, image.height);
   const { data } = pixels;
@@ -27,14 +28,11 @@ export async function asStroke(blob) {
 
 /** What a mask lets change, in colour, to lay over a thumbnail. */
 export function overlayOf({ image }) {
-  const small = document.createElement("canvas");
   const scale = Math.min(1, 256 / Math.max(image.width, image.height));
-  small.width = Math.max(1, Math.round(image.width * scale));
-  small.height = Math.max(1, Math.round(image.height * scale));
-  const context = small.getContext("2d");
+  const [small, context] = canvasOf(image.width * scale, image.height * scale);
   context.globalAlpha = 0.6;
   context.drawImage(image, 0, 0, small.width, small.height);
-  return new Promise((resolve) => small.toBlob(resolve, "image/png"));
+  return blobOf(small);
 }
 
 /** One painting on one canvas; `brush` is the slider of its size, `onChange` is told the painted share, 0 to 1. */
@@ -118,9 +116,7 @@ export class Painter {
 
   /** The share of the picture that may change. */
   coverage() {
-    const small = document.createElement("canvas");
-    small.width = small.height = 64;
-    const context = small.getContext("2d", { willReadFrequently: true });
+    const [, context] = canvasOf(64, 64);
     context.drawImage(this.#layer, 0, 0, 64, 64);
     const { data } = context.getImageData(0, 0, 64, 64);
     let painted = 0;
@@ -130,24 +126,16 @@ export class Painter {
 
   /** The mask as the API takes it: of the picture's size, opaque where nothing may change. */
   toBlob() {
-    const mask = this.#sized();
-    const context = mask.getContext("2d");
+    const [mask, context] = canvasOf(this.#picture.width, this.#picture.height);
     context.fillRect(0, 0, mask.width, mask.height);
     context.globalCompositeOperation = "destination-out";
     context.drawImage(this.#layer, 0, 0, mask.width, mask.height);
-    return new Promise((resolve) => mask.toBlob(resolve, "image/png"));
+    return blobOf(mask);
   }
 
   /** What was painted, in colour, to lay over a thumbnail. */
   toOverlay() {
     return overlayOf({ image: this.#layer });
-  }
-
-  #sized() {
-    const canvas = document.createElement("canvas");
-    canvas.width = this.#picture.width;
-    canvas.height = this.#picture.height;
-    return canvas;
   }
 
   get #radius() {
@@ -262,8 +250,8 @@ export class Painter {
 
   #fade(context, fade) {
     const { width, height } = this.#layer;
-    const before = Object.assign(document.createElement("canvas"), { width, height });
-    before.getContext("2d").drawImage(this.#layer, 0, 0);
+    const [before, copy] = canvasOf(width, height);
+    copy.drawImage(this.#layer, 0, 0);
     context.clearRect(0, 0, width, height);
     context.filter = `blur(${fade.toFixed(1)}px)`;
     context.drawImage(before, 0, 0);

@@ -9,7 +9,7 @@ const latin = (bytes) => text(bytes, "latin1");
 export async function readRecipe(blob) {
   if (blob.size > MOST_BYTES) return null;
   try {
-    const found = await readTexts(new Uint8Array(await blob.arrayBuffer()));
+    const found = readTexts(new Uint8Array(await blob.arrayBuffer()));
     return fromKlein(found) ?? fromComfy(found.prompt) ?? fromParameters(found.parameters);
   } catch {
     return null;
@@ -26,52 +26,21 @@ function readTexts(bytes) {
 // ---------------------------------------------------------------------------------------------
 // Containers
 
-async function pngTexts(bytes) {
+function pngTexts(bytes) {
   const view = new DataView(bytes.buffer);
   const found = {};
-  for (let at = 8; at + 12 <= bytes.length; ) {
-    const length = view.getUint32(at);
+  for (let at = 8; at + 12 <= bytes.length; at += 12 + view.getUint32(at)) {
     const type = latin(bytes.subarray(at + 4, at + 8));
-    const data = bytes.subarray(at + 8, at + 8 + length);
-    if (type === "IEND") break;
-    if (type === "eXIf") Object.assign(found, exifTexts(data));
-    if (["tEXt", "zTXt", "iTXt"].includes(type)) {
-      const [name, value] = await pngText(type, data);
-      found[name] = value;
+    const data = bytes.subarray(at + 8, at + 8 + view.getUint32(at));
+    const end = data.indexOf(0);
+    const name = latin(data.subarray(0, end));
+    if (type === "tEXt") found[name] = latin(data.subarray(end + 1));
+    if (type === "iTXt" && data[end + 1] === 0) {
+      const language = data.indexOf(0, end + 3);
+      found[name] = text(data.subarray(data.indexOf(0, language + 1) + 1));
     }
-    at += 12 + length;
   }
   return found;
-}
-
-async function pngText(type, data) {
-  const end = data.indexOf(0);
-  const name = latin(data.subarray(0, end));
-  if (type === "tEXt") return [name, latin(data.subarray(end + 1))];
-  if (type === "zTXt") return [name, latin(await inflated(data.subarray(end + 2)))];
-  const language = data.indexOf(0, end + 3);
-  const value = data.subarray(data.indexOf(0, language + 1) + 1);
-  return [name, text(data[end + 1] ? await inflated(value) : value)];
-}
-
-async function inflated(bytes) {
-  const pieces = [];
-  let length = 0;
-  for await (const piece of readable(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")))) {
-    length += piece.length;
-    if (length > 4_000_000) throw new Error("a text that grows beyond all measure");
-    pieces.push(piece);
-  }
-  return new Uint8Array(await new Blob(pieces).arrayBuffer());
-}
-
-async function* readable(stream) {
-  const reader = stream.getReader();
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    yield value;
-  }
 }
 
 function jpegTexts(bytes) {
@@ -99,7 +68,7 @@ function webpTexts(bytes) {
   return found;
 }
 
-/** The user's comment; and Make and Model, into which ComfyUI writes `prompt:{...}`. */
+/** The user's comment. */
 function exifTexts(bytes) {
   const tiff = latin(bytes.subarray(0, 6)) === "Exif\0\0" ? bytes.subarray(6) : bytes;
   const order = latin(tiff.subarray(0, 2));
@@ -115,10 +84,6 @@ function exifTexts(bytes) {
       const data = length > 4 ? tiff.subarray(value, value + length) : tiff.subarray(entry + 8, entry + 8 + length);
       if (tag === 0x8769) read(value);
       else if (tag === 0x9286) found.parameters = commented(data, isLittle);
-      else if (tag === 0x010f || tag === 0x0110) {
-        const [, prompt] = /^prompt:(\{[^]*\})/.exec(text(data)) ?? [];
-        if (prompt) found.prompt = prompt;
-      }
     }
   };
   read(view.getUint32(4, isLittle));

@@ -1,6 +1,7 @@
 // Says that a long queue is done to those who have gone to another window, where they allow it.
 
 import { $ } from "./dom.js";
+import { keep, recall } from "./keeping.js";
 
 const NAME = "klein.notify";
 const LONG_S = 10;
@@ -10,19 +11,11 @@ let since = 0; // when the queue began, 0 while it is empty
 export function wireNotify() {
   if (!("Notification" in window)) return;
   $("notify-field").hidden = false;
-  try {
-    $("notify").checked = localStorage.getItem(NAME) === "yes" && Notification.permission === "granted";
-  } catch {
-    // Without storage it is asked for each time.
-  }
+  $("notify").checked = recall(NAME, false) && Notification.permission === "granted";
   $("notify").addEventListener("change", async () => {
     const isWanted = $("notify").checked && (await Notification.requestPermission()) === "granted";
     $("notify").checked = isWanted;
-    try {
-      localStorage.setItem(NAME, isWanted ? "yes" : "no");
-    } catch {
-      // It lasts as long as the page.
-    }
+    keep(NAME, isWanted);
   });
 }
 

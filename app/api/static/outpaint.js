@@ -1,7 +1,7 @@
 // Extends a picture past its edges: padded on any side, with the mask that lets only what is new
 // change.
 
-import { $, element } from "./dom.js";
+import { $, blobOf, canvasOf, isOff, onClick, setOff } from "./dom.js";
 import { page } from "./state.js";
 
 const SIDES = ["left", "top", "right", "bottom"];
@@ -29,9 +29,8 @@ function axis(side, before, after, multiple) {
 
 /** The padded picture, its edges drawn out as far as it is larger; and its mask. */
 function draw(bitmap, { width, height, scale: [x, y], pads }) {
-  const picture = element("canvas", { width, height });
-  const mask = element("canvas", { width, height });
-  const context = picture.getContext("2d");
+  const [picture, context] = canvasOf(width, height);
+  const [mask, keep] = canvasOf(width, height);
   const [w, h] = [bitmap.width, bitmap.height];
   const columns = [[0, 1, 0, pads.left], [0, w, pads.left, w], [w - 1, 1, pads.left + w, pads.right]];
   const rows = [[0, 1, 0, pads.top], [0, h, pads.top, h], [h - 1, 1, pads.top + h, pads.bottom]];
@@ -40,7 +39,6 @@ function draw(bitmap, { width, height, scale: [x, y], pads }) {
     for (const [sy, sh, dy, dh] of rows) if (dw && dh) context.drawImage(bitmap, sx, sy, sw, sh, dx, dy, dw, dh);
   }
   const edges = Object.fromEntries(SIDES.map((side) => [side, pads[side] && pads[side] + SEAM]));
-  const keep = mask.getContext("2d");
   keep.fillRect(
     edges.left * x,
     edges.top * y,
@@ -79,7 +77,7 @@ function showExtended() {
   const isScaled = plan.scale[0] < 0.999 ? ", the picture itself made smaller" : "";
   const note = isLonger ? `No side may be ${max_ratio} times the other or more` : `${plan.width} × ${plan.height}${isScaled}`;
   $("extend-size").textContent = isSame ? "Say how many pixels to add, and where" : note;
-  $("extend-done").setAttribute("aria-disabled", String(isSame || isLonger));
+  setOff("extend-done", isSame || isLonger);
   const { picture, mask } = draw(opened.bitmap, plan);
   const canvas = $("extend-canvas");
   Object.assign(canvas, { width: plan.width, height: plan.height });
@@ -94,20 +92,20 @@ function showExtended() {
 
 async function extend(event) {
   event.preventDefault();
-  if ($("extend-done").getAttribute("aria-disabled") === "true") return;
+  if (isOff("extend-done")) return;
   const { reference, bitmap, done } = opened;
   const { picture, mask } = draw(bitmap, extended(reference, typedPads(), page.rules));
   $("extend-dialog").close();
-  const [one, other] = await Promise.all([picture, mask].map((it) => new Promise((resolve) => it.toBlob(resolve, "image/png"))));
+  const [one, other] = await Promise.all([blobOf(picture), blobOf(mask)]);
   await done(one, `extended-${reference.name.replace(/\.\w+$/, "")}.png`, other);
   $("prompt").focus();
 }
 
 export function wireExtend() {
   for (const side of SIDES) $(`extend-${side}`).addEventListener("input", showExtended);
-  $("extend-wider").addEventListener("click", () => around(0.25, ["left", "right"]));
-  $("extend-taller").addEventListener("click", () => around(0.25, ["top", "bottom"]));
-  $("extend-around").addEventListener("click", () => around(0.25, SIDES));
+  onClick("extend-wider", () => around(0.25, ["left", "right"]));
+  onClick("extend-taller", () => around(0.25, ["top", "bottom"]));
+  onClick("extend-around", () => around(0.25, SIDES));
   $("extend-form").addEventListener("submit", extend);
-  $("extend-cancel").addEventListener("click", () => $("extend-dialog").close());
+  onClick("extend-cancel", () => $("extend-dialog").close());
 }

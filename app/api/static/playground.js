@@ -2,7 +2,7 @@
 // markup; the page's security policy would refuse the rest.
 
 import { rememberedKey, useKey } from "./access.js";
-import { $ } from "./dom.js";
+import { $, onClick, setPressed } from "./dom.js";
 import { wireDrop } from "./drop.js";
 import { hideError, showError } from "./errors.js";
 import { asLink, buildForm, followLink, keepForm, onFormInput, readWish, refreshForm, restoreForm } from "./form.js";
@@ -155,7 +155,7 @@ function choose(made) {
 
 function pick(isWanted) {
   isPicking = isWanted;
-  $("compare").setAttribute("aria-pressed", String(isWanted));
+  setPressed("compare", isWanted);
   $("compare").textContent = isWanted ? "Choose the other in the history" : "Compare";
 }
 
@@ -172,7 +172,7 @@ function step(by) {
 async function toggleFavourite() {
   if (!page.shown) return;
   await gallery.toggleFavourite(page.shown);
-  $("favourite").setAttribute("aria-pressed", String(page.shown.isFavourite));
+  setPressed("favourite", page.shown.isFavourite);
 }
 
 async function remove() {
@@ -284,24 +284,24 @@ $("form").addEventListener("submit", (event) => {
 $("form").addEventListener("input", onFormInput);
 for (const id of ["adapters", "settings"]) $(id).addEventListener("toggle", keepForm);
 for (const id of ["chosen", "adapters-list"]) $(id).addEventListener("click", keepForm);
-$("cancel").addEventListener("click", cancel);
-$("reuse").addEventListener("click", reuse);
-$("edit").addEventListener("click", edit);
-$("variations").addEventListener("click", variations);
-$("restore").addEventListener("click", restore);
-$("compare").addEventListener("click", toggleCompare);
-$("favourite").addEventListener("click", toggleFavourite);
-$("delete").addEventListener("click", remove);
-$("copy-link").addEventListener("click", (event) => copy(event, asLink, "link"));
-$("copy-curl").addEventListener("click", (event) => copy(event, asCurl, "as curl"));
-$("copy-python").addEventListener("click", (event) => copy(event, asPython, "as Python"));
+onClick("cancel", cancel);
+onClick("reuse", reuse);
+onClick("edit", edit);
+onClick("variations", variations);
+onClick("restore", restore);
+onClick("compare", toggleCompare);
+onClick("favourite", toggleFavourite);
+onClick("delete", remove);
+onClick("copy-link", (event) => copy(event, asLink, "link"));
+onClick("copy-curl", (event) => copy(event, asCurl, "as curl"));
+onClick("copy-python", (event) => copy(event, asPython, "as Python"));
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   hideError();
   useKey($("key").value.trim());
   $("key").value = "";
 });
-$("key-forget").addEventListener("click", () => useKey(""));
+onClick("key-forget", () => useKey(""));
 window.addEventListener("hashchange", followLink);
 on("references", () => refreshForm());
 on("key", () => {

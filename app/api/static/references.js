@@ -1,6 +1,6 @@
 // The pictures to work from, and the mask over the first of them.
 
-import { $, button, element } from "./dom.js";
+import { $, blobOf, button, canvasOf, element, isOff, onClick, saveAs, setOff } from "./dom.js";
 import { hideError, showError } from "./errors.js";
 import { knownLimits } from "./form.js";
 import { Painter, asStroke, overlayOf } from "./mask.js";
@@ -79,9 +79,9 @@ async function readPicture(file) {
     return { id, name, blob: file, url: URL.createObjectURL(file), width, height };
   }
   const scale = Math.min(1, Math.sqrt(MAX_UPLOAD_PIXELS / 3 / (width * height)));
-  const canvas = element("canvas", { width: Math.round(width * scale), height: Math.round(height * scale) });
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  const [canvas, context] = canvasOf(width * scale, height * scale);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const blob = await blobOf(canvas);
   const url = URL.createObjectURL(blob);
   return { id, name: `picture-${number}.png`, blob, url, width: canvas.width, height: canvas.height };
 }
@@ -152,7 +152,7 @@ const painter = new Painter($("mask-canvas"), {
   onChange: (share) => {
     const isEmpty = share < 0.0005;
     $("coverage").textContent = isEmpty ? "Nothing painted yet" : `${Math.max(1, Math.round(share * 100))} % may change`;
-    for (const id of ["mask-done", "mask-save"]) $(id).setAttribute("aria-disabled", String(isEmpty));
+    for (const id of ["mask-done", "mask-save"]) setOff(id, isEmpty);
   },
 });
 
@@ -169,7 +169,7 @@ async function openMask() {
 /** The page is free at once, and the focus moves but now: whoever asks for the edit waits for the PNG. */
 function keepMask(event) {
   event.preventDefault();
-  if ($("mask-done").getAttribute("aria-disabled") === "true") return;
+  if (isOff("mask-done")) return;
   const overlay = painter.toOverlay().then((blob) => URL.createObjectURL(blob));
   page.mask = { id: identity(), blob: painter.toBlob(), strokes: painter.strokes, overlay };
   $("mask-dialog").close();
@@ -178,10 +178,7 @@ function keepMask(event) {
 }
 
 async function saveMask() {
-  if ($("mask-save").getAttribute("aria-disabled") === "true") return;
-  const url = URL.createObjectURL(await painter.toBlob());
-  element("a", { href: url, download: "mask.png" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  if (!isOff("mask-save")) saveAs(await painter.toBlob(), "mask.png");
 }
 
 async function loadMask() {
@@ -211,23 +208,23 @@ function askToDiscard(isAsked) {
 
 export function wireReferences() {
   $("mask-form").addEventListener("submit", keepMask);
-  $("mask-cancel").addEventListener("click", leaveMask);
+  onClick("mask-cancel", leaveMask);
   $("mask-dialog").addEventListener("cancel", leaveMask);
   $("mask-dialog").addEventListener("keydown", (event) => {
     if (event.key === "Escape") leaveMask(event);
     if (event.key === "z" && (event.ctrlKey || event.metaKey)) painter.undo();
   });
-  $("mask-go-on").addEventListener("click", () => askToDiscard(false));
-  $("mask-discard").addEventListener("click", () => $("mask-dialog").close());
-  $("mask-save").addEventListener("click", saveMask);
-  $("mask-load").addEventListener("click", () => $("mask-file").click());
+  onClick("mask-go-on", () => askToDiscard(false));
+  onClick("mask-discard", () => $("mask-dialog").close());
+  onClick("mask-save", saveMask);
+  onClick("mask-load", () => $("mask-file").click());
   $("mask-file").addEventListener("change", loadMask);
-  $("mask-undo").addEventListener("click", () => painter.undo());
-  $("mask-all").addEventListener("click", () => painter.add({ isAll: true }));
-  $("mask-invert").addEventListener("click", () => painter.add({ isInverted: true }));
-  $("mask-feather").addEventListener("click", () => painter.feather());
-  $("mask-clear").addEventListener("click", () => painter.clear());
-  $("add").addEventListener("click", () => {
+  onClick("mask-undo", () => painter.undo());
+  onClick("mask-all", () => painter.add({ isAll: true }));
+  onClick("mask-invert", () => painter.add({ isInverted: true }));
+  onClick("mask-feather", () => painter.feather());
+  onClick("mask-clear", () => painter.clear());
+  onClick("add", () => {
     hideError();
     $("files").click();
   });

@@ -1,6 +1,6 @@
 // Keys for those who would rather not reach for the mouse; `?` shows them all.
 
-import { $, element } from "./dom.js";
+import { $, element, onClick } from "./dom.js";
 
 const FIELDS = "input, textarea, select, [contenteditable], canvas, summary";
 
@@ -11,7 +11,7 @@ export function wireShortcuts(acts) {
     element("dd", { textContent: text }),
   ]);
   $("help-keys").replaceChildren(...rows);
-  $("help").addEventListener("click", () => $("help-dialog").showModal());
+  onClick("help", () => $("help-dialog").showModal());
   document.addEventListener("keydown", (event) => {
     if (document.querySelector("dialog[open]") || event.altKey) return;
     const withControl = event.ctrlKey || event.metaKey;

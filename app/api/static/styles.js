@@ -1,6 +1,7 @@
 // Styles: words with a name, kept in this browser, that are put after the prompt.
 
-import { $, button, element } from "./dom.js";
+import { $, button, element, onClick } from "./dom.js";
+import { keep, recall } from "./keeping.js";
 
 const NAME = "klein.styles";
 
@@ -13,13 +14,9 @@ export function styled(prompt) {
 }
 
 export function buildStyles() {
-  try {
-    styles = JSON.parse(localStorage.getItem(NAME) ?? "[]");
-  } catch {
-    // Nothing that can be read was kept.
-  }
+  styles = recall(NAME, []);
   showStyles();
-  $("style-add").addEventListener("click", addStyle);
+  onClick("style-add", addStyle);
   for (const id of ["style-name", "style-words"]) {
     $(id).addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.ctrlKey || event.metaKey) return;
@@ -49,11 +46,7 @@ function addStyle() {
 }
 
 function changed() {
-  try {
-    localStorage.setItem(NAME, JSON.stringify(styles));
-  } catch {
-    // Without storage they last as long as the page.
-  }
+  keep(NAME, styles);
   showStyles();
 }
 

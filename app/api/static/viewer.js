@@ -1,11 +1,11 @@
 // The picture on show: how large, beside which other one, and what is written under it.
 
 import { asText } from "./adapters.js";
-import { $ } from "./dom.js";
+import { $, onClick, setPressed } from "./dom.js";
+import { fileName } from "./recipes.js";
 import { page } from "./state.js";
 import { stored, unpacked } from "./store.js";
 import { bytes, seconds, some } from "./words.js";
-import { fileName } from "./recipes.js";
 
 let shownUrl = ""; // of the picture on show
 let otherUrl = ""; // of the one that it is compared with
@@ -71,7 +71,7 @@ export async function show(made) {
   ];
   caption(wish, facts.filter(Boolean).join(" · "), made.warnings);
   $("viewing").inert = $("actions").inert = false;
-  $("favourite").setAttribute("aria-pressed", String(Boolean(made.isFavourite)));
+  setPressed("favourite", Boolean(made.isFavourite));
   $("before").hidden = !wish.references.length;
   frameFor(wish);
   const url = URL.createObjectURL(await fileOf(made));
@@ -124,7 +124,7 @@ export function isZoomed() {
 export function zoom(isWanted = !isZoomed()) {
   const frame = $("frame");
   frame.dataset.zoom = String(isWanted);
-  $("zoom").setAttribute("aria-pressed", String(isWanted));
+  setPressed("zoom", isWanted);
   if (isWanted) {
     frame.tabIndex = 0;
     measure();
@@ -204,9 +204,9 @@ export async function compareWith(made) {
 }
 
 export function wireViewer() {
-  $("zoom").addEventListener("click", () => zoom());
+  onClick("zoom", () => zoom());
   $("frame").addEventListener("dblclick", () => page.shown && zoom());
   $("frame").addEventListener("pointerdown", pan);
   $("divide").addEventListener("input", () => divide($("divide").value));
-  $("before").addEventListener("click", toggleBefore);
+  onClick("before", toggleBefore);
 }
