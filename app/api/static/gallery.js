@@ -79,11 +79,11 @@ export class Gallery {
     await this.#forget();
     this.#deleted = { made, index };
     this.#pictures.splice(index, 1);
-    $("deleted").hidden = false;
     this.#show();
     // The file is kept by the page alone now, so that it does not come back with the next visit.
     made.blob = await fileOf(made);
     await (await stored).change([], [["pictures", made.id], ["files", made.id]]);
+    $("deleted").hidden = false;
     await this.#measure();
     return this.#pictures[Math.min(index, this.#pictures.length - 1)];
   }
