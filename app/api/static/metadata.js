@@ -2,6 +2,7 @@
 // write as it does, or by ComfyUI. Files are somebody else's: whatever cannot be read is no recipe.
 
 const MOST_BYTES = 64 * 1024 * 1024;
+const MOST_LETTERS = [100_000, 4_000]; // of AUTOMATIC1111's text, and of its last line
 const text = (bytes, label = "utf-8") => new TextDecoder(label).decode(bytes);
 const latin = (bytes) => text(bytes, "latin1");
 
@@ -124,14 +125,18 @@ function fromKlein({ klein, parameters }) {
 
 /** The prompt, perhaps a negative one, and a line such as `Steps: 4, Seed: 7, Size: 512x512`. */
 function fromParameters(parameters) {
-  const [, words = "", facts] = /^(?:([^]*)\n)?(Steps: [^\n]*)\s*$/.exec(parameters ?? "") ?? [];
-  if (facts === undefined) return null;
+  if (!parameters || parameters.length > MOST_LETTERS[0]) return null;
+  const at = parameters.startsWith("Steps: ") ? 0 : parameters.lastIndexOf("\nSteps: ") + 1;
+  const facts = parameters.slice(at).trim();
+  if (!facts.startsWith("Steps: ") || facts.length > MOST_LETTERS[1]) return null;
   const pairs = facts.matchAll(/([\w ]+): *("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)/g);
   const told = Object.fromEntries([...pairs].map(([, name, value]) => [name.trim().toLowerCase(), value]));
   const [width, height] = (told.size ?? "").split("x");
-  const prompt = words.replace(/(^|\n)Negative prompt:(?![^]*\nNegative prompt:)[^]*$/, "");
-  const loras = [...prompt.matchAll(/<lora:([^:>]+)(?::([-\d.]+))?>/g)].map(([, name, scale = 1]) => ({ name, scale }));
-  const plain = prompt.replaceAll(/\s*<lora:[^>]*>/g, "").trim();
+  const words = parameters.slice(0, at);
+  const end = `\n${words}`.lastIndexOf("\nNegative prompt:");
+  const prompt = end < 0 ? words : words.slice(0, end);
+  const loras = [...prompt.matchAll(/<lora:([^:<>]+)(?::([-\d.]+))?>/g)].map(([, name, scale = 1]) => ({ name, scale }));
+  const plain = prompt.replaceAll(/ ?<lora:[^<>]*>/g, "").trim();
   const { steps, seed, "cfg scale": guidance } = told;
   return recipe("AUTOMATIC1111", { prompt: plain, steps, seed, guidance, width, height, loras });
 }
