@@ -66,6 +66,7 @@ def test_a_job_is_found_again_after_a_reload(visit, scripted, is_edit) -> None:
     assert is_edit or sent[0].post_data == sent[1].post_data is not None
     assert here.page.locator("#gallery li").count() == 1
     assert here.page.inner_text("#caption-prompt") == "the one that lasts"
+    assert server.metric("klein_images_total", mode="edit" if is_edit else "generate") == 1
 
 
 def test_the_job_of_a_closed_tab_waits_to_be_asked_for(visit, scripted) -> None:

@@ -120,3 +120,11 @@ def test_a_key_that_was_used_for_another_body_is_replaced(visit, klein) -> None:
     here.make("a cat")
 
     assert refused[0].headers["idempotency-key"] != asked[0].headers["idempotency-key"]
+
+
+def test_many_pictures_in_a_row_are_not_refused(visit, klein) -> None:
+    """A stream that was read to its end makes way for the next, within the same minute."""
+    here = visit(klein).wait_until_ready().choose(side=64, count=9)
+    here.make("a lamp")
+
+    assert here.page.locator("#gallery li").count() == 9
