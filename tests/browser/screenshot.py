@@ -25,7 +25,7 @@ def take(path: str) -> None:
     with Server(model="shapes", device="cpu") as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
         # Without motion, which a browser without a card draws on the cores that the model wants.
-        size = {"width": 1280, "height": 1040}
+        size = {"width": 1280, "height": 1270}
         page = browser.new_page(viewport=size, reduced_motion="reduce")
         here = Visit(page, server).wait_until_ready().choose(seed=7)
         for prompt in PROMPTS:

@@ -50,6 +50,11 @@ export class Picker {
     $(focused)?.focus();
   }
 
+  /** Whether the service has an adapter of this name. */
+  has(name) {
+    return this.#listed.some(({ id }) => id === name);
+  }
+
   /** Choose what an earlier picture was made with. */
   restore({ chosen }) {
     this.#isTouched = true;

@@ -1,16 +1,47 @@
 // Paints a mask over a picture: strokes in, a PNG out whose transparent pixels may change.
 
+import { canvasOf, blobOf } from "./dom.js";
+
 // The longer side of the canvas on screen; the PNG has the picture's own size.
 const LEAST_SIDE = 640;
 const MOST_SIDE = 1280;
 const PAINT = "#ff3b6b";
 
-/** One painting on one canvas; `onChange` is told the painted share, 0 to 1. */
+/** A mask that is there already, as a stroke: transparent pixels may change, or, of one without, white. */
+export async function asStroke(blob) {
+  const bitmap = await createImageBitmap(blob);
+  const [image, context] = canvasOf(bitmap.width, bitmap.height);
+  context.drawImage(bitmap, 0, 0);
+  const pixels = context.getImageData(0, 0, image.width, image.height);
+  const { data } = pixels;
+  let least = 255;
+  for (let i = 3; i < data.length; i += 4) least = Math.min(least, data[i]);
+  const colour = [1, 3, 5].map((at) => Number.parseInt(PAINT.slice(at, at + 2), 16));
+  for (let i = 0; i < data.length; i += 4) {
+    const light = (data[i] + data[i + 1] + data[i + 2]) / 3;
+    data[i + 3] = least < 255 ? 255 - data[i + 3] : light;
+    for (let part = 0; part < 3; part += 1) data[i + part] = colour[part];
+  }
+  context.putImageData(pixels, 0, 0);
+  return { image };
+}
+
+/** What a mask lets change, in colour, to lay over a thumbnail. */
+export function overlayOf({ image }) {
+  const scale = Math.min(1, 256 / Math.max(image.width, image.height));
+  const [small, context] = canvasOf(image.width * scale, image.height * scale);
+  context.globalAlpha = 0.6;
+  context.drawImage(image, 0, 0, small.width, small.height);
+  return blobOf(small);
+}
+
+/** One painting on one canvas; `brush` is the slider of its size, `onChange` is told the painted share, 0 to 1. */
 export class Painter {
   #canvas;
   #picture = null;
   #layer = document.createElement("canvas");
   #strokes = [];
+  #opened = [];
   #current = null;
   #cursor = null;
   #isPenDown = false;
@@ -26,6 +57,7 @@ export class Painter {
       canvas.addEventListener(name, () => this.#end());
     }
     canvas.addEventListener("pointerleave", () => this.#hover(null));
+    canvas.addEventListener("wheel", (event) => this.#onWheel(event), { passive: false });
     canvas.addEventListener("keydown", (event) => this.#onKey(event));
     canvas.addEventListener("keyup", (event) => {
       if (event.key === " ") this.#lift();
@@ -46,13 +78,19 @@ export class Painter {
     const longest = Math.max(picture.width, picture.height);
     const scale = Math.min(MOST_SIDE, Math.max(LEAST_SIDE, longest)) / longest;
     this.#picture = picture;
-    this.#strokes = [...strokes];
+    this.#strokes = this.#opened = [...strokes];
     this.#cursor = null;
     for (const canvas of [this.#canvas, this.#layer]) {
       canvas.width = Math.max(1, Math.round(picture.width * scale));
       canvas.height = Math.max(1, Math.round(picture.height * scale));
     }
     this.#changed();
+  }
+
+  /** Whether anything was painted since it was opened. */
+  get isChanged() {
+    const [one, other] = [this.#strokes, this.#opened];
+    return one.length !== other.length || one.some((stroke, index) => stroke !== other[index]);
   }
 
   undo() {
@@ -65,16 +103,20 @@ export class Painter {
     this.#changed();
   }
 
-  fill() {
-    this.#strokes = [...this.#strokes, { isAll: true }];
+  /** Everything, the opposite, or a mask that was there already. */
+  add(stroke) {
+    this.#strokes = [...this.#strokes, stroke];
     this.#changed();
+  }
+
+  /** Let the edge fade over the brush's width. */
+  feather() {
+    this.add({ fade: this.#radius / 2 });
   }
 
   /** The share of the picture that may change. */
   coverage() {
-    const small = document.createElement("canvas");
-    small.width = small.height = 64;
-    const context = small.getContext("2d", { willReadFrequently: true });
+    const [, context] = canvasOf(64, 64);
     context.drawImage(this.#layer, 0, 0, 64, 64);
     const { data } = context.getImageData(0, 0, 64, 64);
     let painted = 0;
@@ -84,35 +126,20 @@ export class Painter {
 
   /** The mask as the API takes it: of the picture's size, opaque where nothing may change. */
   toBlob() {
-    const mask = this.#sized();
-    const context = mask.getContext("2d");
+    const [mask, context] = canvasOf(this.#picture.width, this.#picture.height);
     context.fillRect(0, 0, mask.width, mask.height);
     context.globalCompositeOperation = "destination-out";
     context.drawImage(this.#layer, 0, 0, mask.width, mask.height);
-    return new Promise((resolve) => mask.toBlob(resolve, "image/png"));
+    return blobOf(mask);
   }
 
   /** What was painted, in colour, to lay over a thumbnail. */
   toOverlay() {
-    const small = document.createElement("canvas");
-    const scale = 256 / Math.max(this.#layer.width, this.#layer.height);
-    small.width = Math.max(1, Math.round(this.#layer.width * scale));
-    small.height = Math.max(1, Math.round(this.#layer.height * scale));
-    const context = small.getContext("2d");
-    context.globalAlpha = 0.6;
-    context.drawImage(this.#layer, 0, 0, small.width, small.height);
-    return new Promise((resolve) => small.toBlob(resolve, "image/png"));
-  }
-
-  #sized() {
-    const canvas = document.createElement("canvas");
-    canvas.width = this.#picture.width;
-    canvas.height = this.#picture.height;
-    return canvas;
+    return overlayOf({ image: this.#layer });
   }
 
   get #radius() {
-    return (Math.max(this.#canvas.width, this.#canvas.height) * Number(this.brush())) / 200;
+    return (Math.max(this.#canvas.width, this.#canvas.height) * Number(this.brush.value)) / 200;
   }
 
   #onDown(event) {
@@ -131,6 +158,16 @@ export class Painter {
     this.#hover(this.#point(event));
   }
 
+  #onWheel(event) {
+    event.preventDefault();
+    this.#resize(event.deltaY < 0 ? 1 : -1);
+  }
+
+  #resize(step) {
+    this.brush.value = Number(this.brush.value) + step;
+    this.#show();
+  }
+
   #onKey(event) {
     const { width, height } = this.#canvas;
     const step = event.shiftKey ? this.#radius * 2 : this.#radius / 2;
@@ -145,6 +182,8 @@ export class Painter {
       if (!this.#isPenDown) this.#begin(at);
       this.#isPenDown = true;
       this.#hover(at);
+    } else if (event.key === "[" || event.key === "]") {
+      this.#resize(event.key === "]" ? 1 : -1);
     } else {
       return;
     }
@@ -198,14 +237,28 @@ export class Painter {
     this.onChange(this.coverage());
   }
 
-  #stroke({ isAll, isEraser, radius, points }) {
+  #stroke({ isAll, isInverted, image, fade, ...line }) {
+    const { width, height } = this.#layer;
     const context = this.#layer.getContext("2d");
-    context.globalCompositeOperation = isEraser ? "destination-out" : "source-over";
+    context.globalCompositeOperation = isInverted ? "xor" : line.isEraser ? "destination-out" : "source-over";
     context.fillStyle = context.strokeStyle = PAINT;
-    if (isAll) {
-      context.fillRect(0, 0, this.#layer.width, this.#layer.height);
-      return;
-    }
+    if (isAll || isInverted) context.fillRect(0, 0, width, height);
+    else if (image) context.drawImage(image, 0, 0, width, height);
+    else if (fade) this.#fade(context, fade);
+    else this.#line(context, line);
+  }
+
+  #fade(context, fade) {
+    const { width, height } = this.#layer;
+    const [before, copy] = canvasOf(width, height);
+    copy.drawImage(this.#layer, 0, 0);
+    context.clearRect(0, 0, width, height);
+    context.filter = `blur(${fade.toFixed(1)}px)`;
+    context.drawImage(before, 0, 0);
+    context.filter = "none";
+  }
+
+  #line(context, { radius, points }) {
     context.beginPath();
     if (points.length === 1) {
       // A line of no length is not drawn, round ends or not.

@@ -17,6 +17,7 @@ export function asCurl(wish, base, needsKey) {
       num_inference_steps: wish.steps,
       seed: wish.seed,
       output_format: wish.format,
+      ...how(wish),
       ...adapters(wish),
     };
     return (
@@ -74,7 +75,16 @@ export function fields(wish) {
     num_inference_steps: wish.steps,
     seed: wish.seed,
     output_format: wish.format,
+    ...how(wish),
     ...adapters(wish),
+  };
+}
+
+/** What most pictures are made without. */
+function how({ guidance, quality }) {
+  return {
+    ...(guidance === undefined ? {} : { guidance_scale: guidance }),
+    ...(quality === undefined || quality === 100 ? {} : { output_compression: quality }),
   };
 }
 

@@ -1,7 +1,13 @@
 // Sizes: which ones to offer, what the service makes of a reference, and what a picture costs.
 // The limits are the service's own, as `GET /health` hands them out.
 
-const RATIOS = [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16]];
+const SHAPES = [
+  ["Square", 1, 1],
+  ["Landscape 3:2", 3, 2],
+  ["Portrait 2:3", 2, 3],
+  ["Wide 16:9", 16, 9],
+  ["Tall 9:16", 9, 16],
+];
 
 /** The sizes that a model makes within the service's limits. */
 export class SizeRules {
@@ -15,14 +21,14 @@ export class SizeRules {
     const area = this.model.width * this.model.height;
     const side = Math.sqrt(area);
     const wanted = [
-      [side / 2, side / 2],
-      ...RATIOS.map(([w, h]) => [Math.sqrt((area * w) / h), Math.sqrt((area * h) / w)]),
-      [side * 2, side * 2],
+      ["Small square", side / 2, side / 2],
+      ...SHAPES.map(([name, w, h]) => [name, Math.sqrt((area * w) / h), Math.sqrt((area * h) / w)]),
+      ["Large square", side * 2, side * 2],
     ];
     const found = new Map();
-    for (const sides of wanted) {
+    for (const [name, ...sides] of wanted) {
       const [width, height] = sides.map((value) => this.#snap(value));
-      found.set(`${width}x${height}`, { width, height });
+      found.set(`${width}x${height}`, { name, width, height });
     }
     return [...found.values()].filter((size) => this.#isPossible(size));
   }

@@ -1,12 +1,16 @@
 // Talks to the service: JSON, uploads, and pictures as a stream of server-sent events.
 // Knows nothing of the page.
 
+// Codes of refusals that are not the service's.
+export const UNREACHABLE = "unreachable";
+export const CUT = "cut";
+
 /** What the service said instead of a picture; the message is written for people. */
 export class Refusal extends Error {
-  constructor(message, { status = 0, code = null, param = null } = {}) {
+  constructor(message, { status = 0, code = null, param = null, wait_s = null } = {}) {
     super(message);
     this.name = "Refusal";
-    Object.assign(this, { status, code, param });
+    Object.assign(this, { status, code, param, wait_s });
   }
 }
 
@@ -25,14 +29,27 @@ export async function askPicture(path, { key = "" } = {}) {
 }
 
 /**
- * POST `body` (an object, or a FormData with pictures) and yield what happens to it:
- * {kind: "comment", text}, {kind: "preview", blob, index}, then one {kind: "done", blob, event}.
+ * Take a job back by the id of its request, wherever its socket has gone; whether there was one.
  */
-export async function* draw(path, body, { key = "", signal } = {}) {
+export async function takeBack(requestId, { key = "" } = {}) {
+  const { body } = await ask("v1/jobs", { key });
+  const jobs = (body?.data ?? []).filter((job) => job.request_id === requestId);
+  const options = { method: "DELETE", headers: authorization(key) };
+  await Promise.all(jobs.map(({ id }) => reach(`v1/jobs/${encodeURIComponent(id)}`, options)));
+  return jobs.length > 0;
+}
+
+/**
+ * POST `body` (an object, or a FormData with pictures) and yield what happens to it:
+ * {kind: "comment", text}, {kind: "preview", blob, index}, then one {kind: "done", blob, event}. The same `name` with the
+ * same body is the same picture: a service that knows it goes on where the first one was.
+ */
+export async function* draw(path, body, { key = "", name, signal } = {}) {
   const isForm = body instanceof FormData;
+  const type = isForm ? {} : { "content-type": "application/json" };
   const response = await reach(path, {
     method: "POST",
-    headers: { ...authorization(key), ...(isForm ? {} : { "content-type": "application/json" }) },
+    headers: { ...authorization(key), ...type, "idempotency-key": name, "x-request-id": name },
     body: isForm ? body : JSON.stringify(body),
     signal,
   });
@@ -51,7 +68,7 @@ export async function* draw(path, body, { key = "", signal } = {}) {
     }
     yield { kind: "preview", blob, index: event.partial_image_index };
   }
-  throw new Refusal("The connection ended before the picture was done. Try again.");
+  throw new Refusal("The connection ended before the picture was done. Try again.", { code: CUT });
 }
 
 /** Split a stream of bytes into comments and events; an event ends with its blank line. */
@@ -95,20 +112,22 @@ async function reach(path, options) {
     return await fetch(path, { ...options, credentials: "same-origin", redirect: "error" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal("The service cannot be reached. Is it still running?");
+    throw new Refusal("The service cannot be reached. Is it still running?", { code: UNREACHABLE });
   }
 }
 
 function explain(error) {
   if (error.name === "AbortError") throw error;
-  throw new Refusal("The connection was cut before the picture was done. Try again.");
+  throw new Refusal("The connection was cut before the picture was done. Try again.", { code: CUT });
 }
 
 async function refusal(response) {
   const body = await response.json().catch(() => null);
   const error = body?.error ?? {};
   const message = error.message ?? `The service answered ${response.status} without a reason.`;
-  return new Refusal(message, { status: response.status, code: error.code, param: error.param });
+  const wait = response.headers.get("retry-after");
+  const wait_s = wait === null ? null : Number(wait) || 1;
+  return new Refusal(message, { status: response.status, code: error.code, param: error.param, wait_s });
 }
 
 function authorization(key) {

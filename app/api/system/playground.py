@@ -3,13 +3,14 @@
 All files are in the package: no build step, no third party, no inline script. The page needs no
 key, since it holds only the defaults of a published model; its API requests need one. The limits
 that the form keeps come from `GET /health`. The files are read once and sent whole: a Range is
-ignored.
+ignored. Comments and indentation are not sent; each line keeps its number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -29,6 +30,10 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+_COMMENTS = re.compile(r"^ *(?://[^\n]*|/\*(?s:.*?)\*/)$", re.MULTILINE)
+_INDENTATION = re.compile(r"^ +", re.MULTILINE)
+_GAPS = re.compile(r"(?<=[:;,{}]) +| +(?=[{}])")
+"""In styles, where no selector has one of these before a gap that counts."""
 _MODEL = b'<script type="application/json" id="model">null</script>'
 _HEADERS = {
     # Revalidated each time: a new version of the service never runs with an old script.
@@ -45,7 +50,7 @@ _HEADERS = {
 def build_router() -> APIRouter:
     """Make the router; the files are read here, so a package without them does not start."""
     files = {
-        path.name: (path.read_bytes(), _TYPES[path.suffix])
+        path.name: (_lean(path), _TYPES[path.suffix])
         for path in sorted(_FOLDER.iterdir())
         if path.suffix in _TYPES
     }
@@ -72,6 +77,13 @@ def _answer(request: Request, body: bytes, media_type: str) -> Response:
     if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type=media_type, headers=headers)
+
+
+def _lean(path: Path) -> bytes:
+    """Read a file without indentation and the comments that fill lines, but with each line."""
+    text = _COMMENTS.sub(lambda comment: "\n" * comment[0].count("\n"), path.read_text("utf-8"))
+    bare = _INDENTATION.sub("", text)
+    return (_GAPS.sub("", bare) if path.suffix == ".css" else bare).encode()
 
 
 def _describe(model: ModelSpec) -> bytes:
