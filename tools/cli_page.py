@@ -23,7 +23,8 @@ _HEAD = """\
 
 <!-- Written by tools/cli_page.py from the parsers of app/cli; change them there. -->
 
-`klein generate` asks the service that runs, and so do `queue`, `cancel`, `models` and `loras`.
+`klein generate` asks the service that runs, and so do `queue`, `cancel`, `sleep`, `wake`,
+`models` and `loras`.
 Which one that is, `--url` says, else `KLEIN_URL`, else it is the one on this machine at
 `KLEIN_PORT`, 8000 where that is not set. Where the service has keys, `KLEIN_KEY_FILE` names a file
 with one of them. Both variables are the clients' own: `klein serve` refuses them as it refuses
@@ -39,6 +40,8 @@ klein generate "make the circle green" --image circle.png --mask mask.png -o gre
 klein generate "a red circle" -o - > circle.png
 klein queue
 klein cancel --all
+klein sleep
+klein wake
 klein completion bash > ~/.local/share/bash-completion/completions/klein
 klein completion zsh > ~/.zfunc/_klein
 klein completion fish > ~/.config/fish/completions/klein.fish

@@ -59,6 +59,7 @@ STAGES = {
     "weights": "loading the weights",
     "warm-up": "warming up",
     "restarting": "restarting the worker",
+    "asleep": "asleep",
 }
 """What a service says it is at while its model is loaded, in words."""
 

@@ -67,6 +67,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "queue": Command("app.cli.client.queue", "list your own jobs that wait or run", settings=None),
     "cancel": Command("app.cli.client.cancel", "take back jobs of your own", settings=None),
+    "sleep": Command(
+        "app.cli.client.sleep", "have the service free the card until it is needed", settings=None
+    ),
+    "wake": Command("app.cli.client.wake", "have the service load the model again", settings=None),
     "models": Command("app.cli.client.models", "list what the service serves", settings=None),
     "loras": Command(
         "app.cli.client.loras", "list the adapters that the service knows", settings=None

@@ -8,6 +8,7 @@ from app.api.app import create_app
 from app.settings import Settings
 from app.worker.rest import Cause
 from tests.api.conftest import client_of
+from tests.support.fakes import FakeWorkers
 from tests.support.in_process import InProcess
 
 KEY = "a-key-of-sixteen"
@@ -18,22 +19,8 @@ ROUTES = [("POST", "/sleep"), ("POST", "/wake"), ("POST", "/wake_up"), ("GET", "
 def runtime(monkeypatch):
     """The real service, whose pool only notes what is asked of it."""
     runtime = InProcess()
-    runtime.asked = []
-    monkeypatch.setattr(runtime, "workers", Noting(runtime.asked), raising=False)
+    monkeypatch.setattr(runtime, "workers", FakeWorkers(), raising=False)
     return runtime
-
-
-class Noting:
-    """Notes."""
-
-    def __init__(self, asked: list[tuple[str, Cause]]) -> None:
-        self._asked = asked
-
-    def sleep(self, cause: Cause) -> None:
-        self._asked.append(("sleep", cause))
-
-    def wake(self, cause: Cause) -> None:
-        self._asked.append(("wake", cause))
 
 
 def served(runtime, **settings: object):
@@ -56,7 +43,7 @@ async def test_both_are_asked_of_all_workers(runtime) -> None:
         await client.post("/wake")
         await client.post("/wake_up")
         assert (await client.get("/is_sleeping")).json()["is_sleeping"] is False
-    assert runtime.asked == [("sleep", Cause.ASKED)] * 4 + [("wake", Cause.ASKED)] * 2
+    assert runtime.workers.asked == [("sleep", Cause.ASKED)] * 4 + [("wake", Cause.ASKED)] * 2
 
 
 @pytest.mark.parametrize(
@@ -74,7 +61,7 @@ async def test_another_level_is_refused(runtime, request_) -> None:
     async with served(runtime) as client:
         answer = await client.post("/sleep", **request_)
     assert answer.status_code == 400
-    assert runtime.asked == []
+    assert runtime.workers.asked == []
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -92,7 +79,7 @@ async def test_no_page_of_another_origin_may(runtime, method: str, path: str) ->
     async with served(runtime) as client:
         answer = await client.request(method, path, headers={"origin": "https://evil.example"})
     assert answer.status_code == 403
-    assert runtime.asked == []
+    assert runtime.workers.asked == []
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

@@ -296,3 +296,15 @@ def test_a_name_that_was_taken_meanwhile_stays(place, monkeypatch, capsys) -> No
 
     assert (place / "a.png").read_bytes() == b"theirs"
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sleep", "wake"])
+def test_the_card_is_freed_and_taken_back(capsys, command) -> None:
+    """What the service answers is printed, as it is or as a sentence."""
+    answer = {"is_sleeping": command == "sleep", "state": "asleep", "message": "It is\x1b[2J so."}
+    with FakeService({f"POST /{command}": [document(answer), document(answer)]}) as service:
+        assert main([command, "--url", service.url]) == 0
+        assert "It is" in (out := capsys.readouterr().out)
+        assert "\x1b" not in out
+        assert main([command, "--url", service.url, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == answer

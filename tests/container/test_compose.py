@@ -189,6 +189,23 @@ def test_the_file_for_traces_adds_them_and_nothing_else() -> None:
     assert re.fullmatch(r"[\w/]+:\d+\.\d+\.\d+", jaeger["image"])
 
 
+def test_the_file_for_a_home_lets_the_card_go() -> None:
+    """After five minutes, and when others need it; both can be set from outside, nothing else."""
+    files = [*WITH_A_CARD, ROOT / "docker" / "compose.home.yaml"]
+    plain, home = klein(WITH_A_CARD), klein(files)
+
+    assert {key: home[key] for key in home.keys() - {"environment"}} == {
+        key: plain[key] for key in plain.keys() - {"environment"}
+    }
+    given = compose.environment(home, {})
+    assert given.items() - compose.environment(plain, {}).items() == {
+        ("KLEIN_IDLE_SLEEP_S", "300"),
+        ("KLEIN_YIELD", "auto"),
+    }
+    settings = Settings.read(given)
+    assert (settings.idle_sleep_s, settings.yields) == (300, "auto")
+
+
 def test_the_service_takes_the_environment_it_is_given() -> None:
     """On all interfaces without a key, which only the published loopback port makes safe."""
     given = compose.environment(klein(WITH_A_CARD), {})

@@ -80,6 +80,16 @@ NOT_RUN_HERE = {
     "docker compose -f compose.yaml -f docker/compose.all-cards.yaml up": (
         "needs cards; tests/container/test_compose.py reads the files"
     ),
+    "docker compose -f compose.yaml -f docker/compose.home.yaml up": (
+        "needs a card; tests/container/test_compose.py reads the file"
+    ),
+    **{
+        line: "tests/cli/test_client_answers.py and tests/reliability/test_sleep.py ask for it"
+        for page, kind, text in BLOCKS
+        if (page, kind) == ("home.md", "sh")
+        for line in text.splitlines()
+        if line.startswith(("klein ", "curl "))
+    },
     "nvidia-smi -L": "needs NVIDIA's driver",
     "docker compose -f compose.yaml -f docker/compose.traces.yaml up": (
         "needs a card; tests/container/test_compose.py reads the file"

@@ -82,4 +82,7 @@ def watched() -> Iterator[Watched]:
         assert server.ask("hang", x_klein_deadline_s="0.5") == 504
         server.wait_for_metric("klein_worker_restarts_total", reason="hang")
         server.wait_for_metric("klein_ready")
+        assert server.post("/sleep", {}, authorization=f"Bearer {KEY}")[0] == 200
+        server.wait_for_metric("klein_worker_asleep")
+        assert server.ask("a red circle") == 200
         yield server

@@ -38,6 +38,7 @@ ROUTES = {
     "GET /health",
     "GET /health/live",
     "GET /health/ready",
+    "GET /is_sleeping",
     "GET /metrics",
     "GET /openapi.json",
     "GET /sdapi/v1/latent-upscale-modes",
@@ -64,9 +65,12 @@ ROUTES = {
     "POST /sdapi/v1/options",
     "POST /sdapi/v1/refresh-loras",
     "POST /sdapi/v1/txt2img",
+    "POST /sleep",
     "POST /v1/images",
     "POST /v1/images/edits",
     "POST /v1/images/generations",
+    "POST /wake",
+    "POST /wake_up",
 }
 FLOORS = {
     "starlette": (1, 0, 1),

@@ -366,6 +366,21 @@ class FakeDecoders:
         return prepare(images, mask, size, nearest)
 
 
+class FakeWorkers:
+    """Notes who is asked to sleep or wake."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def sleep(self, cause: str) -> None:
+        """Note it."""
+        self.asked.append(("sleep", cause))
+
+    def wake(self, cause: str) -> None:
+        """Note it."""
+        self.asked.append(("wake", cause))
+
+
 @dataclass
 class FakeRuntime:
     """What the app's lifespan needs of a runtime."""
@@ -374,6 +389,7 @@ class FakeRuntime:
     metrics: FakeMetrics = field(default_factory=FakeMetrics)
     decoders: FakeDecoders = field(default_factory=FakeDecoders)
     previews: Previews = field(default_factory=lambda: Previews(FakeDecoders()))
+    workers: FakeWorkers = field(default_factory=FakeWorkers)
     calls: list[str] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
 

@@ -9,6 +9,7 @@ import { ask } from "./stream.js";
 import { bytes, exactly } from "./words.js";
 
 let polling = 0;
+let canRest = true;
 let isBusy = () => false;
 let onQueue = () => {};
 
@@ -17,6 +18,7 @@ export function startPolling(busy, queued) {
   [isBusy, onQueue] = [busy, queued];
   document.addEventListener("visibilitychange", lookAgain);
   window.addEventListener("focus", lookAgain);
+  $("rest").addEventListener("click", rest);
   poll();
 }
 
@@ -43,6 +45,13 @@ export function lookAgain() {
   poll();
 }
 
+/** Have the service free the card, or take it back. */
+async function rest() {
+  const { status } = await ask(page.health.state === "ready" ? "sleep" : "wake", { key: page.key, method: "POST" });
+  if (status === 404) canRest = false; // its owner does not want that
+  poll();
+}
+
 /** How many pictures it makes at once. */
 export function lanes() {
   const devices = page.health?.devices ?? [];
@@ -61,6 +70,8 @@ function onHealth(status, body) {
   if (page.rules && body?.worker) cost.guess({ ...model, references: [] }, body.worker.warm_up_s);
   showFacts();
   refreshForm();
+  $("rest").hidden = !canRest || !["ready", "asleep", "yielding"].includes(body?.state);
+  $("rest").textContent = body?.state === "ready" ? "Free the card" : "Wake";
   if (!body?.ready) {
     const share = body?.progress ? `, ${Math.round(body.progress * 100)} %` : "";
     setStatus("waiting", `${body?.reason || "Not ready yet"}${share}`);
@@ -68,7 +79,9 @@ function onHealth(status, body) {
   }
   const waiting = body.queue.size ? `, ${body.queue.size} waiting` : "";
   refreshAdapters();
-  setStatus("ready", `Ready on ${body.worker?.device === "cpu" ? "the CPU" : body.worker?.device}${waiting}`);
+  const where = body.worker?.device === "cpu" ? "the CPU" : body.worker?.device;
+  const resting = { asleep: "Asleep; the next picture wakes it", waking: "Waking" }[body.state];
+  setStatus(resting ? "waiting" : "ready", `${resting ?? `Ready on ${where}`}${waiting}`);
   return isBusy() ? 1 : 6;
 }
 

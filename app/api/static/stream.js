@@ -15,8 +15,8 @@ export class Refusal extends Error {
 }
 
 /** GET `path`; a refusal carries the body too, since /health tells its state either way. */
-export async function ask(path, { key = "", signal } = {}) {
-  const response = await reach(path, { headers: authorization(key), signal, cache: "no-store" });
+export async function ask(path, { key = "", method = "GET", signal } = {}) {
+  const response = await reach(path, { method, headers: authorization(key), signal, cache: "no-store" });
   const body = await response.json().catch(() => null);
   return { status: response.status, body };
 }

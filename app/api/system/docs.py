@@ -82,7 +82,8 @@ def _operation(base: str, path: str, method: str, operation: dict[str, Any]) -> 
         command = _command(base + path, media_type, content["example"])
         parts.append(f"<pre>{escape(command)}</pre>{_fields(content['schema'])}")
     if not contents and (address := _address(path, operation)) is not None:
-        parts.append(f"<pre>{escape(f'curl {shlex.quote(base + address)}')}</pre>")
+        asked = "" if method == "get" else f"-X {method.upper()} "
+        parts.append(f"<pre>{escape(f'curl {asked}{shlex.quote(base + address)}')}</pre>")
     statuses = ", ".join(
         f"{status} {escape(reply['description'])}"
         for status, reply in operation["responses"].items()

@@ -109,6 +109,23 @@ _JOB = {
 }
 
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_REST = frozenset({"/sleep", "/wake", "/wake_up", "/is_sleeping"})
+_LEVEL = {
+    "name": "level",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "integer", "enum": [1, 2]},
+    "description": "vLLM's; both mean the same here. A JSON body may have it too.",
+}
+_RESTING = {
+    "type": "object",
+    "required": ["is_sleeping", "state", "message"],
+    "properties": {
+        "is_sleeping": {"type": "boolean"},
+        "state": {"type": "string", "description": "As in `/health/ready`."},
+        "message": {"type": "string"},
+    },
+}
 _LORA = {
     "type": "object",
     "required": [
@@ -185,6 +202,12 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
         "200": _reply("The picture.", [previews.FORMAT.media_type], _BYTES),
         **_errors((404, 503)),
     }
+    for path in _REST & paths.keys():
+        for operation in paths[path].values():
+            operation["responses"]["200"] = _reply("What the workers are at.", [_JSON], _RESTING)
+    if sleep := paths.get("/sleep"):
+        sleep["post"]["parameters"] = [_LEVEL]
+        sleep["post"]["responses"].update(_errors((400,)))
     for path in ("/health", "/health/ready"):
         paths[path]["get"]["responses"].update(_errors((503,)))
     paths["/metrics"]["get"]["responses"]["200"] = _reply("The exposition.", ["text/plain"], _BYTES)
