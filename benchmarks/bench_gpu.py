@@ -14,6 +14,7 @@ Phases, in the order in which they run without a choice:
     http        the service as a subprocess, one client, one request in flight
     starts      the service started, three times where the cache is empty
     workers     pictures on one card, on two and on as many as there are; one worker killed
+    sleep       the worker asleep and awake again, in turn
     lora        pictures with adapters beside pictures without, switches, loads from disk
     plans       every memory plan with the process capped just above its bar
     diffusers   the pipeline of diffusers with the same architecture, on the card and offloaded
@@ -36,6 +37,7 @@ from benchmarks import (
     bench_kernels,
     bench_lora,
     bench_pipeline,
+    bench_sleep,
     bench_workers,
 )
 from benchmarks.rows import Bench, print_table
@@ -49,6 +51,7 @@ PHASES: dict[str, Callable[[Bench], None]] = {
     "http": bench_http.measure,
     "starts": bench_http.measure_starts,
     "workers": bench_workers.measure,
+    "sleep": bench_sleep.measure,
     "lora": bench_lora.measure,
     "plans": bench_engine.measure_plans,
     "diffusers": bench_pipeline.measure,
