@@ -311,3 +311,33 @@ def pretend(here: Visit, klein: Server, *, devices: int) -> None:
     here.page.reload()
     here.wait_until_ready()
     here.page.wait_for_selector("#adapters")
+
+
+def test_the_card_is_freed_and_taken_back(visit, scripted) -> None:
+    """By one button, which says what it does now; the next picture wakes it too."""
+    server = scripted("load=0.3")
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready()
+    button = here.page.locator("#rest")
+    assert button.inner_text() == "Free the card"
+    button.click()
+    here.page.wait_for_selector("text=Asleep; the next picture wakes it")
+    assert button.inner_text() == "Wake"
+    button.click()
+    here.wait_until_ready()
+    button.click()
+    here.page.wait_for_selector("text=Asleep; the next picture wakes it")
+    here.choose(prompt="a red circle")
+    here.page.click("#make")
+    here.wait_until_ready()
+    assert server.metric("klein_worker_wakes_total", cause="request") == 1
+
+
+def test_a_service_whose_owner_keeps_the_card_has_no_button(visit, scripted) -> None:
+    """It goes once that is known."""
+    server = scripted(sleep_api=False)
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready()
+    here.expected = [REFUSED]
+    here.page.click("#rest")
+    here.page.wait_for_selector("#rest", state="hidden")

@@ -108,7 +108,7 @@ export function showFacts() {
     facts.push(["Card", worker.device === "cpu" ? "none, on the CPU" : worker.device]);
     facts.push(["Precision", worker.precision, worker.precision_reason]);
     facts.push(["Memory plan", worker.plan, worker.plan_reasons.join(" ")]);
-    facts.push(["Memory", memory(worker), page.shown?.peak ? `at most ${bytes(page.shown.peak)} during the picture above` : ""]);
+    facts.push(["Memory", `${bytes(worker.weights_bytes)} of weights`, page.shown?.peak ? `at most ${bytes(page.shown.peak)} during that picture` : ""]);
     if (worker.features.length) facts.push(["Switched on", worker.features.join(", ")]);
     facts.push(["Software", [`torch ${worker.torch}`, worker.cuda ? `CUDA ${worker.cuda}` : "", `klein-server ${health.version}`].filter(Boolean).join(", ")]);
   }
@@ -146,10 +146,6 @@ function showDevices(devices) {
     return item;
   });
   $("devices").replaceChildren(...items);
-}
-
-function memory(worker) {
-  return worker.weights_bytes ? `${bytes(worker.weights_bytes)} of weights` : "weights of unknown size";
 }
 
 export function showTiming({ timing }) {
