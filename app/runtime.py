@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 import psutil
@@ -21,6 +22,7 @@ from app import __version__
 from app.domain import Device, GpuSnapshot, Loss, ModelInfo
 from app.engine import create_engine, imports
 from app.engine.config import EngineConfig
+from app.engine.models.flux2_klein import TOKENIZER
 from app.engine.models.registry import find_model, find_spec
 from app.engine.quantization.formats import AUTO
 from app.errors import DeadlineExceeded, Kind, Unavailable
@@ -42,6 +44,7 @@ from app.model_choice import (
 )
 from app.service.adapters import Adapters, AdapterWatch
 from app.service.previews import Previews
+from app.service.prompt_tokens import PromptTokens
 from app.service.service import ImageService, warm_up_spec
 from app.settings import PER_CARD, Settings
 from app.telemetry.cards import Cards
@@ -118,6 +121,7 @@ class Runtime:
             )
             for worker, taker in takers.items()
         ]
+        self.tokens = PromptTokens(_tokenizer(self.choice), self.model.max_sequence_length)
         self.decoders = DecoderPool()
         self.previews = Previews(self.decoders)
         self.service = ImageService(
@@ -155,6 +159,7 @@ class Runtime:
         _log.info("Model %s: %s.", self.model.id, self.choice.reason)
         async with AsyncExitStack() as started:
             started.callback(self.service.close)
+            started.callback(self.tokens.close)
             # Last but one: a job that was cancelled may wait for the worker's end.
             started.push_async_callback(self._join)
             started.callback(self._fork_server.kill)
@@ -372,6 +377,13 @@ def _oldest(devices: Sequence[Device], cards: Cards) -> Device | None:
         return facts.capability if isinstance(facts, GpuFacts) else (0, 0)
 
     return min(devices, key=capability)
+
+
+def _tokenizer(choice: Choice) -> Path:
+    """Return the folder of the model's tokenizer: its own, else the one that comes with us."""
+    folder = Path(choice.path) if choice.path else find_model(choice.key).folder
+    own = folder / "tokenizer" if folder else TOKENIZER
+    return own if (own / "tokenizer_config.json").is_file() else TOKENIZER
 
 
 def _limits(settings: Settings, choice: Choice) -> Limits:

@@ -31,7 +31,7 @@ from app.api.openai.kept_streams import LIFETIME_S, KeptStreams
 from app.api.proxies import Proxies
 from app.api.sdapi import response as sdapi_response
 from app.api.sdapi import route as sdapi_route
-from app.api.system import docs, health, jobs, loras, models, openapi, playground, sleep
+from app.api.system import docs, health, jobs, loras, models, openapi, playground, sleep, tokens
 from app.images.preparing import AUTO, TRANSPARENT
 from app.runtime import Runtime, build_runtime
 from app.settings import Settings
@@ -105,6 +105,7 @@ def create_app(
         models.build_router(config),
         jobs.router,
         loras.router,
+        tokens.router,
         health.router,
         playground.build_router(),
         *([sdapi_route.build_router()] if settings.sdapi else []),

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from app.worker.rest import Cause
 
-_MOST_LOOK_S = 1.0
+_LOOK_S = (0.05, 1.0)
+"""Between two looks, at least and at most."""
 
 
 class IdleSleep:
@@ -31,7 +32,7 @@ class IdleSleep:
     async def run(self) -> None:
         """Look a few times in the period, until cancelled."""
         while True:
-            await asyncio.sleep(min(_MOST_LOOK_S, self._after_s / 4))
+            await asyncio.sleep(min(max(_LOOK_S[0], self._after_s / 4), _LOOK_S[1]))
             self.look()
 
     def look(self) -> None:

@@ -57,7 +57,8 @@ class Rest:
 
     def sleep(self, cause: Cause) -> None:
         """Have it fall asleep once it may; one that sleeps goes on."""
-        if self.state is RestState.LEAVING and self.wakes_for is not Cause.REQUEST:
+        resting = (RestState.LEAVING, RestState.ASLEEP)
+        if self.state in resting and self.wakes_for is not Cause.REQUEST:
             self.wakes_for = None
         if self.state in (RestState.AWAKE, RestState.WAKING):
             self.wanted = cause

@@ -24,6 +24,7 @@ async def test_every_route_is_described(client):
         "/v1/images/files/{name}",
         "/v1/models",
         "/v1/models/{id}",
+        "/v1/tokens",
         "/v1/jobs",
         "/v1/jobs/{id}",
         "/v1/loras",
@@ -68,7 +69,7 @@ async def test_every_example_works_when_pasted(client, service):
     ]
     picture = (await client.post("/generate", json={"prompt": "a"})).content
 
-    assert len(commands) == 17
+    assert len(commands) == 18
     for words in commands:
         response = await run(client, words, picture)
 

@@ -341,3 +341,15 @@ def test_a_service_whose_owner_keeps_the_card_has_no_button(visit, scripted) -> 
     here.expected = [REFUSED]
     here.page.click("#rest")
     here.page.wait_for_selector("#rest", state="hidden")
+
+
+def test_tokens_are_counted_and_the_cut_is_shown(visit, klein) -> None:
+    """While one types; nothing stands there for an empty prompt."""
+    here = visit(klein).wait_until_ready()
+    here.page.fill("#prompt", "a red circle")
+    here.page.wait_for_selector("#tokens:text('15 of')")
+    assert here.page.inner_text("#cut") == ""
+    here.page.fill("#prompt", "red " * 700 + "the end")
+    here.page.wait_for_selector("#cut:text('Not read from here on: ')")
+    here.page.fill("#prompt", "")
+    here.page.wait_for_selector("#tokens:empty", state="attached")

@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.test_service import wait_until
 from tests.support.chaos import Answer, ask, port_of, request_bytes
 from tests.support.server import Server
+from tests.support.several import WITH_SEVERAL, count_of, devices
 from tests.support.timing import TIMED
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
@@ -22,18 +23,23 @@ ROUNDS = 3
 
 
 @pytest.mark.slow
-def test_a_full_queue_refuses_at_once_and_keeps_its_word(scripted, tmp_path: Path) -> None:
-    """Queue 4, fifty at once: exactly 5 x 200 and 45 x 503 with a Retry-After of 1 to 60,
-    all refusals while the first picture is still on the card; the gauges return to zero."""
+@WITH_SEVERAL
+def test_a_full_queue_refuses_at_once_and_keeps_its_word(
+    scripted, device: str, tmp_path: Path
+) -> None:
+    """Queue 4, fifty at once: exactly 5 x 200 with one worker, 7 with three, and else 503 with a
+    Retry-After of 1 to 60, all refusals while the first pictures are still on the cards; the
+    gauges return to zero."""
     gate = tmp_path / "gate"
-    server = scripted(f"gate={gate}", queue_images=4)
-    server.wait_until_ready()
+    server = scripted(f"gate={gate}", queue_images=4, device=device)
+    taken = 4 + count_of(device)
+    wait_until(lambda: sum(each["ready"] for each in devices(server)) == count_of(device))
 
     async def storm() -> list[Answer]:
         body = request_bytes("/generate", SMALL)
         asking = [asyncio.create_task(ask(port_of(server), body)) for _ in range(50)]
         waiting = asyncio.as_completed(asking)
-        refused = [await next(waiting) for _ in range(45)]
+        refused = [await next(waiting) for _ in range(50 - taken)]
         assert {answer.status for answer in refused} == {503}
         gate.touch()
         return await asyncio.gather(*asking)
@@ -41,7 +47,7 @@ def test_a_full_queue_refuses_at_once_and_keeps_its_word(scripted, tmp_path: Pat
     answers = asyncio.run(storm())
     refused = [answer for answer in answers if answer.status == 503]
 
-    assert Counter(answer.status for answer in answers) == {200: 5, 503: 45}
+    assert Counter(answer.status for answer in answers) == {200: taken, 503: 50 - taken}
     assert {answer.code for answer in refused} == {"server_is_overloaded"}
     assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
     assert server.metric("klein_queue_size") == 0
@@ -110,14 +116,16 @@ def picture_form() -> bytes:
 
 @pytest.mark.slow
 @TIMED
+@WITH_SEVERAL
 def test_a_queued_job_whose_caller_left_never_runs(
-    scripted, tmp_path: Path, is_timed: bool
+    scripted, device: str, tmp_path: Path, is_timed: bool
 ) -> None:
     """On every route, edits and streams too, it leaves the queue within 250 ms (with our
     middleware around), and only the first picture is ever made."""
     gate, trace = tmp_path / "gate", tmp_path / "trace"
-    server = scripted(f"gate={gate}", f"trace={trace}")
-    server.wait_until_ready()
+    server = scripted(f"gate={gate}", f"trace={trace}", device=device)
+    workers = count_of(device)
+    wait_until(lambda: sum(each["ready"] for each in devices(server)) == workers)
     image = {"prompt": "x", "size": "128x128"}
     requests = (
         request_bytes("/generate", SMALL),
@@ -136,28 +144,29 @@ def test_a_queued_job_whose_caller_left_never_runs(
         await asyncio.to_thread(wait_until, lambda: server.metric("klein_queue_size") == 0)
         return time.monotonic() - started
 
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(server.post, "/generate", SMALL)
-        wait_until(lambda: server.metric("klein_requests_running") == 1)
+    with ThreadPoolExecutor(workers) as pool:
+        first = [pool.submit(server.post, "/generate", SMALL) for _ in range(workers)]
+        wait_until(lambda: server.metric("klein_requests_running") == workers)
         for data in requests:
             left_s = [asyncio.run(leave(data)) for _ in range(ROUNDS if is_timed else 1)]
             assert not is_timed or min(left_s) < 0.25
         gate.touch()
 
-        assert first.result()[0] == 200
+        assert [each.result()[0] for each in first] == [200] * workers
     assert server.stop() == 0
-    assert trace.read_text().splitlines() == ["finished"]
+    assert trace.read_text().splitlines() == ["finished"] * workers
 
 
 @pytest.mark.slow
 @TIMED
+@WITH_SEVERAL
 def test_a_running_job_whose_caller_left_stops_within_a_step(
-    scripted, tmp_path, is_timed: bool
+    scripted, device: str, tmp_path, is_timed: bool
 ) -> None:
     """With steps of 100 ms the card is free 350 ms later at most, and the picture is never
     finished."""
     trace = tmp_path / "trace"
-    server = scripted("slow=4", f"trace={trace}")
+    server = scripted("slow=4", f"trace={trace}", device=device)
     server.wait_until_ready()
     data = request_bytes("/generate", SMALL | {"num_inference_steps": 40})
 
@@ -181,11 +190,14 @@ def test_a_running_job_whose_caller_left_stops_within_a_step(
 
 @pytest.mark.slow
 @TIMED
-def test_a_header_may_shorten_the_deadline_only(scripted, tmp_path: Path, is_timed: bool) -> None:
+@WITH_SEVERAL
+def test_a_header_may_shorten_the_deadline_only(
+    scripted, device: str, tmp_path: Path, is_timed: bool
+) -> None:
     """504 within half a second of `X-Klein-Deadline-S`, not to be repeated, its place free
     again; a longer wish than the service's own changes nothing."""
     gate = tmp_path / "gate"
-    server = scripted(f"gate={gate}", deadline_s=1.5)
+    server = scripted(f"gate={gate}", deadline_s=1.5, device=device)
     server.wait_until_ready()
 
     def late(wish_s: str) -> tuple[int, dict[str, str], float]:

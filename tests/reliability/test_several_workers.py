@@ -19,16 +19,12 @@ import pytest
 from tests.e2e.test_service import wait_until
 from tests.reliability.test_lifecycle import answer_of, in_service
 from tests.support.server import Server
+from tests.support.several import devices
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
 LARGE = {"prompt": "x", "width": 512, "height": 512}
 
 pytestmark = pytest.mark.slow
-
-
-def devices(server: Server) -> list[dict]:
-    """What /health says of each."""
-    return json.loads(server.get("/health")[2])["devices"]
 
 
 def wait_until_all_are_ready(server: Server, count: int = 3) -> None:

@@ -69,6 +69,7 @@ ROUTES = {
     "POST /v1/images",
     "POST /v1/images/edits",
     "POST /v1/images/generations",
+    "POST /v1/tokens",
     "POST /wake",
     "POST /wake_up",
 }

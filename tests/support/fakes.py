@@ -26,6 +26,7 @@ from app.domain import (
     Stage,
     Status,
 )
+from app.engine.models.flux2_klein import TOKENIZER
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.images import OutputFormat, encode
@@ -33,6 +34,7 @@ from app.images.preparing import Edit, Upload, prepare
 from app.limits import Limits
 from app.service.adapters import Adapters
 from app.service.previews import Previews
+from app.service.prompt_tokens import PromptTokens
 from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, warnings_of
 
 SECONDS: Mapping[str, float] = {
@@ -390,6 +392,7 @@ class FakeRuntime:
     decoders: FakeDecoders = field(default_factory=FakeDecoders)
     previews: Previews = field(default_factory=lambda: Previews(FakeDecoders()))
     workers: FakeWorkers = field(default_factory=FakeWorkers)
+    tokens: PromptTokens = field(default_factory=lambda: PromptTokens(TOKENIZER, 512))
     calls: list[str] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
 

@@ -8,6 +8,7 @@ import { SizeRules } from "./sizes.js";
 import { cost, model, page } from "./state.js";
 import { Refusal, askPicture } from "./stream.js";
 import { styled } from "./styles.js";
+import { countTokens } from "./tokens.js";
 import { about, some } from "./words.js";
 
 const NAME = "klein.form";
@@ -198,6 +199,7 @@ function whole(id, name) {
 
 /** Put what depends on the choices, and on what is known by now, into the form. */
 export function refreshForm() {
+  countTokens(styled($("prompt").value));
   if (!page.rules) return;
   const references = page.references;
   const steps = Number($("steps").value) || model.steps;
@@ -283,6 +285,7 @@ function fillForm(values) {
 }
 
 export function keepForm() {
+  countTokens(styled($("prompt").value));
   if (page.rules) keep(NAME, readForm());
 }
 

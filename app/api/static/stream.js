@@ -14,9 +14,10 @@ export class Refusal extends Error {
   }
 }
 
-/** GET `path`; a refusal carries the body too, since /health tells its state either way. */
-export async function ask(path, { key = "", method = "GET", signal } = {}) {
-  const response = await reach(path, { method, headers: authorization(key), signal, cache: "no-store" });
+/** GET `path`, or POST `json` to it; a refusal carries the body too, since /health tells its state either way. */
+export async function ask(path, { key = "", json, method = json ? "POST" : "GET", signal } = {}) {
+  const headers = { ...authorization(key), ...(json && { "content-type": "application/json" }) };
+  const response = await reach(path, { method, headers, signal, cache: "no-store", body: JSON.stringify(json) });
   const body = await response.json().catch(() => null);
   return { status: response.status, body };
 }

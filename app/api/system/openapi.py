@@ -19,6 +19,7 @@ from app.api.openai import fields as openai_fields
 from app.api.openai.stream_key import KEY, PATTERN
 from app.api.schema.fields import about_mask
 from app.images.formats import OUTPUT_FORMATS
+from app.limits import MAX_PROMPT
 from app.service import previews
 from app.service.service import ImageService
 
@@ -110,6 +111,19 @@ _JOB = {
 
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _REST = frozenset({"/sleep", "/wake", "/wake_up", "/is_sleeping"})
+_COUNTED = {
+    "type": "object",
+    "required": ["object", "tokens", "limit", "cut_at"],
+    "properties": {
+        "object": {"const": "tokens"},
+        "tokens": {"type": "integer", "description": "With the chat template around the prompt."},
+        "limit": {"type": "integer", "description": "What the model reads."},
+        "cut_at": {
+            "type": ["integer", "null"],
+            "description": "The first character that is not read; null where all are.",
+        },
+    },
+}
 _LEVEL = {
     "name": "level",
     "in": "query",
@@ -205,6 +219,25 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
     for path in _REST & paths.keys():
         for operation in paths[path].values():
             operation["responses"]["200"] = _reply("What the workers are at.", [_JSON], _RESTING)
+    paths["/v1/tokens"]["post"] |= {
+        "requestBody": {
+            "required": True,
+            "content": {
+                _JSON: {
+                    "schema": {
+                        "type": "object",
+                        "required": ["prompt"],
+                        "properties": {"prompt": {"type": "string", "maxLength": MAX_PROMPT}},
+                    },
+                    "example": {"prompt": "a red fox in the snow"},
+                }
+            },
+        },
+    }
+    paths["/v1/tokens"]["post"]["responses"] |= {
+        "200": _reply("The count.", [_JSON], _COUNTED),
+        **_errors((400, 415, 503)),
+    }
     if sleep := paths.get("/sleep"):
         sleep["post"]["parameters"] = [_LEVEL]
         sleep["post"]["responses"].update(_errors((400,)))

@@ -3,7 +3,7 @@
 All files are in the package: no build step, no third party, no inline script. The page needs no
 key, since it holds only the defaults of a published model; its API requests need one. The limits
 that the form keeps come from `GET /health`. The files are read once and sent whole: a Range is
-ignored. Comments and indentation are not sent; each line keeps its number.
+ignored. Comments, indentation and empty lines are not sent.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _TYPES = {
 }
 _COMMENTS = re.compile(r"^ *(?://[^\n]*|/\*(?s:.*?)\*/)$", re.MULTILINE)
 _INDENTATION = re.compile(r"^ +", re.MULTILINE)
+_EMPTY = re.compile(r"\n{2,}")
 _GAPS = re.compile(r"(?<=[:;,{}]) +| +(?=[{}])")
 """In styles, where no selector has one of these before a gap that counts."""
 _MODEL = b'<script type="application/json" id="model">null</script>'
@@ -80,9 +81,9 @@ def _answer(request: Request, body: bytes, media_type: str) -> Response:
 
 
 def _lean(path: Path) -> bytes:
-    """Read a file without indentation and the comments that fill lines, but with each line."""
-    text = _COMMENTS.sub(lambda comment: "\n" * comment[0].count("\n"), path.read_text("utf-8"))
-    bare = _INDENTATION.sub("", text)
+    """Read a file without indentation, empty lines and the comments that fill lines."""
+    text = _COMMENTS.sub("", path.read_text("utf-8"))
+    bare = _EMPTY.sub("\n", _INDENTATION.sub("", text))
     return (_GAPS.sub("", bare) if path.suffix == ".css" else bare).encode()
 
 
