@@ -220,9 +220,9 @@ class Pool:
         """In one word: ready, waking, asleep or yielding; empty for what no sleep explains."""
         if self.is_ready:
             return "ready"
-        states = {each.rest.state for each in self.serving if each.is_awaited}
-        if states:
-            return "waking" if RestState.WAKING in states else "asleep"
+        awaited = [each.rest for each in self.serving if each.is_awaited]
+        if awaited:
+            return "waking" if any(each.is_waking for each in awaited) else "asleep"
         return "yielding" if any(each.is_unavailable for each in self.serving) else ""
 
     @property

@@ -55,6 +55,11 @@ class Rest:
     failure: str = ""
     """Why the last wake failed, in words; empty once one has not."""
 
+    @property
+    def is_waking(self) -> bool:
+        """Whether it will be ready again without another wish."""
+        return self.state is not RestState.AWAKE and self.wakes_for is not None
+
     def sleep(self, cause: Cause) -> None:
         """Have it fall asleep once it may; one that sleeps goes on."""
         resting = (RestState.LEAVING, RestState.ASLEEP)
