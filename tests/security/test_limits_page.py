@@ -24,7 +24,7 @@ from app.engine.checkpoint import safetensors_header
 from app.images import decoder, pool, uploads
 from app.images.pool import DecoderPool
 from app.jobs import shares
-from app.service import previews
+from app.service import previews, prompt_tokens
 from app.settings import Settings
 from app.telemetry import tracing
 from app.worker import restarts
@@ -85,6 +85,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "pixels": (uploads.MAX_PIXELS, uploads.MAX_JPEG_PIXELS),
     "no room for a process": (DECODER.start_s,),
     "places while a body of more than 64 KiB, or of unknown length, is read": (1,),
+    "prompts that are counted (`/v1/tokens`)": (prompt_tokens.MOST_WAITING,),
     "images that wait": (Settings().queue_images,),
     "places kept for who was turned away": (shares.PRESENT_S,),
     "those turned away that are remembered": (shares.CLAIMS_MOST,),
