@@ -58,6 +58,11 @@ class Watched(Server):
         for thread in threads:
             thread.join()
 
+    def sleep(self) -> None:
+        """Have the worker sleep; the next picture wakes it."""
+        assert self.post("/sleep", {}, authorization=f"Bearer {KEY}")[0] == 200
+        self.wait_for_metric("klein_worker_asleep")
+
     def wait_for_metric(self, name: str, **labels: str) -> None:
         """Wait until the sample is above 0."""
         deadline = time.monotonic() + 30
@@ -82,7 +87,6 @@ def watched() -> Iterator[Watched]:
         assert server.ask("hang", x_klein_deadline_s="0.5") == 504
         server.wait_for_metric("klein_worker_restarts_total", reason="hang")
         server.wait_for_metric("klein_ready")
-        assert server.post("/sleep", {}, authorization=f"Bearer {KEY}")[0] == 200
-        server.wait_for_metric("klein_worker_asleep")
+        server.sleep()
         assert server.ask("a red circle") == 200
         yield server

@@ -146,6 +146,7 @@ def test_every_panel_shows_something(watched, prometheus) -> None:
             watched.ask(prompt)
         watched.edit()
         watched.overflow()
+        watched.sleep()
         missing = [
             query
             for query in missing

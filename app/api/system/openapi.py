@@ -56,9 +56,10 @@ _KEY = {
     "required": False,
     "description": (
         "Keeps a stream for a minute when its connection ends; the same key with the same body "
-        "reads it again from its start. Without `stream` it has no effect."
+        f"reads it again from its start. It must match `{PATTERN}`. Without `stream` it has no "
+        "effect, whatever it is."
     ),
-    "schema": {"type": "string", "pattern": f"^{PATTERN}$"},
+    "schema": {"type": "string"},
 }
 _NULLABLE = {"type": ["string", "null"]}
 _ERROR = {
