@@ -118,6 +118,7 @@ async def act(supervisor, listening):
     assert (tmp_path / "imports").read_text() == "once "
 
 
+@pytest.mark.full
 def test_a_killed_fork_server_costs_no_worker(tmp_path: Path) -> None:
     """The worker goes on; the next one comes from a new server."""
     act = """
@@ -134,6 +135,7 @@ async def act(supervisor, listening):
     assert play(tmp_path, act, "wave") == [True, True]
 
 
+@pytest.mark.full
 def test_without_a_fork_server_workers_are_spawned(tmp_path: Path) -> None:
     """A library that cannot be imported is reported by the worker, as it is at any start."""
     (tmp_path / "broken.py").write_text("raise OSError('libcuda.so: cannot open')\n")
@@ -145,6 +147,7 @@ async def act(supervisor, listening):
     assert play(tmp_path, act, "broken") is True
 
 
+@pytest.mark.full
 def test_a_groups_sigterm_is_the_services_to_handle(tmp_path: Path) -> None:
     """Service managers send it to every process; the server stays, and still tells of exits."""
     act = """
@@ -159,6 +162,7 @@ async def act(supervisor, listening):
     assert play(tmp_path, act, "wave") == [True, ["ready", "killed", "ready"]]
 
 
+@pytest.mark.full
 def test_imports_that_hang_are_a_start_that_took_too_long(tmp_path: Path) -> None:
     """The service ends with a sentence instead of waiting for ever."""
     (tmp_path / "hangs.py").write_text("import time\ntime.sleep(30)\n")
@@ -174,6 +178,7 @@ async def act(supervisor, listening):
     assert "took longer than 0.3 s" in sentence
 
 
+@pytest.mark.full
 def test_a_server_that_hangs_is_replaced(tmp_path: Path) -> None:
     """It is killed after a while, and the worker spawned; the next one has a new server."""
     act = """
@@ -191,6 +196,7 @@ async def act(supervisor, listening):
     assert play(tmp_path, act, "wave", ANSWER_S="0.4") == [True, True]
 
 
+@pytest.mark.full
 def test_a_worker_can_be_killed_without_its_server(tmp_path: Path) -> None:
     """Though the server that would report its end is gone, and it stands still."""
     act = """
@@ -209,6 +215,7 @@ async def act(supervisor, listening):
     assert play(tmp_path, act, "wave") in (False, "Z")
 
 
+@pytest.mark.full
 def test_ctrl_c_while_modules_are_imported_is_quiet(tmp_path: Path) -> None:
     """The whole group gets it, and the service alone answers."""
     (tmp_path / "takes_long.py").write_text(SLOW)
@@ -225,6 +232,7 @@ async def act(supervisor, listening):
     assert (done.stdout, done.stderr) == ("true\n", "")
 
 
+@pytest.mark.full
 def test_a_service_that_ends_takes_its_fork_server_along(tmp_path: Path) -> None:
     """Killed or not: nothing keeps its pipe open."""
     act = """
