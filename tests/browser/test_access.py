@@ -347,7 +347,7 @@ def test_tokens_are_counted_and_the_cut_is_shown(visit, klein) -> None:
     """While one types; nothing stands there for an empty prompt."""
     here = visit(klein).wait_until_ready()
     here.page.fill("#prompt", "a red circle")
-    here.page.wait_for_selector("#tokens:text('15 of')")
+    here.page.wait_for_selector("#tokens:text('of 512 tokens')")
     assert here.page.inner_text("#cut") == ""
     here.page.fill("#prompt", "red " * 700 + "the end")
     here.page.wait_for_selector("#cut:text('Not read from here on: ')")

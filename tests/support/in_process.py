@@ -18,12 +18,14 @@ from app.domain import (
     WorkerStage,
     WorkerStatus,
 )
+from app.engine.models.flux2_klein import TOKENIZER
 from app.engine.models.registry import find_spec
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.estimate import Estimator
 from app.jobs.queue import JobQueue
 from app.jobs.rate_limit import RateLimit
 from app.limits import Limits
+from app.service.prompt_tokens import PromptTokens
 from app.service.service import ImageService
 from app.telemetry.metrics import Metrics
 from tests.support.fakes import INFO, FakeDecoders
@@ -88,6 +90,7 @@ class InProcess:
         self.queue = JobQueue(capacity, clock=clock)
         self.metrics = Metrics(version="0")
         self.decoders = FakeDecoders()
+        self.tokens = PromptTokens(TOKENIZER, find_spec(model).max_sequence_length)
         self.service = ImageService(
             find_spec(model),
             Limits.of(find_spec(model), 4_194_304, scaled=scaled),

@@ -11,14 +11,15 @@ let pause = 0;
 
 /** Count those of `prompt` once nothing has changed for a moment. */
 export function countTokens(prompt) {
-  if (prompt === counted || !page.health) return;
+  if (prompt === counted || !page.health || document.hidden) return;
   counted = prompt;
   clearTimeout(pause);
   pause = setTimeout(async () => {
-    const { status, body } = await ask("v1/tokens", { key: page.key, json: { prompt } }).catch(() => ({}));
+    const { body } = await ask("v1/tokens", { key: page.key, json: { prompt } }).catch(() => ({}));
     if (prompt !== counted) return;
-    const isCut = status === 200 && body.cut_at !== null;
-    $("tokens").textContent = status === 200 && prompt ? `${body.tokens} of ${body.limit} tokens` : "";
-    $("cut").textContent = isCut ? `Not read from here on: ${[...prompt].slice(body.cut_at).slice(0, SHOWN).join("")}` : "";
+    const { tokens, limit, cut_at: cut = null } = body ?? {};
+    const lost = cut === null ? [] : [...prompt].slice(cut, cut + SHOWN);
+    $("tokens").textContent = prompt && tokens ? `${tokens} of ${limit} tokens` : "";
+    $("cut").textContent = lost.length ? `Not read from here on: ${lost.join("")}` : "";
   }, PAUSE_MS);
 }

@@ -33,7 +33,7 @@ _TYPES = {
 _COMMENTS = re.compile(r"^ *(?://[^\n]*|/\*(?s:.*?)\*/)$", re.MULTILINE)
 _INDENTATION = re.compile(r"^ +", re.MULTILINE)
 _EMPTY = re.compile(r"\n{2,}")
-_GAPS = re.compile(r"(?<=[:;,{}]) +| +(?=[{}])")
+_GAPS = re.compile(r"(?<=[:;,{}])[ \n]+| +(?=[{}])")
 """In styles, where no selector has one of these before a gap that counts."""
 _MODEL = b'<script type="application/json" id="model">null</script>'
 _HEADERS = {
@@ -84,7 +84,8 @@ def _lean(path: Path) -> bytes:
     """Read a file without indentation, empty lines and the comments that fill lines."""
     text = _COMMENTS.sub("", path.read_text("utf-8"))
     bare = _EMPTY.sub("\n", _INDENTATION.sub("", text))
-    return (_GAPS.sub("", bare) if path.suffix == ".css" else bare).encode()
+    is_sheet = path.suffix == ".css"
+    return (_GAPS.sub("", bare).replace(";}", "}") if is_sheet else bare).encode()
 
 
 def _describe(model: ModelSpec) -> bytes:
