@@ -51,7 +51,7 @@ def test_a_job_is_found_again_after_a_reload(visit, scripted, is_edit) -> None:
     if is_edit:
         here.upload(checkerboard(64))
     sent = []
-    here.page.on("request", lambda it: sent.append(it) if it.method == "POST" else None)
+    here.page.on("request", lambda it: sent.append(it) if "/v1/images/" in it.url else None)
     here.page.fill("#prompt", "the one that lasts")
     here.page.click("#make")
     here.page.wait_for_selector("#progress-text:text-matches('^Step [1-9]')")
