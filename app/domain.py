@@ -287,6 +287,8 @@ class ModelInfo:
     """What is missing on this machine: what it costs, and the command that mends it."""
     attention: str = ""
     """The kernel of the transformer's attention; empty where the libraries' own modules run."""
+    attention_choice: str = ""
+    """What `KLEIN_ATTENTION` calls that kernel; empty where *attention* is."""
     linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     """[out, in] of each linear layer of the transformer by diffusers' module: what an adapter of
     this model must fit; empty where none is taken."""

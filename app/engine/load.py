@@ -29,6 +29,7 @@ from app.engine.modules.attention import (
     KERNELS,
     AttentionKernel,
     check_attention,
+    choice_of,
     choose_attention,
 )
 from app.engine.pipeline.build import BuildOptions, OnProgress, build
@@ -68,7 +69,8 @@ class LoadedModel:
     plan: MemoryPlan
     features: tuple[str, ...]
     kernels: KernelsChoice
-    attention: str
+    attention: AttentionKernel | None
+    """None where the libraries' own modules run."""
     race: Results | None
     advice: tuple[str, ...] = ()
     """What is missing besides what our kernels need."""
@@ -93,7 +95,8 @@ class LoadedModel:
             warm_up_s=warm_up_s,
             load_s=load_s,
             advice=(*_kernels_advice(self.kernels), *self.advice),
-            attention=self.attention,
+            attention=self.attention.name if self.attention else "",
+            attention_choice=choice_of(self.attention) if self.attention else "",
             linear_shapes=self.components.adapters.shapes,
             race=self.race.milliseconds if self.race else {},
         )
@@ -186,7 +189,7 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
             checkpoint.layout,
         ),
         kernels=kernels,
-        attention="" if is_exact else kernel.name,
+        attention=None if is_exact else kernel,
         race=results,
         advice=() if facts is None or is_small else _format_advice(config, precision, facts),
     )

@@ -31,7 +31,9 @@ class CommonChoice:
             for each in self._pool.workers:
                 config = each.supervisor.config
                 each.supervisor.config = replace(
-                    config, precision=info.precision, attention=info.attention or config.attention
+                    config,
+                    precision=info.precision,
+                    attention=info.attention_choice or config.attention,
                 )
             return True
         is_alike = (info.precision, info.attention) == (chosen.precision, chosen.attention)

@@ -9,7 +9,7 @@ from app.worker.common_choice import CommonChoice
 from tests.support.fakes import INFO
 from tests.worker.conftest import CONFIG
 
-FP8 = replace(INFO, precision="fp8", attention="cuDNN")
+FP8 = replace(INFO, precision="fp8", attention="cuDNN", attention_choice="cudnn")
 
 
 def test_all_take_what_the_first_chose() -> None:
@@ -28,7 +28,8 @@ def test_all_take_what_the_first_chose() -> None:
 
     assert choice.admits(workers[0], FP8)
     assert {each.supervisor.config.precision for each in workers} == {"fp8"}
-    assert {each.supervisor.config.attention for each in workers} == {"cuDNN"}
+    # The setting's word for it: what people read of a kernel is another, and ends a start.
+    assert {each.supervisor.config.attention for each in workers} == {"cudnn"}
     assert choice.admits(workers[1], FP8)
     assert not choice.admits(workers[2], replace(FP8, attention="torch"))
     assert again == [workers[2]]

@@ -129,6 +129,11 @@ def choose_attention(
     return next(each for each in kernels if not kernel_fault(each, device, architecture))
 
 
+def choice_of(kernel: AttentionKernel) -> str:
+    """Return what `KLEIN_ATTENTION` calls *kernel*."""
+    return next(choice for choice, each in KERNELS.items() if each is kernel)
+
+
 def unusable(asked: str, fault: str) -> StartupError:
     """Return the error for a kernel that was asked for and cannot run here."""
     return StartupError(

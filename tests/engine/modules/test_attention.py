@@ -9,7 +9,14 @@ import torch
 
 from app.engine.models.registry import find_model
 from app.engine.modules import attention
-from app.engine.modules.attention import KERNELS, AttentionKernel, choose_attention, plain_attention
+from app.engine.modules.attention import (
+    KERNELS,
+    AttentionKernel,
+    check_attention,
+    choice_of,
+    choose_attention,
+    plain_attention,
+)
 from tests.support.layout_files import SPEC, latents, load_model
 
 pytestmark = pytest.mark.torch
@@ -76,3 +83,11 @@ def test_what_must_win_is_not_taken_without_a_race(monkeypatch):
 
     assert choose_attention(CPU, ARCHITECTURE) is KERNELS["torch"]
     assert choose_attention(CPU, ARCHITECTURE, "other") is KERNELS["other"]
+
+
+def test_what_was_taken_can_be_asked_for() -> None:
+    """By the setting's word, as the other cards of a service are told to."""
+    for kernel in KERNELS.values():
+        choice = choice_of(kernel)
+        check_attention(choice)
+        assert KERNELS[choice] is kernel
