@@ -239,11 +239,12 @@ class Runtime:
         for worker in self.workers.workers:
             device = worker.device
             self.metrics.add_device(device)
-            held = partial(self.service.held_memory.get, device.uuid)
-            if device.index is not None:
-                self.metrics.watch_gpu(cards.open(device).read, held)
-                if self._settings.yields == "auto":
-                    yielding.append(self._make_yielding(worker, cards.open(device).read))
+            if device.index is None:
+                continue
+            read = cards.open(device).read
+            self.metrics.watch_gpu(read, partial(self.service.held_memory.get, device.uuid))
+            if self._settings.yields == "auto":
+                yielding.append(self._make_yielding(worker, read))
         return yielding
 
     def _make_yielding(self, worker: Worker, read: Callable[[], GpuSnapshot | None]) -> Yielding:

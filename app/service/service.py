@@ -165,11 +165,7 @@ class ImageService:
             stage=WorkerStage.DRAINING if is_leaving else worker.progress.stage,
             is_ready=(worker.is_ready or worker.is_awaited) and not self._is_draining,
             progress=worker.progress.fraction,
-            reason="The service is shutting down."
-            if is_leaving
-            else ""
-            if worker.is_awaited
-            else worker.reason,
+            reason="The service is shutting down." if is_leaving else worker.reason,
             info=worker.info,
             queue_size=self._queue.size,
             queue_capacity=self._queue.capacity,
@@ -220,7 +216,7 @@ class ImageService:
         if self._is_draining:
             raise Unavailable.because("The service is shutting down", Kind.DRAINING, retry_s)
         if worker.state == "yielding":
-            raise Unavailable(f"{worker.reason}", kind=Kind.WORKER_DOWN, retry_after_s=retry_s)
+            raise Unavailable(worker.reason, kind=Kind.WORKER_DOWN, retry_after_s=retry_s)
         if worker.info is None:
             raise Unavailable.because("The model is still being loaded", Kind.LOADING, retry_s)
         if images > held:

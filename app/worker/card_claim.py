@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -39,8 +40,10 @@ class CardClaim:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            # An exchange that failed may have given up the shared lock.
-            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # An exchange that failed may have given up the shared lock; another service that asks
+            # at this moment may hold it alone.
+            with suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
         fcntl.flock(self._file, fcntl.LOCK_SH)
         return True

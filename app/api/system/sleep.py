@@ -24,7 +24,6 @@ _SAID = {
     "ready": "The model is ready on the card.",
     "asleep": "The worker sleeps and the card is free; the next request wakes it.",
     "waking": "The worker is waking.",
-    "yielding": "The card is left to another program.",
 }
 
 router = APIRouter(tags=["sleep"])
@@ -35,14 +34,14 @@ async def sleep(request: Request, runtime: Running) -> Response:
     """Have every worker end as soon as what was accepted is finished; the next request wakes it."""
     await _read_level(request)
     runtime.workers.sleep(Cause.ASKED)
-    return _answer(runtime, wants="asleep")
+    return _answer(runtime, wants_sleep=True)
 
 
 @router.post("/wake", summary="Load the model again")
 async def wake(request: Request, runtime: Running) -> Response:
     """Have every worker that sleeps start, one that has left its card to another program too."""
     runtime.workers.wake(Cause.ASKED)
-    return _answer(runtime, wants="ready")
+    return _answer(runtime)
 
 
 router.add_api_route(
@@ -73,13 +72,13 @@ async def _read_level(request: Request) -> None:
         )
 
 
-def _answer(runtime: Runtime, wants: str = "") -> Response:
-    """Say what the workers are at, and what was asked for where that is not so yet."""
+def _answer(runtime: Runtime, *, wants_sleep: bool = False) -> Response:
+    """Say what the workers are at, and that they will sleep where that was asked for."""
     current_request.get().outcome = "ok"
     status = runtime.service.status()
     sleeps = status.state in ("asleep", "yielding")
     body: dict[str, Any] = {"is_sleeping": sleeps, "state": status.state}
-    if wants == "asleep" and not sleeps:
+    if wants_sleep and not sleeps:
         body["message"] = "The worker sleeps as soon as what was accepted is finished."
     else:
         body["message"] = _SAID.get(status.state, status.reason)
