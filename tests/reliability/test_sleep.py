@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.test_service import wait_until
 from tests.support.server import Server
-from tests.support.several import WITH_SEVERAL
+from tests.support.several import WITH_SEVERAL, count_of
 from tests.support.timing import TIMED
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
@@ -67,12 +67,11 @@ def test_a_request_wakes_what_sleeps(scripted, device: str) -> None:
     ready, _, body = server.get("/health/ready")
     assert (ready, json.loads(body)["state"]) == (200, "asleep")
     assert server.metric("klein_ready") == 1
-    assert server.metric("klein_worker_asleep") == 1
+    assert server.metric("klein_worker_asleep") == count_of(device)
 
     with ThreadPoolExecutor(20) as pool:
         assert list(pool.map(lambda number: make(server, number), range(20))) == [200] * 20
-    workers = 3 if device == "cpu:3" else 1
-    wait_until(lambda: wakes(server) == [1.0] * workers)
+    wait_until(lambda: wakes(server) == [1.0] * count_of(device))
     assert server.metric("klein_worker_restarts_total", reason="startup") == 0
 
 
