@@ -76,6 +76,27 @@ def test_a_request_wakes_what_sleeps(scripted, device: str) -> None:
     assert server.metric("klein_worker_restarts_total", reason="startup") == 0
 
 
+@WITH_SEVERAL
+def test_a_stream_tells_that_it_waits_for_a_wake(scripted, device: str) -> None:
+    """With the seconds that the last one took, in a comment, before the first step; never else."""
+    server = scripted("load=0.3", device=device)
+    server.wait_until_ready()
+    body = {"prompt": "x", "size": "128x128", "stream": True}
+    told = []
+    for is_asleep in (True, True, False):
+        if is_asleep:
+            fall_asleep(server)
+        status, _, answer = server.post("/v1/images/generations", body)
+        assert status == 200
+        lines = answer.decode().splitlines()
+        assert any(line.startswith("event: image_generation.completed") for line in lines)
+        told.append([line for line in lines if line.startswith(": ")][:3])
+    assert [each[0] for each in told] == [": queued 0"] * 3
+    assert [each[1].split()[1] for each in told] == ["waking", "waking", "denoise"]
+    assert 0.25 < float(told[1][1].split()[2]) < 30
+    assert told[1][2].startswith(": denoise 1/")
+
+
 @pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.system)])
 def test_a_request_at_the_very_moment_of_sleep(scripted, times: int) -> None:
     """Before, while and after the worker goes: each gets its picture."""
