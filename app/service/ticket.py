@@ -17,7 +17,7 @@ from app.errors import Cancelled
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
-from app.service.results import Advance, Picture, Preview, Queued, TicketEvent
+from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, Waking
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
@@ -162,6 +162,8 @@ class Ticket:
         previews = 0
         try:
             yield Queued(self.queue.position(job))
+            if (seconds := self.service.wakes_in_s()) is not None:
+                yield Waking(seconds)
             while (progress := await moved.get()) is not None:
                 if progress.stage is not Stage.GPU_FREE:
                     yield progress

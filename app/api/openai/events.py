@@ -2,8 +2,9 @@
 
 Generations and edits differ in the prefix of each event's type. An error is sent in the one form
 that the SDK raises: an object under `error`. What OpenAI has no event for is sent as comments,
-which every client skips and the playground reads: `: queued 3`, `: denoise 2/4`,
-`: timing text;dur=21.5, ...` in the form of Server-Timing, `: peak 9876543210` in bytes.
+which every client skips and the playground reads: `: queued 3`, `: waking 4.0` in seconds where
+no worker is awake, `: denoise 2/4`, `: timing text;dur=21.5, ...` in the form of Server-Timing,
+`: peak 9876543210` in bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from app.api.pieces import Body, Data
 from app.domain import ImageSpec
 from app.errors import KleinError
 from app.request_context import current_request
-from app.service.results import Picture, Preview, Queued, describe_loras
+from app.service.results import Picture, Preview, Queued, Waking, describe_loras
 from app.service.ticket import Ticket
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ async def messages(
                     yield _write(f"{verb}.completed", event.data, rest)
                 elif isinstance(event, Queued):
                     yield f": queued {event.position}\n\n".encode()
+                elif isinstance(event, Waking):
+                    yield f": waking {event.seconds:.1f}\n\n".encode()
                 else:
                     yield f": {event.stage} {event.step}/{event.steps}\n\n".encode()
     except KleinError as error:
