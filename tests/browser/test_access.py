@@ -285,7 +285,7 @@ def test_a_hidden_page_asks_nothing_and_tells_when_it_is_done(visit, klein) -> N
             Object.defineProperty(document, "hidden", {get: () => true, configurable: true});
         }"""
     )
-    here.page.wait_for_function("() => window.notes.length")
+    here.wait_until("window.notes.length > 0")
 
     assert here.page.evaluate("window.notes") == ["2 pictures are done."]
 
