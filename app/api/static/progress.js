@@ -23,6 +23,11 @@ export class Clock {
     this.#onStep = onStep;
   }
 
+  /** Count its seconds from now on: it is the next. */
+  start() {
+    this.#started = performance.now();
+  }
+
   get seconds() {
     return (performance.now() - this.#started) / 1000;
   }
