@@ -108,7 +108,10 @@ def test_axe_finds_nothing_where_a_key_is_asked_for(visit, scripted, violations)
 
 
 def test_the_page_is_small(visit, klein) -> None:
-    """All that it loads, as it is sent, which is uncompressed."""
+    """All that it loads, page, sheet, scripts and icon: the bytes of the bodies as they are sent,
+    each file once, none compressed. The network's page and its script are another page; pictures,
+    the list of adapters and what `/health` says are the service's.
+    """
     here = visit(klein)
     loaded = {"/"}
     here.page.on("request", lambda it: loaded.add(it.url.removeprefix(klein.url)))
