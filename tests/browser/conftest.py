@@ -197,12 +197,15 @@ def adapter_of(id: str, **more: object) -> dict[str, object]:
 
 
 def answer_with(page: Page, *events: dict[str, object], comment: str = "") -> list[Request]:
-    """Let requests for a picture be answered with these events; return those requests."""
+    """Let requests be answered with these events for each picture; return those requests."""
     asked: list[Request] = []
-    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
 
     def answer(route: Route) -> None:
         asked.append(route.request)
+        is_json = "json" in route.request.headers["content-type"]
+        n = route.request.post_data_json["n"] if is_json else 1
+        indexed = [{**event, "image_index": index} for index in range(n) for event in events]
+        stream = "".join(f"data: {json.dumps(event)}\n\n" for event in indexed)
         route.fulfill(body=f": {comment}\n\n{stream}", content_type="text/event-stream")
 
     page.route(re.compile("/v1/images/(generations|edits)$"), answer)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from app.api.system import playground
 from tests.support.server import Server
 
 pytestmark = pytest.mark.slow
 
+STATIC = Path(playground.__file__).resolve().parent.parent / "static"
 TYPES = {
     "/": "text/html; charset=utf-8",
     "/static/playground.css": "text/css; charset=utf-8",
@@ -63,6 +66,25 @@ def test_no_limit_stands_in_the_page(service) -> None:
     for text in texts:
         assert {value for value in telling if re.search(rf"\b{value:.0f}\b", text)} == set()
         assert "MAX_SAFE_INTEGER" not in text
+
+
+def test_what_is_not_sent_of_a_script_is_a_comment() -> None:
+    """The end of a line from ` // ` on is left out, so no text in a script may hold that."""
+    texts = {path.name: path.read_text("utf-8") for path in STATIC.glob("*.js")}
+    ends = [
+        (name, line)
+        for name, text in texts.items()
+        for line in text.splitlines()
+        if " // " in line and not line.lstrip().startswith("//")
+    ]
+    within = [
+        (name, line)
+        for name, line in ends
+        if any(line.partition(" // ")[0].count(quote) % 2 for quote in "'\"`")
+    ]
+
+    assert len(ends) > 20
+    assert within == []
 
 
 def test_the_page_names_no_other_host(service) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.browser.conftest import answer_with, checkerboard, encoded
 
 pytestmark = pytest.mark.system
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Request
+
+    from tests.browser.conftest import Visit
+    from tests.support.server import Server
 
 DONE = {"type": "image_generation.completed", "seed": 7, "size": "64x64"}
 
@@ -45,22 +53,90 @@ def test_more_can_be_asked_for_while_one_runs(visit, scripted) -> None:
 
 
 def test_n_pictures_appear_in_a_grid_as_they_come(visit, scripted) -> None:
-    """One entry, with a place for each; a click on one shows it."""
-    server = scripted("slow=0.6")
+    """One request, with a place for each, and one entry where more is asked for; a click shows one
+    of them.
+    """
+    server = scripted("slow=2")
     server.wait_until_ready()
     here = visit(server).wait_until_ready().choose(seed=40, count=3)
+    sent = pictures_asked_for(here)
     here.page.fill("#prompt", "a stone")
     here.page.click("#make")
 
     assert here.page.locator("#batch li").count() == 3
 
     here.page.wait_for_selector("#batch li:nth-child(1) button:enabled")
+    here.page.wait_for_selector("#progress-text:text('Picture 2 of 3')")
 
     assert here.page.locator("#batch li:nth-child(3) button").is_disabled()
 
+    here.choose(seed=50, count=1)
+    here.page.click("#make")
+    here.page.wait_for_selector("#waiting-list li:nth-child(1) .note:text('1 of 3 done')")
+    here.page.press("#waiting-list li:nth-child(2) button.stop", "Enter")
     here.wait_for_picture()
     here.page.click("#batch li:nth-child(2) button")
     here.page.wait_for_selector("#caption-facts:text('seed 41')")
+
+    assert [(it.post_data_json["n"], it.post_data_json["seed"]) for it in sent] == [(3, 40)]
+
+
+def test_one_cancel_takes_back_all_pictures_of_a_job(visit, scripted) -> None:
+    """Those that wait too; what was made before stays."""
+    server = scripted("slow=2")
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready().choose(count=3)
+    here.page.fill("#prompt", "a stone")
+    here.page.click("#make")
+    here.page.wait_for_selector("#batch li:nth-child(1) button:enabled")
+    here.page.press("#cancel", "Enter")
+    here.page.wait_for_selector('#stage[aria-busy="false"]', state="attached")
+    deadline = time.monotonic() + 10
+    while any(queue_of(server)):
+        assert time.monotonic() < deadline
+
+        here.page.wait_for_timeout(100)
+
+    assert here.page.locator("#gallery li").count() == 1
+    assert server.metric("klein_images_total", mode="generate") == 1
+
+
+def test_a_reload_in_the_middle_finds_all_pictures_again(visit, scripted) -> None:
+    """Under the same name; the grid has those that were there, and none is made twice."""
+    server = scripted("slow=1")
+    server.wait_until_ready()
+    here = visit(server).wait_until_ready().choose(seed=40, count=3)
+    sent = pictures_asked_for(here)
+    here.page.fill("#prompt", "a stone")
+    here.page.click("#make")
+    here.page.wait_for_selector("#batch li:nth-child(1) button:enabled")
+    here.page.wait_for_selector("#progress-text:text('Picture 2 of 3')")
+    here.page.reload()
+    here.page.wait_for_selector("#batch li:nth-child(1) button:enabled")
+    here.page.wait_for_selector("#batch li:nth-child(3) button:enabled")
+    here.wait_for_picture()
+    labels = here.page.locator("#gallery button").evaluate_all("all => all.map(it => it.ariaLabel)")
+
+    assert [label.split(":")[0] for label in labels] == ["Seed 42", "Seed 41", "Seed 40"]
+    assert len({it.headers["idempotency-key"] for it in sent}) == 1
+    assert len({it.post_data for it in sent}) == 1
+    assert server.metric("klein_images_total", mode="generate") == 3
+
+
+def test_more_pictures_than_the_service_takes_are_asked_for_in_halves(visit, klein) -> None:
+    """Where it says that the number is what it refuses."""
+    here = visit(klein).wait_until_ready().choose(seed=40, side=64, count=5)
+    here.expected = ["Failed to load resource: the server responded with a status of 400"]
+    sent = pictures_asked_for(here)
+    error = {"message": "Too many.", "code": "invalid_value", "param": "n"}
+    here.page.route(
+        "**/generations", lambda it: it.fulfill(status=400, json={"error": error}), times=1
+    )
+    here.make("a stone")
+    asked = [(it.post_data_json["n"], it.post_data_json["seed"]) for it in sent]
+
+    assert asked == [(5, 40), (3, 40), (2, 43)]
+    assert here.page.locator("#gallery li").count() == 5
 
 
 def test_a_full_service_is_asked_again_after_a_countdown(visit, klein) -> None:
@@ -128,3 +204,16 @@ def test_many_pictures_in_a_row_are_not_refused(visit, klein) -> None:
     here.make("a lamp")
 
     assert here.page.locator("#gallery li").count() == 9
+
+
+def queue_of(server: Server) -> tuple[int, int]:
+    """How many pictures wait and run."""
+    queue = json.loads(server.get("/health")[2])["queue"]
+    return queue["size"], queue["running"]
+
+
+def pictures_asked_for(here: Visit) -> list[Request]:
+    """The requests for pictures that the page sends from now on."""
+    sent: list[Request] = []
+    here.page.on("request", lambda it: sent.append(it) if "/v1/images/" in it.url else None)
+    return sent

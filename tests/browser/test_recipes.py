@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -66,11 +67,11 @@ FLUX = {
 FOX = 'a fox 狐, "in" snow: für immer\nsecond line'
 
 
-def png_with(**texts: str) -> bytes:
-    """A PNG with these chunks; of what latin-1 lacks, UTF-8."""
+def png_with(*, is_compressed: bool = False, **texts: str) -> bytes:
+    """A PNG with these chunks, tEXt or zTXt; of what latin-1 lacks, iTXt with UTF-8."""
     info = PngInfo()
     for name, text in texts.items():
-        info.add_text(name, text)
+        info.add_text(name, text, zip=is_compressed)
     buffer = io.BytesIO()
     checkerboard(64).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -90,6 +91,9 @@ XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description xmlns:klein="urn:klein-server">'
     f"<klein:recipe>{KLEIN.replace('&', '&amp;')}</klein:recipe></rdf:Description></x:xmpmeta>"
 )
+PLAIN = "a lämp\nSteps: 5, Seed: 8, Size: 64x192"
+LAMP = ("a lämp", 5, 8, "64 × 192")
+COMFY_FOX = ("a comfy fox", 9, 77, "192 × 64")
 OURS = ("klein-server", "a fox, ours 狐", 3, 5, "64 × 128")
 THEIRS = ("AUTOMATIC1111", FOX, 6, 4294967295, "128 × 64")
 
@@ -99,14 +103,29 @@ THEIRS = ("AUTOMATIC1111", FOX, 6, 4294967295, "128 × 64")
     [
         (png_with(parameters=PARAMETERS, klein=KLEIN), "png", OURS),
         (png_with(parameters=PARAMETERS), "png", THEIRS),
-        (png_with(prompt=json.dumps(COMFY)), "png", ("ComfyUI", "a comfy fox", 9, 77, "192 × 64")),
+        (png_with(prompt=json.dumps(COMFY)), "png", ("ComfyUI", *COMFY_FOX)),
         (png_with(prompt=json.dumps(FLUX)), "png", ("ComfyUI", "a flux fox", 4, 78, "320 × 64")),
+        (png_with(is_compressed=True, parameters=PARAMETERS), "png", THEIRS),
+        (png_with(is_compressed=True, parameters=PLAIN), "png", ("AUTOMATIC1111", *LAMP)),
+        (png_with(is_compressed=True, prompt=json.dumps(COMFY)), "png", ("ComfyUI", *COMFY_FOX)),
         (commented("JPEG"), "jpeg", THEIRS),
         (commented("WEBP"), "webp", THEIRS),
         (commented("JPEG", xmp=XMP), "jpeg", OURS),
         (commented("WEBP", xmp=XMP), "webp", OURS),
     ],
-    ids=["ours", "a1111", "comfy", "flux", "jpeg", "webp", "our-jpeg", "our-webp"],
+    ids=[
+        "ours",
+        "a1111",
+        "comfy",
+        "flux",
+        "itxt",
+        "ztxt",
+        "ztxt-comfy",
+        "jpeg",
+        "webp",
+        "our-jpeg",
+        "our-webp",
+    ],
 )
 def test_a_dropped_picture_offers_its_settings(visit, klein, data, kind, expected) -> None:
     """Beside its use as a picture to work from."""
@@ -168,6 +187,31 @@ def test_a_picture_without_a_recipe_is_worked_from(visit, klein, chunk) -> None:
     if b"<lora" in chunk:
         here.page.click("#found-use")
     here.page.wait_for_selector("#references li", timeout=3_000)
+
+    assert not here.page.is_visible("#found-dialog")
+
+
+def chunk_of(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG, with its length and without its sum, which browsers pass over here."""
+    return struct.pack(">I", len(data)) + kind + data + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        chunk_of(b"zTXt", b"parameters\0\0" + zlib.compress(b" " * 200_000_000, 9)),
+        chunk_of(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(b"[" * 100_000_000, 9)),
+        chunk_of(b"zTXt", b"prompt\0\0" + zlib.compress(b" " * 4_000_000, 9)) * 50,
+        chunk_of(b"zTXt", b"parameters\0\0" + zlib.compress(PLAIN.encode("latin-1"))[:-9]),
+        chunk_of(b"zTXt", b"parameters\0\0no zlib"),
+    ],
+    ids=["bomb", "bomb-itxt", "many", "cut", "broken"],
+)
+def test_what_a_chunk_inflates_to_has_a_bound(visit, klein, chunks) -> None:
+    """Of all chunks of a file together; what is broken is no recipe."""
+    here = visit(klein).wait_until_ready()
+    drop(here, png_with()[:33] + chunks + png_with()[33:], "png")
+    here.page.wait_for_selector("#references li")
 
     assert not here.page.is_visible("#found-dialog")
 

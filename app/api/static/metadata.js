@@ -2,6 +2,9 @@
 // write as it does, or by ComfyUI. Files are somebody else's: whatever cannot be read is no recipe.
 
 const MOST_BYTES = 64 * 1024 * 1024;
+const MOST_INFLATED = 4 * 1024 * 1024; // bytes of all compressed texts of a file
+const PIECE = 1024; // bytes that are inflated at a time: they become a thousand times as many
+const NAMES = new Set(["klein", "parameters", "prompt"]);
 const MOST_LETTERS = [100_000, 4_000]; // of AUTOMATIC1111's text, and of its last line
 const text = (bytes, label = "utf-8") => new TextDecoder(label).decode(bytes);
 const latin = (bytes) => text(bytes, "latin1");
@@ -10,7 +13,7 @@ const latin = (bytes) => text(bytes, "latin1");
 export async function readRecipe(blob) {
   if (blob.size > MOST_BYTES) return null;
   try {
-    const found = readTexts(new Uint8Array(await blob.arrayBuffer()));
+    const found = await readTexts(new Uint8Array(await blob.arrayBuffer()));
     return fromKlein(found) ?? fromComfy(found.prompt) ?? fromParameters(found.parameters);
   } catch {
     return null;
@@ -27,21 +30,50 @@ function readTexts(bytes) {
 // ---------------------------------------------------------------------------------------------
 // Containers
 
-function pngTexts(bytes) {
+async function pngTexts(bytes) {
   const view = new DataView(bytes.buffer);
   const found = {};
+  let room = MOST_INFLATED;
+  const inflate = async (data) => {
+    const whole = await inflated(data, room);
+    room -= whole.length;
+    return whole;
+  };
   for (let at = 8; at + 12 <= bytes.length; at += 12 + view.getUint32(at)) {
     const type = latin(bytes.subarray(at + 4, at + 8));
     const data = bytes.subarray(at + 8, at + 8 + view.getUint32(at));
     const end = data.indexOf(0);
     const name = latin(data.subarray(0, end));
+    if (!NAMES.has(name)) continue;
     if (type === "tEXt") found[name] = latin(data.subarray(end + 1));
-    if (type === "iTXt" && data[end + 1] === 0) {
-      const language = data.indexOf(0, end + 3);
-      found[name] = text(data.subarray(data.indexOf(0, language + 1) + 1));
+    if (type === "zTXt") found[name] = latin(await inflate(data.subarray(end + 2)));
+    if (type === "iTXt") {
+      const words = data.subarray(data.indexOf(0, data.indexOf(0, end + 3) + 1) + 1);
+      found[name] = text(data[end + 1] ? await inflate(words) : words);
     }
   }
   return found;
+}
+
+/** At most `most` bytes, or it throws: a file of kilobytes may hold gigabytes. */
+async function inflated(data, most) {
+  let at = 0;
+  const pull = (into) => {
+    if (at >= data.length) into.close();
+    else into.enqueue(data.slice(at, (at += PIECE)));
+  };
+  const reader = new ReadableStream({ pull }).pipeThrough(new DecompressionStream("deflate")).getReader();
+  const pieces = [];
+  for (let left = most; ; ) {
+    const { done, value } = await reader.read();
+    if (done) return new Uint8Array(await new Blob(pieces).arrayBuffer());
+    left -= value.length;
+    if (left < 0) {
+      reader.cancel().catch(() => {});
+      throw new RangeError("too long");
+    }
+    pieces.push(value);
+  }
 }
 
 function jpegTexts(bytes) {

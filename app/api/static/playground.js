@@ -328,6 +328,6 @@ const onQueue = (size, askedAt) => queue.running.toReversed().forEach(({ clock }
 startPolling(() => queue.isBusy, onQueue);
 await gallery.load();
 if (gallery.newest && !page.shown) await display(gallery.newest);
-delete $("stage").dataset.loading;
 await restoreDesk();
 await queue.resume();
+delete $("stage").dataset.loading;

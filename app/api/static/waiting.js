@@ -26,10 +26,10 @@ export function prefix({ job, index }) {
   return job.count > 1 ? `Picture ${index + 1} of ${job.count}: ` : "";
 }
 
-/** All jobs with their places; of one alone that runs and has one picture, the bar says it all. */
+/** All jobs with their places; of one alone that runs, the bar and the grid say it all. */
 export function showWaiting(queue) {
   const { jobs } = queue;
-  const isOne = jobs.length === 1 && jobs[0].count === 1 && !jobs[0].isHeld && jobs[0].until === 0;
+  const isOne = jobs.length === 1 && !jobs[0].isHeld && jobs[0].until === 0;
   const wanted = isOne ? [] : jobs;
   for (const [job, item] of items) {
     if (wanted.includes(job)) continue;

@@ -3,7 +3,7 @@
 All files are in the package: no build step, no third party, no inline script. The page needs no
 key, since it holds only the defaults of a published model; its API requests need one. The limits
 that the form keeps come from `GET /health`. The files are read once and sent whole: a Range is
-ignored. Comments, indentation and empty lines are not sent.
+ignored. Comments, indentation and empty lines are not sent, nor what lies between two tags.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 _COMMENTS = re.compile(r"^ *(?://[^\n]*|/\*(?s:.*?)\*/)$", re.MULTILINE)
+_ENDS = re.compile(r" +// .*$", re.MULTILINE)
+"""Comments after a script's line; no text in the scripts holds one of these."""
+_BETWEEN = re.compile(r"(?<=>)\n(?=<)")
 _INDENTATION = re.compile(r"^ +", re.MULTILINE)
 _EMPTY = re.compile(r"\n{2,}")
 _GAPS = re.compile(r"(?<=[:;,{}])[ \n]+| +(?=[{}])")
@@ -81,11 +84,16 @@ def _answer(request: Request, body: bytes, media_type: str) -> Response:
 
 
 def _lean(path: Path) -> bytes:
-    """Read a file without indentation, empty lines and the comments that fill lines."""
+    """Read a file without what browsers pass over."""
     text = _COMMENTS.sub("", path.read_text("utf-8"))
     bare = _EMPTY.sub("\n", _INDENTATION.sub("", text))
-    is_sheet = path.suffix == ".css"
-    return (_GAPS.sub("", bare).replace(";}", "}") if is_sheet else bare).encode()
+    if path.suffix == ".css":
+        bare = _GAPS.sub("", bare).replace(";}", "}")
+    elif path.suffix == ".js":
+        bare = _ENDS.sub("", bare)
+    elif path.suffix == ".html":
+        bare = _BETWEEN.sub("", bare)
+    return bare.encode()
 
 
 def _describe(model: ModelSpec) -> bytes:
