@@ -9,6 +9,7 @@
     │   └── OutOfMemory
     ├── WorkerLost             the worker died or its CUDA context is lost; no retry
     └── StartupError           the service cannot start: one sentence and what to do
+        └── FilesFault         the model's files are missing, or cannot be used
 
 `Kind` crosses the pipe, and `app.api.errors` maps it to a status code. A message is for the client:
 one plain sentence with the fix, never a traceback, path or address.
@@ -143,6 +144,10 @@ class StartupError(KleinError):
     """The service cannot start; the message says why and what to do about it."""
 
     kind = Kind.STARTUP
+
+
+class FilesFault(StartupError):
+    """The model's files are missing, damaged or of another model; the message may name paths."""
 
 
 CLASSES: dict[Kind, type[KleinError]] = {

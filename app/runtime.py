@@ -19,7 +19,7 @@ from typing import Self
 import psutil
 
 from app import __version__
-from app.domain import Device, GpuSnapshot, Loss, ModelInfo
+from app.domain import Device, Loss, ModelInfo
 from app.engine import create_engine, imports
 from app.engine.config import EngineConfig
 from app.engine.models.flux2_klein import TOKENIZER
@@ -48,7 +48,7 @@ from app.service.prompt_tokens import PromptTokens
 from app.service.service import ImageService, warm_up_spec
 from app.settings import PER_CARD, Settings
 from app.telemetry.cards import Cards
-from app.telemetry.gpu import GpuFacts
+from app.telemetry.gpu import Gpu, GpuFacts
 from app.telemetry.lag import LoopLag
 from app.telemetry.metrics import Metrics
 from app.worker.card_claim import CardClaim
@@ -241,13 +241,13 @@ class Runtime:
             self.metrics.add_device(device)
             if device.index is None:
                 continue
-            read = cards.open(device).read
-            self.metrics.watch_gpu(read, partial(self.service.held_memory.get, device.uuid))
+            gpu = cards.open(device)
+            self.metrics.watch_gpu(gpu.read, partial(self.service.held_memory.get, device.uuid))
             if self._settings.yields == "auto":
-                yielding.append(self._make_yielding(worker, read))
+                yielding.append(self._make_yielding(worker, gpu))
         return yielding
 
-    def _make_yielding(self, worker: Worker, read: Callable[[], GpuSnapshot | None]) -> Yielding:
+    def _make_yielding(self, worker: Worker, gpu: Gpu) -> Yielding:
         uuid, settings = worker.device.uuid, self._settings
         held = self.service.held_memory
 
@@ -258,7 +258,8 @@ class Runtime:
         return Yielding(
             self.workers,
             worker,
-            read,
+            gpu.read,
+            holders=gpu.named_holders,
             reserved=reserved,
             is_busy=lambda: self.is_busy(worker.device),
             record=WarmRecord(settings.cache_dir, (*model, uuid, __version__)),

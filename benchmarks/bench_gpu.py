@@ -14,7 +14,7 @@ Phases, in the order in which they run without a choice:
     http        the service as a subprocess, one client, one request in flight
     starts      the service started, three times where the cache is empty
     workers     pictures on one card, on two and on as many as there are; one worker killed
-    sleep       the worker asleep and awake again, in turn
+    sleep       the worker asleep and awake again, in turn (--cycles, 30)
     lora        pictures with adapters beside pictures without, switches, loads from disk
     plans       every memory plan with the process capped just above its bar
     diffusers   the pipeline of diffusers with the same architecture, on the card and offloaded
@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--plan", action="append", help="only this plan, in phase plans")
     parser.add_argument("--precision", default="fp8", help="as KLEIN_PRECISION")
     parser.add_argument("--attention", default="auto", help="as KLEIN_ATTENTION")
+    parser.add_argument("--cycles", type=int, default=30, help="of sleep and wake, in phase sleep")
     parser.add_argument("--here", action="store_true", help="in this process, without a new one")
     asked = parser.parse_args()
     bench = Bench(
@@ -83,6 +84,7 @@ def main() -> int:
         tuple(asked.plan or ()),
         asked.precision,
         asked.attention,
+        asked.cycles,
     )
     if asked.here:
         for name in asked.phases:

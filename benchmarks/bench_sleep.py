@@ -9,10 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_http import connect, host_bytes, post, read_lines, serve
+from benchmarks.bench_http import connect, host_bytes, post, read_lines, serve, stages
 from benchmarks.rows import Bench, sha256, used_bytes
-
-_CYCLES = 30
 
 
 def measure(bench: Bench) -> None:
@@ -26,15 +24,16 @@ def measure(bench: Bench) -> None:
 
 
 def _cycles(bench: Bench, report: Path, pid: int, before: int | None) -> None:
-    wakes, sleeps, held, left = [], [], [], []
+    wakes, sleeps, held, left, opened, asked_at = [], [], [], [], [], 0.0
     pictures = {_picture(bench)}
-    for number in range(3 if bench.is_tiny else _CYCLES):
+    for number in range(bench.cycles):
         sleeps.append(_sleep(report))
         left.append(_left(before))
-        begun = time.perf_counter()
+        begun, asked_at = time.perf_counter(), time.time()
         pictures.add(_picture(bench))
         wakes.append(time.perf_counter() - begun)
         held.append(host_bytes(pid, "Pss"))
+        opened.append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
         print(f"  {number}: {sleeps[-1]:.2f} {wakes[-1]:.2f} {held[-1] / 1e9:.3f} GB", flush=True)
     facts: dict[str, Any] = {"width": bench.side, "height": bench.side}
     bench.write("klein.sleep", sleeps, nvml_bytes_before=before, nvml_bytes=max(left))
@@ -46,7 +45,9 @@ def _cycles(bench: Bench, report: Path, pid: int, before: int | None) -> None:
         different=len(pictures),
         host_bytes_first=held[min(2, len(held) - 1)],
         host_bytes_last=held[-1],
-        descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
+        descriptors_first=opened[min(2, len(opened) - 1)],
+        descriptors=opened[-1],
+        stages=stages(report, asked_at, list(_pids(report))[-1]),
     )
 
 

@@ -30,6 +30,8 @@ class Bench:
     plans: tuple[str, ...] = ()
     precision: str = "fp8"
     attention: str = "auto"
+    cycles: int = 30
+    """How many times the worker sleeps and wakes."""
 
     @property
     def device(self) -> int | None:

@@ -122,7 +122,7 @@ def _read_edit(
 async def _told(ticket: Ticket) -> AsyncGenerator[Event, None]:
     """Yield what happens to the only picture of *ticket*."""
     async with aclosing(ticket.events()) as events:
-        async for event in events:
+        async for _, event in events:
             if isinstance(event, Progress):
                 share = denoised(event.step, event.steps)
                 yield Step(f"{event.stage} {event.step}/{event.steps}", share)

@@ -45,7 +45,7 @@ from app.engine.quantization.select import (
 from app.engine.race.measure import capabilities, race
 from app.engine.race.results import Results, choose
 from app.engine.runtime.kernels_choice import EXACT, KernelsChoice, choose_kernels
-from app.errors import StartupError
+from app.errors import FilesFault, StartupError
 
 _log = logging.getLogger(__name__)
 
@@ -119,24 +119,26 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         config, device, architecture, is_small=is_small, has_kernels=kernels.is_on
     )
     precision = choose_precision(config.precision, facts, is_small=is_small)
-    path, revision = _find(config, precision, on_progress)
+    with _files_at_fault():
+        path, revision = _find(config, precision, on_progress)
     is_exact = precision.linears.is_exact
     with ExitStack() as stack:
-        checkpoint = open_checkpoint(
-            path,
-            elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
-            vae=None if config.vae is None else Path(config.vae),
-            is_mapped=config.offload == "disk" and is_exact,
-        )
-        stack.enter_context(checkpoint.files)
-        for part in (checkpoint.transformer, checkpoint.encoder, checkpoint.vae):
-            for source in part.sources:
-                disk.hold_published(source, Path(config.cache_dir))
-        if config.lora_fuse:
-            checkpoint.transformer = fuse(checkpoint.transformer, config.lora_fuse)
+        with _files_at_fault():
+            checkpoint = open_checkpoint(
+                path,
+                elsewhere=lambda: stack.enter_context(_downloaded(config, on_progress)),
+                vae=None if config.vae is None else Path(config.vae),
+                is_mapped=config.offload == "disk" and is_exact,
+            )
+            stack.enter_context(checkpoint.files)
+            for part in (checkpoint.transformer, checkpoint.encoder, checkpoint.vae):
+                for source in part.sources:
+                    disk.hold_published(source, Path(config.cache_dir))
+            if config.lora_fuse:
+                checkpoint.transformer = fuse(checkpoint.transformer, config.lora_fuse)
+            check_compatibility(checkpoint, architecture, is_ours=config.path is None)
         if precision.linears.also_from and checkpoint.transformer.quantized:
             precision = replace(precision, reason=precision.reason + _FROM_FP8)
-        check_compatibility(checkpoint, architecture, is_ours=config.path is None)
         if checkpoint.is_distilled not in (None, model.is_distilled):
             _log.warning(
                 "The folder says is_distilled=%s, but it is served as %s, which says otherwise.",
@@ -193,6 +195,24 @@ def load(config: EngineConfig, model: ModelSpec, on_progress: OnProgress) -> Loa
         race=results,
         advice=() if facts is None or is_small else _format_advice(config, precision, facts),
     )
+
+
+@contextmanager
+def _files_at_fault() -> Iterator[None]:
+    """Have errors of what is done with the model's files say so.
+
+    Raises:
+        FilesFault: a `StartupError` or an `OSError` came up; it says the same.
+    """
+    try:
+        yield
+    except StartupError as error:
+        raise FilesFault(error.message) from error
+    except OSError as error:
+        raise FilesFault(
+            f"{error.filename} cannot be read ({error.strerror}); put the model's files back, or "
+            "correct the path."
+        ) from error
 
 
 def _judge(

@@ -242,6 +242,10 @@ class JobQueue:
             speed += its_speed
         return filled_s + work_s / speed
 
+    def starts_in_s(self) -> float:
+        """Return the predicted seconds until the first device is awake; 0 while one is."""
+        return min(taker.starts_in_s() for taker in self.takers)
+
     def position(self, job: Job) -> int:
         """Return how many jobs start before *job*; 0 for the next one and for one that runs."""
         return self._waiting.position(job) if job.state is JobState.WAITING else 0

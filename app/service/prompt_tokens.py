@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from tokenizers.models import BPE
 
 from app.errors import Kind, Unavailable
 
+_log = logging.getLogger(__name__)
+
 _BEFORE = "<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """Qwen3's chat template around a prompt, without thinking (`app.engine.runtime.tokenizer`)."""
@@ -27,6 +30,9 @@ _WORDS = (
 )
 """Qwen2's pre-tokenizer: what is never merged into one token."""
 MOST_WAITING = 16
+
+_UNREAD = "The tokenizer's files are missing or cannot be read; the service's log says which."
+_UNREAD_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ class PromptTokens:
         """Count the tokens of *prompt*.
 
         Raises:
-            Unavailable: too many wait for that already.
+            Unavailable: too many wait for that already, or the tokenizer's files are missing.
         """
         if self._waiting >= MOST_WAITING:
             raise Unavailable.because("Too many prompts are being counted", Kind.QUEUE_FULL, 1)
@@ -72,12 +78,19 @@ class PromptTokens:
 
     def _count(self, prompt: str) -> Counted:
         if self._tokenizer is None:
-            self._tokenizer = _read(self._folder)
+            self._tokenizer = self._read()
         offsets = self._tokenizer.encode(_BEFORE + prompt + _AFTER).offsets
         cut_at = None
         if len(offsets) > self._limit:
             cut_at = min(max(offsets[self._limit][0] - len(_BEFORE), 0), len(prompt))
         return Counted(len(offsets), self._limit, cut_at)
+
+    def _read(self) -> Tokenizer:
+        try:
+            return _read(self._folder)
+        except Exception as error:  # The library raises no other.
+            _log.error("The tokenizer in %s cannot be read: %s", self._folder, error)
+            raise Unavailable(_UNREAD, kind=Kind.WORKER_DOWN, retry_after_s=_UNREAD_S) from None
 
 
 def _read(folder: Path) -> Tokenizer:

@@ -51,6 +51,13 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class Waking:
+    """Every worker sleeps or is waking; the first is predicted to be ready in *seconds*."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Preview:
     """An image decoded from the running latents, perhaps smaller than the final one."""
 
@@ -58,7 +65,7 @@ class Preview:
     picture: bytes = field(repr=False)
 
 
-TicketEvent = Queued | Progress | Preview | Picture
+TicketEvent = Queued | Waking | Progress | Preview | Picture
 """`Progress` is never of the stage `GPU_FREE`; the finished image is the last."""
 
 

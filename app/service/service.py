@@ -399,6 +399,10 @@ class ImageService:
             size,
         )
 
+    def wakes_in_s(self) -> float | None:
+        """Return the predicted seconds until a worker is awake; None where none has to wake."""
+        return self._queue.starts_in_s() if self._worker.is_awaited else None
+
     async def finish(self, job: Job, output: OutputFormat) -> Picture:
         """Wait for *job*, encode its image, and count it."""
         try:

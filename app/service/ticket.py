@@ -13,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app.domain import Generated, ImageSpec, Progress, Stage
-from app.errors import Cancelled
+from app.errors import Cancelled, KleinError
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
-from app.service.results import Advance, Picture, Preview, Queued, TicketEvent
+from app.service.results import Advance, Picture, Preview, Queued, TicketEvent, Waking
 
 if TYPE_CHECKING:
     from app.service.service import ImageService
@@ -81,7 +81,7 @@ class Admission:
 
 @dataclass(eq=False)
 class Ticket:
-    """One accepted request of n images. Await `pictures`, or read `events` where n is 1."""
+    """One accepted request of n images. Await `pictures`, or read `events`."""
 
     service: ImageService = field(repr=False)
     queue: JobQueue
@@ -148,34 +148,65 @@ class Ticket:
             self.cancel()
             await _end(finishing)
 
-    async def events(self) -> AsyncGenerator[TicketEvent, None]:
-        """Yield the events of the only job, its `Picture` last; closing the iterator cancels it.
+    async def events(self) -> AsyncGenerator[tuple[int, TicketEvent], None]:
+        """Yield each job's index and event, as they happen; a job's `Picture` is its last.
+
+        Closing the iterator cancels the jobs.
 
         Raises:
-            KleinError: the job failed.
+            KleinError: the first error, once the pictures that were made before it have come; the
+                other jobs are cancelled.
         """
-        (job,) = self.jobs
-        moved: asyncio.Queue[Progress | None] = asyncio.Queue()
-        job.on_progress = moved.put_nowait
-        finishing = asyncio.ensure_future(self.service.finish(job, self.output))
-        finishing.add_done_callback(lambda task: moved.put_nowait(None))
-        previews = 0
+        moved: asyncio.Queue[tuple[int, Progress | None]] = asyncio.Queue()
+        finishing = {}
+        for index, job in enumerate(self.jobs):
+            job.on_progress = partial(_tell, moved, index)
+            task = asyncio.create_task(self.service.finish(job, self.output))
+            task.add_done_callback(partial(_tell_end, moved, index))
+            finishing[index] = task
+        del job, task
+        previews = [0] * len(self.jobs)
+        errors: list[KleinError] = []
         try:
-            yield Queued(self.queue.position(job))
-            while (progress := await moved.get()) is not None:
+            for index, waits in self._waiting():
+                yield index, waits
+            while finishing:
+                index, progress = await moved.get()
+                if progress is None:
+                    try:
+                        picture = await finishing.pop(index)
+                    except KleinError as error:
+                        errors.append(error)
+                        self.cancel()
+                    else:
+                        yield index, picture
+                    continue
                 if progress.stage is not Stage.GPU_FREE:
-                    yield progress
+                    yield index, progress
                 if progress.preview is not None:
-                    data = await self.service.encode(
-                        progress.preview, self.output, {}, job.spec.scaled_to
-                    )
-                    yield Preview(previews, data)
-                    previews += 1
-            yield await finishing
+                    yield index, Preview(previews[index], await self._encode(index, progress))
+                    previews[index] += 1
+            if errors:
+                raise errors[0]
         finally:
+            errors.clear()  # each refers to this frame
             self.cancel()
-            await _end([finishing])
-            del finishing, job
+            await _end([*finishing.values()])
+            finishing.clear()
+
+    def _waiting(self) -> list[tuple[int, TicketEvent]]:
+        """Return what the jobs wait for: their places, and the wake, told with the first."""
+        found: list[tuple[int, TicketEvent]] = [
+            (index, Queued(self.queue.position(job))) for index, job in enumerate(self.jobs)
+        ]
+        if (seconds := self.service.wakes_in_s()) is not None:
+            found.append((0, Waking(seconds)))
+        return found
+
+    async def _encode(self, index: int, progress: Progress) -> bytes:
+        assert progress.preview is not None
+        scaled_to = self.jobs[index].spec.scaled_to
+        return await self.service.encode(progress.preview, self.output, {}, scaled_to)
 
 
 class Tickets:
@@ -204,6 +235,18 @@ class Tickets:
             self._of.pop(client, None)
 
 
+def _tell(
+    moved: asyncio.Queue[tuple[int, Progress | None]], index: int, progress: Progress
+) -> None:
+    moved.put_nowait((index, progress))
+
+
+def _tell_end(
+    moved: asyncio.Queue[tuple[int, Progress | None]], index: int, task: asyncio.Task[Picture]
+) -> None:
+    moved.put_nowait((index, None))
+
+
 def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None:
     """Return the error of the first of *tasks* to fail; those that followed are `Cancelled`."""
     errors = [task.exception() for task in tasks if task.done() and not task.cancelled()]
@@ -215,7 +258,8 @@ async def _end(tasks: list[asyncio.Task[Picture]]) -> None:
     """Cancel all of *tasks*, wait until they have ended, and drop them and their errors."""
     for task in tasks:
         task.cancel()
-    await asyncio.wait(tasks)
+    if tasks:
+        await asyncio.wait(tasks)
     for task in tasks:
         if not task.cancelled():
             task.exception()

@@ -20,7 +20,7 @@ from typing import NoReturn
 from app import logs
 from app.domain import Engine, Progress, Stage
 from app.engine.config import EngineConfig
-from app.errors import SEE_LOG, GenerationFailed, Kind, KleinError
+from app.errors import SEE_LOG, FilesFault, GenerationFailed, Kind, KleinError
 from app.request_context import RequestContext, current_request
 from app.worker.messages import (
     Cancel,
@@ -124,7 +124,7 @@ def _load(make_engine: EngineFactory, config: EngineConfig, outbox: Outbox) -> E
         outbox.put(engine.load(outbox.put))
     except KleinError as error:
         _log.debug("The model did not load.", exc_info=True)
-        outbox.put(StartFailed(error.message))
+        outbox.put(StartFailed(error.message, isinstance(error, FilesFault)))
     except Exception:
         _log.exception("The model could not be loaded.")
         outbox.put(StartFailed("The model could not be loaded; the log above says why."))

@@ -39,9 +39,13 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class StartFailed:
-    """Up: the model cannot be loaded; the worker exits after this."""
+    """Up: the model cannot be loaded; the worker exits after this.
+
+    *is_of_files* where the model's files are at fault, and no card.
+    """
 
     message: str
+    is_of_files: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ _HELD = (
     "The card is left to another program, which uses its memory; the service takes it back a "
     "minute after that is free, or at once by POST /wake."
 )
-_RETRY_S = 15.0
-"""After a wake that failed."""
+_RETRY_S = (15.0, 30.0, 60.0, 120.0)
+"""After so many wakes in a row that failed; each try takes the card, or the disk, from others."""
 
 
 class PoolEvents(Protocol):
@@ -96,6 +96,9 @@ class Worker:
         self.wake_s = 0.0
         """Seconds of its last start."""
         self.wake_began = 0.0
+        self.failed_wakes = 0
+        """In a row."""
+        self.next_try: asyncio.TimerHandle | None = None
         self.supervisor = make(device, self)
 
     def __repr__(self) -> str:
@@ -140,6 +143,7 @@ class Worker:
     def on_worker_ready(self, info: ModelInfo, seconds: float) -> None:
         """Pass it on, and start those that wait for it."""
         cause = self.rest.ready()
+        self.failed_wakes = 0
         self.wake_s = seconds if cause else info.load_s
         self._pool.events.on_worker_ready(self, info, seconds)
         if cause:
@@ -156,6 +160,7 @@ class Worker:
     def on_wake_failed(self, why: str) -> None:
         """Have it tried again later."""
         self.rest.failed(why)
+        self.failed_wakes += 1
         self._pool.retry(self)
 
     def on_worker_lost(self, reason: Loss) -> None:
@@ -334,7 +339,11 @@ class Pool:
             if worker.rest.failure and not worker.rest.is_held:
                 self.wake(Cause.RETRY, worker)
 
-        asyncio.get_running_loop().call_later(_RETRY_S, again)
+        # One at a time: whoever asks for a wake meanwhile, and sees it fail, begins no second row.
+        if worker.next_try:
+            worker.next_try.cancel()
+        delay_s = _RETRY_S[min(worker.failed_wakes, len(_RETRY_S)) - 1]
+        worker.next_try = asyncio.get_running_loop().call_later(delay_s, again)
 
     def _room(self) -> int:
         """Return how many more may load now."""

@@ -60,6 +60,11 @@ _NOT_WOKEN = (
     "the service's log says why, and it is tried again."
 )
 
+_WITHOUT_FILES = (
+    "The worker sleeps and could not be woken, since files of its model are missing or were "
+    "changed; the service's log says which, and it is tried again."
+)
+
 EXIT_START_FAILED = 1
 EXIT_CRASH_LOOP = 70
 """EX_SOFTWARE of sysexits.h; whatever started the service may restart it."""
@@ -154,6 +159,8 @@ class Supervisor:
         self._is_closing = False
         self._is_sleeping = False
         self._is_waking = False
+        self._not_woken = _NOT_WOKEN
+        """What clients are told of a wake that fails."""
         self.progress = LoadProgress(WorkerStage.STARTING)
         self.info: ModelInfo | None = None
         self.restart_count = 0
@@ -188,6 +195,7 @@ class Supervisor:
             return
         self._started_at = self._clock()
         self._overdue, self._lost_because = "", None
+        self._not_woken = _NOT_WOKEN
         self._watch_start()
         self._starts += 1
         launching = partial(launch, self._make_engine, self.config, self._log)
@@ -312,7 +320,8 @@ class Supervisor:
                 self._on_loading(message)
             case ModelInfo():
                 self._on_ready(message)
-            case StartFailed(text):
+            case StartFailed(text, is_of_files):
+                self._not_woken = _WITHOUT_FILES if is_of_files else _NOT_WOKEN
                 self._on_start_failed(text)
             case Pong():
                 self._unanswered = 0
@@ -388,8 +397,8 @@ class Supervisor:
         self._stop_watching()
         self._is_waking = False
         self._is_sleeping = True
-        self.progress = LoadProgress(WorkerStage.ASLEEP, None, _NOT_WOKEN)
-        self._events.on_wake_failed(_NOT_WOKEN)
+        self.progress = LoadProgress(WorkerStage.ASLEEP, None, self._not_woken)
+        self._events.on_wake_failed(self._not_woken)
 
     def _on_unstartable(self, error: Exception) -> None:
         """Try again, except at the first start where the error says what must be fixed first."""

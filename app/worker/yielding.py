@@ -1,8 +1,8 @@
 """Leaves a card to other programs that need it, and takes it back: the rule, and who applies it.
 
-NVML tells how much of a card's memory is in use, and outside of containers and WSL by whom. What is
-not the worker's own is others': its own is what it took when it was loaded, and what PyTorch has
-reserved since.
+NVML tells how much of a card's memory is in use. What is not the worker's own is others': its own
+is what it took when it was loaded, and what PyTorch has reserved since. Whose it is decides
+nothing; where NVML tells, the log names them, and no answer does.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from app.domain import GpuSnapshot
+from app.telemetry.gpu import Holder
 from app.worker.card_claim import CardClaim
 from app.worker.pool import Pool, Worker
 from app.worker.rest import Cause, RestState
@@ -22,6 +25,8 @@ from app.worker.warm_record import WarmRecord
 _log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
+_NAMED = 3
+"""Programs that a log line names, those that hold the most."""
 
 GROWTH_BYTES = 2**30
 """By so much others' use has grown since the least that was seen."""
@@ -100,8 +105,8 @@ class CardWatch:
 class Yielding:
     """Watches the card of one worker; `run` is a task.
 
-    *read* asks NVML, in a thread; *reserved* gives what PyTorch holds, *is_busy* whether a job runs
-    or waits. Where NVML gives no reading, nothing is done.
+    *read* and *holders* ask NVML, in a thread; *reserved* gives what PyTorch holds, *is_busy*
+    whether a job runs or waits. Where NVML gives no reading, nothing is done.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Yielding:
         worker: Worker,
         read: Callable[[], GpuSnapshot | None],
         *,
+        holders: Callable[[], Sequence[Holder]],
         reserved: Callable[[], int],
         is_busy: Callable[[], bool],
         record: WarmRecord,
@@ -119,6 +125,7 @@ class Yielding:
         self._pool = pool
         self._worker = worker
         self._read = read
+        self._holders = holders
         self._reserved = reserved
         self._is_busy = is_busy
         self._record = record
@@ -135,10 +142,11 @@ class Yielding:
         needed = self._record.needed_bytes
         if needed and self._watch.is_taken(needed):
             _log.warning(
-                "%s (%s) is left to what uses it now: %.1f GB are free, and %.1f GB are needed. "
+                "%s (%s) is left to what uses it now%s: %.1f GB are free, and %.1f GB are needed. "
                 "The worker starts once they are free for a minute, or when it is told to wake.",
                 self._worker.device.name,
                 self._worker.device.uuid,
+                self._who(),
                 reading.free / 1e9,
                 needed / 1e9,
             )
@@ -148,13 +156,20 @@ class Yielding:
         """Look once a second, until cancelled."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            self.look(await asyncio.to_thread(self._read))
+            if self.look(await asyncio.to_thread(self._read)):
+                # Once the worker was told: the other program's memory comes first.
+                _log.warning(
+                    "%s (%s) is left to another program, which needs its memory%s.",
+                    self._worker.device.name,
+                    self._worker.device.uuid,
+                    await asyncio.to_thread(self._who),
+                )
 
-    def look(self, snapshot: GpuSnapshot | None) -> None:
-        """Judge one reading, and have the worker sleep or wake."""
+    def look(self, snapshot: GpuSnapshot | None) -> bool:
+        """Judge one reading, and have the worker sleep or wake; return whether it left the card."""
         reading, rest, watch = self._reading(snapshot), self._worker.rest, self._watch
         if reading is None or watch is None:
-            return
+            return False
         now = self._clock()
         cause = None
         if rest.state is RestState.AWAKE and self._worker.supervisor.is_ready:
@@ -163,20 +178,42 @@ class Yielding:
         elif rest.state is RestState.ASLEEP and rest.is_held:
             cause = watch.asleep(reading, now)
         if cause is Cause.YIELD and self._claim.is_alone():
-            _log.warning(
-                "%s (%s) is left to another program, which needs its memory.",
-                self._worker.device.name,
-                self._worker.device.uuid,
-            )
             self._pool.sleep(cause, self._worker)
-        elif cause is Cause.CARD_FREE:
+            return True
+        if cause is Cause.CARD_FREE:
             self._pool.wake(cause, self._worker)
+        return False
 
     def close(self) -> None:
         """Release the claim."""
         self._claim.close()
 
+    def _who(self) -> str:
+        """Name who else is on the card, for the log; empty where NVML does not tell."""
+        try:
+            own = own_processes()
+        except psutil.Error:
+            return ""
+        return describe([each for each in self._holders() if each.pid not in own])
+
     def _reading(self, snapshot: GpuSnapshot | None) -> Reading | None:
         if snapshot is None:
             return None
         return Reading(snapshot.used_bytes, snapshot.total_bytes, self._reserved())
+
+
+def own_processes() -> Collection[int]:
+    """Return the ids of this process and of all that it has started, workers and their server."""
+    this = psutil.Process()
+    return {this.pid, *(each.pid for each in this.children(recursive=True))}
+
+
+def describe(holders: Sequence[Holder]) -> str:
+    """Write the first of *holders* as the rest of a sentence; empty without any."""
+    names = [
+        f"{each.name} (process {each.pid}"
+        + (f", {each.used_bytes / 1e9:.1f} GB)" if each.used_bytes else ")")
+        for each in holders[:_NAMED]
+    ]
+    more = len(holders) - len(names)
+    return f"; it is used by {', '.join(names)}" * bool(names) + f" and {more} more" * bool(more)

@@ -89,7 +89,7 @@ async def test_events_tell_the_life_of_one_picture():
     """Queued, then steps and previews, then the picture."""
     service = FakeService()
     ticket = service.submit([spec(previews=1)], client="a", output=OutputFormat("png"))
-    events = [event async for event in ticket.events()]
+    events = [event async for _, event in ticket.events()]
 
     assert isinstance(events[0], Queued)
     assert isinstance(events[-1], Picture)
@@ -102,7 +102,7 @@ async def test_a_scripted_error_comes_after_the_previews():
     service = FakeService(script=Script(error=OutOfMemory("No room."), previews_before_error=1))
     ticket = service.submit([spec(previews=2)], client="a", output=OutputFormat("png"))
     events = ticket.events()
-    kinds = [type(await anext(events)) for _ in range(4)]
+    kinds = [type((await anext(events))[1]) for _ in range(4)]
     with pytest.raises(OutOfMemory):
         await anext(events)
 

@@ -134,6 +134,63 @@ async def test_a_reader_that_comes_back_reads_all_of_it(at):
     assert (await at.ask()).text == text
 
 
+async def test_all_images_of_a_stream_are_kept(at):
+    """One key, one job: who comes back in the middle reads all from the start, and none is made
+    again.
+    """
+    await at.start()
+    at.worker.release.set()
+    run, gate = at.worker.run, asyncio.Event()
+
+    async def wait_for_the_second(job_id, spec, on_progress):
+        if spec.seed == 8:
+            await gate.wait()
+        return await run(job_id, spec, on_progress)
+
+    at.worker.run = wait_for_the_second
+    several = {"n": 3, "indexed": True}
+    first = at.read(**several)
+    await until(lambda: first.text.count("event: image_generation.completed") == 1)
+    await first.leave()
+    again = at.read(**several)
+    await until(lambda: "completed" in again.text)
+    (job,) = (await at.client.get("/v1/jobs")).json()["data"]
+    gate.set()
+    text = await again.end()
+
+    assert (job["images"], job["images_done"]) == (3, 1)
+    assert text.startswith(first.text)
+    assert [f'"image_index": {index},' in text for index in range(4)] == [True, True, True, False]
+    assert text.count("event: image_generation.completed\n") == 3
+    assert (await at.ask(**several)).text == text
+    assert at.worker.made == 3
+
+
+async def test_one_cancellation_takes_back_all_images_of_a_stream(at):
+    """Those that wait too; the stream ends with one error."""
+    await at.start()
+    reader = at.read(n=3, indexed=True)
+    await at.worker.started.wait()
+    (job,) = (await at.client.get("/v1/jobs")).json()["data"]
+    await at.client.delete(f"/v1/jobs/{job['id']}")
+    text = await reader.end()
+
+    assert text.count("client_closed_request") == 1
+    assert (at.runtime.queue.running, at.runtime.queue.size, at.worker.made) == (0, 0, 0)
+
+
+async def test_more_images_than_can_ever_be_kept_are_the_callers_mistake(at):
+    """Who asks for fewer, or without the key, gets them."""
+    await at.start()
+    at.worker.release.set()
+    large = {"n": 8, "indexed": True, "size": "2048x2048"}
+    error = error_of(await at.ask(**large))
+
+    assert (error["type"], error["param"]) == ("invalid_request_error", "n")
+    assert "at most 3 at a time" in str(error["message"])
+    assert at.runtime.queue.size == 0
+
+
 async def test_without_the_header_a_reader_takes_its_job_along(at):
     """As ever."""
     await at.start()
@@ -480,6 +537,7 @@ class TestRoom:
         assert kept.make_room("a", large) == texts + 3 * (2048 * 1024 + 3 * 256 * 256)
         assert kept.make_room("a", scaled) == texts + 3 * 3 * 1024 * 1024
         assert kept.make_room("a", replace(SPEC, width=4096, height=4096)) < MAX_BYTES
+        assert kept.make_room("a", SPEC, SPEC) == 2 * kept.make_room("a", SPEC)
 
     async def test_there_is_an_end_of_it(self):
         """Of all clients; what has ended takes what it has, and makes way once it was read."""

@@ -373,6 +373,21 @@ async def test_a_stream_shows_previews_first(target):
             assert f'"type": "{name[7:]}"' in data
 
 
+async def test_an_indexed_stream_carries_several_pictures(target):
+    """Strict types; the SDK goes on after the first `completed`, and shows `image_index`."""
+    fields = {"prompt": "a", "size": SMALL, "n": 3}
+    stream = await target.s.images.generate(
+        **fields, stream=True, extra_body={"seed": 4, "indexed": True}
+    )
+    events = [event async for event in stream]
+    plain = await target.c.images.generate(**fields, extra_body={"seed": 4})
+    pictures = {event.image_index: event.b64_json for event in events}
+
+    assert {event.type for event in events} == {"image_generation.completed"}
+    assert len(events) == 3
+    assert pictures == {index: each.b64_json for index, each in enumerate(plain.data)}
+
+
 async def test_a_stream_without_previews_is_one_event(target):
     """And an edit's events have names of their own."""
     stream = await target.s.images.generate(

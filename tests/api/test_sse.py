@@ -87,6 +87,46 @@ async def test_comments_tell_what_openai_has_no_event_for(client):
     assert text.index(": timing") > text.index("event: image_generation.partial_image")
 
 
+async def test_n_images_share_a_stream_whose_events_are_indexed(client):
+    """Each with the seed and the bytes that it has alone, previews of its own, and its usage."""
+    several = {"n": 3, "indexed": True, "seed": 5, "partial_images": 1, "size": "64x64"}
+    events = await stream(client, **several)
+    alone = await stream(client, seed=6, partial_images=1, size="64x64")
+    done = {
+        data["image_index"]: data for name, data in events if name == "image_generation.completed"
+    }
+    own = [data for _, data in events if data["image_index"] == 1]
+
+    assert {index: data["seed"] for index, data in done.items()} == {0: 5, 1: 6, 2: 7}
+    assert [data["type"] for data in own] == [name for name, _ in alone]
+    for data, (_, expected) in zip(own, alone, strict=True):
+        assert data | expected == data
+        assert data.keys() - expected.keys() == {"image_index"}
+    assert all("image_index" not in data for _, data in alone)
+
+
+async def test_comments_of_an_indexed_stream_begin_with_the_index(client):
+    """Of all that is not an event; one image may be indexed too."""
+    body = {"prompt": "a", "stream": True, "num_inference_steps": 1, "indexed": True}
+    texts = [(await client.post(ROUTE, json={**body, "n": n})).text for n in (1, 2)]
+    comments = [
+        [line.split()[1:3] for line in text.splitlines() if line.startswith(": ")] for text in texts
+    ]
+
+    assert comments[0][:3] == [["0", "queued"], ["0", "denoise"], ["0", "timing"]]
+    assert comments[1][:2] == [["0", "queued"], ["1", "queued"]]
+    assert {index for index, _ in comments[1]} == {"0", "1"}
+
+
+async def test_only_a_stream_is_indexed(client):
+    """Elsewhere the list has its order; several images in a stream need it, and are told so."""
+    for body, param in (({"indexed": True}, "indexed"), ({"stream": True, "n": 2}, "n")):
+        error = error_of(await client.post(ROUTE, json={"prompt": "a", **body}))
+
+        assert error["param"] == param
+        assert "indexed" in str(error["message"])
+
+
 @pytest.mark.parametrize("partials", [None, 0])
 async def test_without_previews_only_the_picture_comes(client, partials):
     """Exactly one event."""
@@ -204,6 +244,18 @@ async def test_an_edit_has_words_of_its_own(client):
 
     assert [name for name, _ in events] == ["image_edit.partial_image", "image_edit.completed"]
     assert events[-1][1]["usage"]["input_tokens_details"]["image_tokens"] == 16 * 8
+
+
+async def test_an_edits_stream_is_indexed_as_well(client):
+    """From a form, in which all values are texts."""
+    form = {"prompt": "a", "n": "2", "seed": "5", "stream": "true", "indexed": "true"}
+    files = [("image", photo(64, 64)), *((name, (None, text)) for name, text in form.items())]
+    events = parse((await client.post("/v1/images/edits", files=files)).text)
+
+    assert [(name, data["image_index"], data["seed"]) for name, data in events] == [
+        ("image_edit.completed", 0, 5),
+        ("image_edit.completed", 1, 6),
+    ]
 
 
 async def test_a_waiting_stream_is_kept_alive(serve, service):

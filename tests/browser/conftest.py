@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,21 @@ class Visit:
         assert not error.is_visible(), error.inner_text()
 
         return self.download()
+
+    def wait_until(self, expression: str, *, seconds: float = 15.0) -> Visit:
+        """Wait until *expression* is true in the page, which is asked again and again from here.
+
+        Playwright's `wait_for_function` asks in the page itself from the second time on, by `eval`,
+        which the page's own policy refuses: it fails whenever the first answer is no.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, (
+                f"after {seconds:.0f} s it is not true: {expression}"
+            )
+
+            self.page.wait_for_timeout(50)  # events go on meanwhile
+        return self
 
     def download(self) -> bytes:
         """Save the picture on show as a person would."""

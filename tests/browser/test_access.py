@@ -285,7 +285,7 @@ def test_a_hidden_page_asks_nothing_and_tells_when_it_is_done(visit, klein) -> N
             Object.defineProperty(document, "hidden", {get: () => true, configurable: true});
         }"""
     )
-    here.page.wait_for_function("() => window.notes.length")
+    here.wait_until("window.notes.length > 0")
 
     assert here.page.evaluate("window.notes") == ["2 pictures are done."]
 
@@ -329,6 +329,7 @@ def test_the_card_is_freed_and_taken_back(visit, scripted) -> None:
     here.page.wait_for_selector("text=Asleep; the next picture wakes it")
     here.choose(prompt="a red circle")
     here.page.click("#make")
+    here.page.wait_for_selector("#progress-text:text('Waking the model')")
     here.wait_until_ready()
     assert server.metric("klein_worker_wakes_total", cause="request") == 1
 

@@ -142,7 +142,7 @@ def test_previews_are_asked_for_when_they_are_seen(visit, scripted) -> None:
     asked: list[Request] = []
     here.page.on("request", lambda request: asked.append(request))
     here.offer(*hundred(), preview=png(checkerboard(64)))
-    here.page.wait_for_function("document.querySelector('#adapters-list img')?.naturalWidth === 64")
+    here.wait_until("document.querySelector('#adapters-list img')?.naturalWidth === 64")
     previews = [it for it in asked if it.url.endswith("/preview")]
 
     assert 0 < len(previews) < 20

@@ -174,7 +174,7 @@ def test_the_brush_follows_the_wheel_and_the_brackets(visit, klein) -> None:
     here.page.keyboard.press("[")
     here.page.hover("#mask-canvas")
     here.page.mouse.wheel(0, 100)
-    here.page.wait_for_function("() => document.getElementById('brush').value === '9'")
+    here.wait_until("document.getElementById('brush').value === '9'")
 
 
 def test_escape_asks_before_it_discards(visit, klein) -> None:

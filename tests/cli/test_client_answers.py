@@ -238,7 +238,9 @@ def test_what_is_asked_for_is_sent(place) -> None:
 def test_timings_and_warnings_are_told(capsys) -> None:
     """A warning once, however many pictures have it."""
     last = completed(b"x", warnings=["prompt cut to 64 tokens"])
-    made = stream("queued 1", "timing text;dur=21.5, total;dur=1500", "peak 1\n: x", last)
+    made = stream(
+        "queued 1", "waking 4.0", "timing text;dur=21.5, total;dur=1500", "peak 1\n: x", last
+    )
     with FakeService({HEALTH: [READY], GENERATIONS: [made]}) as service:
         assert main(["generate", "a", "--url", service.url, "-n", "2", "--json"]) == 0
 

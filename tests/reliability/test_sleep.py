@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.domain import Loss
+from app.engine.models.registry import find_model
 from tests.e2e.test_service import wait_until
 from tests.support.server import Server
-from tests.support.several import WITH_SEVERAL
+from tests.support.several import WITH_SEVERAL, count_of
 from tests.support.timing import TIMED
 
 SMALL = {"prompt": "x", "width": 128, "height": 128}
@@ -67,13 +70,33 @@ def test_a_request_wakes_what_sleeps(scripted, device: str) -> None:
     ready, _, body = server.get("/health/ready")
     assert (ready, json.loads(body)["state"]) == (200, "asleep")
     assert server.metric("klein_ready") == 1
-    assert server.metric("klein_worker_asleep") == 1
+    assert server.metric("klein_worker_asleep") == count_of(device)
 
     with ThreadPoolExecutor(20) as pool:
         assert list(pool.map(lambda number: make(server, number), range(20))) == [200] * 20
-    workers = 3 if device == "cpu:3" else 1
-    wait_until(lambda: wakes(server) == [1.0] * workers)
+    wait_until(lambda: wakes(server) == [1.0] * count_of(device))
     assert server.metric("klein_worker_restarts_total", reason="startup") == 0
+
+
+@WITH_SEVERAL
+def test_a_stream_tells_that_it_waits_for_a_wake(scripted, device: str) -> None:
+    """With the seconds that the last one took, in a comment, before the first step; never else."""
+    server = scripted("load=0.3", device=device)
+    server.wait_until_ready()
+    body = {"prompt": "x", "size": "128x128", "stream": True}
+    told = []
+    for is_asleep in (True, True, False):
+        if is_asleep:
+            fall_asleep(server)
+        status, _, answer = server.post("/v1/images/generations", body)
+        assert status == 200
+        lines = answer.decode().splitlines()
+        assert any(line.startswith("event: image_generation.completed") for line in lines)
+        told.append([line for line in lines if line.startswith(": ")][:3])
+    assert [each[0] for each in told] == [": queued 0"] * 3
+    assert [each[1].split()[1] for each in told] == ["waking", "waking", "denoise"]
+    assert 0.25 < float(told[1][1].split()[2]) < 30
+    assert told[1][2].startswith(": denoise 1/")
 
 
 @pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.system)])
@@ -150,6 +173,50 @@ def test_a_wake_that_fails_is_said_and_tried_again(scripted, tmp_path: Path) -> 
         assert waiting.result() == 200
     assert server.metric("klein_worker_restarts_total", reason="startup") == 0
     assert state(server) == "ready"
+
+
+@pytest.mark.full
+def test_files_that_are_gone_while_it_sleeps(tmp_path: Path) -> None:
+    """The next wake says so: 503 without a path, the log with it, no restart; it recovers."""
+    folder, away, cache = tmp_path / "model", tmp_path / "away", tmp_path / "cache"
+    shutil.copytree(find_model("shapes").folder, folder)
+    settings = {"variant": "shapes", "device": "cpu", "precision": "int8", "cache_dir": cache}
+    with Server("--model", str(folder), **settings) as server:
+
+        def picture() -> bytes:
+            status, _, body = server.post("/generate", {**SMALL, "seed": 7})
+            assert status == 200, body
+            return body
+
+        first = picture()
+        kept = sorted((cache / "converted").iterdir())
+        assert kept
+        vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        for victim, named in ((folder, folder), (vae, vae.parent)):
+            fall_asleep(server)
+            victim.rename(away)
+            before = len(server.lines)
+            ask(server, "/wake")
+            wait_until(lambda: state(server) == "yielding")
+            answers = [server.get("/health/ready"), server.post("/generate", SMALL)]
+            if victim == folder:
+                answers.append(server.post("/v1/tokens", {"prompt": "x"}))
+            for status, _, body in answers:
+                assert status == 503
+                assert str(tmp_path).encode() not in body
+                assert b"files" in body
+            assert "files of its model are missing" in str(answers[0][2])
+            assert f"{named}" in "".join(server.lines[before:])
+            assert server.metric("klein_ready") == 0
+            away.rename(victim)
+            ask(server, "/wake")
+            assert picture() == first
+        fall_asleep(server)
+        shutil.rmtree(cache / "converted")
+        assert picture() == first
+        assert sorted((cache / "converted").iterdir()) == kept
+        for reason in Loss:
+            assert server.metric("klein_worker_restarts_total", reason=reason) == 0
 
 
 @WITH_SEVERAL

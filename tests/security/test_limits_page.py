@@ -91,6 +91,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "those turned away that are remembered": (shares.CLAIMS_MOST,),
     "jobs that `/v1/jobs` lists and cancels": (jobs.MAX_LISTED,),
     "streams with an `Idempotency-Key`": (kept_streams.MAX_BYTES, kept_streams.MAX_STREAMS),
+    "pictures of one such stream": (limits.three_quarters(kept_streams.MAX_BYTES),),
     "a kept stream without a reader": (kept_streams.LIFETIME_S,),
     "readers of a kept stream": (kept_streams.MAX_READERS,),
     "links to pictures": (image_store.MAX_BYTES, image_store.MAX_COUNT),

@@ -110,15 +110,64 @@ async def test_the_first_error_ends_the_whole_ticket(at) -> None:
 
 async def test_events_end_with_the_picture_or_the_error(at) -> None:
     """A stream of one image; the next job's error comes out of the iterator."""
-    events = [event async for event in at.service.submit([SPEC], client="a", output=PNG).events()]
+    ticket = at.service.submit([SPEC], client="a", output=PNG)
+    events = [event async for _, event in ticket.events()]
     at.worker.errors[2] = GenerationFailed("It could not be made.")
     failing = at.service.submit([SPEC], client="a", output=PNG).events()
 
     assert isinstance(events[0], Queued)
     assert isinstance(events[-1], Picture)
-    assert await anext(failing) == Queued(0)
+    assert await anext(failing) == (0, Queued(0))
     with pytest.raises(GenerationFailed):
         await anext(failing)
+
+
+async def test_the_events_of_several_say_which_image_they_are_of(at) -> None:
+    """Each is queued behind the one before, and comes as soon as it is done."""
+    ticket = at.service.submit([SPEC] * 3, client="a", output=PNG)
+    events = [event async for event in ticket.events()]
+    pictures = [index for index, event in events if isinstance(event, Picture)]
+
+    assert [(index, event.position) for index, event in events[:3]] == [(0, 0), (1, 1), (2, 2)]
+    assert pictures == [0, 1, 2]
+    assert isinstance(events[-1][1], Picture)
+
+
+async def test_the_first_error_ends_the_events_of_all(at) -> None:
+    """The picture before it has come; the third is never made, and its place is free."""
+    at.worker.errors[2] = GenerationFailed("It could not be made.")
+    run, pictures = at.worker.run, []
+
+    async def run_two(job_id, spec, on_progress):
+        if at.worker.made == 2:
+            await asyncio.Event().wait()
+        return await run(job_id, spec, on_progress)
+
+    at.worker.run = run_two
+    ticket = at.service.submit([SPEC] * 3, client="a", output=PNG)
+
+    async def read() -> None:
+        async for index, event in ticket.events():
+            pictures.extend([index] * isinstance(event, Picture))
+
+    with pytest.raises(GenerationFailed):
+        await read()
+    await at.queue.wait_until_empty()
+
+    assert pictures == [0]
+    assert at.worker.made == 2
+
+
+async def test_closing_the_events_of_several_cancels_all(at) -> None:
+    """Also those that wait."""
+    at.worker.release.clear()
+    events = at.service.submit([SPEC] * 3, client="a", output=PNG).events()
+    await anext(events)
+    await at.worker.started.wait()
+    await events.aclose()
+    await at.queue.wait_until_empty()
+
+    assert at.worker.made == 0
 
 
 async def test_leaving_cancels_what_waits(at) -> None:

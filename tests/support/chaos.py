@@ -133,13 +133,13 @@ async def drain_at(server: Server, moment_s: float, *, requests: int = 6) -> Dra
     return Drained(answers, exit_code)
 
 
-async def drain_often(times: int, *, seed: int) -> list[Drained]:
+async def drain_often(times: int, *, seed: int, device: str = "cpu") -> list[Drained]:
     """Drain *times* services, one after the other, each at a random moment."""
     chance = random.Random(seed)
     found = []
     for _ in range(times):
         server = Server(
-            "slow=0.06", module="tests.support.scripted_engine", model="shapes", device="cpu"
+            "slow=0.06", module="tests.support.scripted_engine", model="shapes", device=device
         )
         try:
             await asyncio.to_thread(server.wait_until_ready)

@@ -3,7 +3,7 @@ answers unless told otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -33,11 +33,14 @@ class FakeNvml:
         *cards: FakeCard,
         has_power: bool = True,
         used_bytes: int = 9_000_000_000,
+        processes: Mapping[int, int | None] | None = None,
     ) -> None:
+        """*processes* are bytes by process id; the driver does not tell them where it is None."""
         self.reads = 0
         self._cards = cards or (FakeCard(),)
         self._has_power = has_power
         self._used_bytes = used_bytes
+        self._processes = processes
 
     def nvmlInit(self) -> None:
         """Nothing to start."""
@@ -97,7 +100,9 @@ class FakeNvml:
         return (8, 6)
 
     def nvmlDeviceGetComputeRunningProcesses(self, card: int) -> list[SimpleNamespace]:
-        return []
+        if self._processes is None:
+            raise self.NVMLError("not supported")
+        return [SimpleNamespace(pid=p, usedGpuMemory=b) for p, b in self._processes.items()]
 
     def nvmlDeviceGetGraphicsRunningProcesses(self, card: int) -> list[SimpleNamespace]:
         return []

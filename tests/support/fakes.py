@@ -286,22 +286,24 @@ class FakeTicket:
         finally:
             self.cancel()
 
-    async def events(self) -> AsyncGenerator[TicketEvent, None]:
-        """Tell the life of the only image; closing the iterator cancels it."""
-        (spec,) = self.specs
+    async def events(self) -> AsyncGenerator[tuple[int, TicketEvent], None]:
+        """Tell the life of the images, one after another; closing the iterator cancels them."""
         try:
-            yield Queued(0)
+            for index in range(len(self.specs)):
+                yield index, Queued(index)
             await self._wait()
-            steps = spec.num_inference_steps
-            for step in range(1, steps + 1):
-                yield Progress(Stage.DENOISE, step, steps)
-                if self.script.error is not None and step > self.script.previews_before_error:
+            for index, spec in enumerate(self.specs):
+                steps = spec.num_inference_steps
+                for step in range(1, steps + 1):
+                    yield index, Progress(Stage.DENOISE, step, steps)
+                    if self.script.error is not None and step > self.script.previews_before_error:
+                        self._end()
+                        raise self.script.error
+                    if step <= spec.previews:
+                        yield index, Preview(step - 1, paint(spec, self.output))
+                if index == len(self.specs) - 1:
                     self._end()
-                    raise self.script.error
-                if step <= spec.previews:
-                    yield Preview(step - 1, paint(spec, self.output))
-            self._end()
-            yield self._picture(spec)
+                yield index, self._picture(spec)
         finally:
             self.cancel()
 

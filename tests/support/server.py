@@ -132,14 +132,14 @@ class Server:
                 return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
 
     def metric(self, name: str, **labels: str) -> float:
-        """One sample of a scrape; 0 where it is absent."""
+        """The sum of a scrape's samples that have these labels; 0 where there is none."""
         text = self.get("/metrics")[2].decode()
-        for line in text.splitlines():
-            if not re.match(rf"{name}[{{ ]", line):
-                continue
-            if all(f'{key}="{value}"' in line for key, value in labels.items()):
-                return float(line.rsplit(" ", 1)[1])
-        return 0.0
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in text.splitlines()
+            if re.match(rf"{name}[{{ ]", line)
+            and all(f'{key}="{value}"' in line for key, value in labels.items())
+        )
 
     def worker_pid(self) -> int:
         """The process id of the only worker."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from app.domain import Device, LoadProgress, Loss, WorkerStage
 from app.worker.pool import Pool
+from app.worker.rest import Cause
 from tests.support.fakes import INFO
 
 
@@ -27,6 +30,15 @@ class Scripted:
     def start(self) -> None:
         """Have a process."""
         self.has_started, self.pid = True, 100 + (self.device.index or 0)
+
+    def sleep(self) -> None:
+        """Have no process."""
+        self.is_ready, self.pid = False, None
+        self.events.on_asleep()
+
+    def wake(self) -> None:
+        """Find something amiss."""
+        self.events.on_wake_failed("no files")
 
     def become_ready(self, *, max_pixels: tuple[int, ...] = ()) -> None:
         """Have loaded."""
@@ -63,6 +75,9 @@ class Listening:
     def on_worker_lost(self, worker, reason) -> None:
         """One was lost."""
         self.heard.append(("lost", worker.device.index, reason))
+
+    def on_asleep(self, worker) -> None:
+        """One sleeps."""
 
     def on_left_out(self, worker) -> None:
         """One is left out."""
@@ -187,3 +202,32 @@ def test_a_start_counts_those_that_load_again() -> None:
     assert not third.has_started
     first.become_ready()
     assert third.has_started
+
+
+def test_a_wake_that_fails_is_tried_again_less_and_less(monkeypatch) -> None:
+    """In one row, however often a wake is asked for meanwhile; and anew after one that succeeds."""
+    left: list[tuple[float, Callable[[], None]]] = []
+
+    def call_later(delay_s: float, act: Callable[[], None]) -> SimpleNamespace:
+        left[:] = [*left, (delay_s, act)]
+        return SimpleNamespace(cancel=left.clear)
+
+    loop = SimpleNamespace(call_later=call_later)
+    monkeypatch.setattr("app.worker.pool.asyncio.get_running_loop", lambda: loop)
+    pool, (worker,), _ = pool_of(1)
+    worker.become_ready()
+    pool.sleep(Cause.ASKED)
+    pool.wake(Cause.ASKED)
+    waited = []
+    for _ in range(5):
+        ((delay_s, act),) = tuple(left)
+        waited.append(delay_s)
+        act()
+    assert waited == [15, 30, 60, 120, 120]
+    pool.wake(Cause.ASKED)
+    assert len(left) == 1
+    assert pool.reason == "no files"
+    worker.become_ready()
+    pool.sleep(Cause.ASKED)
+    pool.wake(Cause.ASKED)
+    assert [delay_s for delay_s, _ in left] == [15]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from app.domain import GpuSnapshot
+from app.telemetry.gpu import Gpu, Holder
 from app.worker.card_claim import CardClaim
 from app.worker.idle import IdleSleep
 from app.worker.rest import Cause, Rest, RestState
 from app.worker.warm_record import WarmRecord
-from app.worker.yielding import CardWatch, Reading, Yielding
+from app.worker.yielding import CardWatch, Reading, Yielding, describe
+from tests.e2e.test_service import wait_until
+from tests.support.fake_nvml import FakeNvml
 
 GB, MIB = 10**9, 2**20
 TOTAL = 12 * GB
@@ -128,7 +137,9 @@ def snapshot(used: int) -> GpuSnapshot:
     return GpuSnapshot("RTX", "GPU-a", used, TOTAL, None, None, None)
 
 
-def yielding(tmp_path: Path, first: GpuSnapshot | None, *, is_alone: bool = True):
+def yielding(
+    tmp_path: Path, first: GpuSnapshot | None, *, is_alone: bool = True, read=None, holders=tuple
+):
     """A watcher of a worker that is ready, its pool and its worker."""
     pool = FakePool()
     worker = SimpleNamespace(
@@ -139,7 +150,8 @@ def yielding(tmp_path: Path, first: GpuSnapshot | None, *, is_alone: bool = True
     watcher = Yielding(
         pool,
         worker,
-        lambda: first,
+        read or (lambda: first),
+        holders=holders,
         reserved=lambda: 8 * GB,
         is_busy=lambda: False,
         record=WarmRecord(tmp_path, ("klein", "GPU-a")),
@@ -160,6 +172,80 @@ def test_it_is_applied_to_the_worker(tmp_path: Path) -> None:
     for _ in range(70):
         watcher.look(snapshot(GB))
     assert pool.asked == [Cause.YIELD, Cause.CARD_FREE]
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    """The id of a process that is not this one's, whose name would clear a terminal."""
+    rename = r"open('/proc/self/comm', 'wb').write(b'\x1b[2J\nga\xffme'); print(os.getpid())"
+    code = f"import os, sys\nif os.fork() == 0:\n {rename}; sys.stdout.flush(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as between:
+        pid = int(between.stdout.readline())
+        wait_until(lambda: psutil.Process(pid).ppid() != between.pid)
+        yield pid
+
+
+@pytest.fixture
+def own() -> Iterator[int]:
+    """The id of a process that this one has started."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        yield process.pid
+
+
+async def test_the_log_names_who_has_the_card(
+    tmp_path: Path, stranger: int, own: int, caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    """As far as NVML tells: never the service's own processes, nor what a terminal would obey."""
+    monkeypatch.setattr("app.telemetry.gpu._FIRST_NAMESPACE", namespace())
+    monkeypatch.setattr("app.worker.yielding._LOOK_S", 0.001)
+    processes = {os.getpid(): 8 * GB, own: GB, stranger: 3 * GB}
+    used = iter((GB, 10 * GB, 10 * GB, TOTAL, TOTAL))
+    gpu = Gpu(0, load_nvml=lambda: FakeNvml(processes=processes))
+    watcher, pool, _ = yielding(
+        tmp_path,
+        None,
+        read=lambda: snapshot(next(used, TOTAL)),
+        holders=gpu.named_holders,
+    )
+    task = asyncio.create_task(watcher.run())
+    try:
+        await asyncio.to_thread(wait_until, lambda: caplog.records)
+    finally:
+        task.cancel()
+    assert pool.asked == [Cause.YIELD]
+    (record,) = caplog.records
+    name = f"?[2J?ga\N{REPLACEMENT CHARACTER}me (process {stranger}, 3.0 GB)"
+    assert record.getMessage().endswith(f"which needs its memory; it is used by {name}.")
+
+
+def test_nobody_is_named_where_nvml_does_not_tell(stranger: int, monkeypatch) -> None:
+    """It may fail, name nobody, or tell the numbers of processes outside of this container."""
+
+    def fail() -> None:
+        raise OSError("libnvidia-ml.so.1")
+
+    elsewhere = FakeNvml(processes={stranger: GB})
+    monkeypatch.setattr("app.telemetry.gpu._FIRST_NAMESPACE", namespace())
+    assert [each.pid for each in Gpu(0, load_nvml=lambda: elsewhere).named_holders()] == [stranger]
+    monkeypatch.setattr("app.telemetry.gpu._FIRST_NAMESPACE", namespace() + 1)
+    for load in (fail, FakeNvml, lambda: FakeNvml(processes={}), lambda: elsewhere):
+        assert Gpu(0, load_nvml=load).named_holders() == ()
+    assert describe(()) == ""
+
+
+def test_a_line_names_the_largest() -> None:
+    """Three of them; bytes only where the driver tells them."""
+    holders = [Holder(pid, f"p{pid}", None if pid == 1 else GB) for pid in range(1, 6)]
+    assert describe(holders) == (
+        "; it is used by p1 (process 1), p2 (process 2, 1.0 GB), p3 (process 3, 1.0 GB) and 2 more"
+    )
+
+
+def namespace() -> int:
+    """That of this process's ids."""
+    return Path("/proc/self/ns/pid").stat().st_ino
 
 
 def test_another_service_of_this_kind_gets_nothing(tmp_path: Path) -> None:

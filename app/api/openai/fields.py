@@ -115,7 +115,19 @@ _DELIVERY = (
         "Base64 in the answer, or a link that lives for an hour.",
         choices=("b64_json", "url"),
     ),
-    Field("stream", Type.FLAG, "Answer with server-sent events; n must be 1.", default=False),
+    Field(
+        "stream",
+        Type.FLAG,
+        "Answer with server-sent events; n must be 1, unless they are `indexed`.",
+        default=False,
+    ),
+    Field(
+        "indexed",
+        Type.FLAG,
+        "Not OpenAI's: each event of a stream has `image_index`, from 0, so that n may be above 1; "
+        "comments begin with it.",
+        default=False,
+    ),
     Field(
         "partial_images",
         Type.WHOLE,

@@ -169,15 +169,24 @@ class KeptStreams:
         elif not stream.has_ended:
             self._start_timer(stream)
 
-    def make_room(self, client: str, spec: ImageSpec) -> int:
-        """Return the bytes that the events of *spec* may take, once there is room for them.
+    def make_room(self, client: str, *specs: ImageSpec) -> int:
+        """Return the bytes that the events of *specs* may take, once there is room for them.
 
         Streams that nobody misses make way, the oldest first.
 
         Raises:
+            InvalidRequest: several images are more than one client may ever keep beside another.
             Unavailable: *client* has as many streams as it may have, or there is no room.
         """
-        room_bytes = _room_bytes(spec)
+        room_bytes = sum(map(_room_bytes, specs))
+        most = three_quarters(self._max_bytes)
+        if len(specs) > 1 and room_bytes > most:
+            raise InvalidRequest(
+                f"{len(specs)} pictures of this size are more than a stream with an {KEY} may "
+                f"hold; ask for at most {max(1, most * len(specs) // room_bytes)} at a time, or "
+                "without the header.",
+                param="n",
+            )
         while error := self._refusal(client, room_bytes):
             old = (each for each in self._of.values() if each.makes_way)
             if self._count(client) >= MAX_STREAMS:

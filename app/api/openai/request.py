@@ -28,6 +28,8 @@ class ImagesRequest:
     quality: str | None
     wants_links: bool
     wants_stream: bool
+    is_indexed: bool
+    """Whether each event of the stream says which image it is of, so that n may be above 1."""
 
 
 def read(
@@ -53,6 +55,7 @@ def read(
         quality=values.get("quality"),
         wants_links=_wants_links(values, config, stream=stream),
         wants_stream=stream,
+        is_indexed=values.get("indexed", False),
     )
 
 
@@ -95,8 +98,17 @@ def _wants_links(values: Mapping[str, Any], config: ApiConfig, *, stream: bool) 
 
 
 def _check_stream(values: Mapping[str, Any], *, stream: bool) -> None:
-    if stream and values.get("n", 1) > 1:
-        raise InvalidRequest("Streaming is only supported with n=1.", param="n")
+    is_indexed = values.get("indexed", False)
+    if stream and values.get("n", 1) > 1 and not is_indexed:
+        raise InvalidRequest(
+            "Streaming is only supported with n=1. With indexed: true each event says which "
+            "picture it is of, and n may be more.",
+            param="n",
+        )
+    if is_indexed and not stream:
+        raise InvalidRequest(
+            "indexed needs stream: true; set it, or leave indexed out.", param="indexed"
+        )
     if stream and values.get("response_format") == "url":
         raise InvalidRequest(
             "A stream always carries b64_json; leave response_format out.",

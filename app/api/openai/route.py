@@ -128,11 +128,11 @@ def _keep(
     asked: ImagesRequest,
     specs: Sequence[ImageSpec],
 ) -> KeptStream:
-    """Queue the image and keep its stream, unless another request has done so meanwhile."""
+    """Queue the images and keep their stream, unless another request has done so meanwhile."""
     if stream := kept.join(admission.client, key.text):
         return stream
     key.check()
-    room_bytes = kept.make_room(admission.client, specs[0])
+    room_bytes = kept.make_room(admission.client, *specs)
     with own_names(_OWN_NAMES):
         ticket = admission.submit(specs, asked.image.output)
     return kept.keep(

@@ -59,6 +59,10 @@ export class Gallery {
     await this.#keep(made);
   }
 
+  find(id) {
+    return this.#pictures.find((made) => made.id === id);
+  }
+
   /** The one before (-1) or after (1) that on show, as they lie. */
   beside(step) {
     const shown = this.#shown();

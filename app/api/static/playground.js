@@ -63,11 +63,20 @@ function changed() {
   showProgress(queue.running);
   if (isBusy) noteQueue(true);
   if (part && isFollowed) {
-    showBatch(part.job);
+    if (showBatch(part.job)) for (const one of part.job.parts) fillDone(one, gallery.find(idOf(one)));
     if ($("frame").dataset.state !== "working") expect(part.job.wish);
   }
   clearInterval(ticking);
   if (queue.jobs.length) ticking = setInterval(tick, 100);
+}
+
+/** What a picture is kept as. */
+function idOf({ job, index }) {
+  return `${job.key}-${index}`;
+}
+
+function fillDone(part, made) {
+  if (made) fillBatch(part, made.thumb, () => choose(made));
 }
 
 function tick() {
@@ -77,7 +86,7 @@ function tick() {
 
 function queued(part) {
   stepped(part);
-  poll();
+  if (part === queue.running.at(-1)) poll();
 }
 
 function stepped(part) {
@@ -91,14 +100,14 @@ async function preview(part, blob) {
 }
 
 async function done(part, made) {
-  made.id = part.name;
+  made.id = idOf(part);
   // What it was made with stays, whatever the service's own become.
   made.wish.loras = { ...made.wish.loras, isTouched: true };
   cost.learn(made.wish, made.timing ?? { denoise: made.seconds });
   madeSince += 1;
   hideUnreachable();
   await gallery.add(made);
-  fillBatch(part, made.thumb, () => choose(made));
+  fillDone(part, made);
   if (isFollowed && !isComparing()) await display(made);
 }
 
@@ -315,7 +324,7 @@ buildStyles();
 buildForm();
 refreshForm();
 showFacts();
-const onQueue = (size, askedAt) => queue.running.at(-1)?.clock.onQueue(size, askedAt);
+const onQueue = (size, askedAt) => queue.running.toReversed().forEach(({ clock }, behind) => clock.onQueue(size - behind, askedAt));
 startPolling(() => queue.isBusy, onQueue);
 await gallery.load();
 if (gallery.newest && !page.shown) await display(gallery.newest);

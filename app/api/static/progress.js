@@ -23,17 +23,26 @@ export class Clock {
     this.#onStep = onStep;
   }
 
+  /** Count its seconds from now on: it is the next. */
+  start() {
+    this.#started = performance.now();
+  }
+
   get seconds() {
     return (performance.now() - this.#started) / 1000;
   }
 
-  /** `queued 3`, `denoise 2/4`, `timing text;dur=1.5, ...`, `peak 123` (bytes); whether it waits. */
+  /** `queued 3`, `waking 4.0` (seconds), `denoise 2/4`, `timing text;dur=1.5, ...`, `peak 123` (bytes); whether it waits. */
   read(comment, made) {
     const [word, rest = ""] = comment.split(/ (.*)/s);
     const [step, steps] = rest.split("/").map(Number);
     if (word === "queued") {
       this.#queuedAt = performance.now();
       this.#queued(Number(rest));
+      return true;
+    }
+    if (word === "waking") {
+      this.text = "Waking the model";
       return true;
     }
     if (word === "timing") made.timing = timings(rest);

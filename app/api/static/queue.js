@@ -1,10 +1,10 @@
 // The pictures that are asked for: which are on their way, which wait, and how they survive a page
 // that is loaded anew.
 //
-// A job is one press of the button. Each of its pictures is one request under a name of its own
-// (`Idempotency-Key`): where the page was loaded anew, or the connection was cut, the same request
-// under the same name goes on where it was. A service that does not know the header makes the
-// picture again, from the same seed.
+// A job is one press of the button, and one request under a name of its own (`Idempotency-Key`),
+// in parts only where the service takes no more pictures at a time: where the page was loaded anew,
+// or the connection was cut, the same request under the same name brings all of its pictures again.
+// A service that has forgotten the name makes them again, from the same seeds.
 
 import { Clock, PREVIEWS } from "./progress.js";
 import { fields, formTexts } from "./recipes.js";
@@ -35,7 +35,7 @@ export class Queue {
 
   /** The parts that are on their way, the eldest first. */
   get running() {
-    return this.#parts("running");
+    return this.jobs.flatMap(({ parts }) => parts.filter(isIn("running")));
   }
 
   get isBusy() {
@@ -81,79 +81,80 @@ export class Queue {
   }
 
   async cancel(job) {
-    const parts = job.parts.filter(({ state }) => state === "running");
-    for (const part of parts) part.isCancelled = true;
+    const runs = runsOf(job);
+    for (const run of runs) run.isCancelled = true;
     this.#drop(job);
     this.#on.ended("cancelled");
-    // With its name a picture outlives its connection, so it has to be taken back.
-    for (const part of parts) {
-      await takeBack(part.name, { key: page.key }).catch(() => {});
-      part.abort.abort();
+    // With its name a request outlives its connection, so it has to be taken back.
+    for (const { name, abort } of runs) {
+      await takeBack(name, { key: page.key }).catch(() => {});
+      abort.abort();
     }
-  }
-
-  #parts(state) {
-    return this.jobs.flatMap(({ parts }) => parts.filter((part) => part.state === state));
   }
 
   #advance() {
     clearTimeout(this.#timer);
     const now = performance.now();
-    const free = Math.max(1, Math.min(MOST_AT_ONCE, this.#lanes())) - this.running.length;
+    let free = Math.max(1, Math.min(MOST_AT_ONCE, this.#lanes())) - this.running.length;
     const ready = this.jobs.filter((job) => !job.isHeld && job.until <= now);
-    const next = ready.flatMap(({ parts }) => parts.filter(({ state }) => state === "waiting"));
-    for (const part of next.slice(0, Math.max(0, free))) this.#run(part);
+    for (const parts of ready.flatMap(requestsOf)) {
+      if (free <= 0) break;
+      free -= parts.length;
+      this.#run(parts);
+    }
     const later = this.jobs.map(({ until }) => until).filter((until) => until > now && until < Infinity);
     if (later.length) this.#timer = setTimeout(() => this.#advance(), Math.min(...later) - now);
     this.#on.changed();
   }
 
-  async #run(part) {
-    const { job } = part;
-    const wish = { ...job.wish, seed: job.wish.seed + part.index };
-    const made = { wish, warnings: [], timing: null, peak: null };
-    part.state = "running";
-    part.name = `${job.key}-${part.index}`;
-    part.abort = new AbortController();
-    part.clock = new Clock(() => this.#on.stepped(part));
+  /** Ask for `parts`, which lie in a row; of those that are done, nothing is heard again. */
+  async #run(parts) {
+    const [{ job, index }] = parts;
+    const run = { name: `${job.key}-${index}`, abort: new AbortController() };
+    for (const part of parts.filter(isIn("waiting"))) {
+      const wish = { ...job.wish, seed: job.wish.seed + part.index };
+      const made = { wish, warnings: [], timing: null, peak: null };
+      Object.assign(part, { state: "running", run, made, clock: new Clock(() => this.#on.stepped(part)) });
+    }
     try {
       await job.kept;
-      const [path, body] = await request(wish);
-      const how = { key: page.key, name: part.name, signal: part.abort.signal };
+      const [path, body] = await request(parts);
+      const how = { key: page.key, name: run.name, count: parts.length, signal: run.abort.signal };
       for await (const event of draw(path, body, how)) {
-        if (!part.isCancelled) await this.#take(part, event, made);
+        const part = parts[event.image];
+        if (part.state === "running" && !run.isCancelled) await this.#take(part, event);
       }
-      if (part.isCancelled) return;
-      made.seconds = part.clock.seconds;
-      await this.#on.done(part, made);
-      part.state = "done";
-      job.cuts = 0;
-      await this.#settle(job);
     } catch (error) {
-      if (!part.isCancelled) this.#failed(part, error);
+      if (!run.isCancelled) this.#failed(parts, error);
     } finally {
-      part.clock = null;
       this.#advance();
     }
   }
 
-  async #take(part, event, made) {
+  async #take(part, event) {
+    const { job, clock, made } = part;
     if (event.kind === "comment") {
-      if (part.clock.read(event.text, made)) this.#on.queued(part);
+      if (clock.read(event.text, made)) this.#on.queued(part);
     } else if (event.kind === "preview") {
-      part.clock.preview(event.index);
+      clock.preview(event.index);
       await this.#on.preview(part, event.blob);
     } else {
-      made.blob = event.blob;
-      made.warnings = event.event.warnings ?? [];
-      Object.assign(made.wish, { seed: event.event.seed ?? made.wish.seed, ...measured(event.event.size) });
+      const { seed = made.wish.seed, size, warnings = [] } = event.event;
+      Object.assign(made, { blob: event.blob, warnings, seconds: clock.seconds });
+      Object.assign(made.wish, { seed, ...measured(size) });
+      await this.#on.done(part, made);
+      part.state = "done";
+      job.cuts = 0;
+      await this.#settle(job);
+      this.running[0]?.clock.start();
+      this.#advance();
     }
   }
 
   /** What has gone wrong for now is tried again; what never will go well ends the job. */
-  #failed(part, error) {
-    const { job } = part;
-    part.state = "waiting";
+  #failed(parts, error) {
+    const [{ job }] = parts;
+    for (const part of parts.filter(isIn("running"))) part.state = "waiting";
     const isRefusal = error instanceof Refusal;
     job.because = isRefusal ? error.message : "";
     if (isRefusal && (BUSY.has(error.status) || error.code === UNREACHABLE)) {
@@ -167,10 +168,13 @@ export class Queue {
       this.#on.failed(error);
     } else if (error.code === "idempotency_key_reused" && !job.isRenamed) {
       this.#rename(job);
+    } else if (error.param === "n" && parts.length > 1) {
+      job.most = Math.ceil(parts.length / 2);
+      job.kept = this.#keep(job);
     } else {
-      for (const other of job.parts.filter((it) => it.state === "running")) {
-        other.isCancelled = true;
-        other.abort.abort();
+      for (const run of runsOf(job)) {
+        run.isCancelled = true;
+        run.abort.abort();
       }
       this.#drop(job);
       this.#on.failed(error);
@@ -188,7 +192,7 @@ export class Queue {
   }
 
   async #settle(job) {
-    job.done = job.parts.filter(({ state }) => state === "done").map(({ index }) => index);
+    job.done = job.parts.filter(isIn("done")).map(({ index }) => index);
     if (job.done.length === job.count) {
       this.#drop(job);
       this.#on.ended("done");
@@ -208,10 +212,10 @@ export class Queue {
   async #keep(job, gone = []) {
     try {
       const store = await stored;
-      const { key, at, count, done } = job;
+      const { key, at, count, most, done } = job;
       const { kept: wish, entries } = await packed(job.wish);
       if (!this.jobs.includes(job)) return;
-      await store.change([...entries, ["jobs", { key, at, tab: this.#tab, wish, count, done }]], gone);
+      await store.change([...entries, ["jobs", { key, at, tab: this.#tab, wish, count, most, done }]], gone);
       job.letGo ??= await claim(key, true);
     } catch {
       // The gallery says that there is no room.
@@ -219,16 +223,32 @@ export class Queue {
   }
 }
 
+const isIn = (wanted) => ({ state }) => state === wanted;
+
 function asJob(kept) {
-  const job = { ...kept, isHeld: false, until: 0, cuts: 0, because: "" };
+  const job = { most: kept.count, ...kept, isHeld: false, until: 0, cuts: 0, because: "" };
   job.parts = Array.from({ length: job.count }, (_, index) => {
     return { job, index, state: job.done.includes(index) ? "done" : "waiting", clock: null };
   });
   return job;
 }
 
-async function request(wish) {
-  const body = { prompt: wish.prompt, ...fields(wish), stream: true, partial_images: Math.min(PREVIEWS, wish.steps - 1) };
+/** The parts of each request that is to be sent. */
+function requestsOf({ parts, most }) {
+  const all = Array.from({ length: Math.ceil(parts.length / most) }, (_, at) => parts.slice(at * most, (at + 1) * most));
+  return all.filter((some) => some.some(isIn("waiting")) && !some.some(isIn("running")));
+}
+
+/** The requests that are on their way: {name, abort, isCancelled}. */
+function runsOf({ parts }) {
+  return new Set(parts.filter(isIn("running")).map(({ run }) => run));
+}
+
+async function request(parts) {
+  const [{ job, index }] = parts;
+  const { wish } = job;
+  const how = { n: parts.length, stream: true, indexed: true, partial_images: Math.min(PREVIEWS, wish.steps - 1) };
+  const body = { prompt: wish.prompt, ...fields({ ...wish, seed: wish.seed + index }), ...how };
   if (!wish.references.length) return ["v1/images/generations", body];
   const form = new FormData();
   for (const [name, text] of formTexts(body)) form.append(name, text);

@@ -41,11 +41,11 @@ export async function takeBack(requestId, { key = "" } = {}) {
 }
 
 /**
- * POST `body` (an object, or a FormData with pictures) and yield what happens to it:
+ * POST `body` (an object, or a FormData with pictures) for `count` pictures and yield what happens to each `image`:
  * {kind: "comment", text}, {kind: "preview", blob, index}, then one {kind: "done", blob, event}. The same `name` with the
- * same body is the same picture: a service that knows it goes on where the first one was.
+ * same body is the same job: a service that knows it tells all of it again.
  */
-export async function* draw(path, body, { key = "", name, signal } = {}) {
+export async function* draw(path, body, { key = "", name, count = 1, signal } = {}) {
   const isForm = body instanceof FormData;
   const type = isForm ? {} : { "content-type": "application/json" };
   const response = await reach(path, {
@@ -55,19 +55,24 @@ export async function* draw(path, body, { key = "", name, signal } = {}) {
     signal,
   });
   if (!response.ok) throw await refusal(response);
+  let left = count;
   for await (const item of events(response.body)) {
     if (item.comment !== undefined) {
-      yield { kind: "comment", text: item.comment };
+      const [, image = 0, text] = /^(?:(\d+) )?(.*)/s.exec(item.comment);
+      yield { kind: "comment", image, text };
       continue;
     }
     const event = JSON.parse(item.data);
     if (event.error) throw new Refusal(event.error.message, event.error);
+    const { image_index: image = 0, partial_image_index: index } = event;
     const blob = decode(event.b64_json, event.output_format);
     if (event.type.endsWith(".completed")) {
-      yield { kind: "done", blob, event };
-      return;
+      yield { kind: "done", image, blob, event };
+      left -= 1;
+      if (!left) return;
+    } else {
+      yield { kind: "preview", image, blob, index };
     }
-    yield { kind: "preview", blob, index: event.partial_image_index };
   }
   throw new Refusal("The connection ended before the picture was done. Try again.", { code: CUT });
 }

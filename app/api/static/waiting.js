@@ -26,10 +26,10 @@ export function prefix({ job, index }) {
   return job.count > 1 ? `Picture ${index + 1} of ${job.count}: ` : "";
 }
 
-/** All jobs with their places; of one alone that runs, the bar says it all. */
+/** All jobs with their places; of one alone that runs and has one picture, the bar says it all. */
 export function showWaiting(queue) {
   const { jobs } = queue;
-  const isOne = jobs.length === 1 && !jobs[0].isHeld && jobs[0].until === 0;
+  const isOne = jobs.length === 1 && jobs[0].count === 1 && !jobs[0].isHeld && jobs[0].until === 0;
   const wanted = isOne ? [] : jobs;
   for (const [job, item] of items) {
     if (wanted.includes(job)) continue;
@@ -89,9 +89,9 @@ function itemOf(job, queue) {
 let batch = null; // the job that the grid shows
 let urls = [];
 
-/** Lay out places for the pictures of `job`, or take the grid away where there is but one. */
+/** Lay out places for the pictures of `job`, or take the grid away where there is but one; whether it is new. */
 export function showBatch(job) {
-  if (job === batch) return;
+  if (job === batch) return false;
   batch = job;
   for (const url of urls) URL.revokeObjectURL(url);
   urls = [];
@@ -102,6 +102,7 @@ export function showBatch(job) {
     return element("li", {}, place);
   });
   $("batch").replaceChildren(...places);
+  return true;
 }
 
 /** Put a preview, or the picture with what a click on it does, into its place. */

@@ -195,9 +195,11 @@ def _read_data(data: bytes, seconds: Mapping[str, float]) -> Event:
 
 
 def _step(kind: str, told: str) -> Step | None:
-    """Read `queued 3` and `denoise 2/4`; None for other comments."""
+    """Read `queued 3`, `waking 4.0` (seconds) and `denoise 2/4`; None for other comments."""
     if kind == "queued" and told.isdigit():
         return Step(f"waiting, {told} before it" if told != "0" else "waiting")
+    if kind == "waking":
+        return Step("waking the model")
     step, slash, steps = told.partition("/")
     if slash and step.isdigit() and steps.isdigit():
         share = denoised(int(step), int(steps))

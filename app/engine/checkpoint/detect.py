@@ -83,7 +83,7 @@ def _open(path: Path, elsewhere: Elsewhere, vae: Path | None, *, is_mapped: bool
             checkpoint = _open_file(alone[0], elsewhere, open_file, given)
         else:
             raise StartupError(
-                f"{path.name} is no model that is known; give a folder with a model_index.json, "
+                f"{path} is no model that is known; give a folder with a model_index.json, "
                 "ComfyUI's models folder, or a transformer in one safetensors file."
             )
         checkpoint.files = opened.pop_all()
@@ -213,7 +213,7 @@ def _open_folder(folder: Path, config: Mapping[str, Any], open_file: Open) -> Co
     if not paths or not all(each.is_file() for each in paths):
         found = [each.name for each in sorted(folder.glob("*")) if each.suffix.lower() in PICKLES]
         raise StartupError(
-            f"{folder.name} holds no whole set of safetensors files"
+            f"{folder} holds no whole set of safetensors files"
             f"{' but ' + found[0] if found else ''}; only safetensors are read, "
             "since other formats can run code."
         )
