@@ -171,6 +171,7 @@ INLINE = {
     "docker compose ps": _COMPOSE,
     "docker compose up -d": _COMPOSE,
     "systemctl status": "needs systemd",
+    "nvidia-smi -q -d PERFORMANCE,TEMPERATURE": "needs NVIDIA's driver",
     "ulimit -n": "the shell's own",
     "kill -9": "the soak does it",
     "make it green": "a prompt",
