@@ -14,7 +14,7 @@ PYTEST := $(BIN)/pytest
 TEST = $(PYTEST) -m "not gpu and not system and not full"
 ENGINE_TESTS := tests/engine tests/images tests/shapes tests/benchmarks
 
-.PHONY: help serve test test-engine test-service test-fast test-system coverage image-check check fmt \
+.PHONY: help install serve test test-engine test-service test-fast test-system coverage image-check check fmt \
 	lock clean soak bench-gpu
 
 help: ## list the targets
@@ -29,6 +29,8 @@ $(VENV)/.run: requirements.lock pyproject.toml
 $(VENV)/.test: $(VENV)/.run requirements-test.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.lock
 	@touch $@
+
+install: $(VENV)/.run ## make .venv and install from the lock what the service needs
 
 serve: $(VENV)/.run ## install from the lock and start the service on 127.0.0.1:8000
 	@$(BIN)/klein serve

@@ -47,6 +47,26 @@ klein completion zsh > ~/.zfunc/_klein
 klein completion fish > ~/.config/fish/completions/klein.fish
 ```
 
+The others need no service:
+
+```sh
+klein serve --host 127.0.0.1 --port 8000 --model auto
+klein generate "a red circle" -o out.png
+klein download --model flux.2-klein-4b
+klein doctor
+klein bench --out report.md
+klein compare "a red circle" --precision bf16,fp32
+klein selftest
+klein cache list
+klein --version
+```
+
+`klein doctor` says what the card is, which precision and memory plan will be taken and why, and
+what is amiss; with `--card` it computes that for a card that is not there. `klein bench` measures,
+and writes a report to hand in ([cards.md](cards.md)). `klein selftest` checks the first pictures
+from your own weights; `klein cache prune --to-gb 20` deletes what can be made or fetched again.
+`pip install .` puts the command into an environment of yours; `python -m app` is the same.
+
 Pictures are named by their seeds where a folder is given, and files that are there are never
 replaced without `--overwrite`. While a picture is made, terminals that show pictures (kitty's and
 iTerm2's protocols, sixel) show it; others, and all besides, show a line with what is done, how

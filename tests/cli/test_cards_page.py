@@ -72,15 +72,16 @@ def test_what_is_missing_costs_what_the_program_says() -> None:
 
     assert card.key == "rtx-3060"
     assert f"{seconds(card, 'bf16')} s then, and not {seconds(card, 'int8')} s" in REST
-    assert f"about\n{WITHOUT_KERNELS} times as long" in REST
+    assert f"about {WITHOUT_KERNELS} times as long" in REST
     assert FORMATS["int8"].package in REST
+    assert INSTALLERS["apt-get"] in REST
 
 
 def test_the_readmes_needs_are_those_of_the_program() -> None:
-    """Downloads by published sizes, rounded weights by the planner's, driver, floors, commands."""
+    """Downloads by published sizes, rounded weights by the planner's, and the driver."""
     readme = (ROOT / "README.md").read_text()
     needs = readme.partition("## What it needs\n")[2].partition("\n## ")[0]
-    klein, card = find_model("flux.2-klein-4b"), GPUS[0]
+    klein = find_model("flux.2-klein-4b")
     rows = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:]]
         for line in needs.splitlines()
@@ -100,7 +101,3 @@ def test_the_readmes_needs_are_those_of_the_program() -> None:
     times = [f"{each * 8e9 / 100e6 / 60:.0f}" for each in downloads]
     assert f"takes {times[0]} minutes in int8 and {times[1]} in fp8" in needs
     assert f"CUDA {PINNED_CUDA} ({minimum_driver(None)} or newer" in needs
-    assert f"{seconds(card, 'bf16')} s for a picture, and {seconds(card, 'int8')} s" in needs
-    assert f"pip install {FORMATS['int8'].package}" in needs
-    assert f"about {WITHOUT_KERNELS} times as long" in needs
-    assert INSTALLERS["apt-get"] in needs
