@@ -65,19 +65,20 @@ image-check: $(VENV)/.test ## build the image and run the service in it, without
 	@tests/container/install_tools.sh
 	$(RUN) tools/image_check.py
 
-check: $(VENV)/.test ## format, lint (JavaScript too), types, import contracts
+check: $(VENV)/.test ## format, lint (JavaScript too), types, import contracts, known holes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/oxlint
+	$(RUN) tools/audit.py
 
 fmt: $(VENV)/.test ## format, and mend what the linters can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/oxlint --fix
 
-lock: ## make both lock files anew from pyproject.toml and tests/requirements.in
+lock: ## make the lock files anew from pyproject.toml and tests/requirements.in
 	$(PYTHON) tools/lock.py
 
 clean: ## remove the environment and caches

@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import image_check_compose as compose
+from tools import image_check_size as sizes
 from tools.image_check_build import CheckFailed, Workshop, wait_until
 from tools.image_check_sandbox import Place, Running
 
@@ -107,6 +108,8 @@ def check(context: Path, *, fresh: bool) -> None:
             place = Place(rootfs, facts["config"], compose.environment(service, {}), Path(folder))
             with step("the int8 kernels, no weights"):
                 check_files(rootfs)
+            with step("its size"):
+                print("\n".join(sizes.table(sizes.measure(rootfs))), flush=True)
             with step("a read-only root, a user without capabilities"):
                 check_confinement(place)
             with step("the C compiler that Triton calls works here"):

@@ -122,7 +122,11 @@ class Workshop:
             return
         tree, archive = self._scratch / "base", self._scratch / "base.tar"
         options = ["--variant=minbase", f"--include={INCLUDED}"]
-        run(["debootstrap", *options, "bookworm", tree], limit_s=400)
+        try:
+            run(["debootstrap", *options, "bookworm", tree], limit_s=900)
+        except CheckFailed:
+            _unmount_below(tree)
+            raise
         shutil.rmtree(tree / "var/cache/apt/archives")
         run(["tar", "--create", "--file", archive, "--directory", tree, "."], limit_s=120)
         shutil.rmtree(tree)
@@ -156,6 +160,14 @@ class Workshop:
             yield Path(self._buildah("mount", container, limit_s=60).strip())
         finally:
             self._buildah("rm", container, limit_s=120)
+
+
+def _unmount_below(tree: Path) -> None:
+    """Unmount what a debootstrap that was ended has left, such as this machine's /proc."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for each in sorted(mounts, reverse=True):
+        if Path(each).is_relative_to(tree):
+            run(["umount", "--lazy", each], limit_s=60)
 
 
 def _locks(descriptor: int) -> bool:
