@@ -140,8 +140,12 @@ class Workshop:
         """Build the Dockerfile as it stands; only base and package sources are this machine's."""
         options: list[str | Path] = ["--format", "docker", "--pull-never", "--layers=false"]
         options += [*self._policy(), "--build-arg", f"BASE={BASE}"]
-        for source, target in pip_mounts(self._scratch):
+        mounts = pip_mounts(self._scratch)
+        for source, target in mounts:
             options += ["--volume", f"{source}:{target}:ro"]
+        if mounts:
+            # This machine's own sources may have another build of torch, with other hashes.
+            options += ["--build-arg", "LOCK=requirements.lock"]
         names: list[str | Path] = ["--tag", IMAGE, "--file", context / "Dockerfile"]
         self._buildah("build", *options, *names, context, limit_s=900)
 
