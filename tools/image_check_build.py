@@ -147,7 +147,7 @@ class Workshop:
             # This machine's own sources may have another build of torch, with other hashes.
             options += ["--build-arg", "LOCK=requirements.lock"]
         names: list[str | Path] = ["--tag", IMAGE, "--file", context / "Dockerfile"]
-        self._buildah("build", *options, *names, context, limit_s=900)
+        self._buildah("build", *options, *names, context, limit_s=1800)
 
     def inspect(self) -> dict[str, Any]:
         """Return what the image says about itself."""
