@@ -14,21 +14,23 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-MOST_TIMES_TORCH = 1.3
-"""How many times torch's own closure, as pip installs it, the image may have."""
+MOST_BESIDE_TORCH = 750_000_000
+"""Bytes that the image may have besides torch's closure, which is 4.8 GB with CUDA."""
 PREFIX = Path("opt/klein")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSize:
-    """Bytes of a whole image, of what pip installed in it, and of torch's closure *before* pruning.
+    """Bytes of a whole image and of what pip installed in it.
 
-    *packages* has the bytes of each distribution that are still there, the largest first.
+    *torch_closure* is torch with all that it requires as pip installs them, *torch_left* what is
+    left of that here; *packages* has what is left of each distribution, the largest first.
     """
 
     total: int
     installed: int
     torch_closure: int
+    torch_left: int
     packages: tuple[tuple[str, int], ...]
 
     @property
@@ -36,15 +38,22 @@ class ImageSize:
         """Return the image in multiples of torch's closure."""
         return self.total / self.torch_closure
 
+    @property
+    def beside_torch(self) -> int:
+        """Return the bytes of all but torch's closure."""
+        return self.total - self.torch_left
+
 
 def measure(root: Path) -> ImageSize:
     """Measure the image whose files lie below *root*."""
     found = packages_in(root)
+    of_torch = closure("torch", found)
     sizes = {name: _bytes(_present(each)) for name, each in found.items()}
     return ImageSize(
         total=_bytes(_files(root)),
         installed=_bytes(_files(root / PREFIX)),
-        torch_closure=sum(_recorded(found[name]) for name in closure("torch", found)),
+        torch_closure=sum(_recorded(found[name]) for name in of_torch),
+        torch_left=sum(sizes[name] for name in of_torch),
         packages=tuple(sorted(sizes.items(), key=lambda entry: entry[1], reverse=True)),
     )
 
@@ -80,6 +89,7 @@ def table(size: ImageSize, *, most: int = 12) -> list[str]:
     lines = [
         f"{size.total / 1e6:8.0f} MB  image: {size.times_torch:.2f} times torch's closure",
         f"{size.torch_closure / 1e6:8.0f} MB  torch and what it requires, as pip installs them",
+        f"{size.beside_torch / 1e6:8.0f} MB  everything else",
         f"{(size.total - size.installed) / 1e6:8.0f} MB  Debian, Python, compiler",
         f"{size.installed / 1e6:8.0f} MB  /{PREFIX}, of which",
     ]

@@ -44,6 +44,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     listed = folder / "listed.txt"
     listed.write_text(lines)
     run(*pip, "--require-hashes", "--requirement", str(listed))
+    # pipx keeps a pip of its own up to date.
+    run(*pip, "pip")
     return folder
 
 
