@@ -49,6 +49,12 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _with_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process would compile torch anew, and what is installed here goes with its folder."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+
+
 def test_pip(rehearsal: Rehearsal, wheels: Path, tmp_path: Path) -> None:
     """Into a virtual environment of its own; nothing that it wants is missing there."""
     venv.create(tmp_path / "env", with_pip=False)
@@ -70,7 +76,7 @@ def test_pipx(rehearsal: Rehearsal, wheels: Path, tmp_path: Path) -> None:
 
     run(sys.executable, "-m", "pipx", *words, str(rehearsal.wheel), **environ)
 
-    assert_serves(only_program(tmp_path / "BIN_DIR"))
+    assert_draws(only_program(tmp_path / "BIN_DIR"), tmp_path)
 
 
 def test_uv(rehearsal: Rehearsal, wheels: Path, tmp_path: Path) -> None:
@@ -83,7 +89,7 @@ def test_uv(rehearsal: Rehearsal, wheels: Path, tmp_path: Path) -> None:
 
     run(uv, "tool", "install", *where, "--python", sys.executable, str(rehearsal.wheel), **environ)
 
-    assert_serves(only_program(tmp_path / "TOOL_BIN_DIR"))
+    assert_draws(only_program(tmp_path / "TOOL_BIN_DIR"), tmp_path)
 
 
 class Installed(Server):
@@ -111,6 +117,17 @@ def assert_serves(klein: Path) -> None:
     assert (status, headers["content-type"]) == (200, "image/png")
     assert picture.startswith(b"\x89PNG")
     shutil.rmtree(klein.parent.parent, ignore_errors=True)
+
+
+def assert_draws(klein: Path, folder: Path) -> None:
+    """It says its version, and `klein generate` loads the demo model and makes its picture."""
+    assert VERSION in run(str(klein), "--version")
+    picture = folder / "out.png"
+    words = ("generate", "a red circle", "--model", "shapes", "-o", str(picture))
+    run(str(klein), *words, KLEIN_DEVICE="cpu")
+
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(*command: str, **environ: str) -> str:
