@@ -5,30 +5,40 @@
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS builder
-# One more index to find wheels in, such as PyTorch's own of CPU builds, which bring no CUDA libraries.
+# One more index to find wheels in: one with another build of the same torch, such as PyTorch's own of CPU builds, which
+# bring no CUDA libraries, or of builds for the CUDA that an older driver knows (docs/container.md).
 ARG PIP_EXTRA_INDEX_URL=""
+# The lock to install from. Empty stands for the one with the hashes of every file, or, with another index, whose builds
+# differ in bytes, for the one without.
+ARG LOCK=""
 # Extras to install too: otel, which sends traces (docs/tracing.md).
 ARG EXTRAS=""
 WORKDIR /src
 RUN python3 -m venv /opt/klein
 ENV PATH=/opt/klein/bin:${PATH}
-COPY requirements.lock ./
+COPY requirements.lock requirements.hashes.lock ./
 # 5.2 GB, counted by the wheels: 4.8 of them torch with CUDA, 0.2 comfy-kitchen.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --disable-pip-version-check --requirement requirements.lock
+    other="${PIP_EXTRA_INDEX_URL:+requirements.lock}" \
+    && pip install --disable-pip-version-check --no-compile --requirement "${LOCK:-${other:-requirements.hashes.lock}}"
 COPY pyproject.toml README.md LICENSE NOTICE requirements-test.lock ./
 COPY app ./app
+COPY docker/slim.py /src/slim.py
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --disable-pip-version-check --constraint requirements.lock --constraint requirements-test.lock \
-    ".${EXTRAS:+[${EXTRAS}]}"
+    pip install --disable-pip-version-check --no-compile \
+    --constraint requirements.lock --constraint requirements-test.lock ".${EXTRAS:+[${EXTRAS}]}" \
+    && python3 -I /src/slim.py "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 FROM ${BASE} AS runtime
 # Triton writes C when the service starts: it needs a compiler, libc's headers and Python's here, not only in the
-# builder. Debian's own point releases may move, the release may not.
+# builder. What compiles for other purposes goes again: link-time optimisation, sanitizers. Debian's own point releases
+# may move, the release may not.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/* \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* /usr/share/man/* \
+    && find /usr/share/doc -type f ! -name copyright -delete \
+    && find /usr/lib/gcc -type f \( -name lto1 -o -name 'lib*san*' \) -delete \
     && test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
     && groupadd --gid 10001 klein \
     && useradd --uid 10001 --gid 10001 --home-dir /models --no-create-home --shell /usr/sbin/nologin klein \

@@ -15,7 +15,7 @@ TEST = $(PYTEST) -m "not gpu and not system and not full"
 ENGINE_TESTS := tests/engine tests/images tests/shapes tests/benchmarks
 
 .PHONY: help install serve test test-engine test-service test-fast test-system coverage image-check check fmt \
-	lock clean soak bench-gpu
+	lock release clean soak bench-gpu
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -67,20 +67,24 @@ image-check: $(VENV)/.test ## build the image and run the service in it, without
 	@tests/container/install_tools.sh
 	$(RUN) tools/image_check.py
 
-check: $(VENV)/.test ## format, lint (JavaScript too), types, import contracts
+check: $(VENV)/.test ## format, lint (JavaScript too), types, import contracts, known holes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/oxlint
+	$(RUN) tools/audit.py
 
 fmt: $(VENV)/.test ## format, and mend what the linters can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/oxlint --fix
 
-lock: ## make both lock files anew from pyproject.toml and tests/requirements.in
+lock: ## make the lock files anew from pyproject.toml and tests/requirements.in
 	$(PYTHON) tools/lock.py
+
+release: $(VENV)/.test ## VERSION=0.2.0: wheel, sdist, SBOM, checksums, notes and tag text in dist/; sends nothing
+	$(RUN) tools/release.py $(VERSION)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage*

@@ -355,6 +355,8 @@ class GpuSnapshot:
     utilization_ratio: float | None
     power_watts: float | None
     temperature_celsius: float | None
+    throttled: Mapping[str, bool] | None = None
+    """For each reason of `telemetry.gpu.THROTTLE_REASONS`, whether it holds the clock down."""
 
 
 class Engine(Protocol):

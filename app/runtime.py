@@ -59,6 +59,7 @@ from app.worker.idle import IdleSleep
 from app.worker.pool import Pool, Worker
 from app.worker.rest import Cause
 from app.worker.supervisor import Events, Supervisor, TimeLimits
+from app.worker.transport import check_room
 from app.worker.warm_record import WarmRecord
 from app.worker.yielding import Yielding
 
@@ -101,6 +102,7 @@ class Runtime:
         self._settings, self._loras, self._make_engine = settings, chosen, make_engine
         devices = choose_devices(settings, self.choice, cards)
         self._devices = devices
+        check_room(len(devices))
         # Of an engine that does not say so, nothing is known.
         known = imports if make_engine is create_engine else getattr(make_engine, "imports", None)
         self._fork_server = ForkServer(known(devices[0].torch_index) if known else ())

@@ -30,6 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import image_check_compose as compose
+from tools import image_check_size as sizes
+from tools import sbom
 from tools.image_check_build import CheckFailed, Workshop, wait_until
 from tools.image_check_sandbox import Place, Running
 
@@ -107,6 +109,9 @@ def check(context: Path, *, fresh: bool) -> None:
             place = Place(rootfs, facts["config"], compose.environment(service, {}), Path(folder))
             with step("the int8 kernels, no weights"):
                 check_files(rootfs)
+            with step("its size, and its bill of materials"):
+                check_size(rootfs)
+                check_materials(rootfs)
             with step("a read-only root, a user without capabilities"):
                 check_confinement(place)
             with step("the C compiler that Triton calls works here"):
@@ -159,6 +164,24 @@ def check_files(rootfs: Path) -> None:
     weights = [path for path in found if packages[0] / "app" not in path.parents]
     expect(not weights, f"weights in the image: {weights[:3]}.")
     expect(not any((rootfs / "models").iterdir()), "the volume's place is not empty.")
+
+
+def check_size(rootfs: Path) -> None:
+    """Print what takes how much, and hold what the image has besides torch."""
+    size = sizes.measure(rootfs)
+    print("\n".join(sizes.table(size)), flush=True)
+    most = sizes.MOST_BESIDE_TORCH
+    words = f"{size.beside_torch / 1e6:.0f} MB besides torch, at most {most / 1e6:.0f} are allowed."
+    expect(size.beside_torch <= most, words)
+
+
+def check_materials(rootfs: Path) -> None:
+    """Hold that the bill of materials names Python's packages and Debian's."""
+    parts = json.loads(sbom.of_image(rootfs))["components"]
+    kinds = {part["purl"].partition("/")[0]: 0 for part in parts}
+    expect(kinds.keys() == {"pkg:pypi", "pkg:deb"}, f"it names {sorted(kinds)} alone.")
+    names = {part["name"] for part in parts}
+    expect({"torch", "starlette", "gcc", "libc6"} <= names, f"it names only {sorted(names)}.")
 
 
 def check_confinement(place: Place) -> None:

@@ -122,7 +122,11 @@ class Workshop:
             return
         tree, archive = self._scratch / "base", self._scratch / "base.tar"
         options = ["--variant=minbase", f"--include={INCLUDED}"]
-        run(["debootstrap", *options, "bookworm", tree], limit_s=400)
+        try:
+            run(["debootstrap", *options, "bookworm", tree], limit_s=900)
+        except CheckFailed:
+            _unmount_below(tree)
+            raise
         shutil.rmtree(tree / "var/cache/apt/archives")
         run(["tar", "--create", "--file", archive, "--directory", tree, "."], limit_s=120)
         shutil.rmtree(tree)
@@ -136,10 +140,14 @@ class Workshop:
         """Build the Dockerfile as it stands; only base and package sources are this machine's."""
         options: list[str | Path] = ["--format", "docker", "--pull-never", "--layers=false"]
         options += [*self._policy(), "--build-arg", f"BASE={BASE}"]
-        for source, target in pip_mounts(self._scratch):
+        mounts = pip_mounts(self._scratch)
+        for source, target in mounts:
             options += ["--volume", f"{source}:{target}:ro"]
+        if mounts:
+            # This machine's own sources may have another build of torch, with other hashes.
+            options += ["--build-arg", "LOCK=requirements.lock"]
         names: list[str | Path] = ["--tag", IMAGE, "--file", context / "Dockerfile"]
-        self._buildah("build", *options, *names, context, limit_s=900)
+        self._buildah("build", *options, *names, context, limit_s=1800)
 
     def inspect(self) -> dict[str, Any]:
         """Return what the image says about itself."""
@@ -156,6 +164,14 @@ class Workshop:
             yield Path(self._buildah("mount", container, limit_s=60).strip())
         finally:
             self._buildah("rm", container, limit_s=120)
+
+
+def _unmount_below(tree: Path) -> None:
+    """Unmount what a debootstrap that was ended has left, such as this machine's /proc."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for each in sorted(mounts, reverse=True):
+        if Path(each).is_relative_to(tree):
+            run(["umount", "--lazy", each], limit_s=60)
 
 
 def _locks(descriptor: int) -> bool:

@@ -20,6 +20,14 @@ from app.domain import GpuSnapshot
 _log = logging.getLogger(__name__)
 
 CACHE_S = 1.0
+THROTTLE_REASONS = {
+    "hw_thermal": "nvmlClocksEventReasonHwThermalSlowdown",
+    "sw_thermal": "nvmlClocksEventReasonSwThermalSlowdown",
+    "hw_power_brake": "nvmlClocksEventReasonHwPowerBrakeSlowdown",
+    "hw_slowdown": "nvmlClocksEventReasonHwSlowdown",
+    "sw_power_cap": "nvmlClocksEventReasonSwPowerCap",
+}
+"""Why a GPU's clock is lower than it could be, by NVML's constants; idleness is no such reason."""
 
 _ELSEWHERE = "a program outside this container"
 _FIRST_NAMESPACE = 0xEFFFFFFC
@@ -165,7 +173,18 @@ class Gpu:
             temperature_celsius=self._optional(
                 lambda: nvml.nvmlDeviceGetTemperature(board, nvml.NVML_TEMPERATURE_GPU)
             ),
+            throttled=self._throttled(nvml, board),
         )
+
+    def _throttled(self, nvml: Any, board: Any) -> dict[str, bool] | None:
+        """Return which of `THROTTLE_REASONS` hold; None where the driver does not say."""
+        try:
+            bits = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(board))
+        except nvml.NVMLError:
+            return None
+        return {
+            reason: bool(bits & getattr(nvml, name)) for reason, name in THROTTLE_REASONS.items()
+        }
 
     def _holders(self, gpu: Any) -> tuple[Holder, ...]:
         """List the processes on the GPU; none where the driver names none."""

@@ -435,3 +435,13 @@ class _GpuCollector(Collector):
                     family.add_metric([snapshot.name, snapshot.uuid], value)
             if family.samples:
                 yield family
+        throttled = GaugeMetricFamily(
+            "klein_gpu_throttled",
+            "1 where the GPU's clock is held down, by reason.",
+            labels=["gpu", "uuid", "reason"],
+        )
+        for snapshot, _ in now:
+            for reason, holds in (snapshot.throttled or {}).items():
+                throttled.add_metric([snapshot.name, snapshot.uuid, reason], holds)
+        if throttled.samples:
+            yield throttled

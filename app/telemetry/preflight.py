@@ -20,6 +20,10 @@ LEAST_FREE_BYTES = 4_500_000_000
 """Weights on the GPU in klein's smallest plan, without activations."""
 
 
+MINIMUM_DRIVERS = {"11": 450, "12": 525, "13": 580}
+"""Oldest driver per CUDA major version (https://docs.nvidia.com/deploy/cuda-compatibility/)."""
+
+
 class GpuFault(Enum):
     """Why a GPU that is there cannot serve klein."""
 
@@ -39,8 +43,8 @@ def find_faults(gpu: GpuFacts, torch_cuda: str) -> dict[GpuFault, str]:
     if gpu.cuda is not None and gpu.cuda[0] < wanted:
         faults[GpuFault.OLD_DRIVER] = (
             f"The NVIDIA driver {gpu.driver} is too old: it knows CUDA "
-            f"{gpu.cuda[0]}.{gpu.cuda[1]}, and torch here needs {wanted}.0 or later; update the "
-            "driver."
+            f"{gpu.cuda[0]}.{gpu.cuda[1]}, and torch here needs {wanted}.0 or later; "
+            f"{mend_driver(torch_cuda, knows=gpu.cuda)}."
         )
     if gpu.free_bytes < LEAST_FREE_BYTES:
         who = ", ".join(
@@ -54,6 +58,26 @@ def find_faults(gpu: GpuFacts, torch_cuda: str) -> dict[GpuFault, str]:
             "or set KLEIN_DEVICE."
         )
     return faults
+
+
+def minimum_driver(torch_cuda: str) -> int:
+    """Return the oldest driver major version for a torch built with CUDA *torch_cuda*."""
+    return MINIMUM_DRIVERS.get(torch_cuda.partition(".")[0], MINIMUM_DRIVERS["13"])
+
+
+def mend_driver(torch_cuda: str, *, knows: tuple[int, int] | None) -> str:
+    """Return what to do about a driver that *knows* a CUDA too old for torch's *torch_cuda*.
+
+    The part of a sentence; None stands for a driver too old to say what it knows.
+    """
+    newer = f"install NVIDIA's driver {minimum_driver(torch_cuda)} or newer"
+    if knows is None:
+        return newer
+    return (
+        f"{newer}, or another build of the same torch, for CUDA {knows[0]}.{knows[1]} or an "
+        f"earlier {knows[0]}: PIP_EXTRA_INDEX_URL names an index that has one, as a build argument "
+        "of the image or to pip (docs/container.md)"
+    )
 
 
 def check_driver(cards: Cards, torch_cuda: str | None) -> str:

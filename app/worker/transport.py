@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Semaphore
+from pathlib import Path
 from typing import Any
 
 from app.errors import StartupError
@@ -27,10 +29,35 @@ _log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 2**24
 """A little more than 2048x2048 pixels; larger images go through the pipe."""
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class UnsendableError(Exception):
     """The message cannot be pickled. Nothing of it was sent, and the pipe is unchanged."""
+
+
+def check_room(workers: int, folder: Path = SHARED_MEMORY) -> None:
+    """Check that *folder*, where memory is shared, has room for the pixels of each worker.
+
+    Where it has not, Python would share a file on the disk instead, and say nothing. A folder that
+    is not there is `pair`'s business.
+
+    Raises:
+        StartupError: it has not.
+    """
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return
+    free, needed = found.f_bavail * found.f_frsize, workers * _WINDOW_BYTES
+    if free < needed:
+        size = f"{-(-needed // 2**20) + 16}m"
+        raise StartupError(
+            f"{folder} has {free / 1e6:.1f} MB free and {needed / 1e6:.1f} MB are needed, "
+            f"{_WINDOW_BYTES / 1e6:.1f} for each worker, since pictures travel through it; make it "
+            f"larger, in a container with --shm-size={size} (shm_size in a compose file), "
+            f"elsewhere with mount -o remount,size={size} {folder}, and start again."
+        )
 
 
 def pair(context: BaseContext) -> tuple[End, End]:

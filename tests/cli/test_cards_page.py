@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.doctor.checks import PINNED_CUDA, minimum_driver
+from app.cli.doctor.checks import PINNED_CUDA
 from app.cli.doctor.plan_preview import OTHERS_BYTES, klein_weights
 from app.engine.models.registry import files_for, find_model
 from app.engine.quantization.formats import FORMATS
 from app.engine.roofline import GPUS, GpuDatasheet, roofline
 from app.engine.runtime.toolchain import INSTALLERS, WITHOUT_KERNELS
+from app.telemetry.preflight import minimum_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, _, REST = (ROOT / "docs" / "cards.md").read_text().partition("\n## What it gets\n")
@@ -100,4 +101,4 @@ def test_the_readmes_needs_are_those_of_the_program() -> None:
     ]
     times = [f"{each * 8e9 / 100e6 / 60:.0f}" for each in downloads]
     assert f"takes {times[0]} minutes in int8 and {times[1]} in fp8" in needs
-    assert f"CUDA {PINNED_CUDA} ({minimum_driver(None)} or newer" in needs
+    assert f"CUDA {PINNED_CUDA} ({minimum_driver(PINNED_CUDA)} or newer" in needs

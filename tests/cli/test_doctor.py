@@ -15,7 +15,7 @@ import pytest
 
 from app.cli.console import add_options
 from app.cli.doctor import command
-from app.cli.doctor.checks import diagnose, minimum_driver
+from app.cli.doctor.checks import PINNED_CUDA, diagnose
 from app.cli.doctor.facts import CacheFound, CardFound, Facts, HostFound, TorchFound
 from app.engine.models.registry import find_spec
 from app.engine.runtime.toolchain import CompilerFound
@@ -23,7 +23,7 @@ from app.model_choice import Choice
 from app.settings import Settings
 from app.telemetry.cards import Cards
 from app.telemetry.gpu import Gpu, GpuFacts, Holder
-from app.telemetry.preflight import check_gpu
+from app.telemetry.preflight import check_gpu, minimum_driver
 from tests.engine.race.test_results import RTX_3060
 from tests.support.fake_nvml import FakeCard, FakeNvml
 
@@ -208,7 +208,7 @@ def test_a_model_that_is_nowhere_is_a_problem_and_not_a_crash(capsys) -> None:
 )
 def test_the_driver_must_be_new_enough_for_torchs_cuda(cuda, driver) -> None:
     """By NVIDIA's table; where torch says nothing, for the build that is pinned."""
-    assert minimum_driver(cuda) == driver
+    assert minimum_driver(cuda or PINNED_CUDA) == driver
 
 
 CARD = GpuFacts(

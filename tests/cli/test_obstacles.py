@@ -17,7 +17,7 @@ import pytest
 
 from app.cli.main import main
 from app.errors import StartupError
-from app.worker.transport import pair
+from app.worker.transport import check_room, pair
 
 ROOT = Path(__file__).resolve().parents[2]
 KLEIN = (sys.executable, "-m", "app")
@@ -138,6 +138,26 @@ def test_shared_memory_that_cannot_be_written_to_is_one_sentence() -> None:
 
     assert "/dev/shm" in only_sentence(done)
     assert "--shm-size" in only_sentence(done)
+
+
+@pytest.mark.system
+def test_shared_memory_that_is_too_small_is_one_sentence() -> None:
+    """Of 4 MB, in a file system of its own: what is there, what is needed, and how to get it."""
+    script = 'mount -t tmpfs -o size=4m none /dev/shm && exec "$@"'
+    done = run("unshare", "-m", "sh", "-c", script, "sh", *SERVE)
+
+    said = only_sentence(done)
+    assert "/dev/shm has 4.2 MB free and 16.8 MB are needed" in said
+    assert "--shm-size=32m" in said
+
+
+def test_each_worker_needs_room_for_its_pixels(tmp_path: Path) -> None:
+    """More workers, more room; a folder that is not there is told of by what makes the pipe."""
+    check_room(1)
+    check_room(1, tmp_path / "absent")
+
+    with pytest.raises(StartupError, match=r"16\.8 for each worker, .* --shm-size=\d+m"):
+        check_room(10**9)
 
 
 @pytest.mark.parametrize("made", ["RawArray", "Semaphore"])

@@ -168,6 +168,27 @@ def test_both_builds_are_of_this_checkout() -> None:
     assert klein(WITHOUT)["build"] == {"context": ".", "args": {"PIP_EXTRA_INDEX_URL": ""}}
 
 
+def test_the_default_image_is_built_here() -> None:
+    """Under a name of this machine's, which no registry serves."""
+    assert klein(WITH_A_CARD)["image"] == "klein-server:local"
+    assert klein(WITH_A_CARD)["pull_policy"] == "build"
+
+
+def test_a_published_image_is_named_by_whoever_takes_it() -> None:
+    """Nothing is built, nothing else changes, and without a name nothing is fetched."""
+    files = [*WITH_A_CARD, ROOT / "docker" / "compose.published.yaml"]
+    outside = {"KLEIN_IMAGE": f"registry.example/klein-server@sha256:{'0' * 64}"}
+    plain, published = klein(WITH_A_CARD, outside), klein(files, outside)
+
+    assert published["image"] == outside["KLEIN_IMAGE"]
+    assert published["pull_policy"] == "missing"
+    assert "build" not in published
+    same = plain.keys() - {"build", "pull_policy"}
+    assert {key: published[key] for key in same} == {key: plain[key] for key in same}
+    with pytest.raises(ValueError, match="KLEIN_IMAGE must be set: name the image by its digest"):
+        klein(files)
+
+
 def test_the_file_for_traces_adds_them_and_nothing_else() -> None:
     """The packages, the collector's address, and a collector as confined as the others."""
     files = [*WITH_A_CARD, ROOT / "docker" / "compose.traces.yaml"]
@@ -253,7 +274,7 @@ def test_a_variable_that_is_not_set_does_not_go_in() -> None:
         ("KLEIN_MEM_LIMIT", "mem_limit", "24g", "24g"),
         ("KLEIN_STOP_GRACE_PERIOD", "stop_grace_period", "30m", "30m"),
         ("KLEIN_PORT", "ports", "9000", ["127.0.0.1:9000:8000"]),
-        ("KLEIN_TAG", "image", "1.0", "klein-server:1.0"),
+        ("KLEIN_IMAGE", "image", "mine:1.0", "mine:1.0"),
     ],
 )
 def test_what_a_machine_may_want_otherwise_is_a_variable(

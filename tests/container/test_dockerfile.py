@@ -127,6 +127,22 @@ def test_what_is_installed_is_the_locks() -> None:
     assert project["optional-dependencies"]["int8"] == []
 
 
+def test_the_hashes_hold_unless_another_index_is_named() -> None:
+    """Another build of torch has the same version and other bytes; a lock can be named too."""
+    assert ("ARG", 'LOCK=""') in instructions()
+    (command,) = re.findall(r'other="[^"]*" \\\n +&& pip install .*', TEXT)
+    words = command.replace("\\\n", "").replace("pip install", "echo")
+    for given, lock in (
+        ({}, "requirements.hashes.lock"),
+        ({"PIP_EXTRA_INDEX_URL": "https://index.example"}, "requirements.lock"),
+        ({"LOCK": "requirements.lock"}, "requirements.lock"),
+    ):
+        said = subprocess.run(
+            ["sh", "-c", words], env=given, capture_output=True, text=True, check=True
+        ).stdout
+        assert said.split()[-2:] == ["--requirement", lock]
+
+
 def test_extras_are_installed_where_they_are_asked_for() -> None:
     """None by default; what they need has a version in the tests' lock."""
     assert ("ARG", 'EXTRAS=""') in instructions()

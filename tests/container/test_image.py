@@ -21,7 +21,7 @@ def test_the_image_builds_and_serves_confined() -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=2700,
         check=False,
     )
 

@@ -109,6 +109,12 @@ NOT_RUN_HERE = {
         if (page, kind) == ("cli.md", "sh") and "klein queue" in text
         for line in text.splitlines()
     },
+    **{
+        line: "needs an engine, a card or root; tests/container holds the files that it names"
+        for page, kind, text in BLOCKS
+        if (page, kind) == ("container.md", "sh")
+        for line in text.splitlines()
+    },
     "klein doctor --race": "needs a card; tests/gpu/test_race.py holds the race",
     "klein serve --host 0.0.0.0": "it would listen to the network; Server binds a loopback address",
     "KLEIN_SITE=pictures.example caddy run --config docker/caddy/Caddyfile": (

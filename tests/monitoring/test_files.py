@@ -6,10 +6,12 @@ import itertools
 import re
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.monitoring import sources
 
+GUIDE = sources.ROOT / "docs" / "operations.md"
 GRAFANA = sources.ROOT / "docker" / "grafana" / "provisioning"
 
 
@@ -77,7 +79,22 @@ def test_every_alert_says_what_to_do() -> None:
     assert rows == {rule["alert"] for rule in sources.alerts()}
     for rule in sources.alerts():
         assert rule["labels"]["severity"] in ("warning", "critical")
-        assert set(rule["annotations"]) == {"summary", "remedy"}
+        assert set(rule["annotations"]) == {"summary", "remedy", "runbook_url"}
+
+
+def test_every_alert_leads_into_the_guide() -> None:
+    """By the anchor of the heading that is the alert's name."""
+    page, _, _ = sources.alerts()[0]["annotations"]["runbook_url"].partition("#")
+    for rule in sources.alerts():
+        assert rule["annotations"]["runbook_url"] == f"{page}#{rule['alert'].lower()}"
+    assert page == GUIDE.relative_to(sources.ROOT).as_posix()
+
+
+@pytest.mark.skipif(not GUIDE.is_file(), reason="the guide is not part of this checkout")
+def test_the_guide_has_a_section_for_every_alert() -> None:
+    """And for no other, so that a renamed alert takes its section with it."""
+    headings = re.findall(r"^#+ `?(Klein\w+)`?$", GUIDE.read_text(), re.MULTILINE)
+    assert set(headings) == {rule["alert"] for rule in sources.alerts()}
 
 
 def test_compose_brings_both_only_when_asked() -> None:

@@ -189,6 +189,20 @@ def test_a_driver_too_old() -> None:
     assert "13.0" in said
 
 
+def test_a_driver_too_old_can_be_mended_in_two_ways() -> None:
+    """The driver's number, or a torch for the CUDA that it knows, by the name that the Dockerfile
+    takes.
+    """
+    said = str(check(OldDriver))
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (argument,) = re.findall(r"([A-Z_]{6,}) names an index", said)
+
+    assert "install NVIDIA's driver 580 or newer, or another build of the same torch" in said
+    assert "for CUDA 11.8 or an earlier 11:" in said
+    assert f"ARG {argument}=" in dockerfile
+    assert (ROOT / re.findall(r"docs/\w+\.md", said)[0]).is_file()
+
+
 def test_a_driver_of_the_same_major_version_will_do() -> None:
     """CUDA's minor versions fit together; a card with room is not refused."""
 

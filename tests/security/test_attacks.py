@@ -28,6 +28,7 @@ from tests.security.conftest import KEY, send_raw
 from tests.security.test_connections import peak_bytes
 from tests.support.fakes import FakeRuntime
 from tests.support.server import ROOT, Server
+from tools import audit
 
 slow = pytest.mark.slow
 LEAKS = re.compile(r"0x[0-9a-f]{6,}|/home|/usr|/root|/work|site-packages|Traceback|/dev/shm|psm_")
@@ -72,19 +73,6 @@ ROUTES = {
     "POST /v1/tokens",
     "POST /wake",
     "POST /wake_up",
-}
-FLOORS = {
-    "starlette": (1, 0, 1),
-    "python-multipart": (0, 0, 22),
-    "transformers": (5, 3, 0),
-    "torch": (2, 6),
-    "pillow": (13,),
-    "fastapi": (0, 165),
-    "uvicorn": (0, 54),
-    "h11": (0, 16),
-    "urllib3": (2, 6),
-    "requests": (2, 32, 4),
-    "jinja2": (3, 1, 6),
 }
 
 
@@ -339,19 +327,9 @@ def test_a_pickled_checkpoint_is_refused_unread(tmp_path) -> None:
 
 def test_dependencies_are_above_their_floors() -> None:
     """The lock never goes below a version with a known hole."""
-    locked = dict(
-        line.lower().partition(";")[0].split("==")
-        for line in (ROOT / "requirements.lock").read_text().splitlines()
-        if "==" in line
-    )
-    versions = {
-        name: tuple(int(part) for part in locked[name].split("."))
-        for name in FLOORS
-        if name in locked
-    }
+    locked = audit.pins(ROOT / "requirements.lock")
 
-    assert set(versions) == set(FLOORS)
-    assert [name for name, floor in FLOORS.items() if versions[name] < floor] == []
+    assert audit.below_floors(locked) == []
     assert importlib.metadata.version("starlette") == locked["starlette"]
 
 

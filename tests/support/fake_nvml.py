@@ -24,6 +24,11 @@ class FakeNvml:
     """Stands in for the module; counts how often the memory was read."""
 
     NVML_TEMPERATURE_GPU = 0
+    nvmlClocksEventReasonSwPowerCap = 0x04
+    nvmlClocksEventReasonHwSlowdown = 0x08
+    nvmlClocksEventReasonSwThermalSlowdown = 0x20
+    nvmlClocksEventReasonHwThermalSlowdown = 0x40
+    nvmlClocksEventReasonHwPowerBrakeSlowdown = 0x80
 
     class NVMLError(Exception):
         """What NVML raises."""
@@ -34,6 +39,7 @@ class FakeNvml:
         has_power: bool = True,
         used_bytes: int = 9_000_000_000,
         processes: Mapping[int, int | None] | None = None,
+        clock_reasons: int | None = 0x04,
     ) -> None:
         """*processes* are bytes by process id; the driver does not tell them where it is None."""
         self.reads = 0
@@ -41,6 +47,7 @@ class FakeNvml:
         self._has_power = has_power
         self._used_bytes = used_bytes
         self._processes = processes
+        self._clock_reasons = clock_reasons
 
     def nvmlInit(self) -> None:
         """Nothing to start."""
@@ -117,6 +124,11 @@ class FakeNvml:
 
     def nvmlDeviceGetTemperature(self, card: int, sensor: int) -> int:
         return 66
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, card: int) -> int:
+        if self._clock_reasons is None:
+            raise self.NVMLError("not supported")
+        return self._clock_reasons
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.65.06"

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import TracebackType
 from typing import IO, ClassVar
 
@@ -29,6 +30,9 @@ class Server:
     fork_server: ClassVar[ForkServer | None] = None
     """Where all but the service itself are forked, which saves the second of a start."""
 
+    program: Path | None = None
+    """A `klein` that was installed elsewhere, to be run in the place of *module*."""
+
     def __init__(self, *arguments: str, module: str = "app", **settings: object) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("KLEIN_")}
         environ |= {f"KLEIN_{key.upper()}": str(value) for key, value in settings.items()}
@@ -41,9 +45,11 @@ class Server:
             self.process, output = forked, os.fdopen(forked.output)
         else:
             subcommand = ["serve"] if module == "app" else []
+            run = [str(self.program)] if self.program else [sys.executable, "-m", module]
             started = subprocess.Popen(
-                [sys.executable, "-m", module, *subcommand, *arguments],
-                cwd=ROOT,
+                [*run, *subcommand, *arguments],
+                # From a folder of its own an installed one finds nothing of this checkout.
+                cwd=self.program.parent if self.program else ROOT,
                 env=environ,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.telemetry.gpu import Gpu, GpuFacts
+from app.telemetry.gpu import THROTTLE_REASONS, Gpu, GpuFacts
 from tests.support.fake_nvml import FakeNvml
 
 
@@ -57,6 +57,33 @@ def test_a_question_that_the_card_does_not_answer_is_left_out() -> None:
     assert snapshot is not None
     assert snapshot.power_watts is None
     assert snapshot.temperature_celsius == 66.0
+
+
+def test_what_holds_the_clock_down_is_told_by_reason() -> None:
+    """Each bit by NVML's own name; an idle GPU's clock (0x1) is not held down; silence is None."""
+    for bits, expected in (
+        (0x01, set()),
+        (0x04, {"sw_power_cap"}),
+        (0x48, {"hw_slowdown", "hw_thermal"}),
+        (0xA0, {"hw_power_brake", "sw_thermal"}),
+    ):
+        snapshot = Gpu(0, load_nvml=lambda bits=bits: FakeNvml(clock_reasons=bits)).read()
+        assert snapshot is not None
+        assert snapshot.throttled is not None
+        assert {reason for reason, holds in snapshot.throttled.items() if holds} == expected
+
+    silent = Gpu(0, load_nvml=lambda: FakeNvml(clock_reasons=None)).read()
+    assert silent is not None
+    assert silent.throttled is None
+    assert silent.temperature_celsius == 66.0
+
+
+def test_the_reasons_are_nvmls_own() -> None:
+    """The bindings that the lock has know each constant, with the bit that the tests take."""
+    import pynvml
+
+    for name in THROTTLE_REASONS.values():
+        assert getattr(pynvml, name) == getattr(FakeNvml, name)
 
 
 def test_the_driver_is_named() -> None:

@@ -18,12 +18,10 @@ from app.engine.roofline import find_gpu, recognise
 from app.engine.runtime.toolchain import CompilerFound, install_command
 from app.settings import ALL, Settings
 from app.telemetry.gpu import GpuFacts, Holder
-from app.telemetry.preflight import GpuFault, find_faults
+from app.telemetry.preflight import GpuFault, find_faults, mend_driver, minimum_driver
 
 PINNED_CUDA = "13.0"
 """CUDA version of the pinned torch, which also has a CPU build."""
-MINIMUM_DRIVERS = {"11": 450, "12": 525, "13": 580}
-"""Oldest driver per CUDA major version (https://docs.nvidia.com/deploy/cuda-compatibility/)."""
 
 _OLDEST_CAPABILITY = (7, 5)
 _NATIVE_BF16 = (8, 0)
@@ -81,11 +79,6 @@ def _judge_card(facts: Facts, card: CardFound, settings: Settings) -> Report:
     return found
 
 
-def minimum_driver(cuda: str | None) -> int:
-    """Return the oldest driver major version for CUDA *cuda*; None stands for `PINNED_CUDA`."""
-    return MINIMUM_DRIVERS.get((cuda or PINNED_CUDA).partition(".")[0], MINIMUM_DRIVERS["13"])
-
-
 def tell_forecast(
     found: Report, ahead: PlanPreview, model: ModelSpec, *, is_computed: bool = False
 ) -> None:
@@ -117,7 +110,9 @@ def _faults(card: CardFound) -> Collection[GpuFault]:
     if not isinstance(gpu, GpuFacts):
         return ()
     found = find_faults(gpu, cuda or PINNED_CUDA)
-    is_old = gpu.cuda is None and int(gpu.driver.partition(".")[0]) < minimum_driver(cuda)
+    is_old = gpu.cuda is None and int(gpu.driver.partition(".")[0]) < minimum_driver(
+        cuda or PINNED_CUDA
+    )
     return {*found, GpuFault.OLD_DRIVER} if is_old else found
 
 
@@ -132,7 +127,7 @@ def _sizes(plan: MemoryPlan) -> str:
 
 
 def _judge_gpu(found: Report, card: CardFound, gpu: GpuFacts) -> None:
-    needed = minimum_driver(card.torch.cuda)
+    needed = minimum_driver(card.torch.cuda or PINNED_CUDA)
     major, minor = gpu.capability
     name = f"{card.name}, {gpu.name}" if card.name else gpu.name
     found.tell("card", f"{name}, compute capability {major}.{minor}")
@@ -145,10 +140,11 @@ def _judge_gpu(found: Report, card: CardFound, gpu: GpuFacts) -> None:
         f"{gigabytes(gpu.total_bytes)}, of which {gigabytes(gpu.free_bytes)} are free; {holders}",
     )
     if GpuFault.OLD_DRIVER in _faults(card):
+        remedy = mend_driver(card.torch.cuda or PINNED_CUDA, knows=gpu.cuda)
         found.complain(
             f"The driver {gpu.driver} is too old for torch {card.torch.version}, which is built "
             f"for CUDA {card.torch.cuda or PINNED_CUDA}.",
-            f"Install NVIDIA's driver {needed} or newer and start the machine again.",
+            f"{remedy[0].upper()}{remedy[1:]}; then start the machine again.",
             is_fatal=True,
         )
     if gpu.capability < _OLDEST_CAPABILITY:
@@ -175,9 +171,10 @@ def _judge_absence(found: Report, facts: Facts, card: CardFound, settings: Setti
     is_demo = facts.model is not None and not facts.is_klein
     is_fatal = not is_demo or "device" in settings.model_fields_set
     served = "" if is_fatal else " The demo model is served by the processor."
+    oldest = minimum_driver(card.torch.cuda or PINNED_CUDA)
     found.complain(
         f"NVML finds no card that can be used: {card.gpu}.{served}",
-        f"For klein, install NVIDIA's driver {minimum_driver(card.torch.cuda)} or newer; in a "
+        f"For klein, install NVIDIA's driver {oldest} or newer; in a "
         "container, start it with the card (docker run --gpus all, or compose.yaml as it stands) "
         "and see that nvidia-smi answers there. Without a card, set KLEIN_DEVICE=cpu.",
         is_fatal=is_fatal,
