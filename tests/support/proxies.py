@@ -17,6 +17,8 @@ from pathlib import Path
 from tests.support.server import ROOT, Server
 
 SCALE = ROOT / "docker" / "scale"
+PAGE = ROOT / "docs" / "scale-proxies.part.md"
+"""Where the measured tables stand."""
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 
 NGINX = """{user} daemon off; pid {folder}/nginx.pid; error_log stderr; worker_processes 2;
