@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_the_pages_table_is_what_the_command_prints() -> None:
     assert done.stdout in page
 
 
-SLOW_S = 0.5
+SLOW_S = 0.4
 PICTURES = 40
 LOAD = 0.8
 ROUNDS = 3
@@ -116,7 +117,7 @@ class Ran:
     times: list[float]
     totals: list[float]
     alone_s: float
-    """Of a request while there is no other, at the median of five."""
+    """Of a request while there is no other: the fastest of five."""
     each_s: float
     """Of a picture, for its card, while others wait."""
 
@@ -124,9 +125,10 @@ class Ran:
 async def drive(port: int, cards: int, times: list[float]) -> Ran:
     """Measure the seconds; then send a request at each of *times*, whatever became of others."""
     data = request_bytes("/generate", {"prompt": "x", "width": 128, "height": 128})
-    alone_s = sorted([(await ask(port, data)).seconds for _ in range(5)])[2]
+    alone_s = min([(await ask(port, data)).seconds for _ in range(5)])
     at_once = await asyncio.gather(*(ask(port, data) for _ in range(ROUNDS * cards)))
-    each_s = (max(answer.seconds for answer in at_once) - alone_s) / (ROUNDS - 1)
+    ends = sorted(answer.seconds for answer in at_once)
+    each_s = (median(ends[-cards:]) - median(ends[:cards])) / (ROUNDS - 1)
     begun = time.monotonic()
     sent, tasks = [], []
     for moment in times:
@@ -164,8 +166,7 @@ def test_one_service_with_several_workers_is_as_modelled(scripted, cards: int, b
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("burst", [1, BURST], ids=["Poisson", "bursts"])
-def test_services_behind_haproxy_are_as_modelled(burst: int, tmp_path: Path) -> None:
-    """Three of one worker each, each request to whoever has the fewest."""
+def test_services_behind_haproxy_are_as_modelled(tmp_path: Path) -> None:
+    """Three of one worker each; of a burst each request goes to whoever has the fewest."""
     with behind("haproxy", tmp_path, (f"slow={SLOW_S}",)) as site:
-        compare(site.port, replicas, 3, burst)
+        compare(site.port, replicas, 3, BURST)

@@ -204,7 +204,8 @@ def test_a_caller_who_leaves_ends_the_picture(site, is_stream) -> None:
         with site.client() as client:
             if is_stream:
                 with client.stream("POST", "/v1/images/generations", json=body) as answer:
-                    next(answer.iter_lines())
+                    lines = answer.iter_lines()  # which, once it is gone, ends the request
+                    next(lines)
                     wait_until(lambda: site.service.metric("klein_requests_running") == 1)
             else:
                 with pytest.raises(httpx.ReadTimeout):

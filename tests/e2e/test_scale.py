@@ -139,7 +139,7 @@ def test_the_table_of_deaths(row, proxy, kind, tmp_path) -> None:
     waits there, and of those that come before the proxy's check has noticed."""
     happen, waiting, changes = ROWS[row]
     file_changes = UNNOTICED if proxy == "haproxy" else changes
-    words = ("load=2",) if happen is kill_worker else ()
+    words = ("load=1",) if happen is kill_worker else ()
     places = 2 if happen is nothing else 8
     with behind(proxy, tmp_path, words, file_changes, queue_images=places) as site:
         found = asyncio.run(measured(site, kind, happen, waiting))
@@ -246,7 +246,8 @@ def test_a_caller_who_leaves_ends_the_picture(site, is_stream) -> None:
     try:
         if is_stream:
             with httpx.stream("POST", url, json=body, timeout=20) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # which, once it is gone, ends the request
+                next(lines)
                 wait_until(lambda: running(site) == 1)
         else:
             with pytest.raises(httpx.ReadTimeout):
@@ -364,6 +365,7 @@ def test_a_stream_ends_with_its_service(proxy, tmp_path: Path) -> None:
             service.process.kill()
             with pytest.raises(httpx.RemoteProtocolError):
                 list(lines)
+            service.process.wait(20)
 
         assert site.held() == 0
 
