@@ -2,7 +2,7 @@
 
 Variables are replaced after the file is read, so a `$` in a comment is never looked at; files are
 merged key by key, later ones win, lists grow, `!reset` takes a key away, and a list after
-`!override` replaces the one below it.
+`!override` replaces the one below it. A service may extend one of another file.
 """
 
 from __future__ import annotations
@@ -39,9 +39,31 @@ def load(paths: list[Path], environ: Mapping[str, str]) -> dict[str, Any]:
     """Merge the compose files at *paths*, with the variables of *environ* filled in."""
     merged: dict[str, Any] = {}
     for path in paths:
-        document = yaml.load(path.read_text(), Loader=_Loader)
-        merged = _merge(merged, _fill_in(document, environ))
+        document = _read(path, environ)
+        for name, service in document.get("services", {}).items():
+            document["services"][name] = _extended(service, path, environ)
+        merged = _merge(merged, document)
     return merged
+
+
+def _read(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    document: dict[str, Any] = _fill_in(yaml.load(path.read_text(), Loader=_Loader), environ)
+    return document
+
+
+def _extended(service: Any, path: Path, environ: Mapping[str, str]) -> Any:
+    """Merge *service*, of the file at *path*, over the one that it extends, if it extends one.
+
+    Paths of the other file are relative to that file, so they are made absolute.
+    """
+    if not isinstance(service, dict) or "extends" not in service:
+        return service
+    wanted = service["extends"]
+    other = (path.parent / wanted["file"]).resolve()
+    base = _extended(_read(other, environ)["services"][wanted["service"]], other, environ)
+    if "context" in base.get("build", {}):
+        base["build"]["context"] = str((other.parent / base["build"]["context"]).resolve())
+    return _merge(base, {key: value for key, value in service.items() if key != "extends"})
 
 
 def environment(service: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:

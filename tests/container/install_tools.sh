@@ -5,7 +5,8 @@ export DEBIAN_FRONTEND=noninteractive PATH="$PATH:/usr/sbin:/sbin"
 
 declare -A package_of=([buildah]=buildah [debootstrap]=debootstrap [promtool]=prometheus
     [chromium]=chromium [node]=nodejs [npm]=npm [java]=default-jdk-headless [curl]=curl
-    [nginx]=nginx-light [caddy]=caddy [openssl]=openssl [tmux]=tmux [zsh]=zsh [fish]=fish)
+    [nginx]=nginx-light [haproxy]=haproxy [caddy]=caddy [openssl]=openssl [tmux]=tmux [zsh]=zsh
+    [fish]=fish)
 missing=()
 for command in "${!package_of[@]}"; do
     command -v "$command" >/dev/null || missing+=("${package_of[$command]}")

@@ -9,8 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +18,13 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.support.proxies import free_port, nginx_command, replaced, wait_until
 from tests.support.server import ROOT, Server
 
 pytestmark = pytest.mark.system
 
 RATE = 20
 SMALL = {"prompt": "a fox", "size": "64x64"}
-NGINX = """{user} daemon off; pid {folder}/nginx.pid; error_log stderr; worker_processes 1;
-events {{}}
-http {{
-    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/a; uwsgi_temp_path {folder}/b; scgi_temp_path {folder}/c;
-    include {folder}/klein.conf;
-}}
-"""
 CADDY = """{{
     admin off
     skip_install_trust
@@ -63,21 +55,6 @@ class Site:
             yield client
 
 
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def wait_until(holds: Callable[[], object], limit_s: float = 20.0) -> None:
-    """Ask again until it holds."""
-    deadline = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
 def speaks_tls(port: int, certificate: Path) -> bool:
     """Whether it shows a certificate: Caddy listens before its authority has signed one."""
     with contextlib.suppress(OSError):
@@ -88,14 +65,6 @@ def speaks_tls(port: int, certificate: Path) -> bool:
         ):
             return True
     return False
-
-
-def replaced(text: str, **values: str) -> str:
-    """Replace each of these words, which the file must have."""
-    for old, new in values.items():
-        assert old in text
-        text = text.replace(old, new)
-    return text
 
 
 def nginx(folder: Path, port: int, plain: int, upstream: str) -> tuple[list[str], Path]:
@@ -115,9 +84,7 @@ def nginx(folder: Path, port: int, plain: int, upstream: str) -> tuple[list[str]
     }
     file = (ROOT / "docker" / "nginx" / "klein.conf").read_text()
     (folder / "klein.conf").write_text(replaced(file, **changes))
-    user = "user root;" if os.geteuid() == 0 else ""  # another one may not enter the folder
-    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, user=user))
-    return ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")], folder / "crt"
+    return nginx_command(folder, folder / "klein.conf"), folder / "crt"
 
 
 def caddy(folder: Path, port: int, plain: int, upstream: str) -> tuple[list[str], Path]:
@@ -237,7 +204,8 @@ def test_a_caller_who_leaves_ends_the_picture(site, is_stream) -> None:
         with site.client() as client:
             if is_stream:
                 with client.stream("POST", "/v1/images/generations", json=body) as answer:
-                    next(answer.iter_lines())
+                    lines = answer.iter_lines()  # which, once it is gone, ends the request
+                    next(lines)
                     wait_until(lambda: site.service.metric("klein_requests_running") == 1)
             else:
                 with pytest.raises(httpx.ReadTimeout):

@@ -136,6 +136,22 @@ NOT_RUN_HERE = {
         if line.startswith(("klein ", "curl "))
     },
     **dict.fromkeys(("nvidia-smi", "nvidia-smi -L"), "needs NVIDIA's driver"),
+    "docker compose -f docker/scale/compose.yaml up": (
+        "needs cards; tests/container/test_scale_files.py reads it, test_scale.py runs the proxy"
+    ),
+    "docker compose -f docker/scale/compose.yaml -f docker/scale/compose.nginx.yaml up": (
+        "needs cards; tests/container/test_scale_files.py reads it, test_scale.py runs the proxy"
+    ),
+    **{
+        line: "needs a cluster; tests/container/test_scale_files.py validates the files"
+        for _, kind, text in BLOCKS
+        if kind == "sh"
+        for line in text.splitlines()
+        if line.startswith("kubectl ")
+    },
+    "python -m benchmarks.queueing --seconds 0.188 --wait 0.6": (
+        "seconds; tests/benchmarks/test_queueing.py compares what it prints with the page"
+    ),
     "docker compose -f compose.yaml -f docker/compose.traces.yaml up": (
         "needs a card; tests/container/test_compose.py reads the file"
     ),
