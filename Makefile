@@ -57,6 +57,7 @@ coverage: $(VENV)/.test ## `make test` with branch coverage, child processes cou
 test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs what they call
 	@tests/container/install_tools.sh
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt
+	@tests/cluster/install_ray.sh
 	@failed=0; $(BIN)/pytest -n 2 -m "(system or full) and not gpu" tests/browser || failed=1; \
 		$(BIN)/pytest -m "(system or full) and not gpu" --ignore tests/browser || failed=1; \
 		exit $$failed

@@ -24,7 +24,7 @@ OPTIONS: Options = {
         "help": "config: Serve's YAML, from the settings; environ: what to export before `ray "
         "start`, on every node; targets: the replicas that run, for Prometheus",
     },
-    "--nodes": {"type": int, "default": 1, "help": "config: machines; 1 where left out"},
+    "--nodes": {"type": int, "default": 1, "help": "config: machines"},
     "--replicas": {
         "type": int,
         "help": "config: services, each with a card; those of this machine times the nodes",
@@ -37,7 +37,7 @@ OPTIONS: Options = {
     "--start-seconds": {
         "type": float,
         "default": 60.0,
-        "help": "config: what a start takes, for Retry-After while no replica runs (60)",
+        "help": "config: what a start takes, for Retry-After while no replica runs",
     },
     "--address": {"help": "targets: the cluster's host:port; the one that runs here"},
     "--every": {
@@ -93,9 +93,7 @@ def _environ(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _targets(arguments: argparse.Namespace) -> int:
     if find_spec("ray") is None:
-        raise StartupError(
-            "Ray is not installed here; `pip install 'klein-server[ray]'` brings it."
-        )
+        raise StartupError("Ray is not installed here; `pip install '.[ray]'` brings it.")
     if arguments.every is not None and (arguments.every <= 0 or arguments.output is None):
         raise InvalidRequest("--every takes seconds above 0, and needs -o FILE.")
     # Not earlier: it takes seconds, and only this action needs it.

@@ -189,7 +189,7 @@ def test_prometheus_gets_each_replica_with_its_labels(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["targets"], "pip install 'klein-server[ray]'"),
+        (["targets"], "pip install '.[ray]'"),
         (["config", "-o", "/nowhere/klein.yaml", "--replicas", "1"], "cannot be written"),
     ],
 )

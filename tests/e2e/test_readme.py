@@ -91,6 +91,12 @@ NOT_RUN_HERE = {
         if line.startswith(("klein ", "curl "))
     },
     "nvidia-smi -L": "needs NVIDIA's driver",
+    **{
+        line: "needs Ray, and some of it two machines; tests/cluster runs the same commands"
+        for page, kind, text in BLOCKS
+        if (page, kind) == ("scale.md", "sh")
+        for line in text.splitlines()
+    },
     "docker compose -f compose.yaml -f docker/compose.traces.yaml up": (
         "needs a card; tests/container/test_compose.py reads the file"
     ),
