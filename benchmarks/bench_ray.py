@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,6 @@ from benchmarks.bench_http import PORT, connect, health, post, serve
 from benchmarks.rows import Bench
 from tests.support.ray_cluster import PYTHON, Cluster, ask, own_network
 
-_REPLICA_PORT = 30_000
 _START_S = 480.0
 
 
@@ -41,7 +40,7 @@ def measure(bench: Bench) -> None:
             pass
         for turn in range(2):
             with serve(bench, Path(folder) / f"{turn}", _devices(bench, cards), cards):
-                _measure(bench, "klein.ray.pool", cards, workers=cards)
+                _measure(bench, "klein.ray.pool", cards, [PORT], workers=cards)
             for count in (1, cards):
                 place = Path(folder) / f"ray-{turn}-{count}"
                 place.mkdir()
@@ -51,7 +50,8 @@ def measure(bench: Bench) -> None:
                     cluster.deploy(None, f"--replicas={count}")
                     cluster.wait_for(count, _START_S)
                     ready_s = round(time.perf_counter() - begun, 1)
-                    _measure(bench, "klein.ray", cards, replicas=count, ready_s=ready_s)
+                    facts = {"replicas": count, "ready_s": ready_s}
+                    _measure(bench, "klein.ray", cards, cluster.ports(), **facts)
 
 
 @contextlib.contextmanager
@@ -82,12 +82,12 @@ def _devices(bench: Bench, count: int) -> list[str]:
     return [f"cpu:{count}"] if bench.device is None else [str(each) for each in range(count)]
 
 
-def _measure(bench: Bench, name: str, cards: int, **facts: object) -> None:
+def _measure(bench: Bench, name: str, cards: int, ports: Sequence[int], **facts: object) -> None:
     pictures = 4 * cards if bench.is_tiny else 40 * cards
     _at_once(bench, 8 * cards, "warm {}")
-    before = _drawn(cards)
+    before = _drawn(ports)
     rounds = [_at_once(bench, pictures, f"round {number} {{}}") for number in range(3)]
-    after = _drawn(cards)
+    after = _drawn(ports)
     bench.write(
         name,
         [seconds / pictures for seconds in rounds],
@@ -114,10 +114,10 @@ def _at_once(bench: Bench, pictures: int, what: str) -> float:
         return time.perf_counter() - begun
 
 
-def _drawn(cards: int) -> dict[int, int]:
-    """Return how many pictures each replica has drawn, by its port; the pool has none."""
+def _drawn(ports: Sequence[int]) -> dict[int, int]:
+    """Return how many pictures each service has drawn, by its port."""
     drawn = {}
-    for port in range(_REPLICA_PORT, _REPLICA_PORT + 2 * cards + 2):
+    for port in ports:
         text = ask("GET", "/metrics", port=port).body.decode()
         found = re.findall(r"^klein_images_total{.*} (\S+)$", text, re.M)
         if found:

@@ -306,6 +306,11 @@ class Cluster:
             found.add((names[0] if names else "?", address.strip("[]"), port))
         return found
 
+    def ports(self) -> list[int]:
+        """Where the replicas answer HTTP; none has the port of one that has gone."""
+        served = {(name, int(port)) for name, _, port in self.listening() if "ServeRepli" in name}
+        return sorted(port for _, port in served if 30_000 <= port <= 31_000)
+
     def stop(self) -> None:
         """End every node, the head last."""
         left = self.processes()
