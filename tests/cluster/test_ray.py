@@ -77,17 +77,6 @@ def lines(trace: Path) -> list[str]:
     return trace.read_text().splitlines() if trace.exists() else []
 
 
-def running(cluster: Cluster) -> dict[int, int]:
-    """How many pictures each replica makes now, by its process; asked of each itself."""
-    found = {}
-    for port in cluster.ports():
-        answer = ask("GET", "/health", port=port)
-        if answer.status == 200:
-            queue = json.loads(answer.body)["queue"]
-            found[answer.pid] = queue["running"] + queue["size"]
-    return found
-
-
 @contextmanager
 def streaming(seed: int) -> Iterator[tuple[http.client.HTTPConnection, http.client.HTTPResponse]]:
     """A stream with three previews."""
@@ -163,7 +152,7 @@ def test_a_full_queue_is_refused_by_the_service_itself(two, gate) -> None:
 def held(cluster: Cluster, pool: ThreadPoolExecutor) -> list:
     """One picture on each of two replicas, both held at the gate."""
     asked = [pool.submit(generate, seed) for seed in range(2)]
-    wait_until(lambda: sorted(running(cluster).values()) == [1, 1])
+    wait_until(lambda: sorted(cluster.running().values()) == [1, 1])
     return asked
 
 
@@ -172,7 +161,7 @@ def test_a_killed_worker_costs_its_one_picture(two, gate) -> None:
     gate.unlink()
     with ThreadPoolExecutor(2) as pool:
         asked = held(two, pool)
-        two.worker(next(iter(running(two)))).kill()
+        two.worker(next(iter(two.running()))).kill()
         wait_until(lambda: any(each.done() for each in asked))
         gate.touch()
         others = [generate(seed).status for seed in range(10)]
@@ -187,7 +176,7 @@ def test_a_killed_replica_costs_what_it_was_making(two, gate) -> None:
     gate.unlink()
     with ThreadPoolExecutor(2) as pool:
         asked = held(two, pool)
-        victim = next(iter(running(two)))
+        victim = next(iter(two.running()))
         orphan = two.worker(victim)
         os.kill(victim, 9)
         gone_s = wait_until(lambda: not orphan.is_running() or orphan.status() == "zombie")

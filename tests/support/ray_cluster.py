@@ -228,9 +228,13 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def deploy(self, script: str | None, *words: str, **settings: str) -> Path:
+    def deploy(
+        self, script: str | None, *words: str, proxy_location: str | None = None, **settings: str
+    ) -> Path:
         """Deploy what `klein cluster config` writes, with scripted pictures unless *script* is
         None; do not wait until it is ready.
+
+        Two nodes of one machine need another *proxy_location*: HAProxy's ports are taken there.
         """
         file = self.folder / "klein.yaml"
         before = dict(self._settings)
@@ -241,6 +245,9 @@ class Cluster:
             self._settings = before
         if script is not None:
             changes = {_APPLICATION: _SCRIPTED, "args: {}": f"args: {{script: [{script}]}}"}
+            file.write_text(_replaced(file.read_text(), changes))
+        if proxy_location is not None:
+            changes = {'"EveryNode"': f'"{proxy_location}"'}
             file.write_text(_replaced(file.read_text(), changes))
         done = self.ray("serve", "run", "--non-blocking", str(file))
         assert done.returncode == 0, done.stdout + done.stderr
@@ -310,6 +317,16 @@ class Cluster:
         """Where the replicas answer HTTP; none has the port of one that has gone."""
         served = {(name, int(port)) for name, _, port in self.listening() if "ServeRepli" in name}
         return sorted(port for _, port in served if 30_000 <= port <= 31_000)
+
+    def running(self) -> dict[int, int]:
+        """How many pictures each replica has, made or waiting, by its process; asked of each."""
+        found = {}
+        for port in self.ports():
+            answer = ask("GET", "/health", port=port)
+            if answer.status == 200:
+                queue = json.loads(answer.body)["queue"]
+                found[answer.pid] = queue["running"] + queue["size"]
+        return found
 
     def stop(self) -> None:
         """End every node, the head last."""
