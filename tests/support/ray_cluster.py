@@ -197,15 +197,17 @@ class Cluster:
 
     def start(self, *words: str, address: str = "127.0.0.1", cpus: int = 8) -> None:
         """Start a node and wait until it takes part."""
-        place = "--head" if not self._nodes else "--address=127.0.0.1:6379"
+        place: tuple[str, ...] = ("--head", "--include-dashboard=false")
+        if self._nodes:
+            place = ("--address=127.0.0.1:6379",)
         log = self.folder / f"node-{len(self._nodes)}.log"
         self._logs.append(log.open("w"))
         self._nodes.append(
             subprocess.Popen(
                 [
-                    *self._command("ray", "start", place, "--block", f"--num-cpus={cpus}"),
+                    *self._command("ray", "start", *place, "--block", f"--num-cpus={cpus}"),
                     f"--node-ip-address={address}",
-                    *("--include-dashboard=false", "--object-store-memory=100000000", *words),
+                    *("--object-store-memory=100000000", *words),
                 ],
                 env=self.environ,
                 cwd=ROOT,
