@@ -14,7 +14,7 @@ PYTEST := $(BIN)/pytest
 TEST = $(PYTEST) -m "not gpu and not system and not full"
 ENGINE_TESTS := tests/engine tests/images tests/shapes tests/benchmarks
 
-.PHONY: help install serve test test-engine test-service test-fast test-system coverage image-check check fmt \
+.PHONY: help install serve test test-engine test-service test-fast test-system test-ray coverage image-check check fmt \
 	lock release clean soak bench-gpu
 
 help: ## list the targets
@@ -61,8 +61,13 @@ test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt \
 		-r tests/container/requirements.txt
 	@failed=0; $(BIN)/pytest -n 2 -m "(system or full) and not gpu" tests/browser || failed=1; \
-		$(BIN)/pytest -m "(system or full) and not gpu" --ignore tests/browser || failed=1; \
+		$(BIN)/pytest -m "(system or full) and not gpu" --ignore tests/browser --ignore tests/cluster || failed=1; \
 		exit $$failed
+
+test-ray: $(VENV)/.test ## the service under a real Ray Serve, in a network namespace; as root
+	@tests/container/install_tools.sh
+	@tests/cluster/install_ray.sh
+	$(BIN)/pytest -m "(system or full) and not gpu" tests/cluster
 
 image-check: $(VENV)/.test ## build the image and run the service in it, without an engine
 	@tests/container/install_tools.sh

@@ -7,6 +7,7 @@ and the command line import this module.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import re
@@ -328,6 +329,29 @@ def variable(field: str) -> str:
     """Return the environment variable of a field of `Settings`."""
     # A keyword of Python's cannot be an attribute.
     return PREFIX + ("YIELD" if field == "yields" else field.upper())
+
+
+def check_exposure(settings: Settings, host: str | None = None) -> None:
+    """Refuse to serve other machines without authentication by accident.
+
+    *host* is the address listened on, where it is not that of the settings.
+
+    Raises:
+        StartupError: other machines reach it, no key is set, and nobody said that this is wanted.
+    """
+    host = host or settings.host
+    if not (settings.api_keys or settings.trust_network or is_loopback(host)):
+        raise StartupError(
+            f"{host} can be reached from other machines and no key is set; "
+            "set KLEIN_API_KEYS, or listen on 127.0.0.1, or set KLEIN_TRUST_NETWORK=true."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on *host*."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def read_devices(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ Phases, in the order in which they run without a choice:
     http        the service as a subprocess, one client, one request in flight
     starts      the service started, three times where the cache is empty
     workers     pictures on one card, on two and on as many as there are; one worker killed
+    ray         replicas under Ray Serve, one and as many as there are cards, beside the pool
     sleep       the worker asleep and awake again, in turn (--cycles, 30)
     lora        pictures with adapters beside pictures without, switches, loads from disk
     plans       every memory plan with the process capped just above its bar
@@ -37,6 +38,7 @@ from benchmarks import (
     bench_kernels,
     bench_lora,
     bench_pipeline,
+    bench_ray,
     bench_sleep,
     bench_workers,
 )
@@ -51,6 +53,7 @@ PHASES: dict[str, Callable[[Bench], None]] = {
     "http": bench_http.measure,
     "starts": bench_http.measure_starts,
     "workers": bench_workers.measure,
+    "ray": bench_ray.measure,
     "sleep": bench_sleep.measure,
     "lora": bench_lora.measure,
     "plans": bench_engine.measure_plans,
@@ -58,8 +61,8 @@ PHASES: dict[str, Callable[[Bench], None]] = {
 }
 
 
-# Edits are a part of the phase before it; several workers want several cards.
-_USUAL = [name for name in PHASES if name not in ("edits", "workers")]
+# Edits are a part of the phase before it; several workers want several cards, and Ray itself too.
+_USUAL = [name for name in PHASES if name not in ("edits", "workers", "ray")]
 
 
 def main() -> int:

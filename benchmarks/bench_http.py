@@ -27,7 +27,8 @@ from typing import Any
 from benchmarks.rows import Bench, sha256, used_bytes
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PORT = 18_431
+PORT = 18_431
+"""Where the service is measured."""
 _COLD_STARTS = ("first start", "second start", "third start")
 
 
@@ -192,7 +193,7 @@ def read_lines(report: Path) -> list[dict[str, Any]]:
 
 def connect() -> http.client.HTTPConnection:
     """Open a connection to the service."""
-    connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=300)
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=300)
     connection.connect()
     return connection
 
@@ -233,7 +234,7 @@ def host_bytes(pid: int, entry: str) -> int:
 
 def health() -> dict[str, Any]:
     """What `/health` says, with what it says of the worker."""
-    connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=10)
     connection.request("GET", "/health")
     found: dict[str, Any] = json.loads(connection.getresponse().read())
     connection.close()
@@ -250,7 +251,7 @@ def serve(
         **os.environ,
         "KLEIN_MODEL": str(bench.folder),
         "KLEIN_CACHE_DIR": str(bench.cache),
-        "KLEIN_PORT": str(_PORT),
+        "KLEIN_PORT": str(PORT),
         "KLEIN_PRECISION": bench.precision,
         "KLEIN_ATTENTION": bench.attention,
         "KLEIN_LOG_LEVEL": "warning",

@@ -96,6 +96,11 @@ COMMANDS: dict[str, Command] = {
         "list, add, remove or check adapters (LoRA)",
         settings=("model", "cache_dir"),
     ),
+    "cluster": Command(
+        "app.cli.cluster",
+        "write what Ray Serve needs to run this service on several cards or machines",
+        settings=_LOADING,
+    ),
     "bench": Command(
         "app.cli.bench.command",
         "measure how fast this card makes pictures",

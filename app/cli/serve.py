@@ -30,7 +30,7 @@ from app.domain import ModelInfo
 from app.engine import create_engine
 from app.errors import StartupError
 from app.runtime import Ended, Runtime, build_runtime
-from app.settings import Settings
+from app.settings import Settings, check_exposure
 from app.telemetry.cards import Cards
 from app.worker.child import EngineFactory
 
@@ -73,7 +73,7 @@ def serve(
     """Serve with *settings*; tests pass *make_engine* and *cards* to the composition root."""
     logs.set_up(style=settings.log_format, level=settings.log_level)
     bound_heap()
-    _check_exposure(settings)
+    check_exposure(settings)
     if (old := find_old_cache(settings)) is not None:
         _log.warning("%s", old.sentence)
     try:
@@ -214,21 +214,6 @@ def _say_ready(url: str, note: str, info: ModelInfo) -> None:
         '-d \'{"prompt":"a red circle"}\' -o a.png',
         url,
     )
-
-
-def _check_exposure(settings: Settings) -> None:
-    """Refuse to serve other machines without authentication by accident."""
-    if not (settings.api_keys or settings.trust_network or _is_loopback(settings.host)):
-        raise StartupError(
-            f"{settings.host} can be reached from other machines and no key is set; "
-            "set KLEIN_API_KEYS, or listen on 127.0.0.1, or set KLEIN_TRUST_NETWORK=true."
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def bind(settings: Settings) -> socket.socket:

@@ -135,6 +135,12 @@ NOT_RUN_HERE = {
         for line in text.splitlines()
         if line.startswith(("klein ", "curl "))
     },
+    **{
+        line: "needs Ray, and some of it two machines; tests/cluster runs the same commands"
+        for page, kind, text in BLOCKS
+        if (page, kind) == ("scale.md", "sh")
+        for line in text.splitlines()
+    },
     **dict.fromkeys(("nvidia-smi", "nvidia-smi -L"), "needs NVIDIA's driver"),
     "docker compose -f docker/scale/compose.yaml up": (
         "needs cards; tests/container/test_scale_files.py reads it, test_scale.py runs the proxy"

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.support.server import ROOT, Server
 
 SCALE = ROOT / "docker" / "scale"
-PAGE = ROOT / "docs" / "scale-proxies.part.md"
+PAGE = ROOT / "docs" / "scale.md"
 """Where the measured tables stand."""
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 

@@ -12,7 +12,8 @@ loading take *s* seconds, `startfail` makes it fail, `startexit` makes the proce
 does not exist and creates it. `gate=PATH` holds every picture between its steps until PATH exists.
 `noise=1` draws what no file format can compress. `trace=PATH` gets a line for each end of a
 picture. `room=pixels` is the largest size that fits. `1:slow=2` is meant for the second worker
-alone, after the words for all. No setting of the service selects this engine.
+alone, after the words for all. Previews come after the first steps. No setting of the service
+selects this engine.
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ class ScriptedEngine:
             begun = time.monotonic()
             time.sleep(self._script.slow_s / spec.num_inference_steps)
             steps.append(time.monotonic() - begun)
-            on_progress(Progress(Stage.DENOISE, step + 1, spec.num_inference_steps))
+            small = draw(replace(spec, width=64, height=64)) if step < spec.previews else None
+            on_progress(Progress(Stage.DENOISE, step + 1, spec.num_inference_steps, small))
         self._trace("finished")
         return Generated(
             image=draw(spec) if not self._script.noise else draw_noise(spec),

@@ -1,0 +1,1 @@
+"""Several machines by Ray Serve: each replica is this service itself, behind Serve's proxy."""
