@@ -51,7 +51,7 @@ def gate(trace) -> Path:
 @pytest.fixture(scope="module")
 def serving(cluster, trace, gate) -> Cluster:
     """Two replicas that take 0.2 s for a step."""
-    cluster.deploy(f"slow={SLOW_S}, 'trace={trace}', 'gate={gate}'", *TWO)
+    cluster.deploy(f"slow={SLOW_S}, previews=1, 'trace={trace}', 'gate={gate}'", *TWO)
     cluster.wait_for(2)
     return cluster
 
@@ -255,7 +255,7 @@ def test_the_proxy_costs_little(two, monkeypatch) -> None:
     body = {"prompt": "a fox", "width": 1024, "height": 1024}
     alone, behind = [], []
     module = "tests.support.scripted_engine"
-    with Server(f"slow={SLOW_S}", module=module, **settings) as service:
+    with Server(f"slow={SLOW_S}", "previews=1", module=module, **settings) as service:
         port = int(service.url.rpartition(":")[2])
         for seed in range(12):
             for place, seconds in ((port, alone), (PORT, behind)):

@@ -179,6 +179,7 @@ NOT_RUN_HERE = {
 }
 """Commands with the reason why no test of this file runs them."""
 INLINE = {
+    "docker buildx imagetools inspect": "needs a registry",
     "pip install comfy-kitchen==0.2.40": "tests/cli/test_cards_page.py holds the version",
     "sudo apt-get install gcc python3-dev": "tests/cli/test_cards_page.py holds the command",
     "pip install .": "tests/container/test_wheel.py installs the package",

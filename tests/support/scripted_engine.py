@@ -12,8 +12,8 @@ loading take *s* seconds, `startfail` makes it fail, `startexit` makes the proce
 does not exist and creates it. `gate=PATH` holds every picture between its steps until PATH exists.
 `noise=1` draws what no file format can compress. `trace=PATH` gets a line for each end of a
 picture. `room=pixels` is the largest size that fits. `1:slow=2` is meant for the second worker
-alone, after the words for all. Previews come after the first steps. No setting of the service
-selects this engine.
+alone, after the words for all. `previews=1` sends previews after the first steps. No setting of the
+service selects this engine.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Script:
     stay_s: float = 0.0
     noise: float = 0.0
     room: float = 0.0
+    previews: float = 0.0
     start_fails: bool = False
     start_exits: bool = False
     once: str | None = None
@@ -166,7 +167,8 @@ class ScriptedEngine:
             begun = time.monotonic()
             time.sleep(self._script.slow_s / spec.num_inference_steps)
             steps.append(time.monotonic() - begun)
-            small = draw(replace(spec, width=64, height=64)) if step < spec.previews else None
+            has_preview = self._script.previews and step < spec.previews
+            small = draw(replace(spec, width=64, height=64)) if has_preview else None
             on_progress(Progress(Stage.DENOISE, step + 1, spec.num_inference_steps, small))
         self._trace("finished")
         return Generated(
