@@ -202,14 +202,24 @@ def answer_with(page: Page, *events: dict[str, object], comment: str = "") -> li
 
     def answer(route: Route) -> None:
         asked.append(route.request)
-        is_json = "json" in route.request.headers["content-type"]
-        n = route.request.post_data_json["n"] if is_json else 1
+        n = count_of(route.request)
         indexed = [{**event, "image_index": index} for index in range(n) for event in events]
         stream = "".join(f"data: {json.dumps(event)}\n\n" for event in indexed)
         route.fulfill(body=f": {comment}\n\n{stream}", content_type="text/event-stream")
 
     page.route(re.compile("/v1/images/(generations|edits)$"), answer)
     return asked
+
+
+def count_of(request: Request) -> int:
+    """How many pictures a request asks for, by its JSON or its form."""
+    if "json" in request.headers["content-type"]:
+        return request.post_data_json["n"]
+    found = re.search(rb'name="n"\r\n\r\n(\d+)\r\n', request.post_data_buffer)
+
+    assert found
+
+    return int(found[1])
 
 
 def encoded(image: Image.Image) -> dict[str, str]:

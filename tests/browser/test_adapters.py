@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.conftest import adapter_of, answer_with, checkerboard, encoded, png, tab_to
+from tests.browser.conftest import (
+    adapter_of,
+    answer_with,
+    checkerboard,
+    count_of,
+    encoded,
+    png,
+    tab_to,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Request
@@ -274,7 +282,7 @@ def ask(here: Visit, count: int = 1) -> Request:
     here.page.fill("#count", str(count))
     here.make("a cat")
 
-    assert len(requests) == count
+    assert [count_of(each) for each in requests] == [count]
 
     return requests[-1]
 

@@ -78,4 +78,6 @@ def test_what_it_compiles_can_be_imported_here() -> None:
     )
 
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [line for line in done.stdout.splitlines() if line and "triton" not in line] == []
+    missing = [line for line in done.stdout.splitlines() if line]
+    # Triton comes with torch's CUDA build, Ray with an extra that the image has not.
+    assert [each for each in missing if "triton" not in each and "'ray'" not in each] == []

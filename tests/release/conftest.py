@@ -36,14 +36,17 @@ class Rehearsal:
 
 @pytest.fixture(scope="package")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
-    """A release of this checkout, with what is not committed yet."""
+    """A release of this checkout, with what is not committed yet, and one change to tell of."""
     repository = tmp_path_factory.mktemp("repository")
     _git(ROOT, "clone", "--quiet", "--no-hardlinks", ".", str(repository))
     changes = _git(ROOT, "diff", "--binary", "HEAD")
     if changes:
         subprocess.run(["git", "apply", "-"], cwd=repository, input=changes, check=True)
-        who = ("-c", "user.name=test", "-c", "user.email=test@example.com")
-        _git(repository, *who, "commit", "--quiet", "--all", "--message", "As it stands")
+    changelog = repository / "CHANGELOG.md"
+    heading = "## [Unreleased]\n"
+    changelog.write_text(changelog.read_text().replace(heading, f"{heading}\n- A change.\n", 1))
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    _git(repository, *who, "commit", "--quiet", "--all", "--message", "As it stands")
     folder = tmp_path_factory.mktemp("release")
     release.release(VERSION, folder, DAY, repository=repository)
     return Rehearsal(folder)
