@@ -138,7 +138,7 @@ def test_nothing_jumps(visit, klein) -> None:
     )
     for prompt, count in (("a lamp", 1), ("another", 2)):
         here.page.reload()
-        here.wait_until_ready().choose(steps=8, count=count).make(prompt)
+        here.wait_until_ready().choose(steps=4, count=count).make(prompt)
         here.page.wait_for_timeout(600)
         jumps = here.page.evaluate("window.jumps")
 
