@@ -242,13 +242,9 @@ def health() -> dict[str, Any]:
     return found | inner if isinstance(inner, dict) else found
 
 
-@contextlib.contextmanager
-def serve(
-    bench: Bench, report: Path, devices: Sequence[str] = (), workers: int = 1
-) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
-    """Run the service on *devices* and yield it once all *workers* are ready, with the seconds."""
-    environment = {
-        **os.environ,
+def settings(bench: Bench, device: str) -> dict[str, str]:
+    """The service's settings as environment variables, to be measured on *device*."""
+    return {
         "KLEIN_MODEL": str(bench.folder),
         "KLEIN_CACHE_DIR": str(bench.cache),
         "KLEIN_PORT": str(PORT),
@@ -256,8 +252,17 @@ def serve(
         "KLEIN_ATTENTION": bench.attention,
         "KLEIN_LOG_LEVEL": "warning",
         "KLEIN_QUEUE_IMAGES": "64",
-        "KLEIN_DEVICE": ",".join(devices) or ("cpu" if bench.device is None else "0"),
+        "KLEIN_DEVICE": device,
     }
+
+
+@contextlib.contextmanager
+def serve(
+    bench: Bench, report: Path, devices: Sequence[str] = (), workers: int = 1
+) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    """Run the service on *devices* and yield it once all *workers* are ready, with the seconds."""
+    device = ",".join(devices) or ("cpu" if bench.device is None else "0")
+    environment = {**os.environ, **settings(bench, device)}
     begun = time.perf_counter()
     # The real service; its engine notes when the card begins and ends each picture.
     command = [sys.executable, "-m", "benchmarks.timed_service", f"report={report}"]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_http import PORT, connect, health, post, serve
+from benchmarks.bench_http import PORT, connect, health, post, serve, settings
 from benchmarks.rows import Bench
 from tests.support.ray_cluster import PYTHON, Cluster, ask, own_network
 
@@ -31,6 +31,7 @@ _START_S = 480.0
 def measure(bench: Bench) -> None:
     """Measure one replica, all of them, and the pool, twice in turn."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    device = "cpu" if bench.device is None else "all"
     python = Path(sys.executable) if find_spec("ray") else PYTHON
     if not python.is_file():
         raise RuntimeError("Ray is not installed; tests/cluster/install_ray.sh does it")
@@ -44,7 +45,7 @@ def measure(bench: Bench) -> None:
             for count in (1, cards):
                 place = Path(folder) / f"ray-{turn}-{count}"
                 place.mkdir()
-                with Cluster(place, python, **_settings(bench)) as cluster:
+                with Cluster(place, python, **settings(bench, device)) as cluster:
                     cluster.start(cpus=4 * cards)
                     begun = time.perf_counter()
                     cluster.deploy(None, f"--replicas={count}")
@@ -63,19 +64,6 @@ def _network() -> Iterator[None]:
         except PermissionError as error:
             print(f"  in the machine's own network: {error.strerror}", flush=True)
         yield
-
-
-def _settings(bench: Bench) -> dict[str, str]:
-    return {
-        "KLEIN_MODEL": str(bench.folder),
-        "KLEIN_CACHE_DIR": str(bench.cache),
-        "KLEIN_PORT": str(PORT),
-        "KLEIN_PRECISION": bench.precision,
-        "KLEIN_ATTENTION": bench.attention,
-        "KLEIN_LOG_LEVEL": "warning",
-        "KLEIN_QUEUE_IMAGES": "64",
-        "KLEIN_DEVICE": "cpu" if bench.device is None else "all",
-    }
 
 
 def _devices(bench: Bench, count: int) -> list[str]:
