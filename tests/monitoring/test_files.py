@@ -6,7 +6,6 @@ import itertools
 import re
 from typing import Any
 
-import pytest
 import yaml
 
 from tests.monitoring import sources
