@@ -7,6 +7,7 @@ time that a run takes.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import ssl
@@ -19,6 +20,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.fork_server import ForkServer
+from tests.support.machine import without_page_reporting
 from tests.support.server import Server
 
 # Before anything imports torch; what the caller has set stays.
@@ -64,6 +66,16 @@ def _spared() -> None:
     objects that stay anyway takes longer than most tests.
     """
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the machine does to every process is none of the service's seconds, where any are
+    asserted.
+    """
+    marks = {mark.name for item in request.session.items for mark in item.iter_markers()}
+    with without_page_reporting() if marks & {"system", "full"} else contextlib.nullcontext():
+        yield
 
 
 def pytest_sessionstart() -> None:

@@ -5,9 +5,9 @@ shares its memory. Not `multiprocessing`'s fork server, because that has each ne
 service's main module anew, settings and all, and because there is one of it per process.
 
 On its control socket, which is its stdin, it sends, for each new decoder, the process id with the
-other end of its connection; it receives ids of decoders to kill. Only it can do that safely, since
-no id of its children is reused before it has reaped the child. It exits when the control socket is
-closed, however the service ends, and kills its decoders.
+other end of its connection and the memory that both share; it receives ids of decoders to kill.
+Only it can do that safely, since no id of its children is reused before it has reaped the child. It
+exits when the control socket is closed, however the service ends, and kills its decoders.
 
     python -m app.images.fork_server SIZE CPU_S MEMORY_BYTES
 """
@@ -81,23 +81,31 @@ class ForkServer:
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 try:
-                    pid = os.fork()
+                    shared = io.FileIO(os.memfd_create("image"), "r+b")
                 except OSError:
                     return False
-                if pid == 0:
-                    ours.close()
-                    self._become(theirs)
-                self._children.add(pid)
-                socket.send_fds(self.control, [b"%d" % pid], [ours.fileno()])
+                with shared:
+                    try:
+                        pid = os.fork()
+                    except OSError:
+                        return False
+                    if pid == 0:
+                        ours.close()
+                        self._become(theirs, shared)
+                    self._children.add(pid)
+                    ends = [ours.fileno(), shared.fileno()]
+                    socket.send_fds(self.control, [b"%d" % pid], ends)
         return True
 
-    def _become(self, connection: socket.socket) -> None:
+    def _become(self, connection: socket.socket, shared: io.FileIO) -> None:
         """Run as a decoder, and exit."""
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self.control.close()
-            serve(connection, self.limits)
+            # Its own copies of the pages that decoding writes to, while no request waits.
+            _warm_up()
+            serve(connection, shared, self.limits)
             os._exit(0)
         finally:
             os._exit(1)
@@ -115,7 +123,7 @@ class ForkServer:
 
 
 def _warm_up() -> None:
-    """Decode one image of each format, so that no decoder has to import a plug-in of Pillow."""
+    """Decode one image of each format: no plug-in of Pillow is left to be imported."""
     picture = Image.new("RGBA", (64, 64))
     for kind in ("PNG", "WEBP", "JPEG", "MPO"):
         buffer = io.BytesIO()

@@ -126,7 +126,7 @@ class DecoderPool:
         try:
             async with asyncio.timeout(self._limits.start_s):
                 while (decoder := await self._idle.get()) and not decoder.is_alive():
-                    decoder.connection.close()
+                    decoder.close()
         except TimeoutError:
             self._is_down = True
             if self._timer is None:
@@ -139,7 +139,7 @@ class DecoderPool:
 
     def _end(self, decoder: Decoder) -> None:
         self._busy.discard(decoder)
-        decoder.connection.close()
+        decoder.close()
         if self._server is not None:
             self._server.kill_decoder(decoder.pid)
 
@@ -174,7 +174,7 @@ class DecoderPool:
             decoder.is_orphan = True
         while not self._idle.empty():
             if decoder_left := self._idle.get_nowait():
-                decoder_left.connection.close()
+                decoder_left.close()
 
     def _retry(self) -> None:
         self._timer = None

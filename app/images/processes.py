@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
 _MAX_MESSAGE_BYTES = 65_536
 _MAX_PIXELS = 64_000_000
 _PIECE_BYTES = 64 * 1024
-"""Copied to or from a decoder before yielding to the event loop."""
+"""Copied to or from shared memory before yielding to the event loop."""
 _END_S = 1.0
 """For the fork server to exit by itself once its control socket is closed."""
 _LOOK_S = 0.05
@@ -113,14 +114,18 @@ class Server:
         """Receive the messages sent so far, up to EOF."""
         while True:
             try:
-                message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
+                message, descriptors, _, _ = socket.recv_fds(self._control, 64, 2)
             except BlockingIOError:
                 return
             except OSError:
                 message, descriptors = b"", []
-            if not message or not descriptors:
+            if len(descriptors) < 2:  # none at EOF; fewer where this process may open no more
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 break
-            self._on_decoder(Decoder(int(message), socket.socket(fileno=descriptors[0])))
+            connection = socket.socket(fileno=descriptors[0])
+            shared = io.FileIO(descriptors[1], "r+b")
+            self._on_decoder(Decoder(int(message), connection, shared))
         self._disconnect()
         self._reap(round(_END_S / _LOOK_S))
         self._on_lost()
@@ -148,6 +153,8 @@ class Decoder:
 
     pid: int
     connection: socket.socket
+    shared: io.FileIO
+    """Memory that it has too. Never mapped here: it may be cut off at any time."""
     began: tuple[str, str] | None = None
     """Param and code of the file that it began last; None before the first."""
     is_orphan: bool = False
@@ -166,6 +173,11 @@ class Decoder:
             return False
         return False
 
+    def close(self) -> None:
+        """Close this process's ends; the decoder exits once it finds out."""
+        self.connection.close()
+        self.shared.close()
+
     def abort(self) -> None:
         """Shut the connection down while it is in use."""
         with contextlib.suppress(OSError):
@@ -178,7 +190,7 @@ class Decoder:
         size: Size | None,
         nearest: Callable[[int, int], Size],
     ) -> Edit:
-        """Send the files and receive the result.
+        """Share the files and receive the result.
 
         Raises:
             ENDED_EARLY: the process has exited, or its messages are invalid.
@@ -189,15 +201,15 @@ class Decoder:
             [len(each.content), each.is_base64, each.param, each.repaints] for each in files
         ]
         asked = {"files": described, "has_mask": mask is not None, "size": size}
-        await self._send(pack(asked))
         for upload in files:
-            await self._send(upload.content)
+            await self._write(upload.content)
+        await self._send(asked)
         while True:
-            message = await self._read()
+            message = await self._receive_message()
             if "begin" in message:
                 self.began = (str(message["begin"][0]), str(message["begin"][1]))
             elif "nearest" in message:
-                await self._send(pack(nearest(*_size(message["nearest"]))))
+                await self._send(nearest(*_size(message["nearest"])))
             elif "refused" in message:
                 text, param, code = message["refused"]
                 raise InvalidRequest(text, param=param, code=code)
@@ -205,14 +217,15 @@ class Decoder:
                 return await self._receive_edit(message)
 
     async def _receive_edit(self, message: dict[str, Any]) -> Edit:
+        self.shared.seek(0)
         references = [
-            RawImage(width, height, await self._receive(3 * width * height))
+            RawImage(width, height, await self._read(3 * width * height))
             for width, height in map(_size, message["references"])
         ]
         mask = None
         if message["mask"] is not None:
             width, height = _size(message["mask"])
-            mask = Mask(width, height, await self._receive(width * height))
+            mask = Mask(width, height, await self._read(width * height))
         return Edit(
             tuple(references),
             mask,
@@ -220,16 +233,28 @@ class Decoder:
             message["is_black_and_white"] is True,
         )
 
-    async def _send(self, data: bytes | bytearray | memoryview) -> None:
-        # A send that the decoder reads meanwhile never finds the socket full: the whole file would
-        # be copied in one call, without yielding to other tasks.
-        loop = asyncio.get_running_loop()
-        view = memoryview(data)
-        for at in range(0, len(view), _PIECE_BYTES):
-            await loop.sock_sendall(self.connection, view[at : at + _PIECE_BYTES])
+    async def _write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append *data* to shared memory, without holding the event loop."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.shared.write(rest[:_PIECE_BYTES]) :]
             await asyncio.sleep(0)
 
-    async def _read(self) -> dict[str, Any]:
+    async def _read(self, size_bytes: int) -> bytearray:
+        """Read the next *size_bytes* bytes of shared memory, without holding the event loop."""
+        data = bytearray(size_bytes)
+        rest = memoryview(data)
+        while rest:
+            if not (count := self.shared.readinto(rest[:_PIECE_BYTES])):
+                raise EOFError
+            rest = rest[count:]
+            await asyncio.sleep(0)
+        return data
+
+    async def _send(self, message: object) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.connection, pack(message))
+
+    async def _receive_message(self) -> dict[str, Any]:
         length = int.from_bytes(await self._receive(LENGTH_BYTES), "big")
         if length > _MAX_MESSAGE_BYTES:
             raise ValueError(length)
@@ -243,11 +268,9 @@ class Decoder:
         data = bytearray(size_bytes)
         rest = memoryview(data)
         while rest:
-            count = await loop.sock_recv_into(self.connection, rest[:_PIECE_BYTES])
-            if count == 0:
+            if not (count := await loop.sock_recv_into(self.connection, rest)):
                 raise EOFError
             rest = rest[count:]
-            await asyncio.sleep(0)
         return data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import os
 import resource
 import signal
@@ -75,27 +76,34 @@ async def decode(
     return await pool.prepare(uploads, over, size, nearest, client=client)
 
 
-class Recording(socket.socket):
-    """A socket that notes in which turn of the event loop it sends how many bytes."""
+class Recording(io.FileIO):
+    """A file that notes in which turn of the event loop how many bytes are written or read."""
 
     turn = 0
 
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__(fileno=connection.detach())
-        self.sent: list[tuple[int, int]] = []
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__(os.dup(file.fileno()), "r+b")
+        file.close()
+        self.copied: list[tuple[int, int]] = []
 
-    def send(self, data, flags=0) -> int:
-        """As every socket does."""
-        count = super().send(data, flags)
-        self.sent.append((self.turn, count))
+    def write(self, data) -> int:
+        """As every file does."""
+        count = super().write(data)
+        self.copied.append((self.turn, count))
+        return count
+
+    def readinto(self, buffer) -> int:
+        """As every file does."""
+        count = super().readinto(buffer)
+        self.copied.append((self.turn, count))
         return count
 
 
 async def test_no_turn_of_the_event_loop_copies_a_large_file(pool) -> None:
-    """A decoder that reads as fast as it is written to never makes a send wait, so 20 MB would be
-    copied in one turn, in which nobody else is answered."""
+    """Neither in nor out: 20 MB would be copied in one turn, in which nobody else is answered."""
     decoder = await pool._take()
-    decoder.connection = Recording(decoder.connection)
+    decoder.shared = Recording(decoder.shared)
+    picture = saved(to_pillow(noise(2560, 2560)), "PNG")
 
     async def count() -> None:
         while True:
@@ -104,14 +112,13 @@ async def test_no_turn_of_the_event_loop_copies_a_large_file(pool) -> None:
 
     counting = asyncio.create_task(count())
     try:
-        with pytest.raises(InvalidRequest):
-            await decoder.prepare([Upload(bytes(20_000_000), "image")], None, None, nearest)
+        await decoder.prepare([Upload(picture, "image")], None, None, nearest)
     finally:
         counting.cancel()
         pool._end(decoder)
     turns: Counter[int] = Counter()
-    for turn, sent_bytes in decoder.connection.sent:
-        turns[turn] += sent_bytes
+    for turn, copied_bytes in decoder.shared.copied:
+        turns[turn] += copied_bytes
 
     assert sum(turns.values()) > 20_000_000
     assert max(turns.values()) <= 64 * 1024
@@ -386,6 +393,34 @@ async def test_memory_is_limited():
         assert (await decode(small, photo())).size == (128, 128)
     finally:
         small.kill()
+
+
+async def test_a_decoder_shares_no_more_memory_than_it_may_have():
+    """One that a picture has taken over writes as much as its address space to what it shares."""
+    program = (
+        "import os; from app.images.decoder import Limits, restrict\n"
+        "shared = os.memfd_create('image'); restrict(Limits(memory_bytes=2**30))\n"
+        "os.ftruncate(shared, 2**30); print('as much', flush=True)\n"
+        "try: os.ftruncate(shared, 2**30 + 1)\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await process.communicate()
+
+    assert said.decode().splitlines() == ["as much", "File too large"]
+
+
+async def test_a_decoder_that_cuts_shared_memory_off_has_ended_early(pool):
+    """The service reads what is not there any more, and neither crashes nor waits."""
+    decoder = await pool._take()
+    try:
+        os.ftruncate(decoder.shared.fileno(), 100)
+        with pytest.raises(EOFError):
+            await decoder._receive_edit({"references": [[64, 64]], "mask": None, "size": [64, 64]})
+    finally:
+        pool._end(decoder)
 
 
 async def test_a_decoder_that_stands_still_is_given_up():

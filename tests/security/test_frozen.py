@@ -26,7 +26,6 @@ from tests.data.hostile import interlaced, many_scans, slow_jpeg
 from tests.e2e.test_service import wait_until
 from tests.security.conftest import connect, read_all
 from tests.security.test_connections import peak_bytes, status_of
-from tests.support.machine import without_page_reporting
 from tests.support.server import Server
 
 pytestmark = pytest.mark.system
@@ -113,13 +112,6 @@ BODIES: dict[str, tuple[str, bytes, Callable[[], bytes]]] = {
     "scans": ("/generate", JSON, lambda: pictured(base64.b64encode(many_scans(1000, 1000, 400)))),
     "slow pictures": ("/generate", JSON, slow),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _machine() -> Iterator[None]:
-    """Hundreds of megabytes are freed here, and the bound is the service's."""
-    with without_page_reporting():
-        yield
 
 
 @pytest.fixture(scope="module")

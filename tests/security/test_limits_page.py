@@ -81,6 +81,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "processor time of a request's pictures": (DECODER.cpu_s,),
     "time by the clock": (DECODER.wall_s,),
     "address space": (DECODER.memory_bytes,),
+    "memory shared with the service, which holds files and pixels": (DECODER.memory_bytes,),
     "scans of a JPEG": (uploads.MAX_SCANS,),
     "pixels": (uploads.MAX_PIXELS, uploads.MAX_JPEG_PIXELS),
     "no room for a process": (DECODER.start_s,),

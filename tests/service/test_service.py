@@ -123,9 +123,23 @@ async def test_events_end_with_the_picture_or_the_error(at) -> None:
 
 
 async def test_the_events_of_several_say_which_image_they_are_of(at) -> None:
-    """Each is queued behind the one before, and comes as soon as it is done."""
+    """Each is queued behind the one before, and comes as soon as it is done: the next is not begun
+    here until it has come."""
+    run, has_come = at.worker.run, asyncio.Event()
+    has_come.set()
+
+    async def run_after_the_last(job_id, spec, on_progress):
+        await has_come.wait()
+        has_come.clear()
+        return await run(job_id, spec, on_progress)
+
+    at.worker.run = run_after_the_last
     ticket = at.service.submit([SPEC] * 3, client="a", output=PNG)
-    events = [event async for event in ticket.events()]
+    events = []
+    async for event in ticket.events():
+        events.append(event)
+        if isinstance(event[1], Picture):
+            has_come.set()
     pictures = [index for index, event in events if isinstance(event, Picture)]
 
     assert [(index, event.position) for index, event in events[:3]] == [(0, 0), (1, 1), (2, 2)]
