@@ -12,6 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # waits, and need not import torch first.
 PYTEST := $(BIN)/pytest
 TEST = $(PYTEST) -m "not gpu and not system and not full"
+SYSTEM = $(PYTEST) --ignore tests/cluster --durations=15 --durations-min=5
 ENGINE_TESTS := tests/engine tests/images tests/shapes tests/benchmarks
 
 .PHONY: help install serve test test-engine test-service test-fast test-system test-ray coverage image-check check fmt \
@@ -60,8 +61,8 @@ test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs
 	@tests/container/install_tools.sh
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt \
 		-r tests/container/requirements.txt
-	@failed=0; $(BIN)/pytest -n 2 -m "(system or full) and not gpu" tests/browser || failed=1; \
-		$(BIN)/pytest -m "(system or full) and not gpu" --ignore tests/browser --ignore tests/cluster || failed=1; \
+	@failed=0; $(SYSTEM) -n 2 -m "(system or full) and not alone and not gpu" || failed=1; \
+		$(SYSTEM) -m "alone and not gpu" || failed=1; \
 		exit $$failed
 
 test-ray: $(VENV)/.test ## the service under a real Ray Serve, in a network namespace; as root

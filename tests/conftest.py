@@ -39,8 +39,27 @@ _LIVE = {
 _LONG = _LIVE | {"tests/reliability/test_lifecycle.py", "tests/worker/test_supervisor.py"}
 
 
+TOOLS_ALONE_ARE_NEEDED = (
+    "tests/api/test_packages.py",
+    "tests/api/test_programs.py",
+    "tests/browser/",
+    "tests/cli/test_completion.py",
+    "tests/cli/test_tmux.py",
+    "tests/container/",
+    "tests/engine/",
+    "tests/monitoring/",
+    "tests/release/",
+    "tests/service/",
+)
+"""Whose system tests assert no seconds, so that others may run beside them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, so that all processes end at about the same time."""
+    """Begin with what takes long, so that all processes end at about the same time; mark what may
+    have nothing beside it."""
+    for item in items:
+        if item.get_closest_marker("system") and not item.nodeid.startswith(TOOLS_ALONE_ARE_NEEDED):
+            item.add_marker("alone")
     items.sort(key=lambda item: item.nodeid.split("::")[0] not in _LONG)
 
 

@@ -154,11 +154,10 @@ def test_a_full_service_is_asked_again_after_a_countdown(visit, klein) -> None:
     here.page.click("#make")
     note = "#waiting-list .note"
     here.page.wait_for_selector(f"{note}:text('The queue is full. Trying again in 2 s')")
-    started = time.monotonic()
     here.page.wait_for_selector(f"{note}:text('Trying again in 1 s')")
+    here.page.wait_for_selector('#stage[aria-busy="false"]', state="attached", timeout=5_000)
     here.wait_for_picture()
 
-    assert time.monotonic() - started < 5
     assert here.page.locator("#gallery li").count() == 1
 
 

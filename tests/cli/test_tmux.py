@@ -75,9 +75,9 @@ class Tmux:
 
     def wait(self, is_there: Callable[[str], bool], seconds: float = 30) -> str:
         """Wait until the screen is as it should be."""
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while not is_there(screen := self.screen):
-            assert time.monotonic() < end, screen
+            assert time.monotonic() < deadline, screen
             time.sleep(0.02)
         return screen
 

@@ -19,7 +19,7 @@ def keyed(key: str) -> bytes:
     return data.replace(b"\r\n", f"\r\nAuthorization: Bearer {key}\r\n".encode(), 1)
 
 
-@pytest.mark.full
+@pytest.mark.system
 @pytest.mark.parametrize(("workers", "slow_s"), [(1, 0.16), (3, 0.48)])
 def test_who_asks_politely_is_served_beside_24_sockets_that_never_stop(
     scripted, workers: int, slow_s: float

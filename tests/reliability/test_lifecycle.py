@@ -204,7 +204,7 @@ def test_three_deaths_of_each_end_the_service(scripted, device: str, tmp_path: P
     assert "Traceback" not in server.log
 
 
-@pytest.mark.full
+@pytest.mark.system
 @WITH_SEVERAL
 def test_a_service_that_has_given_up_ends_within_five_seconds(scripted, device: str) -> None:
     """A caller who never sends the rest of a request does not keep it: a replacement waits."""
@@ -327,7 +327,7 @@ def post_until_killed(server: Server) -> int:
         return int(status == 500)
 
 
-@pytest.mark.full
+@pytest.mark.system
 @WITH_SEVERAL
 def test_a_gateway_learns_of_the_drain_within_100_ms(scripted, device: str, tmp_path: Path) -> None:
     """/health/ready says 503 a tenth of a second after SIGTERM, while the port still

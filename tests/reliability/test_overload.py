@@ -292,7 +292,7 @@ def p99(values: list[float]) -> float:
     return sorted(values)[int(0.99 * (len(values) - 1))]
 
 
-@pytest.mark.full
+@pytest.mark.system
 def test_under_full_load_refusals_and_probes_stay_fast(scripted) -> None:
     """At five times the capacity, the p99 of a refusal is below 100 ms, that of /health/live,
     asked every 50 ms, is below 100 ms, and the event loop is never more than 250 ms late."""
@@ -326,7 +326,7 @@ def test_under_full_load_refusals_and_probes_stay_fast(scripted) -> None:
         pytest.fail(f"p99 of refusals, p99 of probes, lag: {rounds}")
 
 
-@pytest.mark.full
+@pytest.mark.system
 def test_overload_costs_no_throughput(scripted) -> None:
     """At five times the load at least 95 % of the best throughput, and whoever was admitted
     waits at most (queue + 1) pictures and 10 %."""

@@ -220,7 +220,7 @@ async def test_a_worker_that_could_not_load_and_stays_is_killed(supervise) -> No
         os.kill(pid, 0)
 
 
-@pytest.mark.full
+@pytest.mark.system
 async def test_a_worker_that_is_told_to_stop_and_stays_is_killed(supervise) -> None:
     """Closing takes as long as the limit says."""
     async with supervise(LATE, limits=SOON) as (supervisor, listening):
@@ -298,7 +298,7 @@ async def test_an_idle_worker_that_stands_still_is_replaced(supervise) -> None:
         assert listening.heard == ["ready", "heartbeat", "ready"]
 
 
-@pytest.mark.full
+@pytest.mark.system
 async def test_a_service_that_stood_still_does_not_blame_its_worker(supervise) -> None:
     """As when both are paused together: it was not asked, so it owes no answer."""
     limits = TimeLimits(beat_s=0.05, silence_idle_s=0.2)
@@ -310,7 +310,7 @@ async def test_a_service_that_stood_still_does_not_blame_its_worker(supervise) -
         assert listening.heard == ["ready"]
 
 
-@pytest.mark.full
+@pytest.mark.system
 async def test_a_worker_at_work_or_loading_is_not_asked(supervise) -> None:
     """It answers between jobs; a job and a start have limits of their own."""
     limits = TimeLimits(beat_s=0.02, silence_idle_s=0.1)
