@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import re
 import shlex
+import threading
 
 import pytest
 
 from app.api.app import TRACED
 from app.api.openai.stream_key import PATTERN
+from app.api.system import openapi
 from app.engine.models.registry import find_spec
+from tests.api.sockets import until
 
 
 async def test_every_route_is_described(client):
@@ -40,6 +44,32 @@ async def test_every_route_is_described(client):
         "/wake_up",
         "/is_sleeping",
     }
+
+
+async def test_the_document_is_made_once(client, monkeypatch):
+    """By a thread, since it takes as long as a hundred other requests; whoever leaves meanwhile
+    keeps nobody from it."""
+    describe, made_by = openapi.describe, []
+    may_go_on = threading.Event()
+
+    def slowly(*words):
+        made_by.append(threading.get_ident())
+        assert may_go_on.wait(10)
+        return describe(*words)
+
+    monkeypatch.setattr(openapi, "describe", slowly)
+    leaving = asyncio.create_task(client.get("/openapi.json"))
+    await until(lambda: made_by)
+    assert (await client.get("/health/live")).status_code == 200
+    leaving.cancel()
+    others = [asyncio.create_task(client.get(path)) for path in ("/openapi.json", "/docs")]
+    await asyncio.sleep(0)
+    may_go_on.set()
+
+    assert [(await other).status_code for other in others] == [200, 200]
+    assert (await client.get("/openapi.json")).status_code == 200
+    assert len(made_by) == 1
+    assert made_by[0] != threading.get_ident()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,15 @@ from app.images import OutputFormat
 from app.service.results import Picture, Preview, Queued
 from app.service.service import ImageService
 from app.service.ticket import Admission, Ticket
-from app.telemetry.metrics import Metrics
-from tests.support.fakes import FakeAdmission, FakeMetrics, FakeService, FakeTicket, Script
+from app.telemetry.metrics import Metrics, Scrape
+from tests.support.fakes import (
+    FakeAdmission,
+    FakeMetrics,
+    FakeScrape,
+    FakeService,
+    FakeTicket,
+    Script,
+)
 
 
 def spec(**changes) -> ImageSpec:
@@ -32,7 +39,8 @@ def spec(**changes) -> ImageSpec:
         ),
         (FakeAdmission, Admission, ("reserve", "submit")),
         (FakeTicket, Ticket, ("pictures", "events", "cancel", "on_end", "advance")),
-        (FakeMetrics, Metrics, ("request_finished", "request_rejected", "exposition")),
+        (FakeMetrics, Metrics, ("request_finished", "request_rejected", "scrape")),
+        (FakeScrape, Scrape, ("exposition",)),
     ],
 )
 def test_a_fake_has_the_parameters_of_what_it_stands_for(fake, real, names):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from app.errors import Kind
 from tests.api.conftest import error_of
+from tests.support.fakes import FakeScrape
 
 STATES = [
     (Kind.LOADING, "loading", "model_loading"),
@@ -87,6 +90,20 @@ async def test_an_unready_probe_is_not_a_refused_request(client, service, runtim
 
     assert runtime.metrics.finished == [("/health/ready", "ok")]
     assert not runtime.metrics.rejected
+
+
+async def test_a_scrape_that_is_written_holds_up_nobody(client):
+    """It is long where there are many cards, so another thread writes it."""
+    FakeScrape.may_write.clear()
+    try:
+        scrape = asyncio.create_task(client.get("/metrics"))
+        for _ in range(3):
+            assert (await client.get("/health/live")).status_code == 200
+        assert not scrape.done()
+    finally:
+        FakeScrape.may_write.set()
+
+    assert (await scrape).status_code == 200
 
 
 async def test_a_scrape_has_prometheus_own_content_type(client):

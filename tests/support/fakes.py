@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -349,8 +350,20 @@ class FakeMetrics:
         """Note the reason."""
         self.rejected.append(reason)
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
+    def scrape(self) -> FakeScrape:
+        """Read what there is."""
+        return FakeScrape()
+
+
+class FakeScrape:
+    """One scrape; waits until it may be written."""
+
+    may_write = threading.Event()
+    may_write.set()
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Write one line."""
+        assert self.may_write.wait(10)
         return b"klein_fake 1\n", "text/plain; version=1.0.0; charset=utf-8"
 
 

@@ -149,7 +149,7 @@ def test_without_a_card_its_metrics_are_absent() -> None:
     metrics = Metrics(version="1")
     metrics.watch_gpu(lambda: None, lambda: None)
 
-    assert b"klein_gpu_memory" not in metrics.exposition()[0]
+    assert b"klein_gpu_memory" not in metrics.scrape().exposition()[0]
 
 
 def test_outcomes_are_counted_by_route(metrics) -> None:
@@ -168,7 +168,7 @@ def test_a_new_worker_replaces_what_is_said_of_the_model(metrics) -> None:
     import dataclasses
 
     metrics.model_ready(dataclasses.replace(INFO, plan="streamed/tiled"), 5.0, RTX)
-    text = metrics.exposition()[0].decode()
+    text = metrics.scrape().exposition()[0].decode()
 
     assert text.count("klein_model_info{") == 1
     assert 'plan="streamed/tiled"' in text

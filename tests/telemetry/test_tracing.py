@@ -426,7 +426,7 @@ def test_buckets_lead_to_traces_where_the_scrape_asks(accept, is_openmetrics) ->
     metrics.request_finished("/generate", "ok", 0.3)
     current_request.reset(token)
     metrics.request_finished("/generate", "ok", 3.3)
-    body, kind = metrics.exposition(accept)
+    body, kind = metrics.scrape().exposition(accept)
     text = body.decode()
 
     assert text.endswith("# EOF\n") is is_openmetrics

@@ -6,6 +6,7 @@ object and the state, so that clients of either find theirs.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from typing import Any
 
@@ -72,7 +73,9 @@ async def health(request: Request, runtime: Running) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(request: Request, runtime: Running) -> Response:
     """Answer a scrape."""
-    body, content_type = runtime.metrics.exposition(request.headers.get("accept", ""))
+    accept = request.headers.get("accept", "")
+    scrape = runtime.metrics.scrape()
+    body, content_type = await asyncio.to_thread(scrape.exposition, accept)
     return Response(body, headers={"content-type": content_type})
 
 

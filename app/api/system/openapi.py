@@ -1,6 +1,6 @@
 """The OpenAPI document, with request schemas from the same tables that validate requests.
 
-It holds the served model's limits and defaults, so it is made when requested.
+It holds the served model's limits and defaults, so it is made at the first request.
 """
 
 from __future__ import annotations
