@@ -8,6 +8,7 @@ import pytest
 
 from app.errors import Kind
 from tests.api.conftest import error_of
+from tests.api.sockets import until
 from tests.support.fakes import FakeScrape
 
 STATES = [
@@ -94,11 +95,12 @@ async def test_an_unready_probe_is_not_a_refused_request(client, service, runtim
 
 async def test_a_scrape_that_is_written_holds_up_nobody(client):
     """It is long where there are many cards, so another thread writes it."""
+    FakeScrape.is_begun.clear()
     FakeScrape.may_write.clear()
     try:
         scrape = asyncio.create_task(client.get("/metrics"))
-        for _ in range(3):
-            assert (await client.get("/health/live")).status_code == 200
+        await until(FakeScrape.is_begun.is_set)
+        assert (await client.get("/health/live")).status_code == 200
         assert not scrape.done()
     finally:
         FakeScrape.may_write.set()

@@ -358,12 +358,14 @@ class FakeMetrics:
 class FakeScrape:
     """One scrape; waits until it may be written."""
 
+    is_begun = threading.Event()
     may_write = threading.Event()
     may_write.set()
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Write one line."""
-        assert self.may_write.wait(10)
+        self.is_begun.set()
+        assert self.may_write.wait(3)
         return b"klein_fake 1\n", "text/plain; version=1.0.0; charset=utf-8"
 
 
