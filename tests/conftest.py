@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import ssl
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -98,7 +99,11 @@ def _machine(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_sessionstart() -> None:
-    """Fork scripted services instead of starting them."""
+    """Fork scripted services instead of starting them; let processes be interrupted, which those
+    that a shell starts in the background are not.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     Server.fork_server = ForkServer()
 
 
