@@ -37,7 +37,15 @@ _LIVE = {
     "tests/e2e/test_sdapi.py",
     "tests/e2e/test_service.py",
 }
-_LONG = _LIVE | {"tests/reliability/test_lifecycle.py", "tests/worker/test_supervisor.py"}
+_LONG = _LIVE | {
+    "tests/api/test_packages.py",
+    "tests/container/test_image.py",
+    "tests/release/test_install.py",
+    "tests/reliability/test_fuzz.py",
+    "tests/reliability/test_lifecycle.py",
+    "tests/shapes/test_precisions.py",
+    "tests/worker/test_supervisor.py",
+}
 
 
 TOOLS_ALONE_ARE_NEEDED = (
