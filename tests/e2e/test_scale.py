@@ -21,12 +21,11 @@ import pytest
 from PIL import Image
 
 from tests.support.chaos import Answer, ask, request_bytes
-from tests.support.greedy import ASKS, KEYS, PICTURE_S, beside_greedy
+from tests.support.greedy import ASKS, KEYS, PICTURE_S, SMALL, beside_greedy
 from tests.support.proxies import PAGE, PATH, SCALE, Site, behind, held_by, replaced, wait_until
 
 pytestmark = pytest.mark.system
 
-SMALL = {"prompt": "a fox", "width": 128, "height": 128}
 PROXIES = pytest.mark.parametrize("proxy", ["haproxy", "nginx"])
 # So that what is measured is the time before a check has noticed, however slow the machine is; and
 # that "early" and "late" do not depend on it either.
