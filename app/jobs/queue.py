@@ -59,8 +59,6 @@ class JobQueue:
         self._places: set[Places] = set()
         self._reserved: Counter[str] = Counter()
         """How many of the places are each client's."""
-        self._idle: dict[Taker, None] = {}
-        """Those that wait for a job, the longest first."""
         self._changed = asyncio.Event()
         """Set when a waiting taker may find a job."""
         self._timers: dict[Job, asyncio.TimerHandle] = {}
@@ -108,7 +106,7 @@ class JobQueue:
                 retry_after_s,
             )
         # A job that starts at once needs no place.
-        idle = sum(taker.is_ready() for taker in self._idle)
+        idle = sum(taker.is_idle and taker.is_ready() for taker in self.takers)
         free = self.capacity + idle - self.size
         # While a device is idle, nothing is kept.
         spare = max(0, idle - len(self._waiting))
@@ -302,7 +300,7 @@ class JobQueue:
         Only one task may take for each of the takers.
         """
         taker = taker or self.takers[0]
-        self._idle[taker] = None
+        taker.is_idle = True
         try:
             while (job := self._choose(taker)) is None:
                 self._changed.clear()
@@ -310,7 +308,7 @@ class JobQueue:
                     async with asyncio.timeout(_LOOK_AGAIN_S if self._waiting else None):
                         await self._changed.wait()
         finally:
-            del self._idle[taker]
+            taker.is_idle = False
         taker.adapters = job.adapters
         taker.running[job] = None
         self._running.append(job)

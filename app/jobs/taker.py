@@ -50,6 +50,8 @@ class Taker:
     """Predicted seconds until a worker that sleeps, or is waking, is ready."""
     running: dict[Job, None] = field(default_factory=dict, repr=False)
     """Jobs on the device or being transferred from it."""
+    is_idle: bool = False
+    """Whether its dispatcher waits for a job: what still runs is being transferred."""
     adapters: tuple[tuple[str, float], ...] = ()
     """Of the job taken last: its adapters are on the device."""
     served: dict[str, int] = field(default_factory=dict, repr=False)
@@ -61,6 +63,8 @@ class Taker:
 
     def left_s(self, now: float) -> float:
         """Return the predicted seconds until it has woken and its running jobs have ended."""
+        if self.is_idle:
+            return self.starts_in_s()
         running_s = sum(max(0.0, job.predicted_s - (now - job.started_at)) for job in self.running)
         return running_s + self.starts_in_s()
 
@@ -70,6 +74,8 @@ class Taker:
         A job that takes longer than predicted is expected to take as long again as it is late:
         else the others would wait for ever for a device that hangs.
         """
+        if self.is_idle:
+            return 0.0
         return sum(abs(job.predicted_s - (now - job.started_at)) for job in self.running)
 
 

@@ -77,6 +77,26 @@ async def test_the_expected_wait_is_the_sum_of_what_is_left(make_jobs) -> None:
     assert queue.expected_wait_s() == pytest.approx(6.0, abs=0.5)
 
 
+async def test_a_picture_that_has_left_the_device_delays_nobody(make_jobs) -> None:
+    """A device that asks for the next job is free, though its last picture was faster than
+    predicted and is still being transferred."""
+    clock = [0.0]
+    queue = JobQueue(10, clock=lambda: clock[0])
+    [job] = make_jobs(["a1"])
+    queue.submit([job], retry_after_s=1)
+    await queue.take()
+    clock[0] = 0.5
+
+    assert queue.expected_wait_s() == 1.5
+
+    asking = asyncio.create_task(queue.take())
+    await asyncio.sleep(0)
+
+    assert queue.expected_wait_s() == 0.0
+
+    asking.cancel()
+
+
 async def test_failing_what_waits_answers_everyone(make_jobs) -> None:
     """At shutdown nobody is left without an answer."""
     queue = JobQueue(3)

@@ -154,7 +154,7 @@ class QueueModel(RuleBasedStateMachine):
     def ask_for_time(self, client: str, work_s: float, has_claim: bool) -> None:
         """What would be late is refused, and keeps its time: never from an idle card, nor more
         than a quarter of what another has."""
-        left_s = DEADLINE_S - self.queue.expected_wait_s()
+        wait_s = self.queue.expected_wait_s()
         idle = self.idle
         try:
             self.queue.check_time(
@@ -165,10 +165,10 @@ class QueueModel(RuleBasedStateMachine):
         else:
             is_refused = False
         if is_refused:
-            assert not idle or work_s > left_s
-            assert work_s + (DEADLINE_S - work_s) / 4 > left_s
+            assert not idle or wait_s + work_s > DEADLINE_S
+            assert wait_s + work_s + (DEADLINE_S - work_s) / 4 > DEADLINE_S
         else:
-            assert work_s <= left_s
+            assert wait_s + work_s <= DEADLINE_S
 
     @rule(target=accepted, places=consumes(reserved))
     def fill(self, places: Places) -> object:
