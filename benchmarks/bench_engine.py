@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLFlux2
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from app.domain import Generated, ImageSpec, Mask, ModelInfo, Progress, RawImage
 from app.engine.config import EngineConfig
 from app.engine.engine import KleinEngine
 from benchmarks.rows import Bench, sha256, used_bytes
+from tools.random_weights import FULL, TINY
 
 _ROOT = Path(__file__).resolve().parent.parent
 BARS = {
@@ -46,10 +50,16 @@ def load(bench: Bench, **changes: Any) -> tuple[KleinEngine, ModelInfo]:
     """Load an engine and say what came of it."""
     config = EngineConfig(
         model="flux.2-klein-4b",
-        path=str(bench.folder),
         cache_dir=str(bench.cache),
         device=bench.device,
-        **({"precision": bench.precision, "attention": bench.attention} | changes),
+        **(
+            {
+                "path": str(bench.folder),
+                "precision": bench.precision,
+                "attention": bench.attention,
+            }
+            | changes
+        ),
     )
     engine = KleinEngine(config)
     seen: set[str] = set()
@@ -284,6 +294,47 @@ def _measure_plan(bench: Bench, plan: str) -> None:
         series(bench, engine, info, bench.side, "klein.engine", note=note, repeats=8, before=before)
     finally:
         engine.close()
+
+
+def measure_variants(bench: Bench) -> None:
+    """The model's other files: a small decoder, and fp8 weights without input scales."""
+    for note, changes in (
+        ("the small decoder", {"vae": str(_small_decoder(bench))}),
+        ("no input scales", {"path": str(_without_input_scales(bench))}),
+    ):
+        engine, info = load(bench, **changes)
+        try:
+            series(bench, engine, info, bench.side, "klein.engine", note=note)
+        finally:
+            engine.close()
+
+
+def _small_decoder(bench: Bench) -> Path:
+    """Write a random VAE with the decoder's widths of FLUX.2-small-decoder."""
+    made = bench.folder.with_name(f"{bench.folder.name}-small-decoder.safetensors")
+    shape = TINY if bench.is_tiny else FULL
+    widths = (8, 8, 8, 8) if bench.is_tiny else (96, 192, 384, 384)
+    vae = AutoencoderKLFlux2(**shape.vae, decoder_block_out_channels=widths).bfloat16()
+    save_file(vae.state_dict(), made)
+    return made
+
+
+def _without_input_scales(bench: Bench) -> Path:
+    """Write the model again, its fp8 file without input scales; its other files are linked."""
+    made = bench.folder.with_name(f"{bench.folder.name}-unscaled")
+    made.mkdir(exist_ok=True)
+    for each in bench.folder.iterdir():
+        if each.suffix == ".safetensors":
+            with safe_open(each, framework="pt") as given:
+                kept = {
+                    name: given.get_tensor(name)
+                    for name in given.keys()  # noqa: SIM118 - no mapping
+                    if not name.endswith(".input_scale")
+                }
+                save_file(kept, made / each.name, metadata=given.metadata())
+        elif not (made / each.name).exists():
+            (made / each.name).symlink_to(each)
+    return made
 
 
 def _guarded(run: Any) -> None:

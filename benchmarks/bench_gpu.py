@@ -18,6 +18,7 @@ Phases, in the order in which they run without a choice:
     sleep       the worker asleep and awake again, in turn (--cycles, 30)
     lora        pictures with adapters beside pictures without, switches, loads from disk
     plans       every memory plan with the process capped just above its bar
+    variants    the engine with a small decoder, and with fp8 weights without input scales
     diffusers   the pipeline of diffusers with the same architecture, on the card and offloaded
 """
 
@@ -57,6 +58,7 @@ PHASES: dict[str, Callable[[Bench], None]] = {
     "sleep": bench_sleep.measure,
     "lora": bench_lora.measure,
     "plans": bench_engine.measure_plans,
+    "variants": bench_engine.measure_variants,
     "diffusers": bench_pipeline.measure,
 }
 

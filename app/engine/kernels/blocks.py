@@ -141,6 +141,13 @@ def join(
     return made if cast is None else cast(made)
 
 
+@_as_kernel
+def fill(heads: torch.Tensor, cast: Cast, out: torch.Tensor) -> None:
+    """Write *heads*, cast, to the first columns of *out*: [1, h, n, s] and [1, n, m]."""
+    made = cast(merge(heads))
+    out[..., : made.shape[-1]] = made
+
+
 def merge(heads: torch.Tensor) -> torch.Tensor:
     """Return [1, h, n, s] as [1, n, h * s], a copy only where it must be."""
     return heads.transpose(1, 2).flatten(2)

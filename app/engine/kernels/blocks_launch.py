@@ -135,12 +135,38 @@ def join(
         WIDTH=width,
         SIZE=size,
         FEED=feed_width,
+        OUT=out.shape[-1],
         BLOCK=block,
         ROWS=_JOIN_ROWS,
         CASTS=cast is not None,
         num_warps=_JOIN_WARPS,
     )
     return out
+
+
+def fill(heads: torch.Tensor, cast: Cast, out: torch.Tensor) -> None:
+    """Launch the kernel `join` for the heads alone, with the rows of *out*."""
+    _, count, rows, size = heads.shape
+    width = count * size
+    block = _column_block(width)
+    blocks_triton.join[(-(-rows // _JOIN_ROWS), -(-width // block))](
+        heads,
+        None,
+        cast.inverse,
+        out,
+        rows,
+        heads.stride(1),
+        heads.stride(2),
+        0,
+        WIDTH=width,
+        SIZE=size,
+        FEED=0,
+        OUT=out.shape[-1],
+        BLOCK=block,
+        ROWS=_JOIN_ROWS,
+        CASTS=True,
+        num_warps=_JOIN_WARPS,
+    )
 
 
 def find_scale(x: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor) -> None:

@@ -165,17 +165,21 @@ def join(
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     FEED: tl.constexpr,
+    OUT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     CASTS: tl.constexpr,
 ) -> None:
-    """Write the heads' WIDTH columns, then FEED columns silu(gate) * value of *feed*."""
+    """Write the heads' WIDTH columns, then FEED columns silu(gate) * value of *feed*.
+
+    The rows of *out* lie OUT apart.
+    """
     block = tl.program_id(1)
     before: tl.constexpr = tl.cdiv(WIDTH, BLOCK)
     # In one program all rows have the same block of columns, from the one or the other.
     lanes = tl.arange(0, BLOCK)[None, :]
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    out += row * (WIDTH + FEED)
+    out += row * OUT
     if FEED == 0:
         _merge(
             heads + row * row_stride,

@@ -20,7 +20,7 @@ from torch import nn
 
 from app.engine.kernels import blocks
 from app.engine.modules.attention import Attention
-from app.engine.modules.ops import State, added, modulated, settle
+from app.engine.modules.ops import State, added, fed, modulated, settle
 
 Modulation = tuple[torch.Tensor, ...]
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -49,9 +49,10 @@ class SingleBlock(nn.Module):
     def forward(self, state: State, modulation: Modulation, rope: Rope) -> State:
         """Run the block on [1, n, d]; *modulation* is shift, scale and gate, [1, d] each."""
         shift, scale, gate = modulation
-        hidden, joined = modulated(self.joined, state, scale, shift, self.eps)
         # [1, n, 3 * d] and [1, n, 2 * f]
-        qkv, feed = torch.tensor_split(joined, [3 * self.width], dim=-1)
+        hidden, qkv, feed = fed(
+            self.joined, self.out, state, scale, shift, self.eps, 3 * self.width
+        )
         size = self.norm_q.shape[0]
         heads = (1, hidden.shape[1], self.width // size, size)
         q, k = (hidden.new_empty(heads).transpose(1, 2) for _ in range(2))
@@ -112,9 +113,9 @@ class DoubleBlock(nn.Module):
         attended = self.attention(*joint)  # [1, h, m + n, 128], text first
         image_state = added(self.image_out, image, gate, attended[:, :, length:])
         text_state = added(self.text_out, text, t_gate, attended[:, :, :length])
-        image, up = modulated(self.image_up, image_state, scale2, shift2, self.eps)
+        image, _, up = fed(self.image_up, self.image_down, image_state, scale2, shift2, self.eps)
         image_state = added(self.image_down, image, gate2, feed=up)  # *up* is [1, n, 2 * f]
-        text, up = modulated(self.text_up, text_state, t_scale2, t_shift2, self.eps)
+        text, _, up = fed(self.text_up, self.text_down, text_state, t_scale2, t_shift2, self.eps)
         return image_state, added(self.text_down, text, t_gate2, feed=up)
 
 

@@ -8,12 +8,20 @@ multiplies what was cast so (`multiply`). What adapters add is computed from the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from app.engine.kernels import blocks
 from app.engine.kernels.blocks import Cast, Change
+
+
+class Fed(NamedTuple):
+    """SwiGLU of a feed as its layer takes it, in the last columns of that layer's input."""
+
+    rows: torch.Tensor
+    """[1, n, in]; what stands before SwiGLU is not written yet."""
+
 
 State = tuple[torch.Tensor, Change | None]
 """Hidden states, [1, n, d], and what is still to be added to them."""
@@ -37,14 +45,49 @@ def modulated(
     return hidden, _multiply(layer, normed, hidden.dtype)
 
 
+def fed(
+    layer: Any,
+    taker: Any,
+    state: State,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    first: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | Fed]:
+    """Return what `modulated` does, up to output *first*, and the others for `added` of *taker*.
+
+    The others are a feed, gate and value of SwiGLU. [1, n, d] -> [1, n, d], [1, n, first] and
+    [1, n, 2 * f], or SwiGLU of it where *layer* computes that itself (`gated`).
+    """
+    cast = _input_cast(layer)
+    is_gated = hasattr(type(layer), "gated") and hasattr(type(taker), "gated")
+    # What adapters add to a feed has to be there before SwiGLU.
+    if cast is None or not is_gated or _branch(layer) is not None:
+        hidden, product = modulated(layer, state, scale, shift, eps)
+    else:
+        hidden, normed = blocks.norm_modulate(*state, scale, shift, eps, cast)
+        made: tuple[torch.Tensor, torch.Tensor] | None = layer.gated(
+            normed, hidden.dtype, taker, first
+        )
+        if made is not None:
+            return hidden, made[0], Fed(made[1])
+        product = _multiply(layer, normed, hidden.dtype)
+    rest, feed = torch.tensor_split(product, [first], dim=-1)
+    return hidden, rest, feed
+
+
 def added(
     layer: Any,
     residual: torch.Tensor,
     gate: torch.Tensor,
     heads: torch.Tensor | None = None,
-    feed: torch.Tensor | None = None,
+    feed: torch.Tensor | Fed | None = None,
 ) -> State:
     """Return residual + gate * `joined`, perhaps still to be added; *gate* is [1, d]."""
+    if isinstance(feed, Fed):
+        if heads is not None:
+            blocks.fill(heads, layer.input_cast, feed.rows)
+        return residual, Change(gate, _multiply(layer, feed.rows, residual.dtype))
     if hasattr(type(layer), "added"):
         x = None if heads is None else blocks.merge(heads)
         if (branch := _branch(layer)) is not None:

@@ -47,8 +47,9 @@ from torch.nn import functional
 
 from app.engine import torch_private
 from app.engine.checkpoint.files import QuantizedLayer
-from app.engine.kernels import blocks
+from app.engine.kernels import blocks, fp8_gated
 from app.engine.kernels.blocks import FP8_LIMIT, Cast
+from app.engine.kernels.fp8_gated import Gated
 from app.engine.kernels.fp8_linear import multiply_fp8
 from app.engine.kernels.int8_linear import (
     TINY,
@@ -90,6 +91,30 @@ class Fp8Linear(nn.Module):
     def multiply(self, quantized: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Multiply an input that `input_cast` made, to *dtype*: [..., in] -> [..., out]."""
         return multiply_fp8(quantized, self.weight, self.input_scale, self.scale, dtype)
+
+    def gated(
+        self, quantized: torch.Tensor, dtype: torch.dtype, taker: Fp8Linear, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Multiply to *dtype* up to output *first*; of the others, a feed, return *taker*'s input.
+
+        [1, n, in] -> [1, n, first] and [1, n, in of *taker*], whose last columns are SwiGLU(feed)
+        and the others not written yet. None where the kernel is not for it.
+        """
+        cast = taker.input_cast
+        if cast is None:
+            return None
+        flat = quantized.reshape(-1, quantized.shape[-1])
+        scales = self.input_scale, self.scale
+        given = Gated(flat, self.weight[first:], *scales, cast.inverse)
+        if not fp8_gated.is_for(given):
+            return None
+        width, inputs = len(given.weight) // 2, taker.weight.shape[1]
+        rows = flat.new_empty(len(flat), inputs, dtype=cast.dtype)
+        fp8_gated.multiply(given, rows[:, inputs - width :])
+        made = flat.new_empty(len(flat), 0, dtype=dtype)
+        if first:
+            made = multiply_fp8(flat, self.weight[:first], *scales, dtype)
+        return made.unsqueeze(0), rows.unsqueeze(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize *x* to fp8 and multiply: [..., in] -> [..., out], in the dtype of *x*."""
