@@ -85,15 +85,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByService:
     return _ByService(config, log)
 
 
+_freeze, _unfreeze = gc.freeze, gc.unfreeze
+
+
 @pytest.fixture(autouse=True)
 def _spared() -> None:
     """Take what is there before a test, libraries above all, out of the garbage collector's
     rounds.
 
     The engine collects after each failed picture and at its end; going through half a million
-    objects that stay anyway takes longer than most tests.
+    objects that stay anyway takes longer than most tests. Nor does an engine that is closed here
+    put them back, which ends its process elsewhere.
     """
-    gc.freeze()
+    _freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,6 +117,7 @@ def pytest_sessionstart() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     Server.fork_server = ForkServer()
+    gc.freeze = gc.unfreeze = lambda: None
 
 
 def pytest_sessionfinish() -> None:
@@ -121,9 +126,9 @@ def pytest_sessionfinish() -> None:
     """
     assert Server.fork_server is not None
     Server.fork_server.close()
-    gc.unfreeze()
+    _unfreeze()
     gc.collect()
-    gc.freeze()
+    _freeze()
 
 
 @pytest.fixture(scope="session")

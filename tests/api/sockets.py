@@ -51,7 +51,7 @@ async def served(app: FastAPI) -> AsyncIterator[int]:
             await serving
 
 
-async def until(holds: Callable[[], object], limit_s: float = 5.0) -> None:
+async def until(holds: Callable[[], object], limit_s: float = 30.0) -> None:
     """Wait until *holds* says yes; for states that set no event."""
     async with asyncio.timeout(limit_s):
         while not holds():  # noqa: ASYNC110 - what is waited for belongs to the code under test

@@ -70,7 +70,8 @@ class Visit:
         )
         with self.page.expect_response("**/v1/loras"):
             self.page.reload()
-        return self.wait_until_ready()
+        there = "document.querySelectorAll('#adapters-list li').length"
+        return self.wait_until_ready().wait_until(f"{there} === {len(adapters)}")
 
     def make(self, prompt: str) -> bytes:
         """Ask for a picture, wait for it, and return its file."""
@@ -101,6 +102,18 @@ class Visit:
 
             self.page.wait_for_timeout(50)  # events go on meanwhile
         return self
+
+    def box(self, selector: str) -> dict[str, float]:
+        """Where an element is, once it is in sight and has come to rest.
+
+        The mouse goes where it is sent, also out of the window, in which nothing is under it.
+        """
+        self.page.hover(selector)
+        box = self.page.locator(selector).bounding_box()
+
+        assert box
+
+        return dict(box)
 
     def download(self) -> bytes:
         """Save the picture on show as a person would."""

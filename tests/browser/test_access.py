@@ -219,7 +219,7 @@ def test_settings_come_with_the_address(visit, klein) -> None:
     link = here.page.evaluate("navigator.clipboard.readText()")
     other = visit(klein)
     other.page.goto(link)
-    other.wait_until_ready()
+    other.wait_until_ready().wait_until("location.hash === ''")
 
     assert other.page.input_value("#prompt") == "a lamp & a #1 desk"
     assert other.page.input_value("#seed") == "6"

@@ -79,7 +79,7 @@ def test_one_pixel_for_one_pixel(visit, klein) -> None:
     here.page.click("#zoom")
     width = here.page.evaluate("document.getElementById('picture').getBoundingClientRect().width")
     before = here.page.evaluate("document.getElementById('frame').scrollLeft")
-    box = here.page.locator("#frame").bounding_box()
+    box = here.box("#frame")
     x, y = box["x"] + 100, box["y"] + 100
     here.page.mouse.move(x, y)
     here.page.mouse.down()
@@ -87,7 +87,7 @@ def test_one_pixel_for_one_pixel(visit, klein) -> None:
     here.page.mouse.up()
 
     assert width == 1024
-    assert here.page.evaluate("document.getElementById('frame').scrollLeft") == before + 50
+    here.wait_until(f"document.getElementById('frame').scrollLeft === {before + 50}")
 
     here.page.focus("#frame")
     here.page.keyboard.press("z")
@@ -229,7 +229,11 @@ def test_a_picture_is_extended_on_the_demo(visit, shapes) -> None:
 
 def halves(here: Visit) -> list[tuple[int, ...]]:
     """The colours a quarter from the left and from the right of the picture, as they are seen."""
-    here.page.wait_for_timeout(600)  # the picture comes into focus
+    here.wait_until(
+        """Promise.all(["picture", "other"].map((id) => document.getElementById(id))
+            .filter((it) => it.src).map((it) => it.decode().then(() => it.getAnimations())))
+            .then((all) => all.flat().length === 0)"""
+    )
     data = here.page.locator("#picture").screenshot()
     image = Image.open(io.BytesIO(data)).convert("RGB")
     return [image.getpixel((image.width * part // 8, image.height // 2)) for part in (1, 7)]

@@ -26,6 +26,8 @@ def test_pictures_and_form_are_there_after_a_reload(visit, klein) -> None:
     here.page.reload()
     here.wait_until_ready()
     here.page.wait_for_selector("#caption-prompt:text('a stone in the rain')")
+    here.page.wait_for_selector("#references li")
+    here.page.wait_for_selector("#room:text('uses ')")
 
     assert here.download() == data
     assert here.page.input_value("#prompt") == "half a thought"
@@ -148,7 +150,8 @@ def test_a_browser_without_storage_says_so(visit, klein) -> None:
     here.page.reload()
     here.wait_until_ready().choose(side=64).make("a lamp")
 
-    assert "keeps nothing" in here.page.inner_text("#room")
+    here.page.wait_for_selector("#room:text('keeps nothing')")
+
     assert here.page.locator("#gallery li").count() == 1
 
 

@@ -57,7 +57,7 @@ def test_cancelling_frees_the_card(visit, scripted) -> None:
     here.page.wait_for_selector("#progress-text:text-matches('^Step [1-9]')")
     here.page.click("#cancel")
     here.page.wait_for_selector("#announcer:text('Cancelled.')", state="attached")
-    wait_until(lambda: server.metric("klein_requests_running") == 0, timeout_s=2.0)
+    wait_until(lambda: server.metric("klein_requests_running") == 0)
 
     assert here.page.get_attribute("#stage", "aria-busy") == "false"
     assert not here.page.is_visible("#error")
@@ -90,7 +90,7 @@ def test_a_mask_painted_on_the_picture_keeps_the_rest(visit, klein) -> None:
     assert here.page.get_attribute("#mask-done", "aria-disabled") == "true"
 
     here.page.fill("#brush", "40")
-    box = here.page.locator("#mask-canvas").bounding_box()
+    box = here.box("#mask-canvas")
     x, y, width, height = (box[name] for name in ("x", "y", "width", "height"))
     here.page.mouse.move(x + width * 0.1, y + height * 0.05)
     here.page.mouse.down()
@@ -221,6 +221,7 @@ def test_n_pictures_take_seeds_in_a_row(visit, klein) -> None:
     here = visit(klein).wait_until_ready().choose(**SMALL, seed=40, count=2)
     second = here.make("a stone")
     here.page.click("#gallery li:nth-child(2) button")
+    here.page.wait_for_selector("#download[download*='40']")
     first = here.download()
 
     assert "seed 40" in here.page.inner_text("#caption-facts")
@@ -401,6 +402,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit, scripted) -> None:
 
     here.make("a cat")
     here.page.click("#copy-curl")
+    here.page.wait_for_selector("#copy-curl:text('Copied')")
 
     assert here.page.evaluate("sessionStorage['klein.key']") == key
     assert key not in here.page.evaluate("JSON.stringify({...localStorage}) + document.cookie")

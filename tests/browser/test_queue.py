@@ -32,9 +32,9 @@ def test_more_can_be_asked_for_while_one_runs(visit, scripted) -> None:
     for prompt in ("the second", "the third", "the fourth"):
         here.page.fill("#prompt", prompt)
         here.page.click("#make")
-
-    assert here.page.get_attribute("#picture", "alt") == "the first"
-    assert here.page.is_visible("#picture")
+        if prompt == "the second":
+            assert here.page.get_attribute("#picture", "alt") == "the first"
+            assert here.page.is_visible("#picture")
 
     rows = here.page.locator("#waiting-list li")
     here.page.wait_for_selector("#waiting-list li:nth-child(3) .note:text('Number 3, done in')")

@@ -68,6 +68,7 @@ def test_each_card_serves_comfyuis_folder(capsys, models, tmp_path, card) -> Non
 
 @pytest.mark.torch
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_folder_is_served(models) -> None:
     """`KLEIN_MODEL` names it, and nothing else is needed, but here for a card."""
     with Server(model=models, device="cpu") as server:

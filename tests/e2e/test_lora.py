@@ -103,18 +103,17 @@ def test_any_openai_client_can_choose_one(server, folder) -> None:
     """As a model with a parent; an unknown one is a bad request there, and missing in the list."""
     sha256 = write(folder / "night.safetensors", 3)
     wait_for(lambda: "night" in listed(server))
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        models = {model.id: model for model in client.models.list()}
+        made = client.images.generate(model="night", prompt="a red circle", size="128x128")
 
-    models = {model.id: model for model in client.models.list()}
-    made = client.images.generate(model="night", prompt="a red circle", size="128x128")
-
-    assert models["night"].parent == "shapes"
-    assert made.loras == [{"name": "night", "scale": 1.0, "sha256": sha256}]
-    assert client.models.retrieve("night").id == "night"
-    with pytest.raises(NotFoundError):
-        client.models.retrieve("nigth")
-    with pytest.raises(BadRequestError, match="`night`") as refused:
-        client.images.generate(model="nigth", prompt="a red circle")
+        assert models["night"].parent == "shapes"
+        assert made.loras == [{"name": "night", "scale": 1.0, "sha256": sha256}]
+        assert client.models.retrieve("night").id == "night"
+        with pytest.raises(NotFoundError):
+            client.models.retrieve("nigth")
+        with pytest.raises(BadRequestError, match="`night`") as refused:
+            client.images.generate(model="nigth", prompt="a red circle")
     assert refused.value.code == "model_not_found"
 
 

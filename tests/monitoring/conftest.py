@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import threading
@@ -43,11 +44,12 @@ class Watched(Server):
     def leave(self) -> None:
         """Ask for a slow picture and go away before it is there."""
         where = urlsplit(self.url)
-        connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=10)
         body = json.dumps({"prompt": "slow", "width": 128, "height": 128})
-        connection.request("POST", "/generate", body, _HEADERS)
-        self.wait_for_metric("klein_requests_running")
-        connection.close()
+        with contextlib.closing(
+            http.client.HTTPConnection(where.hostname or "", where.port, timeout=10)
+        ) as connection:
+            connection.request("POST", "/generate", body, _HEADERS)
+            self.wait_for_metric("klein_requests_running")
         self.wait_for_metric("klein_requests_total", outcome="cancelled")
 
     def overflow(self) -> None:

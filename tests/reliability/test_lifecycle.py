@@ -36,8 +36,9 @@ def health(server: Server) -> tuple[int, int, str]:
     return live, ready, found["stage"]
 
 
+@TIMED
 @WITH_SEVERAL
-def test_health_tells_every_state(scripted, device: str, tmp_path: Path) -> None:
+def test_health_tells_every_state(scripted, device: str, tmp_path: Path, is_timed: bool) -> None:
     """Alive from the first moment; ready only once a worker has said so, which it does
     after its warm-up picture; not ready within a second of the last worker's death, nor while
     draining."""
@@ -51,7 +52,7 @@ def test_health_tells_every_state(scripted, device: str, tmp_path: Path) -> None
     assert health(server) == (200, 200, "ready")
 
     kill_all(server)
-    wait_until(lambda: health(server)[1] == 503, timeout_s=1.0)
+    wait_until(lambda: health(server)[1] == 503, timeout_s=1.0 if is_timed else 10.0)
     assert health(server)[0] == 200
     wait_until(lambda: health(server)[1] == 200)
 
@@ -59,7 +60,8 @@ def test_health_tells_every_state(scripted, device: str, tmp_path: Path) -> None
         accepted = pool.submit(server.post, "/generate", SMALL)
         wait_until(lambda: server.metric("klein_requests_running") == 1)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: health(server) == (200, 503, "draining"), timeout_s=1.0)
+        draining = (200, 503, "draining")
+        wait_until(lambda: health(server) == draining, timeout_s=1.0 if is_timed else 10.0)
         gate.touch()
         assert accepted.result()[0] == 200
     assert server.wait() == 0

@@ -249,12 +249,12 @@ async def until_closed(port: int, *messages: bytes) -> tuple[bytes, float]:
     """Send, then read until the service hangs up: what it said, and after how long."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = time.monotonic()
-    for message in messages:
-        writer.write(message)
-        await writer.drain()
-    async with asyncio.timeout(10):
-        answer = await reader.read()
-    writer.close()
+    with contextlib.closing(writer):
+        for message in messages:
+            writer.write(message)
+            await writer.drain()
+        async with asyncio.timeout(10):
+            answer = await reader.read()
     return answer, time.monotonic() - started
 
 

@@ -4,6 +4,7 @@ the service read a body as a request, or a request as a body."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -62,14 +63,14 @@ def port() -> Iterator[int]:
 async def ask(port: int, *segments: bytes) -> list[dict]:
     """All answers until the service hangs up: what was asked, or the error's status."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.transport.get_extra_info("socket").setsockopt(6, 1, 1)
-    for segment in segments:
-        writer.write(segment)
-        await writer.drain()
-        await asyncio.sleep(0)
-    async with asyncio.timeout(10):
-        answer = await reader.read()
-    writer.close()
+    with contextlib.closing(writer):
+        writer.transport.get_extra_info("socket").setsockopt(6, 1, 1)
+        for segment in segments:
+            writer.write(segment)
+            await writer.drain()
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            answer = await reader.read()
     found = []
     while answer:
         head, _, rest = answer.partition(b"\r\n\r\n")

@@ -261,12 +261,10 @@ def test_a_caller_who_leaves_frees_the_decoders(server) -> None:
     body = slow()
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(body)
-    gone = [connect(server) for _ in range(4)]
-    for connection in gone:
-        connection.sendall(head + body)
-    wait_until(lambda: _is_decoding(server))
-    for connection in gone:
-        connection.close()
+    with contextlib.ExitStack() as leaving:
+        for _ in range(4):
+            leaving.enter_context(connect(server)).sendall(head + body)
+        wait_until(lambda: _is_decoding(server))
 
     started = time.perf_counter()
     status = server.post("/generate", {"prompt": "a", "images": [_small()]})[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import pytest
@@ -24,11 +25,10 @@ async def ask(runtime: FakeRuntime):
 
         async def send(*messages: bytes) -> bytes:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"".join(messages))
-            async with asyncio.timeout(10):
-                answer = await reader.read()
-            writer.close()
-            return answer
+            with contextlib.closing(writer):
+                writer.write(b"".join(messages))
+                async with asyncio.timeout(10):
+                    return await reader.read()
 
         yield send
 

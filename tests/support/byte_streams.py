@@ -227,12 +227,9 @@ class _Crowd:
 
     async def run(self) -> None:
         for talk in self.talks:
-            client = socket.socket()
-            client.setblocking(False)
-            try:
+            with socket.socket() as client, contextlib.suppress(OSError, TimeoutError):
+                client.setblocking(False)
                 await asyncio.wait_for(self._talk(client, talk), 2.0)
-            except (OSError, TimeoutError):
-                client.close()
 
     def leave(self) -> None:
         while self.held:
@@ -260,10 +257,9 @@ class _Crowd:
             with contextlib.suppress(TimeoutError):
                 while await asyncio.wait_for(loop.sock_recv(client, 1 << 18), PATIENCE_S):
                     pass
-        client.close()
 
     def _hold(self, client: socket.socket) -> None:
-        self.held.append(client)
+        self.held.append(socket.socket(fileno=client.detach()))
         if len(self.held) > HELD:
             self.held.pop(0).close()
 
@@ -285,9 +281,9 @@ async def _honest(port: int) -> bool:
     )
     async with asyncio.timeout(10):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head % len(body) + body)
-        answer = await reader.read()
-        writer.close()
+        with contextlib.closing(writer):
+            writer.write(head % len(body) + body)
+            answer = await reader.read()
     return answer.startswith(b"HTTP/1.1 200 ")
 
 

@@ -7,6 +7,7 @@ head ends in a line feed alone, and the last line feed is no part of the body.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,12 @@ def without(request: bytes, name: str) -> bytes:
 async def exchange(port: int, request: bytes) -> Answer:
     """Send *request* to a port of this machine, and read the answer to it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(request)
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {
-        name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])
-    }
-    body = await reader.readexactly(int(headers["content-length"]))
-    writer.close()
+    with contextlib.closing(writer):
+        writer.write(request)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])
+        }
+        body = await reader.readexactly(int(headers["content-length"]))
     await writer.wait_closed()
     return Answer(int(head[0].split()[1]), headers, body)
