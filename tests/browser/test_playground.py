@@ -47,6 +47,7 @@ def test_typing_a_prompt_gives_a_picture(visit, klein) -> None:
     )
 
 
+@pytest.mark.alone
 def test_cancelling_frees_the_card(visit, scripted) -> None:
     """The page says so, the worker stops at its next step, and the next picture can be made."""
     server = scripted("slow=20")
@@ -57,7 +58,7 @@ def test_cancelling_frees_the_card(visit, scripted) -> None:
     here.page.wait_for_selector("#progress-text:text-matches('^Step [1-9]')")
     here.page.click("#cancel")
     here.page.wait_for_selector("#announcer:text('Cancelled.')", state="attached")
-    wait_until(lambda: server.metric("klein_requests_running") == 0)
+    wait_until(lambda: server.metric("klein_requests_running") == 0, timeout_s=2.0)
 
     assert here.page.get_attribute("#stage", "aria-busy") == "false"
     assert not here.page.is_visible("#error")

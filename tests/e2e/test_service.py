@@ -170,7 +170,8 @@ def test_a_killed_worker_costs_one_job(scripted) -> None:
     assert server.metric("klein_worker_restarts_total", reason="killed") == 1
 
 
-def test_sigterm_finishes_what_was_accepted(scripted, tmp_path) -> None:
+@TIMED
+def test_sigterm_finishes_what_was_accepted(scripted, tmp_path, is_timed: bool) -> None:
     """Ready turns 503 while the port still listens, new work is refused, exit code 0."""
     gate = tmp_path / "gate"
     server = scripted(f"gate={gate}")
@@ -180,7 +181,8 @@ def test_sigterm_finishes_what_was_accepted(scripted, tmp_path) -> None:
         accepted = pool.submit(server.post, "/generate", {"prompt": "x"})
         wait_until(lambda: server.metric("klein_requests_running") == 1)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.get("/health/ready")[0] == 503)
+        limit_s = 0.5 if is_timed else 10.0
+        wait_until(lambda: server.get("/health/ready")[0] == 503, timeout_s=limit_s)
         status, headers, body = server.post("/generate", {"prompt": "y"})
 
         assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down")

@@ -268,12 +268,13 @@ async def test_a_decoder_serves_one_request(pool):
     assert not seen & {child.pid for child in children(pool)}
 
 
-async def test_idle_decoders_that_were_killed_are_replaced(pool):
+@TIMED
+async def test_idle_decoders_that_were_killed_are_replaced(pool, is_timed: bool):
     """Whoever killed them."""
     for child in children(pool):
         child.kill()
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(2 if is_timed else 30):
         assert (await decode(pool, photo())).size == (128, 128)
 
 
@@ -459,7 +460,8 @@ async def test_without_room_for_a_process_the_answer_is_503(monkeypatch, caplog,
     pool.kill()
 
 
-async def test_killed_it_ends_at_once_whoever_works():
+@TIMED
+async def test_killed_it_ends_at_once_whoever_works(is_timed: bool):
     """A second SIGTERM waits for no picture, nor does who waits for a decoder."""
     pool = DecoderPool()
     working = [asyncio.create_task(decode(pool, *slow())) for _ in range(4)]
@@ -468,13 +470,16 @@ async def test_killed_it_ends_at_once_whoever_works():
 
     pool.kill()
 
-    await until(lambda: all(is_gone(process) for process in processes))
-    async with asyncio.timeout(30):
+    await until(
+        lambda: all(is_gone(process) for process in processes), limit_s=2 if is_timed else 30
+    )
+    async with asyncio.timeout(1 if is_timed else 30):
         for done in await asyncio.gather(*working, return_exceptions=True):
             assert isinstance(done, Unavailable)
 
 
-async def test_killed_it_keeps_nobody_waiting_for_a_decoder(monkeypatch):
+@TIMED
+async def test_killed_it_keeps_nobody_waiting_for_a_decoder(monkeypatch, is_timed: bool):
     """Of which none has come yet."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     pool = DecoderPool()
@@ -482,7 +487,7 @@ async def test_killed_it_keeps_nobody_waiting_for_a_decoder(monkeypatch):
     await asyncio.sleep(0)
     pool.kill()
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(1 if is_timed else 30):
         for done in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(done, Unavailable)
 
