@@ -38,7 +38,7 @@ class Trace(Protocol):
         """Say how the request ended; the first call counts."""
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Do nothing: no middleware counts the body."""
 
 
@@ -52,7 +52,7 @@ class RequestContext:
     has_key: bool = False
     """Whether the request carried one of the configured keys."""
     error: KleinError | None = None
-    release_body: Callable[[], None] = _nothing
+    release_body: Callable[[], None] = nothing
     """Called by a route that has read the body and keeps nothing of it."""
     outcome: str | None = None
     """Set where the status does not tell it, as in a health response."""

@@ -25,6 +25,7 @@ from app.domain import Generated, ImageSpec, RawImage
 from app.errors import DeadlineExceeded, InvalidRequest, OutOfMemory
 from app.images.preparing import Upload
 from app.jobs.job import Job
+from app.request_context import RequestContext
 from app.service.results import Picture
 from app.service.ticket import Ticket
 from app.settings import Settings
@@ -35,7 +36,7 @@ from tests.reliability.test_overload import picture_form
 from tests.support.chaos import GONE, ask, port_of, request_bytes
 from tests.support.in_process import InProcess
 
-HEAVY = (Generated, ImageSpec, Job, Picture, RawImage, Ticket)
+HEAVY = (Generated, ImageSpec, Job, Picture, RawImage, RequestContext, Ticket)
 IMAGE = {"prompt": "x", "size": "1024x1024"}
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import InvalidRequest, Kind, KleinError, Unavailable
 from app.limits import three_quarters
-from app.request_context import current_request
+from app.request_context import current_request, nothing
 
 BODIES_AT_ONCE = 8
 """The memory for all bodies, in bodies of the largest size."""
@@ -80,6 +80,8 @@ class BodyLimit:
             await self._app(scope, receive_some, send)
         finally:
             release_body()
+            # The function and the context refer to each other.
+            context.release_body = nothing
 
     def _hold(self, client: str, size_bytes: int) -> None:
         """Count *size_bytes* more, also where a limit is exceeded."""
