@@ -33,18 +33,18 @@ def tokens():
 
 @pytest.mark.torch
 @pytest.mark.parametrize("folder", [TOKENIZER, SHAPES], ids=["klein", "shapes"])
-@pytest.mark.parametrize("prompt", PROMPTS)
-async def test_it_counts_as_the_worker_does(folder, prompt: str) -> None:
-    """Tokens, and whether it is cut."""
+async def test_it_counts_as_the_worker_does(folder) -> None:
+    """Tokens, and whether it is cut, of each prompt."""
     from app.engine.pipeline.build import _read_tokenizer
 
-    worker = _read_tokenizer(folder, 512)(prompt)
+    cut = _read_tokenizer(folder, 512)
     tokens = PromptTokens(folder, 512)
-    counted = await tokens.count(prompt)
+    counted = [await tokens.count(prompt) for prompt in PROMPTS]
     tokens.close()
 
-    assert min(counted.tokens, 512) == worker.count
-    assert (counted.cut_at is not None) == worker.is_cut
+    right = [cut(prompt) for prompt in PROMPTS]
+    assert [min(each.tokens, 512) for each in counted] == [each.count for each in right]
+    assert [each.cut_at is not None for each in counted] == [each.is_cut for each in right]
 
 
 async def test_the_place_of_the_cut_is_where_reading_ends(tokens) -> None:
