@@ -78,6 +78,15 @@ class KleinError(Exception):
         self.retry_after_s = retry_after_s
 
 
+def drop_frames(error: BaseException) -> None:
+    """Drop the traceback and the context of *error*, which nobody will read.
+
+    Their frames refer to what the request has read and made, and often to the error: a reference
+    cycle that only the garbage collector frees.
+    """
+    error.__traceback__ = error.__context__ = None
+
+
 class InvalidRequest(KleinError):
     """The request is invalid; *param* names the field, *code* is OpenAI's error code."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from app.domain import Device, ImageSpec
-from app.errors import KleinError
+from app.errors import KleinError, drop_frames
 
 
 class Outcome(NamedTuple):
@@ -64,12 +64,8 @@ class RequestContext:
     """Where traces are sent and this request's is recorded."""
 
     def keep(self, error: KleinError) -> None:
-        """Keep *error* without its traceback, cause and context.
-
-        They refer to the request context, and so form a reference cycle that keeps whatever the
-        request has read and made.
-        """
-        error.__traceback__ = error.__context__ = None
+        """Keep *error* without its traceback and context, which refer to the request context."""
+        drop_frames(error)
         self.error = error
 
 

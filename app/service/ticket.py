@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app.domain import Generated, ImageSpec, Progress, Stage
-from app.errors import Cancelled, KleinError
+from app.errors import Cancelled, KleinError, drop_frames
 from app.images import OutputFormat
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue, Places
@@ -138,15 +138,16 @@ class Ticket:
         finishing = [
             asyncio.create_task(self.service.finish(job, self.output)) for job in self.jobs
         ]
+        error = None
         try:
             await asyncio.wait(finishing, return_when=asyncio.FIRST_EXCEPTION)
             if error := _first_error(finishing):
                 raise error
             return [task.result() for task in finishing]
         finally:
-            error = None
             self.cancel()
-            await _end(finishing)
+            await _end(finishing, raised=error)
+            error = None
 
     async def events(self) -> AsyncGenerator[tuple[int, TicketEvent], None]:
         """Yield each job's index and event, as they happen; a job's `Picture` is its last.
@@ -187,9 +188,9 @@ class Ticket:
                     yield index, Preview(previews[index], await self._encode(index, progress))
                     previews[index] += 1
             if errors:
-                raise errors[0]
+                raise errors.pop(0)
         finally:
-            errors.clear()  # each refers to this frame
+            _drop(errors)
             self.cancel()
             await _end([*finishing.values()])
             finishing.clear()
@@ -254,13 +255,23 @@ def _first_error(tasks: Sequence[asyncio.Task[Picture]]) -> BaseException | None
     return next(iter(own), next(filter(None, errors), None))
 
 
-async def _end(tasks: list[asyncio.Task[Picture]]) -> None:
-    """Cancel all of *tasks*, wait until they have ended, and drop them and their errors."""
+def _drop(errors: list[KleinError]) -> None:
+    """Drop *errors*, which nobody will read; each refers to the frame that holds them."""
+    for error in errors:
+        drop_frames(error)
+    errors.clear()
+
+
+async def _end(tasks: list[asyncio.Task[Picture]], *, raised: BaseException | None = None) -> None:
+    """Cancel all of *tasks*, wait until they have ended, and drop them and their errors.
+
+    The frames of *raised*, which the caller raises, are left to whoever catches it.
+    """
     for task in tasks:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks)
     for task in tasks:
-        if not task.cancelled():
-            task.exception()
+        if not task.cancelled() and (error := task.exception()) is not None and error is not raised:
+            drop_frames(error)
     tasks.clear()

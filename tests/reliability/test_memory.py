@@ -38,6 +38,7 @@ from tests.support.in_process import InProcess
 
 HEAVY = (Generated, ImageSpec, Job, Picture, RawImage, RequestContext, Ticket)
 IMAGE = {"prompt": "x", "size": "1024x1024"}
+INDEXED = {"stream": True, "indexed": True, "n": 3}
 
 
 @pytest.fixture
@@ -68,6 +69,7 @@ REQUESTS = {
     "a picture": request_bytes("/generate", {"prompt": "x"}),
     "ten pictures": request_bytes("/v1/images/generations", IMAGE | {"n": 10}),
     "a stream": request_bytes("/v1/images/generations", IMAGE | {"stream": True}),
+    "a stream of three": request_bytes("/v1/images/generations", IMAGE | INDEXED),
     "an edit": picture_form().replace(b"\r\n", b"\r\nConnection: close\r\n", 1),
 }
 
@@ -104,8 +106,29 @@ async def test_an_error_leaves_nothing_behind() -> None:
             nth = 3 if name == "ten pictures" else 1
             runtime.worker.errors = {runtime.worker.made + nth: error("scripted")}
             answer = await ask(port, data)
-            assert answer.status in ({200} if name == "a stream" else {500, 504})
+            assert answer.status in ({200} if "stream" in name else {500, 504})
             left[name, error] = await cycles(port)
+
+    assert {name: found for name, found in left.items() if found} == {}
+
+
+@pytest.mark.usefixtures("garbage")
+@pytest.mark.parametrize("is_late", [True, False], ids=["late", "taken back"])
+async def test_several_pictures_that_end_at_once_leave_nothing_behind(is_late: bool) -> None:
+    """All of a request's miss their deadline, or its client takes them back from elsewhere."""
+    runtime, left = InProcess(capacity=16), {}
+    async with listening(create_app(Settings.read({}), lambda _: runtime)) as port:
+        for name in ("ten pictures", "a stream of three"):
+            runtime.worker.release.clear()
+            asking = asyncio.create_task(ask(port, REQUESTS[name]))
+            await until(lambda: runtime.queue.running)
+            (ticket,) = runtime.service.own_tickets("address:127.0.0.1")
+            for job in ticket.jobs:
+                (runtime.queue._expire if is_late else runtime.queue.cancel)(job)
+            del ticket, job
+            runtime.worker.release.set()
+            await asking
+            left[name] = await cycles(port)
 
     assert {name: found for name, found in left.items() if found} == {}
 
