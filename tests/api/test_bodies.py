@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from app.api.middleware.body_limit import BODIES_AT_ONCE, SMALL_BYTES, BodyLimit
+from app.api.middleware.body_limit import BODIES_AT_ONCE, SMALL_BYTES, BodyLimit, is_large
 from app.errors import Kind, Unavailable
 from app.request_context import RequestContext, current_request
 
@@ -132,3 +132,22 @@ async def test_the_share_is_given_back_by_whoever_goes(start):
         await each.end()
 
     await hold(start, "a", WHOLE * 3 // 4)
+
+
+@pytest.mark.parametrize(
+    ("length", "is_one"),
+    [
+        ("0", False),
+        (str(SMALL_BYTES), False),
+        (f"{SMALL_BYTES:030}", False),
+        (str(SMALL_BYTES + 1), True),
+        (f"{SMALL_BYTES + 1:030}", True),
+        (f"{2**64 - 1}", True),
+        ("9" * 40, True),
+    ],
+)
+def test_a_length_is_read_whatever_its_digits(length: str, is_one: bool) -> None:
+    """With leading zeros, or more digits than any body has bytes."""
+    scope = {"type": "http", "headers": [(b"content-length", length.encode())]}
+
+    assert is_large(scope) is is_one

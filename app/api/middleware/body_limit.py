@@ -119,4 +119,5 @@ def _too_many(what: str) -> Unavailable:
 
 def _content_length(scope: Scope) -> int:
     text = Headers(scope=scope).get("content-length", "")
-    return int(text) if text.isdecimal() and len(text) < 20 else 0
+    # Leading zeros are valid; the first digits of a longer number are too many already.
+    return int(text.lstrip("0")[:20] or 0) if text.isdecimal() else 0
