@@ -24,6 +24,7 @@ PREFIX = "KLEIN_"
 _LISTS = frozenset(
     {"api_keys", "allowed_hosts", "allowed_origins", "trusted_proxies", "loras", "lora_fuse"}
 )
+_HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 _DEFAULT_PORTS = re.compile(r"http://.*:80|https://.*:443")
 
@@ -236,6 +237,17 @@ class Settings(BaseModel):
             raise ValueError(f"a key has fewer than {MIN_KEY_LENGTH} characters")
         return value
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for number, each in enumerate(value, 1):
+            is_name = each == "*" or _HOST_NAME.fullmatch(each.lower())
+            if not is_name and not _is_address(each.strip("[]")):
+                raise ValueError(
+                    f"entry {number} is no name such as gpu.lan, without a scheme, a port or a path"
+                )
+        return value
+
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -323,6 +335,14 @@ class Settings(BaseModel):
                 "KLEIN_API_KEYS or KLEIN_API_KEYS_FILE too, or list the origins."
             )
         return settings
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def variable(field: str) -> str:

@@ -12,7 +12,8 @@ import re
 import pytest
 from httpx import ASGITransport
 
-from app.errors import Kind, KleinError
+from app.errors import Kind, KleinError, StartupError
+from app.settings import Settings
 from tests.api.conftest import error_of
 from tests.api.sockets import until
 
@@ -256,6 +257,22 @@ async def test_the_operators_names_are_known(serve):
     for host in ("klein:8000", "KLEIN", "pictures.example"):
         assert (await client.get("/v1/models", headers={"host": host})).status_code == 200
     assert (await client.get("/v1/models", headers={"host": "other"})).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "value", ["http://gpu.lan", "gpu.lan:8000", "gpu.lan/", "*.lan", "gpu.lan,a b"]
+)
+def test_what_no_client_sends_as_a_name_ends_the_start(value):
+    """It would never match, and be found out much later."""
+    with pytest.raises(StartupError, match=r"KLEIN_ALLOWED_HOSTS .*is no name"):
+        Settings.read({"KLEIN_ALLOWED_HOSTS": value})
+
+
+def test_names_of_all_kinds_are_taken():
+    """Addresses, which need none, and the empty end of a list too."""
+    given = "klein,gpu_1.lan.,192.0.2.1,[::1],*,"
+
+    assert len(Settings.read({"KLEIN_ALLOWED_HOSTS": given}).allowed_hosts) == 5
 
 
 async def test_the_address_that_was_bound_is_known(serve):
