@@ -163,8 +163,8 @@ class Settings(BaseModel):
     """A file with more keys, one on each line; empty lines and those that begin with `#` do not
     count."""
     rate_limit_per_minute: int = Field(default=0, ge=0, le=100_000)
-    """Images that one key, or one address where there is none, may ask for in a minute; 0 sets no
-    limit."""
+    """Images that one key, or one address where there is none, may ask for at once, and in a minute
+    on average; 0 sets no limit."""
     metrics_key: Literal["open", "required"] = "open"
     """Whether `/metrics` needs a key where keys are set."""
     allowed_hosts: tuple[str, ...] = ()

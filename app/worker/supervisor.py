@@ -44,6 +44,16 @@ _CLOSING = "The service is shutting down; try again in a while."
 _OVER_RETRY_S = 30
 _FAILED = "The service could not be started or kept alive and is ending; the log says why."
 
+_IN_WORDS = {
+    WorkerStage.STARTING: "The worker is starting",
+    WorkerStage.DOWNLOAD: "The model is being downloaded",
+    WorkerStage.VERIFY: "The model's files are being verified",
+    WorkerStage.LOADING: "The model is being loaded",
+    WorkerStage.WEIGHTS: "The weights are being read",
+    WorkerStage.WARM_UP: "The model is warming up",
+    WorkerStage.RESTARTING: "The worker is being restarted",
+}
+
 _FETCHING = frozenset({WorkerStage.DOWNLOAD, WorkerStage.VERIFY})
 """Stages of a start whose length depends on the network and the disk."""
 _SLOW = (
@@ -179,9 +189,7 @@ class Supervisor:
         if self.progress.stage == WorkerStage.FAILED:
             # The operator's message (`Events.on_fatal`) may name paths.
             return _FAILED
-        return (
-            "" if self.is_ready else self.progress.detail or f"The worker is {self.progress.stage}."
-        )
+        return "" if self.is_ready else _in_words(self.progress)
 
     @property
     def pid(self) -> int | None:
@@ -530,6 +538,14 @@ class Supervisor:
             self._starts += 1
             self._fork_server.kill()
             self.on_exit(None, None)
+
+
+def _in_words(progress: LoadProgress) -> str:
+    """Say what a worker that is not ready is at, in a sentence; some progress is one already."""
+    if progress.detail.endswith("."):
+        return progress.detail
+    said = _IN_WORDS.get(progress.stage, f"The worker is {progress.stage}")
+    return f"{said} ({progress.detail})." if progress.detail else f"{said}."
 
 
 def _tell(running: _Running, progress: Progress) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.domain import Stage
+from app.domain import LoadProgress, Stage, WorkerStage
 from app.errors import GenerationFailed, OutOfMemory, WorkerLost
 from app.worker import supervisor as module
 from app.worker.supervisor import EXIT_CRASH_LOOP, EXIT_START_FAILED, TimeLimits
@@ -198,3 +198,18 @@ async def test_what_was_given_up_stays_so(supervise, monkeypatch) -> None:
 
         assert listening.heard == ["startup"] * 3 + ["fatal"]
         assert supervisor.pid is None
+
+
+@pytest.mark.parametrize(
+    ("progress", "words"),
+    [
+        (LoadProgress(WorkerStage.STARTING), "The worker is starting."),
+        (LoadProgress(WorkerStage.WARM_UP, 0.0, "4 steps"), "The model is warming up (4 steps)."),
+        (LoadProgress(WorkerStage.WEIGHTS, 0.4, "vae"), "The weights are being read (vae)."),
+        (LoadProgress(WorkerStage.DOWNLOAD, None, "Another one fetches."), "Another one fetches."),
+        (LoadProgress(WorkerStage.ASLEEP), "The worker is asleep."),
+    ],
+)
+def test_what_it_is_at_is_said_in_a_sentence(progress, words) -> None:
+    """Which `/health` and refusals hand on."""
+    assert module._in_words(progress) == words

@@ -73,8 +73,8 @@ function onHealth(status, body) {
   $("rest").hidden = !canRest || !["ready", "asleep", "yielding"].includes(body?.state);
   $("rest").textContent = body?.state === "ready" ? "Free the card" : "Wake";
   if (!body?.ready) {
-    const share = body?.progress ? `, ${Math.round(body.progress * 100)} %` : "";
-    setStatus("waiting", `${body?.reason || "Not ready yet"}${share}`);
+    const share = body?.progress ? ` ${Math.round(body.progress * 100)} %` : "";
+    setStatus("waiting", `${body?.reason || "Not ready yet."}${share}`);
     return 1.5;
   }
   const waiting = body.queue.size ? `, ${body.queue.size} waiting` : "";
