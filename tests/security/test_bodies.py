@@ -9,12 +9,14 @@ import random
 import time
 
 import pytest
+from fastapi import Request
 
 from app.api.config import ApiConfig
 from app.api.native.request import table
 from app.api.openai import fields as openai_fields
 from app.api.schema import json_scanner
 from app.api.schema.json_scanner import LongText, Scanner
+from app.api.schema.multipart import Part, read_parts
 from app.api.schema.table import FieldTable, shorten
 from app.engine.models.registry import find_spec
 from app.errors import InvalidRequest, KleinError
@@ -120,6 +122,54 @@ async def test_what_a_form_may_hold_is_counted(client, service, body):
 
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_multipart")
     assert not service.tickets
+
+
+async def parts_of(body: bytes) -> list[Part]:
+    """Read a form with the boundary B, as the routes do."""
+    headers = [(b"content-type", b"multipart/form-data; boundary=B")]
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body}
+
+    return await read_parts(Request({"type": "http", "headers": headers}, receive), bool)
+
+
+EDIT = form(
+    file_part(b"\x89PNG\r\n\x1a\n--B\r\n-"),
+    text_part(b"prompt", b"a"),
+    text_part(b"n", b"2"),
+    file_part(b"\x89PNG").replace(b'"image"', b'"mask"'),
+    ending=b"--B--",
+)
+
+
+@pytest.mark.parametrize("ending", [b"", b"\r\n", b"\r\nan epilogue\r\n--B\r\n", b" \r\n"])
+async def test_a_form_ends_with_its_closing_boundary(ending):
+    """The line's end may be missing, and an epilogue follow, which is not read."""
+    parts = await parts_of(EDIT + ending)
+
+    assert [part.name for part in parts] == ["image", "prompt", "n", "mask"]
+
+
+async def test_a_form_that_is_cut_short_is_refused_wherever_it_ends():
+    """Its last parts may be a mask or a number of pictures: without them another edit is made."""
+    for length in range(len(EDIT)):
+        with pytest.raises(InvalidRequest) as caught:
+            await parts_of(EDIT[:length])
+        assert (caught.value.code, caught.value.param) == ("invalid_multipart", None), length
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_only_a_whole_form_is_queued(client, service, is_whole):
+    """Though every field that is needed has come."""
+    body = form(file_part(photo()), text_part(b"prompt", b"a"), text_part(b"n", b"2"))
+    response = await post_form(client, body if is_whole else body[: body.index(b"2\r\n--B--")])
+
+    if is_whole:
+        assert (response.status_code, len(service.specs)) == (200, 2)
+    else:
+        assert (response.status_code, error_of(response)["code"]) == (400, "invalid_multipart")
+        assert not service.tickets
 
 
 @pytest.mark.slow

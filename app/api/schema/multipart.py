@@ -57,7 +57,7 @@ async def read_parts(request: Request, is_wanted: Callable[[str], bool]) -> list
     """Read the parts in their order; one whose name *is_wanted* rejects is drained, never kept.
 
     Raises:
-        InvalidRequest: the form cannot be read, or holds too much.
+        InvalidRequest: the form cannot be read, is cut short, or holds too much.
     """
     form = _Form(is_wanted)
     parser = _make_parser(boundary_of(request), form)
@@ -68,6 +68,9 @@ async def read_parts(request: Request, is_wanted: Callable[[str], bool]) -> list
             if boundaries > MAX_BOUNDARIES:
                 raise damaged("it has too many parts")
             _feed(parser, bytes(piece))
+    # Without its last parts a form would ask for something else: they may be the mask.
+    if parser.state is not MultipartState.END:
+        raise damaged("it is cut short, since its closing boundary is missing")
     return form.parts
 
 
