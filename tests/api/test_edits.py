@@ -489,6 +489,11 @@ async def test_json_is_the_same_edit(client, service):
         ([{"image_url": "data:image/png;base64,@@"}], "images[0].image_url", "invalid_image"),
         ([{"image_url": "data:image/png;base64,AAAA"}], "images[0].image_url", "invalid_image"),
         (
+            [{"image_url": data_url(photo(*size))} for size in ((800, 100), (801, 100))],
+            "images[1].image_url",
+            "invalid_image",
+        ),
+        (
             [{"image_url": "data:image/png;base64," + "A" * 20_971_520}],
             "images[0].image_url",
             "string_above_max_length",

@@ -19,7 +19,7 @@ from app.engine.models.entry import Architecture
 from app.errors import InvalidRequest
 
 _LEAST_SIDE, _MOST_RATIO = 64, 8
-"""Of a reference, as `Flux2ImageProcessor.check_image_input` asks."""
+"""Of a reference, as `Flux2ImageProcessor.check_image_input` asks of what was uploaded."""
 
 
 def reference_tensor(image: RawImage, architecture: Architecture) -> torch.Tensor:
@@ -28,8 +28,10 @@ def reference_tensor(image: RawImage, architecture: Architecture) -> torch.Tenso
     Raises:
         InvalidRequest: the image is too small or too narrow.
     """
+    token = architecture.token_side
     short, long = sorted((image.width, image.height))
-    if short < _LEAST_SIDE or long / short > _MOST_RATIO:
+    # It was judged as it was uploaded, and cut since: its short side may have lost most of a token.
+    if short < _LEAST_SIDE or long > _MOST_RATIO * (short + token):
         raise InvalidRequest(
             f"A reference image of {image.width}x{image.height} cannot be used: both sides must be "
             f"at least {_LEAST_SIDE} pixels, and neither more than {_MOST_RATIO} times the other.",
@@ -42,7 +44,6 @@ def reference_tensor(image: RawImage, architecture: Architecture) -> torch.Tenso
         scale = math.sqrt(limit / pixels)
         size = int(image.width * scale), int(image.height * scale)
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    token = architecture.token_side
     width, height = (side // token * token for side in picture.size)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return _normal(picture.crop((left, top, left + width, top + height)))
