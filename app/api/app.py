@@ -105,7 +105,7 @@ def create_app(
         models.build_router(config),
         jobs.router,
         loras.router,
-        tokens.router,
+        tokens.build_router(config),
         health.router,
         playground.build_router(),
         *([sdapi_route.build_router()] if settings.sdapi else []),

@@ -79,6 +79,7 @@ async def test_the_document_is_made_once(client, monkeypatch):
         ("/v1/images/generations", "application/json", {"type": "null"}),
         ("/v1/images/edits", "application/json", {"type": "null"}),
         ("/v1/images/edits", "multipart/form-data", {"const": ""}),
+        ("/v1/tokens", "application/json", {"type": "null"}),
     ],
 )
 async def test_of_other_names_only_what_counts_as_absent_is_described(

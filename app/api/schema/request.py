@@ -89,6 +89,13 @@ def read_image(
 
 def read_prompt(values: Mapping[str, Any]) -> str:
     """Read the prompt, which must not be blank."""
+    prompt = require_prompt(values)
+    check_prompt(prompt)
+    return prompt
+
+
+def require_prompt(values: Mapping[str, Any]) -> str:
+    """Return the prompt, which may be blank; refuse its absence."""
     if "prompt" not in values:
         raise InvalidRequest(
             "prompt is missing; say what the picture should show.",
@@ -96,7 +103,6 @@ def read_prompt(values: Mapping[str, Any]) -> str:
             code="missing_required_parameter",
         )
     prompt: str = values["prompt"]
-    check_prompt(prompt)
     return prompt
 
 

@@ -18,8 +18,8 @@ from app.api.native.request import table
 from app.api.openai import fields as openai_fields
 from app.api.openai.stream_key import KEY, PATTERN
 from app.api.schema.fields import about_mask
+from app.api.system import tokens
 from app.images.formats import OUTPUT_FORMATS
-from app.limits import MAX_PROMPT
 from app.service import previews
 from app.service.service import ImageService
 
@@ -225,11 +225,7 @@ def describe(app: FastAPI, service: ImageService, config: ApiConfig) -> Json:
             "required": True,
             "content": {
                 _JSON: {
-                    "schema": {
-                        "type": "object",
-                        "required": ["prompt"],
-                        "properties": {"prompt": {"type": "string", "maxLength": MAX_PROMPT}},
-                    },
+                    "schema": tokens.table(config).describe(required=["prompt"]),
                     "example": {"prompt": "a red fox in the snow"},
                 }
             },
