@@ -147,6 +147,21 @@ async def test_an_adapter_as_model_goes_alone(client) -> None:
     assert error_of(response)["param"] == "loras"
 
 
+async def test_an_empty_list_beside_an_adapter_as_model_adds_none(client, service) -> None:
+    """In JSON and in a form: the adapter takes part alone, as without the field."""
+    sent = {"prompt": "a", "model": "outlined"}
+    answers = [
+        await ask(client, "/v1/images/generations", model="outlined", loras=[]),
+        await client.post(
+            "/v1/images/edits", data={**sent, "loras": "[]"}, files={"image": photo()}
+        ),
+    ]
+
+    assert [each.status_code for each in answers] == [200, 200]
+    for spec in service.specs:
+        assert [(each.name, each.scale) for each in spec.loras] == [(A[0], 1.0)]
+
+
 async def test_an_adapter_of_too_high_a_rank_is_refused_as_the_model(client, adapters) -> None:
     """With the field that was sent."""
     adapters.replace(Listing((Adapter("big", "d" * 64, 1, 200, 0, False, "/loras/big"),), ()))

@@ -129,7 +129,7 @@ def read_loras(
         InvalidRequest: one is not listed, or they break a rule.
     """
     sent = values.get(NAME)
-    if chosen and sent is not None:
+    if chosen and sent:
         raise InvalidRequest(
             "loras cannot be sent beside an adapter as the model; send the adapter in loras too.",
             param=NAME,
