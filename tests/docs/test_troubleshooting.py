@@ -9,6 +9,7 @@ from collections import defaultdict
 import pytest
 
 from app.api.errors import REPLIES
+from app.api.http_limits.refusals import Unreadable
 from app.errors import Kind
 from app.images.formats import OUTPUT_FORMATS
 from tests.docs import sentences
@@ -53,6 +54,7 @@ def codes() -> dict[str, set[int]]:
     found: dict[str, set[int]] = defaultdict(set)
     for reply in REPLIES.values():
         found[reply.code].add(reply.status)
+    found[REPLIES[Kind.INVALID].code] |= own_statuses()
     for path, tree in sentences.trees().items():
         for call in ast.walk(tree):
             if isinstance(call, ast.Call):
@@ -68,6 +70,18 @@ def codes() -> dict[str, set[int]]:
             for name in filter(_CODE.fullmatch, texts(tree)):
                 found[name].add(REPLIES[Kind.INVALID].status)
     return found
+
+
+def own_statuses() -> set[int]:
+    """What is answered instead of 400 where no request could be read; the code is the same."""
+    calls = (
+        each
+        for tree in sentences.trees().values()
+        for each in ast.walk(tree)
+        if isinstance(each, ast.Call) and getattr(each.func, "id", "") == Unreadable.__name__
+    )
+    given = (each for call in calls for each in call.keywords if each.arg == "status")
+    return {ast.literal_eval(each.value) for each in given}
 
 
 def texts(tree: ast.AST | None) -> list[str]:
