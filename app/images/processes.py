@@ -1,7 +1,9 @@
 """The service's handles of the fork server and of one busy decoder.
 
 All of this waits on the event loop only, except `Server.end`, which is for the service's own end. A
-decoder's messages are validated before they are used.
+decoder may say anything once an image has taken it over: its messages are validated before they are
+used, and neither their number nor what they announce holds the event loop or takes more memory than
+what was sent to it can need.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -23,12 +26,12 @@ from app.domain import Mask, RawImage
 from app.errors import InvalidRequest
 from app.images.decoder import LENGTH_BYTES, Limits, pack
 from app.images.preparing import Edit, Size, Upload
+from app.images.uploads import MAX_PIXELS, MIN_SIDE, REFERENCE_MULTIPLE, REFERENCE_PIXELS
 
 ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
 """Errors of a decoder that has exited, sends invalid messages, or takes too long."""
 
-_MAX_MESSAGE_BYTES = 65_536
-_MAX_PIXELS = 64_000_000
+MAX_MESSAGE_BYTES = 65_536
 _PIECE_BYTES = 64 * 1024
 """Copied to or from shared memory before yielding to the event loop."""
 _END_S = 1.0
@@ -201,53 +204,71 @@ class Decoder:
             [len(each.content), each.is_base64, each.param, each.repaints] for each in files
         ]
         asked = {"files": described, "has_mask": mask is not None, "size": size}
-        for upload in files:
-            await self._write(upload.content)
+        await self._write([each.content for each in files])
         await self._send(asked)
+        params = [each.param for each in files]
+        result: Size | None = None
         while True:
             message = await self._receive_message()
             if "begin" in message:
-                self.began = (str(message["begin"][0]), str(message["begin"][1]))
-            elif "nearest" in message:
-                await self._send(nearest(*_size(message["nearest"])))
+                param, code = _texts(message["begin"], 2)
+                params.remove(param)  # raises `ValueError` for what has begun, or was not sent
+                self.began = param, code
+            elif "nearest" in message and result is None:
+                result = nearest(*(size or _sides(message["nearest"], REFERENCE_PIXELS)))
+                await self._send(result)
             elif "refused" in message:
-                text, param, code = message["refused"]
+                text, param, code = _texts(message["refused"], 3)
                 raise InvalidRequest(text, param=param, code=code)
+            elif result is not None:
+                return await self._receive_edit(message, len(images), mask is not None, result)
             else:
-                return await self._receive_edit(message)
+                raise ValueError("no size was asked for")
 
-    async def _receive_edit(self, message: dict[str, Any]) -> Edit:
-        self.shared.seek(0)
-        references = [
-            RawImage(width, height, await self._read(3 * width * height))
-            for width, height in map(_size, message["references"])
-        ]
+    async def _receive_edit(
+        self, message: dict[str, Any], images: int, has_mask: bool, result: Size
+    ) -> Edit:
+        """Receive what *images* and a mask can become, of an edit with the size *result*."""
+        sizes = [_sides(each, math.prod(result)) for each in message["references"][:has_mask]]
+        sizes += [_reference_sides(each) for each in message["references"][has_mask:]]
+        mask_size = None if message["mask"] is None else _sides(message["mask"], MAX_PIXELS)
+        if len(sizes) != images or (mask_size is not None) != has_mask:
+            raise ValueError("not what was sent")
+        if has_mask and sizes[0] != result:
+            raise ValueError("not the size that the image under a mask gets")
+        start, references = 0, []
+        for width, height in sizes:
+            pixels = await self._read(start, 3 * width * height)
+            references.append(RawImage(width, height, pixels))
+            start += len(pixels)
         mask = None
-        if message["mask"] is not None:
-            width, height = _size(message["mask"])
-            mask = Mask(width, height, await self._read(width * height))
-        return Edit(
-            tuple(references),
-            mask,
-            _size(message["size"]),
-            message["is_black_and_white"] is True,
-        )
+        if mask_size is not None:
+            mask = Mask(*mask_size, await self._read(start, math.prod(mask_size)))
+        return Edit(tuple(references), mask, result, message["is_black_and_white"] is True)
 
-    async def _write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append *data* to shared memory, without holding the event loop."""
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.shared.write(rest[:_PIECE_BYTES]) :]
-            await asyncio.sleep(0)
+    async def _write(self, files: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write *files* to shared memory, one behind the other, without holding the event loop."""
+        at = 0
+        for data in files:
+            rest = memoryview(data)
+            while rest:
+                count = os.pwrite(self.shared.fileno(), rest[:_PIECE_BYTES], at)
+                at, rest = at + count, rest[count:]
+                await asyncio.sleep(0)
 
-    async def _read(self, size_bytes: int) -> bytearray:
-        """Read the next *size_bytes* bytes of shared memory, without holding the event loop."""
-        data = bytearray(size_bytes)
-        rest = memoryview(data)
-        while rest:
-            if not (count := self.shared.readinto(rest[:_PIECE_BYTES])):
+    async def _read(self, start: int, size_bytes: int) -> bytearray:
+        """Read shared memory from *start* on, without holding the event loop.
+
+        The decoder shares the file's own offset, and could turn it back. What is returned grows
+        with what has been read: a large one takes milliseconds to be zeroed.
+        """
+        data = bytearray()
+        while missing := size_bytes - len(data):
+            at = start + len(data)
+            piece = os.pread(self.shared.fileno(), min(missing, _PIECE_BYTES), at)
+            if not piece:
                 raise EOFError
-            rest = rest[count:]
+            data += piece
             await asyncio.sleep(0)
         return data
 
@@ -256,9 +277,13 @@ class Decoder:
 
     async def _receive_message(self) -> dict[str, Any]:
         length = int.from_bytes(await self._receive(LENGTH_BYTES), "big")
-        if length > _MAX_MESSAGE_BYTES:
+        if length > MAX_MESSAGE_BYTES:
             raise ValueError(length)
-        message = json.loads(await self._receive(length))
+        text = await self._receive(length)
+        try:
+            message = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
         if not isinstance(message, dict):
             raise ValueError(type(message))
         return message
@@ -268,14 +293,39 @@ class Decoder:
         data = bytearray(size_bytes)
         rest = memoryview(data)
         while rest:
+            # While bytes are there, receiving them gives the event loop no turn.
+            await asyncio.sleep(0)
             if not (count := await loop.sock_recv_into(self.connection, rest)):
                 raise EOFError
             rest = rest[count:]
         return data
 
 
-def _size(sides: Any) -> Size:
-    width, height = map(int, sides)
-    if min(width, height) < 1 or width * height > _MAX_PIXELS:
-        raise ValueError(sides)
+def _sides(said: Any, most_pixels: int) -> Size:
+    """Return width and height, of at most *most_pixels*; raises one of `ENDED_EARLY`."""
+    width, height = said
+    # Neither a fraction nor infinity, which JSON may have, nor a truth value.
+    if type(width) is not int or type(height) is not int:
+        raise TypeError(type(width), type(height))
+    if min(width, height) < 1 or width * height > most_pixels:
+        raise ValueError(width, height)
     return width, height
+
+
+def _reference_sides(said: Any) -> Size:
+    """Return the sides of a prepared reference; raises one of `ENDED_EARLY`."""
+    sides = _sides(said, REFERENCE_PIXELS)
+    if min(sides) < MIN_SIDE or any(side % REFERENCE_MULTIPLE for side in sides):
+        raise ValueError(sides)
+    return sides
+
+
+def _texts(said: Any, count: int) -> list[str]:
+    """Return *count* texts that UTF-8 can encode; raises one of `ENDED_EARLY`."""
+    if type(said) is not list or len(said) != count:
+        raise TypeError(type(said))
+    for text in said:
+        if type(text) is not str:
+            raise TypeError(type(text))
+        text.encode()  # raises `ValueError` for half of a surrogate pair
+    return said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import os
 import resource
 import signal
@@ -76,49 +75,35 @@ async def decode(
     return await pool.prepare(uploads, over, size, nearest, client=client)
 
 
-class Recording(io.FileIO):
-    """A file that notes in which turn of the event loop how many bytes are written or read."""
-
+async def test_no_turn_of_the_event_loop_copies_a_large_file(pool, monkeypatch) -> None:
+    """Neither in nor out: of 5 MB in one turn nobody else would be answered meanwhile."""
+    turns: Counter[int] = Counter()
     turn = 0
 
-    def __init__(self, file: io.FileIO) -> None:
-        super().__init__(os.dup(file.fileno()), "r+b")
-        file.close()
-        self.copied: list[tuple[int, int]] = []
-
-    def write(self, data) -> int:
-        """As every file does."""
-        count = super().write(data)
-        self.copied.append((self.turn, count))
-        return count
-
-    def readinto(self, buffer) -> int:
-        """As every file does."""
-        count = super().readinto(buffer)
-        self.copied.append((self.turn, count))
-        return count
-
-
-async def test_no_turn_of_the_event_loop_copies_a_large_file(pool) -> None:
-    """Neither in nor out: of 5 MB in one turn nobody else would be answered meanwhile."""
-    decoder = await pool._take()
-    decoder.shared = Recording(decoder.shared)
-    picture = saved(to_pillow(noise(1280, 1280)), "PNG")
-
     async def count() -> None:
+        nonlocal turn
         while True:
-            Recording.turn += 1
+            turn += 1
             await asyncio.sleep(0)
 
+    def write(number: int, data, at: int, *, plain=os.pwrite) -> int:
+        turns[turn] += (written := plain(number, data, at))
+        return written
+
+    def read(number: int, size_bytes: int, at: int, *, plain=os.pread) -> bytes:
+        turns[turn] += len(data := plain(number, size_bytes, at))
+        return data
+
+    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(os, "pread", read)
+    decoder = await pool._take()
+    picture = saved(to_pillow(noise(1280, 1280)), "PNG")
     counting = asyncio.create_task(count())
     try:
         await decoder.prepare([Upload(picture, "image")], None, None, nearest)
     finally:
         counting.cancel()
         pool._end(decoder)
-    turns: Counter[int] = Counter()
-    for turn, copied_bytes in decoder.shared.copied:
-        turns[turn] += copied_bytes
 
     assert sum(turns.values()) > 5_000_000
     assert max(turns.values()) <= 64 * 1024
@@ -420,7 +405,9 @@ async def test_a_decoder_that_cuts_shared_memory_off_has_ended_early(pool):
     try:
         os.ftruncate(decoder.shared.fileno(), 100)
         with pytest.raises(EOFError):
-            await decoder._receive_edit({"references": [[64, 64]], "mask": None, "size": [64, 64]})
+            await decoder._receive_edit(
+                {"references": [[64, 64]], "mask": None}, 1, has_mask=False, result=(64, 64)
+            )
     finally:
         pool._end(decoder)
 
