@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -327,6 +328,64 @@ async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
     assert old.status() == psutil.STATUS_STOPPED
     await until(lambda: "2 idle" in repr(pool))
     await until(lambda: not old.is_running())
+
+
+SHORT = """
+import os, socket, sys, time
+sys.path[:] = sys.argv[4:]
+import app.images.fork_server as f
+plain, calls = socket.send_fds, []
+def send_fds(*arguments):
+    calls.append(time.monotonic())
+    if 2 < len(calls) < 6:
+        raise OSError(105, "No buffer space available")
+    if len(calls) == 6:
+        print(*calls[2:], file=open(os.environ["PYTHON_CALLS"], "w"), flush=True)
+    return plain(*arguments)
+socket.send_fds = send_fds
+f._RETRY_S = 0.2
+f.main(*sys.argv[1:4])
+"""
+
+
+async def test_a_decoder_that_cannot_be_handed_over_is_made_anew(monkeypatch, tmp_path):
+    """Without a process left behind, and not as fast as the processor can."""
+    monkeypatch.setattr("app.images.processes._PROGRAM", SHORT)
+    monkeypatch.setenv("PYTHON_CALLS", str(calls := tmp_path / "calls"))
+    pool = DecoderPool()
+    pool.start()
+    try:
+        await until(lambda: "2 idle" in repr(pool))
+        pid = server_pid(pool)
+        await decode(pool, photo())
+        await until(lambda: "2 idle" in repr(pool))
+        assert server_pid(pool) == pid
+        await until(lambda: len(children(pool)) == 2)
+    finally:
+        pool.kill()
+
+    times = [float(each) for each in calls.read_text().split()]
+    assert all(second - first >= 0.2 for first, second in pairwise(times))
+
+
+@pytest.mark.parametrize("descriptors", range(5, 9))
+async def test_without_descriptors_a_fork_server_waits_for_some(pool, descriptors):
+    """It has five; whichever it has none for, it goes on with the decoder of somebody else."""
+    await until(lambda: "2 idle" in repr(pool))
+    server = psutil.Process(server_pid(pool))
+    other = await pool._take()
+    before = server.rlimit(psutil.RLIMIT_NOFILE)
+    server.rlimit(psutil.RLIMIT_NOFILE, (descriptors, before[1]))
+    try:
+        await decode(pool, photo())
+        await asyncio.sleep(0.1)
+        assert other.is_alive()
+    finally:
+        server.rlimit(psutil.RLIMIT_NOFILE, before)
+        pool._end(other)
+
+    await until(lambda: "2 idle" in repr(pool))
+    assert server_pid(pool) == server.pid
 
 
 async def test_decoders_start_whatever_number_their_socket_has():
