@@ -140,7 +140,7 @@ class DecoderPool:
     def _end(self, decoder: Decoder) -> None:
         self._busy.discard(decoder)
         decoder.close()
-        if self._server is not None:
+        if self._server is not None and not decoder.is_orphan:
             self._server.kill_decoder(decoder.pid)
 
     def _beyond_limits(self, param: str, code: str) -> InvalidRequest:

@@ -18,6 +18,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +38,10 @@ _PIECE_BYTES = 64 * 1024
 """Copied to or from shared memory before yielding to the event loop."""
 _END_S = 1.0
 """For the fork server to exit by itself once its control socket is closed."""
+_END_LOOK_S = 0.002
+"""Between two polls at the service's end, which waits for it."""
 _LOOK_S = 0.05
-"""Between two polls whether it has exited."""
+"""Between two polls whether it has exited, or has room for another id."""
 _ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
 """Prefixes of the environment variables that a decoder gets: no keys, no tokens."""
 _MEMORY = {
@@ -87,6 +91,9 @@ class Server:
                 raise
         self.pid = self._process.pid
         self._control.setblocking(False)
+        self._doomed: deque[int] = deque()
+        """Decoders whose ids could not be sent yet."""
+        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._control, self.receive)
 
@@ -94,18 +101,18 @@ class Server:
         return f"<fork server {self.pid}>"
 
     def kill_decoder(self, pid: int) -> None:
-        """Have the decoder *pid* killed; no effect on one that has exited."""
-        with contextlib.suppress(OSError):
-            self._control.send(b"%d" % pid)
+        """Have its decoder *pid* killed, if it lives, as soon as the socket has room."""
+        self._doomed.append(pid)
+        self._send_doomed()
 
     def end(self) -> None:
         """Kill it, with the decoders, and wait: milliseconds, or a second where it hangs."""
         self._disconnect()
-        try:
-            self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._kill_group()
-            self._process.wait()
+        waits_until = time.monotonic() + _END_S
+        while not self._has_exited() and time.monotonic() < waits_until:
+            time.sleep(_END_LOOK_S)
+        self._kill_group()
+        self._process.wait()
 
     def kill(self) -> None:
         """Kill it, with the decoders, and return at once."""
@@ -129,25 +136,49 @@ class Server:
             connection = socket.socket(fileno=descriptors[0])
             shared = io.FileIO(descriptors[1], "r+b")
             self._on_decoder(Decoder(int(message), connection, shared))
-        self._disconnect()
-        self._reap(round(_END_S / _LOOK_S))
+        self.kill()
         self._on_lost()
 
+    def _send_doomed(self) -> None:
+        """Send the ids that are left; those for which the socket has no room, in a moment."""
+        try:
+            while self._doomed:
+                self._control.send(b"%d" % self._doomed[0])
+                self._doomed.popleft()
+        except ConnectionError:
+            self._doomed.clear()  # it has ended, and its group is killed once EOF is received
+        except OSError:
+            if self._timer is None:
+                self._timer = self._loop.call_later(_LOOK_S, self._try_again)
+
+    def _try_again(self) -> None:
+        self._timer = None
+        self._send_doomed()
+
     def _disconnect(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.remove_reader(self._control)
         self._control.close()
 
-    def _kill_group(self) -> None:
-        # It has not been reaped, so its process id is not reused.
-        with contextlib.suppress(OSError):
-            os.killpg(self.pid, signal.SIGKILL)
+    def _has_exited(self) -> bool:
+        """Return whether it has exited, without reaping it."""
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True  # the kernel has reaped it, as it does where SIGCHLD is ignored
 
-    def _reap(self, looks: int = -1) -> None:
-        """Poll whether it has exited; kill it after *looks* polls."""
+    def _kill_group(self) -> None:
+        """Kill it and its decoders, which are left behind where somebody else has killed it."""
+        # Before it is reaped, since its process id may be reused after.
+        if self._process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        """Poll until it has exited."""
         if self._process.poll() is None:
-            if looks == 0:
-                self._kill_group()
-            self._loop.call_later(_LOOK_S, self._reap, looks - 1)
+            self._loop.call_later(_LOOK_S, self._reap)
 
 
 @dataclass(eq=False, slots=True)
@@ -161,7 +192,7 @@ class Decoder:
     began: tuple[str, str] | None = None
     """Param and code of the file that it began last; None before the first."""
     is_orphan: bool = False
-    """Whether the fork server has exited, and may have killed it."""
+    """Whether the fork server has exited, and was killed with it."""
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import os
 import resource
 import signal
@@ -315,9 +316,8 @@ async def test_a_fork_server_that_stands_still_is_replaced(caplog):
     assert "No decoder comes from their fork server" in caplog.text
 
 
-async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
-    """One that has closed its end and goes on is killed in time; another is there before."""
-    monkeypatch.setattr("app.images.processes._END_S", 0.1)
+async def test_the_loop_never_waits_for_a_fork_server_to_end(pool):
+    """One that has closed its end and stands still is killed; another is there at once."""
     await until(lambda: "2 idle" in repr(pool))
     old = psutil.Process(server_pid(pool))
     old.suspend()
@@ -325,7 +325,6 @@ async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
     pool._server._control.shutdown(socket.SHUT_RDWR)
 
     await until(lambda: server_pid(pool) != old.pid)
-    assert old.status() == psutil.STATUS_STOPPED
     await until(lambda: "2 idle" in repr(pool))
     await until(lambda: not old.is_running())
 
@@ -385,6 +384,64 @@ async def test_without_descriptors_a_fork_server_waits_for_some(pool, descriptor
         pool._end(other)
 
     await until(lambda: "2 idle" in repr(pool))
+    assert server_pid(pool) == server.pid
+
+
+SLEEPS = """
+import sys, time
+sys.path[:] = sys.argv[4:]
+import app.images.fork_server as f
+f.serve = lambda *_: time.sleep(600)
+f.main(*sys.argv[1:4])
+"""
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+async def test_who_loses_the_fork_server_loses_its_decoders(monkeypatch, is_noticed):
+    """One that sleeps, and so meets no limit, outlives neither its server nor the service, though
+    that ends before it has noticed; and its id is not sent to another server."""
+    monkeypatch.setattr("app.images.processes._PROGRAM", SLEEPS)
+    pool = DecoderPool()
+    pool.start()
+    await until(lambda: "2 idle" in repr(pool))
+    decoder = await pool._take()
+    process = psutil.Process(decoder.pid)
+    killed: list[int] = []
+    try:
+        os.kill(pid := server_pid(pool), signal.SIGKILL)
+        if is_noticed:
+            await until(lambda: server_pid(pool) not in {pid, None})
+            monkeypatch.setattr(pool._server, "kill_decoder", killed.append)
+            pool._end(decoder)
+            await until(lambda: is_gone(process))
+    finally:
+        pool.kill()
+    await until(lambda: is_gone(process))
+
+    decoder.close()
+    assert killed == []
+
+
+async def test_a_decoder_is_killed_though_its_server_reads_late(pool):
+    """With no room in the control socket the kill is kept until there is some."""
+    await until(lambda: "2 idle" in repr(pool))
+    decoder = await pool._take()
+    process = psutil.Process(decoder.pid)
+    process.suspend()
+    server = psutil.Process(server_pid(pool))
+    server.suspend()
+    await until(lambda: server.status() == psutil.STATUS_STOPPED)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                pool._server._control.send(b"0")
+        pool._end(decoder)
+        await asyncio.sleep(0.1)
+        assert not is_gone(process)
+    finally:
+        server.resume()
+
+    await until(lambda: is_gone(process))
     assert server_pid(pool) == server.pid
 
 
