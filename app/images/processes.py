@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,8 @@ class Server:
         """Decoders whose ids could not be sent yet."""
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._control, self.receive)
+        # It outlives the request that starts it.
+        Context().run(self._loop.add_reader, self._control, self.receive)
 
     def __repr__(self) -> str:
         return f"<fork server {self.pid}>"
@@ -149,7 +151,7 @@ class Server:
             self._doomed.clear()  # it has ended, and its group is killed once EOF is received
         except OSError:
             if self._timer is None:
-                self._timer = self._loop.call_later(_LOOK_S, self._try_again)
+                self._timer = self._loop.call_later(_LOOK_S, self._try_again, context=Context())
 
     def _try_again(self) -> None:
         self._timer = None
@@ -178,7 +180,7 @@ class Server:
     def _reap(self) -> None:
         """Poll until it has exited."""
         if self._process.poll() is None:
-            self._loop.call_later(_LOOK_S, self._reap)
+            self._loop.call_later(_LOOK_S, self._reap, context=Context())
 
 
 @dataclass(eq=False, slots=True)

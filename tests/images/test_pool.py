@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 
@@ -443,6 +444,56 @@ async def test_a_decoder_is_killed_though_its_server_reads_late(pool):
 
     await until(lambda: is_gone(process))
     assert server_pid(pool) == server.pid
+
+
+REQUEST: ContextVar[str] = ContextVar("request")
+
+
+class Noting(DecoderPool):
+    """Notes of which request's context each of its callbacks has."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.of: dict[str, str | None] = {}
+
+    def _add(self, decoder) -> None:
+        self.of["add"] = REQUEST.get(None)
+        super()._add(decoder)
+
+    def _on_server_lost(self) -> None:
+        self.of["lost"] = REQUEST.get(None)
+        super()._on_server_lost()
+
+    def _replace_server(self) -> None:
+        self.of["replace"] = REQUEST.get(None)
+        super()._replace_server()
+
+    def _retry(self) -> None:
+        self.of["retry"] = REQUEST.get(None)
+        super()._retry()
+
+
+async def test_no_callback_keeps_the_context_of_a_request(monkeypatch):
+    """Which may have started the fork server, or found that it has ended or hangs."""
+    monkeypatch.setattr("app.images.pool._SERVER_START_S", 0.1)
+    monkeypatch.setattr("app.images.processes._PROGRAM", "import time; time.sleep(60)")
+    pool = Noting(limits=Limits(start_s=30))
+
+    async def request() -> None:
+        REQUEST.set("a")
+        await decode(pool, photo())
+
+    working = asyncio.create_task(request())
+    try:
+        await until(lambda: {"replace", "retry"} <= set(pool.of))
+        monkeypatch.undo()
+        await working
+        os.kill(server_pid(pool), signal.SIGKILL)
+        await until(lambda: "lost" in pool.of)
+        assert pool.of == dict.fromkeys(("replace", "retry", "add", "lost"))
+    finally:
+        working.cancel()
+        pool.kill()
 
 
 async def test_decoders_start_whatever_number_their_socket_has():
