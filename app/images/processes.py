@@ -43,6 +43,8 @@ _END_LOOK_S = 0.002
 """Between two polls at the service's end, which waits for it."""
 _LOOK_S = 0.05
 """Between two polls whether it has exited, or has room for another id."""
+_REPLACE_S = 1.0
+"""Until a decoder is replaced whose ends this process had no descriptors for."""
 _ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
 """Prefixes of the environment variables that a decoder gets: no keys, no tokens."""
 _MEMORY = {
@@ -131,10 +133,15 @@ class Server:
                 return
             except OSError:
                 message, descriptors = b"", []
-            if len(descriptors) < 2:  # none at EOF; fewer where this process may open no more
+            if not message:
+                break
+            if len(descriptors) < 2:  # this process may open no more
                 for descriptor in descriptors:
                     os.close(descriptor)
-                break
+                # Not at once: the next one may fare no better.
+                pid, context = int(message), Context()
+                self._loop.call_later(_REPLACE_S, self.kill_decoder, pid, context=context)
+                continue
             connection = socket.socket(fileno=descriptors[0])
             shared = io.FileIO(descriptors[1], "r+b")
             self._on_decoder(Decoder(int(message), connection, shared))
@@ -143,6 +150,8 @@ class Server:
 
     def _send_doomed(self) -> None:
         """Send the ids that are left; those for which the socket has no room, in a moment."""
+        if self._control.fileno() < 0:
+            return  # killed meanwhile, with its decoders
         try:
             while self._doomed:
                 self._control.send(b"%d" % self._doomed[0])

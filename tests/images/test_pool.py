@@ -388,6 +388,28 @@ async def test_without_descriptors_a_fork_server_waits_for_some(pool, descriptor
     assert server_pid(pool) == server.pid
 
 
+async def test_without_descriptors_the_service_keeps_its_fork_server(pool, monkeypatch):
+    """A decoder that comes without its ends, which cannot be opened, is replaced a moment later."""
+    monkeypatch.setattr("app.images.processes._REPLACE_S", 0.1)
+    await until(lambda: "2 idle" in repr(pool))
+    pid, seen = server_pid(pool), {child.pid for child in children(pool)}
+    lost: list[bytes] = []
+
+    def without_ends(*arguments, plain=socket.recv_fds):
+        message, descriptors, *rest = plain(*arguments)
+        if descriptors and len(lost) < 2:
+            lost.append(message)
+            os.close(descriptors.pop())
+        return message, descriptors, *rest
+
+    monkeypatch.setattr(socket, "recv_fds", without_ends)
+    await decode(pool, photo())
+    await until(lambda: len(lost) == 2 and "2 idle" in repr(pool))
+
+    assert server_pid(pool) == pid
+    assert not {int(each) for each in lost} & {child.pid for child in children(pool)} - seen
+
+
 SLEEPS = """
 import sys, time
 sys.path[:] = sys.argv[4:]
