@@ -12,10 +12,10 @@ process which had mapped it. In order:
 
     to the decoder    {"files": [[bytes, is_base64, param, repaints], ...], "has_mask": ...,
                       "size": ...}, when the files are there, a mask last
-    from it           {"begin": [param, code]}                before each file
-    from it           {"nearest": [width, height]}            answered with [width, height]
+    from it           {"begin": [param, code]}                before each file, once
+    from it           {"nearest": [width, height]}            once, answered with [width, height]
     from it           {"refused": [message, param, code]}     or
-                      {"references": [[width, height], ...], "mask": ..., "size": ...,
+                      {"references": [[width, height], ...], "mask": ...,
                       "is_black_and_white": ...}, when the pixels are there, a mask's last
 """
 
@@ -133,8 +133,7 @@ class _Wire:
         except InvalidRequest as error:
             self._send({"refused": [error.message, error.param, error.code]})
         else:
-            # Over the files: they have been decoded. Both sides share one file offset.
-            self.shared.seek(0)
+            # Over the files: they have been decoded. The service never moves the file's offset.
             for image in edit.references:
                 self._write(image.pixels)
             if edit.mask is not None:
@@ -143,7 +142,6 @@ class _Wire:
                 {
                     "references": [[image.width, image.height] for image in edit.references],
                     "mask": edit.mask and [edit.mask.width, edit.mask.height],
-                    "size": edit.size,
                     "is_black_and_white": edit.is_black_and_white,
                 }
             )

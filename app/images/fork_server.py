@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -31,8 +32,8 @@ from app.images.preparing import Upload, prepare
 
 _NICE = 10
 """Niceness: behind the service, which answers every client, where CPU cores are short."""
-_RETRY_MS = 1000
-"""Until the next try after a fork failed for lack of resources."""
+_RETRY_S = 1.0
+"""Until the next try after a decoder could not be made or handed over for lack of resources."""
 _MESSAGE_BYTES = 64
 
 
@@ -54,10 +55,15 @@ class ForkServer:
             poll.register(end, select.POLLIN)
         signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        retry_at = 0.0
         try:
             while True:
-                is_complete = self._fill()
-                ready = {number for number, _ in poll.poll(None if is_complete else _RETRY_MS)}
+                # Not sooner, whatever wakes it: the end of a decoder that was not handed over does.
+                if (wait_s := retry_at - time.monotonic()) <= 0:
+                    is_complete = self._fill()
+                    wait_s = 0.0 if is_complete else _RETRY_S
+                    retry_at = time.monotonic() + wait_s
+                ready = {number for number, _ in poll.poll(1000 * wait_s if wait_s > 0 else None)}
                 if woken in ready:
                     os.read(woken, 4096)
                     self._reap()
@@ -76,26 +82,36 @@ class ForkServer:
                 os.waitpid(pid, 0)
 
     def _fill(self) -> bool:
-        """Fork the missing decoders; return whether all exist."""
-        while len(self._children) < self.size:
-            ours, theirs = socket.socketpair()
-            with ours, theirs:
-                try:
-                    shared = io.FileIO(os.memfd_create("image"), "r+b")
-                except OSError:
-                    return False
-                with shared:
-                    try:
-                        pid = os.fork()
-                    except OSError:
-                        return False
-                    if pid == 0:
-                        ours.close()
-                        self._become(theirs, shared)
-                    self._children.add(pid)
-                    ends = [ours.fileno(), shared.fileno()]
-                    socket.send_fds(self.control, [b"%d" % pid], ends)
+        """Fork the missing decoders; return whether all exist.
+
+        Raises:
+            ConnectionError: the service has ended.
+        """
+        try:
+            while len(self._children) < self.size:
+                self._fork()
+        except ConnectionError:
+            raise
+        except OSError:
+            return False  # no process, descriptor or memory is left
         return True
+
+    def _fork(self) -> None:
+        """Fork a decoder and hand it over."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs, io.FileIO(os.memfd_create("image"), "r+b") as shared:
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                self._become(theirs, shared)
+            self._children.add(pid)
+            try:
+                ends = [ours.fileno(), shared.fileno()]
+                socket.send_fds(self.control, [b"%d" % pid], ends)
+            except OSError:
+                # Nobody has heard of it. It counts until it has been reaped.
+                os.kill(pid, signal.SIGKILL)
+                raise
 
     def _become(self, connection: socket.socket, shared: io.FileIO) -> None:
         """Run as a decoder, and exit."""

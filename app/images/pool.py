@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextvars import Context
 
 from app.errors import InvalidRequest, Kind, Unavailable
 from app.images.decoder import Limits
@@ -65,7 +66,7 @@ class DecoderPool:
         else:
             self._stop_timer()
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_SERVER_START_S, self._replace_server)
+            self._timer = loop.call_later(_SERVER_START_S, self._replace_server, context=Context())
 
     async def prepare(
         self,
@@ -140,7 +141,7 @@ class DecoderPool:
     def _end(self, decoder: Decoder) -> None:
         self._busy.discard(decoder)
         decoder.close()
-        if self._server is not None:
+        if self._server is not None and not decoder.is_orphan:
             self._server.kill_decoder(decoder.pid)
 
     def _beyond_limits(self, param: str, code: str) -> InvalidRequest:
@@ -187,7 +188,9 @@ class DecoderPool:
 
     def _try_again(self) -> None:
         if not self._is_closed and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._retry_s, self._retry)
+            # Neither the timer nor what it starts is of the request that has found this out.
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._retry_s, self._retry, context=Context())
             self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
 
 

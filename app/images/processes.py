@@ -1,7 +1,9 @@
 """The service's handles of the fork server and of one busy decoder.
 
 All of this waits on the event loop only, except `Server.end`, which is for the service's own end. A
-decoder's messages are validated before they are used.
+decoder may say anything once an image has taken it over: its messages are validated before they are
+used, and neither their number nor what they announce holds the event loop or takes more memory than
+what was sent to it can need.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +29,22 @@ from app.domain import Mask, RawImage
 from app.errors import InvalidRequest
 from app.images.decoder import LENGTH_BYTES, Limits, pack
 from app.images.preparing import Edit, Size, Upload
+from app.images.uploads import MAX_PIXELS, MIN_SIDE, REFERENCE_MULTIPLE, REFERENCE_PIXELS
 
 ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
 """Errors of a decoder that has exited, sends invalid messages, or takes too long."""
 
-_MAX_MESSAGE_BYTES = 65_536
-_MAX_PIXELS = 64_000_000
+MAX_MESSAGE_BYTES = 65_536
 _PIECE_BYTES = 64 * 1024
 """Copied to or from shared memory before yielding to the event loop."""
 _END_S = 1.0
 """For the fork server to exit by itself once its control socket is closed."""
+_END_LOOK_S = 0.002
+"""Between two polls at the service's end, which waits for it."""
 _LOOK_S = 0.05
-"""Between two polls whether it has exited."""
+"""Between two polls whether it has exited, or has room for another id."""
+_REPLACE_S = 1.0
+"""Until a decoder is replaced whose ends this process had no descriptors for."""
 _ENVIRONMENT = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ")
 """Prefixes of the environment variables that a decoder gets: no keys, no tokens."""
 _MEMORY = {
@@ -84,25 +94,29 @@ class Server:
                 raise
         self.pid = self._process.pid
         self._control.setblocking(False)
+        self._doomed: deque[int] = deque()
+        """Decoders whose ids could not be sent yet."""
+        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._control, self.receive)
+        # It outlives the request that starts it.
+        Context().run(self._loop.add_reader, self._control, self.receive)
 
     def __repr__(self) -> str:
         return f"<fork server {self.pid}>"
 
     def kill_decoder(self, pid: int) -> None:
-        """Have the decoder *pid* killed; no effect on one that has exited."""
-        with contextlib.suppress(OSError):
-            self._control.send(b"%d" % pid)
+        """Have its decoder *pid* killed, if it lives, as soon as the socket has room."""
+        self._doomed.append(pid)
+        self._send_doomed()
 
     def end(self) -> None:
         """Kill it, with the decoders, and wait: milliseconds, or a second where it hangs."""
         self._disconnect()
-        try:
-            self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._kill_group()
-            self._process.wait()
+        waits_until = time.monotonic() + _END_S
+        while not self._has_exited() and time.monotonic() < waits_until:
+            time.sleep(_END_LOOK_S)
+        self._kill_group()
+        self._process.wait()
 
     def kill(self) -> None:
         """Kill it, with the decoders, and return at once."""
@@ -119,32 +133,63 @@ class Server:
                 return
             except OSError:
                 message, descriptors = b"", []
-            if len(descriptors) < 2:  # none at EOF; fewer where this process may open no more
+            if not message:
+                break
+            if len(descriptors) < 2:  # this process may open no more
                 for descriptor in descriptors:
                     os.close(descriptor)
-                break
+                # Not at once: the next one may fare no better.
+                pid, context = int(message), Context()
+                self._loop.call_later(_REPLACE_S, self.kill_decoder, pid, context=context)
+                continue
             connection = socket.socket(fileno=descriptors[0])
             shared = io.FileIO(descriptors[1], "r+b")
             self._on_decoder(Decoder(int(message), connection, shared))
-        self._disconnect()
-        self._reap(round(_END_S / _LOOK_S))
+        self.kill()
         self._on_lost()
 
+    def _send_doomed(self) -> None:
+        """Send the ids that are left; those for which the socket has no room, in a moment."""
+        if self._control.fileno() < 0:
+            return  # killed meanwhile, with its decoders
+        try:
+            while self._doomed:
+                self._control.send(b"%d" % self._doomed[0])
+                self._doomed.popleft()
+        except ConnectionError:
+            self._doomed.clear()  # it has ended, and its group is killed once EOF is received
+        except OSError:
+            if self._timer is None:
+                self._timer = self._loop.call_later(_LOOK_S, self._try_again, context=Context())
+
+    def _try_again(self) -> None:
+        self._timer = None
+        self._send_doomed()
+
     def _disconnect(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.remove_reader(self._control)
         self._control.close()
 
-    def _kill_group(self) -> None:
-        # It has not been reaped, so its process id is not reused.
-        with contextlib.suppress(OSError):
-            os.killpg(self.pid, signal.SIGKILL)
+    def _has_exited(self) -> bool:
+        """Return whether it has exited, without reaping it."""
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True  # the kernel has reaped it, as it does where SIGCHLD is ignored
 
-    def _reap(self, looks: int = -1) -> None:
-        """Poll whether it has exited; kill it after *looks* polls."""
+    def _kill_group(self) -> None:
+        """Kill it and its decoders, which are left behind where somebody else has killed it."""
+        # Before it is reaped, since its process id may be reused after.
+        if self._process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        """Poll until it has exited."""
         if self._process.poll() is None:
-            if looks == 0:
-                self._kill_group()
-            self._loop.call_later(_LOOK_S, self._reap, looks - 1)
+            self._loop.call_later(_LOOK_S, self._reap, context=Context())
 
 
 @dataclass(eq=False, slots=True)
@@ -158,7 +203,7 @@ class Decoder:
     began: tuple[str, str] | None = None
     """Param and code of the file that it began last; None before the first."""
     is_orphan: bool = False
-    """Whether the fork server has exited, and may have killed it."""
+    """Whether the fork server has exited, and was killed with it."""
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)
@@ -201,53 +246,71 @@ class Decoder:
             [len(each.content), each.is_base64, each.param, each.repaints] for each in files
         ]
         asked = {"files": described, "has_mask": mask is not None, "size": size}
-        for upload in files:
-            await self._write(upload.content)
+        await self._write([each.content for each in files])
         await self._send(asked)
+        params = [each.param for each in files]
+        result: Size | None = None
         while True:
             message = await self._receive_message()
             if "begin" in message:
-                self.began = (str(message["begin"][0]), str(message["begin"][1]))
-            elif "nearest" in message:
-                await self._send(nearest(*_size(message["nearest"])))
+                param, code = _texts(message["begin"], 2)
+                params.remove(param)  # raises `ValueError` for what has begun, or was not sent
+                self.began = param, code
+            elif "nearest" in message and result is None:
+                result = nearest(*(size or _sides(message["nearest"], REFERENCE_PIXELS)))
+                await self._send(result)
             elif "refused" in message:
-                text, param, code = message["refused"]
+                text, param, code = _texts(message["refused"], 3)
                 raise InvalidRequest(text, param=param, code=code)
+            elif result is not None:
+                return await self._receive_edit(message, len(images), mask is not None, result)
             else:
-                return await self._receive_edit(message)
+                raise ValueError("no size was asked for")
 
-    async def _receive_edit(self, message: dict[str, Any]) -> Edit:
-        self.shared.seek(0)
-        references = [
-            RawImage(width, height, await self._read(3 * width * height))
-            for width, height in map(_size, message["references"])
-        ]
+    async def _receive_edit(
+        self, message: dict[str, Any], images: int, has_mask: bool, result: Size
+    ) -> Edit:
+        """Receive what *images* and a mask can become, of an edit with the size *result*."""
+        sizes = [_sides(each, math.prod(result)) for each in message["references"][:has_mask]]
+        sizes += [_reference_sides(each) for each in message["references"][has_mask:]]
+        mask_size = None if message["mask"] is None else _sides(message["mask"], MAX_PIXELS)
+        if len(sizes) != images or (mask_size is not None) != has_mask:
+            raise ValueError("not what was sent")
+        if has_mask and sizes[0] != result:
+            raise ValueError("not the size that the image under a mask gets")
+        start, references = 0, []
+        for width, height in sizes:
+            pixels = await self._read(start, 3 * width * height)
+            references.append(RawImage(width, height, pixels))
+            start += len(pixels)
         mask = None
-        if message["mask"] is not None:
-            width, height = _size(message["mask"])
-            mask = Mask(width, height, await self._read(width * height))
-        return Edit(
-            tuple(references),
-            mask,
-            _size(message["size"]),
-            message["is_black_and_white"] is True,
-        )
+        if mask_size is not None:
+            mask = Mask(*mask_size, await self._read(start, math.prod(mask_size)))
+        return Edit(tuple(references), mask, result, message["is_black_and_white"] is True)
 
-    async def _write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append *data* to shared memory, without holding the event loop."""
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.shared.write(rest[:_PIECE_BYTES]) :]
-            await asyncio.sleep(0)
+    async def _write(self, files: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write *files* to shared memory, one behind the other, without holding the event loop."""
+        at = 0
+        for data in files:
+            rest = memoryview(data)
+            while rest:
+                count = os.pwrite(self.shared.fileno(), rest[:_PIECE_BYTES], at)
+                at, rest = at + count, rest[count:]
+                await asyncio.sleep(0)
 
-    async def _read(self, size_bytes: int) -> bytearray:
-        """Read the next *size_bytes* bytes of shared memory, without holding the event loop."""
-        data = bytearray(size_bytes)
-        rest = memoryview(data)
-        while rest:
-            if not (count := self.shared.readinto(rest[:_PIECE_BYTES])):
+    async def _read(self, start: int, size_bytes: int) -> bytearray:
+        """Read shared memory from *start* on, without holding the event loop.
+
+        The decoder shares the file's own offset, and could turn it back. What is returned grows
+        with what has been read: a large one takes milliseconds to be zeroed.
+        """
+        data = bytearray()
+        while missing := size_bytes - len(data):
+            at = start + len(data)
+            piece = os.pread(self.shared.fileno(), min(missing, _PIECE_BYTES), at)
+            if not piece:
                 raise EOFError
-            rest = rest[count:]
+            data += piece
             await asyncio.sleep(0)
         return data
 
@@ -256,9 +319,13 @@ class Decoder:
 
     async def _receive_message(self) -> dict[str, Any]:
         length = int.from_bytes(await self._receive(LENGTH_BYTES), "big")
-        if length > _MAX_MESSAGE_BYTES:
+        if length > MAX_MESSAGE_BYTES:
             raise ValueError(length)
-        message = json.loads(await self._receive(length))
+        text = await self._receive(length)
+        try:
+            message = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
         if not isinstance(message, dict):
             raise ValueError(type(message))
         return message
@@ -268,14 +335,39 @@ class Decoder:
         data = bytearray(size_bytes)
         rest = memoryview(data)
         while rest:
+            # While bytes are there, receiving them gives the event loop no turn.
+            await asyncio.sleep(0)
             if not (count := await loop.sock_recv_into(self.connection, rest)):
                 raise EOFError
             rest = rest[count:]
         return data
 
 
-def _size(sides: Any) -> Size:
-    width, height = map(int, sides)
-    if min(width, height) < 1 or width * height > _MAX_PIXELS:
-        raise ValueError(sides)
+def _sides(said: Any, most_pixels: int) -> Size:
+    """Return width and height, of at most *most_pixels*; raises one of `ENDED_EARLY`."""
+    width, height = said
+    # Neither a fraction nor infinity, which JSON may have, nor a truth value.
+    if type(width) is not int or type(height) is not int:
+        raise TypeError(type(width), type(height))
+    if min(width, height) < 1 or width * height > most_pixels:
+        raise ValueError(width, height)
     return width, height
+
+
+def _reference_sides(said: Any) -> Size:
+    """Return the sides of a prepared reference; raises one of `ENDED_EARLY`."""
+    sides = _sides(said, REFERENCE_PIXELS)
+    if min(sides) < MIN_SIDE or any(side % REFERENCE_MULTIPLE for side in sides):
+        raise ValueError(sides)
+    return sides
+
+
+def _texts(said: Any, count: int) -> list[str]:
+    """Return *count* texts that UTF-8 can encode; raises one of `ENDED_EARLY`."""
+    if type(said) is not list or len(said) != count:
+        raise TypeError(type(said))
+    for text in said:
+        if type(text) is not str:
+            raise TypeError(type(text))
+        text.encode()  # raises `ValueError` for half of a surrogate pair
+    return said

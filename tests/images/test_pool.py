@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
+import contextlib
 import os
 import resource
 import signal
@@ -13,6 +13,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -76,49 +78,35 @@ async def decode(
     return await pool.prepare(uploads, over, size, nearest, client=client)
 
 
-class Recording(io.FileIO):
-    """A file that notes in which turn of the event loop how many bytes are written or read."""
-
+async def test_no_turn_of_the_event_loop_copies_a_large_file(pool, monkeypatch) -> None:
+    """Neither in nor out: of 5 MB in one turn nobody else would be answered meanwhile."""
+    turns: Counter[int] = Counter()
     turn = 0
 
-    def __init__(self, file: io.FileIO) -> None:
-        super().__init__(os.dup(file.fileno()), "r+b")
-        file.close()
-        self.copied: list[tuple[int, int]] = []
-
-    def write(self, data) -> int:
-        """As every file does."""
-        count = super().write(data)
-        self.copied.append((self.turn, count))
-        return count
-
-    def readinto(self, buffer) -> int:
-        """As every file does."""
-        count = super().readinto(buffer)
-        self.copied.append((self.turn, count))
-        return count
-
-
-async def test_no_turn_of_the_event_loop_copies_a_large_file(pool) -> None:
-    """Neither in nor out: of 5 MB in one turn nobody else would be answered meanwhile."""
-    decoder = await pool._take()
-    decoder.shared = Recording(decoder.shared)
-    picture = saved(to_pillow(noise(1280, 1280)), "PNG")
-
     async def count() -> None:
+        nonlocal turn
         while True:
-            Recording.turn += 1
+            turn += 1
             await asyncio.sleep(0)
 
+    def write(number: int, data, at: int, *, plain=os.pwrite) -> int:
+        turns[turn] += (written := plain(number, data, at))
+        return written
+
+    def read(number: int, size_bytes: int, at: int, *, plain=os.pread) -> bytes:
+        turns[turn] += len(data := plain(number, size_bytes, at))
+        return data
+
+    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(os, "pread", read)
+    decoder = await pool._take()
+    picture = saved(to_pillow(noise(1280, 1280)), "PNG")
     counting = asyncio.create_task(count())
     try:
         await decoder.prepare([Upload(picture, "image")], None, None, nearest)
     finally:
         counting.cancel()
         pool._end(decoder)
-    turns: Counter[int] = Counter()
-    for turn, copied_bytes in decoder.shared.copied:
-        turns[turn] += copied_bytes
 
     assert sum(turns.values()) > 5_000_000
     assert max(turns.values()) <= 64 * 1024
@@ -329,9 +317,8 @@ async def test_a_fork_server_that_stands_still_is_replaced(caplog):
     assert "No decoder comes from their fork server" in caplog.text
 
 
-async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
-    """One that has closed its end and goes on is killed in time; another is there before."""
-    monkeypatch.setattr("app.images.processes._END_S", 0.1)
+async def test_the_loop_never_waits_for_a_fork_server_to_end(pool):
+    """One that has closed its end and stands still is killed; another is there at once."""
     await until(lambda: "2 idle" in repr(pool))
     old = psutil.Process(server_pid(pool))
     old.suspend()
@@ -339,9 +326,196 @@ async def test_the_loop_never_waits_for_a_fork_server_to_end(pool, monkeypatch):
     pool._server._control.shutdown(socket.SHUT_RDWR)
 
     await until(lambda: server_pid(pool) != old.pid)
-    assert old.status() == psutil.STATUS_STOPPED
     await until(lambda: "2 idle" in repr(pool))
     await until(lambda: not old.is_running())
+
+
+SHORT = """
+import os, socket, sys, time
+sys.path[:] = sys.argv[4:]
+import app.images.fork_server as f
+plain, calls = socket.send_fds, []
+def send_fds(*arguments):
+    calls.append(time.monotonic())
+    if 2 < len(calls) < 6:
+        raise OSError(105, "No buffer space available")
+    if len(calls) == 6:
+        print(*calls[2:], file=open(os.environ["PYTHON_CALLS"], "w"), flush=True)
+    return plain(*arguments)
+socket.send_fds = send_fds
+f._RETRY_S = 0.2
+f.main(*sys.argv[1:4])
+"""
+
+
+async def test_a_decoder_that_cannot_be_handed_over_is_made_anew(monkeypatch, tmp_path):
+    """Without a process left behind, and not as fast as the processor can."""
+    monkeypatch.setattr("app.images.processes._PROGRAM", SHORT)
+    monkeypatch.setenv("PYTHON_CALLS", str(calls := tmp_path / "calls"))
+    pool = DecoderPool()
+    pool.start()
+    try:
+        await until(lambda: "2 idle" in repr(pool))
+        pid = server_pid(pool)
+        await decode(pool, photo())
+        await until(lambda: "2 idle" in repr(pool))
+        assert server_pid(pool) == pid
+        await until(lambda: len(children(pool)) == 2)
+    finally:
+        pool.kill()
+
+    times = [float(each) for each in calls.read_text().split()]
+    assert all(second - first >= 0.2 for first, second in pairwise(times))
+
+
+@pytest.mark.parametrize("descriptors", range(5, 9))
+async def test_without_descriptors_a_fork_server_waits_for_some(pool, descriptors):
+    """It has five; whichever it has none for, it goes on with the decoder of somebody else."""
+    await until(lambda: "2 idle" in repr(pool))
+    server = psutil.Process(server_pid(pool))
+    other = await pool._take()
+    before = server.rlimit(psutil.RLIMIT_NOFILE)
+    server.rlimit(psutil.RLIMIT_NOFILE, (descriptors, before[1]))
+    try:
+        await decode(pool, photo())
+        await asyncio.sleep(0.1)
+        assert other.is_alive()
+    finally:
+        server.rlimit(psutil.RLIMIT_NOFILE, before)
+        pool._end(other)
+
+    await until(lambda: "2 idle" in repr(pool))
+    assert server_pid(pool) == server.pid
+
+
+async def test_without_descriptors_the_service_keeps_its_fork_server(pool, monkeypatch):
+    """A decoder that comes without its ends, which cannot be opened, is replaced a moment later."""
+    monkeypatch.setattr("app.images.processes._REPLACE_S", 0.1)
+    await until(lambda: "2 idle" in repr(pool))
+    pid, seen = server_pid(pool), {child.pid for child in children(pool)}
+    lost: list[bytes] = []
+
+    def without_ends(*arguments, plain=socket.recv_fds):
+        message, descriptors, *rest = plain(*arguments)
+        if descriptors and len(lost) < 2:
+            lost.append(message)
+            os.close(descriptors.pop())
+        return message, descriptors, *rest
+
+    monkeypatch.setattr(socket, "recv_fds", without_ends)
+    await decode(pool, photo())
+    await until(lambda: len(lost) == 2 and "2 idle" in repr(pool))
+
+    assert server_pid(pool) == pid
+    assert not {int(each) for each in lost} & {child.pid for child in children(pool)} - seen
+
+
+SLEEPS = """
+import sys, time
+sys.path[:] = sys.argv[4:]
+import app.images.fork_server as f
+f.serve = lambda *_: time.sleep(600)
+f.main(*sys.argv[1:4])
+"""
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+async def test_who_loses_the_fork_server_loses_its_decoders(monkeypatch, is_noticed):
+    """One that sleeps, and so meets no limit, outlives neither its server nor the service, though
+    that ends before it has noticed; and its id is not sent to another server."""
+    monkeypatch.setattr("app.images.processes._PROGRAM", SLEEPS)
+    pool = DecoderPool()
+    pool.start()
+    await until(lambda: "2 idle" in repr(pool))
+    decoder = await pool._take()
+    process = psutil.Process(decoder.pid)
+    killed: list[int] = []
+    try:
+        os.kill(pid := server_pid(pool), signal.SIGKILL)
+        if is_noticed:
+            await until(lambda: server_pid(pool) not in {pid, None})
+            monkeypatch.setattr(pool._server, "kill_decoder", killed.append)
+            pool._end(decoder)
+            await until(lambda: is_gone(process))
+    finally:
+        pool.kill()
+    await until(lambda: is_gone(process))
+
+    decoder.close()
+    assert killed == []
+
+
+async def test_a_decoder_is_killed_though_its_server_reads_late(pool):
+    """With no room in the control socket the kill is kept until there is some."""
+    await until(lambda: "2 idle" in repr(pool))
+    decoder = await pool._take()
+    process = psutil.Process(decoder.pid)
+    process.suspend()
+    server = psutil.Process(server_pid(pool))
+    server.suspend()
+    await until(lambda: server.status() == psutil.STATUS_STOPPED)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                pool._server._control.send(b"0")
+        pool._end(decoder)
+        await asyncio.sleep(0.1)
+        assert not is_gone(process)
+    finally:
+        server.resume()
+
+    await until(lambda: is_gone(process))
+    assert server_pid(pool) == server.pid
+
+
+REQUEST: ContextVar[str] = ContextVar("request")
+
+
+class Noting(DecoderPool):
+    """Notes of which request's context each of its callbacks has."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.of: dict[str, str | None] = {}
+
+    def _add(self, decoder) -> None:
+        self.of["add"] = REQUEST.get(None)
+        super()._add(decoder)
+
+    def _on_server_lost(self) -> None:
+        self.of["lost"] = REQUEST.get(None)
+        super()._on_server_lost()
+
+    def _replace_server(self) -> None:
+        self.of["replace"] = REQUEST.get(None)
+        super()._replace_server()
+
+    def _retry(self) -> None:
+        self.of["retry"] = REQUEST.get(None)
+        super()._retry()
+
+
+async def test_no_callback_keeps_the_context_of_a_request(monkeypatch):
+    """Which may have started the fork server, or found that it has ended or hangs."""
+    monkeypatch.setattr("app.images.pool._SERVER_START_S", 0.1)
+    monkeypatch.setattr("app.images.processes._PROGRAM", "import time; time.sleep(60)")
+    pool = Noting(limits=Limits(start_s=30))
+
+    async def request() -> None:
+        REQUEST.set("a")
+        await decode(pool, photo())
+
+    working = asyncio.create_task(request())
+    try:
+        await until(lambda: {"replace", "retry"} <= set(pool.of))
+        monkeypatch.undo()
+        await working
+        os.kill(server_pid(pool), signal.SIGKILL)
+        await until(lambda: "lost" in pool.of)
+        assert pool.of == dict.fromkeys(("replace", "retry", "add", "lost"))
+    finally:
+        working.cancel()
+        pool.kill()
 
 
 async def test_decoders_start_whatever_number_their_socket_has():
@@ -420,7 +594,9 @@ async def test_a_decoder_that_cuts_shared_memory_off_has_ended_early(pool):
     try:
         os.ftruncate(decoder.shared.fileno(), 100)
         with pytest.raises(EOFError):
-            await decoder._receive_edit({"references": [[64, 64]], "mask": None, "size": [64, 64]})
+            await decoder._receive_edit(
+                {"references": [[64, 64]], "mask": None}, 1, has_mask=False, result=(64, 64)
+            )
     finally:
         pool._end(decoder)
 

@@ -21,7 +21,7 @@ from app.api.system import jobs
 from app.cli import serve
 from app.engine.adapters import directory, layout
 from app.engine.checkpoint import safetensors_header
-from app.images import decoder, pool, uploads
+from app.images import decoder, pool, processes, uploads
 from app.images.pool import DecoderPool
 from app.jobs import shares
 from app.service import previews, prompt_tokens
@@ -84,6 +84,8 @@ VALUES: dict[str, tuple[float, ...]] = {
     "memory shared with the service, which holds files and pixels": (DECODER.memory_bytes,),
     "scans of a JPEG": (uploads.MAX_SCANS,),
     "pixels": (uploads.MAX_PIXELS, uploads.MAX_JPEG_PIXELS),
+    "what a decoder says that a picture has taken over": (processes.MAX_MESSAGE_BYTES,),
+    "what it returns": (uploads.REFERENCE_PIXELS, uploads.MAX_PIXELS),
     "no room for a process": (DECODER.start_s,),
     "places while a body of more than 64 KiB, or of unknown length, is read": (1,),
     "prompts that are counted (`/v1/tokens`)": (prompt_tokens.MOST_WAITING,),
