@@ -37,6 +37,8 @@ ENDED_EARLY = (OSError, EOFError, ValueError, LookupError, TypeError)
 MAX_MESSAGE_BYTES = 65_536
 _PIECE_BYTES = 64 * 1024
 """Copied to or from shared memory before yielding to the event loop."""
+_PART_BYTES = 512 * 1024
+"""Memory for pixels that is zeroed at a time; megabytes take milliseconds."""
 _END_S = 1.0
 """For the fork server to exit by itself once its control socket is closed."""
 _END_LOOK_S = 0.002
@@ -301,17 +303,20 @@ class Decoder:
     async def _read(self, start: int, size_bytes: int) -> bytearray:
         """Read shared memory from *start* on, without holding the event loop.
 
-        The decoder shares the file's own offset, and could turn it back. What is returned grows
-        with what has been read: a large one takes milliseconds to be zeroed.
+        The decoder shares the file's own offset, and could turn it back. What is returned grows by
+        parts: a large one takes milliseconds to be zeroed.
         """
-        data = bytearray()
-        while missing := size_bytes - len(data):
-            at = start + len(data)
-            piece = os.pread(self.shared.fileno(), min(missing, _PIECE_BYTES), at)
-            if not piece:
-                raise EOFError
-            data += piece
-            await asyncio.sleep(0)
+        data, at = bytearray(), 0
+        while missing := size_bytes - at:
+            data += bytes(min(missing, _PART_BYTES))
+            with memoryview(data) as whole:
+                while at < len(data):
+                    with whole[at : at + _PIECE_BYTES] as piece:
+                        count = os.preadv(self.shared.fileno(), [piece], start + at)
+                    if not count:
+                        raise EOFError
+                    at += count
+                    await asyncio.sleep(0)
         return data
 
     async def _send(self, message: object) -> None:

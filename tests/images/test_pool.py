@@ -93,12 +93,12 @@ async def test_no_turn_of_the_event_loop_copies_a_large_file(pool, monkeypatch) 
         turns[turn] += (written := plain(number, data, at))
         return written
 
-    def read(number: int, size_bytes: int, at: int, *, plain=os.pread) -> bytes:
-        turns[turn] += len(data := plain(number, size_bytes, at))
-        return data
+    def read(number: int, buffers, at: int, *, plain=os.preadv) -> int:
+        turns[turn] += (count := plain(number, buffers, at))
+        return count
 
     monkeypatch.setattr(os, "pwrite", write)
-    monkeypatch.setattr(os, "pread", read)
+    monkeypatch.setattr(os, "preadv", read)
     decoder = await pool._take()
     picture = saved(to_pillow(noise(1280, 1280)), "PNG")
     counting = asyncio.create_task(count())
