@@ -42,13 +42,13 @@ test-fast: $(VENV)/.test ## tests without torch, card or network
 test: $(VENV)/.test ## those and the end-to-end tests against a real server
 	@echo "Two runs side by side; each is shown when it has ended."
 	@$(MAKE) --no-print-directory --keep-going --output-sync=target \
-		--jobs 2 test-engine test-service
+		--jobs $(if $(filter 0,$(WORKERS)),1,2) test-engine test-service
 
 test-engine: $(VENV)/.test ## the half that computes: the engine, pictures, the demo's tools
 	$(TEST) $(ENGINE_TESTS)
 
 test-service: $(VENV)/.test ## the half that asks services
-	$(TEST) -n 2 --no-loadscope-reorder \
+	$(TEST) -n $(or $(WORKERS),2) --no-loadscope-reorder \
 		--ignore tests/gpu $(ENGINE_TESTS:%=--ignore %)
 
 coverage: $(VENV)/.test ## `make test` with branch coverage, child processes counted; fails under 92 %

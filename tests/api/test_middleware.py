@@ -346,11 +346,12 @@ async def test_bodies_are_limited_together_while_they_are_held(serve, service):
     service.script.release = asyncio.Event()
     body = json.dumps({"prompt": "a"}).encode().ljust(190_000)
     headers = [{"content-type": "application/json", "api-key": key} for key in keys]
-    waiting = [
-        asyncio.create_task(client.post("/generate", content=body, headers=headers[number % 2]))
-        for number in range(20)
-    ]
-    await until(lambda: len(service.tickets) == 20)
+    waiting = []
+    for number in range(20):
+        asked = client.post("/generate", content=body, headers=headers[number % 2])
+        waiting.append(asyncio.create_task(asked))
+        # Only when this one waits for its picture is its body let go of.
+        await until(lambda: len(service.tickets) == len(waiting))
     more = asyncio.Event()
 
     async def half():
