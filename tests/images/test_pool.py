@@ -603,7 +603,7 @@ async def test_a_decoder_that_cuts_shared_memory_off_has_ended_early(pool):
 
 async def test_a_decoder_that_stands_still_is_given_up():
     """One that takes no processor time is ended by the clock, and its place is free again."""
-    pool = DecoderPool(limits=Limits(wall_s=0.5))
+    pool = DecoderPool(limits=Limits(wall_s=2))
     try:
         working = asyncio.create_task(decode(pool, *slow()))
         await until(lambda: busy_pids(pool))
