@@ -146,8 +146,10 @@ class Ticket:
             return [task.result() for task in finishing]
         finally:
             self.cancel()
-            await _end(finishing, raised=error)
+            # Given up before the wait, which may be cancelled: the error refers to this frame.
+            ending = _end(finishing, raised=error)
             error = None
+            await ending
 
     async def events(self) -> AsyncGenerator[tuple[int, TicketEvent], None]:
         """Yield each job's index and event, as they happen; a job's `Picture` is its last.
