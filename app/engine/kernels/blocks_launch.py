@@ -112,15 +112,31 @@ def join(
     if feed is None and cast is None:
         assert heads is not None
         return merge(heads)
+    given = heads if feed is None else feed
+    assert given is not None
+    width = 0 if heads is None else heads.shape[1] * heads.shape[3]
+    columns = width + (0 if feed is None else feed.shape[-1] // 2)
+    dtype = given.dtype if cast is None else cast.dtype
+    out = torch.empty(1, given.shape[-2], columns, dtype=dtype, device=given.device)
+    _join(heads, feed, cast, out)
+    return out
+
+
+def fill(heads: torch.Tensor, cast: Cast, out: torch.Tensor) -> None:
+    """Launch the kernel `join` for the heads alone."""
+    _join(heads, None, cast, out)
+
+
+def _join(
+    heads: torch.Tensor | None, feed: torch.Tensor | None, cast: Cast | None, out: torch.Tensor
+) -> None:
     width = size = head_stride = row_stride = feed_width = feed_stride = 0
     if feed is not None:
-        given, feed_width, feed_stride = feed, feed.shape[-1] // 2, feed.stride(-2)
+        feed_width, feed_stride = feed.shape[-1] // 2, feed.stride(-2)
     if heads is not None:
-        given, size, width = heads, heads.shape[3], heads.shape[1] * heads.shape[3]
+        size, width = heads.shape[3], heads.shape[1] * heads.shape[3]
         _, head_stride, row_stride, _ = heads.stride()
-    rows = given.shape[-2]
-    dtype = given.dtype if cast is None else cast.dtype
-    out = torch.empty(1, rows, width + feed_width, dtype=dtype, device=given.device)
+    rows = out.shape[-2]
     block = _column_block(max(width, feed_width))
     blocks = -(-width // block) + -(-feed_width // block)
     blocks_triton.join[(-(-rows // _JOIN_ROWS), blocks)](
@@ -139,32 +155,6 @@ def join(
         BLOCK=block,
         ROWS=_JOIN_ROWS,
         CASTS=cast is not None,
-        num_warps=_JOIN_WARPS,
-    )
-    return out
-
-
-def fill(heads: torch.Tensor, cast: Cast, out: torch.Tensor) -> None:
-    """Launch the kernel `join` for the heads alone, with the rows of *out*."""
-    _, count, rows, size = heads.shape
-    width = count * size
-    block = _column_block(width)
-    blocks_triton.join[(-(-rows // _JOIN_ROWS), -(-width // block))](
-        heads,
-        None,
-        cast.inverse,
-        out,
-        rows,
-        heads.stride(1),
-        heads.stride(2),
-        0,
-        WIDTH=width,
-        SIZE=size,
-        FEED=0,
-        OUT=out.shape[-1],
-        BLOCK=block,
-        ROWS=_JOIN_ROWS,
-        CASTS=True,
         num_warps=_JOIN_WARPS,
     )
 

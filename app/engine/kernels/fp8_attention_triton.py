@@ -20,7 +20,6 @@ Only the tile is constant: a new number of tokens compiles nothing.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -35,7 +34,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from app.engine.kernels.tiles_triton import in_tiles
+from app.engine.kernels.triton_check import processors
 
 _SIZE = 128
 """The size of a head."""
@@ -72,15 +73,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = torch.empty((count, width), dtype=q.dtype, device=q.device)
         height = _GROUPS * _QUERIES.value
         rows = triton.cdiv(count, height)
-        programs = _processors(q.device)
+        programs = processors(q.device)
         whole, pieces = _division(heads * rows, programs, triton.cdiv(count, _KEYS))
         late = (heads * rows - whole) * pieces
         parts = torch.empty((late * height, _SIZE), dtype=torch.float32, device=q.device)
         weights = torch.empty((late * height, 2), dtype=torch.float32, device=q.device)
         _attend[(min(programs, whole + late),)](
-            _tiles(q, _QUERIES.value, _SIZE),
-            _tiles(k, _KEYS, _SIZE),
-            _tiles(values, _SIZE, _KEYS),
+            in_tiles(q, _QUERIES.value, _SIZE),
+            in_tiles(k, _KEYS, _SIZE),
+            in_tiles(values, _SIZE, _KEYS),
             out,
             parts,
             weights,
@@ -118,16 +119,6 @@ def _division(tiles: int, programs: int, blocks: int) -> tuple[int, int]:
     rest = tiles % programs
     pieces = min(programs // rest, blocks, _PIECES) if rest else 1
     return (tiles - rest, pieces) if pieces > 1 else (tiles, 1)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(128, 8 * x.itemsize, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -14,8 +14,6 @@ Only the tile is constant: neither a new number of rows nor a new width compiles
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from app.engine.kernels.tiles_triton import in_tiles
+from app.engine.kernels.triton_check import processors
 
 _ROWS = 64
 """Rows of a tile that one warpgroup computes: those of the tensor cores' instruction."""
@@ -58,10 +58,10 @@ def multiply(
     width = weight.shape[0] // 2
     tiles = triton.cdiv(rows, _GROUPS * _ROWS) * triton.cdiv(width, _OUTPUTS)
     with torch.cuda.device(x.device):
-        _multiply[(min(tiles, _processors(x.device)),)](
-            _tiles(x, _ROWS, _DEPTH),
-            _tiles(weight, _OUTPUTS, _DEPTH),
-            _tiles(out, _ROWS, _OUTPUTS),
+        _multiply[(min(tiles, processors(x.device)),)](
+            in_tiles(x, _ROWS, _DEPTH),
+            in_tiles(weight, _OUTPUTS, _DEPTH),
+            in_tiles(out, _ROWS, _OUTPUTS),
             x_scale,
             weight_scale,
             inverse,
@@ -72,16 +72,6 @@ def multiply(
             STAGES=_STAGES,
             BAND=_BAND,
         )
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(128, 8 * x.itemsize, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
 @gluon.jit(do_not_specialize=["rows", "width"])

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from app.engine.kernels.int8_linear import hadamard
+from app.engine.kernels.triton_check import processors
 
 _TINY = tl.constexpr(1e-12)
 _LIMIT = tl.constexpr(127.0)
@@ -85,7 +86,7 @@ def multiply(
     tiles = rows // _ROWS * -(-outputs // _COLUMNS)
     # The setting is of the thread, and one call may be another thread's.
     triton.set_allocator(_allocate)
-    _multiply[(min(tiles, _processors(values.device)),)](
+    _multiply[(min(tiles, processors(values.device)),)](
         values,
         weight,
         made,
@@ -110,11 +111,6 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     torch aligns to 512 bytes, more than any descriptor asks for.
     """
     return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What all kernels share: whether Triton runs here, and the sides that its tiles may have."""
+"""What kernels share: whether Triton runs here, the sides of tiles, and how many programs run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ _refusal = [""]
 def power_of_two(size: int) -> int:
     """Return the least power of two that is not below *size*, as the side of a tile must be."""
     return 1 << (size - 1).bit_length()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors *device* has, as many programs as a persistent kernel has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def raise_unrelated(error: Exception) -> None:
