@@ -8,7 +8,8 @@ row is rounded no worse than bf16 rounds it, all of k = 9728 in one outlier incl
 
 What stands before a matmul (a norm, SwiGLU, the sum of the parts of another) is in the same kernel
 as the split into terms. Each function runs as a kernel of `app.engine.kernels.wide_int8_triton` on
-a GPU, and as the same arithmetic in torch elsewhere.
+a GPU, and as the same arithmetic in torch elsewhere. On Hopper the matmul is that of
+`app.engine.kernels.wide_int8_hopper`, to the same bits.
 
 Shapes: n tokens, d the hidden size, k and m the widths of a matmul's input and output.
 """
@@ -16,6 +17,7 @@ Shapes: n tokens, d the hidden size, k and m the widths of a matmul's input and 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from app.engine.kernels.triton_check import power_of_two
+from app.engine.kernels.triton_check import power_of_two, raise_unrelated
+
+_log = logging.getLogger(__name__)
 
 _LIMIT = 127 * 256 + 127
 """The largest value whose terms both are int8."""
@@ -36,6 +40,10 @@ _WARPS, _ROW_WARPS, _FEED_WARPS = 4, 8, 4
 _PARTS, _SHALLOW = 3, 8192
 """Into how many parts a matmul of more inputs than _SHALLOW is split."""
 
+_HOPPER = (9, 0)
+_HOPPER_ROWS = 128
+"""Tokens of a tile on Hopper, where any matmul in parts has _PARTS: tiles are larger and fewer."""
+
 
 class Terms(NamedTuple):
     """Rows as (256 * high + low) * scale: int8 [n, k] twice, float32 [n]."""
@@ -43,6 +51,16 @@ class Terms(NamedTuple):
     high: torch.Tensor
     low: torch.Tensor
     scale: torch.Tensor
+
+
+class _Matmul(NamedTuple):
+    """What `multiply` is given."""
+
+    terms: Terms
+    weight: torch.Tensor
+    scale: torch.Tensor
+    own: torch.Tensor | None
+    common: int
 
 
 def split(x: torch.Tensor) -> Terms:
@@ -116,7 +134,8 @@ def multiply_in_parts(terms: Terms, weight: torch.Tensor, scale: torch.Tensor) -
     A narrow output has too few tiles for all multiprocessors; parts of it have enough.
     """
     if terms.high.is_cuda:
-        count = _PARTS if weight.shape[1] > _SHALLOW else 1
+        is_deep = weight.shape[1] > _SHALLOW or _is_for_hopper(terms, weight)
+        count = _PARTS if is_deep else 1
         return _multiply(terms, weight, scale, torch.float32, count)
     return _product(terms, weight, scale)[None]
 
@@ -136,8 +155,18 @@ def _multiply(
     own: torch.Tensor | None = None,
     common: int = 0,
 ) -> torch.Tensor:
-    (tokens, inputs), outputs = terms.high.shape, len(weight)
-    out = scale.new_empty(parts, tokens, outputs, dtype=dtype)
+    out = scale.new_empty(parts, len(terms.high), len(weight), dtype=dtype)
+    given = _Matmul(terms, weight, scale, own, common)
+    if _is_for_hopper(terms, weight) and _is_right_on_hopper(given, out):
+        _hopper_kernels().multiply(*given, out)
+    else:
+        _multiply_with_triton(given, out)
+    return out
+
+
+def _multiply_with_triton(given: _Matmul, out: torch.Tensor) -> None:
+    terms, weight, scale, own, common = given
+    parts, tokens, outputs = out.shape
     depth, stages = _depth(weight.device)
     _kernels().multiply[(tokens // _ROWS * (outputs // _COLUMNS), parts)](
         *terms,
@@ -147,7 +176,7 @@ def _multiply(
         out,
         tokens,
         outputs,
-        inputs,
+        weight.shape[1],
         common,
         parts,
         ROWS=_ROWS,
@@ -157,7 +186,42 @@ def _multiply(
         num_warps=_WARPS,
         num_stages=stages,
     )
-    return out
+
+
+def _is_for_hopper(terms: Terms, weight: torch.Tensor) -> bool:
+    is_hopper = torch.cuda.get_device_capability(weight.device) == _HOPPER
+    return is_hopper and len(terms.high) % _HOPPER_ROWS == 0
+
+
+_RIGHT_ON_HOPPER: dict[tuple[object, ...], bool] = {}
+
+
+def _is_right_on_hopper(given: _Matmul, out: torch.Tensor) -> bool:
+    """Return whether its kernel makes the bits of the other, which the first of a kind shows."""
+    kind = given.weight.shape, out.shape, out.dtype, given.own is not None
+    if kind not in _RIGHT_ON_HOPPER:
+        _RIGHT_ON_HOPPER[kind] = _try_on_hopper(given, out)
+    return _RIGHT_ON_HOPPER[kind]
+
+
+def _try_on_hopper(given: _Matmul, out: torch.Tensor) -> bool:
+    made = torch.full_like(out, float("nan"))
+    try:
+        _hopper_kernels().multiply(*given, made)
+    # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
+    except Exception as failure:
+        raise_unrelated(failure)
+        _log.warning("The text encoder's matmul for Hopper does not run here.", exc_info=True)
+        return False
+    _multiply_with_triton(given._replace(own=None), out)
+    if given.own is not None:
+        is_needed = given.own[:, None] | (
+            torch.arange(out.shape[2], device=out.device) < given.common
+        )
+        made = made.where(is_needed, out)
+    if not (is_right := torch.equal(made, out)):
+        _log.warning("The text encoder's matmul for Hopper is wrong here.")
+    return is_right
 
 
 @cache
@@ -207,3 +271,8 @@ def _empty_terms(x: torch.Tensor, width: int) -> Terms:
 @cache
 def _kernels() -> Any:
     return importlib.import_module("app.engine.kernels.wide_int8_triton")
+
+
+@cache
+def _hopper_kernels() -> Any:
+    return importlib.import_module("app.engine.kernels.wide_int8_hopper")

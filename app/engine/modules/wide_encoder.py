@@ -1,16 +1,32 @@
 """Qwen3's decoder layer with activations of 16 bits in two int8 terms: the GPU's own kernels.
 
-`app.engine.kernels.wide_int8` says what it computes and why it is fast. Ten kernels make a layer.
+`app.engine.kernels.wide_int8` says what it computes and why it is fast. Nine kernels make a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from app.engine.kernels import prefix_attention, wide_int8
 from app.engine.modules.qwen3_layers import EncoderLayer
+
+
+class Unsettled(NamedTuple):
+    """Hidden states whose last addition is left to the next layer's kernel.
+
+    *x* is [n, d], *parts* float32 [count, n, d], of `wide_int8.multiply_in_parts`.
+    """
+
+    x: torch.Tensor
+    parts: torch.Tensor
+
+
+def settled(hidden: torch.Tensor | Unsettled) -> torch.Tensor:
+    """Return hidden states as a tensor, [1, n, d]."""
+    return wide_int8.add(*hidden)[None] if isinstance(hidden, Unsettled) else hidden
 
 
 class WideEncoderLayer(EncoderLayer):
@@ -21,14 +37,19 @@ class WideEncoderLayer(EncoderLayer):
         """Return whether it runs with so many tokens and linear layers of *shapes*, [out, in]."""
         return prefix_attention.fits(tokens) and wide_int8.fits(tokens, shapes.values())
 
-    def forward(
-        self, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """Run the layer: [1, n, d] -> [1, n, d]; the inputs are those of `EncoderLayer`."""
-        dtype = hidden.dtype
+    def forward(  # type: ignore[override]
+        self,
+        hidden: torch.Tensor | Unsettled,
+        mask: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> Unsettled:
+        """Run the layer; the inputs are those of `EncoderLayer`, or what the last one returned."""
+        x, parts = hidden if isinstance(hidden, Unsettled) else (hidden[0], None)
+        dtype = x.dtype
         # The last query may see every key but padding's.
         own = mask[0, 0, -1]
-        x, terms = wide_int8.split_norm(hidden[0], self.norm_in, self.eps)
+        x, terms = wide_int8.split_norm(x, self.norm_in, self.eps, parts)
         # Keys and values of padding are never read.
         qkv = wide_int8.multiply(
             terms, self.qkv.weight, self.qkv.scale, dtype, own, self.query_width
@@ -50,4 +71,4 @@ class WideEncoderLayer(EncoderLayer):
         parts = wide_int8.multiply_in_parts(
             wide_int8.split_swiglu(feed), self.down.weight, self.down.scale
         )
-        return wide_int8.add(x, parts)[None]
+        return Unsettled(x, parts)

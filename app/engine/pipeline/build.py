@@ -445,4 +445,7 @@ def _read_tokenizer(folder: Path, max_length: int) -> Tokenizer:
         raise StartupError(
             "tokenizer/ holds no tokenizer that can be read; download the model again."
         ) from None
+    # A file can ask for either; `Tokenizer` does both itself.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return Tokenizer(tokenizer, max_length)

@@ -31,14 +31,16 @@ class ExactTextEncoder(TextEncoder):
     ) -> None:
         super().__init__(layers, rotary, table, read, _run_layer)
 
-    def _mask(self, tokens: Tokens, device: torch.device) -> torch.Tensor | None:
-        """Return the mask, or None for a prompt without padding.
+    def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
+        """Return the prompt embeddings; a prompt without padding has no mask.
 
         transformers omits it there too, which selects another SDPA kernel; doing the same keeps the
         result bit-identical.
         """
-        is_full = tokens.count == tokens.ids.shape[1]
-        return None if is_full else super()._mask(tokens, device)
+        if tokens.count < tokens.ids.shape[1]:
+            return super().forward(tokens, device)
+        rows, _ = self._send(tokens, device)
+        return self._run(rows.unsqueeze(0), None)
 
 
 def _run_doubles(

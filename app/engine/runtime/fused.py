@@ -15,6 +15,7 @@ from torch import nn
 
 from app.engine.memory.layer_stream import StreamedLayers
 from app.engine.modules.fused_blocks import run_doubles, run_singles
+from app.engine.modules.wide_encoder import settled
 from app.engine.runtime.cuda_graphs import CudaGraphs, GraphPool
 from app.engine.runtime.kernels_choice import KernelsChoice
 from app.engine.runtime.networks import TextEncoder, Transformer
@@ -67,9 +68,11 @@ class FusedTextEncoder(TextEncoder):
         has_graphs = kernels.has_graphs and streamed_to is None
         self._graphs = CudaGraphs(pool, is_on=has_graphs, after=1)
 
-    def _encode(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        assert mask is not None
-        return self._graphs.run(super()._encode, (hidden, mask))
+    def _encode(self, rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        return self._graphs.run(super()._encode, (rows, count))
+
+    def _settled(self, hidden: Any) -> torch.Tensor:
+        return settled(hidden)
 
 
 def _run_layer(layer: nn.Module, *inputs: Any) -> torch.Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from app.engine.runtime.tokenizer import Tokens
 
@@ -113,29 +112,49 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
         """Return the prompt embeddings, [1, m, layers that are read * hidden size]."""
-        return self._encode(self._embed(tokens, device), self._mask(tokens, device))
+        return self._encode(*self._send(tokens, device))
 
-    def _embed(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
-        """Return the embeddings of *tokens* on *device*, [1, m, d]; padding crosses as one row."""
-        rows = functional.embedding(tokens.ids[0, : tokens.count + 1], self.table)
-        if device.type == "cuda":
-            rows = rows.pin_memory()
-        rows = rows.to(device, non_blocking=True)
-        places = torch.arange(tokens.ids.shape[1], device=device).clamp(max=len(rows) - 1)
-        return rows[places].unsqueeze(0)
+    def _send(self, tokens: Tokens, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embeddings of *tokens*, [m, d], and their count, int64 [], on *device*.
 
-    def _encode(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        Padding crosses as one row, after the prompt's; those after it are not set.
+        """
+        ids = tokens.ids[0, : tokens.count + 1]
+        width = self.table.shape[1]
+        kept = self.table.new_empty(len(ids), width, pin_memory=device.type == "cuda")
+        torch.index_select(self.table, 0, ids, out=kept)
+        rows = self.table.new_empty(tokens.ids.shape[1], width, device=device)
+        rows[: len(ids)].copy_(kept, non_blocking=True)
+        return rows, torch.full((), tokens.count, device=device)
+
+    def _encode(self, rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Run the layers on what `_send` returns; nothing here depends on the prompt's length."""
+        return self._run(_spread(rows, count), _mask(len(rows), count))
+
+    def _run(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         cos, sin = self.rotary(hidden, positions)
         states = []
         for number, layer in enumerate(self.layers, start=1):
             hidden = self._layer(layer, hidden, mask, cos, sin)
             if number in self.read:
+                hidden = self._settled(hidden)
                 states.append(hidden)
         return torch.cat(states, dim=-1)
 
-    def _mask(self, tokens: Tokens, device: torch.device) -> torch.Tensor | None:
-        """Return the causal mask without padding's keys, bool [1, 1, m, m], on *device*."""
-        length = tokens.ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return (causal & (torch.arange(length, device=device) < tokens.count))[None, None]
+    def _settled(self, hidden: Any) -> torch.Tensor:
+        """Return a layer's hidden states as a tensor, [1, m, d]."""
+        made: torch.Tensor = hidden
+        return made
+
+
+def _spread(rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Repeat the row of padding, number *count*, to the end: [m, d] -> [1, m, d]."""
+    places = torch.arange(len(rows), device=rows.device).minimum(count)
+    return rows.index_select(0, places).unsqueeze(0)
+
+
+def _mask(length: int, count: torch.Tensor) -> torch.Tensor:
+    """Return the causal mask without padding's keys, bool [1, 1, m, m]."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=count.device).tril()
+    return (causal & (torch.arange(length, device=count.device) < count))[None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -36,8 +37,10 @@ class Tokenizer:
             add_generation_prompt=True,
             enable_thinking=False,
         )
-        ids: list[int] = self.tokenizer(text).input_ids
+        # What `__call__` does around this takes as long again.
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text).ids
         kept = ids[: self.max_length]
-        padded = torch.full((1, self.max_length), self.tokenizer.pad_token_id)
-        padded[0, : len(kept)] = torch.tensor(kept)
-        return Tokens(padded, count=len(kept), is_cut=len(ids) > len(kept))
+        # torch.tensor() takes as long for a list of this length.
+        padded = np.full((1, self.max_length), self.tokenizer.pad_token_id)
+        padded[0, : len(kept)] = kept
+        return Tokens(torch.from_numpy(padded), count=len(kept), is_cut=len(ids) > len(kept))

@@ -8,7 +8,7 @@ from torch import nn
 
 from app.engine.kernels import prefix_attention, wide_int8
 from app.engine.modules.qwen3_layers import EncoderLayer
-from app.engine.modules.wide_encoder import WideEncoderLayer
+from app.engine.modules.wide_encoder import WideEncoderLayer, settled
 from app.engine.quantization.linear import WeightOnlyLinear, plain_linear, quantize_int8
 
 pytestmark = pytest.mark.torch
@@ -86,10 +86,21 @@ def test_a_row_with_an_outlier_is_rounded_no_worse_than_in_bf16(outlier):
 @torch.no_grad()
 def test_the_layer_is_qwens_and_no_less_exact_than_int8_weights_alone():
     """Against float32 its error is that of the weights, which both have."""
-    exact, weights_only, wide = (layer(*inputs(64, 23)) for layer in layers())
+    exact, weights_only, wide = (settled(layer(*inputs(64, 23))) for layer in layers())
 
     assert difference(wide, weights_only) < TOLERANCE
     assert difference(wide, exact) < 1.1 * difference(weights_only, exact)
+
+
+@torch.no_grad()
+def test_what_a_layer_leaves_to_the_next_is_added_there():
+    """Two layers after one another, with and without the addition between them."""
+    layer, given = layers()[2], inputs(64, 23)
+    first = layer(*given)
+
+    assert torch.equal(
+        settled(layer(first, *given[1:])), settled(layer(settled(first), *given[1:]))
+    )
 
 
 def test_keys_of_padding_are_never_read():
@@ -174,6 +185,30 @@ def test_the_matmul_is_its_emulation(card, outputs, width):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("outputs", "width"), [(6144, 2560), (2560, 9728)])
+def test_hoppers_matmul_makes_the_same_bits(card, monkeypatch, outputs, width):
+    """Whole, in parts, with short prompts and the longest; the sums are of integers."""
+    if torch.cuda.get_device_capability(card) != (9, 0):
+        pytest.skip("this card is no Hopper")
+    terms = wide_int8.split(draw(512, width).bfloat16())
+    there = wide_int8.Terms(*on(card, *terms)), *on(card, *quantize_int8(draw(outputs, width)))
+    owns = [torch.arange(512, device=card) < count for count in (1, 64, 130, 512)]
+
+    def made() -> list[torch.Tensor]:
+        whole = [wide_int8.multiply(*there, torch.bfloat16)]
+        whole += [wide_int8.multiply_in_parts(*there)]
+        for own in owns:
+            some = wide_int8.multiply(*there, torch.bfloat16, own, 2560)
+            whole += [some[own], some[:, :2560]]
+        return whole
+
+    ours = made()
+    assert all(wide_int8._RIGHT_ON_HOPPER.values())
+    monkeypatch.setattr(wide_int8, "_is_right_on_hopper", lambda *_: False)
+    assert all(map(torch.equal, ours, made()))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("own", [1, 41, 64, 200, 512])
 @torch.no_grad()
 def test_the_layers_kernels_are_their_emulation(card, own):
@@ -186,6 +221,6 @@ def test_the_layers_kernels_are_their_emulation(card, own):
         each if each.dtype == torch.bool else each.bfloat16()
         for each in inputs(512, own, width, size)
     ]
-    right = wide(*given)
+    right = settled(wide(*given))
 
-    assert difference(wide.to(card)(*on(card, *given)), right) < TOLERANCE
+    assert difference(settled(wide.to(card)(*on(card, *given))), right) < TOLERANCE

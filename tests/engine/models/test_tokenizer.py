@@ -96,6 +96,21 @@ def test_the_prompts_frame_is_the_models(packaged) -> None:
     assert tokens.ids[0, 0] == 151_644
 
 
+def test_a_prompt_becomes_what_the_pipeline_makes_of_it(packaged) -> None:
+    """Its ids, padded and cut, whatever the prompt holds; added tokens too."""
+    for prompt in made_up(random.Random(17), 50):
+        text = packaged.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        right = packaged(text).input_ids
+        made = Tokenizer(packaged, 64)(prompt)
+        assert made.ids.tolist() == [(right + 64 * [packaged.pad_token_id])[:64]]
+        assert (made.count, made.is_cut) == (min(len(right), 64), len(right) > 64)
+
+
 def test_its_makers_are_named() -> None:
     """In the file that wheel and image carry."""
     notice = " ".join((ROOT / "NOTICE").read_text().split())
