@@ -131,6 +131,11 @@ def generate(seed: int = 1, *, is_in_two: bool = False, **fields: Any) -> Answer
     return ask("POST", "/generate", body, is_in_two=is_in_two)
 
 
+def _path() -> str:
+    """Where modules are looked for first: here, then where the caller has them."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def _replaced(text: str, changes: dict[str, str]) -> str:
     for old, new in changes.items():
         assert old in text
@@ -169,7 +174,7 @@ class Cluster:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("KLEIN_", "RAY_"))}
         environ.pop("PYTHONDONTWRITEBYTECODE", None)
         environ.pop("OMP_NUM_THREADS", None)
-        environ["PYTHONPATH"] = str(ROOT)
+        environ["PYTHONPATH"] = _path()
         haproxy = {
             f"RAY_SERVE_HAPROXY_{name}": str(self._short / file)
             for name, file in (
@@ -199,7 +204,7 @@ class Cluster:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("KLEIN_")}
         done = subprocess.run(
             [sys.executable, "-m", "app", *words],
-            env=environ | self._settings | {"PYTHONPATH": str(ROOT)},
+            env=environ | self._settings | {"PYTHONPATH": _path()},
             cwd=ROOT,
             capture_output=True,
             text=True,
