@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -263,6 +264,8 @@ def serve(
     """Run the service on *devices* and yield it once all *workers* are ready, with the seconds."""
     device = ",".join(devices) or ("cpu" if bench.device is None else "0")
     environment = {**os.environ, **settings(bench, device)}
+    if _is_taken():
+        raise RuntimeError(f"another process answers on port {PORT}; end it first")
     begun = time.perf_counter()
     # The real service; its engine notes when the card begins and ends each picture.
     command = [sys.executable, "-m", "benchmarks.timed_service", f"report={report}"]
@@ -276,6 +279,12 @@ def serve(
     finally:
         process.terminate()
         process.wait(60)
+
+
+def _is_taken() -> bool:
+    with socket.socket() as asked:
+        error: int = asked.connect_ex(("127.0.0.1", PORT))
+    return error == 0
 
 
 def is_ready(workers: int = 1) -> bool:

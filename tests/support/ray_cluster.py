@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -36,6 +39,8 @@ _PROGRAMS = {
 }
 PORT = 8000
 _CLONE_NEWNET = 0x40000000
+# linux/sockios.h and linux/if.h; `ip` is not installed everywhere.
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 _TOKEN = "a-token-of-the-tests-alone-with-64-characters-as-rays-own-have-it"
 _APPLICATION = "app.cluster.replica:application"
 _SCRIPTED = "tests.support.ray_replica:application"
@@ -53,9 +58,9 @@ def own_network() -> Iterator[None]:
     with Path("/proc/thread-self/ns/net").open() as before:
         enter(libc.unshare(_CLONE_NEWNET))
         try:
-            path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-            ip = shutil.which("ip", path=path) or "ip"
-            subprocess.run([ip, "link", "set", "lo", "up"], check=True)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+                up = struct.pack("16sh14x", b"lo", _IFF_UP)
+                fcntl.ioctl(any_socket, _SIOCSIFFLAGS, up)
             yield
         finally:
             enter(libc.setns(before.fileno(), _CLONE_NEWNET))

@@ -27,8 +27,8 @@ def new_pool() -> GraphPool:
 class CudaGraphs:
     """CUDA graphs of one function by the shapes of its inputs, in an LRU cache.
 
-    A shape is captured after *after* eager calls: the first image does not wait for a capture, and
-    a shape whose graph was evicted does not evict another at once. Results are copies, since the
+    A shape is captured after *after* eager calls: what is called once is not captured, and a shape
+    whose graph was evicted does not evict another at once. Results are copies, since the
     next replay of any graph in *pool* overwrites the graph's output.
     """
 

@@ -111,6 +111,16 @@ def test_a_prompt_becomes_what_the_pipeline_makes_of_it(packaged) -> None:
         assert (made.count, made.is_cut) == (min(len(right), 64), len(right) > 64)
 
 
+def test_a_template_that_changes_prompts_is_rendered_for_each(packaged, monkeypatch) -> None:
+    """Another model's may cut white space; the prompt's frame is then not taken as fixed."""
+    monkeypatch.setattr(
+        packaged, "chat_template", packaged.chat_template.replace("content", "content | trim")
+    )
+    tokens = Tokenizer(packaged, 64)("  a red circle ")
+
+    assert "user\na red circle<" in packaged.decode(tokens.ids[0, : tokens.count])
+
+
 def test_its_makers_are_named() -> None:
     """In the file that wheel and image carry."""
     notice = " ".join((ROOT / "NOTICE").read_text().split())
