@@ -72,7 +72,7 @@ test-ray: $(VENV)/.test ## the service under a real Ray Serve, in a network name
 
 image-check: $(VENV)/.test ## build the image and run the service in it, without an engine
 	@tests/container/install_tools.sh
-	$(RUN) tools/image_check.py
+	$(RUN) tools/image_check.py $(if $(EXTRAS),--extras $(EXTRAS))
 
 check: $(VENV)/.test ## format, lint (JavaScript too), types, import contracts, known holes
 	$(BIN)/ruff format --check .

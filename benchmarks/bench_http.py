@@ -220,11 +220,14 @@ def read_timings(header: str) -> dict[str, float]:
 
 
 def host_bytes(pid: int, entry: str) -> int:
-    """Host memory of process *pid* and all that came from it: what each held at most (VmHWM; pages
-    that they share count for each) or holds (Pss; they count once).
+    """Host memory of process *pid* and all that came from it, an *entry* of the kernel's.
+
+    VmHWM is what each held at most, where shared pages count for each; of Pss they count once. The
+    pages of files count for less while another process has them too; Pss_Anon and Pss_Shmem leave
+    them out.
     """
     kilobytes = 0
-    file = "smaps_rollup" if entry == "Pss" else "status"
+    file = "smaps_rollup" if entry.startswith("Pss") else "status"
     with contextlib.suppress(OSError):  # It may end meanwhile.
         found = re.search(rf"^{entry}:\s+(\d+)", Path(f"/proc/{pid}/{file}").read_text(), re.M)
         kilobytes = int(found[1]) if found else 0

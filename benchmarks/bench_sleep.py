@@ -32,7 +32,7 @@ def _cycles(bench: Bench, report: Path, pid: int, before: int | None) -> None:
         begun, asked_at = time.perf_counter(), time.time()
         pictures.add(_picture(bench))
         wakes.append(time.perf_counter() - begun)
-        held.append(host_bytes(pid, "Pss"))
+        held.append(host_bytes(pid, "Pss_Anon") + host_bytes(pid, "Pss_Shmem"))
         opened.append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
         print(f"  {number}: {sleeps[-1]:.2f} {wakes[-1]:.2f} {held[-1] / 1e9:.3f} GB", flush=True)
     facts: dict[str, Any] = {"width": bench.side, "height": bench.side}

@@ -1,6 +1,6 @@
 """Build the image and run the service in it, on a machine without a container engine.
 
-    python tools/image_check.py [--fresh]
+    python tools/image_check.py [--fresh] [--extras otel]
 
 debootstrap makes a Debian base, buildah builds the Dockerfile on it in chroot isolation, and the
 service runs in the result as compose.yaml would run it: as the image's own user and as PID 1, on a
@@ -74,13 +74,14 @@ def main() -> int:
     """Run every step, one line each, and say how long it took."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--fresh", action="store_true", help="make the base and the caches anew")
+    parser.add_argument("--extras", default="", choices=["", "otel"], help="build them in too")
     parser.add_argument("--context", type=Path, default=ROOT, help="the checkout to build")
     options = parser.parse_args()
     # So that the clean-up runs when somebody else ends us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     try:
-        check(options.context.resolve(), fresh=options.fresh)
+        check(options.context.resolve(), options.extras, fresh=options.fresh)
     except CheckFailed as failure:
         print(f"FAILED: {failure}", flush=True)
         return 1
@@ -88,8 +89,8 @@ def main() -> int:
     return 0
 
 
-def check(context: Path, *, fresh: bool) -> None:
-    """Build the image of *context* and hold it against every promise."""
+def check(context: Path, extras: str, *, fresh: bool) -> None:
+    """Build the image of *context* with *extras*, and hold it against every promise."""
     if os.geteuid() != 0:
         raise CheckFailed("a build in chroot isolation needs root; run it as root.")
     missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
@@ -100,7 +101,7 @@ def check(context: Path, *, fresh: bool) -> None:
         with step("a Debian base with Python"):
             workshop.make_base()
         with step("the image, built from the Dockerfile"):
-            workshop.build(context)
+            workshop.build(context, extras)
         with step("user, health check, entry point, stop signal; no token"):
             facts = workshop.inspect()
             check_facts(facts)
@@ -118,6 +119,8 @@ def check(context: Path, *, fresh: bool) -> None:
                 check_compiler(place)
             with step("the service: ready, a picture, its end on SIGTERM"):
                 check_service(place)
+            with step("traces, where the extra is there"):
+                check_traces(place, has_them=extras == "otel")
 
 
 @contextlib.contextmanager
@@ -230,6 +233,24 @@ def check_service(place: Place) -> None:
         code, said = service.wait(DRAIN_LIMIT_S), service.output()
         expect(code == 0, f"exit code {code} after the stop signal:\n{said[-3000:]}")
         expect("Traceback" not in said, f"a traceback:\n{said[-3000:]}")
+
+
+def check_traces(place: Place, *, has_them: bool) -> None:
+    """Name a collector that is not there: a picture is made, in a trace if the packages are there.
+
+    Without them the log says so, and nothing is sent.
+    """
+    command = [*place.config["Entrypoint"], *place.config["Cmd"]]
+    settings = {"KLEIN_MODEL": "shapes", "KLEIN_DEVICE": "cpu", "KLEIN_LOG_FORMAT": "json"}
+    collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
+    with Running(place, command, settings | collector) as service:
+        wait_until(service.is_ready, limit_s=READY_LIMIT_S, what="/health/ready")
+        answer = service.request("POST", "/generate", body={"prompt": "a red circle"})
+        expect(answer.status == 200, f"/generate says {answer.status}: {answer.body[:500]!r}")
+        service.signal(signal.Signals[place.config["StopSignal"]])
+        code, said = service.wait(DRAIN_LIMIT_S), service.output()
+    expect(code == 0, f"exit code {code} after the stop signal:\n{said[-3000:]}")
+    expect(('"trace_id"' in said) is has_them, f"traces, against what was built:\n{said[-3000:]}")
 
 
 if __name__ == "__main__":

@@ -136,10 +136,11 @@ class Workshop:
         self._buildah("rm", container, limit_s=60)
         archive.unlink()
 
-    def build(self, context: Path) -> None:
+    def build(self, context: Path, extras: str = "") -> None:
         """Build the Dockerfile as it stands; only base and package sources are this machine's."""
         options: list[str | Path] = ["--format", "docker", "--pull-never", "--layers=false"]
         options += [*self._policy(), "--build-arg", f"BASE={BASE}"]
+        options += ["--build-arg", f"EXTRAS={extras}"]
         mounts = pip_mounts(self._scratch)
         for source, target in mounts:
             options += ["--volume", f"{source}:{target}:ro"]

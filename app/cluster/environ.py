@@ -36,6 +36,11 @@ def variables(settings: Settings) -> tuple[Variable, ...]:
         Variable("RAY_USAGE_STATS_ENABLED", "0", "Ray reports its usage to its makers otherwise"),
         Variable(HAPROXY, "1", "HAProxy in front of the replicas instead of a proxy in Python"),
         Variable(
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
+            "0",
+            "the service blocks no event loop, and a thread of its own costs each answer two hops",
+        ),
+        Variable(
             "RAY_SERVE_HAPROXY_RETRY_ON",
             "conn-failure 503",
             "a replica that takes nothing now, its worker being restarted, says so with 503",
