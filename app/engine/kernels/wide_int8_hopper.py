@@ -51,8 +51,8 @@ def multiply(
 ) -> None:
     """Write to *out*, [parts, n, m] in bf16 or float32, the product or its parts along k.
 
-    The other arguments are those of `wide_int8.multiply`. What padding lacks too is computed by
-    itself: there are few tiles of it, and smaller ones are done earlier.
+    The other arguments are those of `wide_int8.multiply`. The outputs that padding lacks are a
+    launch of their own: they are few tiles, and smaller ones are done earlier.
     """
     cut = len(weight)
     if own is not None:
@@ -70,11 +70,11 @@ def _launch(
     width: int,
 ) -> None:
     """Compute *out* in tiles of *width* outputs; with *own*, without blocks of padding alone."""
-    high, low, scales = terms
     parts, tokens, outputs = out.shape
-    work = (tokens // (_GROUPS * _ROWS), outputs // width, parts)
     if not outputs:
         return
+    high, low, scales = terms
+    work = (tokens // (_GROUPS * _ROWS), outputs // width, parts)
     with torch.cuda.device(weight.device):
         _multiply[(min(math.prod(work), processors(weight.device)),)](
             in_tiles(high, _ROWS, _DEPTH),
