@@ -104,6 +104,7 @@ def test_a_slow_worker_gets_what_it_ends_sooner(scripted) -> None:
     assert busy(server)[0] == 0
 
 
+@pytest.mark.full
 def test_one_that_cannot_be_kept_alive_is_left_out(scripted) -> None:
     """After its third death the others go on; /health and a metric say so."""
     server = scripted("slow=0.05", "1:exit@1", device="cpu:3")
@@ -125,6 +126,7 @@ def test_one_that_cannot_be_kept_alive_is_left_out(scripted) -> None:
     assert "is left out" in server.log
 
 
+@pytest.mark.full
 def test_one_that_cannot_load_is_left_out_and_all_end_the_service(scripted) -> None:
     """At the start too: with two others the service is ready, with none it ends and says why."""
     some, none = scripted("1:startfail", device="cpu:3"), scripted("startfail", device="cpu:3")
