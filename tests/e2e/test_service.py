@@ -117,6 +117,7 @@ def test_a_long_prompt_is_cut_and_said_so(request, service, tokens) -> None:
     assert pixels(body).shape == (128, 128, 3)
 
 
+@pytest.mark.full
 def test_fifty_clients_at_once_fit_or_are_told_when_to_come_again(scripted, tmp_path) -> None:
     """Queue of four, one on the card: five pictures, forty-five 503, gauges back at zero."""
     gate = tmp_path / "gate"
