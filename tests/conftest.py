@@ -13,8 +13,9 @@ import logging
 import os
 import signal
 import ssl
+import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,30 @@ def _spared() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let torch's fifty loggers hand on what they are told: to each one that does not, pytest adds
-    its handlers and takes them away again, six times in each test.
+    """Spare two things of torch's, where it has been imported.
+
+    Its fifty loggers hand on what they are told: to each one that does not, pytest adds its
+    handlers and takes them away again, six times in each test.
     """
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.split(".")[0] == "torch":
             logger.propagate = True
+    if "torch" in sys.modules:
+        from torch.nn import init
+
+        # A hundred tiny models are made without weights first, and torch would draw these too.
+        for function in ("kaiming_uniform_", "uniform_"):
+            setattr(init, function, _without_meta(getattr(init, function)))
+
+
+def _without_meta(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """*draw* for tensors that have values; those on torch's meta device have none."""
+
+    @wraps(draw)
+    def spared(tensor: Any, *more: Any, **named: Any) -> Any:
+        return tensor if tensor.is_meta else draw(tensor, *more, **named)
+
+    return spared
 
 
 @pytest.fixture(scope="session", autouse=True)
