@@ -13,7 +13,9 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/pytest
 TEST = $(PYTEST) -m "not gpu and not system and not full"
 SYSTEM = $(PYTEST) --ignore tests/cluster --durations=15 --durations-min=5
-ENGINE_TESTS := tests/engine tests/images tests/shapes tests/benchmarks
+ENGINE_TESTS := tests/engine tests/images tests/shapes tests/benchmarks tests/cli/test_doctor_files.py \
+	tests/docs/test_getting_started.py tests/reliability/test_error_classification.py \
+	tests/service/test_prompt_tokens.py
 
 .PHONY: help install serve test test-engine test-service test-fast test-system test-ray coverage image-check check fmt \
 	lock release clean soak bench-gpu

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import ssl
+import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ _LIVE = {
     "tests/e2e/test_sdapi.py",
     "tests/e2e/test_service.py",
 }
+# Files that read the whole source, which takes each process a second or two.
+_READING = ("tests/docs/", "tests/security/test_limits_page.py", "tests/test_layout.py")
 _LONG = _LIVE | {
     "tests/api/test_packages.py",
     "tests/container/test_image.py",
@@ -73,11 +77,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class _ByService(LoadScopeScheduling):
-    """Gives each file to one of several processes, and those that share services to the same."""
+    """Gives each file to one of several processes, and those that share services, or what they
+    have read of the source, to the same."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "live" if file in _LIVE else file
+        if file in _LIVE:
+            return "live"
+        return "docs" if file.startswith(_READING) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByService:
@@ -98,6 +105,33 @@ def _spared() -> None:
     put them back, which ends its process elsewhere.
     """
     _freeze()
+
+
+def pytest_collection_finish() -> None:
+    """Spare two things of torch's, where it has been imported.
+
+    Its fifty loggers hand on what they are told: to each one that does not, pytest adds its
+    handlers and takes them away again, six times in each test.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] == "torch":
+            logger.propagate = True
+    if "torch" in sys.modules:
+        from torch.nn import init
+
+        # A hundred tiny models are made without weights first, and torch would draw these too.
+        for function in ("kaiming_uniform_", "uniform_"):
+            setattr(init, function, _without_meta(getattr(init, function)))
+
+
+def _without_meta(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """*draw* for tensors that have values; those on torch's meta device have none."""
+
+    @wraps(draw)
+    def spared(tensor: Any, *more: Any, **named: Any) -> Any:
+        return tensor if tensor.is_meta else draw(tensor, *more, **named)
+
+    return spared
 
 
 @pytest.fixture(scope="session", autouse=True)

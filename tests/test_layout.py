@@ -1,12 +1,17 @@
-"""Tools and benchmarks import no other part of the tests than their support.
+"""Who imports what of the tests, and what they import before they run.
 
-A benchmark that imported a test, or its conftest, would run that test's fixtures and break when it
-is moved; `tests.support` is written to be imported.
+Tools and benchmarks import no other part than their support: a benchmark that imported a test, or
+its conftest, would run that test's fixtures and break when it is moved; `tests.support` is written
+to be imported. The half of `make test` that asks services imports no torch, which takes each of its
+processes seconds.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +60,27 @@ def test_only_the_support_of_the_tests_is_imported(folder: str) -> None:
 def test_every_spelling_of_an_import_is_seen(source: str, expected: list[str]) -> None:
     """Also inside functions and with `from`."""
     assert [*filter(is_of_tests, imported(source))] == expected
+
+
+HEAVY = ("torch", "transformers", "diffusers")
+COLLECT = f"""
+import sys, pytest
+sys.argv[1:] = ["--collect-only", "-qq", "-p", "no:cacheprovider", *sys.argv[1:]]
+assert pytest.main(sys.argv[1:]) == 0
+sys.exit(", ".join(name for name in {HEAVY} if name in sys.modules) or 0)
+"""
+
+
+@pytest.mark.full
+def test_reading_the_tests_that_ask_services_imports_no_torch() -> None:
+    """A test that needs it imports it, or stands in the other half."""
+    listed = re.search(r"^ENGINE_TESTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)
+    assert listed
+    others = listed[1].replace("\\\n", " ").split()
+    assert all((ROOT / each).exists() for each in others)
+    ignored = [f"--ignore={each}" for each in ("tests/gpu", *others)]
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, *ignored], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr

@@ -89,6 +89,7 @@ def test_failed_jobs_are_told_and_not_run_again(failing):
     assert outcomes == {"oom": 2, "error": 1, "deadline": 1, "ok": 0}
 
 
+@pytest.mark.full
 def test_a_stream_that_waits_is_kept_alive(slow):
     """Two comments at least, and a normal end."""
     body = {"prompt": "a", "stream": True}

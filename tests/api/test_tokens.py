@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
+from app.service import prompt_tokens
 from tests.api.conftest import error_of
 
 ROUTE = "/v1/tokens"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_once() -> Iterator[None]:
+    """The tokenizer, which takes half a second to read, is the same in each test's app."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_tokens, "_read", cache(prompt_tokens._read))
+        yield
 
 
 async def test_a_prompt_is_counted(client) -> None:

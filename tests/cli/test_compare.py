@@ -78,6 +78,7 @@ def test_the_sheet_shows_pictures_and_differences(tmp_path, capsys) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.full
 def test_kernels_of_attention_are_compared_at_one_precision(tmp_path, capsys) -> None:
     """Each in a worker of its own; one for a precision that leaves no choice of a kernel."""
     words = ("--precision", "fp8,bf16", "--attention", "int8,torch", "--size", "128x128")

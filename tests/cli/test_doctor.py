@@ -467,7 +467,7 @@ def test_a_card_without_a_datasheet_is_refused_with_those_that_have_one() -> Non
 
 
 @pytest.mark.torch
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_answers_on_this_machine_whatever_it_is() -> None:
     """The real NVML, torch, compiler and disk: an exit code and a verdict, no traceback."""
     done = subprocess.run(

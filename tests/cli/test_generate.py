@@ -28,7 +28,6 @@ from app.service.adapters import Adapters
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.cli.test_console import Terminal
-from tests.engine.adapters import forge
 from tests.support.scripted_engine import MakeScriptedEngine, Script
 
 CONFIG = ApiConfig(
@@ -232,6 +231,8 @@ def test_a_folder_that_may_not_be_written_to(unloaded, capsys, monkeypatch) -> N
 @pytest.mark.full
 def test_adapters_of_the_folder_can_be_named(tmp_path, monkeypatch, capsys) -> None:
     """`--lora` draws with them, by the rules of HTTP, and an unknown one names those like it."""
+    from tests.engine.adapters import forge
+
     shapes = linear_shapes(find_model("shapes").architecture)
     weak = {name: (down / 10, up / 3) for name, (down, up) in forge.draw(shapes, 4).items()}
     (tmp_path / "loras").mkdir()

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from tests.support.sources import tree_of
+
 ROOT = Path(__file__).resolve().parents[2]
 
 HOLE = "\0"
@@ -39,7 +41,7 @@ def pattern_of(quotation: str) -> str:
 @cache
 def trees() -> dict[Path, ast.Module]:
     """The program's source."""
-    return {path: ast.parse(path.read_text()) for path in sorted((ROOT / "app").rglob("*.py"))}
+    return {path: tree_of(path) for path in sorted((ROOT / "app").rglob("*.py"))}
 
 
 @cache
@@ -89,30 +91,29 @@ def _compiled(sentence: str) -> re.Pattern[str]:
 
 
 def _texts(tree: ast.Module) -> Iterator[str]:
-    skipped = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    skipped |= {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in node.values
-    }
+    joined: list[ast.JoinedStr] = []
+    plain: list[ast.Constant] = []
+    skipped: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            yield "".join(
-                str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values
-            )
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str):
+                plain.append(node)
+        elif isinstance(node, ast.JoinedStr):
+            joined.append(node)
+            skipped |= {id(part) for part in node.values}
         elif (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and id(node) not in skipped
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
         ):
-            yield _CONVERSION.sub(HOLE, node.value)
+            skipped.add(id(node.body[0].value))
+    for node in joined:
+        yield "".join(
+            str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values
+        )
+    for node in plain:
+        if id(node) not in skipped:
+            yield _CONVERSION.sub(HOLE, str(node.value))
 
 
 def _join(text: str) -> str:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from app.engine.adapters.shapes import linear_shapes
 from app.engine.models.registry import find_model
-from tests.engine.adapters import forge
 from tests.support.server import Server
 
 pytestmark = [pytest.mark.system, pytest.mark.torch]
@@ -43,6 +42,8 @@ def server(folder, tmp_path_factory) -> Iterator[Server]:
 
 def write(path: Path, seed: int) -> str:
     """Write an adapter at *path* as copies arrive, whole at once; return its hash."""
+    from tests.engine.adapters import forge
+
     shapes = linear_shapes(find_model("shapes").architecture)
     pairs = {n: (down / 10, up / 3) for n, (down, up) in forge.draw(shapes, 4, seed).items()}
     hidden = path.with_name(f".{path.name}.part")
@@ -119,6 +120,8 @@ def test_any_openai_client_can_choose_one(server, folder) -> None:
 
 def test_files_that_cannot_be_used_are_told_of_and_do_no_harm(server, folder) -> None:
     """One for another model, one that is none: refused by name in the log, and not listed."""
+    from tests.engine.adapters import forge
+
     shapes = linear_shapes(find_model("flux.2-klein-4b").architecture)
     name = "single_transformer_blocks.1.attn.to_out"
     pairs = forge.draw({name: shapes[name]}, 4)

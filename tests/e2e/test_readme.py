@@ -59,7 +59,10 @@ ASKED = (
     "curl http://127.0.0.1:8000/health/ready",
     "curl http://127.0.0.1:8000/metrics",
     "curl http://127.0.0.1:8000/v1/models",
-    '.venv/bin/klein generate "a small green star in the top left" -o star.png',
+    pytest.param(
+        '.venv/bin/klein generate "a small green star in the top left" -o star.png',
+        marks=pytest.mark.full,
+    ),
 )
 """Commands that ask the service."""
 COLLECTED = (
@@ -252,8 +255,8 @@ def run(command, cwd, timeout_s=120, **environ):
 
 def test_every_command_is_run_or_says_why_not():
     """One that nobody runs cannot stand on a page, and what stands on no page is not kept here."""
-    alone = [getattr(each, "values", (each,))[0] for each in ALONE]
-    known = {FIRST_REQUEST, LORA_REQUEST, *alone, *ASKED, *COLLECTED, *NOT_RUN_HERE}
+    run_here = [getattr(each, "values", (each,))[0] for each in (*ALONE, *ASKED)]
+    known = {FIRST_REQUEST, LORA_REQUEST, *run_here, *COLLECTED, *NOT_RUN_HERE}
     known |= {command for command, _ in PRINTED}
 
     assert {line for line in COMMANDS if not line.startswith("make ")} == known
@@ -334,7 +337,9 @@ def test_the_pytest_commands_find_tests(command):
     assert done.returncode == 0, done.stdout.decode()
 
 
-@pytest.mark.parametrize("request_line", [FIRST_REQUEST, LORA_REQUEST])
+@pytest.mark.parametrize(
+    "request_line", [FIRST_REQUEST, pytest.param(LORA_REQUEST, marks=pytest.mark.full)]
+)
 def test_the_requests_give_a_png(shapes, tmp_path, request_line):
     """The curl lines, as they stand but for the port."""
     place = shapes.url.removeprefix("http://")
@@ -354,6 +359,7 @@ def test_commands_that_ask_are_answered(shapes, tmp_path, command):
     assert done.stdout or [each.suffix for each in tmp_path.iterdir()] == [".png"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("code", sorted({text for _, kind, text in BLOCKS if kind == "python"}))
 def test_the_python_example_runs(shapes, tmp_path, code):
     """The openai client's example, as it stands but for the port."""

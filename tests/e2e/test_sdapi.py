@@ -29,6 +29,7 @@ async def test_a_recorded_request_gets_its_picture(shapes, name):
     assert blue > red
 
 
+@pytest.mark.full
 async def test_white_of_a_mask_is_repainted_and_black_kept(shapes):
     """Pixel for pixel, through the decoder's process."""
     original = Image.radial_gradient("L").convert("RGB")

@@ -37,6 +37,7 @@ from tests.data.hostile import (
     slow_jpeg,
 )
 from tests.images import noise, saved
+from tests.support.long_form import one_of
 from tests.support.timing import TIMED
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -368,7 +369,7 @@ async def test_a_decoder_that_cannot_be_handed_over_is_made_anew(monkeypatch, tm
     assert all(second - first >= 0.2 for first, second in pairwise(times))
 
 
-@pytest.mark.parametrize("descriptors", range(5, 9))
+@pytest.mark.parametrize("descriptors", one_of(5, 6, 7, 8))
 async def test_without_descriptors_a_fork_server_waits_for_some(pool, descriptors):
     """It has five; whichever it has none for, it goes on with the decoder of somebody else."""
     await until(lambda: "2 idle" in repr(pool))

@@ -99,6 +99,7 @@ def test_insisting_ends_at_once(scripted, device: str, is_timed: bool) -> None:
 
 
 @WITH_SEVERAL
+@pytest.mark.full
 def test_a_hundred_times_out_of_memory(scripted, device: str) -> None:
     """Every other picture of a worker runs out of memory: 500 that is not to be repeated, the
     next one is made, by the same worker, whose memory does not grow."""
@@ -133,6 +134,7 @@ def test_a_hundred_times_out_of_memory(scripted, device: str) -> None:
 
 
 @WITH_SEVERAL
+@pytest.mark.full
 def test_a_lost_card_costs_one_job_and_keeps_the_others(
     scripted, device: str, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def in_service(server: Server) -> float:
 
 
 @WITH_SEVERAL
+@pytest.mark.full
 def test_a_hung_worker_is_replaced(scripted, device: str, tmp_path: Path) -> None:
     """A step that does not return within the watchdog's time costs its job, not the next."""
     server = scripted("hang@1", f"once={tmp_path / 'once'}", watchdog_s=1, device=device)
@@ -181,6 +184,7 @@ def test_a_hung_worker_is_replaced(scripted, device: str, tmp_path: Path) -> Non
 
 
 @WITH_SEVERAL
+@pytest.mark.full
 def test_three_deaths_of_each_end_the_service(scripted, device: str, tmp_path: Path) -> None:
     """Exit code 70 and one sentence; the back-off was 0 and 1 s; whoever waited was
     answered, and the end did not keep anyone."""

@@ -303,11 +303,11 @@ class ThreeWorkers(QueueModel):
 
 
 for _model in (QueueModel, ThreeWorkers):
-    _model.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    _model.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 class TestQueueModel(QueueModel.TestCase):
-    """Sixty lives of thirty steps each; `full` makes it a thousand."""
+    """Thirty lives of thirty steps each; `full` makes it a thousand."""
 
 
 class TestQueueOfThreeWorkers(ThreeWorkers.TestCase):

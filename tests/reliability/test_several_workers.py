@@ -77,6 +77,7 @@ def test_a_killed_worker_costs_one_job_while_the_others_serve(scripted, tmp_path
     assert sum(each["restarts"] for each in devices(server)) == 1
 
 
+@pytest.mark.full
 def test_a_large_picture_goes_only_where_there_is_room(scripted) -> None:
     """Two of three workers have room for 256x256: six large ones are all made by the third, small
     ones by any, and one that nobody has room for is refused with the largest size."""
@@ -94,6 +95,7 @@ def test_a_large_picture_goes_only_where_there_is_room(scripted) -> None:
     assert "512x512" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.full
 def test_a_slow_worker_gets_what_it_ends_sooner(scripted) -> None:
     """Ten times as slow as two others, it makes no picture of four, which they end before."""
     server = scripted("slow=0.1", "0:slow=1", device="cpu:3")
@@ -104,6 +106,7 @@ def test_a_slow_worker_gets_what_it_ends_sooner(scripted) -> None:
     assert busy(server)[0] == 0
 
 
+@pytest.mark.full
 def test_one_that_cannot_be_kept_alive_is_left_out(scripted) -> None:
     """After its third death the others go on; /health and a metric say so."""
     server = scripted("slow=0.05", "1:exit@1", device="cpu:3")
@@ -125,6 +128,7 @@ def test_one_that_cannot_be_kept_alive_is_left_out(scripted) -> None:
     assert "is left out" in server.log
 
 
+@pytest.mark.full
 def test_one_that_cannot_load_is_left_out_and_all_end_the_service(scripted) -> None:
     """At the start too: with two others the service is ready, with none it ends and says why."""
     some, none = scripted("1:startfail", device="cpu:3"), scripted("startfail", device="cpu:3")
@@ -137,6 +141,7 @@ def test_one_that_cannot_load_is_left_out_and_all_end_the_service(scripted) -> N
     assert "this is what was asked for" in sentence
 
 
+@pytest.mark.full
 def test_told_to_stop_all_workers_finish_what_was_accepted(scripted, tmp_path: Path) -> None:
     """Three run, four wait: all seven get their pictures, and no process is left."""
     gate = tmp_path / "gate"

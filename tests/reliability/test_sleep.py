@@ -220,6 +220,7 @@ def test_files_that_are_gone_while_it_sleeps(tmp_path: Path) -> None:
 
 
 @WITH_SEVERAL
+@pytest.mark.full
 def test_idleness_puts_it_to_sleep(scripted, device: str) -> None:
     """After the time that was set, and again after the next picture."""
     server = scripted(device=device, idle_sleep_s=0.4)

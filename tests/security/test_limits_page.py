@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from app.settings import Settings
 from app.telemetry import tracing
 from app.worker import restarts
 from app.worker.supervisor import TimeLimits
+from tests.support.sources import tree_of
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -141,9 +143,10 @@ def numbers(cell: str) -> tuple[float, ...]:
     return tuple(int(n.replace(",", "")) * _UNITS[unit] for n, unit in _NUMBER.findall(cell))
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """The names of the functions in a file, methods too."""
-    nodes = ast.walk(ast.parse(path.read_text()))
+    nodes = ast.walk(tree_of(path))
     return {each.name for each in nodes if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 

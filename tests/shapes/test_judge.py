@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.support.long_form import one_of
 from tools.shapes.draw import draw
 from tools.shapes.exam import EDIT, ONE, TWO, edit_questions, examine, scene_questions
 from tools.shapes.judge import judge
@@ -102,12 +103,13 @@ def test_plain_canvas():
     assert not judge(ASKED, plain).passed
 
 
-def test_examination():
+@pytest.mark.parametrize("count", one_of(4, 12))
+def test_examination(count):
     """Perfect answers get full marks in every kind, and blank ones none."""
-    questions = scene_questions(12) + edit_questions(4)
+    questions = scene_questions(count) + edit_questions(4)
     perfect = examine(questions, [draw(question.asked) for question in questions])
     blank = examine(questions, [np.zeros_like(draw(q.asked)) for q in questions])
 
     assert perfect.figures() == {TWO: 1.0, ONE: 1.0, EDIT: 1.0}
     assert set(blank.figures().values()) == {0.0}
-    assert len(blank.failures) == 16
+    assert len(blank.failures) == count + 4

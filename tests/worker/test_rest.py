@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from app.worker.rest import Cause, Do, Rest, RestState
 
@@ -106,8 +114,19 @@ class RestMachine(RuleBasedStateMachine):
         assert (self.rest.state is RestState.ASLEEP) == (self.process == "none")
 
 
-RestMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
-TestRest = RestMachine.TestCase
+RestMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+class TestRest(RestMachine.TestCase):
+    """Forty lives of thirty steps each; `full` makes it two hundred."""
+
+
+@pytest.mark.full
+def test_two_hundred_lives() -> None:
+    """The long form of the model."""
+    run_state_machine_as_test(
+        RestMachine, settings=settings(max_examples=200, stateful_step_count=30, deadline=None)
+    )
 
 
 def test_a_held_card_is_taken_back_by_name_only() -> None:

@@ -25,15 +25,11 @@ from app.engine.models.registry import find_spec
 from app.errors import GenerationFailed, OutOfMemory
 from tests.engine.adapters import forge
 from tests.engine.test_pixels import pipeline, theirs
+from tests.support.long_form import one_of
 from tests.support.single_files import write_fp8
 
 pytestmark = pytest.mark.torch
 full = pytest.mark.full
-
-
-def one_of(first: str, *others: str) -> list:
-    """The first is in every run, all are in .ci/run."""
-    return [first, *(pytest.param(each, marks=full) for each in others)]
 
 
 MODEL = "flux.2-klein-4b"
@@ -156,7 +152,8 @@ def test_two_adapters_are_the_pipelines_two(engines, tiny_klein, files, pairs, t
     assert np.array_equal(made, right)
 
 
-@pytest.mark.parametrize("precision", one_of("fp8", "bf16", "int8"))
+@full
+@pytest.mark.parametrize("precision", ["fp8", "bf16", "int8"])
 def test_every_layout_gives_the_same_latents(engines, files, precision) -> None:
     """Bit for bit, as the same adapter in PEFT's layout."""
     engine = engines(precision)

@@ -31,6 +31,7 @@ from tests.support.layout_files import (
     spell_fp8,
     to_comfy,
 )
+from tests.support.long_form import one_of
 from tests.support.single_files import WEIGHTS, write_bf16, write_fp8
 from tools.random_weights import TINY, write_random
 
@@ -76,7 +77,7 @@ def is_near(made: torch.Tensor, right: torch.Tensor, tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", one_of("model.diffusion_model.", ""))
 def test_one_file_in_bfl_names_gives_the_folders_latents(folder, expected, precision, prefix):
     """Fused projections are cut, halves swapped, prefixes taken off: not a bit is lost."""
     name = f"bfl{len(prefix)}-{precision}.safetensors"
@@ -90,7 +91,7 @@ def test_one_file_in_bfl_names_gives_the_folders_latents(folder, expected, preci
     assert is_near(latents(loaded), expected[precision], 1e-5 if precision == "fp32" else 1e-2)
 
 
-@pytest.mark.parametrize("vae", ["diffusers", "bfl"])
+@pytest.mark.parametrize("vae", one_of("bfl", "diffusers"))
 def test_comfyuis_folder_gives_the_folders_latents(folder, expected, tmp_path, vae):
     """The models folder as it stands, architecture told from the shapes; both names of the VAE."""
     tensors = bfl_vae(folder) if vae == "bfl" else None
@@ -121,7 +122,7 @@ def test_on_a_processor_the_vae_stays_in_float32(folder):
     assert decode(components, latents(load_model(folder, "bf16")), (4, 6)).dtype is torch.float32
 
 
-@pytest.mark.parametrize("is_bfl", [False, True])
+@pytest.mark.parametrize("is_bfl", one_of(True, False))
 def test_the_small_decoder_is_told_from_its_widths(small, tmp_path, is_bfl):
     """Same encoder, narrower decoder: the picture is that of the folder that says so in words."""
     tensors = bfl_vae(small) if is_bfl else None
@@ -176,7 +177,7 @@ def test_the_fp8_file_equals_folding_its_scales(folder, tmp_path):
     assert is_near(latents(loaded), latents(right), 1e-5)
 
 
-@pytest.mark.parametrize("spelling", ["published", "rows", "old"])
+@pytest.mark.parametrize("spelling", one_of("published", "rows", "old"))
 def test_fp8_layers_come_near_the_folded_scales(folder, expected, spelling):
     """Emulated fp8 products: near what folding gives, whatever the spelling."""
     path = spell_fp8(folder, folder / f"near {spelling}.safetensors", spelling)
@@ -210,7 +211,7 @@ def test_a_layer_may_ask_for_full_precision(folder):
     assert blocks[0].joined.weight.dtype is torch.float8_e4m3fn
 
 
-@pytest.mark.parametrize("layout", ["one file", "ComfyUI", "whole folder"])
+@pytest.mark.parametrize("layout", one_of("ComfyUI", "one file", "whole folder"))
 def test_parts_of_an_earlier_download_are_asked_for_only_where_they_lack(
     folder, tmp_path, monkeypatch, layout
 ) -> None:
@@ -265,7 +266,7 @@ def test_a_folder_with_nothing_but_a_transformer_is_that_file(folder, tmp_path, 
     assert read_notes(tmp_path).fp8_layers == 20
 
 
-@pytest.mark.parametrize("layout", ["whole folder", "one file", "ComfyUI"])
+@pytest.mark.parametrize("layout", one_of("ComfyUI", "one file", "whole folder"))
 def test_another_vae_is_used_instead_of_the_models(folder, small, tmp_path, layout):
     """Told by name, counted by its own bytes; the model's own is not even looked for."""
     vae = tmp_path / "full_encoder_small_decoder.safetensors"

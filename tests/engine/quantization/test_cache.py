@@ -16,6 +16,7 @@ from app.engine.hub import disk
 from app.engine.quantization.builder import QuantizedLinearBuilder
 from tests.support.checkpoints import write_tiny_klein
 from tests.support.layout_files import build
+from tests.support.long_form import one_of
 from tests.support.single_files import write_fp8
 
 pytestmark = pytest.mark.torch
@@ -57,7 +58,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8w", "int8"])
+@pytest.mark.parametrize("kind", one_of("fp8", "fp8w", "int8"))
 def test_a_later_start_gets_the_same_layers_without_the_large_files(folder, cache, read, kind):
     """Bit by bit the same, and of the sources only norms, tables and what stays as it is."""
     first = state(build(folder, quantized_cache=cache, linears=kind))
@@ -100,7 +101,7 @@ def test_changed_sources_are_converted_anew(folder, cache):
     assert len(list((cache / "converted").iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "nonsense", "empty"])
+@pytest.mark.parametrize("damage", one_of("nonsense", "cut", "empty"))
 def test_a_damaged_file_is_made_anew(folder, cache, damage):
     """Whatever happened to it, the next start neither fails nor believes it."""
     right = state(build(folder, quantized_cache=cache))
