@@ -263,7 +263,7 @@ def test_the_proxy_costs_little(two, monkeypatch) -> None:
     module = "tests.support.scripted_engine"
     with Server(f"slow={SLOW_S}", "previews=1", module=module, **settings) as service:
         port = int(service.url.rpartition(":")[2])
-        for seed in range(12):
+        for seed in range(36):
             for place, seconds in ((port, alone), (PORT, behind)):
                 begun = time.monotonic()
                 assert ask("POST", "/generate", body | {"seed": seed}, port=place).status == 200
@@ -336,6 +336,15 @@ def test_from_zero_the_first_requests_wait(cluster, gate) -> None:
     assert counted[200] >= 4
     refused = [each for each in answers if each.status == 503]
     assert {each.headers.get("retry-after") for each in refused} == {"7"}
+
+
+def test_more_replicas_are_rolled_out_beside_an_old_one(cluster) -> None:
+    """From one on a node to two: the new ones do not wait for the old one's end."""
+    before = {each.pid for each in cluster.replicas()}
+    assert len(before) == 1
+    cluster.deploy(f"slow={SLOW_S}", *TWO)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in before), 60)
+    cluster.wait_for(2)
 
 
 def test_each_replica_is_fair(cluster, gate, tmp_path) -> None:
