@@ -146,8 +146,8 @@ def _deployment(settings: Settings, shape: Shape) -> dict[str, object]:
         "graceful_shutdown_timeout_s": math.ceil(settings.deadline_s) + _LAST_ANSWERS_S,
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
-        # What each asks for spreads them. `max_replicas_per_node` would too, but a replica beside an
-        # old one that was deployed with a lower number is never placed.
+        # What each asks for spreads them. `max_replicas_per_node` would too, but a replica beside
+        # an old one that was deployed with a lower number is never placed.
         "ray_actor_options": {
             "num_cpus": shape.threads if shape.gpus == 0 else 1,
             "num_gpus": shape.gpus,
