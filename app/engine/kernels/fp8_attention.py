@@ -25,21 +25,20 @@ from typing import Any
 
 import torch
 
-from app.engine.kernels.triton_check import triton_fault
+from app.engine.kernels.triton_check import is_hopper, triton_fault
 
 _log = logging.getLogger(__name__)
 
 HEAD_SIZE = 128
 """The only size of heads that the kernel is written for."""
 
-_HOPPER = 9
 _LARGEST = 8
 """Probabilities are at most 2 ** 8; e4m3 holds up to 448."""
 
 
 def fault(device: torch.device) -> str:
     """Say why the kernel is not for *device*; empty where it may be."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
+    if not is_hopper(device):
         return "it is written for Hopper"
     if reason := triton_fault():
         return reason

@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from app.engine.kernels.tiles_triton import in_tiles
+from app.engine.kernels.tiles_triton import in_tiles, ring
 from app.engine.kernels.triton_check import processors
 
 _SIZE = 128
@@ -213,19 +213,9 @@ def _attend(
     spread: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     one = gl.full([8, KEYS], _ONE, gl.int8, spread).to(v_tiles.dtype, bitcast=True)
     ones = gl.allocate_shared_memory(v_tiles.dtype, [8, KEYS], v_tiles.layout, one)
-    q_full = mbarrier.allocate_mbarrier(batch=1)
-    q_free = mbarrier.allocate_mbarrier(batch=1)
-    k_full = mbarrier.allocate_mbarrier(batch=STAGES)
-    k_free = mbarrier.allocate_mbarrier(batch=STAGES)
-    v_full = mbarrier.allocate_mbarrier(batch=STAGES)
-    v_free = mbarrier.allocate_mbarrier(batch=STAGES)
-    mbarrier.init(q_full.index(0), count=1)
-    mbarrier.init(q_free.index(0), count=GROUPS)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=GROUPS)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_free.index(stage), count=GROUPS)
+    q_full, q_free = ring(1, GROUPS)
+    k_full, k_free = ring(STAGES, GROUPS)
+    v_full, v_free = ring(STAGES, GROUPS)
     fence_async_shared()
     rows = gl.cdiv(count, GROUPS * _QUERIES)
     blocks = gl.cdiv(count, KEYS)

@@ -19,11 +19,10 @@ import torch
 from app.engine.kernels import blocks
 from app.engine.kernels.blocks import TINY, Cast
 from app.engine.kernels.fp8_linear import multiply_fp8
-from app.engine.kernels.triton_check import raise_unrelated, triton_fault
+from app.engine.kernels.triton_check import is_hopper, runs, triton_fault
 
 _log = logging.getLogger(__name__)
 
-_HOPPER = (9, 0)
 _TILE = 128
 """Outputs and inputs that the kernel takes at a time."""
 _LEAST_ROWS = 1024
@@ -52,7 +51,7 @@ def fault(device: torch.device) -> str:
 
     It is written for Hopper's `wgmma`, and was measured on no other card.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
+    if not is_hopper(device):
         return "it is written for Hopper"
     return triton_fault()
 
@@ -75,12 +74,7 @@ _RIGHT: dict[tuple[int, int], bool] = {}
 def _try(given: Gated) -> bool:
     rows, width = len(given.x), len(given.weight) // 2
     out = torch.full((rows, width), float("nan"), device=given.x.device).to(given.x.dtype)
-    try:
-        multiply(given, out)
-    # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
-    except Exception as failure:
-        raise_unrelated(failure)
-        _log.warning("The fp8 matmul with SwiGLU does not run here.", exc_info=True)
+    if not runs(lambda: multiply(given, out), "The fp8 matmul with SwiGLU"):
         return False
     right = emulate(given).float()
     error = float((out.float() - right).norm() / right.norm().clamp(min=TINY))

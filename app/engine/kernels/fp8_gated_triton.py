@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from app.engine.kernels.tiles_triton import in_tiles
+from app.engine.kernels.tiles_triton import in_tiles, ring
 from app.engine.kernels.triton_check import processors
 
 _ROWS = 64
@@ -97,11 +97,7 @@ def _multiply(
     gates = gl.allocate_shared_memory(right.dtype, [STAGES, OUTPUTS, DEPTH], right.layout)
     values = gl.allocate_shared_memory(right.dtype, [STAGES, OUTPUTS, DEPTH], right.layout)
     results = gl.allocate_shared_memory(made.dtype, [GROUPS, ROWS, OUTPUTS], made.layout)
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    free = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=GROUPS)
+    full, free = ring(STAGES, GROUPS)
     fence_async_shared()
     held = (x_held, gates, values)
     work = (gl.cdiv(rows, GROUPS * ROWS), gl.cdiv(width, OUTPUTS), gl.cdiv(depth, DEPTH))

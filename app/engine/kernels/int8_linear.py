@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from app.engine import torch_private
 from app.engine.kernels import blocks
-from app.engine.kernels.triton_check import raise_unrelated, triton_fault
+from app.engine.kernels.triton_check import is_hopper, raise_unrelated, triton_fault
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ _EXACT_SUM = 1024
 """The sum of so many int8 products is at most 2 ** 24, which float32 represents exactly."""
 _MOST_INPUTS = 12288
 """What a row may have, which the first kernel holds in registers."""
-_HOPPER = (9, 0)
 _TRIED = 600
 """The rows of a trial: more than a few of the kernel's tiles, and none that they fill."""
 _TRIED_OUTPUTS = 8192
@@ -96,7 +95,7 @@ def fault(device: torch.device) -> str:
 
     They are written for Hopper's `wgmma`, and were measured on no other card.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
+    if not is_hopper(device):
         return "they are written for Hopper"
     return triton_fault()
 

@@ -1,10 +1,11 @@
-"""What kernels share: whether Triton runs here, the sides of tiles, and how many programs run."""
+"""What kernels share: where they run, the sides of tiles, and how many programs run."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,6 +14,7 @@ from app.engine import error_mapping
 
 _log = logging.getLogger(__name__)
 
+_HOPPER = (9, 0)
 _refusal = [""]
 
 
@@ -26,6 +28,23 @@ def power_of_two(size: int) -> int:
 def processors(device: torch.device) -> int:
     """Return how many multiprocessors *device* has, as many programs as a persistent kernel has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Return whether *device* is one of Hopper's, for which some kernels are written alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER
+
+
+def runs(launch: Callable[[], None], kernel: str) -> bool:
+    """Launch a *kernel* for the first time; that it does not run is logged, and False."""
+    try:
+        launch()
+    # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
+    except Exception as failure:
+        raise_unrelated(failure)
+        _log.warning("%s does not run here.", kernel, exc_info=True)
+        return False
+    return True
 
 
 def raise_unrelated(error: Exception) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from app.engine.kernels.triton_check import power_of_two, raise_unrelated
+from app.engine.kernels.triton_check import is_hopper, power_of_two, runs
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ _WARPS, _ROW_WARPS, _FEED_WARPS = 4, 8, 4
 _PARTS, _SHALLOW = 3, 8192
 """Into how many parts a matmul of more inputs than _SHALLOW is split."""
 
-_HOPPER = (9, 0)
 _HOPPER_ROWS = 128
 """Tokens of a tile on Hopper, where any matmul in parts has _PARTS: tiles are larger and fewer."""
 
@@ -134,8 +133,8 @@ def multiply_in_parts(terms: Terms, weight: torch.Tensor, scale: torch.Tensor) -
     A narrow output has too few tiles for all multiprocessors; parts of it have enough.
     """
     if terms.high.is_cuda:
-        is_deep = weight.shape[1] > _SHALLOW or _is_for_hopper(terms, weight)
-        count = _PARTS if is_deep else 1
+        is_split = weight.shape[1] > _SHALLOW or _is_for_hopper(terms, weight)
+        count = _PARTS if is_split else 1
         return _multiply(terms, weight, scale, torch.float32, count)
     return _product(terms, weight, scale)[None]
 
@@ -189,8 +188,7 @@ def _multiply_with_triton(given: _Matmul, out: torch.Tensor) -> None:
 
 
 def _is_for_hopper(terms: Terms, weight: torch.Tensor) -> bool:
-    is_hopper = torch.cuda.get_device_capability(weight.device) == _HOPPER
-    return is_hopper and len(terms.high) % _HOPPER_ROWS == 0
+    return is_hopper(weight.device) and len(terms.high) % _HOPPER_ROWS == 0
 
 
 _RIGHT_ON_HOPPER: dict[tuple[object, ...], bool] = {}
@@ -206,12 +204,8 @@ def _is_right_on_hopper(given: _Matmul, out: torch.Tensor) -> bool:
 
 def _try_on_hopper(given: _Matmul, out: torch.Tensor) -> bool:
     made = torch.full_like(out, float("nan"))
-    try:
-        _hopper_kernels().multiply(*given, made)
-    # Triton's errors have no common base, and the C compiler's are those of `subprocess`.
-    except Exception as failure:
-        raise_unrelated(failure)
-        _log.warning("The text encoder's matmul for Hopper does not run here.", exc_info=True)
+    kernel = "The text encoder's matmul for Hopper"
+    if not runs(lambda: _hopper_kernels().multiply(*given, made), kernel):
         return False
     _multiply_with_triton(given._replace(own=None), out)
     if given.own is not None:
@@ -220,7 +214,7 @@ def _try_on_hopper(given: _Matmul, out: torch.Tensor) -> bool:
         )
         made = made.where(is_needed, out)
     if not (is_right := torch.equal(made, out)):
-        _log.warning("The text encoder's matmul for Hopper is wrong here.")
+        _log.warning("%s is wrong here.", kernel)
     return is_right
 
 

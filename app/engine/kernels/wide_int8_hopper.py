@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from app.engine.kernels.tiles_triton import in_tiles
+from app.engine.kernels.tiles_triton import in_tiles, ring
 from app.engine.kernels.triton_check import processors
 
 _ROWS = 64
@@ -117,14 +117,9 @@ def _multiply(
     lowers = gl.allocate_shared_memory(low.dtype, [STAGES * GROUPS, ROWS, DEPTH], low.layout)
     factors = gl.allocate_shared_memory(weight.dtype, [STAGES, OUTPUTS, DEPTH], weight.layout)
     results = gl.allocate_shared_memory(made.dtype, [GROUPS, ROWS, OUTPUTS], made.layout)
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    free = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=GROUPS)
+    bars = ring(STAGES, GROUPS)
     fence_async_shared()
     held = (uppers, lowers, factors)
-    bars = (full, free)
     work = (high_tiles, wide_tiles, parts, steps, own)
     written = (scales, weight_scales, results, made)
     gl.warp_specialize(
