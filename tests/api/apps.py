@@ -8,12 +8,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from app.api.app import create_app
-from app.api.system import playground
 from app.settings import Settings
 from tests.support.fakes import FakeRuntime
-
-# The page's files are made lean once, not for each app.
-playground._lean = cache(playground._lean)  # type: ignore[assignment]
 
 _PARAMETERS = ("heartbeat_s", "link_lifetime_s", "clock")
 

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 
+from tests.support.long_form import one_of
 from tools.shapes.prompts import describe, instruct
 from tools.shapes.scenes import Edit, Scene, Thing, sample_edit, sample_scene
 
@@ -51,7 +52,7 @@ def test_obvious_phrasing(scene, prompt):
     assert prompt in phrasings(scene)
 
 
-@pytest.mark.parametrize("count", [3000, pytest.param(30_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", one_of(3000, 30_000))
 def test_one_meaning(count):
     """No prompt is said of two different scenes."""
     rng = random.Random(6)

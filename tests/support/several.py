@@ -6,11 +6,10 @@ import json
 
 import pytest
 
+from tests.support.long_form import one_of
 from tests.support.server import Server
 
-WITH_SEVERAL = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cpu:3", marks=pytest.mark.full)]
-)
+WITH_SEVERAL = pytest.mark.parametrize("device", one_of("cpu", "cpu:3"))
 """Run a test with one worker, and with three where the long forms run."""
 
 

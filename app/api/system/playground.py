@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -83,6 +84,7 @@ def _answer(request: Request, body: bytes, media_type: str) -> Response:
     return Response(body, media_type=media_type, headers=headers)
 
 
+@cache
 def _lean(path: Path) -> bytes:
     """Read a file without what browsers pass over."""
     text = _COMMENTS.sub("", path.read_text("utf-8"))

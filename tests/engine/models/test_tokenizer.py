@@ -12,6 +12,7 @@ from transformers import Qwen2Tokenizer
 
 from app.engine.models.flux2_klein import KLEIN, TOKENIZER, TOKENIZER_WORDS
 from app.engine.runtime.tokenizer import Tokenizer
+from tests.support.long_form import one_of
 from tools import make_tokenizer
 
 pytestmark = pytest.mark.torch
@@ -55,7 +56,7 @@ def test_it_is_the_published_tokenizer_bit_by_bit(packaged) -> None:
     assert sha256(written) == PUBLISHED["tokenizer/tokenizer.json"]
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", one_of(500, 10_000))
 def test_ids_are_those_of_the_vocabulary(packaged, count) -> None:
     """Words, numbers, many scripts, white space, composed and split letters, added tokens."""
     right = Qwen2Tokenizer(str(TOKENIZER / "vocab.json"), str(TOKENIZER / "merges.txt"))
