@@ -33,7 +33,7 @@ from tools import image_check_compose as compose
 from tools import image_check_size as sizes
 from tools import sbom
 from tools.image_check_build import CheckFailed, Workshop, wait_until
-from tools.image_check_sandbox import Place, Running
+from tools.image_check_sandbox import Answer, Place, Running
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path(os.environ.get("IMAGE_CHECK_DIR") or "/var/tmp/klein-image-check")
@@ -211,15 +211,37 @@ def check_compiler(place: Place) -> None:
     expect("compiler" in said.lower(), f"it failed for another reason:\n{said[-3000:]}")
 
 
+@contextlib.contextmanager
+def serving(place: Place, **settings: str) -> Iterator[Running]:
+    """Start the image's own command with the demo, and yield it once it is ready."""
+    command = [*place.config["Entrypoint"], *place.config["Cmd"]]
+    demo = {"KLEIN_MODEL": "shapes", "KLEIN_DEVICE": "cpu"}
+    with Running(place, command, demo | settings) as service:
+        wait_until(service.is_ready, limit_s=READY_LIMIT_S, what="/health/ready")
+        yield service
+
+
+def draw(service: Running) -> Answer:
+    """Ask for a picture, and return the answer, which is one."""
+    answer = service.request("POST", "/generate", body={"prompt": "a red circle"})
+    expect(answer.status == 200, f"/generate says {answer.status}: {answer.body[:500]!r}")
+    return answer
+
+
+def stop(service: Running, place: Place) -> str:
+    """End the service by the image's stop signal, and return what it has said."""
+    service.signal(signal.Signals[place.config["StopSignal"]])
+    code, said = service.wait(DRAIN_LIMIT_S), service.output()
+    expect(code == 0, f"exit code {code} after the stop signal:\n{said[-3000:]}")
+    return said
+
+
 def check_service(place: Place) -> None:
     """Start the image's own command, wait for ready, fetch a picture, end it by its stop signal."""
-    command = [*place.config["Entrypoint"], *place.config["Cmd"]]
-    with Running(place, command, {"KLEIN_MODEL": "shapes", "KLEIN_DEVICE": "cpu"}) as service:
-        wait_until(service.is_ready, limit_s=READY_LIMIT_S, what="/health/ready")
+    with serving(place) as service:
         probe = service.execute(place.config["Healthcheck"]["Test"][1:])
         expect(probe.returncode == 0, f"the health check fails on a ready service: {probe.stderr}")
-        answer = service.request("POST", "/generate", body={"prompt": "a red circle"})
-        expect(answer.status == 200, f"/generate says {answer.status}: {answer.body[:500]!r}")
+        answer = draw(service)
         is_png = answer.body.startswith(b"\x89PNG\r\n\x1a\n")
         expect(is_png and answer.type == "image/png", f"no PNG: {answer.type} {answer.body[:40]!r}")
         for host, path, status in (
@@ -229,9 +251,7 @@ def check_service(place: Place) -> None:
         ):
             seen = service.request("GET", path, host=host).status
             expect(seen == status, f"Host {host} gets {seen} for {path}, not {status}.")
-        service.signal(signal.Signals[place.config["StopSignal"]])
-        code, said = service.wait(DRAIN_LIMIT_S), service.output()
-        expect(code == 0, f"exit code {code} after the stop signal:\n{said[-3000:]}")
+        said = stop(service, place)
         expect("Traceback" not in said, f"a traceback:\n{said[-3000:]}")
 
 
@@ -240,16 +260,11 @@ def check_traces(place: Place, *, has_them: bool) -> None:
 
     Without them the log says so, and nothing is sent.
     """
-    command = [*place.config["Entrypoint"], *place.config["Cmd"]]
-    settings = {"KLEIN_MODEL": "shapes", "KLEIN_DEVICE": "cpu", "KLEIN_LOG_FORMAT": "json"}
-    collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
-    with Running(place, command, settings | collector) as service:
-        wait_until(service.is_ready, limit_s=READY_LIMIT_S, what="/health/ready")
-        answer = service.request("POST", "/generate", body={"prompt": "a red circle"})
-        expect(answer.status == 200, f"/generate says {answer.status}: {answer.body[:500]!r}")
-        service.signal(signal.Signals[place.config["StopSignal"]])
-        code, said = service.wait(DRAIN_LIMIT_S), service.output()
-    expect(code == 0, f"exit code {code} after the stop signal:\n{said[-3000:]}")
+    collector = "http://127.0.0.1:4318"
+    settings = {"KLEIN_LOG_FORMAT": "json", "OTEL_EXPORTER_OTLP_ENDPOINT": collector}
+    with serving(place, **settings) as service:
+        draw(service)
+        said = stop(service, place)
     expect(('"trace_id"' in said) is has_them, f"traces, against what was built:\n{said[-3000:]}")
 
 
