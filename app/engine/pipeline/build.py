@@ -74,7 +74,7 @@ class BuildOptions:
     prompt_cache: int
     reference_cache: int
     quantized_cache: Path | None
-    """The cache folder of quantized layers, or None for no cache."""
+    """The cache folder of quantized layers and races, or None for no cache."""
     max_sequence_length: int
     is_distilled: bool
 
@@ -269,7 +269,12 @@ def _encoder_kind(config: Qwen3Config, options: BuildOptions) -> type[EncoderLay
         "down": (width, config.intermediate_size),
     }
     return choose_layer(
-        options.encoder_linears, shapes, size, options.max_sequence_length, options.device
+        options.encoder_linears,
+        shapes,
+        size,
+        options.max_sequence_length,
+        options.device,
+        options.quantized_cache,
     )
 
 

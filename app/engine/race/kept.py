@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from app.engine.hub.trust import PRIVATE_MODE, is_closed, lock_file, make_folder, whole_file
 from app.engine.race.results import Results
@@ -30,6 +30,8 @@ _WAIT_S = 120.0
 """For another process's race: some seconds, and a minute where kernels have to be compiled."""
 
 
+# An error that is not a number is kept as such: null would say that none was measured.
+@with_config(ConfigDict(ser_json_inf_nan="constants"))
 @dataclass(frozen=True, slots=True)
 class _Kept:
     key: dict[str, str]

@@ -41,6 +41,7 @@ _ROUNDS = 7
 _CALLS = 3
 _SPIN_CYCLES = 6_000_000
 """A few milliseconds, in which the host queues the calls of a round."""
+_MOST_SPIN_CYCLES = 32 * _SPIN_CYCLES
 _WARM_S = 0.2
 _FADE_S = 1.5
 """After so long NVML's load no longer contains our own race."""
@@ -123,8 +124,8 @@ def hold(device: torch.device, architecture: Architecture, *, has_kernels: bool)
         for name, kernel in reversed(KERNELS.items())
     ]
     torch.cuda.empty_cache()
-    if not busy and spreads and max(spreads) > _MOST_SPREAD:
-        busy = f"equal runs differed by {max(spreads):.0%}"
+    if not busy and spreads:
+        busy = is_spread(spreads)
     capability = torch.cuda.get_device_capability(device)
     return Results(capability, tuple(linears), tuple(attention), disturbed=busy)
 
@@ -238,7 +239,7 @@ def _matmul_seconds(
     multiply = fused(layer) if fused is not None and has_kernels else layer
     x = torch.randn(rows, matmul.inputs, device=device, dtype=torch.bfloat16)
     pieces = tokens / rows * matmul.outputs / outputs
-    return matmul.count * pieces * _seconds(lambda: multiply(x), spreads)
+    return matmul.count * pieces * gpu_seconds(lambda: multiply(x), spreads)
 
 
 def _attention_lap(
@@ -258,7 +259,7 @@ def _attention_lap(
         error = attention_error(kernel, device, tokens, size)
         # Laid out as the blocks have them.
         q, k, v = torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(2, 3)
-        seconds = _seconds(lambda: kernel.call(q, k, v), spreads)
+        seconds = gpu_seconds(lambda: kernel.call(q, k, v), spreads)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as failure:
@@ -267,28 +268,54 @@ def _attention_lap(
     return lap(seconds * (architecture.double_blocks + architecture.single_blocks), error)
 
 
-def gpu_seconds(run: Callable[[], object]) -> float:
-    """Return the median seconds of a call on the GPU."""
-    return _seconds(run, [])
+def gpu_seconds(run: Callable[[], object], spreads: list[float]) -> float:
+    """Return the median seconds of a call on the GPU; its spread goes to *spreads*.
 
-
-def _seconds(run: Callable[[], object], spreads: list[float]) -> float:
-    """Return the median seconds of a call on the GPU; its spread goes to *spreads*."""
+    The calls of a round are queued while the GPU waits. A round for which it waited too briefly
+    would count the host's time too: it is left out, and the next wait is twice as long.
+    """
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    # The first calls compile kernels and make plans.
+    for _ in range(_CALLS):
+        run()
     times: list[float] = []
-    for _ in range(_ROUNDS + 1):
-        torch_private.spin(_SPIN_CYCLES)
+    cycles = _SPIN_CYCLES
+    while len(times) < _ROUNDS:
+        torch_private.spin(cycles)
         begin.record()
         for _ in range(_CALLS):
             run()
         end.record()
+        is_queued = not begin.query()  # type: ignore[no-untyped-call]
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / _CALLS)
-    times = sorted(times[1:])
+        if is_queued or cycles >= _MOST_SPIN_CYCLES:
+            times.append(begin.elapsed_time(end) / 1e3 / _CALLS)
+        else:
+            cycles *= 2
+    times.sort()
     median = statistics.median(times)
     spreads.append((times[-2] - times[1]) / median)
     return median
+
+
+def is_spread(spreads: list[float]) -> str:
+    """Say by how much equal runs differed, where that is too much for their times to decide."""
+    return f"equal runs differed by {max(spreads):.0%}" if max(spreads) > _MOST_SPREAD else ""
+
+
+def card_key(device: torch.device, **facts: str) -> dict[str, str]:
+    """Return what a kept race depends on: the card, the driver, all versions, and *facts*."""
+    told = _gpu(device).facts()
+    card = torch.cuda.get_device_properties(device)
+    return {
+        CARD: f"{card.name} {card.total_memory >> 20} MiB {card.multi_processor_count}",
+        "driver": told.driver if isinstance(told, GpuFacts) else "",
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "comfy-kitchen": _version("comfy-kitchen"),
+        "klein-server": __version__,
+    } | facts
 
 
 def _warm(device: torch.device) -> None:
@@ -321,18 +348,11 @@ def _heavy(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def _key(device: torch.device, architecture: Architecture, *, has_kernels: bool) -> dict[str, str]:
-    facts = _gpu(device).facts()
-    card = torch.cuda.get_device_properties(device)
-    return {
-        CARD: f"{card.name} {card.total_memory >> 20} MiB {card.multi_processor_count}",
-        "driver": facts.driver if isinstance(facts, GpuFacts) else "",
-        "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "comfy-kitchen": _version("comfy-kitchen"),
-        "klein-server": __version__,
-        "kernels": str(has_kernels),
-        "step": f"{architecture.step_tokens} x {architecture.heads} {architecture.matmuls}",
-    }
+    return card_key(
+        device,
+        kernels=str(has_kernels),
+        step=f"{architecture.step_tokens} x {architecture.heads} {architecture.matmuls}",
+    )
 
 
 def _is_outdated(results: Results) -> bool:

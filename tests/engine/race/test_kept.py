@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from app.engine.race.kept import race_once, recall
+from app.engine.race.results import wrong
 from tests.engine.race.test_results import H100, RTX_3060
 
 KEY = {"card": "00000000-1111", "driver": "580.65.06", "torch": "2.13.0+cu130"}
@@ -25,6 +26,15 @@ def test_what_was_kept_is_read_again(tmp_path):
     assert race_once(tmp_path, KEY, never) == RTX_3060
     (kept,) = (tmp_path / "race").glob("*.json")
     assert kept.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+def test_what_computes_nonsense_does_so_at_the_next_start_too(tmp_path, error):
+    """An error that is no number stays one in the file, and keeps its kernel out."""
+    lap = replace(H100.linears[0], error=error)
+    race_once(tmp_path, KEY, lambda: replace(H100, linears=(lap, *H100.linears[1:])))
+
+    assert wrong(race_once(tmp_path, KEY, never).linears[0]) == wrong(lap) != ""
 
 
 @pytest.mark.parametrize("changed", ["card", "driver", "torch"])

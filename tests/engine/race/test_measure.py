@@ -77,7 +77,7 @@ def counted(monkeypatch):
     """A race on no card, in which each call takes a millisecond; how often one was timed."""
     calls = []
     monkeypatch.setattr(measure, "_warm", lambda device: None)
-    monkeypatch.setattr(measure, "_seconds", lambda run, spreads: calls.append(run) or 1e-3)
+    monkeypatch.setattr(measure, "gpu_seconds", lambda run, spreads: calls.append(run) or 1e-3)
     monkeypatch.setattr(measure, "linear_error", lambda *_: 0.01)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     return calls
@@ -118,10 +118,68 @@ def test_nvml_is_asked_of_the_card_that_torch_has(monkeypatch, name, key):
     assert measure._gpu(torch.device("cuda", 0)) == key
 
 
+class Timeline:
+    """A GPU that works off what a host queues, at given seconds a call for each."""
+
+    def __init__(self, monkeypatch, *, on_gpu: float, on_host: float) -> None:
+        self.now = self.free_at = 0.0
+        self.spins: list[float] = []
+        self._on_gpu, self._on_host = on_gpu, on_host
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(measure.torch_private, "spin", self._spin)
+
+    def run(self) -> None:
+        self.now += self._on_host
+        self._queue(self._on_gpu)
+
+    def _spin(self, cycles: int) -> None:
+        self.spins.append(cycles / 2e9)
+        self._queue(self.spins[-1])
+
+    def _queue(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, self.now) + seconds
+
+
+class Event:
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline, self._at = timeline, 0.0
+
+    def record(self) -> None:
+        self._at = max(self._timeline.free_at, self._timeline.now)
+
+    def query(self) -> bool:
+        return self._at <= self._timeline.now
+
+    def synchronize(self) -> None:
+        self._timeline.now = max(self._at, self._timeline.now)
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end._at - self._at)
+
+
+@pytest.mark.parametrize("on_host", [1e-5, 3e-4, 2e-3, 1e-2])
+def test_a_slow_host_is_not_timed(monkeypatch, on_host):
+    """A layer that many launches make is not slower for it: the GPU waits until all are queued."""
+    timeline = Timeline(monkeypatch, on_gpu=2e-4, on_host=on_host)
+    spreads: list[float] = []
+
+    assert measure.gpu_seconds(timeline.run, spreads) == pytest.approx(2e-4)
+    assert spreads == [pytest.approx(0, abs=1e-6)]
+    assert max(timeline.spins) <= max(3e-3, 2 * 3 * on_host)
+
+
+def test_a_host_that_no_wait_suffices_for_ends(monkeypatch):
+    """A second a call: the times count both then, and timing ends."""
+    timeline = Timeline(monkeypatch, on_gpu=2e-4, on_host=1.0)
+
+    assert measure.gpu_seconds(timeline.run, []) > 0.5
+    assert max(timeline.spins) < 0.2
+
+
 def test_equal_runs_that_differ_are_noticed(counted, monkeypatch):
     """What NVML does not see, on a card that is shared by other means."""
     monkeypatch.setattr(measure, "_busy", lambda device: "")
-    monkeypatch.setattr(measure, "_seconds", lambda run, spreads: spreads.append(0.4) or 1e-3)
+    monkeypatch.setattr(measure, "gpu_seconds", lambda run, spreads: spreads.append(0.4) or 1e-3)
 
     assert measure.hold(CPU, SHAPES, has_kernels=True).disturbed == "equal runs differed by 40%"
 
