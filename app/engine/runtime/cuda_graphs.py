@@ -29,11 +29,15 @@ class CudaGraphs:
 
     A shape is captured after *after* eager calls: what is called once is not captured, and a shape
     whose graph was evicted does not evict another at once. Results are copies, since the
-    next replay of any graph in *pool* overwrites the graph's output.
+    next replay of any graph in *pool* overwrites the graph's output. With *has_static_inputs* each
+    call of a shape passes the same tensors, which the graph reads where they are.
     """
 
-    def __init__(self, pool: GraphPool, *, is_on: bool, after: int) -> None:
+    def __init__(
+        self, pool: GraphPool, *, is_on: bool, after: int, has_static_inputs: bool = False
+    ) -> None:
         self._is_on = is_on
+        self._has_static_inputs = has_static_inputs
         self._pool = pool
         self._after = after
         self._uses: OrderedDict[Hashable, int] = OrderedDict()
@@ -56,7 +60,8 @@ class CudaGraphs:
                 return function(*inputs)
             while len(self._graphs) >= _KEPT_GRAPHS:
                 self._graphs.popitem(last=False)
-            graph = _Graph(function, inputs, self._pool())
+            own = inputs if self._has_static_inputs else tuple(each.clone() for each in inputs)
+            graph = _Graph(function, own, self._pool())
         self._graphs[key] = graph
         return graph.replay(inputs)
 
@@ -72,7 +77,7 @@ class CudaGraphs:
 
 
 class _Graph:
-    """One captured graph with its static inputs and output."""
+    """One captured graph with its static *inputs* and output."""
 
     def __init__(
         self,
@@ -80,15 +85,16 @@ class _Graph:
         inputs: tuple[torch.Tensor, ...],
         pool: Any,
     ) -> None:
-        self._inputs = tuple(each.clone() for each in inputs)
+        self._inputs = inputs
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(self._graph, pool=pool):
             self._output = function(*self._inputs)
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Copy *inputs* into the static inputs, replay, and return a copy of the output."""
+        """Copy *inputs* into the static ones, unless they are, replay, and copy the output."""
         for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given, non_blocking=True)
+            if own is not given:
+                own.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._output.clone()

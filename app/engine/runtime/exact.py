@@ -39,8 +39,7 @@ class ExactTextEncoder(TextEncoder):
         """
         if tokens.count < tokens.ids.shape[1]:
             return super().forward(tokens, device)
-        rows, _ = self._send(tokens, device)
-        return self._run(rows.unsqueeze(0), None)
+        return self._run(self._send(tokens, device)[None, 1:], None)
 
 
 def _run_doubles(

@@ -67,10 +67,10 @@ class FusedTextEncoder(TextEncoder):
         places = layers if streamed_to is None else StreamedLayers(layers, streamed_to)
         super().__init__(places, rotary, table, read, _run_layer)
         has_graphs = kernels.has_graphs and streamed_to is None
-        self._graphs = CudaGraphs(pool, is_on=has_graphs, after=1)
+        self._graphs = CudaGraphs(pool, is_on=has_graphs, after=1, has_static_inputs=True)
 
-    def _encode(self, rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        return self._graphs.run(super()._encode, (rows, count))
+    def _encode(self, inbox: torch.Tensor) -> torch.Tensor:
+        return self._graphs.run(super()._encode, (inbox,))
 
     def _settled(self, hidden: Any) -> torch.Tensor:
         return settled(hidden)

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from app.engine.runtime.tokenizer import Tokens
+
+_COUNT_BYTES = 8
 
 Doubles = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """Runs double blocks on image, text, their modulations, cos and sin; returns image and text."""
@@ -108,27 +111,35 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.layers, self.rotary, self.table, self.read = layers, rotary, table, read
+        self._table_bytes = _bytes(table)
         self._layer = layer
+        self._inbox: torch.Tensor | None = None
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
         """Return the prompt embeddings, [1, m, layers that are read * hidden size]."""
-        return self._encode(*self._send(tokens, device))
+        return self._encode(self._send(tokens, device))
 
-    def _send(self, tokens: Tokens, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of *tokens*, [m, d], and their count, int64 [], on *device*.
+    def _send(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
+        """Send the embeddings of *tokens* to *device* in one copy; return [1 + m, d], always same.
 
-        Padding crosses as one row, after the prompt's; those after it are not set.
+        The first row begins with their count, int64. Padding crosses as one row, after the
+        prompt's; those after it are not set.
         """
-        ids = tokens.ids[0, : tokens.count + 1]
+        ids = tokens.ids.numpy()[0, : tokens.count + 1]
         width = self.table.shape[1]
-        kept = self.table.new_empty(len(ids), width, pin_memory=device.type == "cuda")
-        torch.index_select(self.table, 0, ids, out=kept)
-        rows = self.table.new_empty(tokens.ids.shape[1], width, device=device)
-        rows[: len(ids)].copy_(kept, non_blocking=True)
-        return rows, torch.full((), tokens.count, device=device)
+        sent = self.table.new_empty(1 + len(ids), width, pin_memory=device.type == "cuda")
+        filled = _bytes(sent)
+        filled[0, :_COUNT_BYTES].view(np.int64)[0] = tokens.count
+        # torch would wake its threads for these few rows, which takes several times as long.
+        filled[1:] = self._table_bytes[ids]
+        if self._inbox is None:
+            self._inbox = self.table.new_empty(1 + tokens.ids.shape[1], width, device=device)
+        self._inbox[: len(sent)].copy_(sent, non_blocking=True)
+        return self._inbox
 
-    def _encode(self, rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    def _encode(self, inbox: torch.Tensor) -> torch.Tensor:
         """Run the layers on what `_send` returns; nothing here depends on the prompt's length."""
+        count, rows = _received(inbox)
         return self._run(_spread(rows, count), _mask(len(rows), count))
 
     def _run(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -146,6 +157,17 @@ class TextEncoder(nn.Module):
         """Return a layer's hidden states as a tensor, [1, m, d]."""
         made: torch.Tensor = hidden
         return made
+
+
+def _bytes(rows: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return *rows*, [n, d], in host memory as the same memory: uint8 [n, bytes of a row]."""
+    found: np.ndarray[Any, Any] = rows.view(torch.uint8).numpy()
+    return found
+
+
+def _received(inbox: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the count of tokens, int64 [], and the rows, [m, d], of `TextEncoder._send`."""
+    return inbox[0].view(torch.uint8)[:_COUNT_BYTES].view(torch.int64)[0], inbox[1:]
 
 
 def _spread(rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -33,15 +33,18 @@ class Tokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._frame = _find_frame(self._render)
+        # Both are looked up anew at each access.
+        self._backend = tokenizer.backend_tokenizer
+        self._padding = np.full((1, max_length), tokenizer.pad_token_id)
 
     def __call__(self, prompt: str) -> Tokens:
         """Tokenize *prompt*."""
         text = self._render(prompt) if self._frame is None else prompt.join(self._frame)
         # What `__call__` does around this takes as long again.
-        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text).ids
+        ids: list[int] = self._backend.encode(text).ids
         kept = ids[: self.max_length]
         # torch.tensor() takes as long for a list of this length.
-        padded = np.full((1, self.max_length), self.tokenizer.pad_token_id)
+        padded = self._padding.copy()
         padded[0, : len(kept)] = kept
         return Tokens(torch.from_numpy(padded), count=len(kept), is_cut=len(ids) > len(kept))
 

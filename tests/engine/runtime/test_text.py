@@ -7,11 +7,16 @@ import weakref
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from torch import nn
 
 from app.engine.memory.planner import Plan
+from app.engine.modules.qwen3_layers import Rotary
 from app.engine.pipeline import build as pipeline_build
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.pipeline.text import encode_text
+from app.engine.runtime.cuda_graphs import new_pool
+from app.engine.runtime.fused import FusedTextEncoder
+from app.engine.runtime.kernels_choice import KernelsChoice
 from app.engine.runtime.tokenizer import Tokens
 from tests.support.layout_files import SPEC, build
 
@@ -48,6 +53,52 @@ def test_our_layers_compute_what_qwens_do(tiny_klein, kind, error):
     for prompt in PROMPTS:
         one, other = embed(made, prompt), embed(right, prompt)
         assert float((one - other).norm() / other.norm()) < error
+
+
+def test_a_prompt_leaves_nothing_to_the_next(tiny_klein, eight_bit):
+    """All are sent to the same place: a short one after one that fills it is as the first was."""
+    made = [(prompt, embed(eight_bit, prompt)) for prompt in (PROMPTS[2], *PROMPTS)]
+
+    for prompt, embeddings in made:
+        assert torch.equal(embed(build(tiny_klein), prompt), embeddings)
+
+
+class Mixing(nn.Module):
+    """A layer in which each token takes the mean of those that it may see."""
+
+    def forward(self, hidden, mask, cos, sin):
+        seen = mask[0, 0].to(hidden.dtype)
+        return hidden * cos + (seen @ hidden[0] / seen.sum(1, keepdim=True))[None] * sin
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_reads_each_prompt_that_is_sent():
+    """Of any length, in any order, without a wait between them."""
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no card")
+    card, table = torch.device("cuda", 0), torch.randn(999, 64).bfloat16()
+    replayed, plain = (
+        FusedTextEncoder(
+            nn.ModuleList(Mixing() for _ in range(3)),
+            Rotary(64, 1e6).to(card),
+            table,
+            (1, 3),
+            KernelsChoice(is_on=True, has_graphs=has_graphs, reason="a test"),
+            new_pool(),
+        )
+        for has_graphs in (True, False)
+    )
+    given = []
+    for number, count in enumerate((3, 128, 1, 64, 128, 2, 127, 5) * 4):
+        ids = torch.full((1, 128), 7)
+        ids[0, :count] = torch.randint(999, (count,), generator=torch.manual_seed(number))
+        given.append(Tokens(ids, count, is_cut=False))
+    made = [replayed(each, card) for each in given]
+
+    assert len(replayed._graphs._graphs) == 1
+    for each, embeddings in zip(given, made, strict=True):
+        assert torch.equal(embeddings, plain(each, card))
 
 
 def test_streamed_layers_give_what_resident_ones_do(tiny_klein, eight_bit):
