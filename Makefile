@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# What the tests need besides; .ci/run has it installed by something quicker.
+INSTALL ?= $(PIP)
 
 # The tests start the service dozens of times: its modules are compiled once, not at each start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,12 +28,12 @@ help: ## list the targets
 
 $(VENV)/.run: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run requirements-test.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.lock
+	$(INSTALL) -r requirements-test.lock
 	@touch $@
 
 install: $(VENV)/.run ## make .venv and install from the lock what the service needs
@@ -61,8 +64,7 @@ coverage: $(VENV)/.test ## `make test` with branch coverage, child processes cou
 
 test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs what they call
 	@tests/container/install_tools.sh
-	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt \
-		-r tests/container/requirements.txt
+	$(INSTALL) -r tests/browser/requirements.txt -r tests/container/requirements.txt
 	@failed=0; $(SYSTEM) -n 2 --no-loadscope-reorder -m "(system or full) and not alone and not gpu" || failed=1; \
 		$(SYSTEM) -m "alone and not gpu" || failed=1; \
 		exit $$failed

@@ -7,14 +7,17 @@ time that a run takes.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
+import io
+import json
 import logging
 import os
 import signal
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -32,22 +35,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test speaks TLS, but each HTTP client would read the machine's certificates for itself.
 ssl.create_default_context = cache(ssl.create_default_context)
 
-# Files that use `shapes`, which each process starts for itself.
+# Files that use `shapes`, which each process starts for itself, and its pictures, each made once.
 _LIVE = {
     "tests/e2e/test_adherence.py",
     "tests/e2e/test_readme.py",
     "tests/e2e/test_sdapi.py",
     "tests/e2e/test_service.py",
+    "tests/shapes/test_precisions.py",
 }
 # Files that read the whole source, which takes each process a second or two.
 _READING = ("tests/docs/", "tests/security/test_limits_page.py", "tests/test_layout.py")
-_LONG = _LIVE | {
+_LONG = {
     "tests/api/test_packages.py",
     "tests/container/test_image.py",
     "tests/release/test_install.py",
     "tests/reliability/test_fuzz.py",
     "tests/reliability/test_lifecycle.py",
-    "tests/shapes/test_precisions.py",
     "tests/worker/test_supervisor.py",
 }
 
@@ -68,12 +71,17 @@ TOOLS_ALONE_ARE_NEEDED = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, so that all processes end at about the same time; mark what may
-    have nothing beside it."""
+    """Begin with what takes long, the longest first, so that all processes end at about the same
+    time; mark what may have nothing beside it."""
     for item in items:
         if item.get_closest_marker("system") and not item.nodeid.startswith(TOOLS_ALONE_ARE_NEEDED):
             item.add_marker("alone")
-    items.sort(key=lambda item: item.nodeid.split("::")[0] not in _LONG)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    file = item.nodeid.split("::")[0]
+    return 0 if file in _LIVE else 1 if file in _LONG else 2
 
 
 class _ByService(LoadScopeScheduling):
@@ -190,6 +198,37 @@ def shapes() -> Iterator[Server]:
     """The demo model, as everyone has it who has no card."""
     with Server(model="auto", device="cpu") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def render(shapes: Server) -> Callable[..., Any]:
+    """Who answers the examination: the service with its demo model, over HTTP.
+
+    `render(prompt, width, height, references)` gives height x width x 3 bytes, in four steps.
+    `references` are pictures of the same form. What was asked before is not drawn again.
+    """
+    import numpy as np
+    from PIL import Image
+
+    answers: dict[tuple[object, ...], Any] = {}
+
+    def encoded(pixels: Any) -> str:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        return base64.b64encode(file.getvalue()).decode()
+
+    def answer(prompt: str, width: int, height: int, references: Sequence[Any] = ()) -> Any:
+        images = [encoded(reference) for reference in references]
+        asked = (prompt, width, height, *images)
+        if asked not in answers:
+            body = {"prompt": prompt, "width": width, "height": height, "seed": 0}
+            body |= {"num_inference_steps": 4} | ({"images": images} if images else {})
+            status, _, picture = shapes.post("/generate", body)
+            assert status == 200, json.loads(picture)
+            answers[asked] = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+        return answers[asked]
+
+    return answer
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from openai import BadRequestError, OpenAI
 from PIL import Image
 
 from tests.api.pictures import mask, photo
+from tests.support import packages
 from tests.support.server import ROOT
 
 pytestmark = pytest.mark.system
@@ -53,10 +56,11 @@ def call(*command: object, cwd: Path, **environ: str) -> str:
     return run.stdout
 
 
-def install(*command: object, cwd: Path) -> None:
-    """Run what installs packages; a registry that fails or is slow is named as the cause."""
+@contextlib.contextmanager
+def installing() -> Iterator[None]:
+    """A registry that fails or is slow is named as the cause."""
     try:
-        call(*command, cwd=cwd)
+        yield
     except (AssertionError, subprocess.TimeoutExpired) as error:
         pytest.fail(f"The packages were not installed; this tells nothing of the service: {error}")
 
@@ -73,11 +77,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def python(files: Path) -> Path:
     """The folder of an environment with the Python clients."""
-    call(sys.executable, "-m", "venv", "python", cwd=files)
+    venv.create(files / "python", with_pip=False)
     programs = files / "python" / "bin"
-    pip = (programs / "python", "-m", "pip", "--disable-pip-version-check", "install")
-    # Most of their modules are never imported, and compiling them all takes longer than the tests.
-    install(*pip, "--quiet", "--no-compile", *PYTHON, cwd=files)
+    with installing():
+        packages.install(*PYTHON, python=programs / "python")
     return programs
 
 
@@ -128,7 +131,8 @@ def from_node(files: Path, live_scripted) -> dict:
     if npm is None or node is None:
         pytest.fail("npm and node are needed; install Debian's nodejs and npm")
     shutil.copy(HERE / "node_clients.mjs", files)
-    install(npm, "install", "--silent", "--no-fund", "--no-audit", *NODE, cwd=files)
+    with installing():
+        call(npm, "install", "--silent", "--no-fund", "--no-audit", *NODE, cwd=files)
     url = live_scripted.url + "/v1"
     return json.loads(call(node, "node_clients.mjs", url, "picture.png", "mask.png", cwd=files))
 
@@ -141,8 +145,8 @@ def size(text: str) -> tuple[int, int]:
 def test_openai_pythons_newest_passes_what_the_locked_one_does(files):
     """The same tests, with whatever PyPI has today before what the lock installed."""
     newest = files / "newest"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-    install(*pip, "--no-compile", "--target", newest, "openai", cwd=files)
+    with installing():
+        packages.install("--target", newest, "openai")
     kept = "import openai; print(openai.__file__)"
     names = ("tests/api/test_openai_sdk.py", "tests/api/test_openai_sdk_live.py")
     run = ("-m", "pytest", "-p", "no:cacheprovider", "-m", "not full", "-n0", *names)

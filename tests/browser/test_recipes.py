@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import struct
@@ -223,15 +224,17 @@ def test_what_a_chunk_inflates_to_has_a_bound(visit, klein, make_chunks) -> None
 
 
 def drop(here: Visit, data: bytes, kind: str) -> None:
-    """Let a file fall onto the page."""
+    """Let a file fall onto the page; its bytes go there as one word, since playwright wraps each
+    number of a list by itself."""
     here.page.evaluate(
-        """([bytes, kind]) => {
+        """([base64, kind]) => {
             const dataTransfer = new DataTransfer();
             const type = `image/${kind}`;
-            const file = new File([new Uint8Array(bytes)], `found.${kind}`, {type});
+            const bytes = Uint8Array.from(atob(base64), (it) => it.charCodeAt(0));
+            const file = new File([bytes], `found.${kind}`, {type});
             dataTransfer.items.add(file);
             const options = {bubbles: true, cancelable: true, dataTransfer};
             document.body.dispatchEvent(new DragEvent("drop", options));
         }""",
-        [list(data), kind],
+        [base64.b64encode(data).decode(), kind],
     )

@@ -4,7 +4,8 @@ set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive PATH="$PATH:/usr/sbin:/sbin"
 
 declare -A package_of=([buildah]=buildah [debootstrap]=debootstrap [promtool]=prometheus
-    [chromium]=chromium [node]=nodejs [npm]=npm [java]=default-jdk-headless [curl]=curl
+    [chromium-headless-shell]=chromium-headless-shell [node]=nodejs [npm]=npm
+    [java]=default-jdk-headless [curl]=curl
     [nginx]=nginx-light [haproxy]=haproxy [caddy]=caddy [openssl]=openssl [tmux]=tmux [zsh]=zsh
     [fish]=fish)
 missing=()

@@ -1,11 +1,14 @@
 """What 8 bit costs: the demo model at every precision against itself in bfloat16, by its pictures.
 
-Without a card the 8 bit products are emulated, by the same arithmetic as the card's. The first 65
-questions of the examination are asked, or as many as the variable QUESTIONS says, 260 being all.
+In fp32, which is served without a card, they are the service's: tests/e2e/test_adherence.py asks
+it the same questions, and each is drawn once. All others are an engine's, which without a card
+emulates the 8 bit products, by the same arithmetic as the card's. The first 65 questions of the
+examination are asked, or as many as the variable QUESTIONS says, 260 being all.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -30,6 +33,7 @@ COUNT = int(os.environ.get("QUESTIONS", "65"))
 EDITS = COUNT * 60 // 260
 QUESTIONS = scene_questions(COUNT - EDITS) + edit_questions(EDITS)
 POINTS = 0.02
+SERVED = "fp32"
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,17 @@ def in_bf16(tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8", "fp32"])
-def test_a_precision_follows_prompts_as_well_as_bfloat16(precision, in_bf16, tmp_path, capsys):
+def test_a_precision_follows_prompts_as_well_as_bfloat16(
+    precision, in_bf16, request, tmp_path, capsys
+):
     """Adherence over prompts and edits of the examination, within two points."""
-    made = pictures(precision, tmp_path)
+    if precision == SERVED:
+        served = request.getfixturevalue("shapes")
+        (device,) = json.loads(served.get("/health")[2])["devices"]
+        assert device["precision"] == SERVED
+        made = served_pictures(request.getfixturevalue("render"))
+    else:
+        made = pictures(precision, tmp_path)
     share, best = follows(made), follows(in_bf16)
     differences = [psnr(one, other) for one, other in zip(made, in_bf16, strict=True)]
     finite = [each for each in differences if math.isfinite(each)]
@@ -62,6 +74,16 @@ def pictures(precision: str, cache) -> list[RawImage]:
         return [_picture(engine, question) for question in QUESTIONS]
     finally:
         engine.close()
+
+
+def served_pictures(render) -> list[RawImage]:
+    """All answers of the service."""
+    answers = []
+    for question in QUESTIONS:
+        asked, reference = question.asked, question.reference
+        references = [] if reference is None else [draw(reference)]
+        answers.append(_raw(render(question.prompt, asked.width, asked.height, references)))
+    return answers
 
 
 def _picture(engine: KleinEngine, question) -> RawImage:
