@@ -42,8 +42,14 @@ if [ ! -e "$policy" ]; then
 fi
 echo "Installing ${missing[*]}."
 apt=("${as_root[@]}" apt-get --quiet --option DPkg::Lock::Timeout=300)
-if ! { "${apt[@]}" update &&
-    "${apt[@]}" install --yes --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null; then
+update_and_install() {
+    "${apt[@]}" update || return
+    # A release without the browser that draws no window has the whole one.
+    apt-cache show chromium-headless-shell >/dev/null ||
+        missing=("${missing[@]/chromium-headless-shell/chromium}")
+    "${apt[@]}" install --yes --no-install-recommends "${missing[@]}"
+}
+if ! update_and_install >"$log" 2>&1 </dev/null; then
     tail -n 20 "$log" >&2
     refuse "apt-get could not install; what it said last stands above"
 fi
