@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # What the tests need besides; .ci/run has it installed by something quicker.
-INSTALL ?= $(PIP)
+INSTALL_TESTS ?= $(PIP)
 
 # The tests start the service dozens of times: its modules are compiled once, not at each start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -33,7 +33,7 @@ $(VENV)/.run: requirements.lock pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run requirements-test.lock
-	$(INSTALL) -r requirements-test.lock
+	$(INSTALL_TESTS) -r requirements-test.lock
 	@touch $@
 
 install: $(VENV)/.run ## make .venv and install from the lock what the service needs
@@ -64,7 +64,7 @@ coverage: $(VENV)/.test ## `make test` with branch coverage, child processes cou
 
 test-system: $(VENV)/.test ## the image, Prometheus and the long forms; installs what they call
 	@tests/container/install_tools.sh
-	$(INSTALL) -r tests/browser/requirements.txt -r tests/container/requirements.txt
+	$(INSTALL_TESTS) -r tests/browser/requirements.txt -r tests/container/requirements.txt
 	@failed=0; $(SYSTEM) -n 2 --no-loadscope-reorder -m "(system or full) and not alone and not gpu" || failed=1; \
 		$(SYSTEM) -m "alone and not gpu" || failed=1; \
 		exit $$failed

@@ -140,7 +140,13 @@ def test_nothing_jumps(visit, scripted) -> None:
         new PerformanceObserver((list) => {
             for (const it of list.getEntries()) if (!it.hadRecentInput) window.jumps.push(
                 [it.value, ...it.sources.map(({node}) => node?.id || node?.className || "?")]);
-        }).observe({type: "layout-shift", buffered: true});"""
+        }).observe({type: "layout-shift", buffered: true});
+        window.shown = [];
+        addEventListener("DOMContentLoaded", () => {
+            const image = document.getElementById("picture");
+            new MutationObserver(() => window.shown.push(image.alt))
+                .observe(image, {attributes: true, attributeFilter: ["src", "alt"]});
+        });"""
     )
     for prompt, count in (("a lamp", 1), ("another", 2)):
         here.page.reload()
@@ -149,6 +155,7 @@ def test_nothing_jumps(visit, scripted) -> None:
         jumps = here.page.evaluate("window.jumps")
 
         assert sum(value for value, *_ in jumps) < 0.02, jumps
+        assert "A preview of the picture on its way" in here.page.evaluate("window.shown")
 
 
 def test_on_a_phone_the_buttons_are_within_reach(visit, scripted) -> None:

@@ -57,5 +57,7 @@ def test_a_package_is_installed_where_it_shall_be(
     packages.install("--no-index", "--find-links", tmp_path, "probe", python=python)
 
     subprocess.run([str(python), "-c", "import probe"], check=True)
+    (installer,) = (tmp_path / "env").rglob("probe-1.dist-info/INSTALLER")
+    assert installer.read_text().strip() == ("uv" if is_quick else "pip")
     with pytest.raises(AssertionError, match="No matching distribution"):
         packages.install("--no-index", "no-such-package", python=python)

@@ -210,10 +210,13 @@ def _ask_torch(index: int, *, cache: Path, again: bool) -> TorchFound:
     from app.engine.models.flux2_klein import FLUX2_KLEIN_4B
     from app.engine.quantization.probe import probe_gpu
     from app.engine.race import measure
+    from app.engine.race.encoder import forget
     from app.engine.runtime.kernels_choice import choose_kernels
 
     device = torch.device("cuda", index)
     has_kernels = choose_kernels(device, cache).is_on
+    if again:
+        forget(device, cache)
     hold_or_recall = partial(measure.race, again=True) if again else measure.known
     race = hold_or_recall(device, FLUX2_KLEIN_4B, cache, has_kernels=has_kernels)
     facts = probe_gpu(device)

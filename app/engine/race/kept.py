@@ -1,6 +1,7 @@
 """Races kept on disk, so that a later start on the same kind of card holds none.
 
     <cache>/race/<the card's name and memory>.json
+    <cache>/race/<the same>-text-encoder.json  (`app.engine.race.encoder`)
 
 Cards of one kind share a race: each would else choose for itself, and a seed's pixels would depend
 on the card. A file counts only while card, driver, versions and everything else in its key are the
@@ -78,6 +79,12 @@ def race_once(
         if not results.disturbed:
             _keep(cache, key, results)
     return results
+
+
+def forget_race(cache: Path, key: Mapping[str, str]) -> None:
+    """Delete what was kept for the card of *key*, if it can be deleted."""
+    with suppress(OSError):
+        _path(cache, key).unlink()
 
 
 @contextmanager

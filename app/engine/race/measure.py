@@ -114,7 +114,7 @@ def hold(device: torch.device, architecture: Architecture, *, has_kernels: bool)
     """Hold one race and free its memory."""
     busy = _busy(device)
     spreads: list[float] = []
-    _warm(device)
+    warm(device)
     linears = [
         _linear_lap(each, device, architecture, spreads, has_kernels=has_kernels)
         for each in (*automatic(), FORMATS["bf16"])
@@ -124,8 +124,8 @@ def hold(device: torch.device, architecture: Architecture, *, has_kernels: bool)
         for name, kernel in reversed(KERNELS.items())
     ]
     torch.cuda.empty_cache()
-    if not busy and spreads:
-        busy = is_spread(spreads)
+    if not busy and spreads and max(spreads) > _MOST_SPREAD:
+        busy = f"equal runs differed by {max(spreads):.0%}"
     capability = torch.cuda.get_device_capability(device)
     return Results(capability, tuple(linears), tuple(attention), disturbed=busy)
 
@@ -299,11 +299,6 @@ def gpu_seconds(run: Callable[[], object], spreads: list[float]) -> float:
     return median
 
 
-def is_spread(spreads: list[float]) -> str:
-    """Say by how much equal runs differed, where that is too much for their times to decide."""
-    return f"equal runs differed by {max(spreads):.0%}" if max(spreads) > _MOST_SPREAD else ""
-
-
 def card_key(device: torch.device, **facts: str) -> dict[str, str]:
     """Return what a kept race depends on: the card, the driver, all versions, and *facts*."""
     told = _gpu(device).facts()
@@ -318,7 +313,7 @@ def card_key(device: torch.device, **facts: str) -> dict[str, str]:
     } | facts
 
 
-def _warm(device: torch.device) -> None:
+def warm(device: torch.device) -> None:
     """Compute until the GPU has raised its clocks."""
     x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
     until = time.perf_counter() + _WARM_S

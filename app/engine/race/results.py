@@ -25,7 +25,9 @@ class Lap:
 
     name: str
     seconds: float | None = None
-    """Of its part in one step at the default size; None where it does not run."""
+    """Of its part in one step at the default size; None where it does not run.
+
+    Of a layer of the text encoder: of one call."""
     error: float | None = None
     """Relative, with heavy-tailed inputs; None where it was not measured."""
     bound: float = 1.0

@@ -92,7 +92,7 @@ class _Graph:
             self._output = function(*self._inputs)
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Copy *inputs* into the static ones, unless they are, replay, and copy the output."""
+        """Copy *inputs* into the static ones, if they are others; replay; copy the output."""
         for own, given in zip(self._inputs, inputs, strict=True):
             if own is not given:
                 own.copy_(given, non_blocking=True)

@@ -120,10 +120,11 @@ class TextEncoder(nn.Module):
         return self._encode(self._send(tokens, device))
 
     def _send(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
-        """Send the embeddings of *tokens* to *device* in one copy; return [1 + m, d], always same.
+        """Send the embeddings of *tokens* to *device* in one copy; return them as [1 + m, d].
 
-        The first row begins with their count, int64. Padding crosses as one row, after the
-        prompt's; those after it are not set.
+        It is the same tensor each time, which the next prompt overwrites. The first row begins with
+        the count of tokens, int64. Padding crosses as one row, after the prompt's; those after it
+        are not set.
         """
         ids = tokens.ids.numpy()[0, : tokens.count + 1]
         width = self.table.shape[1]
@@ -132,8 +133,9 @@ class TextEncoder(nn.Module):
         filled[0, :_COUNT_BYTES].view(np.int64)[0] = tokens.count
         # torch would wake its threads for these few rows, which takes several times as long.
         filled[1:] = self._table_bytes[ids]
-        if self._inbox is None:
-            self._inbox = self.table.new_empty(1 + tokens.ids.shape[1], width, device=device)
+        size = 1 + tokens.ids.shape[1], width
+        if self._inbox is None or self._inbox.shape != size:
+            self._inbox = self.table.new_empty(size, device=device)
         self._inbox[: len(sent)].copy_(sent, non_blocking=True)
         return self._inbox
 

@@ -76,7 +76,7 @@ def test_the_layer_that_is_timed_is_one_of_its_format(name):
 def counted(monkeypatch):
     """A race on no card, in which each call takes a millisecond; how often one was timed."""
     calls = []
-    monkeypatch.setattr(measure, "_warm", lambda device: None)
+    monkeypatch.setattr(measure, "warm", lambda device: None)
     monkeypatch.setattr(measure, "gpu_seconds", lambda run, spreads: calls.append(run) or 1e-3)
     monkeypatch.setattr(measure, "linear_error", lambda *_: 0.01)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
