@@ -65,7 +65,8 @@ def choose_layer(
         _log.warning("The text encoder's own kernels are wrong here, by %.1e.", error)
         return EncoderLayer
     hold = partial(_hold, device, plain, wide)
-    results = hold() if cache is None else race_once(cache, _key(device, shapes, tokens), hold)
+    key = _key(device, layer=f"{tokens} {dict(shapes)}")
+    results = hold() if cache is None else race_once(cache, key, hold)
     plain_s, wide_s = (lap.seconds or 0.0 for lap in results.linears)
     wins = wide_s < _MARGIN * plain_s
     _log.info(
@@ -80,7 +81,7 @@ def choose_layer(
 
 def forget(device: torch.device, cache: Path) -> None:
     """Let the layers be timed anew at the next load."""
-    forget_race(cache, _key(device, {}, 0))
+    forget_race(cache, _key(device))
 
 
 def _trials(
@@ -107,10 +108,8 @@ def _hold(device: torch.device, plain: Callable[[], Any], wide: Callable[[], Any
     return Results(torch.cuda.get_device_capability(device), laps, ())
 
 
-def _key(
-    device: torch.device, shapes: Mapping[str, tuple[int, int]], tokens: int
-) -> dict[str, str]:
-    key = card_key(device, layer=f"{tokens} {dict(shapes)}")
+def _key(device: torch.device, **facts: str) -> dict[str, str]:
+    key = card_key(device, **facts)
     return key | {CARD: f"{key[CARD]} text encoder"}
 
 
