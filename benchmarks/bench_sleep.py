@@ -34,7 +34,8 @@ def _cycles(bench: Bench, report: Path, pid: int, before: int | None) -> None:
         wakes.append(time.perf_counter() - begun)
         held.append(host_bytes(pid, "Pss_Anon") + host_bytes(pid, "Pss_Shmem"))
         opened.append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
-        print(f"  {number}: {sleeps[-1]:.2f} {wakes[-1]:.2f} {held[-1] / 1e9:.3f} GB", flush=True)
+        took = f"{sleeps[-1]:.2f} {wakes[-1]:.2f} {held[-1] / 1e9:.3f} GB"
+        print(f"  {number}: {took}, different pictures: {len(pictures)}", flush=True)
     facts: dict[str, Any] = {"width": bench.side, "height": bench.side}
     bench.write("klein.sleep", sleeps, nvml_bytes_before=before, nvml_bytes=max(left))
     bench.write(
