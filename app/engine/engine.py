@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,11 +119,8 @@ class KleinEngine:
             raise StartupError("The model is not loaded; load it first.")
         components = self._started.components
         try:
-            # Concurrent with the text stage: on the CPU it takes as long as a text encoder pass.
-            noise = self._helpers.submit(draw_noise, components, spec)
-            is_looked_up = spec.references and components.references.size
-            keys = self._helpers.submit(reference_keys, spec) if is_looked_up else None
-            return _Job(components, spec, noise, keys, on_progress, is_cancelled, is_trial).run()
+            job = _Job(components, spec, self._helpers, on_progress, is_cancelled, is_trial)
+            return job.run()
         except Exception as error:
             if error_mapping.is_out_of_memory(error):
                 components.adapters.give_up()
@@ -164,9 +161,7 @@ class _Job:
 
     components: PipelineComponents
     spec: ImageSpec
-    noise: Future[torch.Tensor]
-    keys: Future[tuple[ReferenceKey, ...]] | None
-    """Of the references; None where none are cached."""
+    helpers: Executor
     on_progress: Callable[[Progress], None]
     is_cancelled: Callable[[], bool]
     is_trial: bool
@@ -176,20 +171,17 @@ class _Job:
         """Run the stages and measure the duration of each."""
         components, spec = self.components, self.spec
         clock = _Clock(components.device)
-        self._tell(Stage.TEXT, 0)
-        text = encode_text(components, spec)
+        text, noise, keys = self._begin()
         # While the GPU encodes the prompt.
         loads = components.adapters.select(spec.loras)
         clock.lap()
         references = References()
         if spec.references:
             self._tell(Stage.REFERENCE, 0)
-            references = encode_references(
-                components, spec, self.keys.result() if self.keys else ()
-            )
+            references = encode_references(components, spec, keys.result() if keys else ())
         clock.lap()
         steps = _Steps(clock, self.on_progress)
-        latents = self._denoise(text, references, steps)
+        latents = self._denoise(text, references, noise.result(), steps)
         steps.then(Progress(Stage.DECODE, spec.num_inference_steps, spec.num_inference_steps))
         decoded = decode(components, latents, components.grid(spec))
         steps.tell_all()
@@ -221,7 +213,25 @@ class _Job:
             latents=kept,
         )
 
-    def _denoise(self, text: Text, references: References, steps: _Steps) -> torch.Tensor:
+    def _begin(self) -> tuple[Text, Future[torch.Tensor], Future[tuple[ReferenceKey, ...]] | None]:
+        """Encode the prompt; have helpers draw the noise and find the references' keys meanwhile.
+
+        There are no keys where no references are cached.
+        """
+        components, spec = self.components, self.spec
+        # A GPU idles until it has the prompt, which any other thread that runs would delay. On the
+        # CPU the encoder takes as long as the noise, or longer.
+        is_first = components.device.type == "cuda"
+        text = encode_text(components, spec) if is_first else None
+        self._tell(Stage.TEXT, 0)
+        noise = self.helpers.submit(draw_noise, components, spec)
+        is_looked_up = spec.references and components.references.size
+        keys = self.helpers.submit(reference_keys, spec) if is_looked_up else None
+        return text or encode_text(components, spec), noise, keys
+
+    def _denoise(
+        self, text: Text, references: References, noise: torch.Tensor, steps: _Steps
+    ) -> torch.Tensor:
         shown = preview_steps(self.spec.previews, self.spec.num_inference_steps)
         shape = self.components.grid(self.spec)
 
@@ -234,7 +244,7 @@ class _Job:
             self.spec,
             text,
             references,
-            self.noise.result(),
+            noise,
             on_step=on_step,
             is_cancelled=self.is_cancelled,
         )

@@ -28,9 +28,10 @@ class CudaGraphs:
     """CUDA graphs of one function by the shapes of its inputs, in an LRU cache.
 
     A shape is captured after *after* eager calls: what is called once is not captured, and a shape
-    whose graph was evicted does not evict another at once. Results are copies, since the
-    next replay of any graph in *pool* overwrites the graph's output. With *has_static_inputs* each
-    call of a shape passes the same tensors, which the graph reads where they are.
+    whose graph was evicted does not evict another at once. A call with a rehearsal waits for none.
+    Results are copies, since the next replay of any graph in *pool* overwrites the graph's output.
+    With *has_static_inputs* each call of a shape passes the same tensors, which the graph reads
+    where they are.
     """
 
     def __init__(
@@ -48,16 +49,20 @@ class CudaGraphs:
         function: Callable[..., torch.Tensor],
         inputs: tuple[torch.Tensor, ...],
         variant: Hashable = (),
+        rehearse: Callable[..., object] | None = None,
     ) -> torch.Tensor:
         """Return function(*inputs), replayed from a graph where one exists for these shapes.
 
-        *variant* is what the function's operations depend on besides.
+        *variant* is what the function's operations depend on besides. rehearse(*inputs) does what a
+        shape's first call does and a capture must not; with it, the first call is captured.
         """
         key = variant, tuple(each.shape for each in inputs)
         graph = self._graphs.pop(key, None)
         if graph is None:
-            if not self._is_on or not self._is_due(key):
+            if not self._is_on or (rehearse is None and not self._is_due(key)):
                 return function(*inputs)
+            if rehearse is not None:
+                rehearse(*inputs)
             while len(self._graphs) >= _KEPT_GRAPHS:
                 self._graphs.popitem(last=False)
             own = inputs if self._has_static_inputs else tuple(each.clone() for each in inputs)

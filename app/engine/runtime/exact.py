@@ -37,7 +37,7 @@ class ExactTextEncoder(TextEncoder):
         transformers omits it there too, which selects another SDPA kernel; doing the same keeps the
         result bit-identical.
         """
-        if tokens.count < tokens.ids.shape[1]:
+        if tokens.count < tokens.length:
             return super().forward(tokens, device)
         return self._run(self._send(tokens, device)[None, 1:], None)
 

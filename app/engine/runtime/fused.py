@@ -24,8 +24,8 @@ from app.engine.runtime.networks import TextEncoder, Transformer
 class FusedTransformer(Transformer):
     """Runs fused blocks in *network*; a pass of up to *graph_tokens* tokens becomes a graph.
 
-    The second step of a size is captured: that takes as long as an eager step or two, and each one
-    after it is several times faster, so a first image of four steps has won already.
+    Without adapters the first step of a size is captured already: that takes as long as an eager
+    step or two, and a replay is several times faster.
     """
 
     def __init__(
@@ -48,7 +48,16 @@ class FusedTransformer(Transformer):
         if is_long or self._variant is None:
             return super().predict(tokens, timestep, context, cos, sin)
         inputs = tokens, timestep, context, cos, sin
-        return self._graphs.run(super().predict, inputs, self._variant)
+        rehearse = None if self._variant else self._rehearse
+        return self._graphs.run(super().predict, inputs, self._variant, rehearse)
+
+    def _rehearse(self, *inputs: torch.Tensor) -> None:
+        """Run a block of each kind: libraries choose kernels at the first call of a shape.
+
+        That may take a timing, or memory, which no capture allows. The other blocks have layers of
+        the same shapes.
+        """
+        self._pass(*inputs, blocks=1)
 
 
 class FusedTextEncoder(TextEncoder):

@@ -9,7 +9,8 @@ Shapes: n image and reference tokens, m text tokens, d the hidden size. The batc
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,13 +73,26 @@ class Transformer(nn.Module):
         *timestep* is [1] in 0..1, *context* [1, m, d] comes from `embed_context`, *cos* and *sin*
         from `rope_tables`.
         """
+        return self._pass(tokens, timestep, context, cos, sin)
+
+    def _pass(
+        self,
+        tokens: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        blocks: int | None = None,
+    ) -> torch.Tensor:
+        """Do what `predict` does with the first *blocks* blocks of each kind, by default all."""
         network = self.network
         embedding = network.time_guidance_embed(timestep.to(tokens.dtype) * 1000, None)
         image_modulation = network.double_stream_modulation_img(embedding)
         text_modulation = network.double_stream_modulation_txt(embedding)
         single_modulation = network.single_stream_modulation(embedding)
         image, text = self._doubles(
-            network.transformer_blocks,
+            islice(network.transformer_blocks, blocks),
             network.x_embedder(tokens),  # [1, n, d]
             context,
             image_modulation,
@@ -87,9 +101,8 @@ class Transformer(nn.Module):
             sin,
         )
         hidden = torch.cat([text, image], dim=1)  # [1, m + n, d]
-        hidden = self._singles(
-            network.single_transformer_blocks, hidden, single_modulation, cos, sin
-        )
+        singles = islice(network.single_transformer_blocks, blocks)
+        hidden = self._singles(singles, hidden, single_modulation, cos, sin)
         hidden = network.norm_out(hidden[:, context.shape[1] :], embedding)
         velocity: torch.Tensor = network.proj_out(hidden)
         return velocity
@@ -113,7 +126,8 @@ class TextEncoder(nn.Module):
         self.layers, self.rotary, self.table, self.read = layers, rotary, table, read
         self._table_bytes = _bytes(table)
         self._layer = layer
-        self._inbox: torch.Tensor | None = None
+        self._mails: dict[int, _Mail] = {}
+        self._frames: dict[int, _Frame] = {}
 
     def forward(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
         """Return the prompt embeddings, [1, m, layers that are read * hidden size]."""
@@ -126,39 +140,87 @@ class TextEncoder(nn.Module):
         the count of tokens, int64. Padding crosses as one row, after the prompt's; those after it
         are not set.
         """
-        ids = tokens.ids.numpy()[0, : tokens.count + 1]
-        width = self.table.shape[1]
-        sent = self.table.new_empty(1 + len(ids), width, pin_memory=device.type == "cuda")
-        filled = _bytes(sent)
-        filled[0, :_COUNT_BYTES].view(np.int64)[0] = tokens.count
+        if (mail := self._mails.get(tokens.length)) is None:
+            mail = self._mails[tokens.length] = _Mail(self.table, tokens.length, device)
+        is_padded = tokens.count < tokens.length
+        ids = [*tokens.ids, tokens.padding] if is_padded else tokens.ids
         # torch would wake its threads for these few rows, which takes several times as long.
-        filled[1:] = self._table_bytes[ids]
-        size = 1 + tokens.ids.shape[1], width
-        if self._inbox is None or self._inbox.shape != size:
-            self._inbox = self.table.new_empty(size, device=device)
-        self._inbox[: len(sent)].copy_(sent, non_blocking=True)
-        return self._inbox
+        mail.send(tokens.count, self._table_bytes[ids])
+        return mail.inbox
 
     def _encode(self, inbox: torch.Tensor) -> torch.Tensor:
         """Run the layers on what `_send` returns; nothing here depends on the prompt's length."""
         count, rows = _received(inbox)
-        return self._run(_spread(rows, count), _mask(len(rows), count))
+        frame = self._framed(rows)
+        is_own = frame.places < count
+        # Padding is number *count* of the rows.
+        hidden = rows.index_select(0, frame.places.minimum(count)).unsqueeze(0)
+        return self._run(hidden, (frame.causal & is_own)[None, None])
 
     def _run(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        cos, sin = self.rotary(hidden, positions)
+        frame = self._framed(hidden[0])
         states = []
         for number, layer in enumerate(self.layers, start=1):
-            hidden = self._layer(layer, hidden, mask, cos, sin)
+            hidden = self._layer(layer, hidden, mask, frame.cos, frame.sin)
             if number in self.read:
                 hidden = self._settled(hidden)
                 states.append(hidden)
         return torch.cat(states, dim=-1)
 
+    def _framed(self, rows: torch.Tensor) -> _Frame:
+        """Return what is the same for all prompts of the length of *rows*, [m, d]."""
+        if (frame := self._frames.get(len(rows))) is None:
+            places = torch.arange(len(rows), device=rows.device)
+            causal = places <= places[:, None]
+            frame = _Frame(places, causal, *self.rotary(rows[None], places[None]))
+            self._frames[len(rows)] = frame
+        return frame
+
     def _settled(self, hidden: Any) -> torch.Tensor:
         """Return a layer's hidden states as a tensor, [1, m, d]."""
         made: torch.Tensor = hidden
         return made
+
+
+class _Frame(NamedTuple):
+    """What the text encoder needs for any prompt of m tokens.
+
+    *places* are 0 to m - 1, int64; *causal*, bool [m, m], is True where a key is at the query's
+    place or before it; *cos* and *sin* are [1, m, s].
+    """
+
+    places: torch.Tensor
+    causal: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class _Mail:
+    """Where the embeddings of a prompt are sent from, and *inbox*, where they arrive: [1 + m, d].
+
+    Both are allocated once: to find pinned memory for each prompt takes longer than the copy.
+    """
+
+    def __init__(self, like: torch.Tensor, tokens: int, device: torch.device) -> None:
+        size, is_gpu = (1 + tokens, like.shape[1]), device.type == "cuda"
+        self.inbox = like.new_empty(size, device=device)
+        self._outbox = like.new_empty(size, pin_memory=is_gpu)
+        self._filled = _bytes(self._outbox)
+        self._count = self._filled[0, :_COUNT_BYTES].view(np.int64)
+        self._sent: Any = None
+        if is_gpu:
+            self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def send(self, count: int, rows: np.ndarray[Any, Any]) -> None:
+        """Send *count* and *rows*, uint8 [n, bytes of a row], once the last were sent."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        end = 1 + len(rows)
+        self._count[0] = count
+        self._filled[1:end] = rows
+        self.inbox[:end].copy_(self._outbox[:end], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record(torch.cuda.current_stream(self.inbox.device))
 
 
 def _bytes(rows: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -170,15 +232,3 @@ def _bytes(rows: torch.Tensor) -> np.ndarray[Any, Any]:
 def _received(inbox: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the count of tokens, int64 [], and the rows, [m, d], of `TextEncoder._send`."""
     return inbox[0].view(torch.uint8)[:_COUNT_BYTES].view(torch.int64)[0], inbox[1:]
-
-
-def _spread(rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Repeat the row of padding, number *count*, to the end: [m, d] -> [1, m, d]."""
-    places = torch.arange(len(rows), device=rows.device).minimum(count)
-    return rows.index_select(0, places).unsqueeze(0)
-
-
-def _mask(length: int, count: torch.Tensor) -> torch.Tensor:
-    """Return the causal mask without padding's keys, bool [1, 1, m, m]."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=count.device).tril()
-    return (causal & (torch.arange(length, device=count.device) < count))[None, None]

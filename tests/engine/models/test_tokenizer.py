@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
 from pathlib import Path
 
 import pytest
-from transformers import Qwen2Tokenizer
+from transformers import AddedToken, Qwen2Tokenizer
 
 from app.engine.models.flux2_klein import KLEIN, TOKENIZER, TOKENIZER_WORDS
 from app.engine.runtime.tokenizer import Tokenizer
@@ -92,14 +93,25 @@ def test_the_prompts_frame_is_the_models(packaged) -> None:
     text = (
         "<|im_start|>user\na red circle<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
-    assert packaged.decode(tokens.ids[0, : tokens.count]) == text
-    assert tokens.ids[0, tokens.count :].unique().tolist() == [151_643]
-    assert tokens.ids[0, 0] == 151_644
+    assert packaged.decode(tokens.ids) == text
+    assert (tokens.length, tokens.padding) == (64, 151_643)
+    assert tokens.ids[0] == 151_644
 
 
 def test_a_prompt_becomes_what_the_pipeline_makes_of_it(packaged) -> None:
-    """Its ids, padded and cut, whatever the prompt holds; added tokens too."""
-    for prompt in made_up(random.Random(17), 50):
+    """Its ids, cut, whatever the prompt holds; added tokens too, and halves of them at its ends."""
+    tokenizer = Tokenizer(packaged, 64)
+    ends = [
+        "<|im_end|",
+        "|>",
+        "<",
+        "<|im_end|><|im_end",
+        "im_end|>\n",
+        "</think",
+        "a \n ",
+        "\u0301",
+    ]
+    for prompt in [*made_up(random.Random(17), 200), *ends, *(each + "a" + each for each in ends)]:
         text = packaged.apply_chat_template(
             [{"role": "user", "content": prompt}],
             tokenize=False,
@@ -107,9 +119,31 @@ def test_a_prompt_becomes_what_the_pipeline_makes_of_it(packaged) -> None:
             enable_thinking=False,
         )
         right = packaged(text).input_ids
-        made = Tokenizer(packaged, 64)(prompt)
-        assert made.ids.tolist() == [(right + 64 * [packaged.pad_token_id])[:64]]
+        made = tokenizer(prompt)
+        assert made.ids == right[:64]
         assert (made.count, made.is_cut) == (min(len(right), 64), len(right) > 64)
+
+
+@pytest.mark.parametrize(
+    ("kept", "token"),
+    [
+        (True, AddedToken("<|im|>", normalized=False)),
+        (False, AddedToken("fox<|im_", normalized=False)),
+        (False, AddedToken("<|im_end|>\n", normalized=True)),
+        (False, AddedToken("<|im_end|>\n<", normalized=False, lstrip=True)),
+        (False, AddedToken("<|im_end|>\n<", normalized=False, single_word=True)),
+    ],
+)
+def test_what_stands_after_a_prompt_is_tokenized_once(packaged, kept, token) -> None:
+    """Unless a token of its own reads the prompt's end and it together, whatever prompts come."""
+    other = copy.deepcopy(packaged)
+    other.add_tokens([token])
+    tokenizer = Tokenizer(other, 64)
+
+    assert (tokenizer._tail is not None) == kept
+    for prompt in ("a fox", "a fox ", "a fox\n", "fox<|im_"):
+        text = prompt.join(tokenizer._frame)
+        assert tokenizer(prompt).ids == other(text).input_ids
 
 
 def test_a_template_that_changes_prompts_is_rendered_for_each(packaged, monkeypatch) -> None:
@@ -119,7 +153,7 @@ def test_a_template_that_changes_prompts_is_rendered_for_each(packaged, monkeypa
     )
     tokens = Tokenizer(packaged, 64)("  a red circle ")
 
-    assert "user\na red circle<" in packaged.decode(tokens.ids[0, : tokens.count])
+    assert "user\na red circle<" in packaged.decode(tokens.ids)
 
 
 def test_its_makers_are_named() -> None:

@@ -135,7 +135,7 @@ def test_a_card_has_the_layer_that_is_faster(caplog, monkeypatch, tmp_path):
     device = torch.device("cuda", 0)
     with caplog.at_level(logging.INFO):
         taken = chosen(tmp_path)
-    monkeypatch.setattr(encoder, "_hold", None)
+    monkeypatch.setattr(encoder, "_hold", lambda *_: pytest.fail("it was timed again"))
     assert chosen(tmp_path) is taken
 
     assert "A layer of the text encoder takes" in caplog.text

@@ -46,11 +46,28 @@ def test_a_shape_is_recorded_after_its_first_uses(recorded):
     assert recorded == [5]
 
 
+def test_a_rehearsed_shape_is_recorded_at_its_first_use(recorded):
+    """After the rehearsal, which a shape whose recording was given up has anew."""
+    graphs, rehearsed = CudaGraphs(new_pool(), is_on=True, after=4), []
+
+    def rehearse(x):
+        rehearsed.append((len(x), recorded.copy()))
+
+    for rows in (5, 5, 6, 5, 1, 2, 3, 6):
+        x = torch.arange(rows)
+        assert torch.equal(graphs.run(lambda each: each + 1, (x,), (), rehearse), x + 1)
+
+    assert recorded == [5, 6, 1, 2, 3, 6]
+    assert rehearsed == [(rows, recorded[:count]) for count, rows in enumerate(recorded)]
+
+
 def test_nothing_is_recorded_where_graphs_are_off(recorded):
-    """Without a card every pass is plain."""
+    """Without a card every pass is plain, and none is rehearsed."""
     graphs = CudaGraphs(new_pool(), is_on=False, after=1)
     for _ in range(4):
         run(graphs, 5)
+    x = torch.arange(5)
+    assert torch.equal(graphs.run(lambda each: each + 1, (x,), (), pytest.fail), x + 1)
     assert recorded == []
 
 

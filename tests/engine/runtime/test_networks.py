@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from app.domain import RawImage
+from app.engine.modules.fused_blocks import DoubleBlock, SingleBlock
 from app.engine.pipeline.components import pack
 from app.engine.pipeline.denoise import draw_noise
 from app.engine.pipeline.references import encode_references
+from app.engine.runtime import cuda_graphs
+from app.engine.runtime.cuda_graphs import CudaGraphs
 from app.engine.runtime.exact import ExactTextEncoder, ExactTransformer
 from app.engine.runtime.fused import FusedTextEncoder, FusedTransformer
 from app.engine.runtime.networks import TextEncoder, Transformer
@@ -23,6 +26,7 @@ LIMIT = 1e-5
 PROMPTS = ("a red circle", "", "long " * 200)
 """With padding, with nothing else, and without any."""
 SIZES = ((64, 64), (96, 48), (32, 128))
+KINDS = (DoubleBlock, SingleBlock)
 REFERENCE = RawImage(80, 64, bytes(number * 7 % 256 for number in range(80 * 64 * 3)))
 
 
@@ -75,6 +79,38 @@ def test_velocities_are_the_same(pair, width, height, prompt):
 
     for right, other in zip(*made, strict=True):
         assert error(other, right) <= LIMIT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("variant", "before"), [((), [1, 1]), (("an adapter",), None)])
+def test_a_size_is_captured_at_its_first_step_after_a_block_of_each_kind(
+    pair, monkeypatch, variant, before
+):
+    """Libraries choose kernels in these, which no capture allows; with adapters in a whole step."""
+    ran, captured = [], []
+
+    class Graph:
+        def __init__(self, function, inputs, pool):
+            captured.append([ran.count(kind) for kind in KINDS])
+            self.replay = lambda inputs: function(*inputs)
+
+    for kind in KINDS:
+        forward = kind.forward
+        monkeypatch.setattr(
+            kind, "forward", lambda *given, kind=kind, run=forward: ran.append(kind) or run(*given)
+        )
+    monkeypatch.setattr(cuda_graphs, "_Graph", Graph)
+    fused = pair[1]
+    graphs = CudaGraphs(lambda: None, is_on=True, after=1)
+    monkeypatch.setattr(fused.transformer, "_graphs", graphs)
+    monkeypatch.setattr(fused.transformer, "_variant", variant)
+    tokens = pack(draw_noise(fused, SPEC))
+    context = fused.transformer.embed_context(embed(fused, PROMPTS[0]))
+    rope = fused.rope(context.shape[1], (fused.grid(SPEC),))
+
+    fused.transformer.predict(tokens, torch.tensor([1.0]), context, *rope)
+
+    assert captured == ([] if before is None else [before])
 
 
 def public(kind: type) -> dict[str, inspect.Signature | type]:
