@@ -275,7 +275,7 @@ def test_a_command_of_a_new_guide_is_seen(monkeypatch):
 @pytest.fixture(scope="module")
 def known():
     """make's targets, and klein's commands with their options."""
-    listed = run("make help", ROOT).stdout.decode().splitlines()
+    listed = run("make --no-print-directory help", ROOT).stdout.decode().splitlines()
     _, parsers = main.make_parser()
     main.add_all_options(parsers)
     return {line.split()[0] for line in listed}, parsers
@@ -322,7 +322,7 @@ def test_contributing_tells_every_target():
         if line.startswith("| `make ")
         for target in re.findall(r"`make ([\w-]+)`", line.split("|")[1])
     }
-    listed = run("make help", ROOT).stdout.decode().splitlines()
+    listed = run("make --no-print-directory help", ROOT).stdout.decode().splitlines()
 
     assert told == {line.split()[0] for line in listed} - {"help"}
 
