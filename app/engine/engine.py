@@ -220,8 +220,8 @@ class _Job:
         """
         components, spec = self.components, self.spec
         # A GPU idles until it has the prompt, which any other thread that runs would delay. On the
-        # CPU the encoder takes as long as the noise, or longer.
-        is_first = components.device.type == "cuda"
+        # CPU, and where layers have to come first, the call lasts as long as the stage.
+        is_first = components.device.type == "cuda" and components.holds_encoder
         text = encode_text(components, spec) if is_first else None
         self._tell(Stage.TEXT, 0)
         noise = self.helpers.submit(draw_noise, components, spec)

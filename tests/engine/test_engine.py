@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,11 +15,13 @@ from app.engine import engine as engine_module
 from app.engine import error_mapping
 from app.engine import load as start
 from app.engine.config import EngineConfig
-from app.engine.engine import KleinEngine, _Clock
+from app.engine.engine import KleinEngine, _Clock, _Job
 from app.engine.models.registry import MODELS
 from app.engine.pipeline.denoise import draw_noise
 from app.engine.pipeline.prompt_cache import PromptCache
 from app.engine.pipeline.reference_cache import ReferenceCache
+from app.engine.pipeline.text import Text
+from app.engine.runtime.tokenizer import Tokens
 
 pytestmark = pytest.mark.torch
 
@@ -71,6 +74,41 @@ def test_a_step_is_told_of_once_the_gpu_has_done_it(engine, monkeypatch):
         *((Stage.DENOISE, number, 2 + number) for number in (1, 2, 3)),
         (Stage.DECODE, 3, 5),
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "holds_encoder", "is_first"),
+    [("cpu", True, False), ("cuda", False, False), ("cuda", True, True)],
+)
+def test_a_gpu_that_waits_for_the_prompt_gets_it_first(
+    engine, monkeypatch, device, holds_encoder, is_first
+):
+    """Other threads would hold the interpreter; elsewhere the stage is told of before it begins."""
+    seen = []
+
+    def encode_text(components, spec):
+        seen.append("encoded")
+        return Text(torch.zeros(1), None, Tokens([1], 1, 0, is_cut=False), is_cached=False)
+
+    class Helpers(ThreadPoolExecutor):
+        def submit(self, run, *given):
+            seen.append("helped")
+            return super().submit(run, *given)
+
+    monkeypatch.setattr(engine_module, "encode_text", encode_text)
+    components = replace(
+        engine._started.components, device=torch.device(device), holds_encoder=holds_encoder
+    )
+    with Helpers(1) as helpers:
+        job = _Job(
+            components, SPEC, helpers, lambda told: seen.append(told.stage), lambda: False, False
+        )
+        _, noise, keys = job._begin()
+
+    others = [Stage.TEXT, "helped"]
+    assert seen == (["encoded", *others] if is_first else [*others, "encoded"])
+    assert torch.equal(noise.result(), draw_noise(components, SPEC))
+    assert keys is None
 
 
 def test_the_decode_is_told_of_before_it_begins(engine, monkeypatch):

@@ -126,6 +126,7 @@ def build(
         dtype=options.dtype,
         is_distilled=options.is_distilled,
         is_tiled=options.plan.is_tiled,
+        holds_encoder=not (options.is_offloaded or options.plan.is_streamed),
         offloader=offloader,
         rope=rope_tables(
             transformer.network.pos_embed, options.device, options.architecture.reference_time

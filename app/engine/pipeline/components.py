@@ -40,6 +40,8 @@ class PipelineComponents:
     dtype: torch.dtype
     is_distilled: bool
     is_tiled: bool
+    holds_encoder: bool
+    """Whether the text encoder stays on the device, so that it is launched without waiting."""
     offloader: Offloader
     rope: Callable[[int, tuple[Grid, ...]], Rope]
     """The RoPE table of a text length and grids: `app.engine.modules.rope.rope_tables`."""

@@ -25,7 +25,8 @@ class FusedTransformer(Transformer):
     """Runs fused blocks in *network*; a pass of up to *graph_tokens* tokens becomes a graph.
 
     Without adapters the first step of a size is captured already: that takes as long as an eager
-    step or two, and a replay is several times faster.
+    step or two, and a replay is several times faster. A picture of one step alone would be made
+    sooner without.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class FusedTransformer(Transformer):
         super().__init__(network, run_doubles, run_singles)
         self._graphs = CudaGraphs(pool, is_on=kernels.has_graphs, after=1)
         self._graph_tokens = graph_tokens
+        self._has_run = False
 
     def predict(
         self,
@@ -44,20 +46,22 @@ class FusedTransformer(Transformer):
         sin: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the velocity, by a graph where the pass is short."""
+        inputs = tokens, timestep, context, cos, sin
         is_long = tokens.shape[1] + context.shape[1] > self._graph_tokens
         if is_long or self._variant is None:
-            return super().predict(tokens, timestep, context, cos, sin)
-        inputs = tokens, timestep, context, cos, sin
+            velocity = super().predict(*inputs)
+            self._has_run |= self._variant == ()
+            return velocity
         rehearse = None if self._variant else self._rehearse
         return self._graphs.run(super().predict, inputs, self._variant, rehearse)
 
     def _rehearse(self, *inputs: torch.Tensor) -> None:
-        """Run a block of each kind: libraries choose kernels at the first call of a shape.
+        """Do what a first call does that no capture allows: load, time and try kernels.
 
-        That may take a timing, or memory, which no capture allows. The other blocks have layers of
-        the same shapes.
+        Of the model that is all blocks, of a shape one of each kind: libraries choose by shapes.
         """
-        self._pass(*inputs, blocks=1)
+        self._pass(*inputs, is_sample=self._has_run)
+        self._has_run = True
 
 
 class FusedTextEncoder(TextEncoder):

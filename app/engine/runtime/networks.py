@@ -9,7 +9,6 @@ Shapes: n image and reference tokens, m text tokens, d the hidden size. The batc
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,16 +82,19 @@ class Transformer(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
         *,
-        blocks: int | None = None,
+        is_sample: bool = False,
     ) -> torch.Tensor:
-        """Do what `predict` does with the first *blocks* blocks of each kind, by default all."""
+        """Do what `predict` does; as a sample, with one block of each combination of layers."""
         network = self.network
+        doubles, singles = network.transformer_blocks, network.single_transformer_blocks
+        if is_sample:
+            doubles, singles = _sample(doubles), _sample(singles)
         embedding = network.time_guidance_embed(timestep.to(tokens.dtype) * 1000, None)
         image_modulation = network.double_stream_modulation_img(embedding)
         text_modulation = network.double_stream_modulation_txt(embedding)
         single_modulation = network.single_stream_modulation(embedding)
         image, text = self._doubles(
-            islice(network.transformer_blocks, blocks),
+            doubles,
             network.x_embedder(tokens),  # [1, n, d]
             context,
             image_modulation,
@@ -101,11 +103,16 @@ class Transformer(nn.Module):
             sin,
         )
         hidden = torch.cat([text, image], dim=1)  # [1, m + n, d]
-        singles = islice(network.single_transformer_blocks, blocks)
         hidden = self._singles(singles, hidden, single_modulation, cos, sin)
         hidden = network.norm_out(hidden[:, context.shape[1] :], embedding)
         velocity: torch.Tensor = network.proj_out(hidden)
         return velocity
+
+
+def _sample(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return one of *blocks* for each combination of classes that their layers have."""
+    kinds = {tuple(type(layer) for layer in block.modules()): block for block in blocks}
+    return list(kinds.values())
 
 
 class TextEncoder(nn.Module):
@@ -141,7 +148,10 @@ class TextEncoder(nn.Module):
         are not set.
         """
         if (mail := self._mails.get(tokens.length)) is None:
-            mail = self._mails[tokens.length] = _Mail(self.table, tokens.length, device)
+            mail = _Mail(self.table, tokens.length, device)
+            # Never while a graph is captured: it would be filled at a replay only.
+            self._framed(mail.inbox[1:])
+            self._mails[tokens.length] = mail
         is_padded = tokens.count < tokens.length
         ids = [*tokens.ids, tokens.padding] if is_padded else tokens.ids
         # torch would wake its threads for these few rows, which takes several times as long.
@@ -212,7 +222,7 @@ class _Mail:
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def send(self, count: int, rows: np.ndarray[Any, Any]) -> None:
-        """Send *count* and *rows*, uint8 [n, bytes of a row], once the last were sent."""
+        """Send *count* and *rows*, uint8 [n, bytes of a row], once the previous copy has ended."""
         if self._sent is not None:
             self._sent.synchronize()
         end = 1 + len(rows)

@@ -30,7 +30,7 @@ class Tokenizer:
 
     The ids are those of `Flux2KleinPipeline`, for a sequence of *max_length* tokens. The GPU waits
     for them, and on a processor that has just slept each call of a library takes several times as
-    long as in a loop: so there are few.
+    long as in a loop: so few calls are made.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -62,8 +62,12 @@ class Tokenizer:
         """Return the ids of *after* where they are the same after any prompt; else None.
 
         They are where it begins with a token that is looked for before all else and takes nothing
-        from the prompt, and no such token can begin in the prompt and end in *after*.
+        from the prompt, where no such token can begin in the prompt and end in *after*, and where
+        none at the prompt's end depends on what comes next.
         """
+        is_plain = after[:1].isalnum() or after[:1].isspace() or after.startswith("_")
+        if is_plain or self._backend.encode_special_tokens:
+            return None
         added = self._backend.get_added_tokens_decoder().values()
         first = [each for each in added if after.startswith(each.content)]
         if not first or any(each.normalized or each.lstrip or each.single_word for each in first):

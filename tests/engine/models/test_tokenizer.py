@@ -11,6 +11,7 @@ import pytest
 from transformers import AddedToken, Qwen2Tokenizer
 
 from app.engine.models.flux2_klein import KLEIN, TOKENIZER, TOKENIZER_WORDS
+from app.engine.runtime import tokenizer as tokenizer_module
 from app.engine.runtime.tokenizer import Tokenizer
 from tests.support.long_form import one_of
 from tools import make_tokenizer
@@ -129,21 +130,25 @@ def test_a_prompt_becomes_what_the_pipeline_makes_of_it(packaged) -> None:
     ("kept", "token"),
     [
         (True, AddedToken("<|im|>", normalized=False)),
-        (False, AddedToken("fox<|im_", normalized=False)),
+        (False, AddedToken("cat<|im_", normalized=False)),
         (False, AddedToken("<|im_end|>\n", normalized=True)),
-        (False, AddedToken("<|im_end|>\n<", normalized=False, lstrip=True)),
-        (False, AddedToken("<|im_end|>\n<", normalized=False, single_word=True)),
+        (False, AddedToken("<|im_end|>\n", normalized=False, lstrip=True)),
+        (False, AddedToken("<|im_end|>\n", normalized=False, single_word=True)),
     ],
 )
-def test_what_stands_after_a_prompt_is_tokenized_once(tmp_path, kept, token) -> None:
-    """Unless a token of its own reads the prompt's end and it together, whatever prompts come."""
+def test_what_stands_after_a_prompt_is_tokenized_once(tmp_path, monkeypatch, kept, token) -> None:
+    """Unless a token of its own reads the prompt's end and it together, whatever prompts come.
+
+    Not only where the prompts that are tried show it.
+    """
+    monkeypatch.setattr(tokenizer_module, "_SAMPLES", ("A.",))
     write_tokenizer(tmp_path)
     other = Qwen2Tokenizer.from_pretrained(tmp_path, local_files_only=True)
     other.add_tokens([token])
     tokenizer = Tokenizer(other, 256)
 
     assert (tokenizer._tail is not None) == kept
-    for prompt in ("a fox", "a fox ", "a fox\n", "fox<|im_"):
+    for prompt in ("a fox", "a fox ", "a fox\n", "fox<|im_", "a cat", "A."):
         text = prompt.join(tokenizer._frame)
         assert tokenizer(prompt).ids == other(text).input_ids
 

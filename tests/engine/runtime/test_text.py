@@ -74,7 +74,7 @@ class Mixing(nn.Module):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_graph_reads_each_prompt_that_is_sent():
-    """Of any length, in any order, all queued while the card is still busy; against the processor.
+    """Of any length, in any order, sent while the card is still busy; against the processor.
 
     Small whole numbers, so that every sum is exact.
     """
