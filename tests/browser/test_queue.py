@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 DONE = {"type": "image_generation.completed", "seed": 7, "size": "64x64"}
 
 
-def test_more_can_be_asked_for_while_one_runs(visit, scripted) -> None:
+def test_more_can_be_asked_for_while_one_runs(visit, scripted, tmp_path: Path) -> None:
     """A list with places and a cancel each; the last picture stays until the next one's first
     preview.
     """
-    server = scripted("slow=2")
+    gate = tmp_path / "gate"
+    gate.touch()
+    server = scripted(f"gate={gate}")
     server.wait_until_ready()
     here = visit(server).wait_until_ready().choose(seed=1)
     here.make("the first")
+    gate.unlink()
     for prompt in ("the second", "the third", "the fourth"):
         here.page.fill("#prompt", prompt)
         here.page.click("#make")
@@ -42,6 +46,8 @@ def test_more_can_be_asked_for_while_one_runs(visit, scripted) -> None:
     assert rows.locator(".words").all_inner_texts() == ["the second", "the third", "the fourth"]
 
     rows.nth(1).get_by_role("button", name="Cancel: the third").click()
+    here.page.wait_for_selector("#waiting-list li:nth-child(3)", state="detached")
+    gate.touch()
     here.page.wait_for_selector("#gallery li:nth-child(2)")
     here.wait_for_picture()
 
